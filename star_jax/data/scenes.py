@@ -1,0 +1,205 @@
+"""What does picture number n of the embedded set show?
+
+A scene is one to three things on a plain background. `scene(n)` is a pure function of the number,
+and knows nothing of pixels or words: `shapes.render` draws a scene, `captions` describes it.
+Lengths are in units of the picture's side, x grows to the right and y downwards.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from star_jax.errors import UserError
+
+# Least distance between any two colours is 117, so that a lossy tokenizer cannot swap them.
+COLOURS = {
+    'red': (215, 0, 30),
+    'green': (0, 150, 60),
+    'blue': (0, 60, 240),
+    'yellow': (255, 240, 0),
+    'orange': (255, 123, 0),
+    'purple': (130, 0, 180),
+    'pink': (255, 140, 200),
+    'black': (0, 0, 0),
+    'white': (255, 255, 255),
+    'gray': (128, 128, 128),
+}
+SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
+SIZES = ('small', 'large')
+RELATIONS = {
+    'left of': 'right of',
+    'right of': 'left of',
+    'above': 'below',
+    'below': 'above',
+}
+# How often each is drawn, out of 16.
+BACKGROUNDS = {'white': 6, 'gray': 3, 'black': 3, 'blue': 1, 'green': 1, 'yellow': 1, 'pink': 1}
+Option = TypeVar('Option')
+SPLITS = ('train', 'validation', 'held_out')
+
+# 9 of the 60 pairs: no colour twice, so each keeps five shapes to learn it from.
+HELD_OUT = (
+    ('red', 'star'),
+    ('green', 'ring'),
+    ('blue', 'triangle'),
+    ('yellow', 'square'),
+    ('orange', 'cross'),
+    ('purple', 'circle'),
+    ('pink', 'square'),
+    ('black', 'ring'),
+    ('white', 'triangle'),
+)
+PAIRS = tuple(itertools.product(COLOURS, SHAPES))
+TRAINED = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+MAX_THINGS = 3
+LEAST_DISTANCE = 1 / 8  # of two centres, along the axis of a relation
+SMALL_BELOW = 0.39
+
+# Scenes are drawn on a grid of 1/512: binary fractions, so every comparison is exact everywhere.
+_GRID = 512
+_EXTENTS = {'small': (160, 176), 'large': (222, 236)}
+_BORDER = 6  # clear of the picture's edge
+_GAP = 12  # between two bounding boxes
+_CLEAR = 8  # between a centre and the border of its third, so that its place is not a close call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Thing:
+    """One object: `extent` is the longer side of its bounding box, (`x`, `y`) the box's centre."""
+
+    shape: str
+    colour: str
+    extent: float
+    x: float
+    y: float
+
+    @property
+    def size(self) -> str:
+        """'small' (about a third of the side) or 'large' (about 0.45)."""
+        return 'small' if self.extent < SMALL_BELOW else 'large'
+
+    @property
+    def place(self) -> str:
+        """The third of the picture along each axis, as in 'top left', 'right' or 'center'."""
+        row = _third(self.y, ('top', '', 'bottom'))
+        column = _third(self.x, ('left', '', 'right'))
+        return f'{row} {column}'.strip() or 'center'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One to three things on a background; drawn by `scene`, or read back from a picture."""
+
+    things: tuple[Thing, ...]
+    background: str
+
+    @property
+    def relation(self) -> str | None:
+        """What the first thing is to the second, if anything."""
+        return relation(*self.things[:2]) if len(self.things) > 1 else None
+
+
+def relation(first: Thing, second: Thing, margin: float = 0.0) -> str | None:
+    """'left of', 'right of', 'above', 'below', or None where neither axis dominates.
+
+    The centres are at least `LEAST_DISTANCE` apart along the relation's axis, and further apart
+    than along the other one by more than `margin`.
+    """
+    right, down = first.x - second.x, first.y - second.y
+    across, along = sorted((abs(right), abs(down)))
+    if along < LEAST_DISTANCE or along - across <= margin:
+        return None
+    if abs(right) > abs(down):
+        return 'right of' if right > 0 else 'left of'
+    return 'below' if down > 0 else 'above'
+
+
+def scene(index: int, split: str = 'train', objects: tuple[int, ...] = (1, 2, 3)) -> Scene:
+    """Scene `index` of a split, with one of the given numbers of objects.
+
+    Scenes of 'train' and 'validation' hold trained pairs of colour and shape only; the first
+    thing of a 'held_out' scene is a held-out pair. Raises `UserError` for another split.
+    """
+    if split not in SPLITS:
+        raise UserError(f'there is no split {split!r} of shapes: choose one of {", ".join(SPLITS)}')
+    words = _words(f'{split} {index}')
+    background = _choose(words, [name for name, n in BACKGROUNDS.items() for _ in range(n)])
+    number = _choose(words, objects)
+    pairs = _draw_pairs(words, split, number, background)
+    extents = [_draw_extent(words, number) for _ in range(number)]
+    things = (
+        Thing(shape=shape, colour=colour, extent=extent / _GRID, x=x / _GRID, y=y / _GRID)
+        for (colour, shape), extent, (x, y) in zip(
+            pairs, extents, _draw_centres(words, extents), strict=True
+        )
+    )
+    return Scene(things=tuple(things), background=background)
+
+
+def _third(coordinate: float, names: tuple[str, str, str]) -> str:
+    return names[(coordinate > 1 / 3) + (coordinate > 2 / 3)]
+
+
+def _words(seed: str) -> Iterator[int]:
+    """Endless 64-bit draws. A hash, since NumPy does not promise its streams across versions."""
+    for block in itertools.count():
+        yield from struct.unpack('<8Q', hashlib.blake2b(f'{seed} {block}'.encode()).digest())
+
+
+def _choose(words: Iterator[int], options: Sequence[Option]) -> Option:
+    return options[next(words) % len(options)]
+
+
+def _draw_pairs(
+    words: Iterator[int], split: str, number: int, background: str
+) -> list[tuple[str, str]]:
+    """Different pairs of colour and shape, none of the background's colour."""
+    held_out = split == 'held_out'
+    pairs: list[tuple[str, str]] = []
+    for position in range(number):
+        table = (HELD_OUT if position == 0 else PAIRS) if held_out else TRAINED
+        free = [pair for pair in table if pair[0] != background and pair not in pairs]
+        pairs.append(_choose(words, free))
+    return pairs
+
+
+def _draw_extent(words: Iterator[int], number: int) -> int:
+    size = 'small' if number == MAX_THINGS else _choose(words, SIZES)
+    low, high = _EXTENTS[size]
+    return _choose(words, range(low, high + 1, 2))
+
+
+def _draw_centres(words: Iterator[int], extents: list[int]) -> list[tuple[int, int]]:
+    """Centres (x, y) whose boxes keep their distance: drawn together until they do."""
+    while True:
+        centres = [
+            (_draw_coordinate(words, extent), _draw_coordinate(words, extent)) for extent in extents
+        ]
+        if all(
+            _apart(a, b) for a, b in itertools.combinations(zip(centres, extents, strict=True), 2)
+        ):
+            return centres
+
+
+def _draw_coordinate(words: Iterator[int], extent: int) -> int:
+    """First the third, then the place in it: otherwise half of all objects lie in the center."""
+    edge = extent // 2 + _BORDER
+    low, high = _choose(
+        words,
+        (
+            (edge, _GRID // 3 - _CLEAR),
+            (_GRID // 3 + 1 + _CLEAR, 2 * _GRID // 3 - _CLEAR),
+            (2 * _GRID // 3 + 1 + _CLEAR, _GRID - edge),
+        ),
+    )
+    return low + next(words) % (high - low + 1)
+
+
+def _apart(one: tuple[tuple[int, int], int], other: tuple[tuple[int, int], int]) -> bool:
+    (a, a_extent), (b, b_extent) = one, other
+    distance = max(abs(a[0] - b[0]), abs(a[1] - b[1]))
+    return distance >= (a_extent + b_extent) // 2 + _GAP

@@ -1,0 +1,180 @@
+"""Which pictures come with the package, without any download?
+
+Simple scenes with captions (`scenes`, `captions`), rendered by number at any resolution: the same
+number is the same scene at every size. Coverage of a pixel by a shape is computed from distances
+to the shape's edges inside its bounding box, so that one core draws thousands of pictures a second
+while the others train.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+
+import numpy as np
+
+from star_jax.data.captions import captions
+from star_jax.data.pipeline import Example
+from star_jax.data.scenes import COLOURS, MAX_THINGS, SPLITS, Scene, Thing, scene
+from star_jax.errors import UserError
+
+SMALLEST_SIDE = 16  # below, a small shape has five pixels and no form
+
+RING_HOLE = 0.52  # of the outer radius
+CROSS_ARM = 0.36  # of the extent
+STAR_NOTCH = 0.45  # of the radius of its tips
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The embedded set: `count` scenes of a split, with one of the given numbers of objects.
+
+    `split` is 'train', 'validation' (the same pairs of colour and shape, other scenes) or
+    'held_out' (every scene has a pair that 'train' never shows).
+    """
+
+    count: int = 200_000
+    split: str = 'train'
+    objects: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f'shapes needs at least one picture, not count {self.count}')
+        if self.split not in SPLITS:
+            raise UserError(
+                f'there is no split {self.split!r} of shapes: choose one of {", ".join(SPLITS)}'
+            )
+        if not self.objects or not set(self.objects) <= set(range(1, MAX_THINGS + 1)):
+            raise UserError(
+                f'objects {self.objects} are the numbers of objects in a scene: '
+                f'give one or more of 1 to {MAX_THINGS}'
+            )
+
+    def open(self, size: int) -> 'Source':
+        """The set at `size` pixels a side."""
+        return Source(shapes=self, size=size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Random access to the set: dicts of `image` (uint8 (size, size, 3)), `captions`, `label`."""
+
+    shapes: Shapes
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < SMALLEST_SIDE:
+            raise UserError(f'shapes have at least {SMALLEST_SIDE} pixels a side, not {self.size}')
+
+    def __len__(self) -> int:
+        return self.shapes.count
+
+    def __getitem__(self, index: int) -> Example:
+        shown = self.scene(index)
+        first = shown.things[0]
+        return Example(
+            image=render(shown, self.size),
+            captions=captions(shown),
+            label=f'{first.colour} {first.shape}',
+        )
+
+    def scene(self, index: int) -> Scene:
+        """What picture `index` shows. Raises `IndexError` outside of the set."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f'picture {index} of a set of {len(self)}')
+        return scene(index, self.shapes.split, self.shapes.objects)
+
+
+def render(scene: Scene, size: int) -> np.ndarray:
+    """The scene as uint8 RGB (size, size, 3), anti-aliased."""
+    image_hwc = np.empty((size, size, 3), np.uint8)
+    image_hwc[:] = COLOURS[scene.background]
+    for thing in scene.things:
+        _paint(image_hwc, thing)
+    return image_hwc
+
+
+def _paint(image_hwc: np.ndarray, thing: Thing) -> None:
+    size = len(image_hwc)
+    radius = thing.extent * size / 2
+    rows, columns = _span(thing.y * size, radius, size), _span(thing.x * size, radius, size)
+    down = (np.arange(rows.start, rows.stop) + 0.5 - thing.y * size)[:, None]
+    right = (np.arange(columns.start, columns.stop) + 0.5 - thing.x * size)[None, :]
+    cover_hw1 = _COVERAGES[thing.shape](right, down, radius)[:, :, None]
+    ground_hwc = image_hwc[rows, columns]
+    # The difference of two bytes is signed.
+    change_hwc = cover_hw1 * (np.float64(COLOURS[thing.colour]) - ground_hwc)
+    image_hwc[rows, columns] = np.rint(ground_hwc + change_hwc)
+
+
+def _span(centre: float, radius: float, size: int) -> slice:
+    return slice(max(int(centre - radius) - 1, 0), min(int(centre + radius) + 2, size))
+
+
+# A coverage takes pixel centres relative to the centre of the shape's box, right (1, w) and
+# down (h, 1), and half its extent, all in pixels, and gives shares of 0 to 1, (h, w).
+
+
+def _inside(depth: np.ndarray) -> np.ndarray:
+    """The covered share of a pixel whose centre lies `depth` pixels inside an edge."""
+    return np.clip(depth + 0.5, 0.0, 1.0)
+
+
+def _corner(depth: np.ndarray, other_depth: np.ndarray) -> np.ndarray:
+    """What two edges leave of a pixel: what they cut off overlaps outside of the shape only."""
+    return np.maximum(_inside(depth) + _inside(other_depth) - 1.0, 0.0)
+
+
+def _strip(offset: np.ndarray, half: float) -> np.ndarray:
+    """The share of [offset - 1/2, offset + 1/2] inside [-half, half]."""
+    return np.clip(np.minimum(offset + 0.5, half) - np.maximum(offset - 0.5, -half), 0.0, None)
+
+
+def _circle(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
+    return _inside(radius - np.hypot(right, down))
+
+
+def _ring(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
+    distance = np.hypot(right, down)
+    return _inside(radius - distance) - _inside(RING_HOLE * radius - distance)
+
+
+def _square(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
+    return _strip(right, radius) * _strip(down, radius)
+
+
+def _cross(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
+    arm = CROSS_ARM * radius
+    long, short = (_strip(right, half) * _strip(down, arm) for half in (radius, arm))
+    return long + _strip(right, arm) * _strip(down, radius) - short
+
+
+def _triangle(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
+    """Equilateral, a side at the bottom."""
+    half_height = radius * np.sqrt(3) / 2
+    slope, lean = (down + half_height) / 2, right * np.sqrt(3) / 2
+    return _corner(slope - lean, slope + lean) * _inside(half_height - down)
+
+
+def _star(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
+    """Five tips, one at the top: folded onto one tip, it is what two lines leave."""
+    fifth = 2 * np.pi / 5
+    tip = radius / np.sin(fifth)
+    down = down - tip * (1 - np.cos(fifth / 2)) / 2  # from the box's centre to the star's
+    distance = np.hypot(right, down)
+    angle = np.abs((np.arctan2(right, -down) + fifth / 2) % fifth - fifth / 2)
+    notch = STAR_NOTCH * tip * np.exp(1j * fifth / 2)
+    normal = 1j * (tip - notch) / abs(tip - notch)
+    depth = normal.real * (tip - distance * np.cos(angle))
+    lean = normal.imag * distance * np.sin(angle)
+    return _corner(depth - lean, depth + lean)
+
+
+_COVERAGES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    'circle': _circle,
+    'square': _square,
+    'triangle': _triangle,
+    'star': _star,
+    'ring': _ring,
+    'cross': _cross,
+}
