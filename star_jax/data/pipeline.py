@@ -1,0 +1,120 @@
+"""Which pictures and captions does a step see?
+
+The only way from a source to batches. The order of the data is a function of one integer, the step:
+samples are drawn globally, and process p of P holds the p-th block of each global batch. So a run
+continues where it stopped, on any number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypedDict
+
+import grain
+import numpy as np
+
+from star_jax.errors import UserError
+
+
+class Example(TypedDict):
+    """`image`: (S, S, 3) uint8 RGB. `captions`: one or more, fullest first. `label`: may be ''."""
+
+    image: np.ndarray
+    captions: tuple[str, ...]
+    label: str
+
+
+class Batch(TypedDict):
+    """`image`: (b, S, S, 3) uint8 RGB, with one caption and one label for each."""
+
+    image: np.ndarray
+    caption: list[str]
+    label: list[str]
+
+
+class Source(Protocol):
+    """A finite set of examples, read by index from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def batches(
+    source: Source,
+    *,
+    batch: int,
+    seed: int,
+    step: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    threads: int = 4,
+) -> Iterator[Batch]:
+    """Batches without end from `step` on: each epoch in a new order, one caption drawn per image.
+
+    `batch` counts the images of all processes; this process gets `batch // processes` of them.
+    `threads` read ahead, 0 reads in the caller's; `close()` of the iterator stops them.
+    Raises UserError for an empty source or a batch that the processes cannot share.
+    """
+    _require(source, batch)
+    if batch % processes:
+        raise UserError(
+            f'a batch of {batch} does not divide by {processes} processes: '
+            f'expected a multiple of {processes}, such as {processes * (batch // processes + 1)}'
+        )
+    if not 0 <= process < processes or step < 0:
+        raise UserError(
+            f'process {process} of {processes} at step {step}: '
+            'expected 0 <= process < processes and step >= 0'
+        )
+    samples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    captioned = samples.random_map(_draw_caption)
+    # An endless set has no remainder, but without this grain's length overflows at size 1.
+    blocks = captioned.batch(batch // processes, batch_fn=_collate, drop_remainder=True)
+    blocks = blocks[process::processes]
+    iterator = iter(blocks.to_iter_dataset(_read_options(threads)))
+    iterator.set_state({'next_index': step})
+    return iterator
+
+
+def sequential(source: Source, batch: int, threads: int = 4) -> Iterator[Batch]:
+    """Every example once, in order, with its first caption; the last batch may be short.
+
+    Raises UserError for an empty source.
+    """
+    _require(source, batch)
+    captioned = grain.MapDataset.source(source).map(_first_caption)
+    blocks = captioned.batch(batch, batch_fn=_collate)
+    return iter(blocks.to_iter_dataset(_read_options(threads)))
+
+
+def _require(source: Source, batch: int) -> None:
+    if len(source) == 0:
+        raise UserError(
+            'the data set is empty: expected at least one example, choose another split'
+        )
+    if batch < 1:
+        raise UserError(f'a batch of {batch}: expected at least one image')
+
+
+def _read_options(threads: int) -> grain.ReadOptions:
+    """Few batches ahead: grain's default of 500 would hold gigabytes of pictures."""
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+
+
+def _draw_caption(example: Example, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
+    return _with_caption(example, int(rng.integers(len(example['captions']))))
+
+
+def _first_caption(example: Example) -> dict[str, np.ndarray | str]:
+    return _with_caption(example, 0)
+
+
+def _with_caption(example: Example, which: int) -> dict[str, np.ndarray | str]:
+    return dict(image=example['image'], caption=example['captions'][which], label=example['label'])
+
+
+def _collate(samples: Sequence[dict]) -> Batch:
+    return Batch(
+        image=np.stack([sample['image'] for sample in samples]),
+        caption=[sample['caption'] for sample in samples],
+        label=[sample['label'] for sample in samples],
+    )

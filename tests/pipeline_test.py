@@ -1,0 +1,134 @@
+"""Data order is a function of one integer."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from star_jax.core import pictures
+from star_jax.data import pipeline
+from star_jax.data.show import show
+from star_jax.errors import UserError
+
+
+class Numbers:
+    """Example i is a 2 px picture of colour i with three captions."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> pipeline.Example:
+        return pipeline.Example(
+            image=np.full((2, 2, 3), index, np.uint8),
+            captions=tuple(f'{index} {word}' for word in 'abc'),
+            label=str(index),
+        )
+
+
+def take(count: int, source=None, **options) -> list[pipeline.Batch]:
+    options = dict(batch=4, seed=7) | options
+    iterator = pipeline.batches(source or Numbers(10), **options)
+    taken = list(itertools.islice(iterator, count))
+    iterator.close()
+    return taken
+
+
+def captions(batches: list[pipeline.Batch]) -> list[str]:
+    return [caption for batch in batches for caption in batch['caption']]
+
+
+def assert_same(left: list[pipeline.Batch], right: list[pipeline.Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a['caption'] == b['caption'] and a['label'] == b['label']
+        np.testing.assert_array_equal(a['image'], b['image'])
+
+
+def test_a_batch_keeps_pictures_captions_and_labels_together():
+    for batch in take(5):
+        assert batch['image'].shape == (4, 2, 2, 3) and batch['image'].dtype == np.uint8
+        assert [str(image[0, 0, 0]) for image in batch['image']] == batch['label']
+        assert [caption.split()[0] for caption in batch['caption']] == batch['label']
+
+
+def test_an_epoch_shows_every_example_once_in_a_new_order():
+    labels = [label for batch in take(10) for label in batch['label']]
+    epochs = [labels[at : at + 10] for at in range(0, 40, 10)]
+    everything = sorted(map(str, range(10)))
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_every_caption_is_drawn():
+    counts = {word: 0 for word in 'abc'}
+    for caption in captions(take(150)):
+        counts[caption.split()[1]] += 1
+    assert all(150 < count < 250 for count in counts.values())  # 200 each expected of 600
+
+
+@pytest.mark.parametrize('step', [1, 2, 5, 23])
+@pytest.mark.parametrize('threads', [0, 1, 4])
+def test_a_restart_continues_where_it_would_have_been(step, threads):
+    assert_same(take(30)[step:], take(30 - step, step=step, threads=threads))
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_any_number_of_processes_draws_the_same_global_batches(processes):
+    parts = [take(6, step=3, process=p, processes=processes) for p in range(processes)]
+    joined = [
+        pipeline.Batch(
+            image=np.concatenate([part['image'] for part in step]),
+            caption=[caption for part in step for caption in part['caption']],
+            label=[label for part in step for label in part['label']],
+        )
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(take(6, step=3), joined)
+
+
+def test_the_seed_decides_the_order():
+    assert captions(take(5)) == captions(take(5))
+    assert captions(take(5)) != captions(take(5, seed=8))
+
+
+def test_a_batch_may_be_larger_than_the_set():
+    (batch,) = take(1, source=Numbers(3), batch=8)
+    assert len(batch['label']) == 8 and set(batch['label']) == {'0', '1', '2'}
+
+
+def test_evaluation_sees_everything_once_in_order():
+    seen = list(pipeline.sequential(Numbers(10), batch=4))
+    assert captions(seen) == [f'{index} a' for index in range(10)]
+    assert [len(batch['image']) for batch in seen] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    'options, sentence',
+    [
+        (dict(batch=6, processes=4), 'batch of 6 does not divide by 4 processes.* such as 8'),
+        (dict(batch=0), 'at least one image'),
+        (dict(source=Numbers(0)), 'empty'),
+        (dict(process=2, processes=2), 'process 2 of 2'),
+        (dict(step=-1), 'step -1'),
+    ],
+)
+def test_mistakes_are_told(options, sentence):
+    source = options.pop('source', Numbers(10))
+    with pytest.raises(UserError, match=sentence):
+        pipeline.batches(source, **(dict(batch=4, seed=0) | options))
+    if not len(source):
+        with pytest.raises(UserError, match=sentence):
+            pipeline.sequential(source, batch=4)
+
+
+def test_show_draws_different_examples(tmp_path):
+    sheet = pictures.load_image(show(Numbers(200), tmp_path / 'a.png', count=6, columns=3))
+    again = pictures.load_image(show(Numbers(200), tmp_path / 'b.png', count=6, columns=3))
+    other = pictures.load_image(show(Numbers(200), tmp_path / 'c.png', count=6, columns=3, seed=1))
+    np.testing.assert_array_equal(sheet, again)
+    assert sheet.shape != other.shape or (sheet != other).any()
+    with pytest.raises(UserError, match='empty'):
+        show(Numbers(0), tmp_path / 'd.png')
