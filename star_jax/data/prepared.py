@@ -1,0 +1,262 @@
+"""How does a set of captioned images lie on disk?
+
+As a TensorFlow-Datasets set in `array_record`: features, splits and version are described beside
+the records, and neither writing nor reading needs TensorFlow. Sets that others prepared in that
+format are read the same way, their fields named in the config.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import tensorflow_datasets as tfds
+
+from star_jax.core import pictures
+from star_jax.data.pipeline import Example, Source
+from star_jax.errors import UserError
+
+TEXTS = ('label', 'source', 'licence', 'attribution')
+
+
+class Record(TypedDict):
+    """One captioned image to write; extra text fields of the set stand beside these.
+
+    `key` names it uniquely in its split. `image`: the bytes of a PNG file. `captions`: one or more,
+    the fullest first.
+    """
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    label: str
+    source: str
+    licence: str
+    attribution: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A set on disk and the names of its fields.
+
+    `path`: a folder that holds dataset_info.json, or the name of a set in the tfds data folder.
+    `split` may be a slice such as `train[:10%]`. `caption` names a field with one text, several, or
+    a class; `label` may be '' for none.
+    """
+
+    path: str
+    split: str = 'train'
+    image: str = 'image'
+    caption: str = 'captions'
+    label: str = 'label'
+
+    def open(self, size: int) -> Source:
+        """Its examples as (size, size, 3) squares.
+
+        Raises UserError where the set, its split or a field is missing, or where only TensorFlow
+        could read it.
+        """
+        builder = _builder(self.path)
+        self._require_fields(builder.info.features)
+        splits = list(builder.info.splits)
+        try:
+            records = builder.as_data_source(
+                split=self.split, decoders={self.image: tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError:
+            raise UserError(
+                f'the set {self.path} is stored as {builder.info.file_format.value}, '
+                'which needs TensorFlow: expected array_record, '
+                "prepare it again with file_format='array_record'"
+            ) from None
+        except ValueError:
+            raise UserError(
+                f'the set {self.path} has no split {self.split!r}: '
+                f'expected one of {", ".join(splits)}'
+            ) from None
+        return _Records(config=self, size=size, records=records, features=builder.info.features)
+
+    def _require_fields(self, features: Mapping[str, Any]) -> None:
+        for role, field in (
+            ('image', self.image),
+            ('caption', self.caption),
+            ('label', self.label),
+        ):
+            if field not in features and not (role == 'label' and field == ''):
+                raise UserError(
+                    f'the set {self.path} has no field {field!r} for {role}=: '
+                    f'expected one of {", ".join(features)}'
+                )
+        kind = features[self.image]
+        if not isinstance(kind, tfds.features.Image):
+            raise UserError(
+                f'the field {self.image!r} of {self.path} is a {type(kind).__name__}: '
+                'expected an image, name another field with image='
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Records:
+    config: Prepared
+    size: int
+    records: Any
+    features: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.records[index]
+        # Pillow decodes faster than tfds and lets go of the interpreter lock.
+        image = pictures.square(pictures.decode(record[self.config.image]), self.size)
+        label = self._texts(record, self.config.label)[0] if self.config.label else ''
+        return Example(image=image, captions=self._texts(record, self.config.caption), label=label)
+
+    def _texts(self, record: Mapping[str, Any], field: str) -> tuple[str, ...]:
+        feature, value = self.features[field], record[field]
+        if isinstance(feature, tfds.features.Sequence):
+            return tuple(_text(feature.feature, part) for part in value)
+        return (_text(feature, value),)
+
+
+def write(
+    folder: str | os.PathLike[str],
+    splits: Mapping[str, Iterable[Record]],
+    *,
+    name: str = 'captioned',
+    description: str = 'Captioned images.',
+    version: str = '1.0.0',
+    extra: tuple[str, ...] = (),
+) -> Path:
+    """Writes a set whole: `folder` holds the old one, or nothing, until the new one is complete.
+
+    `extra` names further text fields. Records are drawn once from each iterable and stored in an
+    order that only their keys decide.
+    Raises UserError for a split without records, or where `folder` holds something else than a set.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not _replaceable(folder):
+        raise UserError(
+            f'{folder} holds something else than a prepared set: choose an empty folder'
+        )
+    work = folder.with_name(f'.{folder.name}.partial')
+    shutil.rmtree(work, ignore_errors=True)  # what an interrupted run left
+    work.mkdir(parents=True)
+    try:
+        builder = _Captioned(
+            name=name,
+            splits=splits,
+            description=description,
+            version=version,
+            extra=extra,
+            data_dir=str(work),
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download
+            builder.download_and_prepare()
+        if folder.exists():
+            folder.replace(work / 'replaced')
+        Path(builder.data_dir).replace(folder)
+    finally:
+        shutil.rmtree(work)
+    return folder
+
+
+class _Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What tfds needs to know to write a set; reading needs only the folder."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        splits: Mapping[str, Iterable[Record]],
+        description: str,
+        version: str,
+        extra: tuple[str, ...],
+        data_dir: str,
+    ):
+        self.name = name
+        self.VERSION = tfds.core.Version(version)
+        self._examples = splits
+        self._description = description
+        self._extra = extra
+        super().__init__(data_dir=data_dir, file_format='array_record')
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        features = dict(
+            image=tfds.features.Image(shape=(None, None, 3), encoding_format='png'),
+            captions=tfds.features.Sequence(text()),
+            **{field: text() for field in (*TEXTS, *self._extra)},
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self._description,
+            features=tfds.features.FeaturesDict(features),
+            license='the field `licence` of each record',
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
+        return {split: self._generate_examples(split) for split in self._examples}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
+        records = iter(self._examples[split])
+        first = next(records, None)
+        if first is None:
+            raise UserError(
+                f'the split {split!r} has no record: expected at least one, leave it out'
+            )
+        for record in itertools.chain([first], records):
+            fields = {field: record[field] for field in (*TEXTS, *self._extra)}
+            captions = list(record['captions'])
+            yield record['key'], dict(image=record['image'], captions=captions, **fields)
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and (
+        (folder / 'dataset_info.json').exists() or not any(folder.iterdir())
+    )
+
+
+def _builder(path: str) -> tfds.core.DatasetBuilder:
+    folder = Path(path).expanduser()
+    if (folder / 'dataset_info.json').is_file():
+        return tfds.builder_from_directory(folder)
+    if folder.is_dir():
+        raise UserError(
+            f'{path} holds no prepared set: expected the folder with dataset_info.json, '
+            'prepare one with star-jax data prepare'
+        )
+    if folder.is_absolute() or path.startswith(('.', '~')):
+        raise UserError(f'no folder {path}: expected a prepared set, see star-jax data prepare')
+    return _named(path)
+
+
+def _named(name: str) -> tfds.core.DatasetBuilder:
+    """A set in the tfds data folder, by name."""
+    try:
+        builder = tfds.builder(name)
+    except Exception as error:  # tfds runs the code of the set's author, which may raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f'{name} is neither a folder nor a set that tfds can open ({reason}): '
+            'give the folder of a prepared set'
+        ) from None
+    if not builder.info.splits:
+        raise UserError(
+            f'the set {name} is not prepared in {builder.data_dir}: '
+            "run tfds.builder(...).download_and_prepare(file_format='array_record') once"
+        )
+    return builder
+
+
+def _text(feature: Any, value: Any) -> str:
+    if isinstance(feature, tfds.features.ClassLabel):
+        return feature.int2str(int(value))
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,136 @@
+"""The set on disk gives back what was written, and says clearly what is wrong with it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from star_jax.core import pictures
+from star_jax.data import prepared
+from star_jax.errors import UserError
+
+
+def record(index: int, **extra: str) -> dict:
+    image = np.full((8, 8, 3), index, np.uint8)
+    return dict(
+        key=f'k{index}',
+        image=pictures.encode(image),
+        captions=(f'picture {index}, piñata', f'{index}'),
+        label=f'label {index}',
+        source='test',
+        licence='CC0',
+        attribution='nobody',
+        **extra,
+    )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    splits = {'train': (record(i) for i in range(7)), 'held_out': [record(i) for i in range(7, 9)]}
+    return prepared.write(tmp_path_factory.mktemp('sets') / 'tiny', splits)
+
+
+def test_every_record_comes_back(folder):
+    source = prepared.Prepared(path=str(folder)).open(16)
+    examples = sorted((source[i] for i in range(len(source))), key=lambda e: e['label'])
+    assert [e['label'] for e in examples] == [f'label {i}' for i in range(7)]
+    for index, example in enumerate(examples):
+        assert example['captions'] == (f'picture {index}, piñata', f'{index}')
+        np.testing.assert_array_equal(example['image'], np.full((16, 16, 3), index, np.uint8))
+
+
+def test_splits_are_apart_and_can_be_sliced(folder):
+    held_out = prepared.Prepared(path=str(folder), split='held_out').open(8)
+    assert {held_out[i]['label'] for i in range(len(held_out))} == {'label 7', 'label 8'}
+    assert len(prepared.Prepared(path=str(folder), split='train[:3]').open(8)) == 3
+
+
+def test_order_depends_on_keys_alone(folder, tmp_path):
+    backwards = prepared.write(tmp_path / 'b', {'train': [record(i) for i in reversed(range(7))]})
+    order = [
+        [source[i]['label'] for i in range(7)]
+        for source in (prepared.Prepared(path=str(path)).open(8) for path in (folder, backwards))
+    ]
+    assert order[0] == order[1]
+
+
+def test_fields_are_named_in_the_config(folder):
+    config = prepared.Prepared(path=str(folder), caption='licence', label='')
+    example = config.open(8)[0]
+    assert example['captions'] == ('CC0',) and example['label'] == ''
+
+
+def test_extra_fields_are_kept(tmp_path):
+    folder = prepared.write(tmp_path / 'x', {'train': [record(1, style='flat')]}, extra=('style',))
+    assert prepared.Prepared(path=str(folder), caption='style').open(8)[0]['captions'] == ('flat',)
+
+
+def test_a_new_set_replaces_the_old_and_nothing_else(folder, tmp_path):
+    target = prepared.write(tmp_path / 'set', {'train': [record(1)]})
+    prepared.write(target, {'train': [record(2), record(3)]})
+    assert len(prepared.Prepared(path=str(target)).open(8)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ['set']
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.tex').touch()
+    with pytest.raises(UserError, match='something else'):
+        prepared.write(tmp_path / 'mine', {'train': [record(1)]})
+    assert (tmp_path / 'mine' / 'thesis.tex').exists()
+
+
+def test_an_interrupted_write_leaves_the_old_set(tmp_path):
+    target = prepared.write(tmp_path / 'set', {'train': [record(1)]})
+
+    def torn():
+        yield record(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared.write(target, {'train': torn()})
+    assert prepared.Prepared(path=str(target)).open(8)[0]['label'] == 'label 1'
+    with pytest.raises(UserError, match='no record'):
+        prepared.write(target, {'train': []})
+
+
+@pytest.mark.parametrize(
+    'fields, sentence',
+    [
+        (dict(split='test'), "no split 'test': expected one of train, held_out"),
+        (dict(image='picture'), "no field 'picture' for image=: expected one of .*captions"),
+        (dict(caption='text'), "no field 'text' for caption="),
+        (dict(label='class'), "no field 'class' for label="),
+        (dict(image='label'), 'expected an image'),
+    ],
+)
+def test_wrong_names_are_told_with_the_right_ones(folder, fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prepared.Prepared(path=str(folder), **fields).open(8)
+
+
+def test_wrong_places_are_told(folder, tmp_path):
+    missing = str(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match=re.escape(missing)):
+        prepared.Prepared(path=missing).open(8)
+    with pytest.raises(UserError, match='dataset_info.json'):
+        prepared.Prepared(path=str(tmp_path)).open(8)
+    with pytest.raises(UserError, match='neither a folder nor a set'):
+        prepared.Prepared(path='no_such_set_anywhere').open(8)
+
+
+def test_a_tfrecord_set_is_refused(folder, tmp_path):
+    copy = tmp_path / 'tfrecord'
+    copy.mkdir()
+    for name in ('dataset_info.json', 'features.json'):
+        (copy / name).write_text((folder / name).read_text())
+    info = json.loads((copy / 'dataset_info.json').read_text())
+    (copy / 'dataset_info.json').write_text(json.dumps(info | dict(fileFormat='tfrecord')))
+    with pytest.raises(UserError, match='tfrecord, which needs TensorFlow'):
+        prepared.Prepared(path=str(copy)).open(8)
+
+
+def test_a_set_is_found_by_its_tfds_name(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
+    (tmp_path / 'captioned').mkdir()
+    (tmp_path / 'captioned' / '1.0.0').symlink_to(folder)
+    assert len(prepared.Prepared(path='captioned').open(8)) == 7
