@@ -1,0 +1,1 @@
+"""How do configs, weights and training states reach the disk and come back?"""

@@ -1,0 +1,164 @@
+"""How does a config travel between Python, JSON and a file?
+
+A config is a frozen keyword-only dataclass of plain data: numbers, strings, booleans, None, tuples
+and other such dataclasses. In JSON a dataclass is an object of its fields; where the annotation is
+a union (`A | B`, also `A | None`) the object says which class it is: `{"kind": "A", ...}`. Reading
+is strict and runs no Python.
+"""
+
+import json
+import traceback
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from star_jax.checkpoint import files, structure
+from star_jax.errors import UserError
+
+Config = TypeVar('Config')
+
+SHOWN = 8  # flaws in one message
+
+_converter = structure.make_converter()
+
+
+def to_json(config: object) -> dict[str, Any]:
+    """The plain JSON tree of a config: dicts, lists, strings, numbers, booleans, None."""
+    return json.loads(_dump(_converter.unstructure(config)))
+
+
+def from_json(cls: type[Config], data: object, where: str = 'config.json') -> Config:
+    """The config of class `cls` (or of a union of classes) that `data` describes.
+
+    Raises UserError naming `where`, the dotted field, what was given and what was expected: wrong
+    types, missing or unknown fields, unknown kinds, and whatever a `__post_init__` refuses.
+    """
+    try:
+        return _converter.structure(data, cls)
+    except Exception as error:
+        flaws = list(structure.flaws(error))
+        listed = '; '.join(flaws[:SHOWN])
+        more = f'; and {len(flaws) - SHOWN} more' if len(flaws) > SHOWN else ''
+        raise UserError(f'{where}: {listed}{more}') from error
+
+
+def read(path: str | Path, cls: type[Config]) -> Config:
+    """The config in the JSON file `path`; UserError if missing, damaged or not fit for `cls`."""
+    return from_json(cls, read_json(path), where=str(path))
+
+
+def write(path: str | Path, config: object) -> None:
+    """Writes a config to the JSON file `path`, atomically.
+
+    Raises UserError when it could not be read back, such as a string in a field of numbers.
+    """
+    data = to_json(config)
+    from_json(type(config), data, where=type(config).__name__)
+    write_json(path, data)
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON tree in the file `path`; UserError if it is missing or damaged, with the line."""
+    try:
+        return json.loads(Path(path).read_text('utf-8'), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: there is no such file') from error
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f'{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); '
+            'the file is damaged or was cut short'
+        ) from error
+    except ValueError as error:
+        raise UserError(f'{path}: not valid JSON ({error})') from error
+
+
+def write_json(path: str | Path, data: object) -> None:
+    """Writes a JSON tree to the file `path`, atomically."""
+    with files.replacing(Path(path)) as temporary:
+        temporary.write_text(_dump(data, indent=2) + '\n', 'utf-8')
+
+
+def differences(a: object, b: object) -> list[str]:
+    """The fields in which two configs differ, as `model.depth: 2 -> 4` (`a` first), or none."""
+    return list(_differences(to_json(a), to_json(b), ''))
+
+
+def load_run(path: str | Path, cls: type[Config] = object, name: str = 'run') -> Config:
+    """The config in a file: `name` in a Python file (`configs/x.py`), or a `config.json` of `cls`.
+
+    A Python file is executed, so it must be trusted as a program is. UserError if it is missing,
+    fails, or does not define a `cls` called `name`.
+    """
+    path = Path(path)
+    if path.suffix == '.json':
+        return read(path, cls)
+    if path.suffix != '.py':
+        raise UserError(f"{path}: expected a .py file that defines '{name}', or a config.json")
+    namespace = _execute(path)
+    if name not in namespace:
+        raise UserError(f"{path}: defines no '{name}'; expected a line '{name} = ...'")
+    if not isinstance(namespace[name], cls):
+        given, expected = type(namespace[name]).__name__, structure.describe(cls)
+        raise UserError(f"{path}: '{name}' is a {given}, expected {expected}")
+    return namespace[name]
+
+
+def _execute(path: Path) -> dict[str, Any]:
+    """The names that a Python file defines."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    namespace = {'__name__': path.stem, '__file__': str(path)}
+    try:
+        exec(compile(source, str(path), 'exec'), namespace)
+    except SyntaxError as error:
+        raise UserError(f'{path}, line {error.lineno}: {error.msg}') from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = f', line {lines[-1]}' if lines else ''
+        raise UserError(f'{path}{line}: {error} ({type(error).__name__})') from error
+    return namespace
+
+
+def _dump(data: object, indent: int | None = None) -> str:
+    try:
+        return json.dumps(data, indent=indent, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise UserError('a config holds nan or infinity, which JSON has no number for') from error
+
+
+def _refuse_constant(constant: str) -> typing.NoReturn:
+    raise ValueError(f'{constant} is not a JSON number')
+
+
+def _differences(a: object, b: object, path: str) -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict) and _kind(a) == _kind(b):
+        for name in a | b:
+            field = f'{path}.{name}'.removeprefix('.')
+            if name in a and name in b:
+                yield from _differences(a[name], b[name], field)
+            else:
+                yield f'{field}: {_brief(a.get(name))} -> {_brief(b.get(name))}'
+    elif _holds_objects(a) and _holds_objects(b) and len(a) == len(b):
+        for index, (one, other) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(one, other, f'{path}[{index}]')
+    elif a != b:
+        yield f'{path}: {_brief(a)} -> {_brief(b)}'
+
+
+def _holds_objects(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
+def _kind(value: object) -> str | None:
+    return value.get(structure.TAG) if isinstance(value, dict) else None
+
+
+def _brief(value: object) -> str:
+    """A value in a difference: an object by its kind, which is what differs."""
+    return _kind(value) or structure.show(value)
