@@ -1,0 +1,60 @@
+"""Where does a token stand?
+
+Tables that are functions of the schedule alone. Normalised coordinates stretch every grid to the
+same extent, so that a token of a coarse scale lies where its pixels lie (STAR specification 3.2).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def grid_xy(height: int, width: int, extent: float | None = None) -> np.ndarray:
+    """[height * width, 2] float64 (x, y) of each cell in row order.
+
+    `extent` stretches any grid to [0, extent]; a side of one cell stays at 0.
+    """
+    y, x = np.divmod(np.arange(height * width, dtype=np.float64), width)
+    xy_N2 = np.stack([x, y], axis=-1)
+    if extent is not None:
+        xy_N2 *= extent / np.maximum([width - 1, height - 1], 1)
+    return xy_N2
+
+
+def pyramid_xy(grids: tuple[tuple[int, int], ...], extent: float | None = None) -> np.ndarray:
+    """[L, 2] float64 coordinates of every token of a pyramid, scale after scale."""
+    return np.concatenate([grid_xy(h, w, extent) for h, w in grids])
+
+
+def rotary_table(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
+    """[L, head_dim / 2] float32 angles: the first half of the planes turns with x, the other with y.
+
+    `head_dim` must divide by 4 (STAR specification 3.2).
+    """
+    if head_dim % 4:
+        raise ValueError(f'rotary positions need a head width divisible by 4, not {head_dim}')
+    freqs_F = theta ** -(np.arange(0, head_dim, 4) / head_dim)
+    angles_L2F = xy_L2[:, :, None] * freqs_F
+    return angles_L2F.reshape(len(xy_L2), head_dim // 2).astype(np.float32)
+
+
+def rotate(x_BLNH: jax.Array, angles_LP: jax.Array) -> jax.Array:
+    """Turns the channel pairs (2j, 2j+1) of every head by angle j; float32 out."""
+    x_BLNP2 = x_BLNH.astype(jnp.float32).reshape(*x_BLNH.shape[:-1], -1, 2)
+    cos_L1P, sin_L1P = jnp.cos(angles_LP)[:, None, :], jnp.sin(angles_LP)[:, None, :]
+    a, b = x_BLNP2[..., 0], x_BLNP2[..., 1]
+    turned = jnp.stack([a * cos_L1P - b * sin_L1P, a * sin_L1P + b * cos_L1P], axis=-1)
+    return turned.reshape(x_BLNH.shape)
+
+
+def sincos_table(xy_L2: np.ndarray, width: int, theta: float = 10000.0) -> np.ndarray:
+    """[L, width] float32: sines and cosines of x in the first half, of y in the second.
+
+    `width` must divide by 4 (the two-dimensional form of Vaswani et al. 2017, section 3.5).
+    """
+    if width % 4:
+        raise ValueError(f'sin-cos positions need a width divisible by 4, not {width}')
+    freqs_F = theta ** -(np.arange(0, width, 4) / width)
+    angles_L2F = xy_L2[:, :, None] * freqs_F
+    waves = np.concatenate([np.sin(angles_L2F), np.cos(angles_L2F)], axis=-1)
+    return waves.reshape(len(xy_L2), width).astype(np.float32)

@@ -1,0 +1,68 @@
+"""How are maps of tokens and latents resized?
+
+The two resamplings that the published tokenizers were trained with, as matrices along one axis
+(STAR specification 1.4). `jax.image.resize` differs from both by up to 0.3.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CUBIC_A = -0.75  # steepness of the cubic kernel, the value of the published code
+
+
+@functools.cache
+def area_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """[size_out, size_in] float32: adaptive average pooling.
+
+    Output i averages the inputs floor(i n / m) ... ceil((i + 1) n / m) - 1.
+    """
+    matrix = np.zeros((size_out, size_in))
+    for i in range(size_out):
+        first, end = i * size_in // size_out, -(-(i + 1) * size_in // size_out)
+        matrix[i, first:end] = 1 / (end - first)
+    return matrix.astype(np.float32)
+
+
+@functools.cache
+def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """[size_out, size_in] float32: cubic convolution at half-pixel centres, no antialiasing.
+
+    Taps outside the axis are clamped to its ends.
+    """
+    matrix = np.zeros((size_out, size_in))
+    centres = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+    for i, centre in enumerate(centres):
+        base = int(np.floor(centre))
+        for tap in range(base - 1, base + 3):
+            matrix[i, np.clip(tap, 0, size_in - 1)] += _cubic(abs(centre - tap))
+    return matrix.astype(np.float32)
+
+
+def _cubic(x: float) -> float:
+    a = CUBIC_A
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    if x < 2:
+        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return 0.0
+
+
+def area(x_BhwC: jax.Array, height: int, width: int) -> jax.Array:
+    """Adaptive average pooling of NHWC maps to `height` x `width`."""
+    return _resample(x_BhwC, height, width, area_matrix)
+
+
+def bicubic(x_BhwC: jax.Array, height: int, width: int) -> jax.Array:
+    """Bicubic resampling of NHWC maps to `height` x `width`."""
+    return _resample(x_BhwC, height, width, bicubic_matrix)
+
+
+def _resample(x_BhwC: jax.Array, height: int, width: int, matrix) -> jax.Array:
+    if x_BhwC.shape[1:3] == (height, width):
+        return x_BhwC
+    rows, columns = matrix(x_BhwC.shape[1], height), matrix(x_BhwC.shape[2], width)
+    # Full precision: these maps feed a nearest-code search, where bfloat16 changes codes.
+    return jnp.einsum('yh,xw,BhwC->ByxC', rows, columns, x_BhwC, precision='highest')

@@ -1,0 +1,167 @@
+"""In what order are an image's tokens predicted?
+
+A schedule splits L tokens into S steps; the tokens of one step are drawn together, from every
+earlier step. Next-scale prediction (`Pyramid`) and next-token prediction (`Raster`) differ in
+nothing else. A network *reads* rows and *draws* tokens: a raster with a prefix of T rows reads
+T rows in its first step and draws one token from the last of them.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Step `index` of a schedule with the shapes of step `like`.
+
+    Outside a scan both are the same integer; inside one, `index` is traced.
+    """
+
+    index: int | jax.Array
+    like: int
+
+    @classmethod
+    def at(cls, index: int) -> 'Step':
+        return cls(index, index)
+
+    def next(self) -> 'Step':
+        return Step(self.index + 1, self.like + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """`count` neighbouring steps from `first` on whose shapes, and next shapes, are equal."""
+
+    first: int
+    count: int
+
+
+class Schedule:
+    """Shared arithmetic; subclasses supply `sizes`, `reads` and `reach`."""
+
+    sizes: tuple[int, ...]  # tokens drawn by each step
+    reads: tuple[int, ...]  # rows read by each step
+    reach: np.ndarray  # [rows]: how many rows, from row 0 on, each row sees
+
+    @functools.cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Token at which each step starts, and L."""
+        return tuple(itertools.accumulate(self.sizes, initial=0))
+
+    @functools.cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Row at which each step starts, and the number of rows."""
+        return tuple(itertools.accumulate(self.reads, initial=0))
+
+    @property
+    def steps(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of one image."""
+        return self.offsets[-1]
+
+    @functools.cached_property
+    def step_of_row(self) -> np.ndarray:
+        """[rows] int32: the step that reads each row."""
+        return np.repeat(np.arange(self.steps, dtype=np.int32), self.reads)
+
+    @functools.cached_property
+    def step_of_token(self) -> np.ndarray:
+        """[L] int32: the step that draws each token."""
+        return np.repeat(np.arange(self.steps, dtype=np.int32), self.sizes)
+
+    @functools.cached_property
+    def drawing_rows(self) -> np.ndarray:
+        """[L] int32: the row whose features predict each token (the last rows of its step)."""
+        ends = zip(self.starts[1:], self.sizes, strict=True)
+        return np.concatenate([np.arange(end - n, end, dtype=np.int32) for end, n in ends])
+
+    def rows(self, step: Step) -> np.ndarray | jax.Array:
+        """[reads] int32: the rows that `step` reads; a numpy array unless the step is traced."""
+        local = np.arange(self.reads[step.like], dtype=np.int32)
+        if isinstance(step.index, int):
+            return self.starts[step.index] + local
+        return jnp.asarray(self.starts, jnp.int32)[step.index] + local
+
+    def mask(self, rows: np.ndarray | jax.Array | None = None) -> np.ndarray | jax.Array:
+        """[query, key] bool over `rows` (all by default): what teacher forcing may see."""
+        rows = np.arange(self.starts[-1]) if rows is None else rows
+        reach = self.reach if isinstance(rows, np.ndarray) else jnp.asarray(self.reach)
+        return rows[None, :] < reach[rows][:, None]
+
+    def groups(self, kinds: tuple | None = None) -> tuple[Group, ...]:
+        """The steps as runs that one loop body serves.
+
+        A body also makes the inputs of the next step, so two neighbours share one when they read,
+        draw and are followed by equally many rows, and are of equal `kinds` (one per step).
+        """
+        kinds = kinds or (None,) * self.steps
+        followers = (*self.reads[1:], 0)
+        shapes = list(zip(self.reads, self.sizes, followers, kinds, strict=True))
+        runs = itertools.groupby(range(self.steps), key=shapes.__getitem__)
+        members = [list(run) for _, run in runs]
+        return tuple(Group(run[0], len(run)) for run in members)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid(Schedule):
+    """Next-scale prediction: step k draws a whole grid (height, width), coarse to fine."""
+
+    grids: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.grids or any(h < 1 or w < 1 for h, w in self.grids):
+            raise ValueError(f'a pyramid needs grids of at least 1 x 1, not {self.grids}')
+        for (h, w), (next_h, next_w) in itertools.pairwise(self.grids):
+            if next_h < h or next_w < w:
+                raise ValueError(f'the sides of a pyramid must not shrink: {self.grids}')
+
+    @classmethod
+    def square(cls, sides: tuple[int, ...]) -> 'Pyramid':
+        return cls(tuple((side, side) for side in sides))
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(h * w for h, w in self.grids)
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.sizes
+
+    @functools.cached_property
+    def reach(self) -> np.ndarray:
+        """A row sees its own step and all earlier ones."""
+        return np.repeat(np.asarray(self.starts[1:]), self.reads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Raster(Schedule):
+    """Next-token prediction over a grid, row by row, after `prefix` rows of condition."""
+
+    height: int
+    width: int
+    prefix: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width, self.prefix) < 1:
+            raise ValueError(f'a raster needs positive height, width and prefix, not {self}')
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return (1,) * (self.height * self.width)
+
+    @functools.cached_property
+    def reads(self) -> tuple[int, ...]:
+        return (self.prefix,) + (1,) * (self.height * self.width - 1)
+
+    @functools.cached_property
+    def reach(self) -> np.ndarray:
+        """Causal, within the prefix too."""
+        return np.arange(1, self.starts[-1] + 1)
