@@ -1,0 +1,152 @@
+"""Who looks at whom, and how strongly?
+
+One door, `attend`, to every attention kernel; the modules around it own the projections. Keys and
+values leave a layer as they enter the cache: after rotation and normalisation.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from star_jax.core import positions
+from star_jax.nn import layers
+
+MAX_LOG_SCALE = float(np.log(100))  # learned score scales stop here (STAR specification 3.3)
+
+
+class KV(NamedTuple):
+    """Keys and values, [..., B, M, N, H]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def attend(q_BLNH: jax.Array, kv: KV, mask: jax.Array | None = None) -> jax.Array:
+    """softmax(q k + mask) v per head, [B, L, N, H]. Queries arrive scaled.
+
+    `mask` is boolean, True where a query may look, and broadcasts to [B, N, L, M]; None: everywhere.
+    """
+    scores_BNLM = jnp.einsum('BLNH,BMNH->BNLM', q_BLNH, kv.keys, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores_BNLM = jnp.where(mask, scores_BNLM, -jnp.inf)
+    weights_BNLM = jax.nn.softmax(scores_BNLM).astype(kv.values.dtype)
+    return jnp.einsum('BNLM,BMNH->BLNH', weights_BNLM, kv.values)
+
+
+class Cosine(nn.Module):
+    """Queries and keys of unit length, and a learned scale per head that starts at 4."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, q_BLNH: jax.Array, k_BMNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        init = nn.with_logical_partitioning(nn.initializers.constant(np.log(4)), ('heads',))
+        log_scale_N = self.param('log_scale', init, (self.heads,))
+        scale_N1 = jnp.exp(jnp.minimum(log_scale_N, MAX_LOG_SCALE))[:, None]
+        return layers.unit(q_BLNH) * scale_N1, layers.unit(k_BMNH)
+
+
+class Scaled(nn.Module):
+    """Plain dot products times a constant."""
+
+    factor: float
+
+    def __call__(self, q_BLNH: jax.Array, k_BMNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return q_BLNH * self.factor, k_BMNH
+
+
+class SelfAttention(nn.Module):
+    """Attention to the rows so far. No bias on keys, as published."""
+
+    width: int
+    heads: int
+    scores: Callable[..., nn.Module]
+    kernel_init: layers.Initializer
+    out_init: layers.Initializer
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: jax.Array, angles_LP: jax.Array | None, past: KV | None, mask: jax.Array | None
+    ) -> tuple[jax.Array, KV]:
+        """Rows [B, L, D] -> what they gathered, and their own keys and values for the cache."""
+        dtype, shape = x_BLD.dtype, (self.heads, self.width // self.heads)
+        axes = ('embed', None, 'heads', None)
+        project = layers.Einsum(
+            'BLD,DSNH->SBLNH', (self.width, 3, *shape), axes, self.kernel_init, name='qkv'
+        )
+        q_BLNH, k_BLNH, v_BLNH = project(x_BLD)
+        q_BLNH = layers.Bias(shape, ('heads', None), name='q_bias')(q_BLNH)
+        v_BLNH = layers.Bias(shape, ('heads', None), name='v_bias')(v_BLNH)
+        if angles_LP is not None:
+            q_BLNH, k_BLNH = (positions.rotate(x, angles_LP) for x in (q_BLNH, k_BLNH))
+        q_BLNH, k_BLNH = self.scores(name='compare')(q_BLNH, k_BLNH)
+        new = KV(k_BLNH.astype(dtype), v_BLNH)
+        seen = new if past is None else jax.tree.map(lambda *kv: jnp.concatenate(kv, 1), past, new)
+        y_BLNH = attend(q_BLNH.astype(dtype), seen, mask)
+        return GatherHeads(self.width, shape, self.out_init, name='proj')(y_BLNH), new
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text. Keys and values do not change from step to step: `text_kv`, once.
+
+    `released` reproduces the published code, which adds the output of the first row of the batch
+    to every row (STAR specification 3.4).
+    """
+
+    width: int
+    heads: int
+    text_width: int
+    scores: Callable[..., nn.Module]
+    kernel_init: layers.Initializer
+    released: bool = False
+
+    def setup(self) -> None:
+        shape = (self.heads, self.width // self.heads)
+        axes = ('embed', 'heads', None)
+        self.query = layers.Einsum('BLD,DNH->BLNH', (self.width, *shape), axes, self.kernel_init)
+        self.text = layers.Einsum(
+            'BTE,ESNH->SBTNH',
+            (self.text_width, 2, *shape),
+            ('embed', None, 'heads', None),
+            self.kernel_init,
+        )
+        self.q_bias = layers.Bias(shape, ('heads', None))
+        self.v_bias = layers.Bias(shape, ('heads', None))
+        self.compare = self.scores()
+        self.proj = GatherHeads(self.width, shape, self.kernel_init)
+
+    def text_kv(self, states_BTE: jax.Array) -> KV:
+        k_BTNH, v_BTNH = self.text(states_BTE)
+        return KV(k_BTNH, self.v_bias(v_BTNH))
+
+    def __call__(self, x_BLD: jax.Array, text_kv: KV, mask_BT: jax.Array) -> jax.Array:
+        dtype, batch = x_BLD.dtype, len(x_BLD)
+        if self.released:
+            x_BLD, mask_BT = x_BLD[:1], mask_BT[:1]
+            text_kv = jax.tree.map(lambda kv: kv[:1], text_kv)
+        q_BLNH, k_BTNH = self.compare(self.q_bias(self.query(x_BLD)), text_kv.keys)
+        seen = KV(k_BTNH.astype(dtype), text_kv.values)
+        y_BLNH = attend(q_BLNH.astype(dtype), seen, mask_BT[:, None, None, :] > 0)
+        y_BLD = self.proj(y_BLNH)
+        return jnp.broadcast_to(y_BLD, (batch, *y_BLD.shape[1:]))
+
+
+class GatherHeads(nn.Module):
+    """The output projection, with bias."""
+
+    width: int
+    shape: tuple[int, int]
+    kernel_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, y_BLNH: jax.Array) -> jax.Array:
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, ('heads', None, 'embed'))
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
+        kernel = self.param('kernel', kernel_init, (*self.shape, self.width))
+        bias = self.param('bias', bias_init, (self.width,))
+        y_BLD = jnp.einsum('BLNH,NHD->BLD', y_BLNH, kernel.astype(y_BLNH.dtype))
+        return y_BLD + bias.astype(y_BLD.dtype)

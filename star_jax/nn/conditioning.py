@@ -1,0 +1,67 @@
+"""How does the condition enter a network?"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from star_jax.core.condition import Text
+from star_jax.nn import layers
+
+
+class TextStart(nn.Module):
+    """The rows of the first step: the projected pooled text plus learned start positions.
+
+    `text` hands cross-attention its states and mask.
+    """
+
+    width: int
+    text_width: int
+    rows: int
+    kernel_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, text: Text) -> jax.Array:
+        """[B, rows, D] float32."""
+        project = layers.Linear(
+            self.text_width, self.width, (None, 'embed'), self.kernel_init, name='pooled'
+        )
+        place = layers.Table(
+            self.rows, self.width, (None, 'embed'), self.kernel_init, name='position'
+        )
+        pooled_BE = text.pooled_BE.astype(jnp.float32)
+        return project(pooled_BE)[:, None, :] + place(jnp.arange(self.rows))
+
+    def text(self, text: Text) -> tuple[jax.Array, jax.Array]:
+        """Token states [B, T, E] and their mask [B, T]."""
+        return text.states_BTE, text.mask_BT
+
+
+class LevelModulation(nn.Module):
+    """AdaLN signals from the level embeddings alone, shared by all layers (specification 3.4)."""
+
+    width: int
+    kernel_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, steps_L: jax.Array, levels_SD: jax.Array) -> jax.Array:
+        """[1, L, 6, D] float32, in the order gate, gate, scale, scale, shift, shift."""
+        last_SD = jnp.broadcast_to(levels_SD[-1], levels_SD.shape)
+        pairs = jnp.concatenate([levels_SD, last_SD], axis=-1)
+        axes = (None, 'embed')
+        u_SD = layers.Linear(2 * self.width, self.width, axes, self.kernel_init, name='pair')(pairs)
+        w = layers.Linear(self.width, 6 * self.width, axes, self.kernel_init, name='signal')(
+            nn.silu(u_SD)
+        )
+        return w.reshape(-1, 6, self.width)[steps_L][None]
+
+
+class ModulationOffset(nn.Module):
+    """A layer's own addition to a shared signal."""
+
+    width: int
+    kernel_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, signal_BL6D: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(self.kernel_init, (None, 'embed'))
+        return signal_BL6D + self.param('offset', init, (6, self.width))

@@ -1,0 +1,127 @@
+"""The parameterised operations that every model is built from.
+
+Every parameter carries logical axes; `parallel/rules.py` says where on a mesh they lie.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Initializer = nn.initializers.Initializer
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """LayerNorm over the last axis without scale or shift; statistics in float32, dtype of x out."""
+    centred = x.astype(jnp.float32)
+    centred -= centred.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / max(norm, 1e-12) over the last axis, float32."""
+    x = x.astype(jnp.float32)
+    # The bound lies under the root: the root's own gradient is infinite at zero.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+class Einsum(nn.Module):
+    """A named-axis matmul: `Einsum('BLD,DNH->BLNH', (D, N, H), ('embed', 'heads', None))`.
+
+    The kernel is cast to the dtype of the input. `out` names the dtype that sums are kept in.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    kernel_init: Initializer
+    out: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(
+            'kernel', nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape
+        )
+        kernel = kernel.astype(x.dtype)
+        return jnp.einsum(self.equation, x, kernel, preferred_element_type=self.out)
+
+
+class Bias(nn.Module):
+    """Adds a vector that starts at zero."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
+        return x + self.param('bias', init, self.shape).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + b over the last axis; `axes` name (input, output)."""
+
+    width_in: int
+    width_out: int
+    axes: tuple[str | None, str | None]
+    kernel_init: Initializer
+    out: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+        kernel = self.param('kernel', kernel_init, (self.width_in, self.width_out))
+        bias = self.param('bias', bias_init, (self.width_out,))
+        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=self.out)
+        return y + bias.astype(y.dtype)
+
+
+class Table(nn.Module):
+    """`rows` learned vectors, taken by index."""
+
+    rows: int
+    width: int
+    axes: tuple[str | None, str | None]
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, index: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        return self.param('table', init, (self.rows, self.width))[index]
+
+
+def conv(
+    channels: int,
+    size: int = 3,
+    init: Initializer | None = None,
+    name: str | None = None,
+    strides: int = 1,
+    padding: tuple[int, int] | None = None,
+) -> nn.Conv:
+    """A `size` x `size` convolution of NHWC maps that keeps their sides.
+
+    `padding` (before, after) and `strides` hold for both axes.
+    """
+    init = nn.initializers.lecun_normal() if init is None else init
+    return nn.Conv(
+        channels,
+        (size, size),
+        strides=strides,
+        padding=size // 2 if padding is None else (padding, padding),
+        kernel_init=nn.with_logical_partitioning(init, (None, None, None, 'channels')),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('channels',)),
+        name=name,
+    )
+
+
+def group_norm(groups: int, name: str | None = None) -> nn.GroupNorm:
+    """GroupNorm, eps 1e-6, affine, with the two-pass variance of the published models."""
+    return nn.GroupNorm(
+        groups,
+        epsilon=1e-6,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('channels',)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('channels',)),
+        name=name,
+    )

@@ -1,0 +1,232 @@
+"""What predicts the tokens of a step from all earlier ones?
+
+One network for every family; a family is the set of parts passed in. Sampling and training walk
+the same weights differently, so the network is five methods: `start`, `embed`, `text_kv`, `trunk`
+and `head`. Suffixes: B batch, L rows, M cached rows, D width, N heads, H head width, P = H/2
+rotation planes, F hidden width, V logits, S steps, T text tokens, E text width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from star_jax.core.schedule import Schedule
+from star_jax.nn import layers
+from star_jax.nn.attention import KV
+from star_jax.nn.positions import Positions
+
+Rows = np.ndarray | jax.Array
+PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh approximation), Linear."""
+
+    width: int
+    hidden: int
+    kernel_init: layers.Initializer
+    out_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h = layers.Linear(self.width, self.hidden, ('embed', 'mlp'), self.kernel_init, name='fc1')(
+            x_BLD
+        )
+        h = nn.gelu(h, approximate=True)
+        return layers.Linear(self.hidden, self.width, ('mlp', 'embed'), self.out_init, name='fc2')(
+            h
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a block is made of; each makes a module, None leaves it out."""
+
+    self_attention: Callable[[], nn.Module]
+    mlp: Callable[[], nn.Module]
+    cross_attention: Callable[[], nn.Module] | None = None
+    modulation: Callable[[], nn.Module] | None = None
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP, each added to what came in (STAR specification 3.4)."""
+
+    parts: Parts
+
+    def setup(self) -> None:
+        parts = self.parts
+        self.attn = parts.self_attention()
+        self.cross = parts.cross_attention() if parts.cross_attention else None
+        self.ffn = parts.mlp()
+        self.modulate = parts.modulation() if parts.modulation else None
+
+    def text_kv(self, carry: tuple, text: Any) -> tuple[tuple, KV | None]:
+        return carry, self.cross.text_kv(text) if self.cross else None
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        own: tuple[KV | None, KV | None, jax.Array | None],
+        shared: tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None],
+    ) -> tuple[jax.Array, KV]:
+        """`own`: past, text keys and values, path scales of this layer. `shared`: angles, mask,
+        text mask, modulation of all layers. Returns the rows and their keys and values."""
+        past, text_kv, paths_2B = own
+        angles_LP, mask, text_mask_BT, signal = shared
+        parts = PLAIN if self.modulate is None else self._parts(signal, x_BLD.dtype)
+        gate1, gate2, scale1, scale2, shift1, shift2 = parts
+        path1, path2 = (1.0, 1.0)
+        if paths_2B is not None:
+            path1, path2 = paths_2B[:, :, None, None].astype(x_BLD.dtype)
+        h, kv = self.attn(layers.layer_norm(x_BLD) * (1 + scale1) + shift1, angles_LP, past, mask)
+        x_BLD = x_BLD + path1 * (gate1 * h)
+        if self.cross:
+            x_BLD = x_BLD + self.cross(layers.layer_norm(x_BLD), text_kv, text_mask_BT)
+        h = self.ffn(layers.layer_norm(x_BLD) * (1 + scale2) + shift2)
+        return x_BLD + path2 * (gate2 * h), kv
+
+    def _parts(self, signal: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+        return list(jnp.moveaxis(self.modulate(signal).astype(dtype), -2, 0))
+
+
+class Head(nn.Module):
+    """Float32 logits of features, normalised first unless `norm` is off."""
+
+    width: int
+    num_logits: int
+    kernel_init: layers.Initializer
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, features_BLD: jax.Array) -> jax.Array:
+        x_BLD = layers.layer_norm(features_BLD) if self.norm else features_BLD
+        axes = ('embed', 'vocab')
+        logits = layers.Linear(
+            self.width, self.num_logits, axes, self.kernel_init, jnp.float32, name='logits'
+        )
+        return logits(x_BLD)
+
+
+class Transformer(nn.Module):
+    """The network. `condition` is whatever `starter` understands.
+
+    `starter` makes the first rows and hands out the text, if there is any; `embedder` turns the
+    tokenizer's inputs into rows; `modulator` makes the signal that every block is modulated by.
+    """
+
+    schedule: Schedule
+    width: int
+    depth: int
+    heads: int
+    starter: nn.Module
+    embedder: nn.Module
+    positions: Positions
+    block: Parts
+    to_logits: nn.Module
+    init_rows: layers.Initializer
+    level_embedding: bool = True
+    modulator: nn.Module | None = None
+    remat: bool = False
+    dtype: str = 'float32'
+
+    def setup(self) -> None:
+        shape = (self.schedule.steps, self.width)
+        if self.level_embedding or self.modulator:
+            init = nn.with_logical_partitioning(self.init_rows, (None, 'embed'))
+            self.levels = self.param('levels', init, shape)
+        self.table = self.positions.table(self.schedule, self.width, self.init_rows)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        stacked = {
+            'variable_axes': {'params': 0},
+            'split_rngs': {'params': True},
+            'length': self.depth,
+            'metadata_params': {nn.PARTITION_NAME: 'layers'},
+        }
+        methods = {
+            '__call__': {'in_axes': (0, nn.broadcast), **stacked},
+            'text_kv': {'in_axes': nn.broadcast, **stacked},
+        }
+        self.blocks = nn.scan(block, methods=methods)(self.block)
+
+    def __call__(self, inputs: jax.Array, condition: Any) -> jax.Array:
+        """Teacher-forced logits [B, L, V] of all rows."""
+        return self.head(self.features(inputs, condition), condition)
+
+    def features(
+        self,
+        inputs: jax.Array,
+        condition: Any,
+        rows: Rows | None = None,
+        paths: jax.Array | None = None,
+    ) -> jax.Array:
+        """Teacher-forced features [B, L, D] of `rows` (all by default).
+
+        `inputs` are the inputs of every step but the first; `paths` [depth, 2, B] scales the two
+        branches of each layer (`drop_paths`).
+        """
+        later = np.arange(self.schedule.starts[1], self.schedule.starts[-1])
+        x_BLD = jnp.concatenate([self.start(condition), self.embed(inputs, later)], axis=1)
+        if rows is None:
+            rows = np.arange(self.schedule.starts[-1])
+        else:
+            x_BLD = x_BLD[:, rows]
+        mask = self.schedule.mask(rows)
+        return self.trunk(x_BLD, rows, self.text_kv(condition), condition, None, mask, paths)[0]
+
+    def start(self, condition: Any) -> jax.Array:
+        """[B, rows of step 0, D] float32."""
+        return self._place(self.starter(condition), np.arange(self.schedule.starts[1]))
+
+    def embed(self, inputs: jax.Array, rows: Rows) -> jax.Array:
+        """[B, L, D] float32: what the tokenizer gives for `rows`, embedded and placed."""
+        return self._place(self.embedder(inputs), rows)
+
+    def text_kv(self, condition: Any) -> KV | None:
+        """Cross-attention keys and values of every layer, [depth, B, T, N, H]; once per image."""
+        states_BTE, _ = self.starter.text(condition)
+        return self.blocks.text_kv((), jax.tree.map(lambda x: x.astype(self.dtype), states_BTE))[1]
+
+    def trunk(
+        self,
+        x_BLD: jax.Array,
+        rows: Rows,
+        text_kv: KV | None,
+        condition: Any,
+        past: KV | None = None,
+        mask: Rows | None = None,
+        paths: jax.Array | None = None,
+    ) -> tuple[jax.Array, KV]:
+        """Features before the last norm, and the new keys and values of every layer.
+
+        `past` holds earlier rows, [depth, B, M, N, H]; `mask` [L, M + L] says which of both a row
+        sees (None: all).
+        """
+        angles = self.positions.angles(self.schedule, self.width // self.heads)
+        angles_LP = None if angles is None else jnp.asarray(angles)[rows]
+        steps_L = jnp.asarray(self.schedule.step_of_row)[rows]
+        signal = self.modulator(steps_L, self.levels) if self.modulator else None
+        shared = (angles_LP, mask, self.starter.text(condition)[1], signal)
+        return self.blocks(x_BLD.astype(self.dtype), (past, text_kv, paths), shared)
+
+    def head(self, features_BLD: jax.Array, condition: Any) -> jax.Array:
+        """[B, L, V] float32 logits."""
+        return self.to_logits(features_BLD)
+
+    def _place(self, x_BLD: jax.Array, rows: Rows) -> jax.Array:
+        if self.level_embedding:
+            x_BLD = x_BLD + self.levels[jnp.asarray(self.schedule.step_of_row)[rows]]
+        return x_BLD if self.table is None else x_BLD + self.table(rows)
+
+
+def drop_paths(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array:
+    """[depth, 2, B] float32 scales of stochastic depth: 0, or 1 / (1 - rate of the layer).
+
+    The rate rises linearly from 0 to `rate` over the layers (STAR specification 3.4).
+    """
+    keep = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    return jax.random.bernoulli(key, keep, (depth, 2, batch)) / keep

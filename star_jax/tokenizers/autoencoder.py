@@ -1,0 +1,147 @@
+"""How does an image become a small map of features, and back?
+
+The convolutional encoder and decoder of STAR and VAR (specification 1.1-1.3). Images are NHWC
+float32 in [-1, 1]. Widths, multipliers, groups and the stem are fields, so that a narrow one
+trains on two cores: a stem of 4 folds 4 x 4 pixels into channels before the first convolution
+(1: as published) and removes the work at full resolution.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from star_jax.nn import layers
+
+ZEROS = nn.initializers.zeros  # residual branches start as the identity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """Sizes of an encoder and its decoder; the defaults are the published ones."""
+
+    width: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    groups: int = 32
+    stem: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.blocks, self.groups, self.stem, *self.multipliers) < 1:
+            raise ValueError(f'every size of an autoencoder must be at least 1: {self}')
+        if self.width % self.groups:
+            raise ValueError(f'width {self.width} does not divide into {self.groups} norm groups')
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell along a side."""
+        return self.stem * 2 ** (len(self.multipliers) - 1)
+
+
+class ResBlock(nn.Module):
+    """Two normalised convolutions beside an identity, or a 1x1 convolution where the width changes."""
+
+    width: int
+    groups: int
+
+    @nn.compact
+    def __call__(self, x_BhwC: jax.Array) -> jax.Array:
+        h = nn.silu(layers.group_norm(self.groups, 'norm1')(x_BhwC))
+        h = layers.conv(self.width, name='conv1')(h)
+        h = nn.silu(layers.group_norm(self.groups, 'norm2')(h))
+        h = layers.conv(self.width, init=ZEROS, name='conv2')(h)
+        if x_BhwC.shape[-1] != self.width:
+            x_BhwC = layers.conv(self.width, 1, name='nin_shortcut')(x_BhwC)
+        return x_BhwC + h
+
+
+class AttnBlock(nn.Module):
+    """One head of self-attention over all cells."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x_BhwC: jax.Array) -> jax.Array:
+        batch, height, width, channels = x_BhwC.shape
+        qkv = layers.conv(3 * channels, 1, name='qkv')(
+            layers.group_norm(self.groups, 'norm')(x_BhwC)
+        )
+        q_BLC, k_BLC, v_BLC = jnp.split(qkv.reshape(batch, height * width, -1), 3, axis=-1)
+        weights_BLM = jax.nn.softmax(jnp.einsum('BLC,BMC->BLM', q_BLC, k_BLC) * channels**-0.5)
+        h = jnp.einsum('BLM,BMC->BLC', weights_BLM, v_BLC).reshape(x_BhwC.shape)
+        return x_BhwC + layers.conv(channels, 1, init=ZEROS, name='proj_out')(h)
+
+
+class Encoder(nn.Module):
+    """[B, H, W, 3] images -> [B, h, w, channels] features."""
+
+    sizes: Autoencoder
+    channels: int
+
+    @nn.compact
+    def __call__(self, image_BhwC: jax.Array) -> jax.Array:
+        sizes = self.sizes
+        last = len(sizes.widths) - 1
+        h = layers.conv(sizes.width, name='conv_in')(space_to_depth(image_BhwC, sizes.stem))
+        for level, width in enumerate(sizes.widths):
+            for block in range(sizes.blocks):
+                h = ResBlock(width, sizes.groups, name=f'down_{level}_block_{block}')(h)
+                if level == last:
+                    h = AttnBlock(sizes.groups, name=f'down_{level}_attn_{block}')(h)
+            if level < last:
+                # One zero row below and one zero column to the right, none above or to the left.
+                down = layers.conv(
+                    width, name=f'down_{level}_downsample', strides=2, padding=(0, 1)
+                )
+                h = down(h)
+        h = _middle(sizes, h)
+        h = nn.silu(layers.group_norm(sizes.groups, 'norm_out')(h))
+        return layers.conv(self.channels, name='conv_out')(h)
+
+
+class Decoder(nn.Module):
+    """[B, h, w, channels] features -> [B, H, W, 3] images, not yet clamped."""
+
+    sizes: Autoencoder
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        sizes = self.sizes
+        last = len(sizes.widths) - 1
+        h = layers.conv(sizes.widths[-1], name='conv_in')(h)
+        h = _middle(sizes, h)
+        for level in reversed(range(len(sizes.widths))):
+            for block in range(sizes.blocks + 1):
+                h = ResBlock(sizes.widths[level], sizes.groups, name=f'up_{level}_block_{block}')(h)
+                if level == last:
+                    h = AttnBlock(sizes.groups, name=f'up_{level}_attn_{block}')(h)
+            if level > 0:
+                h = h.repeat(2, axis=1).repeat(2, axis=2)
+                h = layers.conv(sizes.widths[level], name=f'up_{level}_upsample')(h)
+        h = nn.silu(layers.group_norm(sizes.groups, 'norm_out')(h))
+        return depth_to_space(layers.conv(3 * sizes.stem**2, name='conv_out')(h), sizes.stem)
+
+
+def space_to_depth(x_BhwC: jax.Array, factor: int) -> jax.Array:
+    """Folds factor x factor pixels into channels."""
+    batch, height, width, channels = x_BhwC.shape
+    x = x_BhwC.reshape(batch, height // factor, factor, width // factor, factor, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // factor, width // factor, -1)
+
+
+def depth_to_space(x_BhwC: jax.Array, factor: int) -> jax.Array:
+    """The inverse of `space_to_depth`."""
+    batch, height, width, channels = x_BhwC.shape
+    x = x_BhwC.reshape(batch, height, width, factor, factor, channels // factor**2)
+    return x.swapaxes(2, 3).reshape(batch, height * factor, width * factor, -1)
+
+
+def _middle(sizes: Autoencoder, h: jax.Array) -> jax.Array:
+    h = ResBlock(sizes.widths[-1], sizes.groups, name='mid_block_1')(h)
+    h = AttnBlock(sizes.groups, name='mid_attn_1')(h)
+    return ResBlock(sizes.widths[-1], sizes.groups, name='mid_block_2')(h)

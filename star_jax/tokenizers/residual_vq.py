@@ -1,0 +1,296 @@
+"""How does a map of features become codes at growing scales, and back?
+
+The multi-scale residual quantiser of VAR and STAR (specification 1.5-1.8). Each scale quantises
+what the coarser ones left over; its code vectors, brought to full size and passed through a phi
+convolution, add up to the canvas that the decoder turns into an image.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from star_jax.core import resize
+from star_jax.core.codes import Drawn, Index
+from star_jax.core.schedule import Pyramid, Step
+from star_jax.nn import layers
+from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
+
+# Which of four phi convolutions serves each of K scales. At K = 10 scales 2 and 7 lie exactly
+# between two; only the rounding of the published float64 code decides (specification 1.5).
+PHI_OF_FOUR = {
+    2: (0, 3),
+    3: (0, 2, 3),
+    4: (0, 1, 2, 3),
+    5: (0, 1, 2, 2, 3),
+    6: (0, 0, 1, 2, 3, 3),
+    7: (0, 0, 1, 2, 2, 3, 3),
+    8: (0, 0, 1, 1, 2, 2, 3, 3),
+    9: (0, 0, 1, 1, 2, 2, 2, 3, 3),
+    10: (0, 0, 1, 1, 1, 2, 2, 3, 3, 3),
+    11: (0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3),
+    12: (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3),
+    13: (0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
+    14: (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
+    15: (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+    16: (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VQ:
+    """A convolutional tokenizer with residual codes; the defaults are the published ones.
+
+    `phis` counts phi convolutions (1: one for all scales, as many as scales: one each), `phi_ratio`
+    is their share in the output. `normalised` compares directions instead of distances (z-norm).
+    """
+
+    autoencoder: Autoencoder = Autoencoder()
+    sides: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    codes: int = 4096
+    channels: int = 32
+    phis: int = 4
+    phi_ratio: float = 0.5
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.codes, self.channels, self.phis, *self.sides) < 1:
+            raise ValueError(f'every size of a tokenizer must be at least 1: {self}')
+        if not 0 <= self.phi_ratio <= 1:
+            raise ValueError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels."""
+        return self.sides[-1] * self.autoencoder.downsampling
+
+    def build(self) -> 'VQTokenizer':
+        return VQTokenizer(self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """What quantising features f leaves behind; gradients reach codebook and phi through it.
+
+    `codes`: per scale [B, h, w]. `targets`: per scale [B, h, w, C], the vectors that were looked up.
+    `canvases`: per scale [B, H, W, C], the sum of the scales so far.
+    """
+
+    codes: tuple[jax.Array, ...]
+    targets: tuple[jax.Array, ...]
+    canvases: tuple[jax.Array, ...]
+
+    @property
+    def codes_BL(self) -> jax.Array:
+        return jnp.concatenate([codes.reshape(len(codes), -1) for codes in self.codes], axis=1)
+
+    def losses(self, f_BHWC: jax.Array, commitment: float) -> jax.Array:
+        """[K] commitment and codebook loss of each scale (specification 1.8).
+
+        VAR averages over the scales; STAR's modified file sums.
+        """
+        stop = jax.lax.stop_gradient
+        return jnp.stack(
+            [
+                commitment * jnp.square(stop(canvas) - f_BHWC).mean()
+                + jnp.square(canvas - stop(f_BHWC)).mean()
+                for canvas in self.canvases
+            ]
+        )
+
+    def straight_through(self, f_BHWC: jax.Array) -> jax.Array:
+        """The last canvas, with the gradient of the identity to f and none to the codebook."""
+        return f_BHWC + jax.lax.stop_gradient(self.canvases[-1] - f_BHWC)
+
+
+class ResidualVQ(nn.Module):
+    """Codebook and phi convolutions. Everything here is float32 at full matmul precision."""
+
+    schedule: Pyramid
+    codes: int
+    channels: int
+    phis: int
+    phi_ratio: float
+    normalised: bool
+
+    def setup(self) -> None:
+        partitioned = nn.with_logical_partitioning
+        scattered = nn.initializers.uniform(2 / self.codes)
+        self.codebook = self.param(
+            'codebook',
+            partitioned(lambda *args: scattered(*args) - 1 / self.codes, ('codes', None)),
+            (self.codes, self.channels),
+        )
+        kernel = (self.phis, 3, 3, self.channels, self.channels)
+        zeros = nn.initializers.zeros
+        self.phi_kernel = self.param(
+            'phi_kernel', partitioned(_identity_kernels, (None,) * 4 + ('channels',)), kernel
+        )
+        self.phi_bias = self.param(
+            'phi_bias', partitioned(zeros, (None, 'channels')), (self.phis, self.channels)
+        )
+
+    def embed(self, codes: jax.Array) -> jax.Array:
+        """Code vectors, [..., C]."""
+        return self.codebook[codes]
+
+    def mix(self, weights_BLV: jax.Array) -> jax.Array:
+        """Weighted means of the code vectors, [B, L, C]."""
+        return jnp.matmul(weights_BLV, self.codebook, precision='highest')
+
+    def search(self, z: jax.Array) -> jax.Array:
+        """The nearest code of every vector, int32; the lowest on ties."""
+        if self.normalised:
+            scores = jnp.matmul(layers.unit(z), layers.unit(self.codebook).T, precision='highest')
+            return scores.argmax(-1).astype(jnp.int32)
+        products = jnp.matmul(z, self.codebook.T, precision='highest')
+        squares = jnp.square(z).sum(-1, keepdims=True) + jnp.square(self.codebook).sum(-1)
+        return (squares - 2 * products).argmin(-1).astype(jnp.int32)
+
+    def refine(self, vectors_BhwC: jax.Array, step: Step) -> jax.Array:
+        """What a scale adds to the canvas: its vectors at full size, through its phi."""
+        height, width = self.schedule.grids[-1]
+        full = resize.bicubic(vectors_BhwC, height, width)
+        phi = jnp.asarray(phi_of_scale(self.phis, self.schedule.steps))[step.index]
+        convolved = jax.lax.conv_general_dilated(
+            full,
+            self.phi_kernel[phi],
+            window_strides=(1, 1),
+            padding='SAME',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            precision='highest',
+        )
+        return (1 - self.phi_ratio) * full + self.phi_ratio * (convolved + self.phi_bias[phi])
+
+    def quantise(self, f_BHWC: jax.Array) -> Quantised:
+        """Scale by scale: the nearest codes of what is left (specification 1.6)."""
+        codes, targets, canvases = [], [], []
+        canvas = jnp.zeros_like(f_BHWC)
+        for step, (height, width) in enumerate(self.schedule.grids):
+            rest = jax.lax.stop_gradient(f_BHWC - canvas)
+            targets.append(resize.area(rest, height, width))
+            codes.append(self.search(targets[-1]))
+            canvas = canvas + self.refine(self.embed(codes[-1]), Step.at(step))
+            canvases.append(canvas)
+        return Quantised(tuple(codes), tuple(targets), tuple(canvases))
+
+    def blank(self, batch: int) -> jax.Array:
+        """The canvas before the first step."""
+        return jnp.zeros((batch, *self.schedule.grids[-1], self.channels), jnp.float32)
+
+    def advance(
+        self, canvas_BHWC: jax.Array, drawn: Drawn, step: Step
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adds a step's vectors. Returns the canvas and the next step's inputs, None after the last."""
+        grid = self.schedule.grids[step.like]
+        vectors_BhwC = drawn.vectors_BLC.reshape(-1, *grid, self.channels)
+        canvas_BHWC = canvas_BHWC + self.refine(vectors_BhwC, step)
+        if step.like + 1 == self.schedule.steps:
+            return canvas_BHWC, None
+        inputs = resize.area(canvas_BHWC, *self.schedule.grids[step.next().like])
+        return canvas_BHWC, inputs.reshape(len(inputs), -1, self.channels)
+
+    def inputs(self, codes_BL: jax.Array) -> jax.Array:
+        """[B, L - n_0, C]: the inputs of all steps but the first, under teacher forcing."""
+        canvas, inputs = self.blank(len(codes_BL)), []
+        for step in range(self.schedule.steps - 1):
+            first, end = self.schedule.offsets[step : step + 2]
+            codes = codes_BL[:, first:end]
+            drawn = Drawn(codes, self.embed(codes))
+            canvas, following = self.advance(canvas, drawn, Step.at(step))
+            inputs.append(following)
+        return jnp.concatenate(inputs, axis=1)
+
+
+class VQTokenizer(nn.Module):
+    """Images <-> codes, and the canvas between them."""
+
+    config: VQ
+
+    @property
+    def schedule(self) -> Pyramid:
+        return Pyramid.square(self.config.sides)
+
+    @property
+    def codes(self) -> Index:
+        return Index(self.config.codes)
+
+    @property
+    def resolution(self) -> int:
+        return self.config.resolution
+
+    def setup(self) -> None:
+        config = self.config
+        self.encoder = Encoder(config.autoencoder, config.channels)
+        self.quant_conv = layers.conv(config.channels)
+        self.quantiser = ResidualVQ(
+            self.schedule,
+            config.codes,
+            config.channels,
+            config.phis,
+            config.phi_ratio,
+            config.normalised,
+        )
+        self.post_quant_conv = layers.conv(config.channels)
+        self.decoder = Decoder(config.autoencoder)
+
+    def __call__(self, images_BHWc: jax.Array) -> tuple[jax.Array, jax.Array, Quantised]:
+        """Reconstructions (not clamped), features and their quantisation; the training forward."""
+        f_BHWC = self.features(images_BHWc)
+        quantised = self.quantiser.quantise(f_BHWC)
+        return self.paint(quantised.straight_through(f_BHWC)), f_BHWC, quantised
+
+    def features(self, images_BHWc: jax.Array) -> jax.Array:
+        """[B, H, W, 3] in [-1, 1] -> [B, h, w, C]."""
+        return self.quant_conv(self.encoder(images_BHWc))
+
+    def quantise(self, f_BHWC: jax.Array) -> Quantised:
+        return self.quantiser.quantise(f_BHWC)
+
+    def encode(self, images_BHWc: jax.Array) -> jax.Array:
+        """[B, L] int32 codes of images in [-1, 1]."""
+        return self.quantise(self.features(images_BHWc)).codes_BL
+
+    def paint(self, canvas_BHWC: jax.Array) -> jax.Array:
+        """The decoder's image, not yet clamped."""
+        return self.decoder(self.post_quant_conv(canvas_BHWC))
+
+    def decode(self, canvas_BHWC: jax.Array) -> jax.Array:
+        """[B, H, W, 3] images in [-1, 1]."""
+        return self.paint(canvas_BHWC).clip(-1, 1)
+
+    def embed(self, codes_BL: jax.Array) -> jax.Array:
+        return self.quantiser.embed(codes_BL)
+
+    def mix(self, weights_BLV: jax.Array) -> jax.Array:
+        return self.quantiser.mix(weights_BLV)
+
+    def blank(self, batch: int) -> jax.Array:
+        return self.quantiser.blank(batch)
+
+    def advance(
+        self, canvas_BHWC: jax.Array, drawn: Drawn, step: Step
+    ) -> tuple[jax.Array, jax.Array | None]:
+        return self.quantiser.advance(canvas_BHWC, drawn, step)
+
+    def inputs(self, codes_BL: jax.Array) -> jax.Array:
+        return self.quantiser.inputs(codes_BL)
+
+
+def phi_of_scale(phis: int, scales: int) -> tuple[int, ...]:
+    """Which phi convolution serves each scale (specification 1.5)."""
+    if phis == 4 and scales in PHI_OF_FOUR:
+        return PHI_OF_FOUR[scales]
+    margin = 1 / (3 * phis) if phis == 4 else 1 / (2 * phis)
+    ticks = np.linspace(margin, 1 - margin, phis)
+    places = np.arange(scales) / max(scales - 1, 1)
+    return tuple(int(np.abs(ticks - place).argmin()) for place in places)
+
+
+def _identity_kernels(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Each phi starts near the identity, so that the first codes mean something."""
+    noise = 0.01 * jax.random.normal(key, shape, dtype)
+    return noise.at[:, 1, 1].add(jnp.eye(shape[-1], dtype=dtype))
