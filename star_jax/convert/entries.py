@@ -1,0 +1,92 @@
+"""How does one published tensor become one of ours, and back?
+
+A table is a list of entries; an entry names both sides and an einops pattern from theirs to ours,
+which read backwards is the way from ours to theirs.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import einops
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Their tensor `theirs` is our array `ours` ('/'-joined), or its row `row` where ours are stacked.
+
+    `lengths` are the axis lengths that the pattern needs for splitting an axis.
+    """
+
+    theirs: str
+    ours: str
+    pattern: str
+    row: int | None = None
+    lengths: tuple[tuple[str, int], ...] = ()
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        return einops.rearrange(array, self.pattern, **dict(self.lengths))
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        theirs, ours = self.pattern.split('->')
+        return einops.rearrange(array, f'{ours} -> {theirs}', **dict(self.lengths))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Our parameters, and what did not fit: tensors the table misses and tensors it does not know."""
+
+    params: dict
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def to_params(
+    entries: Sequence[Entry], state: Mapping[str, np.ndarray], ignored: Iterable[str] = ()
+) -> Conversion:
+    """Nested parameters from their state dict. `ignored` names end with one of these words."""
+    missing = tuple(entry.theirs for entry in entries if entry.theirs not in state)
+    known = {entry.theirs for entry in entries}
+    endings = tuple(ignored)
+    unknown = tuple(name for name in state if name not in known and not name.endswith(endings))
+    if missing:
+        return Conversion({}, missing, unknown)
+    rows: dict[str, list[np.ndarray]] = {}
+    flat: dict[str, np.ndarray] = {}
+    for entry in entries:
+        array = entry.to_ours(np.asarray(state[entry.theirs]))
+        if entry.row is None:
+            flat[entry.ours] = array
+        else:
+            rows.setdefault(entry.ours, []).append(array)
+    flat |= {name: np.stack(arrays) for name, arrays in rows.items()}
+    return Conversion(nest(flat), missing, unknown)
+
+
+def to_state(entries: Sequence[Entry], params: Mapping) -> dict[str, np.ndarray]:
+    """Their state dict from our nested parameters."""
+    flat = flatten(params)
+    state = {}
+    for entry in entries:
+        array = flat[entry.ours]
+        state[entry.theirs] = entry.to_theirs(array if entry.row is None else array[entry.row])
+    return state
+
+
+def flatten(tree: Mapping) -> dict[str, np.ndarray]:
+    """'/'-joined names of the leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def nest(flat: Mapping[str, np.ndarray]) -> dict:
+    """The inverse of `flatten`."""
+    tree: dict = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split('/')
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,118 @@
+"""Which published STAR and VQ-VAE tensor is which of our parameters? (specification section 10)"""
+
+import re
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from star_jax.convert.entries import Entry, flatten
+from star_jax.families.star import Star
+from star_jax.nn.positions import Learned
+from star_jax.tokenizers.residual_vq import VQ
+
+# Present in published files, unused or constant.
+IGNORED = ('class_emb.weight', 'zero_k_bias', 'ema_vocab_hit_SV')
+
+LINEAR = 'out inp -> inp out'
+SAME = 'width -> width'
+OUTER = (
+    ('pos_start', 'starter/position/table', '1 row width -> row width'),
+    ('encoder_proj.weight', 'starter/pooled/kernel', LINEAR),
+    ('encoder_proj.bias', 'starter/pooled/bias', SAME),
+    ('word_embed.weight', 'embedder/kernel', LINEAR),
+    ('word_embed.bias', 'embedder/bias', SAME),
+    ('lvl_embed.weight', 'levels', 'scale width -> scale width'),
+    ('head_logits.weight', 'to_logits/logits/kernel', LINEAR),
+    ('head_logits.bias', 'to_logits/logits/bias', SAME),
+)
+ADDITIVE = (('pos_1LC', 'table/table', '1 row width -> row width'),)
+SHARED_ADALN = (
+    ('lvl_embed_proj.weight', 'modulator/pair/kernel', LINEAR),
+    ('lvl_embed_proj.bias', 'modulator/pair/bias', SAME),
+    ('lvl_embed_adaln.1.weight', 'modulator/signal/kernel', LINEAR),
+    ('lvl_embed_adaln.1.bias', 'modulator/signal/bias', SAME),
+)
+BLOCK = (
+    ('attn.mat_qkv.weight', 'attn/qkv/kernel', '(three n h) d -> d three n h'),
+    ('attn.q_bias', 'attn/q_bias/bias', '(n h) -> n h'),
+    ('attn.v_bias', 'attn/v_bias/bias', '(n h) -> n h'),
+    ('attn.proj.weight', 'attn/proj/kernel', 'd (n h) -> n h d'),
+    ('attn.proj.bias', 'attn/proj/bias', SAME),
+    ('ffn.fc1.weight', 'ffn/fc1/kernel', LINEAR),
+    ('ffn.fc1.bias', 'ffn/fc1/bias', SAME),
+    ('ffn.fc2.weight', 'ffn/fc2/kernel', LINEAR),
+    ('ffn.fc2.bias', 'ffn/fc2/bias', SAME),
+)
+BLOCK_SCALE = (('attn.scale_mul_1H11', 'attn/compare/log_scale', '1 n 1 1 -> n'),)
+BLOCK_OFFSET = (('ada_gss', 'modulate/offset', '1 1 six d -> six d'),)
+CROSS = (
+    ('cross_attn.mat_q.weight', 'cross/query/kernel', '(n h) d -> d n h'),
+    ('cross_attn.mat_kv.weight', 'cross/text/kernel', '(two n h) e -> e two n h'),
+    ('cross_attn.q_bias', 'cross/q_bias/bias', '(n h) -> n h'),
+    ('cross_attn.v_bias', 'cross/v_bias/bias', '(n h) -> n h'),
+    ('cross_attn.proj.weight', 'cross/proj/kernel', 'd (n h) -> n h d'),
+    ('cross_attn.proj.bias', 'cross/proj/bias', SAME),
+)
+CROSS_SCALE = (('cross_attn.scale_mul_1H11', 'cross/compare/log_scale', '1 n 1 1 -> n'),)
+
+
+def star_entries(star: Star) -> list[Entry]:
+    """The table of one transformer, in the order of the published file's sections."""
+    outer = OUTER
+    if isinstance(star.positions, Learned):
+        outer += ADDITIVE
+    if not (star.level_embedding or star.shared_adaln):
+        outer = tuple(rule for rule in outer if rule[1] != 'levels')
+    block = BLOCK + (BLOCK_SCALE if star.qk_norm else ())
+    if star.cross_attention:
+        block += CROSS + (CROSS_SCALE if star.qk_norm else ())
+    if star.shared_adaln:
+        outer += SHARED_ADALN
+        block += BLOCK_OFFSET
+    entries = [Entry(*rule) for rule in outer]
+    for layer in range(star.depth):
+        for theirs, ours, pattern in block:
+            lengths = {'n': star.heads, 'three': 3, 'two': 2}
+            needed = tuple(
+                item for item in lengths.items() if re.search(rf'\b{item[0]}\b', pattern)
+            )
+            lengths_of_split = needed if '(' in pattern else ()
+            entries.append(
+                Entry(
+                    f'blocks.{layer}.{theirs}', f'blocks/{ours}', pattern, layer, lengths_of_split
+                )
+            )
+    return entries
+
+
+def vq_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
+    """The table of one tokenizer. `names` of the file decide how its phi convolutions are called."""
+    names = set(names)
+    pixels = jax.ShapeDtypeStruct((1, vq.resolution, vq.resolution, 3), jnp.float32)
+    abstract = nn.unbox(jax.eval_shape(vq.build().init, jax.random.key(0), pixels))['params']
+    entries = [Entry('quantize.embedding.weight', 'quantiser/codebook', 'code width -> code width')]
+    for phi in range(vq.phis):
+        theirs = _phi_name(phi, names)
+        entries.append(Entry(f'{theirs}.weight', 'quantiser/phi_kernel', 'o i h w -> h w i o', phi))
+        entries.append(Entry(f'{theirs}.bias', 'quantiser/phi_bias', SAME, phi))
+    for ours, leaf in flatten(abstract).items():
+        if not ours.startswith('quantiser/'):
+            pattern = 'o i h w -> h w i o' if leaf.ndim == 4 else SAME
+            entries.append(Entry(_their_name(ours), ours, pattern))
+    return entries
+
+
+def _phi_name(phi: int, names: set[str]) -> str:
+    prefix = 'quantize.quant_resi'
+    candidates = (f'{prefix}.qresi_ls.{phi}', f'{prefix}.{phi}', f'{prefix}.qresi')
+    return next((name for name in candidates if f'{name}.weight' in names), candidates[0])
+
+
+def _their_name(ours: str) -> str:
+    """encoder/down_0_block_1/conv1/kernel -> encoder.down.0.block.1.conv1.weight"""
+    name = re.sub(r'/(kernel|scale)$', '/weight', ours)
+    name = re.sub(r'/(down|up)_(\d+)_(block|attn)_(\d+)/', r'/\1/\2/\3/\4/', name)
+    name = re.sub(r'/(down|up)_(\d+)_(downsample|upsample)/', r'/\1/\2/\3/conv/', name)
+    return name.replace('/mid_', '/mid/').replace('/', '.')

@@ -1,0 +1,116 @@
+"""How are the tokens of one step drawn from its features?
+
+A draw is a part of the sampler: it turns features into codes and the vectors that stand for them.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from star_jax.core.codes import Drawn
+from star_jax.core.filters import Filter
+from star_jax.core.schedule import Step
+
+
+class Tools(NamedTuple):
+    """What a draw works with, closed over the parameters.
+
+    `head`: features [R, L, D] -> logits [R, L, V]. `embed`: codes -> vectors. `mix`: weights
+    [B, L, V] -> weighted means of the code vectors.
+    """
+
+    head: Callable[[jax.Array], jax.Array]
+    embed: Callable[[jax.Array], jax.Array]
+    mix: Callable[[jax.Array], jax.Array]
+
+
+class Draw:
+    """One rule for every step; `kind` says which neighbours may share a loop body."""
+
+    def kind(self, step: int) -> Hashable:
+        return None
+
+    def __call__(
+        self,
+        keys_B: jax.Array,
+        features_RLD: jax.Array,
+        weight: jax.Array,
+        step: Step,
+        tools: Tools,
+    ) -> tuple[Drawn, jax.Array]:
+        """What was drawn, and the guided logits [B, L, V].
+
+        `features_RLD` are B prompted rows, or B prompted and B unprompted ones; `weight` is the
+        step's guidance.
+        """
+        raise NotImplementedError
+
+
+@flax.struct.dataclass
+class Plain(Draw):
+    """Guided, filtered, then chosen by `choose(keys_B, logits_BLV) -> codes_BL`."""
+
+    keep: Filter
+    choose: Callable[[jax.Array, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
+
+    def __call__(
+        self,
+        keys_B: jax.Array,
+        features_RLD: jax.Array,
+        weight: jax.Array,
+        step: Step,
+        tools: Tools,
+    ) -> tuple[Drawn, jax.Array]:
+        logits_BLV = guide(tools.head(features_RLD), len(keys_B), weight)
+        codes_BL = self.choose(keys_B, self.keep(logits_BLV))
+        return Drawn(codes_BL, tools.embed(codes_BL)), logits_BLV
+
+
+@flax.struct.dataclass
+class Smooth(Draw):
+    """Soft mixtures of code vectors, sharper with every scale; for pictures only (section 8).
+
+    The codes it reports are the heaviest of each mixture.
+    """
+
+    steps: int = flax.struct.field(pytree_node=False)
+
+    def __call__(
+        self,
+        keys_B: jax.Array,
+        features_RLD: jax.Array,
+        weight: jax.Array,
+        step: Step,
+        tools: Tools,
+    ) -> tuple[Drawn, jax.Array]:
+        logits_BLV = guide(tools.head(features_RLD), len(keys_B), weight)
+        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits_BLV.shape[1:]))(keys_B)
+        weights_BLV = soften(logits_BLV, gumbel, step.index / max(self.steps - 1, 1))
+        return Drawn(weights_BLV.argmax(-1).astype(jnp.int32), tools.mix(weights_BLV)), logits_BLV
+
+
+def soften(logits: jax.Array, gumbel: jax.Array, ratio: float | jax.Array) -> jax.Array:
+    """softmax(((1 + ratio) logits + gumbel) / tau); tau falls from 0.27 as `ratio` goes 0 -> 1."""
+    tau = jnp.maximum(0.27 * (1 - 0.95 * ratio), 0.005)
+    return jax.nn.softmax(((1 + ratio) * logits + gumbel) / tau)
+
+
+def choose_largest(keys_B: jax.Array, logits_BLV: jax.Array) -> jax.Array:
+    """The most probable code, whatever the keys."""
+    return logits_BLV.argmax(-1).astype(jnp.int32)
+
+
+def guide(logits_RLV: jax.Array, batch: int, weight: jax.Array) -> jax.Array:
+    """prompted + weight (prompted - unprompted), or the prompted rows where there are no others."""
+    if len(logits_RLV) == batch:
+        return logits_RLV
+    prompted, unprompted = logits_RLV[:batch], logits_RLV[batch:]
+    return prompted + weight * (prompted - unprompted)
+
+
+def guidance_ramp(guidance: float, steps: int) -> jax.Array:
+    """[S] float32 weights, linear from 0 to `guidance`: STAR's cfg (specification 8)."""
+    return guidance * jnp.arange(steps, dtype=jnp.float32) / max(steps - 1, 1)

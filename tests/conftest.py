@@ -1,0 +1,22 @@
+"""Eight CPU devices, full float32 matmuls, no silent rank promotion, warnings are errors."""
+
+import os
+import pathlib
+
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+
+jax.config.update('jax_default_matmul_precision', 'highest')
+jax.config.update('jax_compilation_cache_dir', str(HERE.parent / '.cache' / 'jax'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture(scope='session')
+def golden() -> pathlib.Path:
+    """The small recorded cases that travel with the repository."""
+    return HERE / 'golden'
