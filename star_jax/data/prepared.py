@@ -156,7 +156,7 @@ def write(
             extra=extra,
             data_dir=str(work),
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download
+        with _quiet():
             builder.download_and_prepare()
         if folder.exists():
             folder.replace(work / 'replaced')
@@ -216,6 +216,17 @@ class _Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             fields = {field: record[field] for field in (*TEXTS, *self._extra)}
             captions = list(record['captions'])
             yield record['key'], dict(image=record['image'], captions=captions, **fields)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the download that tfds announces and its bars: writing takes seconds."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
 
 
 def _replaceable(folder: Path) -> bool:
