@@ -1,5 +1,6 @@
 """Do weights and model folders come back as they were, and is a damaged one named?"""
 
+import dataclasses
 import hashlib
 import json
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from star_jax.checkpoint import weights
+from star_jax.checkpoint import folder, weights
 from star_jax.errors import UserError
 
 
@@ -144,3 +145,169 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     assert weights.sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(UserError, match='cannot be read'):
         weights.sha256(tmp_path / 'y')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy:
+    depth: int = 2
+    sides: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    codes: int = 8
+
+
+FAMILIES = {'toy': Toy}
+TOKENIZERS = {'Quantizer': Quantizer}
+ALONE = folder.Tokenizer(config=Quantizer(codes=16), params={'codebook': np.ones((16, 2))})
+MODEL = folder.Model(
+    family='toy',
+    config=Toy(depth=3),
+    params=tree(),
+    tokenizer=ALONE,
+    text=folder.Text(source='some/encoder', sha256='0' * 64),
+)
+
+
+def read(place) -> folder.Model:
+    return folder.read(place, FAMILIES, TOKENIZERS)
+
+
+def test_a_model_comes_back_from_its_folder(tmp_path):
+    place = tmp_path / 'runs' / 'model'
+    folder.write(place, MODEL)
+    model = read(place)
+    assert (model.family, model.config, model.text) == (MODEL.family, MODEL.config, MODEL.text)
+    assert model.tokenizer.config == ALONE.config
+    assert_same(model.params, MODEL.params)
+    assert_same(model.tokenizer.params, ALONE.params)
+    assert sorted(entry.name for entry in place.iterdir()) == [
+        'config.json',
+        'model.safetensors',
+        'tokenizer.safetensors',
+    ]
+    assert json.loads((place / 'config.json').read_text()) == {
+        'family': 'toy',
+        'model': {'depth': 3, 'sides': [1, 2]},
+        'tokenizer': {'kind': 'Quantizer', 'codes': 16},
+        'text': {'source': 'some/encoder', 'sha256': '0' * 64},
+    }
+    assert [entry.name for entry in place.parent.iterdir()] == ['model']
+
+
+def test_a_model_may_have_no_text(tmp_path):
+    folder.write(tmp_path / 'model', dataclasses.replace(MODEL, text=None))
+    assert read(tmp_path / 'model').text is None
+
+
+@pytest.mark.parametrize('content', [MODEL, ALONE])
+def test_every_folder_holds_a_tokenizer(tmp_path, content):
+    folder.write(tmp_path / 'model', content)
+    tokenizer = folder.read_tokenizer(tmp_path / 'model', TOKENIZERS)
+    assert tokenizer.config == ALONE.config
+    assert_same(tokenizer.params, ALONE.params)
+
+
+def test_a_tokenizer_is_readable_beside_a_model_of_an_unknown_family(tmp_path):
+    folder.write(tmp_path / 'model', dataclasses.replace(MODEL, family='new'))
+    folder.read_tokenizer(tmp_path / 'model', TOKENIZERS)
+    with pytest.raises(UserError, match='family "new" is unknown, expected one of \'toy\''):
+        read(tmp_path / 'model')
+
+
+def test_a_tokenizer_alone_is_no_model(tmp_path):
+    folder.write(tmp_path / 'model', ALONE)
+    assert not (tmp_path / 'model' / 'model.safetensors').exists()
+    with pytest.raises(UserError, match='holds a tokenizer alone'):
+        read(tmp_path / 'model')
+
+
+def test_a_model_folder_is_replaced_and_what_others_put_there_stays(tmp_path):
+    place = tmp_path / 'model'
+    folder.write(place, MODEL)
+    (place / 'README.md').write_text('mine')
+    folder.write(place, ALONE)
+    assert sorted(entry.name for entry in place.iterdir()) == [
+        'README.md',
+        'config.json',
+        'tokenizer.safetensors',
+    ]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize('name, text', [('notes.txt', 'mine'), ('config.json', '{"batch": 3}')])
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path, name, text):
+    place = tmp_path / 'run'
+    place.mkdir()
+    (place / name).write_text(text)
+    with pytest.raises(UserError, match='not overwritten'):
+        folder.write(place, MODEL)
+    assert [entry.name for entry in place.iterdir()] == [name]
+    assert (place / name).read_text() == text
+
+
+def test_a_failed_write_leaves_the_earlier_folder(tmp_path):
+    place = tmp_path / 'model'
+    folder.write(place, MODEL)
+    with pytest.raises(UserError, match='nan or infinity'):
+        folder.write(place, dataclasses.replace(MODEL, config=Toy(depth=float('nan'))))
+    assert read(place).config == MODEL.config
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def rewrite(place, **fields) -> None:
+    data = json.loads((place / 'config.json').read_text())
+    (place / 'config.json').write_text(json.dumps(data | fields))
+
+
+@pytest.mark.parametrize(
+    'fields, said',
+    [
+        ({'model': {'dept': 3}}, "config.json, model: dept: .* did you mean 'depth'"),
+        ({'tokenizer': {'codes': 3}}, "tokenizer: kind null is unknown, .* 'Quantizer'"),
+        ({'tokenizer': None}, 'tokenizer: kind null is unknown'),
+        ({'family': ['toy']}, 'family .* is unknown'),
+        ({'text': {'source': 3}}, 'config.json, text: .*sha256: missing'),
+        ({'more': 1}, 'expected the fields family, model, text, tokenizer'),
+    ],
+)
+def test_a_wrong_config_is_named(tmp_path, fields, said):
+    folder.write(tmp_path / 'model', MODEL)
+    rewrite(tmp_path / 'model', **fields)
+    with pytest.raises(UserError, match=said):
+        read(tmp_path / 'model')
+
+
+def test_folders_that_hold_no_model_are_named(tmp_path):
+    with pytest.raises(UserError, match='there is no such folder'):
+        read(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='has no config.json'):
+        read(tmp_path)
+    folder.write(tmp_path / 'model', MODEL)
+    (tmp_path / 'model' / 'model.safetensors').unlink()
+    with pytest.raises(UserError, match='model.safetensors: there is no such file'):
+        read(tmp_path / 'model')
+
+
+def test_a_place_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        if name == 'owner/missing':
+            raise OSError('no such repository\nsecond line')
+        return str(tmp_path)
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'here' / 'model').mkdir(parents=True)
+    assert folder.find('here/model').resolve() == tmp_path / 'here' / 'model'
+    assert folder.find('owner/model-2.0') == tmp_path
+    assert asked == ['owner/model-2.0']
+    with pytest.raises(UserError, match=r'from the hub \(no such repository\)'):
+        folder.find('owner/missing')
+    for place in ('nowhere', './owner/model', '/owner/model', 'a/b/c', '../model'):
+        with pytest.raises(UserError, match='no such folder'):
+            folder.find(place)
+    assert asked == ['owner/model-2.0', 'owner/missing']

@@ -6,7 +6,7 @@ than one shard is spread over several files beside an index, in the layout of Hu
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +91,26 @@ def fit(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> dict[st
     Raises UserError naming what is missing, unknown, or of another shape or kind of type.
     """
     wanted = flatten(like)
-    missing = [name for name in wanted if name not in flat]
-    unknown = [name for name in flat if name not in wanted]
-    both = [name for name in wanted if name in flat]
+    if flaws := mismatches(flat, wanted, _fits):
+        raise UserError(f'{where}: the arrays are not those of this config: {flaws}')
+    return {name: flat[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}
+
+
+def mismatches(
+    given: Mapping[str, Any], wanted: Mapping[str, Any], fits: Callable[[Any, Any], bool]
+) -> str:
+    """How the arrays of two flat trees differ, in words, or nothing; `fits` compares a pair."""
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
     wrong = [
-        f'{name} is {_form(flat[name])}, expected {_form(wanted[name])}'
-        for name in both
-        if not _fits(flat[name], wanted[name])
+        f'{name} is {_form(given[name])}, expected {_form(leaf)}'
+        for name, leaf in wanted.items()
+        if name in given and not fits(given[name], leaf)
     ]
     flaws = {'missing': missing, 'unknown': unknown, 'of another form': wrong}
-    said = [f'{len(names)} {flaw} ({_listed(names)})' for flaw, names in flaws.items() if names]
-    if said:
-        raise UserError(f'{where}: the arrays are not those of this config: {"; ".join(said)}')
-    return {name: flat[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}
+    return '; '.join(
+        f'{len(names)} {flaw} ({_listed(names)})' for flaw, names in flaws.items() if names
+    )
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

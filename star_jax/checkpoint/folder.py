@@ -1,0 +1,204 @@
+"""What lies in a model folder?
+
+    config.json             {family, model, tokenizer, text: {source, sha256}}
+    model.safetensors       the transformer ('/'-joined names, layers stacked)
+    tokenizer.safetensors   the image tokenizer, always inside
+
+A folder of a tokenizer alone has the family 'tokenizer' and neither model nor text. Configs are any
+dataclasses: which name means which class is the caller's mapping. Reading runs no Python.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from star_jax.checkpoint import config, structure, weights
+from star_jax.errors import UserError
+
+CONFIG = 'config.json'
+MODEL = 'model.safetensors'
+TOKENIZER = 'tokenizer.safetensors'
+ALONE = 'tokenizer'  # the family of a folder without a transformer
+
+OURS = re.compile(r'config\.json|(model|tokenizer)(-\d+-of-\d+)?\.safetensors(\.index\.json)?')
+HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
+HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.model']  # never pickled weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """Which text encoder a model was trained with: a package, path or hub id, and its SHA-256."""
+
+    source: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """An image tokenizer: its config and its parameters."""
+
+    config: Any
+    params: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Everything that draws images: a transformer of a family, its tokenizer, its text encoder."""
+
+    family: str
+    config: Any
+    params: Mapping[str, Any]
+    tokenizer: Tokenizer
+    text: Text | None
+
+
+def write(folder: str | Path, content: Model | Tokenizer) -> None:
+    """Writes a model, or a tokenizer alone, to a folder.
+
+    The folder appears whole or not at all. One that exists is replaced if it is a model folder
+    (files in it that are not part of one are kept) and otherwise refused with a UserError.
+    """
+    folder = Path(folder).absolute()
+    _check_replaceable(folder)
+    tokenizer = content.tokenizer if isinstance(content, Model) else content
+    new = folder.with_name(f'.{folder.name}.new.{uuid.uuid4().hex[:8]}')
+    new.mkdir(parents=True)
+    try:
+        weights.save(new / TOKENIZER, tokenizer.params)
+        if isinstance(content, Model):
+            weights.save(new / MODEL, content.params)
+        config.write_json(new / CONFIG, _describe(content, tokenizer))
+        _swap(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def read(folder: str | Path, families: Mapping[str, type], tokenizers: Mapping[str, type]) -> Model:
+    """The model in a folder.
+
+    `families` maps the name of a family to the class of its config, `tokenizers` the name of a
+    class to the class. Raises UserError if the folder is missing, damaged, of an unknown family, or
+    holds a tokenizer alone.
+    """
+    folder = Path(folder)
+    data = _read_config(folder)
+    if data['family'] == ALONE:
+        raise UserError(f'{folder}: holds a tokenizer alone, expected a model')
+    cls = _look_up(families, data['family'], f'{folder / CONFIG}: family')
+    text = data['text'] and config.from_json(Text, data['text'], where=f'{folder / CONFIG}, text')
+    return Model(
+        family=data['family'],
+        config=config.from_json(cls, data['model'], where=f'{folder / CONFIG}, model'),
+        params=weights.load(folder / MODEL),
+        tokenizer=_read_tokenizer(folder, data, tokenizers),
+        text=text,
+    )
+
+
+def read_tokenizer(folder: str | Path, tokenizers: Mapping[str, type]) -> Tokenizer:
+    """The tokenizer in any model folder, whatever else is in it; UserErrors as of `read`."""
+    folder = Path(folder)
+    return _read_tokenizer(folder, _read_config(folder), tokenizers)
+
+
+def find(place: str | Path) -> Path:
+    """The folder that a user means: one on this machine or, of that form, a hub id `owner/name`.
+
+    A hub id is downloaded to the hub's cache, configs and safetensors only. Raises UserError if
+    there is neither.
+    """
+    if Path(place).is_dir():
+        return Path(place)
+    if not HUB_ID.fullmatch(str(place)):
+        raise UserError(f"{place}: there is no such folder, and it is no hub id like 'owner/name'")
+    return _download(str(place))
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub  # slow to import, and rarely needed
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(
+            f'{name}: there is no such folder here, and it cannot be had from the hub ({reason[0]})'
+        ) from error
+
+
+def _describe(content: Model | Tokenizer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The config.json of a folder."""
+    model = content if isinstance(content, Model) else None
+    kind = type(tokenizer.config).__name__
+    return {
+        'family': model.family if model else ALONE,
+        'model': config.to_json(model.config) if model else None,
+        'tokenizer': {structure.TAG: kind, **config.to_json(tokenizer.config)},
+        'text': config.to_json(model.text) if model and model.text else None,
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f'{folder}: there is no such folder, expected a model folder')
+    if not (folder / CONFIG).exists():
+        raise UserError(f'{folder}: has no {CONFIG}, expected a model folder')
+    data = config.read_json(folder / CONFIG)
+    expected = {'family', 'model', 'tokenizer', 'text'}
+    if not isinstance(data, dict) or data.keys() != expected:
+        raise UserError(f'{folder / CONFIG}: expected the fields {", ".join(sorted(expected))}')
+    return data
+
+
+def _read_tokenizer(
+    folder: Path, data: dict[str, Any], tokenizers: Mapping[str, type]
+) -> Tokenizer:
+    where = f'{folder / CONFIG}, tokenizer'
+    fields = dict(data['tokenizer']) if isinstance(data['tokenizer'], dict) else {}
+    kind = fields.pop(structure.TAG, None)
+    cls = _look_up(tokenizers, kind, f'{where}: {structure.TAG}')
+    settings = config.from_json(cls, fields, where=where)
+    return Tokenizer(config=settings, params=weights.load(folder / TOKENIZER))
+
+
+def _look_up(known: Mapping[str, type], name: Any, where: str) -> type:
+    if not isinstance(name, str) or name not in known:
+        raise UserError(
+            f'{where} {structure.show(name)} is unknown{structure.guess(name, known)}, '
+            f'expected one of {", ".join(map(repr, known))}'
+        )
+    return known[name]
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        _read_config(folder)
+    except UserError as error:
+        raise UserError(
+            f'{folder}: holds something else than a model folder, and is not overwritten; '
+            'name another place or remove it'
+        ) from error
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Puts `new` in the place of `folder`, and what was there and is not ours into it.
+
+    A folder has no atomic exchange: a kill between the two renames leaves both beside `folder`.
+    """
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = folder.with_name(f'.{folder.name}.old.{uuid.uuid4().hex[:8]}')
+    os.rename(folder, old)
+    os.rename(new, folder)
+    for entry in old.iterdir():
+        if not OURS.fullmatch(entry.name):
+            entry.rename(folder / entry.name)
+    shutil.rmtree(old)
