@@ -130,6 +130,22 @@ def test_held_out_pairs_are_trained_in_two_other_styles(crowd):
     assert 0.035 < len(held_out) / len(crowd[0]) < 0.065
 
 
+def test_a_concept_is_not_trained_under_another_gender():
+    words = ('', 'man ', 'woman ', 'person ')
+    styles = list(emoji.STYLES)
+    icons = [icon(f'{word}job{n}', style) for n in range(300) for word in words for style in styles]
+    trained, asked = set(), set()
+    for one, name in zip(icons, emoji.split(icons), strict=True):
+        pair = (one.label.split()[-1], one.style)
+        if name == 'held_out_labels':
+            pair = pair[0]
+        (trained if name == 'train' else asked).add(pair)
+    assert asked and not asked & (trained | {job for job, _ in trained})
+    assert emoji.concept('man: red hair') == emoji.concept('woman: red hair') == 'red hair'
+    assert emoji.concept('person walking: facing right') == emoji.concept('man walking')
+    assert emoji.concept('person') == 'person' and emoji.concept('mango') == 'mango'
+
+
 def test_the_split_is_the_same_in_any_order(crowd):
     icons, splits = crowd
     assert emoji.split(icons[::-1]) == splits[::-1]

@@ -30,8 +30,8 @@ from star_jax.core import pictures
 from star_jax.data import prepared
 from star_jax.errors import UserError
 
-HELD_OUT_LABELS = 0.05  # share of the labels
-HELD_OUT_PAIRS = 0.06  # share of the (label, style) pairs that could be held out; 5 % of the images
+HELD_OUT_LABELS = 0.05  # share of the concepts, whose labels are trained in no style
+HELD_OUT_PAIRS = 0.06  # share of the (concept, style) pairs asked for; 5 % of the images qualify
 TRAINED_STYLES = 2  # a held-out pair's label is trained in at least so many other styles
 TAGS = 4  # keywords in a caption: more would not fit the text encoder's 32 tokens
 TONES = ('light', 'medium-light', 'medium', 'medium-dark', 'dark')
@@ -295,24 +295,42 @@ def distinct(drawn: Iterable[tuple[Icon, Path]]) -> list[tuple[Icon, Path]]:
 
 
 def split(icons: Sequence[Icon]) -> list[str]:
-    """The split of each icon, a function of its label, its style and the label's other styles."""
-    styles = collections.defaultdict(set)
+    """The split of each icon, whatever the order of `icons`.
+
+    Labels of one concept stay together, for "pilot" and "man pilot" are almost the same picture.
+    """
+    concepts = collections.defaultdict(lambda: collections.defaultdict(set))
     for icon in icons:
-        styles[icon.label].add(icon.style)
-    pairs = {label: _held_out_styles(label, styles[label]) for label in styles}
+        concepts[concept(icon.label)][icon.label].add(icon.style)
+    pairs = {name: _held_out_styles(name, labels) for name, labels in concepts.items()}
 
     def choose(icon: Icon) -> str:
-        if _fraction(icon.label) < HELD_OUT_LABELS:
+        name = concept(icon.label)
+        if _fraction(name) < HELD_OUT_LABELS:
             return 'held_out_labels'
-        return 'held_out_pairs' if icon.style in pairs[icon.label] else 'train'
+        return 'held_out_pairs' if icon.style in pairs[name] else 'train'
 
     return [choose(icon) for icon in icons]
 
 
-def _held_out_styles(label: str, styles: Iterable[str]) -> list[str]:
-    ranked = sorted(styles, key=lambda style: _fraction(f'{label} in {style}'))
-    spare = ranked[: max(0, len(ranked) - TRAINED_STYLES)]
-    return [style for style in spare if _fraction(f'{label} in {style}') < HELD_OUT_PAIRS]
+def concept(label: str) -> str:
+    """What labels share that differ in gender or direction alone."""
+    shared = re.sub(r'^(man|woman|person|men|women|people)\b:? ?', '', label)
+    return shared.removesuffix(' facing right').removesuffix(':') or label
+
+
+def _held_out_styles(name: str, labels: Mapping[str, set[str]]) -> set[str]:
+    """The concept's styles to ask for: each label of theirs is trained in enough others."""
+    chance = {style: _fraction(f'{name} in {style}') for style in set().union(*labels.values())}
+    held_out = set()
+    for style in sorted(chance, key=chance.get):
+        wider = held_out | {style}
+        enough = all(
+            len(styles - wider) >= TRAINED_STYLES for styles in labels.values() if styles & wider
+        )
+        if chance[style] < HELD_OUT_PAIRS and enough:
+            held_out = wider
+    return held_out
 
 
 def _iconify_icons(folder: Path, key: str, names: Names) -> Iterator[Icon]:
