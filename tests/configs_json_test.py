@@ -72,7 +72,7 @@ models = st.builds(
 )
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50, deadline=None, database=None)
 @hypothesis.given(st.builds(Run, model=models, batch=st.integers()))
 def test_a_config_survives_json(run):
     text = json.dumps(config.to_json(run), allow_nan=False)
