@@ -1,0 +1,109 @@
+"""How do gradients become updates?
+
+AdamW as the published runs use it (STAR specification section 6): clipping by the global norm,
+weight decay on matrices only, and both schedules counted in micro-iterations.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from star_jax.training.schedules import LearningRate, weight_decay_at
+
+CLIP_EPSILON = 1e-6  # of the published clipping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay, from `weight_decay` to `weight_decay_end` (0: the same).
+
+    Gradients longer than `clip` are shortened to it. `accumulate` micro-iterations make one update
+    from the mean of their gradients, at the rates of the last of them.
+    """
+
+    learning_rate: LearningRate = LearningRate()
+    weight_decay: float = 0.05
+    weight_decay_end: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip: float = 2.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.clip <= 0:
+            raise ValueError(f'accumulate must be at least 1 and clip positive: {self}')
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f'beta1 and beta2 must lie in [0, 1): {self}')
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        """The transformation of a run of `total_steps` micro-iterations."""
+
+        def decay(update: jax.Array) -> jax.Array:
+            return self.decay_at(self._last_step(update), total_steps)
+
+        def rate(update: jax.Array) -> jax.Array:
+            return self.learning_rate.at(self._last_step(update), total_steps)
+
+        optimizer = optax.chain(
+            clip_by_norm(self.clip),
+            optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
+            optax.add_decayed_weights(decay, decayed),
+            optax.scale_by_learning_rate(rate),
+        )
+        if self.accumulate == 1:
+            return optimizer
+        return optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
+
+    def decay_at(self, step: int | jax.Array, total_steps: int) -> jax.Array:
+        """The weight decay of micro-iteration `step`."""
+        last = self.weight_decay_end or self.weight_decay
+        return weight_decay_at(step, total_steps, self.weight_decay, last)
+
+    def _last_step(self, update: jax.Array) -> jax.Array:
+        """The micro-iteration at which an update happens."""
+        return (update + 1) * self.accumulate - 1
+
+
+class ClipState(NamedTuple):
+    """The length of the last gradient, before it was clipped."""
+
+    norm_before_clip: jax.Array
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformation:
+    """Shortens gradients to a global norm of `limit`: times min(1, limit / (norm + 1e-6))."""
+
+    def init(params: Any) -> ClipState:
+        return ClipState(jnp.zeros((), jnp.float32))
+
+    def update(gradients: Any, state: ClipState, params: Any = None) -> tuple[Any, ClipState]:
+        norm = optax.tree.norm(gradients)
+        factor = jnp.minimum(1.0, limit / (norm + CLIP_EPSILON))
+        return jax.tree.map(lambda leaf: leaf * factor, gradients), ClipState(norm)
+
+    return optax.GradientTransformation(init, update)
+
+
+def gradient_norm(state: Any) -> jax.Array:
+    """The gradient's norm before clipping at the last micro-iteration; 0 if it made no update."""
+    norm = optax.tree.get(state, 'norm_before_clip')
+    pending = optax.tree.get(state, 'mini_step', jnp.zeros((), jnp.int32))
+    return jnp.where(pending == 0, norm, 0.0)
+
+
+def decayed(params: Any) -> Any:
+    """True where weights decay: kernels, except those of the modulation from level embeddings.
+
+    Layers are stacked here, so the rank of an array does not tell a bias from a matrix; the names
+    do. Biases, level embeddings, tables, offsets and score scales never decay.
+    """
+
+    def decays(path: tuple, leaf: Any) -> bool:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return names[-1] == 'kernel' and 'modulator' not in names
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,80 @@
+"""How large is a step, and how strong the decay, at each iteration?
+
+STAR specification section 6. Iterations are micro-iterations, counted from 0. Every function takes
+a Python, numpy or traced integer and returns float32, within 1e-6 of the peak.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+HOLDS = {'lin0': 0.05, 'lin': 0.15, 'exp': 0.15, 'lin00': 0.0}  # share of the run at the peak
+SHAPES = ('cos', *HOLDS)
+BROKEN_LINE = re.compile(r'lin(0?\.\d+)')  # lin0.5: two lines that meet at half the run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """A linear warm-up from `start` to the peak, then a fall to `end`, both as shares of `peak`.
+
+    `shape` is lin0, lin, lin00, cos, exp, or lin<tau> such as lin0.5. The published runs warm up
+    for 2 % of their iterations.
+    """
+
+    peak: float = 1e-4
+    warmup_steps: int = 200
+    start: float = 0.005
+    end: float = 0.01
+    shape: str = 'lin0'
+
+    def __post_init__(self) -> None:
+        if self.peak < 0 or self.warmup_steps < 0:
+            raise ValueError(f'peak and warmup_steps must not be negative: {self}')
+        if self.end <= 0 or self.start < 0:
+            raise ValueError(f'end must be positive and start not negative: {self}')
+        if self.shape not in SHAPES and not self._tau:
+            raise ValueError(
+                f'shape must be one of {", ".join(SHAPES)} or lin<tau> with 0 < tau < 1, '
+                f'such as lin0.5, not {self.shape!r}'
+            )
+
+    @property
+    def _tau(self) -> float:
+        """Where a broken line breaks; 0 for the other shapes."""
+        match = BROKEN_LINE.fullmatch(self.shape)
+        return float(match.group(1)) if match else 0.0
+
+    def at(self, step: int | jax.Array, total_steps: int) -> jax.Array:
+        """The learning rate of iteration `step` of `total_steps`."""
+        step = jnp.asarray(step)
+        warm = self.start + (1 - self.start) * step / max(self.warmup_steps, 1)
+        fallen = (step - self.warmup_steps) / max(total_steps - 1 - self.warmup_steps, 1)
+        falling = self._fall(fallen.astype(jnp.float32))
+        return self.peak * jnp.where(step < self.warmup_steps, warm, falling)
+
+    def _fall(self, u: jax.Array) -> jax.Array:
+        """The multiplier after the share `u` of the iterations that follow the warm-up."""
+        end, rest = self.end, 1 - u
+        if self._tau:
+            middle = (1 + end + (1 - end) * (1 - self._tau)) / 2
+            early = 1 + (middle - 1) * u / self._tau
+            return jnp.where(u < self._tau, early, end + (middle - end) * rest / (1 - self._tau))
+        if self.shape == 'cos':
+            return end + (1 - end) * (0.5 + 0.5 * jnp.cos(jnp.pi * u))
+        hold = HOLDS[self.shape]
+        if self.shape == 'exp':
+            late = jnp.exp((u - hold) / (1 - hold) * math.log(end))
+        else:
+            late = end + (1 - end) * rest / (1 - hold)
+        return jnp.where(u < hold, 1.0, late)
+
+
+def weight_decay_at(
+    step: int | jax.Array, total_steps: int, first: float, last: float
+) -> jax.Array:
+    """The weight decay of iteration `step`: half a cosine from `first` to `last`."""
+    turn = jnp.pi * jnp.asarray(step) / max(total_steps - 1, 1)
+    return last + (first - last) * (0.5 + 0.5 * jnp.cos(turn))

@@ -1,0 +1,104 @@
+"""The optimizer decays, clips, warms up and accumulates as specification 6 says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.core import meta
+
+from star_jax.convert.entries import to_state
+from star_jax.convert.star import star_entries
+from star_jax.core.condition import Text
+from star_jax.families.star import Star
+from star_jax.nn.positions import Learned
+from star_jax.training.optimizer import AdamW, clip_by_norm, decayed, gradient_norm
+from star_jax.training.schedules import LearningRate, weight_decay_at
+
+NEVER = ('pos_1LC', 'pos_start', 'lvl_embed', 'ada_gss', 'scale_mul')
+
+
+def abstract_params(star: Star):
+    inputs = jax.ShapeDtypeStruct((1, star.schedule.length - 1, star.channels), jnp.float32)
+    text = Text(
+        jax.ShapeDtypeStruct((1, 4, star.text_width), jnp.float32),
+        jax.ShapeDtypeStruct((1, 4), jnp.int32),
+        jax.ShapeDtypeStruct((1, star.text_width), jnp.float32),
+    )
+    return jax.eval_shape(star.build().init, jax.random.key(0), inputs, text)['params']
+
+
+@pytest.mark.parametrize('adaln', [False, True])
+def test_the_decayed_group_is_the_published_one(adaln):
+    star = Star(
+        depth=2,
+        width=16,
+        heads=2,
+        sides=(1, 2),
+        codes=8,
+        channels=4,
+        text_width=8,
+        shared_adaln=adaln,
+        positions=Learned(),
+    )
+    boxed = abstract_params(star)
+    groups = jax.tree.map(np.broadcast_to, decayed(boxed), jax.tree.map(lambda x: x.shape, boxed))
+    for name, group in to_state(star_entries(star), meta.unbox(groups)).items():
+        dimensions = 1 if name.endswith('bias') else group.ndim
+        published = dimensions > 1 and not any(word in name for word in NEVER)
+        assert group.all() == published and group.any() == published, name
+
+
+def test_warm_up_starts_low_and_every_shape_falls_from_the_peak_to_the_end():
+    for shape in ('lin0', 'lin', 'lin00', 'cos', 'exp', 'lin0.4'):
+        rate = LearningRate(peak=3.0, warmup_steps=5, shape=shape)
+        values = np.asarray(rate.at(np.arange(100), 100)) / 3
+        np.testing.assert_allclose(values[[0, 5, 99]], [0.005, 1, 0.01], rtol=1e-5)
+        assert (np.diff(values[:6]) > 0).all() and (np.diff(values[5:]) <= 1e-7).all()
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match='lin0.5'):
+        LearningRate(shape='step')
+
+
+def test_weight_decay_turns_from_first_to_last():
+    values = [float(weight_decay_at(step, 11, 0.05, 0.08)) for step in (0, 5, 10)]
+    np.testing.assert_allclose(values, [0.05, 0.065, 0.08], rtol=1e-6)
+
+
+def test_accumulation_updates_with_the_mean_at_the_rates_of_the_last_micro_iteration():
+    params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}
+    keys = jax.random.split(jax.random.key(0), 4)
+    gradients = [jax.tree.map(lambda x, k=k: jax.random.normal(k, x.shape), params) for k in keys]
+    config = AdamW(learning_rate=LearningRate(peak=0.1, warmup_steps=2), accumulate=2)
+    optimizer = config.build(10)
+    state, moved, norms = optimizer.init(params), params, []
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, moved)
+        moved = optax.apply_updates(moved, updates)
+        norms.append(float(gradient_norm(state)))
+    assert norms[0] == norms[2] == 0 and min(norms[1], norms[3]) > 0
+
+    first, second = np.zeros(6), np.zeros(6)
+    kernel = np.ones(6)
+    for update in (0, 1):
+        pair = [gradients[2 * update], gradients[2 * update + 1]]
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *pair)
+        norm = float(optax.tree.norm(mean))
+        np.testing.assert_allclose(norms[2 * update + 1], norm, rtol=1e-6)
+        g = np.asarray(mean['kernel']).ravel() * min(1, 2 / (norm + 1e-6))
+        first, second = 0.9 * first + 0.1 * g, 0.95 * second + 0.05 * g * g
+        hat = first / (1 - 0.9 ** (update + 1)), second / (1 - 0.95 ** (update + 1))
+        rate = float(config.learning_rate.at(2 * update + 1, 10))
+        kernel = kernel - rate * 0.05 * kernel - rate * hat[0] / (np.sqrt(hat[1]) + 1e-8)
+    np.testing.assert_allclose(moved['kernel'].ravel(), kernel, rtol=1e-5)
+
+
+def test_a_long_gradient_is_clipped_to_the_limit():
+    clip = clip_by_norm(2.0)
+    long, state = clip.update({'a': jnp.array([30.0, 40.0])}, clip.init(None))
+    short, _ = clip.update({'a': jnp.array([0.3, 0.4])}, state)
+    np.testing.assert_allclose(long['a'], [1.2, 1.6], rtol=1e-5)
+    np.testing.assert_allclose(short['a'], [0.3, 0.4])
+    assert float(state.norm_before_clip) == 50
