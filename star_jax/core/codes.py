@@ -34,7 +34,9 @@ class Index:
         """[B, L] float32: 1 where the most probable code is the right one."""
         return (logits_BLV.argmax(-1) == codes_BL).astype(jnp.float32)
 
-    def draw(self, keys_B: jax.Array, logits_BLV: jax.Array) -> jax.Array:
+    # Static: as a field of a draw, a method bound to a new `Index` would compile anew each call.
+    @staticmethod
+    def draw(keys_B: jax.Array, logits_BLV: jax.Array) -> jax.Array:
         """[B, L] int32, one key per image.
 
         Gumbel noise belongs to the code, so the filters' -inf never moves another code's noise.
