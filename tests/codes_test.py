@@ -1,0 +1,66 @@
+"""Do codes know their likelihood, and are they drawn from it?"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from star_jax.core.codes import Index
+
+V = 5
+draw = jax.jit(Index.draw)
+
+
+@pytest.fixture
+def logits_BLV():
+    return 3 * np.random.default_rng(0).normal(size=(2, 3, V)).astype(np.float32)
+
+
+@pytest.fixture
+def codes_BL():
+    return np.array([[0, 4, 2], [1, 1, 3]], np.int32)
+
+
+def test_nll_is_minus_the_natural_logarithm_of_the_softmax(logits_BLV, codes_BL):
+    weights = np.exp(np.asarray(logits_BLV, np.float64))
+    probs = weights / weights.sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(probs, np.asarray(codes_BL)[..., None], -1)[..., 0])
+    np.testing.assert_allclose(Index(V).nll(logits_BLV, codes_BL), expected, rtol=1e-5)
+
+
+def test_equal_logits_cost_the_logarithm_of_the_number_of_codes(codes_BL):
+    nll = Index(V).nll(jnp.zeros((2, 3, V), jnp.bfloat16), codes_BL)
+    np.testing.assert_allclose(nll, np.full((2, 3), np.log(V)), rtol=1e-6)
+    assert nll.dtype == jnp.float32
+
+
+def test_hits_are_codes_of_the_largest_logit(codes_BL):
+    logits = jnp.asarray(np.eye(V)[[[0, 4, 2], [1, 2, 3]]])
+    assert Index(V).hits(logits, codes_BL).tolist() == [[1, 1, 1], [1, 0, 1]]
+
+
+def test_codes_are_drawn_as_often_as_their_probability_says():
+    probs = np.array([0.5, 0.3, 0.2, 0.0])
+    with np.errstate(divide='ignore'):
+        logits = np.broadcast_to(np.log(probs), (2, 20000, 4)).astype(np.float32)
+    codes = draw(jax.random.split(jax.random.key(1), 2), logits)
+    assert codes.dtype == jnp.int32
+    for row in np.asarray(codes):
+        shares = np.bincount(row, minlength=4) / row.size
+        np.testing.assert_allclose(shares, probs, atol=0.015)
+        assert shares[3] == 0
+
+
+def test_an_image_draws_from_its_own_key():
+    logits = np.zeros((2, 64, V), np.float32)
+    keys = jax.random.split(jax.random.key(2), 3)
+    first, second = draw(keys[:2], logits), draw(keys[::2], logits)
+    np.testing.assert_array_equal(first[0], second[0])
+    assert (first[1] != second[1]).any()
+    np.testing.assert_array_equal(draw(keys[1:2], logits[1:])[0], first[1])
+
+
+def test_the_rule_of_drawing_is_one_static_value():
+    """It is a static field of a draw: were it new each time, every call would compile again."""
+    assert Index(V).draw == Index(V).draw
+    assert hash(Index(V).draw) == hash(Index(V).draw)

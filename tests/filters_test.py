@@ -1,0 +1,122 @@
+"""Do filters keep the codes that STAR specification section 8 keeps?"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from star_jax.core.filters import Filter
+
+V = 12
+keep = jax.jit(lambda rule, logits: rule(logits))
+
+
+def kept(logits, top_k, top_p):
+    """The specification, row by row: the set of codes that may be drawn.
+
+    Where equal logits meet the edge of the nucleus, sorting decides by position; here they all
+    stay, so a batch may not change them.
+    """
+    left = np.ones(len(logits), bool)
+    if top_k:
+        left &= logits >= np.sort(logits)[-min(top_k, len(logits))]
+    if not top_p:
+        return left
+    order = np.argsort(np.where(left, logits, -np.inf), kind='stable')
+    weights = np.where(left, np.exp(logits - logits.max()), 0)[order]
+    removed = np.cumsum(weights / weights.sum()) <= 1 - top_p
+    removed[-1] = False
+    edge = logits[order][~removed].min()
+    return left & (logits >= edge)
+
+
+def mixed_rows(ties):
+    logits = 2 * np.random.default_rng(0).normal(size=(64, V))
+    return (np.round(logits) if ties else logits).astype(np.float32)
+
+
+@pytest.mark.parametrize('ties', [False, True])
+@pytest.mark.parametrize('top_k', [0, 1, 4, V, V + 5])
+@pytest.mark.parametrize('top_p', [None, 0.05, 0.613, 0.97])
+def test_filters_keep_what_the_specification_keeps(ties, top_k, top_p):
+    logits = mixed_rows(ties)
+    expected = np.stack([kept(row.astype(np.float64), top_k, top_p) for row in logits])
+    masked = np.asarray(keep(Filter(top_k=top_k, top_p=top_p), logits))
+    np.testing.assert_array_equal(np.isfinite(masked), expected)
+    np.testing.assert_array_equal(masked[expected], logits[expected])
+
+
+def test_a_known_row():
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
+    stays = [
+        (Filter(), [1, 1, 1, 1]),
+        (Filter(top_k=2), [0, 1, 0, 1]),
+        (Filter(top_p=0.39), [0, 1, 0, 0]),
+        (Filter(top_p=0.41), [0, 1, 0, 1]),
+        (Filter(top_p=0.69), [0, 1, 0, 1]),
+        (Filter(top_p=0.71), [0, 1, 1, 1]),
+        # The nucleus is taken inside the top-k: 0.4 is 4/7 of what two codes hold.
+        (Filter(top_k=2, top_p=0.56), [0, 1, 0, 0]),
+        (Filter(top_k=2, top_p=0.58), [0, 1, 0, 1]),
+        (Filter(top_p=0.0), [0, 1, 0, 0]),
+    ]
+    for rule, expected in stays:
+        assert np.isfinite(keep(rule, logits)).astype(int).tolist() == expected, rule
+
+
+def test_equal_logits_stay_or_go_together():
+    logits = jnp.array([1.0, 3.0, 1.0, 1.0, 2.0])
+    assert np.isfinite(keep(Filter(top_k=3), logits)).all()
+    assert np.isfinite(keep(Filter(top_k=2), logits)).tolist() == [0, 1, 0, 0, 1]
+    assert np.isfinite(keep(Filter(top_k=3, top_p=0.99), logits)).all()
+    assert np.isfinite(keep(Filter(top_p=0.1), jnp.zeros(5))).all()
+
+
+def test_more_codes_than_there_are_is_off():
+    logits = mixed_rows(ties=False)
+    for top_p in (None, 0.6):
+        off = keep(Filter(top_p=top_p), logits)
+        np.testing.assert_array_equal(keep(Filter(top_k=V, top_p=top_p), logits), off)
+        np.testing.assert_array_equal(keep(Filter(top_k=V + 5, top_p=top_p), logits), off)
+
+
+def test_temperature_divides_before_the_nucleus_is_taken():
+    logits = mixed_rows(ties=False)
+    warm = keep(Filter(top_k=4, top_p=0.8, temperature=2.0), logits)
+    np.testing.assert_array_equal(warm, keep(Filter(top_k=4, top_p=0.8), logits / 2))
+    assert np.isfinite(warm).sum() > np.isfinite(keep(Filter(top_k=4, top_p=0.8), logits)).sum()
+
+
+def test_a_row_alone_keeps_what_it_keeps_in_a_batch():
+    logits = mixed_rows(ties=True)
+    rule = Filter(top_k=4, top_p=0.7)
+    whole = np.asarray(keep(rule, logits))
+    alone = np.concatenate([keep(rule, row[None]) for row in logits[:8]])
+    np.testing.assert_array_equal(alone, whole[:8])
+    np.testing.assert_array_equal(keep(rule, logits.reshape(4, 16, V)).reshape(-1, V), whole)
+
+
+def test_numbers_do_not_recompile():
+    traces = []
+
+    @jax.jit
+    def count(rule, logits):
+        traces.append(rule.top_k)
+        return jnp.isfinite(rule(logits)).sum()
+
+    logits = mixed_rows(ties=False)
+    numbers = ((0.2, 1.0), (0.9, 1.0), (0.9, 0.2))
+    counts = [
+        int(count(Filter(top_k=5, top_p=top_p, temperature=temperature), logits))
+        for top_p, temperature in numbers
+    ]
+    assert len(set(counts)) == 3
+    assert traces == [5]
+    count(Filter(top_k=6, top_p=0.5), logits)
+    assert traces == [5, 6]
+
+
+def test_logits_leave_in_float32():
+    for rule in (Filter(), Filter(top_k=2), Filter(top_p=0.5)):
+        logits = jax.ShapeDtypeStruct((1, V), jnp.bfloat16)
+        assert jax.eval_shape(rule, logits).dtype == jnp.float32

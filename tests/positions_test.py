@@ -1,0 +1,123 @@
+"""Do tables of positions say where a token stands?"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from star_jax.core import positions
+from star_jax.core.schedule import Pyramid
+from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
+
+SIDES = (1, 2, 3, 5)
+SCHEDULE = Pyramid.square(SIDES)
+rotate = jax.jit(positions.rotate)
+
+
+def scales(rows):
+    """Rows of a table, scale by scale."""
+    return np.split(np.asarray(rows), SCHEDULE.offsets[1:-1])
+
+
+def test_cells_are_counted_row_by_row():
+    expected = [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+    assert positions.grid_xy(2, 3).tolist() == expected
+
+
+def test_an_extent_stretches_each_axis_by_itself():
+    expected = [[0, 0], [32, 0], [64, 0], [0, 64], [32, 64], [64, 64]]
+    assert positions.grid_xy(2, 3, 64).tolist() == expected
+    assert positions.grid_xy(1, 1, 64).tolist() == [[0, 0]]
+    assert positions.grid_xy(1, 3, 64).tolist() == [[0, 0], [32, 0], [64, 0]]
+
+
+def test_normalised_coordinates_span_the_same_extent_at_every_scale():
+    first, *later = scales(positions.pyramid_xy(SCHEDULE.grids, 64))
+    assert first.tolist() == [[0, 0]]
+    for xy in later:
+        assert xy.min(0).tolist() == [0, 0]
+        assert xy.max(0).tolist() == [64, 64]
+
+
+def test_raw_coordinates_count_the_cells_of_each_scale():
+    for side, xy in zip(SIDES, scales(positions.pyramid_xy(SCHEDULE.grids)), strict=True):
+        assert xy.max(0).tolist() == [side - 1, side - 1]
+
+
+def test_the_first_half_of_the_planes_turns_with_x_and_the_other_with_y():
+    table = positions.rotary_table(np.array([[3.0, 5.0]]), head_dim=8, theta=100)
+    np.testing.assert_allclose(table, [[3, 0.3, 5, 0.5]], rtol=1e-6)
+    assert table.dtype == np.float32
+
+
+def test_sines_and_cosines_of_x_come_before_those_of_y():
+    table = positions.sincos_table(np.array([[3.0, 5.0]]), width=8, theta=100)
+    waves = [np.sin([3, 0.3]), np.cos([3, 0.3]), np.sin([5, 0.5]), np.cos([5, 0.5])]
+    np.testing.assert_allclose(table, [np.concatenate(waves)], rtol=1e-6)
+
+
+@pytest.mark.parametrize('table', [positions.rotary_table, positions.sincos_table])
+def test_widths_that_do_not_divide_by_four_are_refused(table):
+    with pytest.raises(ValueError, match='divisible by 4'):
+        table(np.zeros((1, 2)), 6, 100.0)
+
+
+def test_neighbouring_channels_turn_together():
+    x = np.arange(4.0, dtype=np.float32).reshape(1, 1, 1, 4)
+    quarter = np.array([[np.pi / 2, 0]], np.float32)
+    np.testing.assert_allclose(rotate(x, quarter).ravel(), [-1, 0, 2, 3], atol=1e-6)
+
+
+def test_scores_of_rotated_vectors_depend_on_the_distance_alone():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
+
+    def score(*places):
+        angles = (positions.rotary_table(np.array([xy]), 8, 100.0) for xy in places)
+        turned = [np.asarray(rotate(x, a)) for x, a in zip((q, k), angles, strict=True)]
+        return np.multiply(*turned).sum(-1)
+
+    near = score((3.0, 1.0), (1.0, 2.0))
+    np.testing.assert_allclose(near, score((13.0, 5.0), (11.0, 6.0)), atol=1e-5)
+    assert np.abs(near - score((3.0, 1.0), (2.0, 2.0))).max() > 1e-3
+    assert np.abs(near - score((3.0, 1.0), (1.0, 3.0))).max() > 1e-3
+
+
+def test_rotation_keeps_lengths_and_works_in_float32():
+    x = np.random.default_rng(0).normal(size=(2, 4, 3, 8)).astype(np.float32)
+    angles = positions.rotary_table(positions.grid_xy(2, 2, 64), 8, 100.0)
+    lengths = np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(rotate(x, angles), axis=-1), lengths, rtol=1e-5)
+    half = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    assert jax.eval_shape(rotate, half, angles).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('extent', [16.0, 64.0])
+def test_the_last_corner_has_one_angle_at_every_scale_only_when_normalised(extent):
+    corners = np.array(SCHEDULE.offsets[2:]) - 1
+    normalised = NormalisedRotary(theta=100.0, extent=extent).angles(SCHEDULE, 8)
+    expected = np.broadcast_to([extent, extent / 10, extent, extent / 10], (len(corners), 4))
+    np.testing.assert_allclose(normalised[corners], expected, rtol=1e-6)
+    raw = RawRotary(theta=100.0).angles(SCHEDULE, 8)
+    np.testing.assert_allclose(raw[corners, 0], np.array(SIDES[1:]) - 1)
+
+
+def test_only_learned_positions_have_parameters():
+    rows = np.arange(SCHEDULE.length)
+
+    def parameters(kind):
+        module = kind.table(SCHEDULE, 8, jax.nn.initializers.normal())
+        return module and jax.eval_shape(module.init, jax.random.key(0), rows)
+
+    assert parameters(NoPositions()) is None
+    assert parameters(RawRotary()) is None
+    assert parameters(SinCos()) == {}
+    (table,) = jax.tree.leaves(parameters(Learned()))
+    assert table.shape == (SCHEDULE.length, 8)
+    for kind in (NoPositions(), Learned(), SinCos()):
+        assert kind.angles(SCHEDULE, 8) is None
+
+
+def test_sin_cos_rows_are_taken_by_index():
+    module = SinCos(theta=100.0, extent=8.0).table(SCHEDULE, 8, jax.nn.initializers.normal())
+    whole = positions.sincos_table(positions.pyramid_xy(SCHEDULE.grids, 8.0), 8, 100.0)
+    np.testing.assert_allclose(module.apply({}, np.array([1, 7])), whole[[1, 7]], atol=1e-6)
