@@ -18,6 +18,7 @@ RED = '<rect width="{w}" height="{h}" fill="#f00"/>'
 VIOLIN = dict(label='violin', hexcode='1F3BB', tags=['instrument', 'music', 'violin'])
 WAVE = dict(label='waving hand', hexcode='1F44B', tags=['bye'])
 FLAG = dict(label='flag: Bosnia & Herzegovina', hexcode='1F1E7-1F1E6', tags=['BA', 'flag'])
+SEA = dict(label='water wave', hexcode='1F30A', tags=['ocean'])
 SCISSORS = dict(label='scissors', hexcode='2702', tags=['cutting'])
 
 
@@ -38,10 +39,12 @@ def packages(tmp_path):
             ['violin', 'waving-hand', 'waving-hand-medium-light', 'lighthouse']
         ),
         '@iconify-json/fxemoji/icons.json': iconify(
-            ['blackscissors', 'wiredkeyboard', 'dissapointedrelief', 'fiddle']
+            ['blackscissors', 'wiredkeyboard', 'dissapointedrelief', 'fiddle', 'wave']
         ),
-        'emojibase-data/en/data.json': json.dumps([VIOLIN, WAVE, FLAG, SCISSORS]),
-        'emojibase-data/en/shortcodes/some.json': json.dumps({'1F3BB': ['fiddle', 'wave']}),
+        'emojibase-data/en/data.json': json.dumps([VIOLIN, WAVE, FLAG, SCISSORS, SEA]),
+        'emojibase-data/en/shortcodes/some.json': json.dumps(
+            {'1F3BB': ['fiddle'], '1F44B': 'wave'}
+        ),
     }
     for name, text in files.items():
         path = tmp_path / 'packages' / name
@@ -92,6 +95,7 @@ def test_words_run_together_are_told_apart_or_left_out(packages):
         'blackscissors': 'scissors',  # by the character's name
         'fiddle': 'violin',  # by a shortcode
         'wiredkeyboard': 'wired keyboard',  # a symbol that never became an emoji
+        'wave': 'water wave',  # not the waving hand that shortcodes mean
     }
 
 
@@ -179,7 +183,7 @@ def test_the_set_is_written_whole(packages, renderer, tmp_path, monkeypatch):
         source = prepared.Prepared(path=str(out), split=split).open(8)
         counts[split] = len(source)
         assert source[0]['image'].shape == (8, 8, 3)
-    assert counts == summary.images and counts.total() == 3 + 1 + 1 + 3  # equal ones stay once
+    assert counts == summary.images and counts.total() == 3 + 1 + 1 + 4  # equal ones stay once
     licences = prepared.Prepared(path=str(out), caption='licence').open(8)
     found = {licences[i]['captions'][0] for i in range(len(licences))}
     assert found <= {'Apache-2.0', 'MIT'}

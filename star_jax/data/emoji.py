@@ -35,7 +35,19 @@ HELD_OUT_PAIRS = 0.06  # share of the (concept, style) pairs asked for; 5 % of t
 TRAINED_STYLES = 2  # a held-out pair's label is trained in at least so many other styles
 TAGS = 4  # keywords in a caption: more would not fit the text encoder's 32 tokens
 TONES = ('light', 'medium-light', 'medium', 'medium-dark', 'dark')
-RENAMED = {'piata': 'pinata', 'phoenix-bird': 'phoenix', 'keycap': 'keycap-base'}  # as published
+# File names that are misspelt, or that mean another picture in the Unicode names.
+RENAMED = {
+    'piata': 'pinata',
+    'phoenix-bird': 'phoenix',
+    'keycap': 'keycap-base',
+    'bow': 'ribbon',
+    'couple': 'couple-with-heart',
+    'down': 'backhand-index-pointing-down',
+    'up': 'index-pointing-up',
+    'pout': 'person-pouting',
+    'pouting': 'enraged-face',
+    'wave': 'water-wave',
+}
 TONE_CODES = {'1f3fb', '1f3fc', '1f3fd', '1f3fe', '1f3ff'}
 
 
