@@ -69,14 +69,23 @@ class Plain(Draw):
         return Drawn(codes_BL, tools.embed(codes_BL)), logits_BLV
 
 
+def gumbel_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[B, *shape] standard Gumbel noise, one key per image."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, shape))(keys_B)
+
+
 @flax.struct.dataclass
 class Smooth(Draw):
     """Soft mixtures of code vectors, sharper with every scale; for pictures only (section 8).
 
-    The codes it reports are the heaviest of each mixture.
+    The codes it reports are the heaviest of each mixture. `noise(keys_B, shape)` gives Gumbel
+    noise [B, *shape].
     """
 
     steps: int = flax.struct.field(pytree_node=False)
+    noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] = flax.struct.field(
+        pytree_node=False, default=gumbel_noise
+    )
 
     def __call__(
         self,
@@ -87,14 +96,21 @@ class Smooth(Draw):
         tools: Tools,
     ) -> tuple[Drawn, jax.Array]:
         logits_BLV = guide(tools.head(features_RLD), len(keys_B), weight)
-        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits_BLV.shape[1:]))(keys_B)
-        weights_BLV = soften(logits_BLV, gumbel, step.index / max(self.steps - 1, 1))
+        ratio = step.index / max(self.steps - 1, 1)
+        gumbel = self.noise(keys_B, logits_BLV.shape[1:])
+        weights_BLV = soften(logits_BLV, gumbel, ratio, softness(ratio))
         return Drawn(weights_BLV.argmax(-1).astype(jnp.int32), tools.mix(weights_BLV)), logits_BLV
 
 
-def soften(logits: jax.Array, gumbel: jax.Array, ratio: float | jax.Array) -> jax.Array:
-    """softmax(((1 + ratio) logits + gumbel) / tau); tau falls from 0.27 as `ratio` goes 0 -> 1."""
-    tau = jnp.maximum(0.27 * (1 - 0.95 * ratio), 0.005)
+def softness(ratio: float | jax.Array) -> jax.Array:
+    """The temperature of a mixture: it falls from 0.27 as `ratio` goes from 0 to 1."""
+    return jnp.maximum(0.27 * (1 - 0.95 * ratio), 0.005)
+
+
+def soften(
+    logits: jax.Array, gumbel: jax.Array, ratio: float | jax.Array, tau: float | jax.Array
+) -> jax.Array:
+    """softmax(((1 + ratio) logits + gumbel) / tau)."""
     return jax.nn.softmax(((1 + ratio) * logits + gumbel) / tau)
 
 

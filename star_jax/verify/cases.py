@@ -1,0 +1,215 @@
+"""What does a case folder hold?
+
+`config.json` with the reference's own option names, `io.safetensors` with the recorded arrays, and
+mostly a state dict in the reference's names. Here options become our configs and state dicts our
+parameters, through the project's own conversion tables.
+"""
+
+import dataclasses
+import functools
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import einops
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from star_jax.checkpoint import config as configs
+from star_jax.checkpoint import weights
+from star_jax.convert.entries import Entry, to_params
+from star_jax.convert.star import IGNORED, star_entries, vq_entries
+from star_jax.errors import UserError
+from star_jax.families.star import Star
+from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
+from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.tokenizers.residual_vq import VQ
+
+AFTER = 'state_dict_after'
+QUANTISER = 'quantize.'  # how the quantiser's tensors begin
+RAW = -1  # rope_norm of coordinates that count cells
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A recorded case. `arrays` also holds the tensors of `state_dict_after`, if there are any."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+    def option(self, *path: str) -> Any:
+        """An option of the config, by the keys that lead to it; UserError if it is missing."""
+        value = self.config
+        for key in path:
+            if not isinstance(value, Mapping) or key not in value:
+                raise UserError(f'{self.folder / "config.json"}: misses {".".join(path)}')
+            value = value[key]
+        return value
+
+    def given(self, name: str) -> np.ndarray:
+        """A recorded input; UserError if it is missing."""
+        if name not in self.arrays:
+            raise UserError(f'{self.folder}: misses the recorded input {name!r}')
+        return self.arrays[name]
+
+    @property
+    def tolerances(self) -> Mapping[str, float | str]:
+        return self.option('tolerances')
+
+    @functools.cached_property
+    def state(self) -> dict[str, np.ndarray]:
+        """The state dict, in the reference's names."""
+        file = self.option('state_dict_file')
+        if not isinstance(file, str):
+            raise UserError(f'{self.folder}: this kind of case needs a state_dict_file')
+        return read_arrays(self.folder / file)
+
+    @functools.cached_property
+    def tokenizer(self) -> tuple[VQ, dict]:
+        """Config and parameters of the tokenizer that this case refers to, at this case's sides."""
+        path = self.folder / self.option('vae_config')
+        other = Case(path.parent, _read_config(path), {})
+        vq = dataclasses.replace(vq_of(other), sides=tuple(self.option('patch_nums')))
+        state = read_arrays(self.folder / self.option('vae_state_dict'))
+        return vq, convert(self, vq_entries(vq, state), state)
+
+
+def read_case(folder: Path) -> Case:
+    """The case in `folder`; UserError if something is missing or damaged."""
+    config = _read_config(folder / 'config.json')
+    arrays = read_arrays(folder / 'io.safetensors')
+    for name in config.get('files') or ():
+        if not _exists(folder / name):
+            raise UserError(f'{folder / name}: there is no such file, but config.json names it')
+    after = folder / f'{AFTER}.safetensors'
+    if _exists(after):
+        arrays |= {f'{AFTER}.{name}': array for name, array in read_arrays(after).items()}
+    return Case(folder, config, arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, which may also lie gzipped, `.gz` added to its name."""
+    packed = path if path.suffix == '.gz' else _packed(path)
+    if packed != path and (path.exists() or not packed.exists()):
+        return weights.load(path)
+    try:
+        return safetensors.numpy.load(gzip.decompress(packed.read_bytes()))
+    except (OSError, EOFError, zlib.error, safetensors.SafetensorError) as error:
+        raise UserError(f'{packed}: cannot be read as gzipped safetensors ({error})') from error
+
+
+def convert(case: Case, entries: Sequence[Entry], state: Mapping[str, np.ndarray]) -> dict:
+    """Our parameters from a state dict that must hold what the table wants, and nothing unknown."""
+    try:
+        conversion = to_params(entries, state, IGNORED)
+    except einops.EinopsError as error:
+        raise UserError(
+            f'{case.folder}: the state dict does not fit the config: {error}'
+        ) from error
+    if conversion.missing or conversion.unknown:
+        raise UserError(
+            f'{case.folder}: the state dict misses {_listed(conversion.missing)} and holds '
+            f'{_listed(conversion.unknown)}, which no conversion table knows'
+        )
+    return conversion.params
+
+
+def star_params(case: Case, star: Star) -> dict:
+    return convert(case, star_entries(star), case.state)
+
+
+def quantiser_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
+    """The part of a tokenizer's table that concerns codebook and phi."""
+    return [entry for entry in vq_entries(vq, names) if entry.theirs.startswith(QUANTISER)]
+
+
+def star_of(case: Case) -> Star:
+    """The transformer that the reference's options describe."""
+    option = case.option
+    positions = Learned()
+    if option('rotary_pos_emb'):
+        theta, extent = option('rope_theta'), option('rope_norm')
+        raw = extent == RAW
+        positions = RawRotary(theta=theta) if raw else NormalisedRotary(theta=theta, extent=extent)
+    return _valid(
+        case,
+        Star,
+        depth=option('depth'),
+        width=option('embed_dim'),
+        heads=option('num_heads'),
+        mlp_ratio=option('mlp_ratio'),
+        sides=tuple(option('patch_nums')),
+        codes=option('vocab_size'),
+        channels=option('Cvae'),
+        text_width=option('in_dim_cross'),
+        positions=positions,
+        level_embedding=option('absolute_lvl_emb'),
+        shared_adaln=option('shared_aln'),
+        qk_norm=option('attn_l2_norm'),
+        logit_norm=option('enable_logit_norm'),
+        cross_attention=option('enable_cross'),
+    )
+
+
+def vq_of(case: Case) -> VQ:
+    """The tokenizer that the reference's options describe, with its autoencoder."""
+    option = case.option
+    if case.config.get('quant_conv_ks', 3) != 3:
+        raise UserError(f'{case.folder}: quant_conv_ks must be 3, as in every published tokenizer')
+    autoencoder = _valid(
+        case,
+        Autoencoder,
+        width=option('ch'),
+        multipliers=tuple(option('ch_mult')),
+        blocks=option('num_res_blocks'),
+        groups=option('groupnorm_groups'),
+    )
+    return dataclasses.replace(quantiser_of(case), autoencoder=autoencoder)
+
+
+def quantiser_of(case: Case) -> VQ:
+    """The quantiser alone; its autoencoder is the smallest there is, and not used."""
+    option = case.option
+    sides = tuple(option('v_patch_nums'))
+    shared = option('share_quant_resi')  # 0: one phi per scale, or default_qresi_counts of them
+    return _valid(
+        case,
+        VQ,
+        autoencoder=Autoencoder(width=1, multipliers=(1,), blocks=1, groups=1),
+        sides=sides,
+        codes=option('vocab_size'),
+        channels=option('Cvae'),
+        phis=shared or case.config.get('default_qresi_counts') or len(sides),
+        phi_ratio=option('quant_resi'),
+        normalised=option('using_znorm'),
+    )
+
+
+def _valid(case: Case, make: Callable[..., Any], **fields: Any) -> Any:
+    try:
+        return make(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{case.folder / "config.json"}: {error}') from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = configs.read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f'{path}: expected an object of options')
+    return config
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(f'{path.name}.gz')
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or _packed(path).exists()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(names) or 'nothing'

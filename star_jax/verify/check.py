@@ -1,0 +1,74 @@
+"""Does this code compute what the reference recorded?
+
+`verify` checks one case folder, `main` several, for the command line. Everything is computed at
+full float32 matmul precision, whatever the platform.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import einops
+import flax.errors
+import jax
+from rich.console import Console
+
+from star_jax.errors import UserError
+from star_jax.verify import report, rules
+from star_jax.verify.cases import Case, read_case
+from star_jax.verify.generate import Generations
+from star_jax.verify.report import Report
+from star_jax.verify.star import TeacherForced
+from star_jax.verify.tables import Rope, Sampling, Schedules
+from star_jax.verify.tokenizer import Quantising, Vqvae
+from star_jax.verify.train import Training
+
+KINDS = {
+    ('star', 'rope'): Rope,
+    ('star', 'vqvae'): Vqvae,
+    ('star', 'quantizer'): Quantising,
+    ('star', 'star'): TeacherForced,
+    ('star', 'star_generate'): Generations,
+    ('star', 'star_train'): Training,
+    ('star', 'sampling'): Sampling,
+    ('star', 'schedule'): Schedules,
+}
+
+
+def verify(folder: Path) -> Report:
+    """A line for every array that the case in `folder` records.
+
+    Raises UserError for a folder that is no case, or a case of a family or kind not known here.
+    """
+    case = read_case(folder)
+    kind = (case.option('family'), case.option('kind'))
+    if kind not in KINDS:
+        raise UserError(
+            f'{folder}: family {kind[0]!r} with kind {kind[1]!r} is not known; '
+            f'known are {", ".join(map(" ".join, KINDS))}'
+        )
+    with jax.default_matmul_precision('highest'):
+        return Report(folder.resolve().name, _lines(case, KINDS[kind]))
+
+
+def main(folders: Sequence[Path]) -> int:
+    """Verifies and prints; 1 if any array fails or is known to no rule, else 0."""
+    if not folders:
+        raise UserError('verify needs the folder of at least one recorded case')
+    console = Console()
+    failed = False
+    for folder in folders:
+        start = time.monotonic()
+        found = verify(folder)
+        report.write(found, time.monotonic() - start, console)
+        failed |= found.failed
+    return int(failed)
+
+
+def _lines(case: Case, kind: type) -> tuple[report.Line, ...]:
+    try:
+        return rules.judge(case, kind(case).rules())
+    except (flax.errors.FlaxError, einops.EinopsError) as error:
+        raise UserError(
+            f'{case.folder}: weights and config do not fit together: {error}'
+        ) from error

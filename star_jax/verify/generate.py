@@ -1,0 +1,105 @@
+"""How are recorded generations computed? (kind `star_generate`)
+
+By the project's one sampler, whose trace returns what a case records.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from star_jax.core.filters import Filter
+from star_jax.errors import UserError
+from star_jax.families.star import Star
+from star_jax.sampling.draw import Draw, Plain, Smooth, choose_largest, guidance_ramp
+from star_jax.sampling.sampler import Trace, sample
+from star_jax.tokenizers.residual_vq import VQ
+from star_jax.verify import cases
+from star_jax.verify.cases import Case
+from star_jax.verify.report import INTEGERS, LATENTS, LOGITS
+from star_jax.verify.rules import Rule, given
+from star_jax.verify.star import TEXT, behave, text_of
+from star_jax.verify.tokenizer import first
+
+RUN = r'([^.]+)'
+
+
+class Generations:
+    """The runs that the config lists."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.star = cases.star_of(case)
+        self.vq, tokenizer = case.tokenizer
+        self.params = {'model': cases.star_params(case, self.star), 'tokenizer': tokenizer}
+        self.run = functools.cache(self._run)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            given(TEXT),
+            Rule(rf'{RUN}\.idx_(\d+)', INTEGERS, lambda run, k: self.run(run)[1][int(k)]),
+            Rule(rf'{RUN}\.logits_(\d+)', LOGITS, lambda run, k: self.trace(run, k).logits_BLV),
+            Rule(rf'{RUN}\.fhat_(\d+)', LATENTS, lambda run, k: first(self.trace(run, k).canvas)),
+            Rule(rf'{RUN}\.next_token_map_(\d+)', LATENTS, self.next_map),
+            Rule(rf'{RUN}\.image', LATENTS, lambda run: first(self.run(run)[0] + 1) / 2),
+        )
+
+    def trace(self, run: str, step: str) -> Trace:
+        return self.run(run)[2][int(step)]
+
+    def next_map(self, run: str, step: str) -> np.ndarray:
+        """The inputs of the next scale as a map; the canvas after the last."""
+        trace = self.trace(run, step)
+        if trace.inputs is None:
+            return first(trace.canvas)
+        side = self.star.sides[int(step) + 1]
+        return first(trace.inputs.reshape(len(trace.inputs), side, side, -1))
+
+    def _run(self, name: str) -> tuple[jax.Array, list[jax.Array], list[Trace]]:
+        """Images, and codes and traces of every step."""
+        run = next((run for run in self.case.option('runs') if run.get('name') == name), None)
+        if run is None:
+            raise LookupError(f'runs holds no {name}')
+        rows = np.asarray(run['text_rows'])
+        star = behave(self.star, run['cross_attention'])
+        text = jax.tree.map(lambda x: x[rows], text_of(self.case))
+        keys_B = jax.random.split(jax.random.key(0), len(rows) // 2)  # largest codes need no luck
+        guidance_S = guidance_ramp(self.case.option('cfg'), star.schedule.steps)
+        draw = self._draw({**self.case.config, **run})
+        images, codes_BL, traces = sampling(star, self.vq)(
+            self.params, keys_B, text, guidance_S, draw
+        )
+        codes = np.split(np.asarray(codes_BL), star.schedule.offsets[1:-1], axis=1)
+        return images, codes, [one for group in traces for one in _unstack(group)]
+
+    def _draw(self, run: dict[str, Any]) -> Draw:
+        """The draw of a run. Recorded draws take the largest code, so that no noise enters."""
+        if run.get('refine') and run.get('enable_adaptive_norm'):
+            raise UserError(f'{self.case.folder}: runs with a refinement head are not verified yet')
+        if run['draw'] != 'argmax':
+            raise UserError(f"{self.case.folder}: a run must draw 'argmax', not {run['draw']!r}")
+        if run.get('more_smooth'):
+            return Smooth(len(self.star.sides), _no_noise)
+        return Plain(Filter(top_k=run['top_k'], top_p=run['top_p'] or None), choose_largest)
+
+
+@functools.cache
+def sampling(star: Star, vq: VQ) -> Callable:
+    """The sampling program of a model, with its trace."""
+
+    def run(params, keys_B, text, guidance_S, draw):
+        model, tokenizer = star.build(), vq.build()
+        return sample(model, tokenizer, params, keys_B, text, guidance_S, draw, trace=True)
+
+    return jax.jit(run)
+
+
+def _unstack(group: Trace) -> list[Trace]:
+    return [jax.tree.map(lambda x, i=i: x[i], group) for i in range(len(group.canvas))]
+
+
+def _no_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros((len(keys_B), *shape))

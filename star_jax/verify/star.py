@@ -1,0 +1,169 @@
+"""How are the recorded arrays of a teacher-forced transformer computed? (kind `star`)"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from star_jax.convert.entries import to_state
+from star_jax.convert.star import star_entries
+from star_jax.core.codes import Index
+from star_jax.core.condition import Text
+from star_jax.families.star import Star
+from star_jax.verify import cases
+from star_jax.verify.cases import Case
+from star_jax.verify.report import GRADIENTS, LOGITS, LOSSES, NORMS
+from star_jax.verify.rules import Rule, given
+
+Rows = tuple[int, ...]
+TEXT = r'encoder_(?:hidden_states|attention_mask|pool_feat)'
+MODE = '(as_released|per_sample)'
+
+
+class TeacherForced:
+    """Logits, everything on the way to them, losses and gradients."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.star = cases.star_of(case)
+        self.params = cases.star_params(case, self.star)
+        self.forward = functools.cache(self._forward)
+        self.blocks = functools.cache(self._blocks)
+        self.sample = functools.cache(self._sample)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            given('gt_idx|x_BLCv_wo_first_l|keep_mask'),
+            given(TEXT),
+            Rule(f'logits_{MODE}', LOGITS, lambda mode: self.forward(mode)[1]),
+            Rule(f'features_{MODE}', LOGITS, lambda mode: self.forward(mode)[0]),
+            Rule(f'block_input_{MODE}', LOGITS, lambda mode: self.blocks(mode)[0]),
+            Rule(rf'block(\d+)_out_{MODE}', LOGITS, self.block_out),
+            Rule(f'loss_{MODE}_batch_mean', LOSSES, lambda mode: self.losses(mode).mean()),
+            Rule(f'loss_{MODE}', LOSSES, self.losses),
+            Rule(r'sample(\d+)_loss', LOSSES, lambda b: self.sample(int(b))[0]),
+            Rule(r'sample(\d+)_grad_norm', NORMS, lambda b: self.sample(int(b))[1]),
+            Rule(r'sample(\d+)_grad\.(.+)', GRADIENTS, lambda b, n: self.sample(int(b))[2][n]),
+        )
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The rows that take part; all unless some are dropped."""
+        kept = self.case.arrays.get('keep_mask')
+        rows = np.arange(self.star.schedule.length) if kept is None else np.flatnonzero(kept)
+        return tuple(rows.tolist())
+
+    @property
+    def codes_BL(self) -> np.ndarray:
+        return self.case.given('gt_idx')[:, self.rows]
+
+    @property
+    def inputs(self) -> np.ndarray:
+        return self.case.given('x_BLCv_wo_first_l')
+
+    @functools.cached_property
+    def text(self) -> Text:
+        return text_of(self.case)
+
+    def _forward(self, mode: str) -> tuple[jax.Array, jax.Array]:
+        forward = forwarding(behave(self.star, mode), self.rows)
+        return forward(self.params, self.inputs, self.text)
+
+    def _blocks(self, mode: str) -> list[jax.Array]:
+        """The input of the first block and the output of each."""
+        star = dataclasses.replace(behave(self.star, mode), depth=1)
+        x_BLD = starting(star, self.rows)(self._layer(0), self.inputs, self.text)
+        outputs = [x_BLD]
+        for layer in range(self.star.depth):
+            x_BLD = layering(star, self.rows)(self._layer(layer), x_BLD, self.text)
+            outputs.append(x_BLD)
+        return outputs
+
+    def block_out(self, block: str, mode: str) -> jax.Array:
+        return self.blocks(mode)[1 + int(block)]
+
+    def _layer(self, layer: int) -> dict:
+        """The parameters of a network that has this layer only."""
+        block = jax.tree.map(lambda stacked: stacked[layer : layer + 1], self.params['blocks'])
+        return self.params | {'blocks': block}
+
+    def losses(self, mode: str) -> jax.Array:
+        nll_BL = Index(self.star.codes).nll(self.forward(mode)[1], self.codes_BL)
+        return nll_BL.mean(-1)
+
+    def _sample(self, b: int) -> tuple[jax.Array, jax.Array, dict[str, np.ndarray]]:
+        """Loss, gradient norm and gradients, in the reference's names, of one sample alone."""
+        if b >= len(self.codes_BL):
+            raise LookupError(f'sample {b}')
+        one = slice(b, b + 1)
+        text = jax.tree.map(lambda x: x[one], self.text)
+        differentiate = differentiating(self.star, self.rows)
+        loss, gradients = differentiate(self.params, self.inputs[one], text, self.codes_BL[one])
+        state = to_state(star_entries(self.star), gradients)
+        return loss, optax.tree.norm(gradients), state
+
+
+def text_of(case: Case, prefix: str = '') -> Text:
+    """The recorded text features."""
+    names = ('hidden_states', 'attention_mask', 'pool_feat')
+    return Text(*(case.given(f'{prefix}encoder_{name}') for name in names))
+
+
+def behave(star: Star, mode: str) -> Star:
+    """The model whose cross-attention is that of a recording: 'released' in its name, or not."""
+    return dataclasses.replace(star, released_cross_attention='released' in mode)
+
+
+def mean_nll(star: Star, rows: Rows, params: dict, inputs, text: Text, codes_BL) -> jax.Array:
+    """The training objective on given inputs and codes of `rows`."""
+    logits_BLV = _features_and_logits(star, rows, params, inputs, text)[1]
+    return Index(star.codes).nll(logits_BLV, codes_BL).mean()
+
+
+def _features_and_logits(star: Star, rows: Rows, params: dict, inputs, text: Text):
+    apply = functools.partial(star.build().apply, {'params': params})
+    features_BLD = apply(inputs, text, np.asarray(rows), method='features')
+    return features_BLD, apply(features_BLD, text, method='head')
+
+
+@functools.cache
+def forwarding(star: Star, rows: Rows) -> Callable:
+    """Inputs and text -> features and logits."""
+    return jax.jit(functools.partial(_features_and_logits, star, rows))
+
+
+@functools.cache
+def differentiating(star: Star, rows: Rows) -> Callable:
+    """Inputs, text and codes -> loss and gradients to the parameters."""
+    return jax.jit(jax.value_and_grad(functools.partial(mean_nll, star, rows)))
+
+
+@functools.cache
+def starting(star: Star, rows: Rows) -> Callable:
+    """Inputs and text -> the rows that enter the first block."""
+
+    def start(params, inputs, text):
+        apply = functools.partial(star.build().apply, {'params': params})
+        later = np.arange(star.schedule.starts[1], star.schedule.starts[-1])
+        first, rest = apply(text, method='start'), apply(inputs, later, method='embed')
+        return jnp.concatenate([first, rest], axis=1)[:, np.asarray(rows)]
+
+    return jax.jit(start)
+
+
+@functools.cache
+def layering(star: Star, rows: Rows) -> Callable:
+    """Rows -> rows, through a network of one layer."""
+
+    def run(params, x_BLD, text):
+        apply = functools.partial(star.build().apply, {'params': params})
+        places = np.asarray(rows)
+        text_kv = apply(text, method='text_kv')
+        mask = star.schedule.mask(places)
+        return apply(x_BLD, places, text_kv, text, None, mask, method='trunk')[0]
+
+    return jax.jit(run)

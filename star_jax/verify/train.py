@@ -1,0 +1,122 @@
+"""How is a recorded training run repeated? (kind `star_train`)"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import optax
+
+from star_jax.convert.entries import to_state
+from star_jax.convert.star import IGNORED, star_entries
+from star_jax.errors import UserError
+from star_jax.training.optimizer import AdamW, gradient_norm
+from star_jax.training.schedules import LearningRate
+from star_jax.verify import cases
+from star_jax.verify.cases import AFTER, Case
+from star_jax.verify.report import INTEGERS, LATENTS, LOSSES, NORMS, PARAMETERS, SCHEDULES
+from star_jax.verify.rules import Rule, given
+from star_jax.verify.star import TEXT, behave, mean_nll, text_of
+from star_jax.verify.tokenizer import last
+
+STEP = r'step(\d+)\.'
+
+
+class Training:
+    """Images and text through the frozen tokenizer, the objective and the optimizer."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        mode = case.config.get('cross_attention', 'corrected').partition(':')[0]
+        self.star = behave(cases.star_of(case), mode)
+        self.params = cases.star_params(case, self.star)
+        self.vq, self.tokenizer = case.tokenizer
+        numbers = [int(found[1]) for name in case.arrays if (found := re.match(STEP, name))]
+        self.steps = np.arange(max(numbers, default=-1) + 1)
+        self.total = case.option('optimizer', 'max_iterations')
+        self.optimizer = optimizer_of(case)
+        self.encoded = functools.cache(self._encoded)
+
+    def rules(self) -> tuple[Rule, ...]:
+        peak = self.optimizer.learning_rate.peak
+        return (
+            given(f'{STEP}image'),
+            given(STEP + TEXT),
+            Rule(f'{STEP}gt_idx', INTEGERS, lambda step: self.encoded(int(step))[0]),
+            Rule(f'{STEP}x_BLCv_wo_first_l', LATENTS, lambda step: self.encoded(int(step))[1]),
+            Rule('lr', SCHEDULES, self.rates, peak),
+            Rule('weight_decay', SCHEDULES, self.decays),
+            Rule('losses', LOSSES, lambda: self.trained[0]),
+            Rule('grad_norm_before_clip', NORMS, lambda: self.trained[1]),
+            Rule(rf'{AFTER}\.(.+)', PARAMETERS, lambda name: self.trained[2][name]),
+        )
+
+    def rates(self) -> jax.Array:
+        return self.optimizer.learning_rate.at(self.steps, self.total)
+
+    def decays(self) -> jax.Array:
+        return self.optimizer.decay_at(self.steps, self.total)
+
+    def _encoded(self, step: int) -> tuple[jax.Array, jax.Array]:
+        """Codes of a step's images and the transformer's inputs."""
+        return self._encode(self.tokenizer, last(self.case.given(f'step{step}.image')))
+
+    @functools.cached_property
+    def _encode(self):
+        def encode(params, images):
+            apply = functools.partial(self.vq.build().apply, {'params': params})
+            codes_BL = apply(images, method='encode')
+            return codes_BL, apply(codes_BL, method='inputs')
+
+        return jax.jit(encode)
+
+    @functools.cached_property
+    def trained(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Losses, gradient norms, and the state dict after the last step."""
+        rows = tuple(range(self.star.schedule.length))
+        loss = functools.partial(mean_nll, self.star, rows)
+        optimizer = self.optimizer.build(self.total)
+
+        @jax.jit
+        def update(params, opt, inputs, text, codes_BL):
+            value, gradients = jax.value_and_grad(loss)(params, inputs, text, codes_BL)
+            updates, opt = optimizer.update(gradients, opt, params)
+            return optax.apply_updates(params, updates), opt, value, gradient_norm(opt)
+
+        params, opt = self.params, jax.jit(optimizer.init)(self.params)
+        losses, norms = [], []
+        for step in self.steps:
+            codes_BL, inputs = self.encoded(int(step))
+            text = text_of(self.case, f'step{step}.')
+            params, opt, value, norm = update(params, opt, inputs, text, codes_BL)
+            losses.append(value)
+            norms.append(norm)
+        before = self.case.state.items()
+        unchanged = {name: array for name, array in before if name.endswith(IGNORED)}
+        after = unchanged | to_state(star_entries(self.star), params)
+        return np.asarray(losses), np.asarray(norms), after
+
+
+def optimizer_of(case: Case) -> AdamW:
+    """The optimizer that the reference's options describe."""
+    option = functools.partial(case.option, 'optimizer')
+    beta1, beta2 = option('betas')
+    try:
+        return AdamW(
+            learning_rate=LearningRate(
+                peak=option('peak_lr'),
+                warmup_steps=round(option('warmup_iterations')),
+                start=option('wp0'),
+                end=option('wpe'),
+                shape=option('schedule'),
+            ),
+            weight_decay=option('weight_decay'),
+            weight_decay_end=option('weight_decay_end'),
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=option('eps'),
+            clip=option('grad_clip_global_norm'),
+            accumulate=case.option('gradient_accumulation'),
+        )
+    except ValueError as error:
+        raise UserError(f'{case.folder}: {error}') from error
