@@ -2,6 +2,7 @@
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -15,3 +16,22 @@ class Text:
     states_BTE: jax.Array
     mask_BT: jax.Array
     pooled_BE: jax.Array
+
+
+def stack(prompted: Text, unprompted: Text) -> Text:
+    """Rows for guidance: B prompted ones over B copies of one unprompted row."""
+    batch = len(prompted.mask_BT)
+    return jax.tree.map(
+        lambda text, empty: jnp.concatenate([text, jnp.repeat(empty, batch, axis=0)]),
+        prompted,
+        unprompted,
+    )
+
+
+def choose(drop_B: jax.Array, prompted: Text, unprompted: Text) -> Text:
+    """`prompted`, with the unprompted row where `drop_B` is True."""
+    return jax.tree.map(
+        lambda text, empty: jnp.where(drop_B.reshape(-1, *[1] * (text.ndim - 1)), empty, text),
+        prompted,
+        unprompted,
+    )

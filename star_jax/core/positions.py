@@ -27,7 +27,7 @@ def pyramid_xy(grids: tuple[tuple[int, int], ...], extent: float | None = None) 
 
 
 def rotary_table(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
-    """[L, head_dim / 2] float32 angles: the first half of the planes turns with x, the other with y.
+    """[L, head_dim / 2] float32 angles: half of the planes turns with x, half with y.
 
     `head_dim` must divide by 4 (STAR specification 3.2).
     """

@@ -77,6 +77,11 @@ class Schedule:
         """[L] int32: the step that draws each token."""
         return np.repeat(np.arange(self.steps, dtype=np.int32), self.sizes)
 
+    @property
+    def scale_of_token(self) -> np.ndarray:
+        """[L] int32: the scale whose loss a token counts to."""
+        return self.step_of_token
+
     @functools.cached_property
     def drawing_rows(self) -> np.ndarray:
         """[L] int32: the row whose features predict each token (the last rows of its step)."""
@@ -140,6 +145,13 @@ class Pyramid(Schedule):
         """A row sees its own step and all earlier ones."""
         return np.repeat(np.asarray(self.starts[1:]), self.reads)
 
+    def thin(self, key: jax.Array, keep: int) -> jax.Array:
+        """[keep] int32 rows, in order: all but some of the last step's, which are drawn uniformly
+        without replacement (token dropping, STAR specification 4.1)."""
+        first, end = self.starts[-2:]
+        kept = jax.random.permutation(key, jnp.arange(first, end))[: keep - first]
+        return jnp.concatenate([jnp.arange(first), jnp.sort(kept)]).astype(jnp.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Raster(Schedule):
@@ -165,3 +177,8 @@ class Raster(Schedule):
     def reach(self) -> np.ndarray:
         """Causal, within the prefix too."""
         return np.arange(1, self.starts[-1] + 1)
+
+    @property
+    def scale_of_token(self) -> np.ndarray:
+        """A raster has one scale."""
+        return np.zeros(self.length, np.int32)

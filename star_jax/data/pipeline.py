@@ -37,6 +37,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Those of example `index`, without its image."""
+        ...
+
 
 def batches(
     source: Source,
@@ -118,3 +122,9 @@ def _collate(samples: Sequence[dict]) -> Batch:
         caption=[sample['caption'] for sample in samples],
         label=[sample['label'] for sample in samples],
     )
+
+
+def pad(array: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
+    """`array` with its last row repeated up to `rows`, and how many rows are real."""
+    missing = rows - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]), len(array)

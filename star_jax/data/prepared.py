@@ -117,6 +117,9 @@ class _Records:
         label = self._texts(record, self.config.label)[0] if self.config.label else ''
         return Example(image=image, captions=self._texts(record, self.config.caption), label=label)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._texts(self.records[index], self.config.caption)
+
     def _texts(self, record: Mapping[str, Any], field: str) -> tuple[str, ...]:
         feature, value = self.features[field], record[field]
         if isinstance(feature, tfds.features.Sequence):

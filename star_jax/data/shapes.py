@@ -19,6 +19,8 @@ from star_jax.errors import UserError
 
 SMALLEST_SIDE = 16  # below, a small shape has five pixels and no form
 
+STRIDE = 13  # between the phrasings that a scene keeps; shares no factor with their number
+
 RING_HOLE = 0.52  # of the outer radius
 CROSS_ARM = 0.36  # of the extent
 STAR_NOTCH = 0.45  # of the radius of its tips
@@ -29,16 +31,20 @@ class Shapes:
     """The embedded set: `count` scenes of a split, with one of the given numbers of objects.
 
     `split` is 'train', 'validation' (the same pairs of colour and shape, other scenes) or
-    'held_out' (every scene has a pair that 'train' never shows).
+    'held_out' (every scene has a pair that 'train' never shows). A scene keeps `phrasings` of its
+    captions (0: all, up to 31), so that the text features of a set can be computed once.
     """
 
     count: int = 200_000
     split: str = 'train'
     objects: tuple[int, ...] = (1, 2, 3)
+    phrasings: int = 2
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f'shapes needs at least one picture, not count {self.count}')
+        if self.phrasings < 0:
+            raise UserError(f'phrasings must be 0 (all) or more, not {self.phrasings}')
         if self.split not in SPLITS:
             raise UserError(
                 f'there is no split {self.split!r} of shapes: choose one of {", ".join(SPLITS)}'
@@ -73,9 +79,19 @@ class Source:
         first = shown.things[0]
         return Example(
             image=render(shown, self.size),
-            captions=captions(shown),
+            captions=self._captions(index, shown),
             label=f'{first.colour} {first.shape}',
         )
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of picture `index`, without drawing it."""
+        return self._captions(index, self.scene(index))
+
+    def _captions(self, index: int, shown: Scene) -> tuple[str, ...]:
+        every = captions(shown)
+        kept = min(self.shapes.phrasings or len(every), len(every))
+        # Neighbouring scenes keep different phrasings, and a scene no phrasing twice.
+        return tuple(every[(index + place * STRIDE) % len(every)] for place in range(kept))
 
     def scene(self, index: int) -> Scene:
         """What picture `index` shows. Raises `IndexError` outside of the set."""

@@ -28,7 +28,7 @@ class KV(NamedTuple):
 def attend(q_BLNH: jax.Array, kv: KV, mask: jax.Array | None = None) -> jax.Array:
     """softmax(q k + mask) v per head, [B, L, N, H]. Queries arrive scaled.
 
-    `mask` is boolean, True where a query may look, and broadcasts to [B, N, L, M]; None: everywhere.
+    `mask` is True where a query may look and broadcasts to [B, N, L, M]; None: everywhere.
     """
     scores_BNLM = jnp.einsum('BLNH,BMNH->BNLM', q_BLNH, kv.keys, preferred_element_type=jnp.float32)
     if mask is not None:

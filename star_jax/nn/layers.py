@@ -11,7 +11,7 @@ Initializer = nn.initializers.Initializer
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """LayerNorm over the last axis without scale or shift; statistics in float32, dtype of x out."""
+    """LayerNorm over the last axis without scale or shift; float32 statistics, dtype of x out."""
     centred = x.astype(jnp.float32)
     centred -= centred.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)

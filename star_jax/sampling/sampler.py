@@ -136,11 +136,6 @@ def walk(schedule: Schedule, draw: Draw, visit: Callable, carry: Any) -> tuple[A
     return carry, left
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """[-1, 1] -> 0..255, truncated as the published code does."""
-    return ((images.astype(jnp.float32) + 1) / 2 * 255).clip(0, 255).astype(jnp.uint8)
-
-
 def _visit_traced(visit: Callable, like: int, carry: Any, index: jax.Array) -> tuple[Any, Any]:
     return visit(carry, Step(index, like))
 

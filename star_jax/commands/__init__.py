@@ -1,0 +1,1 @@
+"""What can be typed after `star-jax`? One module per command."""

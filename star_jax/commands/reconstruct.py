@@ -1,0 +1,70 @@
+"""`star-jax reconstruct IMAGES...`"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from star_jax.checkpoint import models
+from star_jax.commands import arguments
+from star_jax.core import pictures, pixels
+from star_jax.errors import UserError
+from star_jax.parallel import startup
+from star_jax.tokenizers import objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """Shows images beside what a tokenizer keeps of them, scale by scale.
+
+    Writes one picture per image (original, then the reconstruction from ever more scales) and
+    grid.png with all of them. Images are cropped to their centre square and resized.
+
+    Attributes:
+        images: picture files.
+        model: a model or tokenizer folder, a hub id, or 'shipped'.
+        out: where the pictures go.
+    """
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    model: str = models.SHIPPED
+    out: Path = Path('reconstructed')
+
+
+def main(words: Sequence[str]) -> int:
+    given = arguments.parse(Reconstruct, words, 'reconstruct')
+    if not given.images:
+        raise UserError('there is no image: give the paths of some picture files')
+    startup.start()
+    folder = models.read_tokenizer(given.model)
+    size = folder.config.resolution
+    images = [pictures.square(pictures.load_image(path), size) for path in given.images]
+    reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
+    sides = folder.config.sides
+    rows, captions = [], []
+    for path, image in zip(given.images, images, strict=True):
+        painted, psnr = reconstruct(folder.params, image[None])
+        row = [image, *np.asarray(painted)]
+        words = [path.name, *(f'up to {side} x {side}' for side in sides)]
+        words[-1] += f', {float(psnr):.1f} dB'
+        pictures.save_png(
+            pictures.grid(row, words, columns=len(row)), given.out / f'{path.stem}.png'
+        )
+        rows, captions = rows + row, captions + words
+    grid = pictures.grid(rows, captions, columns=1 + len(sides))
+    sys.stdout.write(f'{pictures.save_png(grid, given.out / "grid.png")}\n')
+    return 0
+
+
+def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint8 reconstructions [K, H, W, 3] from the first 1..K scales, and the PSNR of the last."""
+    variables = {'params': params}
+    signed = pixels.to_signed(image_1HWc)
+    f_BHWC = tokenizer.apply(variables, signed, method='features')
+    canvases = tokenizer.apply(variables, f_BHWC, method='quantise').canvases
+    painted = tokenizer.apply(variables, jax.numpy.concatenate(canvases), method='decode')
+    return pixels.to_uint8(painted), objective.psnr(signed, painted[-1:])[0]

@@ -1,0 +1,34 @@
+"""`star-jax train [CONFIG]`"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from star_jax.commands import training
+from star_jax.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Trains a transformer on captioned images.
+
+    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
+    config.json; every field can be changed by an option. Stop it at any time: the same command
+    goes on.
+
+    Example: star-jax train configs/shapes.py --out runs/mine --batch 32 --pace.steps 2000
+
+    Attributes:
+        run: the settings.
+        out: the run's folder: config, checkpoints, samples, scalars, and at the end the model.
+    """
+
+    run: Annotated[Run, tyro.conf.arg(name='')]
+    out: Path
+
+
+def main(words: Sequence[str]) -> int:
+    return training.train(words, 'train', Train, Run)

@@ -1,0 +1,26 @@
+"""What do `train` and `train-tokenizer` share?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from star_jax.checkpoint import config
+from star_jax.commands import arguments
+
+
+def train(words: Sequence[str], command: str, given_as: type, kind: type) -> int:
+    """`star-jax COMMAND [CONFIG] [--out DIR] [--field value ...]`.
+
+    `given_as` is the class of the arguments, with a `run` of the class `kind` and `out`.
+    """
+    words = list(words)
+    run, out = kind(), Path('runs') / command
+    if words and not words[0].startswith('-'):
+        path = Path(words.pop(0))
+        run = config.load_run(path, kind)
+        out = Path('runs') / (path.stem if path.suffix == '.py' else path.parent.name)
+    default = given_as(run=run, out=out)
+    given = arguments.parse(given_as, words, f'{command} [CONFIG]', default)
+    from star_jax.training import train as story_of_a_run  # waits for the arguments to be right
+
+    story_of_a_run.main(given.run, given.out)
+    return 0

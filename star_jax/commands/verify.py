@@ -1,0 +1,34 @@
+"""`star-jax verify DIR...`"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from star_jax.commands import arguments
+from star_jax.errors import UserError
+from star_jax.parallel import startup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compares recorded cases of the original implementations with this code, array by array.
+
+    Exits with 1 if an array differs by more than its case allows, or if no rule knows it.
+
+    Attributes:
+        folders: case folders, each with config.json and safetensors.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+
+
+def main(words: Sequence[str]) -> int:
+    given = arguments.parse(Verify, words, 'verify')
+    if not given.folders:
+        raise UserError('there is no case to verify: give one or more case folders')
+    startup.start()
+    from star_jax.verify import main as verify
+
+    return verify(given.folders)

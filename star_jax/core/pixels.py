@@ -1,0 +1,14 @@
+"""How do bytes and the numbers of a network meet?"""
+
+import jax
+import jax.numpy as jnp
+
+
+def to_signed(images: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """[-1, 1] -> uint8, truncated as the published code does (STAR specification 8)."""
+    return ((images.astype(jnp.float32) + 1) / 2 * 255).clip(0, 255).astype(jnp.uint8)

@@ -1,0 +1,38 @@
+"""Where on a mesh does each array lie?
+
+Parameters name logical axes; this one table turns them into mesh axes. The batch is split over
+`data` and `fsdp`, parameters over `fsdp` and `tensor`.
+"""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES = (
+    ('embed', 'fsdp'),
+    ('heads', 'tensor'),
+    ('mlp', 'tensor'),
+    ('vocab', 'tensor'),
+    ('codes', None),
+    ('channels', None),
+    ('layers', None),
+)
+BATCH = PartitionSpec(('data', 'fsdp'))
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of (possibly boxed) abstract arrays."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(batch: Any, mesh: Mesh) -> Any:
+    """Arrays of this process as its part of global arrays, split over the batch."""
+    split = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)

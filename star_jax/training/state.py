@@ -1,0 +1,80 @@
+"""What does training carry from step to step?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from star_jax.checkpoint import weights
+from star_jax.parallel import rules
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` counts updates of the data, int32. `ema` is None unless averages are kept.
+
+    `usage_KV` counts how often each scale chose each code since dead codes were last restarted;
+    None where no tokenizer is trained.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt: Any
+    usage_KV: jax.Array | None = None
+
+    def update(self, gradients: Any, optimizer: optax.GradientTransformation, decay: float):
+        """The state after one optimizer step; `decay` is that of the averages."""
+        updates, opt = optimizer.update(gradients, self.opt, self.params)
+        params = optax.apply_updates(self.params, updates)
+        ema = self.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
+        return self.replace(step=self.step + 1, params=params, ema=ema, opt=opt)
+
+
+def averaged(state: TrainState) -> Any:
+    """The parameters to use: the averages where they are kept."""
+    return state.params if state.ema is None else state.ema
+
+
+def build_state(
+    init: Callable[[jax.Array], Any],
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    key: jax.Array,
+    usage: tuple[int, int] | None = None,
+) -> TrainState:
+    """The (boxed) state before step 0. `usage` is the shape of the code counts."""
+    params = init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        opt=optimizer.init(params),
+        usage_KV=jnp.zeros(usage) if usage else None,
+    )
+
+
+def go_on_from(state: TrainState, params: Any, where: str) -> TrainState:
+    """The state with other parameters, averages included, on the same devices.
+
+    Raises UserError naming the arrays of `where` that do not fit.
+    """
+    fitted = weights.unflatten(weights.fit(weights.flatten(params), state.params, where))
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), fitted, state.params)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
+    return state.replace(params=placed, ema=ema)
+
+
+def init_sharded(
+    build: Callable[[jax.Array], TrainState], mesh: Mesh, key: jax.Array
+) -> TrainState:
+    """A state born sharded: no host or device ever holds all of it."""
+    where = rules.shardings(jax.eval_shape(build, key), mesh)
+    return jax.jit(lambda key: nn.unbox(build(key)), out_shardings=where)(key)

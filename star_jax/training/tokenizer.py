@@ -1,0 +1,190 @@
+"""How is a tokenizer trained?"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from star_jax.checkpoint import folder, models
+from star_jax.core import pixels
+from star_jax.core.flops import count_flops
+from star_jax.data import pipeline
+from star_jax.parallel import rules
+from star_jax.tokenizers import objective, perceptual
+from star_jax.training import summary
+from star_jax.training.run import TokenizerRun
+from star_jax.training.state import TrainState, averaged, build_state, go_on_from, init_sharded
+
+SHOWN = 8  # pictures of a reconstruction grid
+LEAST_USED = 0.2  # below this share of the codes a scale-wide collapse is reported
+
+
+class TokenizerJob:
+    """Reconstruction and quantiser losses, straight-through (STAR specification 1.8)."""
+
+    def __init__(self, run: TokenizerRun) -> None:
+        self.run = run
+        self.mesh = run.mesh.build()
+        summary.check_batch(run.batch, self.mesh)
+        self.tokenizer = run.model.build()
+        self.optimizer = run.optimizer.build(run.pace.steps)
+        self.perceptual = perceptual.load() if run.objective.perceptual else None
+        self.source = run.data.open(run.model.resolution)
+        self._steps = {
+            quantised: jax.jit(functools.partial(self._step, quantised), donate_argnums=0)
+            for quantised in (False, True)
+        }
+
+    def summary(self) -> dict[str, str]:
+        state = jax.eval_shape(self._build, jax.random.key(0))
+        images = self._pixels(self.run.batch)
+        step = functools.partial(self._step, True)
+        flops = count_flops(step, nn.unbox(state), images)
+        return summary.describe(state, self.tokenizer.schedule, flops, self.run, len(self.source))
+
+    def init(self) -> TrainState:
+        state = init_sharded(self._build, self.mesh, jax.random.key(self.run.seed))
+        if not self.run.init:
+            return state
+        return go_on_from(state, models.read_tokenizer(self.run.init).params, self.run.init)
+
+    def batches(self, step: int) -> Iterator[jax.Array]:
+        for batch in pipeline.batches(
+            self.source,
+            batch=self.run.batch,
+            seed=self.run.seed,
+            step=step,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        ):
+            yield rules.place(batch['image'], self.mesh)
+
+    def step(
+        self, step: int, state: TrainState, images: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        run = self.run
+        key = jax.random.fold_in(jax.random.key(run.seed), step)
+        if step == run.plain_steps > 0:
+            state = self._start_codes(state, images, key)
+        state, metrics = self._steps[step >= run.plain_steps](state, images)
+        quantised_steps = step + 1 - run.plain_steps
+        restarting = step < run.restart_until * run.pace.steps
+        if quantised_steps > 0 and quantised_steps % run.restart_every == 0 and restarting:
+            state = self._restart_codes(state, images, key)
+        return state, metrics
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """PSNR, and per scale how many codes are used and how evenly, over the validation set."""
+        ratios, counts = [], 0.0
+        source = self.run.validation.open(self.run.model.resolution)
+        for batch in pipeline.sequential(source, self.run.batch):
+            images, count = pipeline.pad(batch['image'], self.run.batch)
+            ratio_B, usage_KV = self._score(averaged(state), images, count)
+            ratios.append(np.asarray(ratio_B)[:count])
+            counts += np.asarray(usage_KV)
+        used_K = (counts > 0).mean(1)
+        perplexity_K = np.asarray(objective.perplexity(jnp.asarray(counts)))
+        scores = {'validation/psnr': float(np.concatenate(ratios).mean())}
+        for scale, (used, spread) in enumerate(zip(used_K, perplexity_K, strict=True)):
+            scores |= {
+                f'validation/used/{scale}': float(used),
+                f'validation/perplexity/{scale}': float(spread),
+            }
+        scores['validation/used'] = float((counts.sum(0) > 0).mean())
+        if int(state.step) > self.run.plain_steps:
+            summary.warn_of_collapse(scores['validation/used'], LEAST_USED)
+        return scores
+
+    def pictures(self, state: TrainState) -> tuple[np.ndarray, list[str]]:
+        """Validation images over their reconstructions."""
+        source = self.run.validation.open(self.run.model.resolution)
+        batch = next(pipeline.sequential(source, SHOWN))
+        painted = self._reconstruct(averaged(state), batch['image'])
+        captions = [*batch['caption'], *['reconstruction'] * len(batch['image'])]
+        return np.concatenate([batch['image'], painted]), captions
+
+    def export(self, state: TrainState, out: Path) -> None:
+        params = jax.device_get(averaged(state))
+        folder.write(out, folder.Tokenizer(config=self.run.model, params=params))
+
+    def _build(self, key: jax.Array) -> TrainState:
+        usage = (self.tokenizer.schedule.steps, self.run.model.codes)
+        return build_state(self._init, self.optimizer, self.run.ema > 0, key, usage)
+
+    def _init(self, key: jax.Array) -> Any:
+        return self.tokenizer.init(key, pixels.to_signed(self._pixels(1)))['params']
+
+    def _pixels(self, batch: int) -> jax.Array:
+        side = self.run.model.resolution
+        return jnp.zeros((batch, side, side, 3), jnp.uint8)
+
+    def _apply(self, params: Any, *args: Any, method: str | None = None) -> Any:
+        return self.tokenizer.apply({'params': params}, *args, method=method)
+
+    def _loss(self, params: Any, images: jax.Array, quantised: bool) -> tuple[jax.Array, tuple]:
+        """The loss, its parts, PSNR and codes; features go straight to the decoder before there are
+        codes worth having."""
+        signed = pixels.to_signed(images)
+        f_BHWC = self._apply(params, signed, method='features')
+        codes = self._apply(params, f_BHWC, method='quantise')
+        canvas = codes.straight_through(f_BHWC) if quantised else f_BHWC
+        painted = self._apply(params, canvas, method='paint')
+        parts = self.run.objective.reconstruction(signed, painted, self.perceptual)
+        if quantised:
+            parts['quantiser'] = self.run.objective.quantisation(f_BHWC, codes)
+        return sum(parts.values()), (parts, objective.psnr(signed, painted), codes)
+
+    def _step(
+        self, quantised: bool, state: TrainState, images: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss = functools.partial(self._loss, images=images, quantised=quantised)
+        (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        parts, psnr_B, codes = aux
+        state = state.update(gradients, self.optimizer, self.run.ema)
+        usage_KV = objective.usage(codes, self.run.model.codes)
+        state = state.replace(usage_KV=state.usage_KV + usage_KV)
+        used = (usage_KV.sum(0) > 0).mean()
+        return state, {'loss': value, 'psnr': psnr_B.mean(), 'used': used, **parts}
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _start_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
+        f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
+        sizes = self.run.model
+        codebook = objective.start_codebook(key, f_BHWC, self.tokenizer.schedule.grids, sizes.codes)
+        return self._with_codebook(state, codebook)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _restart_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
+        f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
+        quantised = self._apply(state.params, f_BHWC, method='quantise')
+        codebook = state.params['quantiser']['codebook']
+        fresh = objective.restart_dead(key, codebook, state.usage_KV.sum(0), quantised)
+        return self._with_codebook(state, fresh)
+
+    def _with_codebook(self, state: TrainState, codebook_VC: jax.Array) -> TrainState:
+        def put(params: Any) -> Any:
+            return params | {'quantiser': params['quantiser'] | {'codebook': codebook_VC}}
+
+        ema = None if state.ema is None else put(state.ema)
+        usage_KV = jnp.zeros_like(state.usage_KV)
+        return state.replace(params=put(state.params), ema=ema, usage_KV=usage_KV)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _score(self, params: Any, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """PSNR of each image and the code counts of the first `count`."""
+        signed = pixels.to_signed(images)
+        f_BHWC = self._apply(params, signed, method='features')
+        codes = self._apply(params, f_BHWC, method='quantise')
+        painted = self._apply(params, codes.canvases[-1], method='decode')
+        real_B = jnp.arange(len(images)) < count
+        usage_KV = objective.usage(codes, self.run.model.codes, real_B)
+        return objective.psnr(signed, painted), usage_KV
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
+        return pixels.to_uint8(self._apply(params, pixels.to_signed(images)))

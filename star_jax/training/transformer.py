@@ -1,0 +1,187 @@
+"""How is a text-conditioned transformer trained?"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from star_jax.checkpoint import folder, models
+from star_jax.core.condition import Text
+from star_jax.core.filters import Filter
+from star_jax.core.flops import count_flops
+from star_jax.data import pipeline
+from star_jax.errors import UserError
+from star_jax.parallel import rules
+from star_jax.sampling import draw, program
+from star_jax.text import FeatureCache
+from star_jax.text import load as load_text
+from star_jax.training import step as steps
+from star_jax.training import summary
+from star_jax.training.run import Run
+from star_jax.training.state import TrainState, averaged, build_state, go_on_from, init_sharded
+
+SHOWN = 16  # pictures of a sample grid
+
+
+class TransformerJob:
+    """A transformer, a frozen tokenizer and a frozen text encoder on captioned images."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.mesh = run.mesh.build()
+        summary.check_batch(run.batch, self.mesh)
+        self.encoder = load_text(run.text)
+        self.source_of_codes = models.read_tokenizer(run.tokenizer)
+        vq = self.source_of_codes.config.at(run.model.sides)
+        _check_fit(run, vq.codes, vq.channels, self.encoder.width)
+        self.tokenizer = vq.build()
+        self.model = run.model.build(run.dtype, run.remat)
+        self.optimizer = run.optimizer.build(run.pace.steps)
+        self.source = run.data.open(vq.resolution)
+        self.validation = run.validation.open(vq.resolution)
+        self.texts = FeatureCache(self.encoder)
+        self.frozen = jax.device_put(
+            {
+                'tokenizer': self.source_of_codes.params,
+                'encoder': self.encoder.params if run.features == 'inside' else {},
+                'empty': self.encoder.encode(['']),
+            },
+            rules.whole(self.mesh),
+        )
+        self._draw = program.compile_program(self.model, self.tokenizer)
+        recipe = steps.Recipe(
+            condition_drop=run.caption_drop,
+            drop_path=run.model.drop_path,
+            keep_tokens=run.model.keep_tokens,
+            ema=run.ema,
+        )
+        self._train = functools.partial(
+            steps.train, self.model, self.tokenizer, self.optimizer, recipe
+        )
+        self._step = jax.jit(self._train_on, donate_argnums=0)
+        self._score = jax.jit(self._score_on)
+
+    def summary(self) -> dict[str, str]:
+        init = functools.partial(build_state, self._init, self.optimizer, self.run.ema > 0)
+        state = jax.eval_shape(init, jax.random.key(0))
+        example = self.source[0]
+        images = np.repeat(example['image'][None], self.run.batch, axis=0)
+        batch = self._batch(images, [''] * self.run.batch)
+        args = (nn.unbox(state), self.frozen, batch, jax.random.key(0))
+        flops = count_flops(self._train_on, *args)
+        return summary.describe(state, self.model.schedule, flops, self.run, len(self.source))
+
+    def init(self) -> TrainState:
+        key = jax.random.key(self.run.seed)
+        init = functools.partial(build_state, self._init, self.optimizer, self.run.ema > 0)
+        state = init_sharded(init, self.mesh, key)
+        if not self.run.init:
+            return state
+        return go_on_from(state, models.read(self.run.init).params, self.run.init)
+
+    def batches(self, step: int) -> Iterator[dict[str, Any]]:
+        if self.run.features == 'cached':
+            captions = map(self.source.captions, range(len(self.source)))
+            self.texts.warm(list(itertools.chain.from_iterable(captions)))
+        for batch in pipeline.batches(
+            self.source,
+            batch=self.run.batch,
+            seed=self.run.seed,
+            step=step,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        ):
+            yield rules.place(self._batch(batch['image'], batch['caption']), self.mesh)
+
+    def step(
+        self, step: int, state: TrainState, batch: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(self.run.seed), step)
+        return self._step(state, self.frozen, batch, key)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss and accuracy, over all tokens and per scale, on the validation set."""
+        sums, count = 0.0, 0
+        for batch in pipeline.sequential(self.validation, self.run.batch):
+            images, real = pipeline.pad(batch['image'], self.run.batch)
+            captions = batch['caption'] + batch['caption'][-1:] * (len(images) - real)
+            placed = rules.place(self._batch(images, captions), self.mesh)
+            losses = self._score(averaged(state), self.frozen, placed)
+            sums += np.stack([np.asarray(x_BL)[:real].sum(0) for x_BL in losses])
+            count += real
+        scalars = steps.scales(self.model.schedule, *(sums / count))
+        return {f'validation/{name}': float(value) for name, value in scalars.items()}
+
+    def pictures(self, state: TrainState) -> tuple[np.ndarray, list[str]]:
+        """Samples for the first validation captions."""
+        run = self.run
+        captions = next(pipeline.sequential(self.validation, SHOWN))['caption']
+        images = self._draw(
+            {
+                'model': program.cast(averaged(state), run.dtype),
+                'tokenizer': self.frozen['tokenizer'],
+            },
+            program.image_keys(range(len(captions))),
+            self.texts.features(captions),
+            self.frozen['empty'],
+            draw.guidance_ramp(run.guidance, self.model.schedule.steps),
+            draw.Plain(Filter(top_k=run.top_k, top_p=run.top_p), self.tokenizer.codes.draw),
+        )
+        return np.asarray(images), captions
+
+    def export(self, state: TrainState, out: Path) -> None:
+        model = folder.Model(
+            family='star',
+            config=self.run.model,
+            params=jax.device_get(averaged(state)),
+            tokenizer=self.source_of_codes,
+            text=folder.Text(**self.encoder.reference()),
+        )
+        folder.write(out, model)
+
+    def _init(self, key: jax.Array) -> Any:
+        schedule = self.model.schedule
+        later = schedule.starts[-1] - schedule.starts[1]
+        inputs = jnp.zeros((1, later, self.run.model.channels))
+        return self.model.init(key, inputs, self.frozen['empty'])['params']
+
+    def _batch(self, images: np.ndarray, captions: list[str]) -> dict[str, Any]:
+        """The host's part of a batch: uint8 images, and text as features or as token ids."""
+        if self.run.features == 'cached':
+            return {'image': images, 'text': self.texts.features(captions)}
+        return {'image': images, 'text': self.encoder.tokenize(captions)}
+
+    def _text(self, frozen: dict, batch: dict[str, Any]) -> Text:
+        if self.run.features == 'cached':
+            return batch['text']
+        return self.encoder.apply(frozen['encoder'], batch['text'])
+
+    def _train_on(
+        self, state: TrainState, frozen: dict, batch: dict[str, Any], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        text = self._text(frozen, batch)
+        return self._train(state, frozen['tokenizer'], batch['image'], text, frozen['empty'], key)
+
+    def _score_on(
+        self, params: Any, frozen: dict, batch: dict[str, Any]
+    ) -> tuple[jax.Array, jax.Array]:
+        text = self._text(frozen, batch)
+        args = (params, frozen['tokenizer'], batch['image'], text)
+        return steps.score(self.model, self.tokenizer, *args)
+
+
+def _check_fit(run: Run, codes: int, channels: int, text_width: int) -> None:
+    """A UserError if model, tokenizer and text encoder do not belong together."""
+    for field, given, wanted, whose in (
+        ('codes', run.model.codes, codes, f'tokenizer {run.tokenizer}'),
+        ('channels', run.model.channels, channels, f'tokenizer {run.tokenizer}'),
+        ('text_width', run.model.text_width, text_width, f'text encoder {run.text}'),
+    ):
+        if given != wanted:
+            raise UserError(f'model.{field} is {given}, but the {whose} has {wanted}: set it so')
