@@ -1,0 +1,592 @@
+"""Do sampling, training and every family see the same network?
+
+The laws hold for any family, so each is stated once and run on tiny STARs with different parts and
+on a raster with a prefix that exists in this file only.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from star_jax.convert.entries import flatten, to_params, to_state
+from star_jax.convert.star import star_entries, vq_entries
+from star_jax.core.codes import Index
+from star_jax.core.condition import Text
+from star_jax.core.filters import Filter
+from star_jax.core.schedule import Raster
+from star_jax.families.star import Star
+from star_jax.nn import layers
+from star_jax.nn.attention import Cosine, SelfAttention
+from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
+from star_jax.nn.transformer import Head, Mlp, Parts, Transformer, drop_paths
+from star_jax.sampling.draw import Plain, guide
+from star_jax.sampling.sampler import sample
+from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.tokenizers.residual_vq import VQ
+
+B, T, E, V = 3, 4, 8, 24
+DEPTH, WIDTH, HEADS = 2, 16, 2
+# Two of the three equal sides share one scanned body, in which the step is traced.
+SIDES = (1, 2, 2, 2)
+# These programs run for milliseconds: compiling them well takes twice as long as needed.
+compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+class Pixels(nn.Module):
+    """A toy tokenizer of a raster: the canvas is the array of codes, an image is their pattern."""
+
+    schedule: Raster
+    size: int
+
+    def embed(self, codes_BL):
+        return codes_BL[..., None].astype(jnp.float32)
+
+    def mix(self, weights_BLV):
+        return weights_BLV @ jnp.arange(self.size, dtype=jnp.float32)[:, None]
+
+    def blank(self, batch):
+        return jnp.zeros((batch, self.schedule.length), jnp.int32)
+
+    def advance(self, canvas, drawn, step):
+        canvas = jax.lax.dynamic_update_slice_in_dim(canvas, drawn.codes_BL, step.index, axis=1)
+        last = step.like + 1 == self.schedule.steps
+        return canvas, None if last else drawn.codes_BL
+
+    def inputs(self, codes_BL):
+        return codes_BL[:, :-1]
+
+    def decode(self, canvas):
+        image = canvas.reshape(-1, self.schedule.height, self.schedule.width, 1)
+        return image.repeat(3, -1) / (self.size - 1) * 2 - 1
+
+
+class Prefix(nn.Module):
+    """The rows of a raster's first step, from one vector per image."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self, condition_BE):
+        project = layers.Linear(
+            E, self.rows * self.width, (None, 'embed'), nn.initializers.normal()
+        )
+        return project(condition_BE).reshape(-1, self.rows, self.width)
+
+    def text(self, condition_BE):
+        return None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A network, its tokenizer, parameters of both and conditions for 2 B rows."""
+
+    model: Transformer
+    tokenizer: nn.Module
+    params: dict
+    conditions: Any
+    star: Star | None = None
+
+    def rows(self, which) -> Any:
+        """The conditions of some rows: B prompted ones come first, then B unprompted ones."""
+        return jax.tree.map(lambda x: x[np.asarray(which)], self.conditions)
+
+
+def fill(module: nn.Module, *args, scale: float = 0.25, **kwargs) -> dict:
+    """Random parameters, all of them far from where they start: zeros would hide mistakes."""
+    rng = np.random.default_rng(0)
+    init = functools.partial(module.init, **kwargs)
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), *args)).get('params', {})
+    return jax.tree.map(lambda p: jnp.float32(rng.normal(0, scale, p.shape)), shapes)
+
+
+def texts(rows: int) -> Text:
+    """Captions of different lengths; what stands behind a mask of 0 is never to be seen."""
+    rng = np.random.default_rng(1)
+    mask = np.arange(T) < np.resize([2, 4, 3], rows)[:, None]
+    return Text(
+        jnp.float32(rng.normal(size=(rows, T, E))),
+        jnp.int32(mask),
+        jnp.float32(rng.normal(size=(rows, E))),
+    )
+
+
+@functools.cache
+def star_family(**options) -> Family:
+    options = {'sides': SIDES, **options}
+    star = Star(depth=DEPTH, width=WIDTH, heads=HEADS, codes=V, channels=3, text_width=E, **options)
+    sizes = Autoencoder(width=2, multipliers=(1,), blocks=1, groups=1)
+    vq = VQ(autoencoder=sizes, sides=star.sides, codes=V, channels=3, phis=2)
+    model, tokenizer = star.build(), vq.build()
+    images = jnp.zeros((1, vq.resolution, vq.resolution, 3))
+    inputs = jnp.zeros((1, star.schedule.length - star.schedule.sizes[0], star.channels))
+    params = {
+        'model': fill(model, inputs, texts(1)),
+        'tokenizer': fill(tokenizer, images),
+    }
+    return Family(model, tokenizer, params, texts(2 * B), star)
+
+
+@functools.cache
+def raster_family() -> Family:
+    schedule = Raster(2, 3, prefix=3)
+    init = nn.initializers.normal(0.02)
+    scores = functools.partial(Cosine, HEADS)
+    model = Transformer(
+        schedule=schedule,
+        width=WIDTH,
+        depth=DEPTH,
+        heads=HEADS,
+        starter=Prefix(schedule.prefix, WIDTH),
+        embedder=layers.Table(V, WIDTH, ('codes', 'embed'), init),
+        positions=Learned(),
+        block=Parts(
+            self_attention=functools.partial(SelfAttention, WIDTH, HEADS, scores, init, init),
+            mlp=functools.partial(Mlp, WIDTH, 2 * WIDTH, init, init),
+        ),
+        to_logits=Head(WIDTH, V, init),
+        init_rows=init,
+        level_embedding=False,
+    )
+    inputs = jnp.zeros((1, schedule.length - 1), jnp.int32)
+    conditions = jnp.float32(np.random.default_rng(1).normal(size=(2 * B, E)))
+    params = {'model': fill(model, inputs, conditions[:1], scale=0.5), 'tokenizer': {}}
+    return Family(model, Pixels(schedule, V), params, conditions)
+
+
+# Every option differs from the published one somewhere, every kind of positions occurs.
+FAMILIES: dict[str, Callable[[], Family]] = {
+    'star': star_family,
+    'learned_adaln_plain_scores': functools.partial(
+        star_family,
+        sides=(1, 2, 3),
+        positions=Learned(),
+        shared_adaln=True,
+        cross_attention=False,
+        qk_norm=False,
+    ),
+    'raw_adaln_without_level': functools.partial(
+        star_family,
+        sides=(2, 2, 2, 2),
+        positions=RawRotary(theta=100.0),
+        shared_adaln=True,
+        level_embedding=False,
+        released_cross_attention=True,
+    ),
+    'sin_cos_without_norm': functools.partial(
+        star_family, sides=(1, 3), positions=SinCos(), level_embedding=False, logit_norm=False
+    ),
+    'raster': raster_family,
+}
+
+
+@pytest.fixture(scope='module', params=FAMILIES)
+def family(request) -> Family:
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture(scope='module')
+def star() -> Family:
+    return star_family()
+
+
+@functools.cache
+def drawing(model: Transformer, tokenizer: nn.Module):
+    """The whole sampler as one program, and how often it was traced."""
+    count = []
+
+    def run(params, keys_B, condition, guidance_S, draw):
+        count.append(None)
+        return sample(model, tokenizer, params, keys_B, condition, guidance_S, draw, trace=True)
+
+    return compiled(run), count
+
+
+def keys(*seeds) -> jax.Array:
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def rule(top_p=0.9, temperature=1.0) -> Plain:
+    return Plain(Filter(top_k=20, top_p=top_p, temperature=temperature), Index(V).draw)
+
+
+def draw_rows(family: Family, which=range(2 * B), seeds=range(B), guidance=2.0, **numbers):
+    """Images of some rows; `guidance` at every step."""
+    run, _ = drawing(family.model, family.tokenizer)
+    weights = jnp.full(family.model.schedule.steps, guidance, jnp.float32)
+    return run(family.params, keys(*seeds), family.rows(which), weights, rule(**numbers))
+
+
+@functools.cache
+def forcing(model: Transformer, tokenizer: nn.Module):
+    """Teacher-forced logits of every token: inputs from codes, all rows at once."""
+
+    @compiled
+    def run(params, codes_BL, condition):
+        inputs = tokenizer.apply({'params': params['tokenizer']}, codes_BL, method='inputs')
+        logits = model.apply({'params': params['model']}, inputs, condition)
+        return logits[:, model.schedule.drawing_rows], inputs
+
+    return run
+
+
+def forced(family: Family, codes_BL, condition):
+    return forcing(family.model, family.tokenizer)(family.params, codes_BL, condition)
+
+
+def in_order(traces, field: str) -> list:
+    """One field of every step's trace, in the order of the steps."""
+    found = (getattr(trace, field) for trace in traces)
+    return [step for steps in found if steps is not None for step in steps]
+
+
+def test_the_families_walk_known_and_traced_steps():
+    counts = {
+        name: [g.count for g in make().model.schedule.groups()] for name, make in FAMILIES.items()
+    }
+    assert counts['star'] == [1, 2, 1]
+    assert counts['raw_adaln_without_level'] == [3, 1]
+    assert counts['raster'] == [1, 4, 1]
+
+
+def test_sampling_sees_what_training_sees(family):
+    """Step by step through the cache or all at once through the mask, known or traced steps."""
+    prompted, unprompted = family.rows(range(B)), family.rows(range(B, 2 * B))
+    free, led = draw_rows(family, guidance=0.0), draw_rows(family, guidance=1.0)
+    logits = np.concatenate(in_order(free.traces, 'logits_BLV'), axis=1)
+    expected, _ = forced(family, free.codes_BL, prompted)
+    assert np.asarray(expected).std() > 0.3  # otherwise agreement would mean little
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+    both = jnp.concatenate(
+        [forced(family, led.codes_BL, rows)[0] for rows in (prompted, unprompted)]
+    )
+    if family.star and family.star.released_cross_attention:
+        return  # its unprompted rows see the first prompted one, and only in a batch with it
+    logits = np.concatenate(in_order(led.traces, 'logits_BLV'), axis=1)
+    np.testing.assert_allclose(logits, guide(both, B, 1.0), atol=6e-5)
+
+
+def test_inputs_of_training_are_folded_advances(family):
+    found = draw_rows(family)
+    _, inputs = forced(family, found.codes_BL, family.rows(range(B)))
+    stepwise = np.concatenate(in_order(found.traces, 'inputs'), axis=1)
+    np.testing.assert_allclose(stepwise, inputs, atol=2e-5)
+    assert len(in_order(found.traces, 'canvas')) == family.model.schedule.steps
+
+
+def test_codes_are_those_that_the_logits_give(family):
+    """The filter, the key folded with the step and the order of the codes, as by hand."""
+    found = draw_rows(family)
+    schedule = family.model.schedule
+    choose = jax.jit(lambda key, logits: Index(V).draw(key[None], rule().keep(logits)[None])[0])
+    for step, logits_BLV in enumerate(in_order(found.traces, 'logits_BLV')):
+        first, end = schedule.offsets[step : step + 2]
+        key = jax.random.fold_in(jax.random.key(1), step)
+        np.testing.assert_array_equal(found.codes_BL[1, first:end], choose(key, logits_BLV[1]))
+
+
+@pytest.mark.parametrize('name', ['star', 'raster'])
+def test_an_image_alone_is_the_image_in_a_batch(name):
+    family = FAMILIES[name]()
+    together = draw_rows(family)
+    for image in range(B):
+        alone = draw_rows(family, which=[image, B + image], seeds=[image])
+        np.testing.assert_array_equal(alone.codes_BL[0], together.codes_BL[image])
+        np.testing.assert_allclose(alone.images[0], together.images[image], atol=1e-5)
+
+
+def test_an_image_depends_on_its_own_key_only(family):
+    first, second = draw_rows(family, seeds=[0, 1, 2]), draw_rows(family, seeds=[0, 7, 2])
+    np.testing.assert_array_equal(first.codes_BL[::2], second.codes_BL[::2])
+    assert (first.codes_BL[1] != second.codes_BL[1]).any()
+
+
+def test_no_guidance_needs_no_unprompted_rows():
+    family = FAMILIES['sin_cos_without_norm']()
+    both, half = (draw_rows(family, which=range(n), guidance=0.0) for n in (2 * B, B))
+    np.testing.assert_array_equal(both.codes_BL, half.codes_BL)
+    np.testing.assert_allclose(both.images, half.images, atol=1e-5)
+    led = draw_rows(family, guidance=2.0)
+    assert (led.codes_BL != both.codes_BL).any()
+
+
+def test_numbers_do_not_compile_the_sampler_again(star):
+    _, count = drawing(star.model, star.tokenizer)
+    draw_rows(star)
+    before = len(count)
+    codes = [
+        draw_rows(star, guidance=0.5).codes_BL,
+        draw_rows(star, top_p=0.3).codes_BL,
+        draw_rows(star, temperature=3.0).codes_BL,
+    ]
+    assert len(count) == before
+    assert len({np.asarray(c).tobytes() for c in codes}) == 3
+
+
+def inner(jaxpr) -> list:
+    """The programs inside the equations of a program."""
+    values = jax.tree.leaves(
+        [list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=lambda v: hasattr(v, 'eqns')
+    )
+    return [getattr(v, 'jaxpr', v) for v in values if hasattr(v, 'eqns')]
+
+
+def equations(jaxpr) -> list:
+    """The equations of a program and of all programs inside it."""
+    return [*jaxpr.eqns, *(eqn for child in inner(jaxpr) for eqn in equations(child))]
+
+
+@pytest.mark.parametrize('name', ['star', 'raster'])
+def test_the_sampler_is_one_program_that_writes_its_cache_once_a_step(name):
+    family = FAMILIES[name]()
+    schedule = family.model.schedule
+    run = functools.partial(sample, family.model, family.tokenizer)
+    weights = jnp.zeros(schedule.steps)
+    program = jax.make_jaxpr(run)(family.params, keys(0, 1, 2), family.conditions, weights, rule())
+    found = equations(program.jaxpr)
+    assert not [eqn for eqn in found if 'callback' in eqn.primitive.name]
+    cache = (DEPTH, 2 * B, schedule.starts[-1], HEADS, WIDTH // HEADS)
+    makers = [eqn for eqn in found if any(v.aval.shape == cache for v in eqn.outvars)]
+    names = [eqn.primitive.name for eqn in makers]
+    # Keys and values: one update per body, however many steps share it.
+    assert names.count('dynamic_update_slice') == 2 * len(schedule.groups())
+    over_layers = [
+        eqn
+        for eqn in found
+        if eqn.primitive.name == 'scan'
+        and not [e for e in equations(eqn.params['jaxpr'].jaxpr) if e.primitive.name == 'scan']
+    ]
+    assert len(over_layers) >= len(schedule.groups())
+    for eqn in over_layers:  # layers return what is new; none carries or returns the cache
+        assert cache not in [v.aval.shape for v in eqn.outvars]
+
+
+def changed(family: Family, row: int, **edits) -> np.ndarray:
+    """Which rows' teacher-forced logits move when the text of one row changes."""
+    prompted = family.rows(range(B))
+    codes = np.random.default_rng(5).integers(0, V, (B, family.model.schedule.length))
+    other = prompted.replace(**edits)
+    before, after = (forced(family, codes, rows)[0] for rows in (prompted, other))
+    moved = np.abs(np.asarray(before - after)).max((1, 2))
+    assert ((moved == 0) | (moved > 1e-3)).all()
+    return moved > 0
+
+
+def test_an_image_sees_its_own_text(star):
+    states = star.conditions.states_BTE[:B]
+    moved = changed(star, 1, states_BTE=states.at[1].multiply(-1))
+    assert moved.tolist() == [False, True, False]
+
+
+def test_released_images_see_the_first_text():
+    family = FAMILIES['raw_adaln_without_level']()
+    states = family.conditions.states_BTE[:B]
+    assert not changed(family, 1, states_BTE=states.at[1:].multiply(-1)).any()
+    assert changed(family, 0, states_BTE=states.at[0].multiply(-1)).all()
+
+
+def test_padding_of_text_does_not_matter(star):
+    prompted = star.rows(range(B))
+    hidden = jnp.where(prompted.mask_BT[..., None] > 0, prompted.states_BTE, 1e3)
+    assert not changed(star, 0, states_BTE=hidden).any()
+    # Nor does its length.
+    longer = prompted.replace(
+        states_BTE=jnp.pad(prompted.states_BTE, ((0, 0), (0, 3), (0, 0)), constant_values=9.0),
+        mask_BT=jnp.pad(prompted.mask_BT, ((0, 0), (0, 3))),
+    )
+    codes = np.zeros((B, star.model.schedule.length), np.int32)
+    short, long = (forced(star, codes, rows)[0] for rows in (prompted, longer))
+    np.testing.assert_allclose(short, long, atol=1e-5)
+
+
+def test_half_precision_ends_at_the_logits():
+    """Activations and cache are bfloat16; logits, canvas and images float32."""
+    full = star_family(sides=(1, 2), shared_adaln=True)
+    half = dataclasses.replace(full, model=full.star.build(dtype='bfloat16'))
+    found = draw_rows(half, guidance=0.0)
+    assert found.images.dtype == jnp.float32
+    assert {trace.canvas.dtype for trace in found.traces} == {jnp.dtype('float32')}
+    logits = np.concatenate(in_order(found.traces, 'logits_BLV'), axis=1)
+    assert logits.dtype == np.float32
+    prompted = half.rows(range(B))
+    coarse, fine = (forced(one, found.codes_BL, prompted)[0] for one in (half, full))
+    assert coarse.dtype == jnp.float32
+    spread = np.asarray(fine).std()
+    assert 0 < np.abs(coarse - fine).mean() < 0.05 * spread
+    assert np.abs(logits - fine).mean() < 0.05 * spread
+
+
+def test_recomputing_layers_changes_nothing():
+    family = star_family(sides=(1, 2), shared_adaln=True)
+    schedule, condition = family.model.schedule, family.rows(range(B))
+    codes = np.random.default_rng(5).integers(0, V, (B, schedule.length))
+    inputs = forced(family, codes, condition)[1]
+
+    def loss(params, model):
+        return Index(V).nll(model.apply({'params': params}, inputs, condition), codes).mean()
+
+    recomputing = family.star.build(remat=True)
+    values = [
+        compiled(jax.value_and_grad(functools.partial(loss, model=model)))(family.params['model'])
+        for model in (family.model, recomputing)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *values)
+    gradients = flatten(values[0][1])
+    assert all(np.isfinite(leaf).all() for leaf in gradients.values())
+    # The last scales, gates and biases included: everything takes part.
+    assert [name for name, leaf in gradients.items() if not np.abs(leaf).any()] == []
+    program = jax.make_jaxpr(jax.grad(functools.partial(loss, model=recomputing)))
+    names = {eqn.primitive.name for eqn in equations(program(family.params['model']).jaxpr)}
+    assert names & {'remat', 'remat2', 'checkpoint'}
+
+
+def test_dropped_paths_are_rare_above_and_keep_the_mean():
+    paths = np.asarray(drop_paths(jax.random.key(0), 4, 20000, 0.3))
+    assert paths.shape == (4, 2, 20000)
+    for layer, rate in enumerate((0.0, 0.1, 0.2, 0.3)):
+        for branch in paths[layer]:
+            np.testing.assert_allclose(np.unique(branch)[-1], 1 / (1 - rate), rtol=1e-6)
+            assert set(np.unique(branch)[:-1]) == ({0.0} if rate else set())
+            np.testing.assert_allclose((branch == 0).mean(), rate, atol=0.015)
+            np.testing.assert_allclose(branch.mean(), 1, atol=0.02)
+    both = (paths[3] == 0).all(0).mean()  # the two branches are dropped independently
+    np.testing.assert_allclose(both, 0.09, atol=0.01)
+    assert (drop_paths(jax.random.key(0), 3, 5, 0.0) == 1).all()
+    assert (drop_paths(jax.random.key(0), 1, 5, 0.5) == 1).all()
+
+
+def test_a_path_of_zero_removes_its_branch_of_its_image():
+    family = FAMILIES['learned_adaln_plain_scores']()
+    model, params = family.model, family.params['model']
+    condition = family.rows(range(B))
+    codes = np.random.default_rng(5).integers(0, V, (B, model.schedule.length))
+    logits, inputs = forced(family, codes, condition)
+
+    @compiled
+    def run(params, paths):
+        apply = functools.partial(model.apply, {'params': params})
+        features = apply(inputs, condition, paths=paths, method='features')
+        return features, apply(features, condition, method='head')
+
+    ones = np.ones((DEPTH, 2, B), np.float32)
+    np.testing.assert_allclose(run(params, ones)[1], logits, atol=1e-5)
+    for layer, branch, last in ((0, 0, 'attn/proj'), (1, 1, 'ffn/fc2')):
+        paths = ones.copy()
+        paths[layer, branch, 1] = 0
+        room, name = last.split('/')
+        silent = jax.tree.map(lambda p, layer=layer: p.at[layer].set(0), params['blocks'])
+        blocks = params['blocks'] | {room: params['blocks'][room] | {name: silent[room][name]}}
+        without, whole = run(params, paths)[0], run(params, ones)[0]
+        removed = run(params | {'blocks': blocks}, ones)[0]
+        np.testing.assert_allclose(without[1], removed[1], atol=1e-5)
+        np.testing.assert_allclose(without[::2], whole[::2], atol=1e-5)
+        assert np.abs(without[1] - whole[1]).max() > 1e-2
+    doubled = run(params, 0 * ones)[0]
+    rows = model.apply({'params': params}, condition, method='start')
+    np.testing.assert_allclose(doubled[:, :1], rows, atol=1e-5)
+
+
+def test_tokens_that_training_drops_are_not_seen(star):
+    """The kept rows see one another as if the dropped ones had never been (specification 4.1)."""
+    model, params, condition = star.model, star.params['model'], star.rows(range(B))
+    last = model.schedule.starts[-2]
+    kept = np.r_[0:last, last + 1, last + 3]
+    codes = np.random.default_rng(5).integers(0, V, (B, model.schedule.length))
+    logits, inputs = forced(star, codes, condition)
+
+    @compiled
+    def run(inputs):
+        apply = functools.partial(model.apply, {'params': params})
+        return apply(apply(inputs, condition, kept, method='features'), condition, method='head')
+
+    found = run(inputs)
+    np.testing.assert_allclose(found[:, :last], logits[:, :last], atol=1e-5)
+    assert np.abs(found[:, last:] - logits[:, kept[last:]]).max() > 1e-3
+    first = model.schedule.starts[1]
+    other = inputs.at[:, [last - first, last + 2 - first]].set(9.0)
+    np.testing.assert_array_equal(run(other), found)
+
+
+OPTIONS = [
+    {},
+    {'shared_adaln': True, 'level_embedding': False, 'positions': Learned()},
+    {'qk_norm': False, 'logit_norm': False, 'positions': SinCos()},
+    {'cross_attention': False, 'level_embedding': False, 'positions': NoPositions()},
+    {'positions': NormalisedRotary(theta=100.0, extent=32.0), 'released_cross_attention': True},
+]
+TOKENIZERS = [
+    VQ(autoencoder=Autoencoder(width=4, groups=2), sides=(1, 2), codes=V, channels=3),
+    VQ(
+        autoencoder=Autoencoder(width=4, multipliers=(1, 2), blocks=1, groups=4, stem=4),
+        sides=(1, 2),
+        codes=V,
+        channels=3,
+        phis=1,
+        normalised=True,
+    ),
+]
+
+
+def abstract_star(options: dict) -> tuple[Star, Any]:
+    star = Star(
+        depth=DEPTH,
+        width=WIDTH,
+        heads=HEADS,
+        sides=(1, 2),
+        codes=V,
+        channels=3,
+        text_width=E,
+        **options,
+    )
+    inputs = jnp.zeros((1, 4, 3))
+    return star, jax.eval_shape(star.build().init, jax.random.key(0), inputs, texts(1))['params']
+
+
+def abstract_vq(vq: VQ) -> Any:
+    images = jnp.zeros((1, vq.resolution, vq.resolution, 3))
+    return jax.eval_shape(vq.build().init, jax.random.key(0), images)['params']
+
+
+@pytest.mark.parametrize(
+    'boxed',
+    [
+        *(
+            pytest.param(lambda o=o: abstract_star(o)[1], id=f'star{i}')
+            for i, o in enumerate(OPTIONS)
+        ),
+        *(
+            pytest.param(lambda vq=vq: abstract_vq(vq), id=f'vq{i}')
+            for i, vq in enumerate(TOKENIZERS)
+        ),
+    ],
+)
+def test_every_parameter_names_all_its_axes(boxed):
+    leaves = jax.tree_util.tree_leaves_with_path(boxed(), is_leaf=lambda x: hasattr(x, 'names'))
+    assert leaves
+    known = {'layers', 'embed', 'heads', 'mlp', 'vocab', 'codes', 'channels', None}
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path)
+        assert isinstance(leaf, nn.LogicallyPartitioned), name
+        assert len(leaf.names) == leaf.value.ndim, name
+        assert set(leaf.names) <= known, name
+        assert (leaf.names[0] == 'layers') == ("['blocks']" in name), name
+
+
+def test_conversion_tables_name_every_parameter_once():
+    trees = [(star_entries(star), nn.unbox(boxed)) for star, boxed in map(abstract_star, OPTIONS)]
+    trees += [(vq_entries(vq, ()), nn.unbox(abstract_vq(vq))) for vq in TOKENIZERS]
+    rng = np.random.default_rng(0)
+    for entries, shapes in trees:
+        params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), shapes)
+        state = to_state(entries, params)
+        assert len(state) == len(entries)
+        back = to_params(entries, state)
+        assert (back.missing, back.unknown) == ((), ())
+        jax.tree.map(np.testing.assert_array_equal, back.params, params)
