@@ -60,10 +60,11 @@ def usage(quantised: Quantised, size: int, weight_B: jax.Array | float = 1.0) ->
     """[K, V] float32: how often each scale chose each code; images may have weights."""
 
     def count(codes_Bhw: jax.Array) -> jax.Array:
-        weights = jnp.broadcast_to(jnp.reshape(weight_B, (-1, 1, 1)), codes_Bhw.shape)
+        weight_B11 = jnp.asarray(weight_B, jnp.float32).reshape(-1, 1, 1)
+        weights = jnp.broadcast_to(weight_B11, codes_Bhw.shape)
         return jnp.bincount(codes_Bhw.reshape(-1), weights.reshape(-1), length=size)
 
-    return jnp.stack([count(codes) for codes in quantised.codes]).astype(jnp.float32)
+    return jnp.stack([count(codes) for codes in quantised.codes])
 
 
 def perplexity(usage_KV: jax.Array) -> jax.Array:
