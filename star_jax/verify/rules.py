@@ -57,6 +57,5 @@ def _judge(case: Case, rules: Sequence[Rule], name: str) -> Line:
 
 def _numerically(name: str) -> list[tuple[int, str]]:
     """fhat_9 before fhat_10."""
-    return [
-        (int(part or 0), part) if part.isdigit() else (0, part) for part in re.split(r'(\d+)', name)
-    ]
+    parts = re.split(r'(\d+)', name)
+    return [(int(part) if part.isdigit() else 0, part) for part in parts]

@@ -39,9 +39,9 @@ class TeacherForced:
         return (
             given('gt_idx|x_BLCv_wo_first_l|keep_mask'),
             given(TEXT),
-            Rule(f'logits_{MODE}', LOGITS, lambda mode: self.forward(mode)[1]),
-            Rule(f'features_{MODE}', LOGITS, lambda mode: self.forward(mode)[0]),
-            Rule(f'block_input_{MODE}', LOGITS, lambda mode: self.blocks(mode)[0]),
+            Rule(f'logits_{MODE}', LOGITS, lambda mode: self.forward(mode)[2]),
+            Rule(f'features_{MODE}', LOGITS, lambda mode: self.forward(mode)[1]),
+            Rule(f'block_input_{MODE}', LOGITS, lambda mode: self.forward(mode)[0]),
             Rule(rf'block(\d+)_out_{MODE}', LOGITS, self.block_out),
             Rule(f'loss_{MODE}_batch_mean', LOSSES, lambda mode: self.losses(mode).mean()),
             Rule(f'loss_{MODE}', LOSSES, self.losses),
@@ -69,22 +69,22 @@ class TeacherForced:
     def text(self) -> Text:
         return text_of(self.case)
 
-    def _forward(self, mode: str) -> tuple[jax.Array, jax.Array]:
+    def _forward(self, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Input of the first block, features and logits."""
         forward = forwarding(behave(self.star, mode), self.rows)
         return forward(self.params, self.inputs, self.text)
 
     def _blocks(self, mode: str) -> list[jax.Array]:
-        """The input of the first block and the output of each."""
+        """The output of each block, by networks of one layer."""
         star = dataclasses.replace(behave(self.star, mode), depth=1)
-        x_BLD = starting(star, self.rows)(self._layer(0), self.inputs, self.text)
-        outputs = [x_BLD]
+        x_BLD, outputs = self.forward(mode)[0], []
         for layer in range(self.star.depth):
             x_BLD = layering(star, self.rows)(self._layer(layer), x_BLD, self.text)
             outputs.append(x_BLD)
         return outputs
 
     def block_out(self, block: str, mode: str) -> jax.Array:
-        return self.blocks(mode)[1 + int(block)]
+        return self.blocks(mode)[int(block)]
 
     def _layer(self, layer: int) -> dict:
         """The parameters of a network that has this layer only."""
@@ -92,7 +92,7 @@ class TeacherForced:
         return self.params | {'blocks': block}
 
     def losses(self, mode: str) -> jax.Array:
-        nll_BL = Index(self.star.codes).nll(self.forward(mode)[1], self.codes_BL)
+        nll_BL = Index(self.star.codes).nll(self.forward(mode)[2], self.codes_BL)
         return nll_BL.mean(-1)
 
     def _sample(self, b: int) -> tuple[jax.Array, jax.Array, dict[str, np.ndarray]]:
@@ -120,39 +120,29 @@ def behave(star: Star, mode: str) -> Star:
 
 def mean_nll(star: Star, rows: Rows, params: dict, inputs, text: Text, codes_BL) -> jax.Array:
     """The training objective on given inputs and codes of `rows`."""
-    logits_BLV = _features_and_logits(star, rows, params, inputs, text)[1]
+    logits_BLV = _forward(star, rows, params, inputs, text)[2]
     return Index(star.codes).nll(logits_BLV, codes_BL).mean()
 
 
-def _features_and_logits(star: Star, rows: Rows, params: dict, inputs, text: Text):
+def _forward(star: Star, rows: Rows, params: dict, inputs, text: Text):
     apply = functools.partial(star.build().apply, {'params': params})
+    later = np.arange(star.schedule.starts[1], star.schedule.starts[-1])
+    start, rest = apply(text, method='start'), apply(inputs, later, method='embed')
+    x_BLD = jnp.concatenate([start, rest], axis=1)[:, np.asarray(rows)]
     features_BLD = apply(inputs, text, np.asarray(rows), method='features')
-    return features_BLD, apply(features_BLD, text, method='head')
+    return x_BLD, features_BLD, apply(features_BLD, text, method='head')
 
 
 @functools.cache
 def forwarding(star: Star, rows: Rows) -> Callable:
-    """Inputs and text -> features and logits."""
-    return jax.jit(functools.partial(_features_and_logits, star, rows))
+    """Inputs and text -> input of the first block, features and logits."""
+    return jax.jit(functools.partial(_forward, star, rows))
 
 
 @functools.cache
 def differentiating(star: Star, rows: Rows) -> Callable:
     """Inputs, text and codes -> loss and gradients to the parameters."""
     return jax.jit(jax.value_and_grad(functools.partial(mean_nll, star, rows)))
-
-
-@functools.cache
-def starting(star: Star, rows: Rows) -> Callable:
-    """Inputs and text -> the rows that enter the first block."""
-
-    def start(params, inputs, text):
-        apply = functools.partial(star.build().apply, {'params': params})
-        later = np.arange(star.schedule.starts[1], star.schedule.starts[-1])
-        first, rest = apply(text, method='start'), apply(inputs, later, method='embed')
-        return jnp.concatenate([first, rest], axis=1)[:, np.asarray(rows)]
-
-    return jax.jit(start)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from star_jax.convert.entries import to_state
 from star_jax.core import resize
 from star_jax.core.codes import Drawn
 from star_jax.core.schedule import Step
-from star_jax.tokenizers.residual_vq import VQ
+from star_jax.tokenizers.residual_vq import VQ, VQTokenizer
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.report import GRADIENTS, INTEGERS, LATENTS, LOSSES
@@ -189,20 +189,19 @@ def growing(vq: VQ) -> Callable:
     def grow(params, codes):
         canvas = None
         for step, (side, codes_Bhw) in enumerate(zip(vq.sides, codes, strict=True)):
-            small = replace(
-                vq, sides=(side,) * len(vq.sides)
-            ).build()  # phi of the step, no resizing
-            added = small.apply(
-                {'params': params},
-                codes_Bhw,
-                method=lambda tokenizer, codes, step=step: tokenizer.quantiser.refine(
-                    tokenizer.embed(codes), Step.at(step)
-                ),
-            )
+            # Sides that are all alike keep the step's phi and leave out the resizing.
+            small = replace(vq, sides=(side,) * len(vq.sides)).build()
+            apply = functools.partial(small.apply, {'params': params})
+            vectors = apply(codes_Bhw, method='embed')
+            added = apply(vectors, Step.at(step), method=_refine)
             canvas = added if canvas is None else resize.bicubic(canvas, side, side) + added
         return canvas
 
     return jax.jit(grow)
+
+
+def _refine(tokenizer: VQTokenizer, vectors_BhwC: jax.Array, step: Step) -> jax.Array:
+    return tokenizer.quantiser.refine(vectors_BhwC, step)
 
 
 @functools.cache

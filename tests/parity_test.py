@@ -1,0 +1,205 @@
+"""Every recorded case is reproduced at its own tolerances, and `verify` would notice if not.
+
+The cases are those under $STAR_JAX_GOLDEN, by default the small ones that travel with the tests.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from star_jax.core import resize
+from star_jax.errors import UserError
+from star_jax.nn.positions import RawRotary
+from star_jax.verify import cases, check, report
+
+SMALL = Path(__file__).parent / 'golden'
+ROOT = Path(os.environ.get('STAR_JAX_GOLDEN', SMALL))
+QUANTISER = SMALL / 'star' / 'dev_quant_256scales'
+TRAINING = SMALL / 'star' / 'dev_star_train'
+
+
+def kind_of(folder: Path) -> tuple[str, str]:
+    config = json.loads((folder / 'config.json').read_text())
+    return config.get('family'), config.get('kind')
+
+
+def recorded_cases() -> list[Path]:
+    folders = sorted(path.parent for path in ROOT.rglob('config.json'))
+    return [folder for folder in folders if all(kind_of(folder))]
+
+
+def folder_of(tmp_path: Path, like: Path, arrays=None, state=None, config=None, after=None) -> Path:
+    """A case like another, with some of its files replaced."""
+    replaced = {
+        'io': arrays or cases.read_arrays(like / 'io.safetensors'),
+        'state_dict': state or cases.read_arrays(like / 'state_dict.safetensors'),
+        'state_dict_after': after or {},
+    }
+    for name, tensors in replaced.items():
+        if tensors:
+            tensors = {key: np.ascontiguousarray(array) for key, array in tensors.items()}
+            save_file(tensors, tmp_path / f'{name}.safetensors')
+    config = config or json.loads((like / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    return tmp_path
+
+
+def failing(folder: Path) -> list[str]:
+    return [line.name for line in check.verify(folder).lines if line.verdict == report.FAIL]
+
+
+@pytest.mark.parametrize('folder', recorded_cases(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_recorded_case_is_reproduced(folder):
+    if kind_of(folder) not in check.KINDS:
+        pytest.skip(f'no rules yet for cases of {" ".join(kind_of(folder))}')
+    found = check.verify(folder)
+    assert not [line for line in found.lines if line.verdict == report.FAIL]
+    assert not [line for line in found.lines if line.verdict == report.SKIPPED]
+    assert found.count(report.OK) > 0
+
+
+def test_every_kind_travels_with_the_tests():
+    folders = [path.parent for path in SMALL.rglob('config.json')]
+    assert set(check.KINDS) <= {kind_of(folder) for folder in folders}
+
+
+def test_the_goldens_stay_small():
+    size = sum(path.stat().st_size for path in SMALL.rglob('*') if path.is_file())
+    assert size <= 16 * 2**20
+
+
+def test_one_changed_weight_fails(tmp_path):
+    state = cases.read_arrays(QUANTISER / 'state_dict.safetensors')
+    state['quantize.quant_resi.qresi_ls.2.bias'] = (
+        state['quantize.quant_resi.qresi_ls.2.bias'] + 1e-3
+    )
+    failed = failing(folder_of(tmp_path, QUANTISER, state=state))
+    assert 'fhat_5' in failed and 'fhat_4' not in failed  # scale 5 is the first of the third phi
+
+
+def test_one_changed_array_fails_alone(tmp_path):
+    arrays = cases.read_arrays(QUANTISER / 'io.safetensors')
+    arrays['fhat_3'][0, 0, 0, 0] += 1e-3
+    arrays['idx_1'][0, 0] += 1
+    assert failing(folder_of(tmp_path, QUANTISER, arrays)) == ['fhat_3', 'idx_1']
+
+
+def test_a_recorded_nan_or_another_shape_fails(tmp_path):
+    arrays = cases.read_arrays(QUANTISER / 'io.safetensors')
+    arrays['fhat_3'][0, 0, 0, 0] = np.nan
+    arrays['var_input'] = arrays['var_input'][:1]
+    assert failing(folder_of(tmp_path, QUANTISER, arrays)) == ['fhat_3', 'var_input']
+
+
+def test_an_array_that_no_rule_knows_fails_the_command(tmp_path, capsys):
+    arrays = cases.read_arrays(QUANTISER / 'io.safetensors')
+    few = {'f': arrays['f'], 'idx_0': arrays['idx_0']}
+    assert check.main([folder_of(tmp_path, QUANTISER, few)]) == 0
+    assert check.main([folder_of(tmp_path, QUANTISER, few | {'idx_10': few['idx_0']})]) == 1
+    assert check.main([folder_of(tmp_path, QUANTISER, few | {'surprise': few['idx_0']})]) == 1
+    printed = capsys.readouterr().out
+    assert 'surprise' in printed and 'FAIL (no rule knows this array)' in printed
+
+
+def test_a_trained_parameter_that_is_wrong_or_unknown_fails(tmp_path):
+    config = json.loads((TRAINING / 'config.json').read_text())
+    for key in ('vae_config', 'vae_state_dict'):
+        config[key] = str((TRAINING / config[key]).resolve())
+    after = cases.read_arrays(TRAINING / 'state_dict_after.safetensors')
+    after = {name: after[name] for name in ('head_logits.bias', 'pos_start', 'class_emb.weight')}
+    after['pos_start'] = after['pos_start'] + 1e-4
+    after['surprise'] = after['pos_start']
+    failed = failing(folder_of(tmp_path, TRAINING, config=config, after=after))
+    assert failed == ['state_dict_after.pos_start', 'state_dict_after.surprise']
+
+
+@pytest.mark.parametrize(
+    ('file', 'content', 'message'),
+    [
+        ('config.json', None, 'no such file'),
+        ('config.json', b'{', 'not valid JSON'),
+        ('config.json', b'[]', 'expected an object'),
+        ('config.json', b'{"family": "star", "kind": "poem"}', 'star vqvae'),
+        ('config.json', b'{"family": "star", "kind": "quantizer"}', 'misses'),
+        ('io.safetensors', None, 'no such file'),
+        ('io.safetensors', b'torn', 'damaged'),
+        ('state_dict.safetensors', b'torn', 'damaged'),
+        ('io.safetensors.gz', b'torn', 'gzipped'),
+    ],
+)
+def test_a_damaged_case_is_a_users_mistake(tmp_path, file, content, message):
+    folder = folder_of(tmp_path, QUANTISER)
+    path = folder / file
+    if path.suffix == '.gz':
+        path.with_suffix('').unlink()
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        check.verify(folder)
+
+
+def test_raw_rotary_positions_are_read():
+    config = json.loads((TRAINING / 'config.json').read_text()) | {'rope_norm': -1, 'rope_theta': 9}
+    star = cases.star_of(cases.Case(TRAINING, config, {}))
+    assert star.positions == RawRotary(theta=9)
+
+
+@pytest.mark.parametrize(
+    ('shared', 'counts', 'prefix', 'phis', 'znorm'),
+    [
+        (0, 0, 'quantize.quant_resi.{}', (0, 1, 2), True),
+        (0, 2, 'quantize.quant_resi.{}', (0, 0, 1), False),
+        (1, 0, 'quantize.quant_resi.qresi', (0, 0, 0), False),
+        (4, 0, 'quantize.quant_resi.qresi_ls.{}', (0, 2, 3), True),
+    ],
+)
+def test_every_sharing_of_phi_and_the_z_norm(tmp_path, shared, counts, prefix, phis, znorm):
+    rng = np.random.default_rng(shared + counts)
+    codebook = rng.normal(size=(9, 3)).astype(np.float32)
+    f = rng.normal(size=(1, 3, 3, 3)).astype(np.float32)
+    state = {'quantize.embedding.weight': codebook}
+    for phi in range(shared or counts or 3):
+        state[f'{prefix.format(phi)}.weight'] = rng.normal(size=(3, 3, 3, 3)).astype(np.float32) / 9
+        state[f'{prefix.format(phi)}.bias'] = rng.normal(size=3).astype(np.float32)
+    names = [prefix.format(phi) for phi in phis]
+    config = json.loads((QUANTISER / 'config.json').read_text()) | {
+        'v_patch_nums': [1, 2, 3],
+        'vocab_size': 9,
+        'Cvae': 3,
+        'share_quant_resi': shared,
+        'default_qresi_counts': counts,
+        'using_znorm': znorm,
+    }
+    arrays = quantise_by_hand(f, state, names, znorm)
+    assert not failing(folder_of(tmp_path, QUANTISER, {'f': f, **arrays}, state, config))
+
+
+def quantise_by_hand(f: np.ndarray, state: dict, names: list[str], znorm: bool) -> dict:
+    """Specification 1.5 and 1.6 in float64, one cell at a time."""
+    codebook = state['quantize.embedding.weight'].astype(np.float64)
+    directions = codebook / np.linalg.norm(codebook, axis=1, keepdims=True)
+    rest, canvas, arrays = f[0].astype(np.float64), np.zeros(f.shape[1:]), {}
+    for k, name in enumerate(names):
+        side = k + 1
+        pool, grow = resize.area_matrix(3, side), resize.bicubic_matrix(side, 3)
+        z = np.einsum('yh,xw,chw->yxc', pool, pool, rest).reshape(-1, 3)
+        distances = -z @ directions.T if znorm else np.square(z[:, None] - codebook).sum(-1)
+        codes = distances.argmin(-1)
+        h = codebook[codes].reshape(side, side, 3)
+        h = np.einsum('yh,xw,hwc->cyx', grow, grow, h)
+        padded = np.pad(h, ((0, 0), (1, 1), (1, 1)))
+        kernel = state[f'{name}.weight'].astype(np.float64)
+        convolved = sum(
+            np.einsum('oi,ihw->ohw', kernel[:, :, y, x], padded[:, y : y + 3, x : x + 3])
+            for y in range(3)
+            for x in range(3)
+        )
+        added = (h + convolved + state[f'{name}.bias'][:, None, None]) / 2
+        canvas, rest = canvas + added, rest - added
+        arrays |= {f'idx_{k}': codes[None].astype(np.int32), f'fhat_{k}': canvas[None]}
+    return arrays
