@@ -1,0 +1,30 @@
+"""The shipped transformer: scenes of one and two shapes at 64 px, trained on two cores."""
+
+from star_jax.data.shapes import Shapes
+from star_jax.families.star import Star
+from star_jax.nn.positions import NormalisedRotary
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run
+from star_jax.training.schedules import LearningRate
+
+run = Run(
+    model=Star(
+        depth=4,
+        width=160,
+        heads=5,
+        sides=(1, 2, 4, 8),
+        codes=512,
+        channels=16,
+        text_width=384,
+        positions=NormalisedRotary(theta=100, extent=32),
+    ),
+    data=Shapes(count=40_000, objects=(1, 2)),
+    validation=Shapes(count=512, split='validation', objects=(1, 2)),
+    optimizer=AdamW(learning_rate=LearningRate(peak=1.5e-3, warmup_steps=200, shape='lin')),
+    pace=Pace(steps=4_000, log=50, sample=500, save=250),
+    batch=32,
+    ema=0.998,
+    guidance=2.0,
+    top_k=100,
+    top_p=0.9,
+)
