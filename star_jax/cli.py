@@ -21,6 +21,7 @@ COMMANDS = {
     'bench': 'measure sampling',
 }
 MODULES = {'train-tokenizer': 'train_tokenizer'}
+STOPPED = 130  # by ctrl-c, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f'star-jax {command}: {error}\n')
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f'star-jax {command}: stopped\n')
+        return STOPPED
 
 
 def _usage() -> str:

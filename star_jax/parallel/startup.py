@@ -1,5 +1,6 @@
 """What must be settled before JAX touches a device?"""
 
+import contextlib
 import os
 import pathlib
 
@@ -17,11 +18,19 @@ def start() -> None:
     """Keeps compiled programs between processes, and gives a CPU one device per core.
 
     Small convolutions do not fill two cores; a batch split over two host devices does (training
-    1.7 times faster). Does nothing to accelerators.
+    1.7 times faster). Does nothing to accelerators. What the caller's environment has chosen
+    stands: its cache of programs, its number of host devices, a device that is in use already.
     """
-    jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-    if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        devices = min(2 ** ((cores or 1).bit_length() - 1), MOST_HOST_DEVICES)
-        jax.config.update('jax_num_cpu_devices', devices)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
+        return
+    with contextlib.suppress(RuntimeError):  # JAX has started: its devices cannot change
+        jax.config.update('jax_num_cpu_devices', _host_devices())
+
+
+def _host_devices() -> int:
+    """One per core that this process may use, rounded down to a power of two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return min(2 ** ((cores or 1).bit_length() - 1), MOST_HOST_DEVICES)
