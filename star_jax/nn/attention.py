@@ -42,12 +42,16 @@ class Cosine(nn.Module):
 
     heads: int
 
-    @nn.compact
-    def __call__(self, q_BLNH: jax.Array, k_BMNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def setup(self) -> None:
         init = nn.with_logical_partitioning(nn.initializers.constant(np.log(4)), ('heads',))
-        log_scale_N = self.param('log_scale', init, (self.heads,))
-        scale_N1 = jnp.exp(jnp.minimum(log_scale_N, MAX_LOG_SCALE))[:, None]
-        return layers.unit(q_BLNH) * scale_N1, layers.unit(k_BMNH)
+        self.log_scale = self.param('log_scale', init, (self.heads,))
+
+    def queries(self, q_BLNH: jax.Array) -> jax.Array:
+        scale_N1 = jnp.exp(jnp.minimum(self.log_scale, MAX_LOG_SCALE))[:, None]
+        return layers.unit(q_BLNH) * scale_N1
+
+    def keys(self, k_BMNH: jax.Array) -> jax.Array:
+        return layers.unit(k_BMNH)
 
 
 class Scaled(nn.Module):
@@ -55,8 +59,11 @@ class Scaled(nn.Module):
 
     factor: float
 
-    def __call__(self, q_BLNH: jax.Array, k_BMNH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return q_BLNH * self.factor, k_BMNH
+    def queries(self, q_BLNH: jax.Array) -> jax.Array:
+        return q_BLNH * self.factor
+
+    def keys(self, k_BMNH: jax.Array) -> jax.Array:
+        return k_BMNH
 
 
 class SelfAttention(nn.Module):
@@ -83,10 +90,10 @@ class SelfAttention(nn.Module):
         v_BLNH = layers.Bias(shape, ('heads', None), name='v_bias')(v_BLNH)
         if angles_LP is not None:
             q_BLNH, k_BLNH = (positions.rotate(x, angles_LP) for x in (q_BLNH, k_BLNH))
-        q_BLNH, k_BLNH = self.scores(name='compare')(q_BLNH, k_BLNH)
-        new = KV(k_BLNH.astype(dtype), v_BLNH)
+        compare = self.scores(name='compare')
+        new = KV(compare.keys(k_BLNH).astype(dtype), v_BLNH)
         seen = new if past is None else jax.tree.map(lambda *kv: jnp.concatenate(kv, 1), past, new)
-        y_BLNH = attend(q_BLNH.astype(dtype), seen, mask)
+        y_BLNH = attend(compare.queries(q_BLNH).astype(dtype), seen, mask)
         return GatherHeads(self.width, shape, self.out_init, name='proj')(y_BLNH), new
 
 
@@ -121,16 +128,15 @@ class CrossAttention(nn.Module):
 
     def text_kv(self, states_BTE: jax.Array) -> KV:
         k_BTNH, v_BTNH = self.text(states_BTE)
-        return KV(k_BTNH, self.v_bias(v_BTNH))
+        return KV(self.compare.keys(k_BTNH).astype(states_BTE.dtype), self.v_bias(v_BTNH))
 
     def __call__(self, x_BLD: jax.Array, text_kv: KV, mask_BT: jax.Array) -> jax.Array:
         dtype, batch = x_BLD.dtype, len(x_BLD)
         if self.released:
             x_BLD, mask_BT = x_BLD[:1], mask_BT[:1]
             text_kv = jax.tree.map(lambda kv: kv[:1], text_kv)
-        q_BLNH, k_BTNH = self.compare(self.q_bias(self.query(x_BLD)), text_kv.keys)
-        seen = KV(k_BTNH.astype(dtype), text_kv.values)
-        y_BLNH = attend(q_BLNH.astype(dtype), seen, mask_BT[:, None, None, :] > 0)
+        q_BLNH = self.compare.queries(self.q_bias(self.query(x_BLD))).astype(dtype)
+        y_BLNH = attend(q_BLNH, text_kv, mask_BT[:, None, None, :] > 0)
         y_BLD = self.proj(y_BLNH)
         return jnp.broadcast_to(y_BLD, (batch, *y_BLD.shape[1:]))
 
