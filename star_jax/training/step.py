@@ -76,7 +76,7 @@ def train(
         return nll_BL.mean(), (nll_BL.mean(0), hit_BL.mean(0))
 
     gradients, (nll_L, hit_L) = jax.grad(loss, has_aux=True)(state.params)
-    scalars = scales(model.schedule, nll_L, hit_L) | {'gradient_norm': optax.global_norm(gradients)}
+    scalars = scales(model.schedule, nll_L, hit_L) | {'gradient_norm': optax.tree.norm(gradients)}
     return state.update(gradients, optimizer, recipe.ema), scalars
 
 
