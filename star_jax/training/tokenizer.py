@@ -16,6 +16,7 @@ from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.parallel import rules
 from star_jax.tokenizers import objective, perceptual
+from star_jax.tokenizers.objective import Perceptual
 from star_jax.training import summary
 from star_jax.training.run import TokenizerRun
 from star_jax.training.state import TrainState, averaged, build_state, go_on_from, init_sharded
@@ -33,7 +34,8 @@ class TokenizerJob:
         summary.check_batch(run.batch, self.mesh)
         self.tokenizer = run.model.build()
         self.optimizer = run.optimizer.build(run.pace.steps)
-        self.perceptual = perceptual.load() if run.objective.perceptual else None
+        judge = perceptual.load() if run.objective.perceptual else None
+        self.frozen = jax.device_put(judge, rules.whole(self.mesh))
         self.source = run.data.open(run.model.resolution)
         self._steps = {
             quantised: jax.jit(functools.partial(self._step, quantised), donate_argnums=0)
@@ -44,7 +46,7 @@ class TokenizerJob:
         state = jax.eval_shape(self._build, jax.random.key(0))
         images = self._pixels(self.run.batch)
         step = functools.partial(self._step, True)
-        flops = count_flops(step, nn.unbox(state), images)
+        flops = count_flops(step, nn.unbox(state), images, self.frozen)
         return summary.describe(state, self.tokenizer.schedule, flops, self.run, len(self.source))
 
     def init(self) -> TrainState:
@@ -71,7 +73,7 @@ class TokenizerJob:
         key = jax.random.fold_in(jax.random.key(run.seed), step)
         if step == run.plain_steps > 0:
             state = self._start_codes(state, images, key)
-        state, metrics = self._steps[step >= run.plain_steps](state, images)
+        state, metrics = self._steps[step >= run.plain_steps](state, images, self.frozen)
         quantised_steps = step + 1 - run.plain_steps
         restarting = step < run.restart_until * run.pace.steps
         if quantised_steps > 0 and quantised_steps % run.restart_every == 0 and restarting:
@@ -126,7 +128,9 @@ class TokenizerJob:
     def _apply(self, params: Any, *args: Any, method: str | None = None) -> Any:
         return self.tokenizer.apply({'params': params}, *args, method=method)
 
-    def _loss(self, params: Any, images: jax.Array, quantised: bool) -> tuple[jax.Array, tuple]:
+    def _loss(
+        self, params: Any, images: jax.Array, judge: Perceptual | None, quantised: bool
+    ) -> tuple[jax.Array, tuple]:
         """The loss, its parts, PSNR and codes; features go straight to the decoder before there are
         codes worth having."""
         signed = pixels.to_signed(images)
@@ -134,15 +138,15 @@ class TokenizerJob:
         codes = self._apply(params, f_BHWC, method='quantise')
         canvas = codes.straight_through(f_BHWC) if quantised else f_BHWC
         painted = self._apply(params, canvas, method='paint')
-        parts = self.run.objective.reconstruction(signed, painted, self.perceptual)
+        parts = self.run.objective.reconstruction(signed, painted, judge)
         if quantised:
             parts['quantiser'] = self.run.objective.quantisation(f_BHWC, codes)
         return sum(parts.values()), (parts, objective.psnr(signed, painted), codes)
 
     def _step(
-        self, quantised: bool, state: TrainState, images: jax.Array
+        self, quantised: bool, state: TrainState, images: jax.Array, judge: Perceptual | None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss = functools.partial(self._loss, images=images, quantised=quantised)
+        loss = functools.partial(self._loss, images=images, judge=judge, quantised=quantised)
         (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         parts, psnr_B, codes = aux
         state = state.update(gradients, self.optimizer, self.run.ema)
