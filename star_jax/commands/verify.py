@@ -29,6 +29,6 @@ def main(words: Sequence[str]) -> int:
     if not given.folders:
         raise UserError('there is no case to verify: give one or more case folders')
     startup.start()
-    from star_jax.verify import main as verify
+    from star_jax.verify import check
 
-    return verify(given.folders)
+    return check.main(given.folders)
