@@ -19,6 +19,7 @@ from star_jax.sampling.draw import (
     guidance_ramp,
     guide,
     soften,
+    softness,
 )
 
 B, L, V, C = 3, 40, 12, 2
@@ -96,20 +97,18 @@ def test_the_largest_is_what_one_code_leaves(keys_B, logits_RLV):
     np.testing.assert_array_equal(greedy.codes_BL, single.codes_BL)
 
 
-@pytest.mark.parametrize('ratio', [0.0, 4 / 9, 1.0])
-def test_mixtures_sharpen_from_scale_to_scale(ratio, logits_RLV):
-    logits = logits_RLV[:B]
+def test_mixtures_are_softmaxes_of_noisy_logits(logits_RLV):
+    logits, ratio, tau = logits_RLV[:B], 4 / 9, 0.15
     gumbel = np.random.default_rng(3).gumbel(size=logits.shape).astype(np.float32)
-    tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
     scores = ((1 + ratio) * logits.astype(np.float64) + gumbel) / tau
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(mix(logits, gumbel, ratio), weights, atol=2e-4)
+    np.testing.assert_allclose(mix(logits, gumbel, ratio, tau), weights, atol=2e-4)
 
 
-def test_tau_has_a_floor():
+def test_mixtures_sharpen_from_scale_to_scale_down_to_a_floor():
     np.testing.assert_allclose(
-        soften(jnp.array([0.001, 0.0]), jnp.zeros(2), 2.0)[0], 1 / (1 + np.exp(-0.003 / 0.005))
+        [softness(ratio) for ratio in (0, 4 / 9, 1, 2)], [0.27, 0.156, 0.0135, 0.005], rtol=1e-5
     )
 
 
@@ -119,7 +118,7 @@ def test_a_smooth_draw_mixes_code_vectors(like, keys_B, logits_RLV):
     found, guided = drawn(Smooth(steps=4), keys_B, logits_RLV, 2, like)
     np.testing.assert_allclose(guided, guide(logits_RLV, B, 1.5), atol=1e-5)
     gumbel = np.stack([jax.random.gumbel(key, (L, V)) for key in keys_B])
-    weights = np.asarray(mix(guided, gumbel, 2 / 3))
+    weights = np.asarray(mix(guided, gumbel, 2 / 3, softness(2 / 3)))
     np.testing.assert_allclose(found.vectors_BLC, weights @ BOOK, atol=1e-5)
     np.testing.assert_array_equal(found.codes_BL, weights.argmax(-1))
 

@@ -218,10 +218,14 @@ def rule(top_p=0.9, temperature=1.0) -> Plain:
 
 
 def draw_rows(family: Family, which=range(2 * B), seeds=range(B), guidance=2.0, **numbers):
-    """Images of some rows; `guidance` at every step."""
+    """Images of some rows, their `guidance` falling from step to step."""
     run, _ = drawing(family.model, family.tokenizer)
-    weights = jnp.full(family.model.schedule.steps, guidance, jnp.float32)
+    weights = guidance * falling(family)
     return run(family.params, keys(*seeds), family.rows(which), weights, rule(**numbers))
+
+
+def falling(family: Family) -> jax.Array:
+    return jnp.linspace(1, 0.5, family.model.schedule.steps)
 
 
 @functools.cache
@@ -270,7 +274,8 @@ def test_sampling_sees_what_training_sees(family):
     if family.star and family.star.released_cross_attention:
         return  # its unprompted rows see the first prompted one, and only in a batch with it
     logits = np.concatenate(in_order(led.traces, 'logits_BLV'), axis=1)
-    np.testing.assert_allclose(logits, guide(both, B, 1.0), atol=6e-5)
+    weights = falling(family)[family.model.schedule.step_of_token][:, None]
+    np.testing.assert_allclose(logits, guide(both, B, weights), atol=6e-5)
 
 
 def test_inputs_of_training_are_folded_advances(family):

@@ -94,6 +94,21 @@ def test_steps_that_are_drawn_differently_share_no_body():
     assert groups == (Group(0, 1), Group(1, 2), Group(3, 2), Group(5, 1))
 
 
+def test_a_token_counts_to_its_scale_and_a_raster_is_one():
+    assert PYRAMID.scale_of_token.tolist() == [0, 1, 1, 2, 2, 2, 2]
+    assert RASTER.scale_of_token.tolist() == [0, 0, 0, 0]
+
+
+def test_only_rows_of_the_last_step_are_dropped_each_equally_often():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    rows = np.asarray(jax.jit(jax.vmap(lambda key: PYRAMID.thin(key, 5)))(keys))
+    assert rows.shape == (2000, 5)
+    assert (rows[:, :3] == [0, 1, 2]).all()
+    assert (np.diff(rows) > 0).all()
+    shares = np.bincount(rows[:, 3:].ravel(), minlength=7)[3:] / 2000
+    np.testing.assert_allclose(shares, [0.5] * 4, atol=0.05)
+
+
 def test_schedules_of_equal_fields_are_equal_keys():
     assert Pyramid.square((1, 2)) == Pyramid(((1, 1), (2, 2)))
     assert hash(Raster(2, 2, 3)) == hash(RASTER)

@@ -231,7 +231,9 @@ def test_four_phis_serve_the_scales_as_recorded():
 def test_the_phi_of_a_scale_is_the_nearest_tick():
     assert phi_of_scale(1, 5) == (0, 0, 0, 0, 0)
     assert phi_of_scale(2, 5) == (0, 0, 0, 1, 1)
-    assert phi_of_scale(3, 5) == (0, 0, 1, 2, 2)
+    assert (
+        phi_of_scale(3, 14) == (0,) * 5 + (1,) * 4 + (2,) * 5
+    )  # 4/13 is nearer to 1/6 than to 1/2
     assert phi_of_scale(4, 1) == phi_of_scale(3, 1) == (0,)
 
 
