@@ -112,3 +112,13 @@ def test_grids_of_nothing_are_told():
         pictures.grid([])
     with pytest.raises(UserError, match='1 captions for 2 images'):
         pictures.grid(np.zeros((2, 4, 4, 3), np.uint8), ['one'])
+
+
+def test_what_was_drawn_stands_below_its_truth():
+    truths = np.stack([np.full((128, 128, 3), 10 * index, np.uint8) for index in range(3)])
+    sheet = pictures.compare(truths, truths + 100, ['one', 'two', 'three'], 'drawn', columns=2)
+    for truth, drawn in zip(truths, truths + 100, strict=True):
+        above, below = (
+            np.argwhere((sheet == image[0, 0]).all(-1)).mean(0) for image in (truth, drawn)
+        )
+        assert below[0] > above[0] and abs(below[1] - above[1]) < 1

@@ -7,6 +7,7 @@ import pytest
 
 from star_jax.core import pictures
 from star_jax.data import pipeline
+from star_jax.data.shapes import Shapes
 from star_jax.data.show import show
 from star_jax.errors import UserError
 
@@ -132,3 +133,12 @@ def test_show_draws_different_examples(tmp_path):
     assert sheet.shape != other.shape or (sheet != other).any()
     with pytest.raises(UserError, match='empty'):
         show(Numbers(0), tmp_path / 'd.png')
+
+
+def test_shown_examples_are_spread_over_the_set():
+    source = Shapes(count=10).open(16)
+    shown = pipeline.spread(source, 4)
+    expected = [source[index] for index in (0, 3, 6, 9)]
+    np.testing.assert_array_equal(shown['image'], [example['image'] for example in expected])
+    assert shown['caption'] == [example['captions'][0] for example in expected]
+    assert len(pipeline.spread(source, 99)['label']) == 10

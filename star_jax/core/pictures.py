@@ -90,6 +90,24 @@ def save_png(image: np.ndarray, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def compare(
+    truths: np.ndarray, drawn: np.ndarray, captions: Sequence[str], word: str, columns: int = 8
+) -> np.ndarray:
+    """One picture: rows of `truths` with their captions, each over a row of what was drawn.
+
+    Both are (n, h, w, 3) uint8; `word` says below the second row what it is.
+    """
+    images, texts = [], []
+    columns = min(columns, len(truths))
+    for first in range(0, len(truths), columns):
+        some = slice(first, first + columns)
+        missing = columns - len(truths[some])
+        empty = [np.full_like(truths[0], 255)] * missing
+        images += [*truths[some], *empty, *drawn[some], *empty]
+        texts += [*captions[some], *[''] * missing, *[word] * len(drawn[some]), *[''] * missing]
+    return grid(images, texts, columns)
+
+
 def grid(
     images: Sequence[np.ndarray] | np.ndarray,
     captions: Sequence[str] | None = None,

@@ -124,6 +124,13 @@ def _collate(samples: Sequence[dict]) -> Batch:
     )
 
 
+def spread(source: Source, count: int) -> Batch:
+    """`count` examples, evenly spread over the source, with their first captions."""
+    _require(source, count)
+    places = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+    return _collate([_first_caption(source[int(place)]) for place in places])
+
+
 def pad(array: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
     """`array` with its last row repeated up to `rows`, and how many rows are real."""
     missing = rows - len(array)

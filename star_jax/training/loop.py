@@ -55,8 +55,8 @@ class Job(Protocol):
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Scores on the validation set."""
 
-    def pictures(self, state: TrainState) -> tuple[np.ndarray, list[str]]:
-        """uint8 images and their captions."""
+    def picture(self, state: TrainState) -> np.ndarray:
+        """What a user looks at, uint8 (h, w, 3)."""
 
     def export(self, state: TrainState, folder: Path) -> None:
         """Writes a model folder."""
@@ -92,7 +92,7 @@ def fit(job: Job, out: Path, console: Console) -> TrainState:
                 progress.update(task, completed=done, note=note)
             if done % pace.sample == 0 or done == pace.steps:
                 report.scalars(done, job.evaluate(state))
-                report.picture(done, pictures.grid(*job.pictures(state)))
+                report.picture(done, job.picture(state))
                 window.restart()
             if done % pace.save == 0 or done == pace.steps:
                 checkpoints.save(done, state)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.checkpoint import folder, models
-from star_jax.core import pixels
+from star_jax.core import pictures, pixels
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.parallel import rules
@@ -21,7 +21,7 @@ from star_jax.training import summary
 from star_jax.training.run import TokenizerRun
 from star_jax.training.state import TrainState, averaged, build_state, go_on_from, init_sharded
 
-SHOWN = 8  # pictures of a reconstruction grid
+SHOWN = 16  # pictures of a reconstruction grid
 LEAST_USED = 0.2  # below this share of the codes a scale-wide collapse is reported
 
 
@@ -102,13 +102,11 @@ class TokenizerJob:
             summary.warn_of_collapse(scores['validation/used'], LEAST_USED)
         return scores
 
-    def pictures(self, state: TrainState) -> tuple[np.ndarray, list[str]]:
+    def picture(self, state: TrainState) -> np.ndarray:
         """Validation images over their reconstructions."""
-        source = self.run.validation.open(self.run.model.resolution)
-        batch = next(pipeline.sequential(source, SHOWN))
-        painted = self._reconstruct(averaged(state), batch['image'])
-        captions = [*batch['caption'], *['reconstruction'] * len(batch['image'])]
-        return np.concatenate([batch['image'], painted]), captions
+        shown = pipeline.spread(self.run.validation.open(self.run.model.resolution), SHOWN)
+        painted = np.asarray(self._reconstruct(averaged(state), shown['image']))
+        return pictures.compare(shown['image'], painted, shown['caption'], 'reconstructed')
 
     def export(self, state: TrainState, out: Path) -> None:
         params = jax.device_get(averaged(state))

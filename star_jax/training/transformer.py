@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.checkpoint import folder, models
+from star_jax.core import pictures
 from star_jax.core.condition import Text
 from star_jax.core.filters import Filter
 from star_jax.core.flops import count_flops
@@ -118,10 +119,10 @@ class TransformerJob:
         scalars = steps.scales(self.model.schedule, *(sums / count))
         return {f'validation/{name}': float(value) for name, value in scalars.items()}
 
-    def pictures(self, state: TrainState) -> tuple[np.ndarray, list[str]]:
-        """Samples for the first validation captions."""
-        run = self.run
-        captions = next(pipeline.sequential(self.validation, SHOWN))['caption']
+    def picture(self, state: TrainState) -> np.ndarray:
+        """Validation images over what is drawn from their captions."""
+        run, shown = self.run, pipeline.spread(self.validation, SHOWN)
+        captions = shown['caption']
         images = self._draw(
             {
                 'model': program.cast(averaged(state), run.dtype),
@@ -133,7 +134,7 @@ class TransformerJob:
             draw.guidance_ramp(run.guidance, self.model.schedule.steps),
             draw.Plain(Filter(top_k=run.top_k, top_p=run.top_p), self.tokenizer.codes.draw),
         )
-        return np.asarray(images), captions
+        return pictures.compare(shown['image'], np.asarray(images), captions, 'drawn')
 
     def export(self, state: TrainState, out: Path) -> None:
         model = folder.Model(
