@@ -1,0 +1,131 @@
+"""Is a training step the same on every mesh, and where does each parameter lie?"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AxisType
+
+from star_jax.core.condition import Text
+from star_jax.parallel import rules
+from star_jax.parallel.mesh import AXES
+from star_jax.training import step as steps
+from star_jax.training.state import TrainState, build_state, init_sharded
+
+BATCH, TOKENS = 8, 4
+SHAPE = tiny.STAR.model
+VQ = tiny.TOKENIZER.model
+OPTIMIZER = tiny.OPTIMIZER.build(100)
+# Programs that run for milliseconds: compiling them well takes longer than running them badly.
+compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+# Which mesh axis splits each axis of each parameter; the first of the blocks' is their layers.
+WHERE = """
+blocks/attn/compare/log_scale       None tensor
+blocks/attn/proj/bias               None fsdp
+blocks/attn/proj/kernel             None tensor None fsdp
+blocks/attn/q_bias/bias             None tensor None
+blocks/attn/qkv/kernel              None fsdp None tensor None
+blocks/attn/v_bias/bias             None tensor None
+blocks/cross/compare/log_scale      None tensor
+blocks/cross/proj/bias              None fsdp
+blocks/cross/proj/kernel            None tensor None fsdp
+blocks/cross/q_bias/bias            None tensor None
+blocks/cross/query/kernel           None fsdp tensor None
+blocks/cross/text/kernel            None fsdp None tensor None
+blocks/cross/v_bias/bias            None tensor None
+blocks/ffn/fc1/bias                 None tensor
+blocks/ffn/fc1/kernel               None fsdp tensor
+blocks/ffn/fc2/bias                 None fsdp
+blocks/ffn/fc2/kernel               None tensor fsdp
+embedder/bias                       fsdp
+embedder/kernel                     None fsdp
+levels                              None fsdp
+starter/pooled/bias                 fsdp
+starter/pooled/kernel               None fsdp
+starter/position/table              None fsdp
+to_logits/logits/bias               tensor
+to_logits/logits/kernel             fsdp tensor
+"""
+
+
+def build_mesh(*shape: int) -> jax.sharding.Mesh:
+    devices = jax.devices()[: int(np.prod(shape))]
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def batch() -> tuple[np.ndarray, Text]:
+    random = np.random.default_rng(0)
+    shape = (BATCH, VQ.resolution, VQ.resolution, 3)
+    images = random.integers(0, 256, shape, dtype=np.uint8)
+    return images, text(random, BATCH)
+
+
+def text(random: np.random.Generator, rows: int) -> Text:
+    width = SHAPE.text_width
+    return Text(
+        states_BTE=random.normal(size=(rows, TOKENS, width)).astype(np.float32),
+        mask_BT=np.ones((rows, TOKENS), np.int32),
+        pooled_BE=random.normal(size=(rows, width)).astype(np.float32),
+    )
+
+
+def init(key: jax.Array) -> TrainState:
+    """The boxed state of the tiny STAR."""
+    model = SHAPE.build()
+    inputs = np.zeros((1, model.schedule.length - 1, SHAPE.channels), np.float32)
+    some = text(np.random.default_rng(1), 1)
+    return build_state(lambda key: model.init(key, inputs, some)['params'], OPTIMIZER, False, key)
+
+
+@pytest.fixture(scope='module')
+def born_alone() -> TrainState:
+    return jax.device_get(init_sharded(init, build_mesh(1, 1, 1), jax.random.key(0)))
+
+
+def losses(shape: tuple[int, int, int], state: TrainState) -> list[list[float]]:
+    """Loss and gradient norm of three training steps from a state, on a mesh."""
+    mesh = build_mesh(*shape)
+    recipe = steps.Recipe(condition_drop=0.2)
+    train = functools.partial(steps.train, SHAPE.build(), VQ.build(), OPTIMIZER, recipe)
+    # Donating what was put from the host could write into the host's copy.
+    train, seen = compiled(train), []
+    where = rules.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+    state = jax.device_put(state, where)
+    images, prompted = rules.place(batch(), mesh)
+    frozen = tiny.tokenizer_params(), text(np.random.default_rng(2), 1)
+    frozen, empty = jax.device_put(frozen, rules.whole(mesh))
+    for step in range(3):
+        key = jax.random.fold_in(jax.random.key(7), step)
+        state, metrics = train(state, frozen, images, prompted, empty, key)
+        seen.append([float(metrics['loss']), float(metrics['gradient_norm'])])
+    return seen
+
+
+@pytest.fixture(scope='module')
+def alone(born_alone) -> list[list[float]]:
+    return losses((1, 1, 1), born_alone)
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2)])
+def test_every_mesh_computes_the_same_step(shape, born_alone, alone):
+    np.testing.assert_allclose(losses(shape, born_alone), alone, rtol=1e-5)
+
+
+def test_a_state_is_born_the_same_on_every_mesh(born_alone):
+    split = jax.device_get(init_sharded(init, build_mesh(2, 2, 2), jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, split, born_alone)
+
+
+def test_every_parameter_lies_where_the_table_says():
+    state = jax.eval_shape(init, jax.random.key(0))
+    where = rules.shardings(state, build_mesh(2, 2, 2))
+    lines = (
+        f'{jax.tree_util.keystr(path, simple=True, separator="/"):<36}'
+        f'{" ".join(str(axis) for axis in sharding.spec)}'.rstrip()
+        for path, sharding in jax.tree.leaves_with_path(where.params)
+    )
+    assert '\n'.join(lines) == WHERE.strip()
