@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Their tensor `theirs` is our array `ours` ('/'-joined), or its row `row` where ours are stacked.
+    """Their tensor `theirs` is our array `ours` ('/'-joined), or row `row` of a stacked one.
 
     `lengths` are the axis lengths that the pattern needs for splitting an axis.
     """
@@ -35,7 +35,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """Our parameters, and what did not fit: tensors the table misses and tensors it does not know."""
+    """Our parameters, and the tensors that the table misses and those it does not know."""
 
     params: dict
     missing: tuple[str, ...]

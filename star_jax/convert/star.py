@@ -88,7 +88,7 @@ def star_entries(star: Star) -> list[Entry]:
 
 
 def vq_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
-    """The table of one tokenizer. `names` of the file decide how its phi convolutions are called."""
+    """The table of one tokenizer. The `names` of a file tell how its phis are called."""
     names = set(names)
     pixels = jax.ShapeDtypeStruct((1, vq.resolution, vq.resolution, 3), jnp.float32)
     abstract = nn.unbox(jax.eval_shape(vq.build().init, jax.random.key(0), pixels))['params']
