@@ -9,7 +9,7 @@ from star_jax.training.schedules import LearningRate
 
 run = TokenizerRun(
     model=VQ(
-        autoencoder=Autoencoder(width=64, multipliers=(1, 2), blocks=1, groups=16, stem=4),
+        autoencoder=Autoencoder(width=48, multipliers=(1, 2), blocks=1, groups=16, stem=4),
         sides=(1, 2, 3, 4, 6, 8),
         codes=1024,
         channels=16,
@@ -20,8 +20,8 @@ run = TokenizerRun(
         learning_rate=LearningRate(peak=1.5e-3, warmup_steps=200, end=0.02, shape='cos'),
         weight_decay=0.0,
     ),
-    pace=Pace(steps=4_000, log=50, sample=500, save=250),
+    pace=Pace(steps=2_000, log=50, sample=500, save=250),
     batch=32,
-    plain_steps=400,
+    plain_steps=300,
     ema=0.998,
 )

@@ -156,6 +156,7 @@ def _save_file(path: Path, flat: Mapping[str, Any], metadata: Mapping[str, str] 
     arrays = {name: np.asarray(jax.device_get(leaf), order='C') for name, leaf in flat.items()}
     with files.replacing(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}))
+        temporary.chmod(0o644)  # safetensors hides its files from everyone else
 
 
 def _index_path(path: Path) -> Path:
