@@ -30,7 +30,13 @@ def start() -> None:
         jax.config.update('jax_num_cpu_devices', _host_devices())
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _host_devices() -> int:
-    """One per core that this process may use, rounded down to a power of two."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(2 ** ((cores or 1).bit_length() - 1), MOST_HOST_DEVICES)
+    """One per core, rounded down to a power of two."""
+    return min(2 ** (cores().bit_length() - 1), MOST_HOST_DEVICES)

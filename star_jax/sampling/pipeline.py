@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from star_jax.checkpoint import folder, models
+from star_jax.core.codes import Index
 from star_jax.core.filters import Filter
 from star_jax.errors import UserError
 from star_jax.sampling import draw, program
@@ -83,17 +84,19 @@ class Pipeline:
                 self.encoder.encode(filled),
                 self._empty if settings.guidance else None,
                 draw.guidance_ramp(settings.guidance, self.network.schedule.steps),
-                self._draw(settings),
+                draw_rule(settings, self.network.schedule.steps, self.tokenizer.codes),
             )
             yield np.asarray(images)[: len(some)]
 
-    def _draw(self, settings: Settings) -> draw.Draw:
-        if settings.smooth:
-            return draw.Smooth(steps=self.network.schedule.steps)
-        keep = Filter(
-            top_k=settings.top_k, top_p=settings.top_p or None, temperature=settings.temperature
-        )
-        return draw.Plain(keep, self.tokenizer.codes.draw)
+
+def draw_rule(settings: Settings, steps: int, codes: Index) -> draw.Draw:
+    """The part of the sampler that settings ask for, over `steps` steps."""
+    if settings.smooth:
+        return draw.Smooth(steps=steps)
+    keep = Filter(
+        top_k=settings.top_k, top_p=settings.top_p or None, temperature=settings.temperature
+    )
+    return draw.Plain(keep, codes.draw)
 
 
 def load(place: str | Path = models.SHIPPED, text: str = '', dtype: str = 'float32') -> Pipeline:

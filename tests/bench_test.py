@@ -1,0 +1,138 @@
+"""The sampling benchmark: a cold and a warm process, and rates that are shares of the machine's."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from star_jax.bench import sampling, tables, timing, worker
+from star_jax.checkpoint import folder
+from star_jax.commands import bench
+from star_jax.errors import UserError
+from star_jax.families.star import Star
+from star_jax.tokenizers.autoencoder import Autoencoder
+
+TINY = """
+from star_jax.families.star import Star
+from star_jax.training.run import Run
+
+run = Run(
+    model=Star(depth=1, width=16, heads=2, sides=(1, 2), codes=32, channels=4, text_width=8),
+    top_k=8,
+    guidance=2.0,
+)
+"""
+TOKENIZER = '--autoencoder.width 8 --autoencoder.groups 2 --autoencoder.multipliers 1 1'
+OPTIONS = f'--depth 2 {TOKENIZER} --autoencoder.blocks 1 --text-tokens 3 --repeats 3'
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp('bench') / 'tiny.py'
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope='module')
+def report(tiny):
+    """What the command writes for two real processes."""
+    out = tiny.with_name('report.json')
+    words = ['sample', str(tiny), *OPTIONS.split(), '--batch', '2', '--json', str(out)]
+    assert bench.main(words) == 0
+    return json.loads(out.read_text())
+
+
+def test_options_change_the_config(report):
+    job = report['job']
+    assert job['model']['depth'] == 2 and job['model']['width'] == 16
+    assert job['settings'] | {'guidance': 2.0, 'top_k': 8} == job['settings']
+    assert report['pixels'] == 4 and job['text_tokens'] == 3
+
+
+def test_the_second_process_finds_the_program(report):
+    cold, warm = report['cold_start'], report['warm_start']
+    assert (cold['found'], warm['found']) == (0, 1)
+    assert warm['compile_seconds'] < cold['compile_seconds']
+    for start in (cold, warm):
+        reached = [start['reached'][stage] for stage in tables.STAGES]
+        assert reached == sorted(reached) and reached[0] > 0
+        assert start['since_weights'] < start['since_jax'] < start['reached']['dispatch']
+
+
+def test_rates_are_work_over_time_and_shares_of_the_matrix_rate(report):
+    for part in report['parts'].values():
+        assert part['gflops'] == pytest.approx(part['gflop'] / part['seconds'])
+        assert part['share'] == pytest.approx(part['gflops'] / report['matrix_rate_gflops'])
+    whole, scales, decoder = (report['parts'][name] for name in tables.PARTS)
+    assert whole['gflop'] == pytest.approx(scales['gflop'] + decoder['gflop'])
+    assert whole['of_time'] == 1 and 0 < decoder['gflop'] < whole['gflop']
+    assert report['matrix_rate_gflops'] > 0.1
+
+
+def test_times_are_those_of_the_runs(report):
+    time = report['time']
+    assert len(time['seconds']) == 3 and min(time['seconds']) > 0
+    assert time['p50_seconds'] == pytest.approx(np.median(time['seconds']))
+    assert time['p50_seconds'] <= time['p95_seconds'] <= max(time['seconds'])
+    assert time['images_per_second'] * time['p50_seconds'] == pytest.approx(2)
+    assert time['seconds_per_image'] * 2 == pytest.approx(time['p50_seconds'])
+
+
+def test_the_report_says_where_and_how_much_memory(report):
+    environment, memory = report['environment'], report['memory']
+    assert environment['jax'] and environment['device'] and environment['cores'] > 0
+    assert len(environment['load']) == 2 and memory['weights'] > 0
+    assert any(name.endswith('_peak') for name in memory)
+    assert 'depth 2' in tables.summary(report) and 'batch 2' in tables.summary(report)
+
+
+def test_work_is_timed_in_turn_after_a_warm_up():
+    calls = []
+    works = {name: lambda name=name: calls.append(name) or np.zeros(()) for name in 'ab'}
+    seconds = timing.take_turns(works, repeats=2)
+    assert all(seconds[name].shape == (2,) and (seconds[name] >= 0).all() for name in 'ab')
+    turns = [name for name, _ in itertools.groupby(calls)]
+    assert turns == ['a', 'b'] * 3
+
+
+@pytest.mark.parametrize(
+    'words, sentence',
+    [
+        ([], 'expected sample after bench'),
+        (['train'], "not 'train'"),
+        (['sample', 'missing.py'], 'missing.py'),
+        (['sample', 'nowhere/at/all'], 'there is no such folder'),
+        (['sample', '--batch', '0'], 'at least 1'),
+    ],
+)
+def test_mistakes_are_told(words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        bench.main(words)
+
+
+def test_a_cache_that_exists_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match='name a new folder'):
+        bench.main(['sample', str(tiny), '--cache', str(tmp_path)])
+
+
+def test_a_model_folder_brings_its_own_sizes_and_weights(tmp_path):
+    model = Star(depth=1, width=16, heads=2, sides=(1, 2), codes=32, channels=4, text_width=8)
+    autoencoder = Autoencoder(width=8, multipliers=(1,), blocks=1, groups=2)
+    job = sampling.Job(model=model, autoencoder=autoencoder, text_tokens=3)
+    params = jax.device_get(worker.prepare(job).args[0])
+    tokenizer = folder.Tokenizer(config=job.tokenizer, params=params['tokenizer'])
+    content = folder.Model(
+        family='star', config=model, params=params['model'], tokenizer=tokenizer, text=None
+    )
+    place = tmp_path / 'model'
+    folder.write(place, content)
+
+    given, found = bench.read_arguments(str(place), ['--batch', '3'])
+    assert (given.model, given.autoencoder, given.batch) == (model, autoencoder, 3)
+    of_folder = worker.prepare(dataclasses.replace(job, folder=found)).args[0]
+    jax.tree.map(np.testing.assert_array_equal, of_folder, params)
+    with pytest.raises(UserError, match='leave out depth: 1 -> 2'):
+        bench.read_arguments(str(place), ['--depth', '2'])
