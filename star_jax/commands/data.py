@@ -14,6 +14,12 @@ from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 
+USAGE = """usage: star-jax data prepare|show [...]   (each explains itself with --help)
+
+  star-jax data prepare emoji sets/emoji   fetches and writes a captioned data set
+  star-jax data show shapes                draws a captioned grid of a data set
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare:
@@ -65,6 +71,9 @@ class Show:
 
 def main(words: Sequence[str]) -> int:
     actions = {'prepare': _prepare, 'show': _show}
+    if words and words[0] in ('-h', '--help'):
+        sys.stdout.write(USAGE)
+        return 0
     if not words or words[0] not in actions:
         given = f'not {words[0]!r}' if words else 'not nothing'
         raise UserError(f'expected one of {", ".join(actions)} after data, {given}')

@@ -14,6 +14,8 @@ from star_jax.commands import arguments
 class Export:
     """Writes a model folder from the newest checkpoint of a run, finished or not.
 
+    Example: star-jax export runs/shapes --out models/shapes
+
     Attributes:
         run: the folder of the run.
         out: the model folder (by default `model` in the run's folder).

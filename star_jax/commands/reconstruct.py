@@ -24,6 +24,8 @@ class Reconstruct:
     Writes one picture per image (original, then the reconstruction from ever more scales) and
     grid.png with all of them. Images are cropped to their centre square and resized.
 
+    Example: star-jax reconstruct cat.png dog.jpg --out reconstructed
+
     Attributes:
         images: picture files.
         model: a model or tokenizer folder, a hub id, or 'shipped'.

@@ -17,6 +17,8 @@ class Verify:
 
     Exits with 1 if an array differs by more than its case allows, or if no rule knows it.
 
+    Example: star-jax verify tests/golden/star/*
+
     Attributes:
         folders: case folders, each with config.json and safetensors.
     """

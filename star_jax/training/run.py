@@ -21,10 +21,14 @@ Data = Shapes | Prepared
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long a run is and how often it reports, in steps.
+    """How long a run is and how often it reports, all in steps.
 
-    Every `log` steps scalars, every `sample` pictures and held-out scores, every `save` a
-    checkpoint, of which the newest `keep` stay.
+    Attributes:
+        steps: the whole run.
+        log: from one report of scalars to the next.
+        sample: from one grid of pictures, and held-out scores, to the next.
+        save: from one checkpoint to the next.
+        keep: the newest so many checkpoints stay.
     """
 
     steps: int = 10_000
@@ -42,10 +46,21 @@ class Pace:
 class TokenizerRun:
     """Trains a tokenizer.
 
-    Training starts without the quantiser for `plain_steps`; then its codes start as k-means centres
-    of what the encoder gives. Codes unused for `restart_every` steps move to vectors that are asked
-    for, until `restart_until` of the run. `init` is a model folder to go on from ('': none; its
-    codes are kept, so set `plain_steps` to 0).
+    Attributes:
+        model: its sizes.
+        data: the pictures.
+        validation: the pictures of the held-out scores.
+        init: a model folder to go on from ('': none); its codes stay if plain_steps is 0.
+        objective: the weights of the losses.
+        optimizer: the optimizer and its schedules.
+        pace: length, reports and checkpoints.
+        batch: images per step, on all devices.
+        plain_steps: steps without the quantiser; then k-means finds the first codes.
+        restart_every: steps after which unused codes move to vectors that are asked for.
+        restart_until: share of the run after which they no longer do.
+        ema: decay of the averaged parameters (0: none are kept).
+        mesh: how the devices are arranged.
+        seed: of the parameters and the order of the data.
     """
 
     model: VQ = VQ()
@@ -71,10 +86,26 @@ class TokenizerRun:
 class Run:
     """Trains a transformer on the codes of a frozen tokenizer.
 
-    `tokenizer` is a model folder ('shipped': the one in the package), `text` a text encoder. Text
-    features come from a cache on disk, or are computed `inside` the training program. `init` is a
-    model folder to go on from ('': none). A caption is replaced by the empty one with probability `caption_drop`. `ema` is the decay of the averaged
-    parameters (0: none are kept). Activations are of `dtype`.
+    Attributes:
+        model: its sizes and parts.
+        init: a model folder to go on from ('': none).
+        tokenizer: a model folder, a hub id, or 'shipped': the one in the package.
+        text: the text encoder: package:NAME, a folder, or a hub id.
+        features: text from a cache on disk, or computed inside the training program.
+        data: captioned pictures.
+        validation: those of the held-out scores and of the sample grids.
+        optimizer: the optimizer and its schedules.
+        pace: length, reports and checkpoints.
+        batch: images per step, on all devices.
+        caption_drop: probability of the empty caption instead of a picture's own.
+        ema: decay of the averaged parameters (0: none are kept).
+        dtype: of the activations; bfloat16 for accelerators.
+        remat: compute activations again in the backward pass, to save memory.
+        guidance: of the sample grids.
+        top_k: of the sample grids: so many codes may be drawn (0: all).
+        top_p: of the sample grids: the share of their probability that may be drawn.
+        mesh: how the devices are arranged.
+        seed: of the parameters and the order of the data.
     """
 
     model: Star = Star()
