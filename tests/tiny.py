@@ -17,7 +17,7 @@ from star_jax.training.run import Pace, Run, TokenizerRun
 from star_jax.training.schedules import LearningRate
 
 TEXT = str(Path(__file__).parent / 'golden' / 'tiny_bert')
-OPTIMIZER = AdamW(learning_rate=LearningRate(peak=3e-3, warmup_steps=2))
+OPTIMIZER = AdamW(learning_rate=LearningRate(peak=1e-2, warmup_steps=5))
 DATA = Shapes(count=48, objects=(1,), phrasings=1)
 VALIDATION = Shapes(count=12, objects=(1,), split='validation')
 

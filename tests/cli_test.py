@@ -1,0 +1,289 @@
+"""What does a user see on the command line, when all goes well and when it does not?"""
+
+import dataclasses
+import io
+import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from star_jax import cli
+from star_jax.checkpoint import config
+from star_jax.core import pictures
+
+PROMPTS = ('a red circle', 'a small blue star on a white background', 'a green ring')
+
+
+def star_jax(*words: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one command line."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = cli.main([str(word) for word in words])
+        except SystemExit as stopped:
+            status = stopped.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def complaint(*words: object) -> str:
+    """The one sentence on stderr of a command that must fail."""
+    status, _, err = star_jax(*words)
+    assert status == 2, err
+    assert err.startswith(f'star-jax {words[0]}: ') and err.count('\n') == 1, err
+    return err
+
+
+@pytest.fixture(scope='module', autouse=True)
+def caches(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+        patch.setenv('COLUMNS', '100')
+        yield
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory) -> Path:
+    """Configs of tiny runs, as files."""
+    home = tmp_path_factory.mktemp('home')
+    config.write(home / 'tokenizer.json', tiny.TOKENIZER)
+    config.write(home / 'star.json', tiny.STAR)
+    return home
+
+
+@pytest.fixture(scope='module')
+def tokenizer(home) -> Path:
+    """A run of `train-tokenizer`."""
+    out = home / 'tokenizer'
+    assert star_jax('train-tokenizer', home / 'tokenizer.json', '--out', out)[0] == 0
+    return out
+
+
+@pytest.fixture(scope='module')
+def train(home, tokenizer) -> list:
+    """The command line of a run of `train`."""
+    options = ['--tokenizer', tokenizer / 'model', '--text', tiny.TEXT]
+    return ['train', home / 'star.json', *options, '--out', home / 'star']
+
+
+@pytest.fixture(scope='module')
+def trained(home, train) -> Path:
+    assert star_jax(*train)[0] == 0
+    return home / 'star'
+
+
+@pytest.fixture(scope='module')
+def drawn(home, trained) -> Path:
+    out = home / 'drawn'
+    assert star_jax('sample', *PROMPTS, '--model', trained / 'model', '--out', out)[0] == 0
+    return out
+
+
+# What the commands say of themselves.
+
+
+def test_help_lists_every_command():
+    status, out, _ = star_jax('--help')
+    assert status == 0
+    assert all(f'\n  {command} ' in out for command in cli.COMMANDS)
+    assert star_jax()[0] == 2
+
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        ('train',),
+        ('train-tokenizer',),
+        ('sample',),
+        ('reconstruct',),
+        ('export',),
+        ('data',),
+        ('data', 'prepare'),
+        ('data', 'show'),
+        ('verify',),
+        ('bench', 'sample'),
+    ],
+)
+def test_help_teaches(words):
+    status, out, _ = star_jax(*words, '--help')
+    assert status == 0
+    assert out.startswith(f'usage: star-jax {" ".join(words)}')
+    assert 'star-jax ' + ' '.join(words) in out.split('\n', 1)[1], 'an example'
+
+
+@pytest.mark.parametrize('command', ['train', 'train-tokenizer'])
+def test_every_setting_of_a_run_is_explained(command):
+    _, out, _ = star_jax(command, '--help')
+    # Of the run itself: its parts explain theirs in a paragraph. Text stands before the default.
+    unexplained = re.findall(r'^ +(--[\w-]+)(?: \S+)?\s+\(default', out, re.MULTILINE)
+    assert unexplained == []
+
+
+@pytest.mark.parametrize(
+    ('words', 'named'),
+    [
+        (('smaple', 'a red circle'), 'smaple'),
+        (('sample', 'a red circle', '--temprature', '1'), '--temprature'),
+        (('sample', 'a red circle', '--seed', 'one'), 'one'),
+        (('sample', 'a red circle', '--seed', '-1'), 'seed'),
+        (('sample', 'a red circle', '--guidance', '-1'), 'guidance'),
+        (('train', '--model.depht', '3'), '--model.depht'),
+        (('train', '--model.width', '1001'), '1001'),
+        (('export',), 'PATH'),
+        (('data', 'prepare', 'photographs', 'out'), 'photographs'),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words, named):
+    status, _, err = star_jax(*words)
+    assert status == 2 and named in err and 'Traceback' not in err
+
+
+def test_a_misspelt_option_is_guessed():
+    assert '--model.depth' in star_jax('train', '--model.depht', '3')[2]
+
+
+# What each command says of inputs that are not there, or not what they should be.
+
+
+def test_sample_asks_for_prompts(tmp_path):
+    assert 'there is no prompt' in complaint('sample')
+    missing, empty, binary = (tmp_path / name for name in ('missing', 'empty', 'binary'))
+    empty.write_text('\n  \n')
+    binary.write_bytes(b'\xff\xfe\x00')
+    for path in (missing, empty, binary):
+        assert str(path) in complaint('sample', '--prompts', path)
+    empty.write_text('a red circle\n')
+    assert 'leave one out' in complaint('sample', 'a blue star', '--prompts', empty)
+
+
+def test_sample_asks_for_a_whole_model(tmp_path, home, tokenizer):
+    assert 'no such folder' in complaint('sample', 'a star', '--model', tmp_path / 'nothing')
+    assert 'config.json' in complaint('sample', 'a star', '--model', home)
+    assert 'tokenizer alone' in complaint('sample', 'a star', '--model', tokenizer / 'model')
+
+
+def test_sample_wants_the_text_encoder_of_the_model(trained, tmp_path):
+    asked = ('sample', 'a star', '--model', trained / 'model', '--text')
+    assert str(tmp_path) in complaint(*asked, tmp_path)
+
+
+def test_reconstruct_asks_for_pictures(tmp_path, tokenizer):
+    options = ('--model', tokenizer / 'model', '--out', tmp_path / 'out')
+    broken = tmp_path / 'broken.png'
+    broken.write_bytes(b'\x89PNG\r\n\x1a\nand then nothing')
+    assert 'no image' in complaint('reconstruct', *options)
+    for path in (tmp_path / 'missing.png', broken):
+        assert str(path) in complaint('reconstruct', path, *options)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_train_asks_for_a_config_of_its_own_kind(home, tmp_path):
+    assert 'TokenizerRun' in complaint('train', write(tmp_path / 'a.py', 'tokenizer'))
+    assert 'Run' in complaint('train-tokenizer', write(tmp_path / 'b.py', 'star'))
+    assert 'missing.py' in complaint('train', tmp_path / 'missing.py')
+    (tmp_path / 'c.py').write_text('run = 1 +\n')
+    assert 'c.py, line 1' in complaint('train', tmp_path / 'c.py')
+
+
+def write(path: Path, name: str) -> Path:
+    """A config file as users write them."""
+    path.write_text(f'from tiny import {"TOKENIZER" if name == "tokenizer" else "STAR"} as run\n')
+    return path
+
+
+def test_train_asks_for_parts_that_fit(home, train, tmp_path):
+    out = ('--out', tmp_path / 'out')
+    assert 'no such folder' in complaint(*train, *out, '--tokenizer', tmp_path / 'nothing')
+    assert 'model.codes is 16' in complaint(*train, *out, '--model.codes', '16')
+    assert 'divide over 8 devices' in complaint(*train, *out, '--batch', '6')
+    assert 'devices' in complaint(*train, *out, '--mesh.tensor', '3')
+    assert not (tmp_path / 'out').exists(), 'a run that cannot begin leaves nothing behind'
+
+
+def test_data_asks_for_a_set_that_is_there(tmp_path):
+    assert 'nowhere' in complaint('data', 'show', 'nowhere')
+    assert 'train, validation, held_out' in complaint('data', 'show', 'shapes', '--split', 'test')
+    assert 'prepare' in complaint('data') and 'prepare' in complaint('data', 'shwo')
+
+
+def test_export_and_verify_ask_for_folders(tmp_path):
+    assert str(tmp_path) in complaint('export', tmp_path)
+    assert str(tmp_path) in complaint('verify', tmp_path)
+    assert 'no case' in complaint('verify')
+
+
+# The whole way: tokenizer, transformer, pictures.
+
+
+def test_a_trained_tokenizer_reconstructs(tokenizer, tmp_path):
+    names = ['config.json', 'tokenizer.safetensors']
+    assert sorted(path.name for path in (tokenizer / 'model').iterdir()) == names
+    for name in 'ab':
+        pictures.save_png(np.full((20, 30, 3), 200, np.uint8), tmp_path / f'{name}.png')
+    images = [tmp_path / 'a.png', tmp_path / 'b.png']
+    options = ('--model', tokenizer / 'model', '--out', tmp_path / 'out')
+    assert star_jax('reconstruct', *images, *options)[0] == 0
+    found = sorted(path.name for path in (tmp_path / 'out').iterdir())
+    assert found == ['a.png', 'b.png', 'grid.png']
+
+
+def test_a_run_leaves_what_its_readers_need(trained):
+    found = {path.name.split('.')[0] for path in trained.iterdir()}
+    assert found == {'config', 'checkpoints', 'samples', 'events', 'metrics', 'model'}
+    lines = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4, 5, 6]
+    assert {'loss/0', 'loss/2', 'accuracy/1', 'gradient_norm'} <= lines[0].keys()
+    assert 'validation/loss' in lines[-1]
+    assert [path.name for path in (trained / 'samples').iterdir()] == ['00000006.png']
+
+
+def test_a_trained_model_draws(drawn, trained):
+    for index in range(len(PROMPTS)):
+        assert pictures.load_image(drawn / f'{index:05d}.png').shape == (16, 16, 3)
+    assert pictures.load_image(drawn / 'grid.png').ndim == 3
+    lines = [json.loads(line) for line in (drawn / 'samples.jsonl').read_text().splitlines()]
+    assert [line['prompt'] for line in lines] == list(PROMPTS)
+    assert [line['seed'] for line in lines] == [0, 1, 2]
+    assert lines[0]['model'] == str(trained / 'model')
+    assert lines[0]['settings']['top_k'] == 600
+
+
+def test_the_seed_of_a_record_draws_its_picture_again(drawn, trained, tmp_path):
+    """From a file of prompts, and alone instead of in a batch."""
+    (tmp_path / 'prompts.txt').write_text(f'{PROMPTS[1]}\n')
+    options = ('--model', trained / 'model', '--seed', '1', '--out', tmp_path / 'out')
+    assert star_jax('sample', '--prompts', tmp_path / 'prompts.txt', *options)[0] == 0
+    again = pictures.load_image(tmp_path / 'out' / '00000.png')
+    np.testing.assert_array_equal(again, pictures.load_image(drawn / '00001.png'))
+
+
+def test_export_writes_the_same_model_from_the_checkpoint(trained, tmp_path):
+    assert star_jax('export', trained, '--out', tmp_path / 'model')[0] == 0
+    for name in ('config.json', 'model.safetensors', 'tokenizer.safetensors'):
+        same = (trained / 'model' / name).read_bytes()
+        assert (tmp_path / 'model' / name).read_bytes() == same
+
+
+def test_the_same_command_again_has_nothing_to_do(train, trained):
+    before = (trained / 'metrics.jsonl').read_bytes()
+    status, out, _ = star_jax(*train)
+    assert status == 0 and 'continuing from step 6' in out
+    assert (trained / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_folder_keeps_its_config(train, trained):
+    said = complaint(*train, '--optimizer.learning-rate.peak', '0.5', '--caption-drop', '0.2')
+    assert 'optimizer.learning_rate.peak' in said and 'caption_drop: 0.1 -> 0.2' in said
+    assert config.read(trained / 'config.json', type(tiny.STAR)).caption_drop == 0.1
+
+
+def test_training_goes_on_from_a_model_folder(home, train, trained):
+    out = home / 'further'
+    words = [*train[:-1], out, '--init', trained / 'model', '--pace.steps', '1']
+    assert star_jax(*words)[0] == 0
+    given = config.read(out / 'config.json', type(tiny.STAR))
+    expected = dataclasses.replace(tiny.STAR.pace, steps=1)
+    assert given.init == str(trained / 'model') and given.pace == expected

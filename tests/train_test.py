@@ -1,0 +1,186 @@
+"""Does training learn, and does a run that was interrupted become the run that was not?"""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from star_jax.checkpoint import config, models, weights
+from star_jax.checkpoint.training import Checkpoints
+from star_jax.parallel.mesh import MeshShape
+from star_jax.training.run import Pace, Run, TokenizerRun
+from star_jax.training.transformer import TransformerJob
+
+ROOT = Path(__file__).parents[1]
+STEPS = 70
+PATIENCE = 300  # seconds until a run is taken for hung, on a busy machine
+
+
+@pytest.fixture(scope='module', autouse=True)
+def caches(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Run:
+    place = tiny.write_tokenizer(tmp_path_factory.mktemp('tokenizer') / 'model')
+    return dataclasses.replace(tiny.STAR, tokenizer=place)
+
+
+@pytest.fixture(scope='module')
+def job(run) -> TransformerJob:
+    data = dataclasses.replace(run.data, count=8 * 40)
+    return TransformerJob(
+        dataclasses.replace(run, data=data, caption_drop=0.0, pace=Pace(steps=1000))
+    )
+
+
+def go(job: TransformerJob, state, batches, first: int = 0) -> tuple:
+    losses = []
+    for step, batch in enumerate(batches, first):
+        state, metrics = job.step(step, state, batch)
+        losses.append(float(metrics['loss']))
+    return state, losses
+
+
+def take(job: TransformerJob, count: int, step: int = 0) -> list:
+    return list(itertools.islice(job.batches(step), count))
+
+
+def leaves(tree) -> dict[str, np.ndarray]:
+    return weights.flatten(jax.device_get(tree))
+
+
+def test_one_batch_can_be_learnt_by_heart(job):
+    batch = take(job, 1)[0]
+    _, losses = go(job, job.init(), [batch] * 250)
+    assert losses[0] == pytest.approx(np.log(32), abs=0.2)
+    assert losses[-1] < 0.3
+
+
+def test_the_loss_falls_on_pictures_not_seen_twice(job):
+    before = job.evaluate(job.init())
+    state, losses = go(job, job.init(), take(job, 40))
+    assert np.mean(losses[-5:]) < losses[0] - 0.3
+    assert job.evaluate(state)['validation/loss'] < before['validation/loss'] - 0.3
+
+
+def test_accumulated_steps_make_one_update_and_averages_follow(run):
+    optimizer = dataclasses.replace(run.optimizer, accumulate=2)
+    job = TransformerJob(dataclasses.replace(run, optimizer=optimizer, ema=0.75))
+    state = job.init()
+    start = leaves(state.params)
+    first, second = take(job, 2)
+    state, _ = job.step(0, state, first)
+    assert all(np.array_equal(start[name], x) for name, x in leaves(state.params).items())
+    state, _ = job.step(1, state, second)
+    end, means = leaves(state.params), leaves(state.ema)
+    assert not np.array_equal(start['blocks/ffn/fc1/kernel'], end['blocks/ffn/fc1/kernel'])
+    for name, mean in means.items():
+        np.testing.assert_allclose(mean, 0.75 * start[name] + 0.25 * end[name], atol=1e-6)
+
+
+def test_a_checkpoint_continues_on_another_mesh(run, job, tmp_path):
+    batches = take(job, 4)
+    state, _ = go(job, job.init(), batches[:2])
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(2, state)
+    checkpoints.close()
+    _, stayed = go(job, state, batches[2:], first=2)
+
+    moved = TransformerJob(dataclasses.replace(job.run, mesh=MeshShape(data=2, fsdp=2, tensor=2)))
+    where = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), moved.init()
+    )
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    step, restored = checkpoints.restore(where)
+    checkpoints.close()
+    _, went_on = go(moved, restored, take(moved, 2, step), first=step)
+    np.testing.assert_allclose(went_on, stayed, rtol=1e-5)
+
+
+@pytest.mark.parametrize('command', ['train', 'train-tokenizer'])
+def test_a_killed_run_ends_as_if_nothing_had_happened(command, run, tmp_path):
+    """kill -9 between two checkpoints, the same command again: equal bit for bit."""
+    pace = Pace(steps=STEPS, log=1, sample=1000, save=10)
+    given = run if command == 'train' else tiny.TOKENIZER
+    config.write(tmp_path / 'run.json', dataclasses.replace(given, pace=pace))
+    whole, torn = tmp_path / 'whole', tmp_path / 'torn'
+    with start(command, tmp_path / 'run.json', torn) as process:
+        wait_until(process, lambda: last_step(torn) >= 27 and newest(torn) >= 10)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert last_step(torn) < pace.steps and not (torn / 'model').exists()
+
+    for out in (whole, torn):
+        with start(command, tmp_path / 'run.json', out) as process:
+            said, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, said
+    assert 'continuing from step' in said
+    assert metrics(torn) == metrics(whole)
+    assert [line['step'] for line in metrics(whole) if 'loss' in line] == [*range(1, STEPS + 1)]
+    ended, never_stopped = (parameters(out / 'model', given) for out in (torn, whole))
+    assert ended.keys() == never_stopped.keys()
+    for name, array in never_stopped.items():
+        np.testing.assert_array_equal(ended[name], array, err_msg=name)
+
+
+def start(command: str, path: Path, out: Path) -> subprocess.Popen:
+    """A process of its own, as a user starts it: one host device per core."""
+    environment = os.environ | {
+        'PYTHONPATH': str(ROOT),
+        'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+    }
+    # Compiling well takes longer than these runs.
+    environment['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+    return subprocess.Popen(
+        [sys.executable, '-m', 'star_jax', command, str(path), '--out', str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until(process: subprocess.Popen, condition) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f'the run ended before it could be interrupted:\n{process.stdout.read()}')
+        assert time.monotonic() < end, 'the run hangs'
+        time.sleep(0.005)
+
+
+def metrics(out: Path) -> list[dict]:
+    """What a run reported, but for its speed."""
+    lines = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines]
+
+
+def last_step(out: Path) -> int:
+    path = out / 'metrics.jsonl'
+    return path.read_text().count('\n') if path.exists() else 0
+
+
+def newest(out: Path) -> int:
+    """The newest checkpoint that is whole."""
+    found = (out / 'checkpoints').glob('*/manifest.json')
+    return max((int(path.parent.name) for path in found if path.parent.name.isdigit()), default=0)
+
+
+def parameters(model: Path, run: Run | TokenizerRun) -> dict[str, np.ndarray]:
+    is_tokenizer = isinstance(run, TokenizerRun)
+    return leaves((models.read_tokenizer if is_tokenizer else models.read)(model).params)
