@@ -11,6 +11,7 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    license_files=['LICENSE', 'ATTRIBUTION.md'],
     python_requires='>=3.11',
     packages=find_packages(include=['star_jax', 'star_jax.*']),
     package_data={'star_jax': ['data/*.json', 'shipped/*']},
