@@ -34,7 +34,8 @@ def attend(q_BLNH: jax.Array, kv: KV, mask: jax.Array | None = None) -> jax.Arra
     if mask is not None:
         scores_BNLM = jnp.where(mask, scores_BNLM, -jnp.inf)
     weights_BNLM = jax.nn.softmax(scores_BNLM).astype(kv.values.dtype)
-    return jnp.einsum('BNLM,BMNH->BLNH', weights_BNLM, kv.values)
+    # With L first, XLA would make the projection that follows transpose its kernel.
+    return jnp.einsum('BNLM,BMNH->BNLH', weights_BNLM, kv.values).swapaxes(1, 2)
 
 
 class Cosine(nn.Module):
@@ -83,9 +84,10 @@ class SelfAttention(nn.Module):
         dtype, shape = x_BLD.dtype, (self.heads, self.width // self.heads)
         axes = ('embed', None, 'heads', None)
         project = layers.Einsum(
-            'BLD,DSNH->SBLNH', (self.width, 3, *shape), axes, self.kernel_init, name='qkv'
+            'BLD,DSNH->BLSNH', (self.width, 3, *shape), axes, self.kernel_init, name='qkv'
         )
-        q_BLNH, k_BLNH, v_BLNH = project(x_BLD)
+        # Split after the product: with S first, XLA transposes the whole kernel at every call.
+        q_BLNH, k_BLNH, v_BLNH = jnp.unstack(project(x_BLD), axis=2)
         q_BLNH = layers.Bias(shape, ('heads', None), name='q_bias')(q_BLNH)
         v_BLNH = layers.Bias(shape, ('heads', None), name='v_bias')(v_BLNH)
         if angles_LP is not None:
@@ -116,7 +118,7 @@ class CrossAttention(nn.Module):
         axes = ('embed', 'heads', None)
         self.query = layers.Einsum('BLD,DNH->BLNH', (self.width, *shape), axes, self.kernel_init)
         self.text = layers.Einsum(
-            'BTE,ESNH->SBTNH',
+            'BTE,ESNH->BTSNH',
             (self.text_width, 2, *shape),
             ('embed', None, 'heads', None),
             self.kernel_init,
@@ -127,7 +129,7 @@ class CrossAttention(nn.Module):
         self.proj = GatherHeads(self.width, shape, self.kernel_init)
 
     def text_kv(self, states_BTE: jax.Array) -> KV:
-        k_BTNH, v_BTNH = self.text(states_BTE)
+        k_BTNH, v_BTNH = jnp.unstack(self.text(states_BTE), axis=2)
         return KV(self.compare.keys(k_BTNH).astype(states_BTE.dtype), self.v_bias(v_BTNH))
 
     def __call__(self, x_BLD: jax.Array, text_kv: KV, mask_BT: jax.Array) -> jax.Array:
