@@ -29,7 +29,8 @@ class Filter:
         if k == size and self.top_p is None:
             return logits
         highest = jax.lax.top_k(logits, k)[0]  # sorting k values, not the whole vocabulary
-        logits = jnp.where(logits >= highest[..., -1:], logits, -jnp.inf)
+        # The smallest by `min`: a slice of a slice makes XLA sort the whole vocabulary on a CPU.
+        logits = jnp.where(logits >= highest.min(-1, keepdims=True), logits, -jnp.inf)
         if self.top_p is None:
             return logits
         return jnp.where(logits >= _nucleus(highest, logits, self.top_p), logits, -jnp.inf)
