@@ -26,10 +26,14 @@ from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
 from star_jax.nn.transformer import Head, Mlp, Parts, Transformer, drop_paths
-from star_jax.sampling.draw import Plain, guide
+from star_jax.sampling.draw import Plain, choose_largest, guide
 from star_jax.sampling.sampler import sample
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
+from star_jax.training import step as training
+from star_jax.training.optimizer import AdamW
+from star_jax.training.schedules import LearningRate
+from star_jax.training.state import build_state
 
 B, T, E, V = 3, 4, 8, 24
 DEPTH, WIDTH, HEADS = 2, 16, 2
@@ -44,6 +48,14 @@ class Pixels(nn.Module):
 
     schedule: Raster
     size: int
+
+    @property
+    def codes(self):
+        return Index(self.size)
+
+    def encode(self, images):
+        levels = (images[..., 0] + 1) / 2 * (self.size - 1)
+        return levels.round().astype(jnp.int32).reshape(len(images), -1)
 
     def embed(self, codes_BL):
         return codes_BL[..., None].astype(jnp.float32)
@@ -598,3 +610,29 @@ def test_conversion_tables_name_every_parameter_once():
         back = to_params(entries, state)
         assert (back.missing, back.unknown) == ((), ())
         jax.tree.map(np.testing.assert_array_equal, back.params, params)
+
+
+def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
+    """The same step as a pyramid's: after it, condition b draws picture b."""
+    family = raster_family()
+    model, tokenizer = family.model, family.tokenizer
+    grid = np.random.default_rng(3).integers(0, V, (B, 2, 3, 1))
+    images = np.rint(grid.repeat(3, -1) / (V - 1) * 255).astype(np.uint8)
+    prompted, unprompted = family.rows(range(B)), family.rows([B])
+    optimizer = AdamW(learning_rate=LearningRate(peak=1e-2, warmup_steps=1)).build(200)
+    recipe = training.Recipe(condition_drop=0.1, drop_path=0.1, ema=0.5)
+    init = functools.partial(jax.tree.map, jnp.array, family.params['model'])
+    state = build_state(lambda key: init(), optimizer, True, jax.random.key(0))
+    train = compiled(functools.partial(training.train, model, tokenizer, optimizer, recipe))
+    losses = []
+    for step in range(120):
+        key = jax.random.fold_in(jax.random.key(1), step)
+        state, scalars = train(state, {}, images, prompted, unprompted, key)
+        losses.append(float(scalars['loss']))
+    assert losses[-1] < losses[0] / 4
+    drawn, _ = drawing(model, tokenizer)
+    params = {'model': state.ema, 'tokenizer': {}}
+    ramp = np.zeros(model.schedule.steps, np.float32)
+    draw = Plain(Filter(top_k=1), choose_largest)
+    found = drawn(params, keys(*range(B)), prompted, ramp, draw)
+    np.testing.assert_array_equal(found.codes_BL, grid.reshape(B, -1))

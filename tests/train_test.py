@@ -18,6 +18,7 @@ import tiny
 from star_jax.checkpoint import config, models, weights
 from star_jax.checkpoint.training import Checkpoints
 from star_jax.parallel.mesh import MeshShape
+from star_jax.training import summary
 from star_jax.training.run import Pace, Run, TokenizerRun
 from star_jax.training.transformer import TransformerJob
 
@@ -90,6 +91,29 @@ def test_accumulated_steps_make_one_update_and_averages_follow(run):
     assert not np.array_equal(start['blocks/ffn/fc1/kernel'], end['blocks/ffn/fc1/kernel'])
     for name, mean in means.items():
         np.testing.assert_allclose(mean, 0.75 * start[name] + 0.25 * end[name], atol=1e-6)
+
+
+def test_text_encoded_inside_the_program_is_that_of_the_cache(run, job):
+    """To the cache's float16."""
+    settings = dataclasses.replace(job.run, features='inside')
+    _, inside = go(TransformerJob(settings), job.init(), take(TransformerJob(settings), 3))
+    _, cached = go(job, job.init(), take(job, 3))
+    np.testing.assert_allclose(inside, cached, atol=2e-3)
+
+
+def test_bfloat16_activations_train_float32_parameters(job):
+    half = TransformerJob(dataclasses.replace(job.run, dtype='bfloat16', remat=True))
+    state, losses = go(half, half.init(), take(half, 3))
+    _, full = go(job, job.init(), take(job, 3))
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {'float32'}
+    np.testing.assert_allclose(losses, full, atol=0.05)
+
+
+def test_a_collapsed_codebook_is_told(caplog):
+    summary.warn_of_collapse(0.5, least=0.2)
+    assert not caplog.records
+    summary.warn_of_collapse(0.1, least=0.2)
+    assert 'codebook collapse' in caplog.text and '10 %' in caplog.text
 
 
 def test_a_checkpoint_continues_on_another_mesh(run, job, tmp_path):
