@@ -21,7 +21,7 @@ run = Run(
     data=Shapes(count=4_000, objects=(1,)),
     validation=Shapes(count=256, split='validation', objects=(1,)),
     optimizer=AdamW(learning_rate=LearningRate(peak=2e-3, warmup_steps=50, shape='lin')),
-    pace=Pace(steps=300, log=20, sample=150, save=100),
+    pace=Pace(steps=400, log=20, sample=200, save=100),
     batch=32,
     guidance=2.0,
     top_k=100,
