@@ -22,7 +22,7 @@ run = Run(
     data=Prepared(path='sets/emoji', split='train'),
     validation=Prepared(path='sets/emoji', split='held_out_pairs'),
     optimizer=AdamW(learning_rate=LearningRate(peak=1.5e-3, warmup_steps=200, shape='lin')),
-    pace=Pace(steps=2_000, log=50, sample=500, save=250),
+    pace=Pace(steps=1_600, log=50, sample=400, save=200),
     batch=32,
     ema=0.998,
     guidance=2.0,
