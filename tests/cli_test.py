@@ -104,6 +104,7 @@ def test_help_lists_every_command():
         ('data', 'prepare'),
         ('data', 'show'),
         ('verify',),
+        ('bench',),
         ('bench', 'sample'),
     ],
 )

@@ -56,6 +56,8 @@ class Bench:
 
 def main(words: Sequence[str]) -> int:
     words = list(words)
+    if words[:1] in (['-h'], ['--help']):
+        words = ['sample', '--help']  # all there is to measure so far
     if words[:1] != ['sample']:
         raise UserError(f'expected sample after bench, not {words[0] if words else "nothing"!r}')
     place = words[1] if words[1:] and not words[1].startswith('-') else ''
