@@ -60,6 +60,7 @@ def test_the_second_process_finds_the_program(report):
         reached = [start['reached'][stage] for stage in tables.STAGES]
         assert reached == sorted(reached) and reached[0] > 0
         assert start['since_weights'] < start['since_jax'] < start['reached']['dispatch']
+        assert 0 < start['processor_seconds'] < start['processor_seconds_to_dispatch']
 
 
 def test_rates_are_work_over_time_and_shares_of_the_matrix_rate(report):

@@ -18,10 +18,11 @@ LEGS = {
     'processor_seconds': '  processor seconds of that',
     'since_weights': 'from the weights to the dispatch',
     'since_jax': 'from the first JAX call to it',
+    'processor_seconds_to_dispatch': 'processor seconds up to it, in all',
 }
 PARTS = {
     'program': 'the whole program',
-    'scales': '  scales (difference)',
+    'scales': '  all scales (rest)',
     'decoder': '  decoder (alone)',
 }
 MEMORY = {
@@ -94,7 +95,7 @@ def _speed(report: dict[str, Any]) -> Table:
             f'{part["share"]:.1%}',
         )
     rate = f'{report["matrix_rate_gflops"]:,.1f}'
-    table.add_row('float32 2048 x 2048 x 2048', '', '', '', rate, '100.0%')
+    table.add_row('2048 x 2048 matmul', '', '', '', rate, '100.0%')
     return table
 
 

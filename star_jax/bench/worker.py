@@ -3,9 +3,9 @@
 `python -m star_jax.bench.worker JOB.json start|measure` prints what it is doing, and at the end its
 report, one line of JSON:
 
-    start        when it reached what (seconds since the epoch), processor seconds of compiling,
-                 programs found in the persistent cache
-    and, if it measures: time, rate, parts, memory, environment
+    start        when it reached what (seconds since the epoch), processor seconds of compiling and
+                 of all up to the first dispatch, programs found in the persistent cache
+    and, if it measures: time, matrix rate, parts, memory, environment
 """
 
 import json
@@ -69,6 +69,7 @@ def main(path: str, task: str) -> None:
     jax.block_until_ready(drawing.args)
     diary.note('weights')
     compiled, start = _compile(drawing, diary)
+    start['processor_seconds_to_dispatch'] = time.process_time()
     image = compiled(*drawing.args)
     diary.note('dispatch')
     jax.block_until_ready(image)
