@@ -99,8 +99,9 @@ STYLES = {
     'firefox': Style(
         name='Firefox OS emoji',
         package='@iconify-json/fxemoji',
-        licence='Apache-2.0',
-        attribution='FxEmojis, Mozilla, https://github.com/mozilla/fxemoji',
+        licence='CC-BY-4.0',  # the art; its package names the licence of the code
+        attribution='FxEmojis, Mozilla Foundation, https://github.com/mozilla/fxemoji, '
+        'https://creativecommons.org/licenses/by/4.0/, rasterised on white',
         run_together=True,
     ),
     'twemoji': Style(
