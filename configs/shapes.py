@@ -3,6 +3,7 @@
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Star
 from star_jax.nn.positions import NormalisedRotary
+from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
@@ -24,7 +25,5 @@ run = Run(
     pace=Pace(steps=2_000, log=50, sample=500, save=250),
     batch=32,
     ema=0.998,
-    guidance=2.0,
-    top_k=100,
-    top_p=0.9,
+    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
 )

@@ -1,4 +1,4 @@
-"""The shipped tokenizer: 64 px scenes of shapes, 85 tokens. It is that of step 2,500 of this run."""
+"""The shipped tokenizer, that of step 2,500 of this run: scenes of shapes at 64 px, 85 tokens."""
 
 from star_jax.data.shapes import Shapes
 from star_jax.tokenizers.autoencoder import Autoencoder

@@ -7,6 +7,7 @@ tokens, and a set of captioned images. Ten epochs were published; the steps coun
 
 from star_jax.data.prepared import Prepared
 from star_jax.families.star import Star
+from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
@@ -34,7 +35,6 @@ run = Run(
     batch=512,
     caption_drop=0.1,
     dtype='bfloat16',
-    guidance=4.0,
-    top_k=600,
-    top_p=0.8,
+    features='inside',
+    sampling=Settings(guidance=4.0, top_k=600, top_p=0.8),
 )

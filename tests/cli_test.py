@@ -228,7 +228,7 @@ def test_a_trained_tokenizer_reconstructs(tokenizer, tmp_path):
     options = ('--model', tokenizer / 'model', '--out', tmp_path / 'out')
     assert star_jax('reconstruct', *images, *options)[0] == 0
     found = sorted(path.name for path in (tmp_path / 'out').iterdir())
-    assert found == ['a.png', 'b.png', 'grid.png']
+    assert found == ['000-a.png', '001-b.png', 'grid.png']
 
 
 def test_a_run_leaves_what_its_readers_need(trained):

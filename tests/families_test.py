@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from star_jax.convert.entries import flatten, to_params, to_state
+from star_jax.checkpoint.weights import flatten
+from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.core.codes import Index
 from star_jax.core.condition import Text

@@ -1,5 +1,6 @@
 """Is a training step the same on every mesh, and where does each parameter lie?"""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,10 +10,12 @@ import tiny
 from jax.sharding import AxisType
 
 from star_jax.core.condition import Text
+from star_jax.errors import UserError
 from star_jax.parallel import rules
-from star_jax.parallel.mesh import AXES
+from star_jax.parallel.mesh import AXES, MeshShape
 from star_jax.training import step as steps
 from star_jax.training.state import TrainState, build_state, init_sharded
+from star_jax.training.transformer import TransformerJob
 
 BATCH, TOKENS = 8, 4
 SHAPE = tiny.STAR.model
@@ -129,3 +132,12 @@ def test_every_parameter_lies_where_the_table_says():
         for path, sharding in jax.tree.leaves_with_path(where.params)
     )
     assert '\n'.join(lines) == WHERE.strip()
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_told(tmp_path):
+    place = tiny.write_tokenizer(tmp_path / 'tokenizer')
+    odd = dataclasses.replace(tiny.STAR.model, heads=1)
+    mesh = MeshShape(data=4, tensor=2)
+    job = TransformerJob(dataclasses.replace(tiny.STAR, model=odd, tokenizer=place, mesh=mesh))
+    with pytest.raises(UserError, match=r"log_scale of shape \(2, 1\).*'tensor': 2"):
+        job.abstract()

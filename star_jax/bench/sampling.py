@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from star_jax.checkpoint import config
 from star_jax.errors import UserError
@@ -40,14 +40,12 @@ class Job:
     settings: Settings = Settings()
     batch: int = 1
     repeats: int = 10
-    dtype: str = 'float32'
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
     text_tokens: int = 77
 
     def __post_init__(self) -> None:
         if min(self.batch, self.repeats, self.text_tokens) < 1:
             raise ValueError(f'batch, repeats and text_tokens must be at least 1: {self}')
-        if self.dtype not in ('float32', 'bfloat16'):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
 
     @property
     def tokenizer(self) -> VQ:

@@ -29,7 +29,7 @@ from star_jax.core.condition import Text
 from star_jax.core.flops import count_flops
 from star_jax.nn.transformer import Transformer
 from star_jax.parallel import startup
-from star_jax.sampling import draw, pipeline, program
+from star_jax.sampling import program
 from star_jax.tokenizers.residual_vq import VQTokenizer
 
 NOISE = 1_000_003  # so many normal numbers, over and over, are the weights: more take seconds
@@ -102,10 +102,9 @@ def prepare(job: Job) -> Drawing:
     tokenizer, params = _load(job) if job.folder else _invent(job, network)
     params = params | {'model': program.cast(params['model'], job.dtype)}
     unprompted = _text(job, 1) if job.settings.guidance else None
-    ramp = draw.guidance_ramp(job.settings.guidance, network.schedule.steps)
     keys_B = program.image_keys(range(job.batch))
-    rule = pipeline.draw_rule(job.settings, network.schedule.steps, tokenizer.codes)
-    args = (params, keys_B, _text(job, job.batch), unprompted, ramp, rule)
+    drawn = job.settings.arguments(network.schedule.steps, tokenizer.codes)
+    args = (params, keys_B, _text(job, job.batch), unprompted, *drawn)
     side = job.model.sides[-1]
     canvas = jnp.zeros((job.batch, side, side, job.model.channels))
     decode = jax.jit(lambda params, canvas: tokenizer.apply(params, canvas, method='decode'))

@@ -78,7 +78,7 @@ def read_arguments(place: str, words: Sequence[str]) -> tuple[Bench, str]:
     """The arguments, and the model folder that they are about ('': random weights)."""
     if not place or Path(place).suffix in ('.py', '.json'):
         run = config.load_run(place, Run) if place else Run()
-        settings = Settings(guidance=run.guidance, top_k=run.top_k, top_p=run.top_p)
+        settings = run.sampling
         default = Bench(model=run.model, settings=settings)
         return arguments.parse(Bench, words, COMMAND, default), ''
     model = models.read(place)

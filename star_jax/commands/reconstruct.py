@@ -48,13 +48,13 @@ def main(words: Sequence[str]) -> int:
     reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
     sides = folder.config.sides
     rows, captions = [], []
-    for path, image in zip(given.images, images, strict=True):
+    for index, (path, image) in enumerate(zip(given.images, images, strict=True)):
         painted, psnr = reconstruct(folder.params, image[None])
         row = [image, *np.asarray(painted)]
         words = [path.name, *(f'up to {side} x {side}' for side in sides)]
         words[-1] += f', {float(psnr):.1f} dB'
         pictures.save_png(
-            pictures.grid(row, words, columns=len(row)), given.out / f'{path.stem}.png'
+            pictures.grid(row, words, columns=len(row)), given.out / f'{index:03d}-{path.stem}.png'
         )
         rows, captions = rows + row, captions + words
     grid = pictures.grid(rows, captions, columns=1 + len(sides))

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.progress import Progress
@@ -44,14 +45,12 @@ class Sample:
     out: Path = Path('drawn')
     seed: int = 0
     batch: int = 16
-    dtype: str = 'float32'
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
     settings: tyro.conf.OmitArgPrefixes[Settings] = Settings()
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not 0 <= self.seed < 2**32:
             raise ValueError('batch must be at least 1 and seed lie in [0, 2^32)')
-        if self.dtype not in ('float32', 'bfloat16'):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
 
 
 def main(words: Sequence[str]) -> int:
@@ -59,7 +58,12 @@ def main(words: Sequence[str]) -> int:
     prompts = _prompts(given)
     startup.start()
     pipe = pipeline.load(given.model, given.text, given.dtype)
-    record = {'settings': dataclasses.asdict(given.settings), 'model': given.model}
+    record = {
+        'settings': dataclasses.asdict(given.settings),
+        'model': given.model,
+        'text': pipe.encoder.reference(),
+        'dtype': given.dtype,
+    }
     shown = []
     given.out.mkdir(parents=True, exist_ok=True)
     with (given.out / 'samples.jsonl').open('w') as lines, Progress() as progress:

@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import einops
-import jax
 import numpy as np
+
+from star_jax.checkpoint import weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,32 +62,14 @@ def to_params(
         else:
             rows.setdefault(entry.ours, []).append(array)
     flat |= {name: np.stack(arrays) for name, arrays in rows.items()}
-    return Conversion(nest(flat), missing, unknown)
+    return Conversion(weights.unflatten(flat), missing, unknown)
 
 
 def to_state(entries: Sequence[Entry], params: Mapping) -> dict[str, np.ndarray]:
     """Their state dict from our nested parameters."""
-    flat = flatten(params)
+    flat = weights.flatten(params)
     state = {}
     for entry in entries:
         array = flat[entry.ours]
         state[entry.theirs] = entry.to_theirs(array if entry.row is None else array[entry.row])
     return state
-
-
-def flatten(tree: Mapping) -> dict[str, np.ndarray]:
-    """'/'-joined names of the leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
-
-
-def nest(flat: Mapping[str, np.ndarray]) -> dict:
-    """The inverse of `flatten`."""
-    tree: dict = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split('/')
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

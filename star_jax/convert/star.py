@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from star_jax.convert.entries import Entry, flatten
+from star_jax.checkpoint.weights import flatten
+from star_jax.convert.entries import Entry
 from star_jax.families.star import Star
 from star_jax.nn.positions import Learned
 from star_jax.tokenizers.residual_vq import VQ

@@ -40,6 +40,14 @@ class Settings:
         if self.temperature <= 0:
             raise ValueError(f'temperature must be positive, not {self.temperature}')
 
+    def arguments(self, steps: int, codes: Index) -> tuple[jax.Array, draw.Draw]:
+        """The guidance of each of `steps` steps, and the draw."""
+        ramp_S = draw.guidance_ramp(self.guidance, steps)
+        if self.smooth:
+            return ramp_S, draw.Smooth(steps=steps)
+        keep = Filter(top_k=self.top_k, top_p=self.top_p or None, temperature=self.temperature)
+        return ramp_S, draw.Plain(keep, codes.draw)
+
 
 class Pipeline:
     """A model on the default device. Calling it draws one image per prompt."""
@@ -66,7 +74,12 @@ class Pipeline:
         settings: Settings = Settings(),
         batch: int = 16,
     ) -> np.ndarray:
-        """uint8 images [N, H, W, 3]; image i draws from the key of `seed + i`."""
+        """uint8 images [N, H, W, 3]; image i draws from the key of `seed + i`.
+
+        Raises UserError where there is no prompt.
+        """
+        if not prompts:
+            raise UserError('there is no prompt: give at least one')
         return np.concatenate(list(self.stream(prompts, seed, settings, batch)))
 
     def stream(
@@ -74,6 +87,7 @@ class Pipeline:
     ) -> Iterator[np.ndarray]:
         """The same images, batch by batch; a short last one is filled up, so one program serves."""
         batch = min(batch, len(prompts))
+        drawn = settings.arguments(self.network.schedule.steps, self.tokenizer.codes)
         for first in range(0, len(prompts), batch):
             some = list(prompts[first : first + batch])
             filled = some + [''] * (batch - len(some))
@@ -83,20 +97,9 @@ class Pipeline:
                 program.image_keys(seeds),
                 self.encoder.encode(filled),
                 self._empty if settings.guidance else None,
-                draw.guidance_ramp(settings.guidance, self.network.schedule.steps),
-                draw_rule(settings, self.network.schedule.steps, self.tokenizer.codes),
+                *drawn,
             )
             yield np.asarray(images)[: len(some)]
-
-
-def draw_rule(settings: Settings, steps: int, codes: Index) -> draw.Draw:
-    """The part of the sampler that settings ask for, over `steps` steps."""
-    if settings.smooth:
-        return draw.Smooth(steps=steps)
-    keep = Filter(
-        top_k=settings.top_k, top_p=settings.top_p or None, temperature=settings.temperature
-    )
-    return draw.Plain(keep, codes.draw)
 
 
 def load(place: str | Path = models.SHIPPED, text: str = '', dtype: str = 'float32') -> Pipeline:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from star_jax.core import condition, pixels
@@ -12,6 +13,8 @@ from star_jax.core.condition import Text
 from star_jax.nn.transformer import Transformer
 from star_jax.sampling.draw import Draw
 from star_jax.sampling.sampler import sample
+
+HEAVY = ('blocks', 'to_logits')  # parts of the network whose products are in the compute dtype
 
 # (params, keys_B, prompted, unprompted or None, guidance_S, draw) -> uint8 [B, H, W, 3]
 Program = Callable[..., jax.Array]
@@ -26,13 +29,21 @@ def compile_program(model: Transformer, tokenizer: nn.Module) -> Program:
 
 
 def image_keys(seeds: Sequence[int]) -> jax.Array:
-    """One key per image: a seed draws its image again, alone or in any batch."""
-    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    """One key per image: a seed (modulo 2^32) draws its image again, alone or in any batch."""
+    return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds) % 2**32, jnp.uint32))
 
 
 def cast(params: dict, dtype: str) -> dict:
-    """Parameters of the network in the compute dtype, once, before the program."""
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    """The kernels of layers and head in the compute dtype, once, before the program.
+
+    Everything else works in float32 and stays so: embeddings, positions, score scales.
+    """
+
+    def convert(path: tuple, x: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        return x.astype(dtype) if names[0] in HEAVY and names[-1] == 'kernel' else x
+
+    return jax.tree_util.tree_map_with_path(convert, params)
 
 
 def _draw_images(

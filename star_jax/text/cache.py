@@ -29,6 +29,7 @@ from safetensors.numpy import save
 
 from star_jax.core.condition import Text
 from star_jax.errors import UserError
+from star_jax.parallel import startup
 from star_jax.text.encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class FeatureCache:
 
     def __init__(self, encoder: TextEncoder, root: Path | None = None):
         self.encoder = encoder
-        self.folder = (root or _default_root()) / 'text' / encoder.identity
+        self.folder = (root or startup.cache_folder()) / 'text' / encoder.identity
         self._row: dict[bytes, tuple[int, int]] = {}
         self._segments: list[Path] = []
         self._seen: set[str] = set()
@@ -178,10 +179,6 @@ class FeatureCache:
                 f'The feature cache cannot write in {self.folder} ({error}); set {ROOT_VARIABLE} '
                 f'to a folder with room.'
             ) from error
-
-
-def _default_root() -> Path:
-    return Path(os.environ.get(ROOT_VARIABLE) or Path.home() / '.cache' / 'star_jax')
 
 
 def _key(caption: str) -> bytes:

@@ -108,7 +108,7 @@ def start_codebook(
 
 
 def restart_dead(
-    key: jax.Array, codebook_VC: jax.Array, usage_V: jax.Array, quantised: Quantised
+    key: jax.Array, usage_V: jax.Array, quantised: Quantised, codebook_VC: jax.Array
 ) -> jax.Array:
     """Codes that nothing chose move to vectors that were asked for, every scale equally often."""
     keys = jax.random.split(key, len(quantised.targets) + 1)

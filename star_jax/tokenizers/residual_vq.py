@@ -59,6 +59,7 @@ class VQ:
     def __post_init__(self) -> None:
         if min(self.codes, self.channels, self.phis, *self.sides) < 1:
             raise ValueError(f'every size of a tokenizer must be at least 1: {self}')
+        Pyramid.square(self.sides)  # refuses sides that shrink, or none
         if not 0 <= self.phi_ratio <= 1:
             raise ValueError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
 

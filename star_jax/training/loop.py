@@ -3,6 +3,7 @@
 The one loop: it restores, steps, reports, draws pictures and saves. What is trained is a `Job`.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -41,6 +42,9 @@ class Job(Protocol):
     def summary(self) -> dict[str, str]:
         """What a user wants to know before paying for the run."""
 
+    def abstract(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+
     def init(self) -> TrainState:
         """The state before step 0, sharded."""
 
@@ -72,9 +76,8 @@ def fit(job: Job, out: Path, console: Console) -> TrainState:
     claim(out, job.run)
     _print_summary(job, console)
     checkpoints = Checkpoints(out / CHECKPOINTS, keep=pace.keep)
-    state = job.init()
-    restored = checkpoints.restore(jax.tree.map(_abstract, state))
-    first, state = restored if restored else (0, state)
+    restored = checkpoints.restore(job.abstract())
+    first, state = restored if restored else (0, job.init())
     if first:
         console.print(f'continuing from step {first}')
     report = Report(out, first)
@@ -107,19 +110,23 @@ def fit(job: Job, out: Path, console: Console) -> TrainState:
 def newest(job: Job, out: Path) -> TrainState | None:
     """The state of the newest checkpoint in `out`, which another process may be writing."""
     checkpoints = Checkpoints(out / CHECKPOINTS, read_only=True)
-    restored = checkpoints.restore(jax.tree.map(_abstract, job.init()))
+    restored = checkpoints.restore(job.abstract())
     checkpoints.close()
     return restored and restored[1]
 
 
 def claim(out: Path, run: Run | TokenizerRun) -> None:
-    """Makes `out` the folder of `run`; a UserError names the fields if it belongs to another."""
+    """Makes `out` the folder of `run`; a UserError names the fields if it belongs to another.
+
+    Another mesh is no other run: it may go on on other devices.
+    """
     path = out / CONFIG
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         config.write(path, run)
         return
-    changed = config.differences(config.read(path, type(run)), run)
+    earlier = config.read(path, type(run))
+    changed = config.differences(dataclasses.replace(earlier, mesh=run.mesh), run)
     if changed:
         raise UserError(
             f'{out} holds a run with another config ({"; ".join(changed)}): '
@@ -137,7 +144,6 @@ class Window:
 
     def restart(self) -> None:
         """Starts the clock anew; what was not training does not count."""
-        self._seconds, self._timed = 0.0, 0
         self._begin = time.perf_counter()
         self._counted = len(self._metrics)
 
@@ -190,10 +196,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)['step']
     except (json.JSONDecodeError, KeyError, TypeError):
         return float('inf')
-
-
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _progress(console: Console) -> Progress:

@@ -9,8 +9,9 @@ from typing import Literal
 
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
-from star_jax.families.star import Star
+from star_jax.families import Family, Star
 from star_jax.parallel.mesh import MeshShape
+from star_jax.sampling.pipeline import Settings
 from star_jax.text import DEFAULT
 from star_jax.tokenizers.objective import Objective
 from star_jax.tokenizers.residual_vq import VQ
@@ -40,6 +41,11 @@ class Pace:
     def __post_init__(self) -> None:
         if min(self.steps, self.log, self.sample, self.save, self.keep) < 1:
             raise ValueError(f'every number of a pace must be at least 1: {self}')
+        if self.save % self.log:
+            raise ValueError(
+                f'save ({self.save}) must be a multiple of log ({self.log}), so that a run that '
+                'goes on from a checkpoint reports the same means'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,13 @@ class TokenizerRun:
 
     def __post_init__(self) -> None:
         _check_common(self)
+        if self.plain_steps < 0 or self.restart_every < 1:
+            raise ValueError(
+                'plain_steps must not be negative and restart_every at least 1 '
+                f'(restart_until 0 restarts none), not {self.plain_steps} and {self.restart_every}'
+            )
+        if not 0 <= self.restart_until <= 1:
+            raise ValueError(f'restart_until is a share in [0, 1], not {self.restart_until}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,14 +114,12 @@ class Run:
         ema: decay of the averaged parameters (0: none are kept).
         dtype: of the activations; bfloat16 for accelerators.
         remat: compute activations again in the backward pass, to save memory.
-        guidance: of the sample grids.
-        top_k: of the sample grids: so many codes may be drawn (0: all).
-        top_p: of the sample grids: the share of their probability that may be drawn.
+        sampling: how the sample grids are drawn.
         mesh: how the devices are arranged.
         seed: of the parameters and the order of the data.
     """
 
-    model: Star = Star()
+    model: Family = Star()
     init: str = ''
     tokenizer: str = 'shipped'
     text: str = DEFAULT
@@ -122,9 +133,7 @@ class Run:
     ema: float = 0.0
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     remat: bool = False
-    guidance: float = 4.0
-    top_k: int = 600
-    top_p: float = 0.8
+    sampling: Settings = Settings()
     mesh: MeshShape = MeshShape()
     seed: int = 0
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from star_jax.checkpoint import weights
+from star_jax.errors import UserError
 from star_jax.parallel import rules
 
 
@@ -28,13 +29,20 @@ class TrainState:
     opt: Any
     usage_KV: jax.Array | None = None
 
-    def update(self, gradients: Any, optimizer: optax.GradientTransformation, decay: float):
-        """The state after one optimizer step; `decay` is that of the averages."""
+    def update(
+        self, gradients: Any, optimizer: optax.GradientTransformation, decay: float
+    ) -> 'TrainState':
+        """The state after one optimizer step.
+
+        `decay` is that of the averages, once the run is long enough for them: before, they reach
+        back over a tenth of it, so that no short run gives its initial weights.
+        """
         updates, opt = optimizer.update(gradients, self.opt, self.params)
         params = optax.apply_updates(self.params, updates)
         ema = self.ema
         if ema is not None:
-            ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
+            keep = jnp.minimum(decay, (1 + self.step) / (10 + self.step))
+            ema = jax.tree.map(lambda mean, new: keep * mean + (1 - keep) * new, ema, params)
         return self.replace(step=self.step + 1, params=params, ema=ema, opt=opt)
 
 
@@ -72,9 +80,31 @@ def go_on_from(state: TrainState, params: Any, where: str) -> TrainState:
     return state.replace(params=placed, ema=ema)
 
 
+def abstract_sharded(build: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state.
+
+    Raises UserError naming the first array that the mesh does not divide.
+    """
+    boxed = jax.eval_shape(build, jax.random.key(0))
+    where = rules.shardings(boxed, mesh)
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            name = jax.tree_util.keystr(path, simple=True, separator='/')
+            raise UserError(
+                f'{name} of shape {leaf.shape} does not divide over the mesh {dict(mesh.shape)}, '
+                f'which splits it as {sharding.spec}: choose mesh sizes that divide it'
+            ) from None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), where)
+
+
 def init_sharded(
     build: Callable[[jax.Array], TrainState], mesh: Mesh, key: jax.Array
 ) -> TrainState:
     """A state born sharded: no host or device ever holds all of it."""
-    where = rules.shardings(jax.eval_shape(build, key), mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_sharded(build, mesh))
     return jax.jit(lambda key: nn.unbox(build(key)), out_shardings=where)(key)

@@ -15,6 +15,7 @@ from flax import linen as nn
 from star_jax.core import condition, pixels
 from star_jax.core.schedule import Schedule
 from star_jax.nn.transformer import Transformer, drop_paths
+from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
 
 Scalars = dict[str, jax.Array]
@@ -50,7 +51,7 @@ def train(
     """One update from uint8 `images` [B, H, W, 3] and their conditions.
 
     `frozen` are the tokenizer's parameters; `unprompted` holds one row. Returns the scalars of
-    `scales` and the gradient norm.
+    `scales` and the gradient norm before clipping (0 where updates are still accumulated).
     """
     drop_key, path_key, thin_key = jax.random.split(key, 3)
     codes_BL, inputs = teach(tokenizer, frozen, images)
@@ -76,8 +77,8 @@ def train(
         return nll_BL.mean(), (nll_BL.mean(0), hit_BL.mean(0))
 
     gradients, (nll_L, hit_L) = jax.grad(loss, has_aux=True)(state.params)
-    scalars = scales(model.schedule, nll_L, hit_L) | {'gradient_norm': optax.tree.norm(gradients)}
-    return state.update(gradients, optimizer, recipe.ema), scalars
+    state = state.update(gradients, optimizer, recipe.ema)
+    return state, scales(model.schedule, nll_L, hit_L) | {'gradient_norm': gradient_norm(state.opt)}
 
 
 def score(

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -13,6 +14,9 @@ from star_jax.errors import UserError
 from star_jax.parallel.mesh import batch_ways
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.state import TrainState
+
+LEAST_IN_ALL = 0.2  # shares of the codes below which a codebook counts as collapsed
+LEAST_AT_SCALE = 0.01  # a coarse scale says little and needs few codes, but more than one
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +48,18 @@ def check_batch(batch: int, mesh: Mesh) -> None:
         )
 
 
-def warn_of_collapse(used: float, least: float) -> None:
-    """Warns if validation images use less than the share `least` of the codes."""
-    if used < least:
-        log.warning(
-            'codebook collapse: validation images use %.0f %% of the codes, less than %.0f %%',
-            100 * used,
-            100 * least,
-        )
+def warn_of_collapse(used_K: np.ndarray, used: float) -> None:
+    """Warns if validation images use too small a share of the codes, at a scale or in all."""
+    scales = {f'scale {scale}': (share, LEAST_AT_SCALE) for scale, share in enumerate(used_K)}
+    for where, (share, least) in {'all scales': (used, LEAST_IN_ALL), **scales}.items():
+        if share < least:
+            log.warning(
+                'codebook collapse: %s of validation images use %.1f %% of the codes, '
+                'less than %.0f %%',
+                where,
+                100 * share,
+                100 * least,
+            )
 
 
 def _count(tree: Any) -> int:

@@ -1,7 +1,7 @@
 """How is a tokenizer trained?"""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,16 @@ from star_jax.tokenizers import objective, perceptual
 from star_jax.tokenizers.objective import Perceptual
 from star_jax.training import summary
 from star_jax.training.run import TokenizerRun
-from star_jax.training.state import TrainState, averaged, build_state, go_on_from, init_sharded
+from star_jax.training.state import (
+    TrainState,
+    abstract_sharded,
+    averaged,
+    build_state,
+    go_on_from,
+    init_sharded,
+)
 
 SHOWN = 16  # pictures of a reconstruction grid
-LEAST_USED = 0.2  # below this share of the codes a scale-wide collapse is reported
 
 
 class TokenizerJob:
@@ -48,6 +54,9 @@ class TokenizerJob:
         step = functools.partial(self._step, True)
         flops = count_flops(step, nn.unbox(state), images, self.frozen)
         return summary.describe(state, self.tokenizer.schedule, flops, self.run, len(self.source))
+
+    def abstract(self) -> TrainState:
+        return abstract_sharded(self._build, self.mesh)
 
     def init(self) -> TrainState:
         state = init_sharded(self._build, self.mesh, jax.random.key(self.run.seed))
@@ -99,7 +108,7 @@ class TokenizerJob:
             }
         scores['validation/used'] = float((counts.sum(0) > 0).mean())
         if int(state.step) > self.run.plain_steps:
-            summary.warn_of_collapse(scores['validation/used'], LEAST_USED)
+            summary.warn_of_collapse(used_K, scores['validation/used'])
         return scores
 
     def picture(self, state: TrainState) -> np.ndarray:
@@ -158,23 +167,15 @@ class TokenizerJob:
         f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
         sizes = self.run.model
         codebook = objective.start_codebook(key, f_BHWC, self.tokenizer.schedule.grids, sizes.codes)
-        return self._with_codebook(state, codebook)
+        return _with_codebooks(state, lambda _: codebook)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _restart_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
         f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
         quantised = self._apply(state.params, f_BHWC, method='quantise')
-        codebook = state.params['quantiser']['codebook']
-        fresh = objective.restart_dead(key, codebook, state.usage_KV.sum(0), quantised)
-        return self._with_codebook(state, fresh)
-
-    def _with_codebook(self, state: TrainState, codebook_VC: jax.Array) -> TrainState:
-        def put(params: Any) -> Any:
-            return params | {'quantiser': params['quantiser'] | {'codebook': codebook_VC}}
-
-        ema = None if state.ema is None else put(state.ema)
-        usage_KV = jnp.zeros_like(state.usage_KV)
-        return state.replace(params=put(state.params), ema=ema, usage_KV=usage_KV)
+        usage_V = state.usage_KV.sum(0)
+        restart = functools.partial(objective.restart_dead, key, usage_V, quantised)
+        return _with_codebooks(state, restart)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _score(self, params: Any, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -190,3 +191,15 @@ class TokenizerJob:
     @functools.partial(jax.jit, static_argnums=0)
     def _reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
         return pixels.to_uint8(self._apply(params, pixels.to_signed(images)))
+
+
+def _with_codebooks(state: TrainState, change: Callable[[jax.Array], jax.Array]) -> TrainState:
+    """The state with its codebook changed, and that of the averages in the same way."""
+
+    def put(params: Any) -> Any:
+        quantiser = params['quantiser']
+        return params | {'quantiser': quantiser | {'codebook': change(quantiser['codebook'])}}
+
+    ema = None if state.ema is None else put(state.ema)
+    usage_KV = jnp.zeros_like(state.usage_KV)
+    return state.replace(params=put(state.params), ema=ema, usage_KV=usage_KV)

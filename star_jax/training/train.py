@@ -27,10 +27,11 @@ def export(folder: Path, out: Path) -> Path:
     """
     startup.start()
     run = read_run(folder)
-    restored = loop.newest(job(run), folder)
-    if restored is None:
+    work = job(run)
+    state = loop.newest(work, folder)
+    if state is None:
         raise UserError(f'{folder} has no checkpoint yet: let the run come to its first one')
-    job(run).export(restored, out)
+    work.export(state, out)
     return out
 
 

@@ -14,18 +14,25 @@ from flax import linen as nn
 from star_jax.checkpoint import folder, models
 from star_jax.core import pictures
 from star_jax.core.condition import Text
-from star_jax.core.filters import Filter
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.errors import UserError
+from star_jax.families import family_name
 from star_jax.parallel import rules
-from star_jax.sampling import draw, program
+from star_jax.sampling import program
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
 from star_jax.training import step as steps
 from star_jax.training import summary
 from star_jax.training.run import Run
-from star_jax.training.state import TrainState, averaged, build_state, go_on_from, init_sharded
+from star_jax.training.state import (
+    TrainState,
+    abstract_sharded,
+    averaged,
+    build_state,
+    go_on_from,
+    init_sharded,
+)
 
 SHOWN = 16  # pictures of a sample grid
 
@@ -69,8 +76,7 @@ class TransformerJob:
         self._score = jax.jit(self._score_on)
 
     def summary(self) -> dict[str, str]:
-        init = functools.partial(build_state, self._init, self.optimizer, self.run.ema > 0)
-        state = jax.eval_shape(init, jax.random.key(0))
+        state = jax.eval_shape(self._build, jax.random.key(0))
         example = self.source[0]
         images = np.repeat(example['image'][None], self.run.batch, axis=0)
         batch = self._batch(images, [''] * self.run.batch)
@@ -78,10 +84,11 @@ class TransformerJob:
         flops = count_flops(self._train_on, *args)
         return summary.describe(state, self.model.schedule, flops, self.run, len(self.source))
 
+    def abstract(self) -> TrainState:
+        return abstract_sharded(self._build, self.mesh)
+
     def init(self) -> TrainState:
-        key = jax.random.key(self.run.seed)
-        init = functools.partial(build_state, self._init, self.optimizer, self.run.ema > 0)
-        state = init_sharded(init, self.mesh, key)
+        state = init_sharded(self._build, self.mesh, jax.random.key(self.run.seed))
         if not self.run.init:
             return state
         return go_on_from(state, models.read(self.run.init).params, self.run.init)
@@ -123,28 +130,28 @@ class TransformerJob:
         """Validation images over what is drawn from their captions."""
         run, shown = self.run, pipeline.spread(self.validation, SHOWN)
         captions = shown['caption']
-        images = self._draw(
-            {
-                'model': program.cast(averaged(state), run.dtype),
-                'tokenizer': self.frozen['tokenizer'],
-            },
-            program.image_keys(range(len(captions))),
-            self.texts.features(captions),
-            self.frozen['empty'],
-            draw.guidance_ramp(run.guidance, self.model.schedule.steps),
-            draw.Plain(Filter(top_k=run.top_k, top_p=run.top_p), self.tokenizer.codes.draw),
-        )
+        params = {
+            'model': program.cast(averaged(state), run.dtype),
+            'tokenizer': self.frozen['tokenizer'],
+        }
+        drawn = run.sampling.arguments(self.model.schedule.steps, self.tokenizer.codes)
+        text, empty = self.texts.features(captions), self.frozen['empty']
+        keys_B = program.image_keys(range(len(captions)))
+        images = self._draw(params, keys_B, text, empty if run.sampling.guidance else None, *drawn)
         return pictures.compare(shown['image'], np.asarray(images), captions, 'drawn')
 
     def export(self, state: TrainState, out: Path) -> None:
         model = folder.Model(
-            family='star',
+            family=family_name(self.run.model),
             config=self.run.model,
             params=jax.device_get(averaged(state)),
             tokenizer=self.source_of_codes,
             text=folder.Text(**self.encoder.reference()),
         )
         folder.write(out, model)
+
+    def _build(self, key: jax.Array) -> TrainState:
+        return build_state(self._init, self.optimizer, self.run.ema > 0, key)
 
     def _init(self, key: jax.Array) -> Any:
         schedule = self.model.schedule
