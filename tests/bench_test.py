@@ -17,12 +17,12 @@ from star_jax.tokenizers.autoencoder import Autoencoder
 
 TINY = """
 from star_jax.families.star import Star
+from star_jax.sampling.pipeline import Settings
 from star_jax.training.run import Run
 
 run = Run(
     model=Star(depth=1, width=16, heads=2, sides=(1, 2), codes=32, channels=4, text_width=8),
-    top_k=8,
-    guidance=2.0,
+    sampling=Settings(top_k=8, guidance=2.0),
 )
 """
 TOKENIZER = '--autoencoder.width 8 --autoencoder.groups 2 --autoencoder.multipliers 1 1'
