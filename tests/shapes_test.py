@@ -220,7 +220,7 @@ def test_other_sentences_are_refused(caption):
 
 
 def test_a_source_gives_pictures_captions_and_labels():
-    source = Shapes(count=5, split='held_out', objects=(2,)).open(32)
+    source = Shapes(count=5, split='held_out', objects=(2,), phrasings=0).open(32)
     example = source[4]
     assert len(source) == 5
     assert example['image'].shape == (32, 32, 3)
@@ -229,6 +229,16 @@ def test_a_source_gives_pictures_captions_and_labels():
     assert all(len(source.scene(index).things) == 2 for index in range(5))
     with pytest.raises(IndexError):
         source[5]
+
+
+def test_a_scene_keeps_some_of_its_phrasings():
+    source = Shapes(count=200, phrasings=3).open(32)
+    kept = [source.captions(index) for index in range(200)]
+    assert kept[7] == source[7]['captions']
+    assert all(len(set(few)) == 3 for few in kept)
+    assert all(set(few) <= set(captions(source.scene(i))) for i, few in enumerate(kept))
+    assert len({captions(source.scene(i)).index(few[0]) for i, few in enumerate(kept)}) > 10
+    assert len(Shapes(count=9, phrasings=99).open(32).captions(0)) == len(captions(source.scene(0)))
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,11 @@ class Source:
 
     def _captions(self, index: int, shown: Scene) -> tuple[str, ...]:
         every = captions(shown)
-        kept = min(self.shapes.phrasings or len(every), len(every))
+        if not self.shapes.phrasings:
+            return every
         # Neighbouring scenes keep different phrasings, and a scene no phrasing twice.
-        return tuple(every[(index + place * STRIDE) % len(every)] for place in range(kept))
+        places = range(min(self.shapes.phrasings, len(every)))
+        return tuple(every[(index + place * STRIDE) % len(every)] for place in places)
 
     def scene(self, index: int) -> Scene:
         """What picture `index` shows. Raises `IndexError` outside of the set."""
