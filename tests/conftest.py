@@ -4,8 +4,11 @@ import os
 import pathlib
 
 # On a busy machine eight devices may need minutes to meet; by default XLA aborts after 40 seconds.
-PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=900'
-os.environ.setdefault('XLA_FLAGS', f'--xla_force_host_platform_device_count=8 {PATIENCE}')
+os.environ.setdefault(
+    'XLA_FLAGS',
+    '--xla_force_host_platform_device_count=8 '
+    '--xla_cpu_collective_call_terminate_timeout_seconds=900',
+)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
