@@ -17,6 +17,7 @@ import tiny
 
 from star_jax.checkpoint import config, models, weights
 from star_jax.checkpoint.training import Checkpoints
+from star_jax.errors import UserError
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import summary
 from star_jax.training.run import Pace, Run, TokenizerRun
@@ -117,6 +118,21 @@ def test_a_collapsed_codebook_is_told(caplog):
     assert 'scale 0' in caplog.text and '0.2 %' in caplog.text and 'all scales' not in caplog.text
     summary.warn_of_collapse(np.array([0.1, 0.1]), 0.15)
     assert 'all scales' in caplog.text and '15.0 %' in caplog.text
+
+
+def test_a_run_goes_on_from_a_model_folder(job, tmp_path):
+    state, _ = go(job, job.init(), take(job, 2))
+    job.export(state, tmp_path / 'model')
+    settings = dataclasses.replace(job.run, init=str(tmp_path / 'model'), seed=5, ema=0.5)
+    begun = TransformerJob(settings).init()
+    for kept in (begun.params, begun.ema):
+        assert all(
+            np.array_equal(leaves(state.params)[name], x) for name, x in leaves(kept).items()
+        )
+    assert int(begun.step) == 0
+    wider = dataclasses.replace(settings, model=dataclasses.replace(settings.model, mlp_ratio=2))
+    with pytest.raises(UserError, match='ffn/fc1'):
+        TransformerJob(wider).init()
 
 
 def test_a_checkpoint_continues_on_another_mesh(run, job, tmp_path):
