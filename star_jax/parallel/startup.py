@@ -17,9 +17,9 @@ def cache_folder() -> pathlib.Path:
 def start() -> None:
     """Keeps compiled programs between processes, and gives a CPU one device per core.
 
-    Small convolutions do not fill two cores; a batch split over two host devices does (training
-    1.7 times faster). Does nothing to accelerators. What the caller's environment has chosen
-    stands: its cache of programs, its number of host devices, a device that is in use already.
+    Small convolutions do not fill two cores; a batch split over two host devices does. Does nothing
+    to accelerators. What the caller's environment has chosen stands: its cache of programs, its
+    number of host devices, a device that is in use already.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
