@@ -17,6 +17,7 @@ from star_jax.core.condition import Text
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.errors import UserError
+from star_jax.evaluation import likelihood
 from star_jax.families import family_name
 from star_jax.parallel import rules
 from star_jax.sampling import program
@@ -123,7 +124,7 @@ class TransformerJob:
             losses = self._score(averaged(state), self.frozen, placed)
             sums += np.stack([np.asarray(x_BL)[:real].sum(0) for x_BL in losses])
             count += real
-        scalars = steps.scales(self.model.schedule, *(sums / count))
+        scalars = likelihood.scales(self.model.schedule, *(sums / count))
         return {f'validation/{name}': float(value) for name, value in scalars.items()}
 
     def picture(self, state: TrainState) -> np.ndarray:
@@ -181,7 +182,7 @@ class TransformerJob:
     ) -> tuple[jax.Array, jax.Array]:
         text = self._text(frozen, batch)
         args = (params, frozen['tokenizer'], batch['image'], text)
-        return steps.score(self.model, self.tokenizer, *args)
+        return likelihood.score(self.model, self.tokenizer, *args)
 
 
 def _check_fit(run: Run, codes: int, channels: int, text_width: int) -> None:
