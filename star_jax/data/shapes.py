@@ -118,7 +118,7 @@ def _paint(image_hwc: np.ndarray, thing: Thing) -> None:
     rows, columns = _span(thing.y * size, radius, size), _span(thing.x * size, radius, size)
     down = (np.arange(rows.start, rows.stop) + 0.5 - thing.y * size)[:, None]
     right = (np.arange(columns.start, columns.stop) + 0.5 - thing.x * size)[None, :]
-    cover_hw1 = _COVERAGES[thing.shape](right, down, radius)[:, :, None]
+    cover_hw1 = COVERAGES[thing.shape](right, down, radius)[:, :, None]
     ground_hwc = image_hwc[rows, columns]
     # The difference of two bytes is signed.
     change_hwc = cover_hw1 * (np.float64(COLOURS[thing.colour]) - ground_hwc)
@@ -188,7 +188,7 @@ def _star(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
     return _corner(depth - lean, depth + lean)
 
 
-_COVERAGES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+COVERAGES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     'circle': _circle,
     'square': _square,
     'triangle': _triangle,
