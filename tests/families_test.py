@@ -22,6 +22,7 @@ from star_jax.core.codes import Index
 from star_jax.core.condition import Text
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Raster
+from star_jax.evaluation import likelihood
 from star_jax.families.star import Star
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
@@ -619,6 +620,7 @@ def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
     model, tokenizer = family.model, family.tokenizer
     grid = np.random.default_rng(3).integers(0, V, (B, 2, 3, 1))
     images = np.rint(grid.repeat(3, -1) / (V - 1) * 255).astype(np.uint8)
+    codes = likelihood.encode(tokenizer, {}, images)
     prompted, unprompted = family.rows(range(B)), family.rows([B])
     optimizer = AdamW(learning_rate=LearningRate(peak=1e-2, warmup_steps=1)).build(200)
     recipe = training.Recipe(condition_drop=0.1, drop_path=0.1, ema=0.5)
@@ -628,7 +630,7 @@ def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
     losses = []
     for step in range(120):
         key = jax.random.fold_in(jax.random.key(1), step)
-        state, scalars = train(state, {}, images, prompted, unprompted, key)
+        state, scalars = train(state, {}, codes, prompted, unprompted, key)
         losses.append(float(scalars['loss']))
     assert losses[-1] < losses[0] / 4
     drawn, _ = drawing(model, tokenizer)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from star_jax.core.condition import Text
 from star_jax.errors import UserError
+from star_jax.evaluation import likelihood
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import AXES, MeshShape
 from star_jax.training import step as steps
@@ -95,15 +96,16 @@ def losses(shape: tuple[int, int, int], state: TrainState) -> list[list[float]]:
     recipe = steps.Recipe(condition_drop=0.2)
     train = functools.partial(steps.train, SHAPE.build(), VQ.build(), OPTIMIZER, recipe)
     # Donating what was put from the host could write into the host's copy.
-    train, seen = compiled(train), []
+    train, encode = compiled(train), compiled(functools.partial(likelihood.encode, VQ.build()))
     where = rules.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = jax.device_put(state, where)
     images, prompted = rules.place(batch(), mesh)
     frozen = tiny.tokenizer_params(), text(np.random.default_rng(2), 1)
     frozen, empty = jax.device_put(frozen, rules.whole(mesh))
+    codes, seen = encode(frozen, images), []
     for step in range(3):
         key = jax.random.fold_in(jax.random.key(7), step)
-        state, metrics = train(state, frozen, images, prompted, empty, key)
+        state, metrics = train(state, frozen, codes, prompted, empty, key)
         seen.append([float(metrics['loss']), float(metrics['gradient_norm'])])
     return seen
 

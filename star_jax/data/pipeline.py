@@ -79,13 +79,13 @@ def batches(
     return iterator
 
 
-def sequential(source: Source, batch: int, threads: int = 4) -> Iterator[Batch]:
-    """Every example once, in order, with its first caption; the last batch may be short.
+def sequential(source: Source, batch: int, threads: int = 4, first: int = 0) -> Iterator[Batch]:
+    """Every example from number `first` on, in order, with its first caption.
 
-    Raises UserError for an empty source.
+    The last batch may be short. Raises UserError for an empty source.
     """
     _require(source, batch)
-    captioned = grain.MapDataset.source(source).map(_first_caption)
+    captioned = grain.MapDataset.source(source)[first:].map(_first_caption)
     blocks = captioned.batch(batch, batch_fn=_collate)
     return iter(blocks.to_iter_dataset(_read_options(threads)))
 
@@ -113,15 +113,17 @@ def _first_caption(example: Example) -> dict[str, np.ndarray | str]:
 
 
 def _with_caption(example: Example, which: int) -> dict[str, np.ndarray | str]:
-    return dict(image=example['image'], caption=example['captions'][which], label=example['label'])
+    """The example with one caption; whatever stands for its image stays."""
+    kept = {name: value for name, value in example.items() if name != 'captions'}
+    return kept | {'caption': example['captions'][which]}
 
 
 def _collate(samples: Sequence[dict]) -> Batch:
-    return Batch(
-        image=np.stack([sample['image'] for sample in samples]),
-        caption=[sample['caption'] for sample in samples],
-        label=[sample['label'] for sample in samples],
-    )
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {
+        name: np.stack(column) if isinstance(column[0], np.ndarray) else column
+        for name, column in columns.items()
+    }
 
 
 def spread(source: Source, count: int) -> Batch:
@@ -131,7 +133,12 @@ def spread(source: Source, count: int) -> Batch:
     return _collate([_first_caption(source[int(place)]) for place in places])
 
 
-def pad(array: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
-    """`array` with its last row repeated up to `rows`, and how many rows are real."""
-    missing = rows - len(array)
-    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]), len(array)
+def pad(batch: Batch, rows: int) -> tuple[Batch, int]:
+    """A batch with its last row repeated up to `rows`, and how many rows are real."""
+    real = len(batch['caption'])
+    places = np.minimum(np.arange(rows), real - 1)
+    padded = {
+        name: column[places] if isinstance(column, np.ndarray) else [column[n] for n in places]
+        for name, column in batch.items()
+    }
+    return padded, real

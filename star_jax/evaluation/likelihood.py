@@ -22,19 +22,25 @@ def score(
     tokenizer: nn.Module,
     params: Any,
     frozen: Any,
-    images: jax.Array,
+    codes_BL: jax.Array,
     prompted: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and hit of every token of images, [B, L], nothing dropped."""
-    codes_BL, inputs = teach(tokenizer, frozen, images)
+    """Negative log-likelihood and hit of every token, [B, L], nothing dropped."""
+    inputs = teach(tokenizer, frozen, codes_BL)
     return token_losses(model, tokenizer, params, inputs, codes_BL, prompted)
 
 
-def teach(tokenizer: nn.Module, frozen: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes [B, L] of uint8 images, and the inputs that teacher forcing makes of them."""
-    apply = functools.partial(tokenizer.apply, {'params': frozen})
-    codes_BL = apply(pixels.to_signed(images), method='encode')
-    return codes_BL, apply(codes_BL, method='inputs')
+def encode(tokenizer: nn.Module, frozen: Any, images: jax.Array) -> jax.Array:
+    """Codes [B, L] int32 of uint8 images [B, H, W, 3].
+
+    A program of its own, so that codes kept on disk are those that training computes.
+    """
+    return tokenizer.apply({'params': frozen}, pixels.to_signed(images), method='encode')
+
+
+def teach(tokenizer: nn.Module, frozen: Any, codes_BL: jax.Array) -> jax.Array:
+    """The inputs that teacher forcing makes of codes: of all steps but the first."""
+    return tokenizer.apply({'params': frozen}, codes_BL, method='inputs')
 
 
 def token_losses(

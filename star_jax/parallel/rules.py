@@ -32,7 +32,12 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split(mesh: Mesh) -> NamedSharding:
+    """Every device holds its part of the batch."""
+    return NamedSharding(mesh, BATCH)
+
+
 def place(batch: Any, mesh: Mesh) -> Any:
     """Arrays of this process as its part of global arrays, split over the batch."""
-    split = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
+    where = split(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)

@@ -41,18 +41,17 @@ def train(
     recipe: Recipe,
     state: TrainState,
     frozen: Any,
-    images: jax.Array,
+    codes_BL: jax.Array,
     prompted: Any,
     unprompted: Any,
     key: jax.Array,
 ) -> tuple[TrainState, Scalars]:
-    """One update from uint8 `images` [B, H, W, 3] and their conditions.
+    """One update from the codes of images and their conditions.
 
     `frozen` are the tokenizer's parameters; `unprompted` holds one row. Returns the scalars of
     `scales` and the gradient norm before clipping (0 where updates are still accumulated).
     """
     drop_key, path_key, thin_key = jax.random.split(key, 3)
-    codes_BL, inputs = teach(tokenizer, frozen, images)
     batch = len(codes_BL)
     drop_B = jax.random.bernoulli(drop_key, recipe.condition_drop, (batch,))
     rows = model.schedule.thin(thin_key, recipe.keep_tokens) if recipe.keep_tokens else None
@@ -63,7 +62,7 @@ def train(
         token_losses,
         model,
         tokenizer,
-        inputs=inputs,
+        inputs=teach(tokenizer, frozen, codes_BL),
         codes_BL=codes_BL,
         conditions=condition.choose(drop_B, prompted, unprompted),
         rows=rows,

@@ -94,8 +94,8 @@ class TokenizerJob:
         ratios, counts = [], 0.0
         source = self.run.validation.open(self.run.model.resolution)
         for batch in pipeline.sequential(source, self.run.batch):
-            images, count = pipeline.pad(batch['image'], self.run.batch)
-            ratio_B, usage_KV = self._score(averaged(state), images, count)
+            padded, count = pipeline.pad(batch, self.run.batch)
+            ratio_B, usage_KV = self._score(averaged(state), padded['image'], count)
             ratios.append(np.asarray(ratio_B)[:count])
             counts += np.asarray(usage_KV)
         used_K = (counts > 0).mean(1)

@@ -23,6 +23,7 @@ from star_jax.parallel import rules
 from star_jax.sampling import program
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
+from star_jax.text.tokens import Tokens
 from star_jax.training import step as steps
 from star_jax.training import summary
 from star_jax.training.run import Run
@@ -73,16 +74,21 @@ class TransformerJob:
         self._train = functools.partial(
             steps.train, self.model, self.tokenizer, self.optimizer, recipe
         )
+        self._encode = jax.jit(
+            functools.partial(likelihood.encode, self.tokenizer),
+            out_shardings=rules.split(self.mesh),
+        )
         self._step = jax.jit(self._train_on, donate_argnums=0)
         self._score = jax.jit(self._score_on)
 
     def summary(self) -> dict[str, str]:
         state = jax.eval_shape(self._build, jax.random.key(0))
-        example = self.source[0]
-        images = np.repeat(example['image'][None], self.run.batch, axis=0)
-        batch = self._batch(images, [''] * self.run.batch)
-        args = (nn.unbox(state), self.frozen, batch, jax.random.key(0))
-        flops = count_flops(self._train_on, *args)
+        rows, side = self.run.batch, self.tokenizer.resolution
+        codes_BL = np.zeros((rows, self.model.schedule.length), np.int32)
+        batch = {'codes': codes_BL, 'text': self._words([''] * rows)}
+        flops = count_flops(self._train_on, nn.unbox(state), self.frozen, batch, jax.random.key(0))
+        images = np.zeros((rows, side, side, 3), np.uint8)
+        flops += count_flops(self._encode, self.frozen['tokenizer'], images)
         return summary.describe(state, self.model.schedule, flops, self.run, len(self.source))
 
     def abstract(self) -> TrainState:
@@ -106,7 +112,7 @@ class TransformerJob:
             process=jax.process_index(),
             processes=jax.process_count(),
         ):
-            yield rules.place(self._batch(batch['image'], batch['caption']), self.mesh)
+            yield self._batch(batch)
 
     def step(
         self, step: int, state: TrainState, batch: dict[str, Any]
@@ -118,10 +124,8 @@ class TransformerJob:
         """Loss and accuracy, over all tokens and per scale, on the validation set."""
         sums, count = 0.0, 0
         for batch in pipeline.sequential(self.validation, self.run.batch):
-            images, real = pipeline.pad(batch['image'], self.run.batch)
-            captions = batch['caption'] + batch['caption'][-1:] * (len(images) - real)
-            placed = rules.place(self._batch(images, captions), self.mesh)
-            losses = self._score(averaged(state), self.frozen, placed)
+            padded, real = pipeline.pad(batch, self.run.batch)
+            losses = self._score(averaged(state), self.frozen, self._batch(padded))
             sums += np.stack([np.asarray(x_BL)[:real].sum(0) for x_BL in losses])
             count += real
         scalars = likelihood.scales(self.model.schedule, *(sums / count))
@@ -160,11 +164,17 @@ class TransformerJob:
         inputs = jnp.zeros((1, later, self.run.model.channels))
         return self.model.init(key, inputs, self.frozen['empty'])['params']
 
-    def _batch(self, images: np.ndarray, captions: list[str]) -> dict[str, Any]:
-        """The host's part of a batch: uint8 images, and text as features or as token ids."""
+    def _batch(self, batch: pipeline.Batch) -> dict[str, Any]:
+        """Codes [B, L] and text, on the devices."""
+        images = rules.place(batch['image'], self.mesh)
+        codes_BL = self._encode(self.frozen['tokenizer'], images)
+        return {'codes': codes_BL, 'text': rules.place(self._words(batch['caption']), self.mesh)}
+
+    def _words(self, captions: list[str]) -> Text | Tokens:
+        """The host's part of the text: features, or token ids."""
         if self.run.features == 'cached':
-            return {'image': images, 'text': self.texts.features(captions)}
-        return {'image': images, 'text': self.encoder.tokenize(captions)}
+            return self.texts.features(captions)
+        return self.encoder.tokenize(captions)
 
     def _text(self, frozen: dict, batch: dict[str, Any]) -> Text:
         if self.run.features == 'cached':
@@ -175,13 +185,13 @@ class TransformerJob:
         self, state: TrainState, frozen: dict, batch: dict[str, Any], key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         text = self._text(frozen, batch)
-        return self._train(state, frozen['tokenizer'], batch['image'], text, frozen['empty'], key)
+        return self._train(state, frozen['tokenizer'], batch['codes'], text, frozen['empty'], key)
 
     def _score_on(
         self, params: Any, frozen: dict, batch: dict[str, Any]
     ) -> tuple[jax.Array, jax.Array]:
         text = self._text(frozen, batch)
-        args = (params, frozen['tokenizer'], batch['image'], text)
+        args = (params, frozen['tokenizer'], batch['codes'], text)
         return likelihood.score(self.model, self.tokenizer, *args)
 
 
