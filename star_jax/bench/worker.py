@@ -15,10 +15,8 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from flax import linen as nn
 
@@ -28,7 +26,7 @@ from star_jax.checkpoint import config, models
 from star_jax.core.condition import Text
 from star_jax.core.flops import count_flops
 from star_jax.nn.transformer import Transformer
-from star_jax.parallel import startup
+from star_jax.parallel import machine, startup
 from star_jax.sampling import program
 from star_jax.tokenizers.residual_vq import VQTokenizer
 
@@ -182,7 +180,7 @@ def _measure(job: Job, drawing: Drawing, compiled: Any) -> dict[str, Any]:
         'matrix_rate_gflops': matrix_rate,
         'parts': parts,
         'memory': _memory(drawing, compiled),
-        'environment': _environment() | {'load': [load, _load_average()]},
+        'environment': machine.describe() | {'load': [load, _load_average()]},
     }
 
 
@@ -214,21 +212,6 @@ def _memory(drawing: Drawing, compiled: Any) -> dict[str, float]:
     unit = 1 if sys.platform == 'darwin' else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return found | {'process_peak': peak / 2**20}
-
-
-def _environment() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        'jax': jax.__version__,
-        'jaxlib': jaxlib.__version__,
-        'flax': flax.__version__,
-        'python': sys.version.split()[0],
-        'platform': device.platform,
-        'device': device.device_kind,
-        'devices': jax.device_count(),
-        'cores': startup.cores(),
-        'xla_flags': os.environ.get('XLA_FLAGS', ''),
-    }
 
 
 def _load_average() -> float:
