@@ -29,7 +29,12 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
     """
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
-    picture = _on_white(Image.fromarray(image))
+    return fit(Image.fromarray(image), size)
+
+
+def fit(picture: Image.Image, size: int) -> np.ndarray:
+    """The centre square of a picture of any mode, by Lanczos: (size, size, 3) RGB, on white."""
+    picture = _on_white(picture)
     if picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     return np.array(picture)
@@ -60,10 +65,12 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
         return decode(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f'no picture at {path}: give the path of an existing file') from None
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+    except UnidentifiedImageError:
         raise UserError(
             f'{path} is no picture that can be read: give a PNG, JPEG or WebP'
         ) from None
+    except Image.DecompressionBombError:
+        raise UserError(f'{path} has too many pixels to be decoded: make it smaller') from None
     except (OSError, SyntaxError) as error:  # Pillow reports torn PNG chunks as SyntaxError
         raise UserError(f'the picture {path} cannot be read ({error}): replace it') from None
 

@@ -28,6 +28,7 @@ import rich.progress
 
 from star_jax.core import pictures
 from star_jax.data import prepared
+from star_jax.data.splits import fraction
 from star_jax.errors import UserError
 
 HELD_OUT_LABELS = 0.05  # share of the concepts, whose labels are trained in no style
@@ -170,7 +171,7 @@ def prepare(
     work = out.with_name(f'{out.name}.work')
     packages = install(work)
     # By label, so that a trial has its labels in every style; in an order apart from the splits'.
-    icons = sorted(read_icons(packages, sets), key=lambda icon: _fraction(f'trial {icon.label}'))
+    icons = sorted(read_icons(packages, sets), key=lambda icon: fraction(f'trial {icon.label}'))
     drawn = distinct(draw(icons[:limit], work / 'rendered' / str(size), size))
     splits = split([icon for icon, _ in drawn])
     records = collections.defaultdict(list)
@@ -319,7 +320,7 @@ def split(icons: Sequence[Icon]) -> list[str]:
 
     def choose(icon: Icon) -> str:
         name = concept(icon.label)
-        if _fraction(name) < HELD_OUT_LABELS:
+        if fraction(name) < HELD_OUT_LABELS:
             return 'held_out_labels'
         return 'held_out_pairs' if icon.style in pairs[name] else 'train'
 
@@ -334,7 +335,7 @@ def concept(label: str) -> str:
 
 def _held_out_styles(name: str, labels: Mapping[str, set[str]]) -> set[str]:
     """The concept's styles to ask for: each label of theirs is trained in enough others."""
-    chance = {style: _fraction(f'{name} in {style}') for style in set().union(*labels.values())}
+    chance = {style: fraction(f'{name} in {style}') for style in set().union(*labels.values())}
     held_out = set()
     for style in sorted(chance, key=chance.get):
         wider = held_out | {style}
@@ -432,11 +433,6 @@ def _installed(modules: Path, package: str) -> str | None:
 
 def _resource(name: str) -> str:
     return (importlib.resources.files('star_jax.data') / name).read_text()
-
-
-def _fraction(text: str) -> float:
-    """A number in [0, 1) that only the text decides, on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
 def _bare(code: str) -> str:

@@ -21,6 +21,7 @@ from star_jax.core import pictures
 from star_jax.data.pipeline import Example, Source
 from star_jax.errors import UserError
 
+INFO = 'dataset_info.json'  # tells a prepared set from any other folder
 TEXTS = ('label', 'source', 'licence', 'attribution')
 
 
@@ -140,7 +141,8 @@ def write(
 
     `extra` names further text fields. Records are drawn once from each iterable and stored in an
     order that only their keys decide.
-    Raises UserError for a split without records, or where `folder` holds something else than a set.
+    Raises UserError for a split without records, or where `folder` cannot be written or holds
+    something else than a set.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not _replaceable(folder):
@@ -149,8 +151,8 @@ def write(
         )
     work = folder.with_name(f'.{folder.name}.partial')
     shutil.rmtree(work, ignore_errors=True)  # what an interrupted run left
-    work.mkdir(parents=True)
     try:
+        work.mkdir(parents=True)
         builder = _Captioned(
             name=name,
             splits=splits,
@@ -164,8 +166,10 @@ def write(
         if folder.exists():
             folder.replace(work / 'replaced')
         Path(builder.data_dir).replace(folder)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written ({error}): choose another place') from error
     finally:
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
@@ -233,19 +237,27 @@ def _quiet() -> Iterator[None]:
 
 
 def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and (
-        (folder / 'dataset_info.json').exists() or not any(folder.iterdir())
-    )
+    return folder.is_dir() and (is_prepared(folder) or not any(folder.iterdir()))
+
+
+def is_prepared(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a prepared set, and not one of plain images."""
+    return (Path(path).expanduser() / INFO).is_file()
+
+
+def splits(path: str) -> tuple[str, ...]:
+    """The names of the splits of the set at `path`; UserErrors as of `Prepared.open`."""
+    return tuple(_builder(path).info.splits)
 
 
 def _builder(path: str) -> tfds.core.DatasetBuilder:
     folder = Path(path).expanduser()
-    if (folder / 'dataset_info.json').is_file():
+    if is_prepared(path):
         return tfds.builder_from_directory(folder)
     if folder.is_dir():
         raise UserError(
-            f'{path} holds no prepared set: expected the folder with dataset_info.json, '
-            'prepare one with star-jax data prepare'
+            f'{path} holds no prepared set: expected the folder with {INFO}, made by star-jax data '
+            f"prepare; images with captions are read where they lie by data=Folder(path='{path}')"
         )
     if folder.is_absolute() or path.startswith(('.', '~')):
         raise UserError(f'no folder {path}: expected a prepared set, see star-jax data prepare')

@@ -7,6 +7,7 @@ A config file is one expression of these dataclasses, named `run`; the run's fol
 import dataclasses
 from typing import Literal
 
+from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.families import Family, Star
@@ -17,7 +18,7 @@ from star_jax.tokenizers.objective import Objective
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW
 
-Data = Shapes | Prepared
+Data = Shapes | Prepared | Folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class TokenizerRun:
     Attributes:
         model: its sizes.
         data: the pictures.
-        validation: the pictures of the held-out scores.
+        validation: the pictures of the held-out scores; without a path, those of data.
         init: a model folder to go on from ('': none); its codes stay if plain_steps is 0.
         objective: the weights of the losses.
         optimizer: the optimizer and its schedules.
@@ -106,7 +107,7 @@ class Run:
         text: the text encoder: package:NAME, a folder, or a hub id.
         features: text from a cache on disk, or computed inside the training program.
         data: captioned pictures.
-        validation: those of the held-out scores and of the sample grids.
+        validation: those of the held-out scores and of the sample grids; without a path, of data.
         optimizer: the optimizer and its schedules.
         pace: length, reports and checkpoints.
         batch: images per step, on all devices.
@@ -141,6 +142,14 @@ class Run:
         _check_common(self)
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')
+
+
+def settle(run: Run | TokenizerRun) -> Run | TokenizerRun:
+    """The run with all said: a validation set without a path is its split of what `data` names."""
+    data, validation = run.data, run.validation
+    if isinstance(data, Shapes) or type(validation) is not type(data) or validation.path:
+        return run
+    return dataclasses.replace(run, validation=dataclasses.replace(data, split=validation.split))
 
 
 def _check_common(run: Run | TokenizerRun) -> None:

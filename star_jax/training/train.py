@@ -8,16 +8,23 @@ from rich.console import Console
 from star_jax.checkpoint import config
 from star_jax.errors import UserError
 from star_jax.parallel import startup
-from star_jax.training import loop
-from star_jax.training.run import Run, TokenizerRun
-from star_jax.training.state import TrainState
+from star_jax.training import faults, loop
+from star_jax.training.run import Run, TokenizerRun, settle
 
 
-def main(run: Run | TokenizerRun, out: Path) -> TrainState:
-    """Trains what `run` says in the folder `out`; the same call again goes on."""
-    startup.start()
-    logging.getLogger('absl').setLevel(logging.WARNING)
-    return loop.fit(job(run), out, Console())
+def main(run: Run | TokenizerRun, out: Path) -> bool:
+    """Trains what `run` says in the folder `out`; the same call again goes on.
+
+    Returns whether the run came to its end; else it was asked to stop, by SIGTERM or SIGINT, and
+    has saved where it is. Raises UserError for what was given wrong or a folder that another
+    process is training in, and RunError where a run cannot go on.
+    """
+    with faults.Stop() as stop, faults.disk_watched(out / loop.CHECKPOINTS):
+        startup.start()
+        logging.getLogger('absl').setLevel(logging.WARNING)
+        work = job(run)
+        with faults.lock(out):
+            return loop.fit(work, out, Console(), stop)
 
 
 def export(folder: Path, out: Path) -> Path:
@@ -45,6 +52,7 @@ def read_run(folder: Path) -> Run | TokenizerRun:
 
 def job(run: Run | TokenizerRun) -> loop.Job:
     """The parts of a run."""
+    run = settle(run)
     if isinstance(run, TokenizerRun):
         from star_jax.training.tokenizer import TokenizerJob
 

@@ -1,0 +1,26 @@
+"""The shipped transformer goes on with your own images: a folder of them, with captions.
+
+star-jax train configs/own_images.py --data.path my_images --out runs/mine
+
+A caption stands in cat.txt beside cat.png, or in a metadata.jsonl; a tenth of the images is held
+out. Some twenty images are learned by heart; for many more give more `--pace.steps`, and where
+scores on other images matter, watch the held-out loss in metrics.jsonl.
+"""
+
+from star_jax.checkpoint import models
+from star_jax.data.folder import Folder
+from star_jax.sampling.pipeline import Settings
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run
+from star_jax.training.schedules import LearningRate
+
+run = Run(
+    model=models.read(models.SHIPPED).config,
+    init=models.SHIPPED,
+    data=Folder(path='my_images'),
+    validation=Folder(split='validation'),
+    optimizer=AdamW(learning_rate=LearningRate(peak=5e-4, warmup_steps=20, shape='lin')),
+    pace=Pace(steps=300, log=10, sample=100, save=100),
+    batch=16,
+    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
+)
