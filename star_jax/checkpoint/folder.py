@@ -106,6 +106,11 @@ def read_tokenizer(folder: str | Path, tokenizers: Mapping[str, type]) -> Tokeni
     return _read_tokenizer(folder, _read_config(folder), tokenizers)
 
 
+def holds_tokenizer_alone(folder: str | Path) -> bool:
+    """Whether a model folder has no transformer; UserErrors as of `read`."""
+    return _read_config(Path(folder))['family'] == ALONE
+
+
 def find(place: str | Path) -> Path:
     """The folder that a user means: one on this machine or, of that form, a hub id `owner/name`.
 

@@ -21,6 +21,11 @@ def read_tokenizer(place: str | Path) -> folder.Tokenizer:
     return folder.read_tokenizer(locate(place), TOKENIZERS)
 
 
+def holds_tokenizer_alone(place: str | Path) -> bool:
+    """Whether the model folder at `place` has no transformer."""
+    return folder.holds_tokenizer_alone(locate(place))
+
+
 def locate(place: str | Path) -> Path:
     if str(place) == SHIPPED:
         return Path(__file__).parents[1] / SHIPPED

@@ -1,0 +1,135 @@
+"""`star-jax evaluate MODEL`"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from star_jax.checkpoint import config
+from star_jax.commands import arguments
+from star_jax.core import pictures
+from star_jax.errors import UserError
+from star_jax.evaluation import report, tables
+from star_jax.evaluation.groups import SHAPES
+from star_jax.evaluation.subject import Job, Subject
+from star_jax.parallel import startup
+from star_jax.sampling.pipeline import Settings
+
+USUAL = Settings()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Scores a model or a tokenizer on images that training never saw.
+
+    Of the tokenizer: PSNR, LPIPS (needs the extra lpips), how many codes each scale uses and how
+    evenly. Of the model: loss and accuracy of each scale. Of shapes: the share of pictures in which
+    everything that the caption says holds, read by rules; beside what is drawn stand the true
+    pictures and their reconstructions, which are the ceiling of any model. Of other sets:
+    KID-EffLite0 (needs the extra kid). A score of images has its 95 % interval. Of several values
+    of guidance, top-k, top-p or temperature every combination is drawn.
+
+    Example: star-jax evaluate shipped --only alignment --guidance 1 2 4 --out scores.json
+
+    Attributes:
+        model: a model or tokenizer folder, a hub id, or 'shipped'.
+        data: shapes, the folder of a prepared set, or a folder of captioned images.
+        splits: which parts of the set (by default all but those of training).
+        only: the parts of the report (by default all that fit model and set).
+        count: images per split and, of shapes, per number of objects.
+        seed: image i is drawn from seed + i; the intervals depend on it, too.
+        batch: images per run of a program.
+        guidance: STAR's cfg.
+        top_k: codes of which one is drawn (0: all).
+        top_p: share of their mass (0: all).
+        temperature: of the draws.
+        smooth: mix code vectors instead of drawing codes.
+        out: a file for the whole report, in JSON.
+        grid: a picture file for what is drawn from the first 16 captions.
+        text: another place of the model's text encoder, if it is not where the model says.
+        dtype: float32, or bfloat16 for accelerators.
+    """
+
+    model: tyro.conf.Positional[str]
+    data: str = SHAPES
+    splits: tuple[str, ...] = ()
+    only: tuple[Literal['tokenizer', 'lpips', 'loss', 'alignment', 'kid'], ...] = ()
+    count: int = 250
+    seed: int = 0
+    batch: int = 16
+    guidance: tuple[float, ...] = (USUAL.guidance,)
+    top_k: tuple[int, ...] = (USUAL.top_k,)
+    top_p: tuple[float, ...] = (USUAL.top_p,)
+    temperature: tuple[float, ...] = (USUAL.temperature,)
+    smooth: bool = USUAL.smooth
+    out: Path | None = None
+    grid: Path | None = None
+    text: str = ''
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+
+def main(words: Sequence[str]) -> int:
+    given = arguments.parse(Evaluate, words, 'evaluate')
+    job = _job(given)
+    for path in (given.out, given.grid):
+        _check_place(path)
+    startup.start()
+    console = Console()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+
+        def track(bits: Iterable, count: int, what: str) -> Iterable:
+            yield from progress.track(bits, total=count, description=what)
+
+        subject = Subject(job, track)
+        if given.grid is not None:
+            _check_draws(subject)
+        found = report.run(subject)
+        if given.grid is not None:
+            pictures.save_png(report.grid(subject, job.settings[0]), given.grid)
+    if given.out is not None:
+        config.write_json(given.out, config.to_json(found))
+    console.print(tables.summary(found), highlight=False, soft_wrap=True)
+    for table in tables.tables(found):
+        console.print(table)
+    return 0
+
+
+def _job(given: Evaluate) -> Job:
+    sweep = itertools.product(given.guidance, given.top_k, given.top_p, given.temperature)
+    try:
+        return Job(
+            place=given.model,
+            data=given.data,
+            splits=given.splits,
+            parts=given.only,
+            count=given.count,
+            seed=given.seed,
+            batch=given.batch,
+            settings=tuple(
+                Settings(guidance=g, top_k=k, top_p=p, temperature=t, smooth=given.smooth)
+                for g, k, p, t in sweep
+            ),
+            text=given.text,
+            dtype=given.dtype,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_place(path: Path | None) -> None:
+    """A UserError before the work begins, where its result could not be written."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f'{path} cannot be written: give a file in a folder that is there')
+
+
+def _check_draws(subject: Subject) -> None:
+    if subject.model is None:
+        raise UserError(f'{subject.job.place} holds a tokenizer alone: --grid needs a model')
