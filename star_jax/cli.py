@@ -18,6 +18,7 @@ COMMANDS = {
     'export': 'write the model folder of a run at any time',
     'data': 'prepare a data set, or look at one',
     'verify': 'compare recorded cases of the originals with this code',
+    'evaluate': 'score a model or a tokenizer on images that it never saw',
     'bench': 'measure sampling',
 }
 MODULES = {'train-tokenizer': 'train_tokenizer'}
