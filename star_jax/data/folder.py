@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from star_jax.core import pictures
-from star_jax.data import listing, photos, prepared, splits, verdicts
+from star_jax.data import listing, photos, pipeline, prepared, splits, verdicts
 from star_jax.data.listing import Fault
 from star_jax.data.pipeline import Example
 from star_jax.errors import UserError
@@ -134,6 +134,10 @@ class Source:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.entries[operator.index(index)].captions
 
+    def fingerprint(self) -> str:
+        """Of the names, sizes and times of change of the images, and of all captions."""
+        return pipeline.fingerprint(self, *self.entries)
+
     def _image(self, entry: Entry) -> np.ndarray:
         path = self.root / entry.name
         if verdicts.stamp(path) != entry.stamp:
@@ -166,6 +170,7 @@ def prepare(folder: Folder, out: Path, size: int) -> Summary:
     `folder.split` does not matter. Raises UserError as `Folder.open` and `prepared.write` do.
     """
     start = time.monotonic()
+    prepared.check_free(Path(out))  # before all images are read
     source = dataclasses.replace(folder, split='all').open(size)
     kept_back = splits.held_out([entry.name for entry in source.entries], folder.held_out)
     indices = collections.defaultdict(list)

@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import tensorflow_datasets as tfds
 
 from star_jax.core import pictures
+from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
 from star_jax.errors import UserError
 
@@ -80,7 +81,13 @@ class Prepared:
                 f'the set {self.path} has no split {self.split!r}: '
                 f'expected one of {", ".join(splits)}'
             ) from None
-        return _Records(config=self, size=size, records=records, features=builder.info.features)
+        return _Records(
+            config=self,
+            folder=Path(builder.data_path),
+            size=size,
+            records=records,
+            features=builder.info.features,
+        )
 
     def _require_fields(self, features: Mapping[str, Any]) -> None:
         for role, field in (
@@ -104,6 +111,7 @@ class Prepared:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Records:
     config: Prepared
+    folder: Path
     size: int
     records: Any
     features: Mapping[str, Any]
@@ -120,6 +128,11 @@ class _Records:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._texts(self.records[index], self.config.caption)
+
+    def fingerprint(self) -> str:
+        """Of the files' names and sizes, and of a few records."""
+        sizes = sorted((file.name, file.stat().st_size) for file in self.folder.iterdir())
+        return pipeline.fingerprint(self, *sizes)
 
     def _texts(self, record: Mapping[str, Any], field: str) -> tuple[str, ...]:
         feature, value = self.features[field], record[field]
@@ -145,10 +158,7 @@ def write(
     something else than a set.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not _replaceable(folder):
-        raise UserError(
-            f'{folder} holds something else than a prepared set: choose an empty folder'
-        )
+    check_free(folder)
     work = folder.with_name(f'.{folder.name}.partial')
     shutil.rmtree(work, ignore_errors=True)  # what an interrupted run left
     try:
@@ -171,6 +181,14 @@ def write(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError where `folder` holds something else than a prepared set."""
+    if folder.exists() and not _replaceable(folder):
+        raise UserError(
+            f'{folder} holds something else than a prepared set: choose an empty folder'
+        )
 
 
 class _Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -1,0 +1,597 @@
+"""A folder of anybody's images is a set: what is said of which, how it is cut, what is left out."""
+
+import dataclasses
+import io
+import itertools
+import json
+import logging
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from star_jax import cli
+from star_jax.checkpoint import config, models
+from star_jax.core import pictures
+from star_jax.data import folder, listing, photos, pipeline, splits, verdicts
+from star_jax.data.folder import Folder
+from star_jax.data.prepared import Prepared
+from star_jax.errors import UserError
+from star_jax.training import train
+from star_jax.training.run import settle
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """What is remembered of folders, apart for each test."""
+    cache = tmp_path_factory.mktemp('cache')
+    monkeypatch.setenv('STAR_JAX_CACHE', str(cache))
+    return cache
+
+
+def picture(width: int = 24, height: int = 18, seed: int = 0) -> Image.Image:
+    """Smooth, so that JPEG keeps it."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def add(root: Path, name: str, caption: str | None = None, **size: int) -> Path:
+    """A picture of its own with its caption beside it."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed=len(list(root.rglob('*'))), **size).save(path)
+    if caption is not None:
+        path.with_suffix('.txt').write_text(caption, 'utf-8')
+    return path
+
+
+def add_list(root: Path, name: str, *lines: dict | str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text('\n'.join(texts) + '\n', 'utf-8')
+
+
+def fill(root: Path, count: int = 20) -> Path:
+    """`count` pictures with one caption each."""
+    for index in range(count):
+        add(root, f'{index:02d}.png', f'picture {index}')
+    return root
+
+
+def captions(root: Path, **fields) -> dict[str, tuple[str, ...]]:
+    """What an opened folder says of which picture."""
+    source = Folder(path=str(root), split='all', **fields).open(16)
+    return {entry.name: source.captions(index) for index, entry in enumerate(source.entries)}
+
+
+# Layouts.
+
+
+def test_captions_stand_in_text_files_beside_images(tmp_path):
+    add(tmp_path, 'cat.png', 'a cat')
+    add(tmp_path, 'more/dog.JPG', '\ufeffa dog\n\n  a dog, running \n')
+    add(tmp_path, 'more/dog.v2.webp', 'another piñata')
+    assert captions(tmp_path) == {
+        'cat.png': ('a cat',),
+        'more/dog.JPG': ('a dog', 'a dog, running'),
+        'more/dog.v2.webp': ('another piñata',),
+    }
+
+
+@pytest.mark.parametrize('name', listing.LISTS)
+def test_captions_stand_in_a_list(tmp_path, name):
+    for image in ('a.png', 'sub/b.png', 'sub/c.png', 'd.png'):
+        add(tmp_path, image)
+    add_list(
+        tmp_path,
+        name,
+        {'file_name': 'a.png', 'text': 'an a', 'licence': 'mine'},
+        {'file_name': './sub/b.png', 'caption': 'a b'},
+        '',
+        {'image': 'sub\\c.png', 'captions': ['a c', ' ', 'see']},
+        {'image': 'd.png', 'caption': 'a d'},
+        {'image': 'd.png', 'caption': 'dee'},
+    )
+    assert captions(tmp_path) == {
+        'a.png': ('an a',),
+        'd.png': ('a d', 'dee'),
+        'sub/b.png': ('a b',),
+        'sub/c.png': ('a c', 'see'),
+    }
+
+
+def test_a_list_speaks_of_its_own_folder_and_before_text_files(tmp_path):
+    add(tmp_path, 'train/x/a.png', 'unheard')
+    add(tmp_path, 'train/b.png', 'heard')
+    add_list(tmp_path, 'train/metadata.jsonl', {'file_name': 'x/a.png', 'text': 'listed'})
+    assert captions(tmp_path) == {'train/b.png': ('heard',), 'train/x/a.png': ('listed',)}
+
+
+def test_another_column_can_be_named(tmp_path):
+    add(tmp_path, 'a.png')
+    add_list(tmp_path, 'metadata.jsonl', {'file_name': 'a.png', 'text': 'no', 'prompt': 'yes'})
+    assert captions(tmp_path, caption='prompt') == {'a.png': ('yes',)}
+
+
+def test_hidden_files_are_not_looked_at(tmp_path):
+    add(tmp_path, 'a.png', 'a')
+    add(tmp_path, '._a.png', 'what another system leaves')
+    add(tmp_path, '.trash/b.png', 'b')
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    assert len(source) == 1 and not source.faults
+
+
+# What is left out, and why.
+
+
+def damage(root: Path) -> Path:
+    path = add(root, 'bad.png', 'cut short', width=90, height=90)
+    path.write_bytes(path.read_bytes()[:-300])
+    return path
+
+
+def save(root: Path, image: Image.Image, name: str = 'bad.png') -> Path:
+    (root / 'bad.txt').write_text('a caption')
+    image.save(root / name)
+    return root / name
+
+
+def write(root: Path, data: bytes, name: str = 'bad.png') -> Path:
+    (root / 'bad.txt').write_text('a caption')
+    (root / name).write_bytes(data)
+    return root / name
+
+
+def enormous() -> bytes:
+    """A PNG whose header promises 20,000 x 20,000 pixels."""
+    file = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(file, 'PNG')
+    data = bytearray(file.getvalue())
+    data[16:24] = (20_000).to_bytes(4, 'big') * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
+    return bytes(data)
+
+
+def sixteen_bits() -> Image.Image:
+    return Image.fromarray(np.full((20, 20), 40_000, np.uint16))
+
+
+FAULTS = {
+    'cut short': (damage, photos.UNREADABLE, 'cut short or damaged'),
+    'empty file': (lambda root: write(root, b''), photos.UNREADABLE, 'the file is empty'),
+    'no image': (lambda root: write(root, b'hello'), photos.UNREADABLE, 'none of PNG, JPEG'),
+    'header alone': (lambda root: write(root, b'\xff\xd8\xff\xe0'), photos.UNREADABLE, 'damaged'),
+    'heic': (lambda root: write(root, b'\0\0\0 ftypheic', 'bad.heic'), photos.UNREADABLE, 'conv'),
+    '16 bits': (lambda root: save(root, sixteen_bits()), photos.WRONG_MODE, 'I;16'),
+    'floats': (
+        lambda root: save(root, Image.new('F', (20, 20)), 'bad.tif'),
+        photos.WRONG_MODE,
+        'are F',
+    ),
+    'lab': (lambda root: save(root, Image.new('LAB', (9, 9)), 'bad.tif'), photos.WRONG_MODE, 'LAB'),
+    'long': (lambda root: add(root, 'bad.png', 'x', width=61, height=20), 'aspect ratio', '61 x 2'),
+    'high': (lambda root: add(root, 'bad.jpg', 'x', width=20, height=61), 'aspect ratio', '3 : 1'),
+    'small': (lambda root: add(root, 'bad.png', 'x', width=5, height=3), 'too small', 'is 3 px, e'),
+    'one pixel': (lambda root: add(root, 'bad.png', 'x', width=1, height=1), 'too small', '4 for'),
+    'enormous': (lambda root: write(root, enormous()), photos.TOO_LARGE, '20000 x 20000 pixels'),
+    'no caption': (lambda root: add(root, 'bad.png'), listing.NO_CAPTION, 'no .txt lies beside'),
+    'empty caption': (lambda root: add(root, 'bad.png', ' \n\t'), listing.EMPTY_CAPTION, 'nothing'),
+    'latin-1': (
+        lambda root: [add(root, 'bad.png'), (root / 'bad.txt').write_bytes(b'pi\xf1ata')],
+        listing.NOT_UTF8,
+        'byte 2',
+    ),
+    'no picture': (
+        lambda root: (root / 'bad.txt').write_text('a'),
+        listing.NO_IMAGE,
+        'no image of that name',
+    ),
+}
+LINES = {
+    'gone': ('{"file_name": "gone.png", "text": "x"}', listing.NO_IMAGE, 'no gone.png'),
+    'outside': ('{"file_name": "../x.png", "text": "x"}', listing.NO_IMAGE, 'not lie in'),
+    'absolute': ('{"file_name": "/etc/passwd", "text": "x"}', listing.NO_IMAGE, 'not lie in'),
+    'nul': ('{"file_name": "a\\u0000.png", "text": "x"}', listing.NO_IMAGE, 'there is no'),
+    'long name': (json.dumps({'image': 'x' * 999, 'text': 'x'}), listing.NO_IMAGE, 'there is no'),
+    'blank': ('{"file_name": "ok.png", "text": "  "}', listing.EMPTY_CAPTION, 'nothing'),
+    'wordless': ('{"file_name": "ok.png", "label": 3}', listing.NO_CAPTION, 'no text or caption'),
+    'number': ('{"file_name": "ok.png", "text": 3}', listing.BAD_LINE, 'its caption is no text'),
+    'numbers': ('{"file_name": "ok.png", "text": ["a", 3]}', listing.BAD_LINE, 'is no text'),
+    'nameless': ('{"text": "x"}', listing.BAD_LINE, 'names no image'),
+    'no JSON': ('{"file_name": "ok.png", "text": "x"', listing.BAD_LINE, 'not JSON'),
+    'no object': ('["ok.png", "x"]', listing.BAD_LINE, 'no JSON object'),
+    'deep': ('[' * 100_000, listing.BAD_LINE, 'not JSON'),
+    'surrogate': ('{"file_name": "ok.png", "text": "\\ud800"}', listing.NOT_UTF8, 'half a char'),
+}
+
+
+@pytest.mark.parametrize(('make', 'kind', 'reason'), FAULTS.values(), ids=FAULTS)
+def test_a_bad_image_or_caption_is_named_counted_and_left_out(tmp_path, caplog, make, kind, reason):
+    add(tmp_path, 'good.png', 'good')
+    make(tmp_path)
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    assert [entry.name for entry in source.entries] == ['good.png']
+    (fault,) = source.faults
+    assert fault.kind == kind and fault.name.startswith('bad.') and reason in fault.reason
+    assert fault.name in caplog.text and reason in caplog.text
+    assert f'skipped 1 of 2 records: {kind} 1' in caplog.text
+
+
+@pytest.mark.parametrize(('line', 'kind', 'reason'), LINES.values(), ids=LINES)
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, kind, reason):
+    add(tmp_path, 'good.png', 'good')
+    add(tmp_path, 'ok.png')
+    spoken_of = {'file_name': 'ok.png', 'text': 'fine'}
+    add_list(tmp_path, 'metadata.jsonl', spoken_of, line)
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    (fault,) = source.faults
+    assert (fault.kind, fault.name) == (kind, 'metadata.jsonl, line 2') and reason in fault.reason
+    assert {entry.name: entry.captions for entry in source.entries} == {
+        'good.png': ('good',),
+        'ok.png': ('fine',),
+    }
+
+
+def test_a_line_that_is_not_utf8_spoils_no_other(tmp_path):
+    add(tmp_path, 'a.png')
+    lines = b'{"image": "a.png", "text": "pi\xf1ata"}\n{"image": "a.png", "text": "a"}'
+    (tmp_path / 'captions.jsonl').write_bytes(lines)
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    assert source.faults[0].kind == listing.NOT_UTF8 and source.captions(0) == ('a',)
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path, caplog):
+    add(tmp_path, 'a.png', 'a')
+    shutil.copy(tmp_path / 'a.png', bytes(tmp_path) + b'/pi\xf1ata.png')
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    assert [(f.kind, f.name) for f in source.faults] == [(listing.NOT_UTF8, 'pi\\xf1ata.png')]
+
+
+def test_the_log_names_the_first_of_a_kind_and_counts_all(tmp_path, caplog):
+    add(tmp_path, 'good.png', 'good')
+    for index in range(9):
+        add(tmp_path, f'bad{index}.png')
+    Folder(path=str(tmp_path), split='all').open(16)
+    assert caplog.text.count('no .txt lies beside') == folder.NAMED
+    assert 'skipped 9 of 10 records: no caption 9' in caplog.text
+
+
+def test_with_none_left_the_reasons_are_told(tmp_path):
+    damage(tmp_path)
+    add(tmp_path, 'b.png')
+    add(tmp_path, 'c.png')
+    with pytest.raises(UserError, match='no caption 2, unreadable image 1; the first is b.png'):
+        Folder(path=str(tmp_path)).open(16)
+
+
+def test_places_that_are_no_folder_of_images_are_told(tmp_path):
+    with pytest.raises(UserError, match='no folder of images was given.*--data.path'):
+        Folder().open(16)
+    with pytest.raises(UserError, match='nowhere is no folder'):
+        Folder(path=str(tmp_path / 'nowhere')).open(16)
+    with pytest.raises(UserError, match='holds no image.*metadata.jsonl'):
+        Folder(path=str(tmp_path)).open(16)
+    with pytest.raises(UserError, match="split 'test': choose one of train, validation, all"):
+        Folder(split='test')
+    with pytest.raises(UserError, match='share'):
+        Folder(held_out=1.0)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=60, deadline=None)
+def test_no_list_can_break_the_reading(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp('any')
+    for prefix in (b'', b'{"image": "a.png", "text": "', b'{"image": "'):
+        (root / 'captions.jsonl').write_bytes(prefix + data)
+        assert all(fault.reason for fault in listing.read(root).faults)
+
+
+@given(st.sampled_from(('PNG', 'JPEG', 'WEBP', 'GIF', 'TIFF', 'BMP')), st.data())
+@settings(max_examples=120, deadline=None)
+def test_no_damage_to_a_file_can_break_the_reading(tmp_path_factory, kind, data):
+    file = io.BytesIO()
+    picture().save(file, kind)
+    whole = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp('any') / 'x'
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    try:
+        assert photos.shorter_side(path) > 0
+    except photos.UnfitError as fault:
+        assert fault.kind and str(fault)
+
+
+# Sizes.
+
+
+def opened(path: Path, size: int) -> np.ndarray:
+    path.with_suffix('.txt').write_text('a caption')
+    return Folder(path=str(path.parent), split='all').open(size)[0]['image']
+
+
+@pytest.mark.parametrize('size', [8, 16, 33, 64])
+@pytest.mark.parametrize('sides', [(40, 40), (60, 24), (25, 71), (16, 17), (64, 64)])
+def test_the_centre_of_the_short_side_comes_by_lanczos(tmp_path, size, sides):
+    path = tmp_path / 'a.png'
+    image = picture(*sides)
+    image.save(path)
+    expected = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(opened(path, size), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ('mode', 'suffix'),
+    [
+        ('1', 'png'), ('L', 'jpg'), ('LA', 'png'), ('P', 'gif'), ('P', 'png'), ('RGB', 'webp'),
+        ('RGB', 'bmp'), ('RGBA', 'webp'), ('CMYK', 'jpg'), ('CMYK', 'tif'), ('YCbCr', 'tif'),
+    ],
+)  # fmt: skip
+def test_kinds_of_pixels_become_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f'a.{suffix}'
+    picture().convert('RGB').convert(mode).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode or (mode, suffix) == ('RGBA', 'webp')
+        expected = ImageOps.fit(image.convert('RGB'), (16, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(opened(path, 16), np.asarray(expected))
+
+
+def test_what_is_transparent_lies_on_white(tmp_path):
+    image = picture(16, 16).convert('RGBA')
+    image.putalpha(Image.new('L', (16, 8)).resize((16, 16)))
+    image.save(tmp_path / 'a.png')
+    assert (opened(tmp_path / 'a.png', 16) == 255).all()
+
+
+def test_images_stand_upright(tmp_path):
+    lying, exif = picture(40, 30), Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise to see it upright
+    lying.save(tmp_path / 'a.png', exif=exif)
+    upright = lying.transpose(Image.Transpose.ROTATE_270)
+    expected = ImageOps.fit(upright, (16, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(opened(tmp_path / 'a.png', 16), np.asarray(expected))
+
+
+def test_a_large_jpeg_is_reduced_by_its_decoder_and_looks_the_same(tmp_path):
+    image = picture(1600, 1200)
+    image.save(tmp_path / 'a.jpg', quality=95)
+    expected = ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS)
+    seen = opened(tmp_path / 'a.jpg', 32).astype(int)
+    assert np.abs(seen - np.asarray(expected)).max() <= 4
+
+
+def test_a_jpeg_of_twenty_thousand_pixels_is_read(tmp_path):
+    Image.new('L', (20_000, 9_000), 90).save(tmp_path / 'a.jpg')
+    assert photos.MOST_PIXELS < 20_000 * 9_000
+    np.testing.assert_allclose(opened(tmp_path / 'a.jpg', 16), 90, atol=1)
+
+
+def test_what_is_enlarged_is_counted(tmp_path, caplog):
+    add(tmp_path, 'a.png', 'a', width=9, height=4)
+    add(tmp_path, 'b.png', 'b', width=16, height=16)
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    assert source.enlarged == 1 and source[0]['image'].shape == (16, 16, 3)
+    assert '1 of 2 images are below 16 px and are enlarged' in caplog.text
+
+
+# Splits.
+
+
+def names(root: Path, split: str, held_out: float = 0.1) -> set[str]:
+    source = Folder(path=str(root), split=split, held_out=held_out).open(8)
+    return {entry.name for entry in source.entries}
+
+
+def test_splits_are_apart_and_whole(tmp_path):
+    fill(tmp_path)
+    train, validation = names(tmp_path, 'train', 0.3), names(tmp_path, 'validation', 0.3)
+    assert train and validation and not train & validation
+    assert train | validation == names(tmp_path, 'all', 0.3)
+
+
+def test_a_name_stays_in_its_split_when_others_come():
+    few = [f'{index}.png' for index in range(50)]
+    many = [f'{index}.png' for index in range(5_000)]
+    assert splits.held_out(few, 0.2) == splits.held_out(many, 0.2) & set(few)
+    assert 0.18 < len(splits.held_out(many, 0.2)) / 5_000 < 0.22
+
+
+@pytest.mark.parametrize('count', [2, 3, 5])
+@pytest.mark.parametrize('share', [0.01, 0.99])
+def test_two_images_are_never_in_one_split(count, share):
+    chosen = splits.held_out([f'{index}' for index in range(count)], share)
+    assert 0 < len(chosen) < count
+
+
+def test_a_split_of_nothing_is_told(tmp_path):
+    fill(tmp_path, 1)
+    assert names(tmp_path, 'train') == names(tmp_path, 'all') == {'00.png'}
+    with pytest.raises(UserError, match="use split='all'"):
+        names(tmp_path, 'validation')
+    fill(tmp_path, 5)
+    with pytest.raises(UserError, match='held_out 0'):
+        names(tmp_path, 'validation', 0.0)
+
+
+def test_each_fault_is_told_by_one_split_alone(tmp_path, caplog):
+    fill(tmp_path, 10)
+    for index in range(10):
+        add(tmp_path, f'bad{index}.png')
+    for split in ('train', 'validation'):
+        Folder(path=str(tmp_path), split=split, held_out=0.4).open(8)
+    told = [line for line in caplog.messages if 'no .txt lies beside' in line]
+    assert len(told) == len(set(told)) == 10
+
+
+# What is remembered.
+
+
+def test_a_second_opening_decodes_only_what_changed(tmp_path, monkeypatch):
+    fill(tmp_path, 6)
+    damage(tmp_path)
+    first = Folder(path=str(tmp_path), split='all').open(8)
+    looked = []
+
+    def look(path: Path) -> int:
+        looked.append(path.name)
+        return 99
+
+    monkeypatch.setattr(photos, 'shorter_side', look)
+    again = Folder(path=str(tmp_path), split='all').open(8)
+    assert not looked and (again.entries, again.faults) == (first.entries, first.faults)
+    add(tmp_path, '03.png', width=30, height=30)
+    assert len(Folder(path=str(tmp_path), split='all').open(8)) == 6 and looked == ['03.png']
+
+
+@pytest.mark.parametrize('content', ['', '{"form": ', '[]', '{"form": "0", "verdicts": 3}', 'x'])
+def test_a_damaged_memory_is_no_harm(tmp_path, cache, content):
+    fill(tmp_path, 3)
+    Folder(path=str(tmp_path), split='all').open(8)
+    (memory,) = (cache / 'folders').iterdir()
+    memory.write_text(content)
+    assert len(Folder(path=str(tmp_path), split='all').open(8)) == 3
+
+
+def test_without_a_place_to_remember_it_goes_on(tmp_path, cache, caplog):
+    fill(tmp_path, 3)
+    (cache / 'folders').write_text('in the way')
+    assert len(Folder(path=str(tmp_path), split='all').open(8)) == 3
+    assert 'read again' in caplog.text
+
+
+def test_an_interrupted_reading_keeps_what_is_done(tmp_path, monkeypatch):
+    fill(tmp_path, 6)
+    monkeypatch.setattr(verdicts, 'PART', 2)
+    monkeypatch.setattr(verdicts.startup, 'cores', lambda: 1)
+    real, looked = photos.shorter_side, []
+
+    def look(path: Path) -> int:
+        looked.append(path.name)
+        if len(looked) == 4:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(photos, 'shorter_side', look)
+    with pytest.raises(KeyboardInterrupt):
+        Folder(path=str(tmp_path), split='all').open(8)
+    looked.clear()
+    looked += ['x'] * 4
+    assert len(Folder(path=str(tmp_path), split='all').open(8)) == 6
+    assert looked[4:] == ['03.png', '04.png', '05.png']
+
+
+def test_a_picture_that_vanishes_or_changes_later_is_told(tmp_path):
+    fill(tmp_path, 2)
+    source = Folder(path=str(tmp_path), split='all').open(8)
+    (tmp_path / '00.png').unlink()
+    add(tmp_path, '01.png', width=31, height=31)
+    for index in range(2):
+        with pytest.raises(UserError, match=f'0{index}.png has vanished or changed'):
+            source[index]
+
+
+# A set like any other.
+
+
+def test_batches_hold_each_picture_with_its_caption(tmp_path):
+    fill(tmp_path, 5)
+    source = Folder(path=str(tmp_path), split='all').open(8)
+    truth = {source.captions(index)[0]: source[index]['image'] for index in range(5)}
+    batches = pipeline.batches(source, batch=5, seed=0, threads=4)
+    for batch in itertools.islice(batches, 3):
+        assert set(batch['caption']) == set(truth)
+        for caption, image in zip(batch['caption'], batch['image'], strict=True):
+            np.testing.assert_array_equal(image, truth[caption])
+    batches.close()
+
+
+def test_prepared_equals_in_place(tmp_path):
+    fill(tmp_path / 'mine', 12)
+    damage(tmp_path / 'mine')
+    done = folder.prepare(Folder(path=str(tmp_path / 'mine'), held_out=0.3), tmp_path / 'set', 16)
+    assert done.skipped == 1 and sum(done.images.values()) == 12
+    for split in ('train', 'validation'):
+        there = Prepared(path=str(tmp_path / 'set'), split=split).open(16)
+        here = Folder(path=str(tmp_path / 'mine'), split=split, held_out=0.3).open(16)
+        assert len(there) == len(here) == done.images[split]
+        expected = {here.captions(index): here[index]['image'] for index in range(len(here))}
+        for index in range(len(there)):
+            image = there[index]['image']
+            np.testing.assert_array_equal(image, expected.pop(there.captions(index)))
+
+
+def star_jax(capsys, *words: object) -> tuple[int, str]:
+    status = cli.main([str(word) for word in words])
+    return status, ''.join(capsys.readouterr())
+
+
+def test_the_commands_prepare_and_show(tmp_path, capsys):
+    fill(tmp_path / 'mine')
+    prepare = ('data', 'prepare', 'folder', tmp_path / 'mine')
+    status, said = star_jax(capsys, *prepare, tmp_path / 'set', '--size', 16)
+    assert status == 0 and 'train ' in said and '0 records skipped' in said
+    sheets = []
+    for place, split in (('mine', ''), ('set', ''), ('mine', 'validation')):
+        out = tmp_path / f'{place}{split}.png'
+        options = ('--split', split) if split else ()
+        show = ('data', 'show', tmp_path / place, '--size', 16, '--out', out, *options)
+        assert star_jax(capsys, *show)[0] == 0
+        sheets.append(pictures.load_image(out))
+    assert sheets[2].size < sheets[1].size <= sheets[0].size
+    status, said = star_jax(capsys, *prepare, tmp_path / 'mine')
+    assert status == 2 and 'something else' in said
+    status, said = star_jax(capsys, 'data', 'prepare', 'folder', tmp_path / 'set', tmp_path / 'x')
+    assert status == 2 and 'holds a prepared set' in said
+    status, said = star_jax(capsys, *prepare, '/proc/nowhere/set', '--size', 16)
+    assert status == 2 and 'cannot be written' in said
+
+
+def test_a_set_whose_pictures_vanish_while_it_is_prepared_is_not_written(tmp_path, monkeypatch):
+    fill(tmp_path / 'mine', 3)
+    monkeypatch.setattr(verdicts, 'stamp', lambda path: (len(path.name), next(counter)))
+    counter = itertools.count()
+    with pytest.raises(UserError, match='has vanished or changed'):
+        folder.prepare(Folder(path=str(tmp_path / 'mine')), tmp_path / 'set', 16)
+    assert [path.name for path in tmp_path.iterdir()] == ['mine']
+
+
+def test_a_folder_trains(tmp_path, caplog):
+    caplog.set_level(logging.ERROR)
+    fill(tmp_path / 'mine', 12)
+    run = dataclasses.replace(
+        tiny.STAR,
+        tokenizer=tiny.write_tokenizer(tmp_path / 'tokenizer'),
+        data=Folder(path=str(tmp_path / 'mine'), held_out=0.3),
+        validation=Folder(split='validation'),
+    )
+    job = train.job(run)
+    batches = job.batches(0)
+    _, scalars = job.step(0, job.init(), next(batches))
+    batches.close()
+    assert np.isfinite(float(scalars['loss']))
+
+
+def test_validation_without_a_path_is_that_of_the_data(tmp_path):
+    run = config.load_run(CONFIGS / 'own_images.py')
+    run = dataclasses.replace(run, data=Folder(path='mine', held_out=0.4, caption='prompt'))
+    settled = settle(run)
+    assert settled.validation == dataclasses.replace(run.data, split='validation')
+    config.write(tmp_path / 'config.json', settled)
+    assert settle(config.read(tmp_path / 'config.json', type(run))) == settled
+    assert settle(tiny.STAR) == tiny.STAR
+
+
+def test_own_images_go_on_from_the_shipped_model():
+    run = config.load_run(CONFIGS / 'own_images.py')
+    shipped = models.read(run.init)
+    assert run.model == shipped.config and run.tokenizer == run.init
+    assert isinstance(run.data, Folder) and isinstance(settle(run).validation, Folder)
