@@ -1,8 +1,16 @@
-"""How does a user's mistake reach the user?"""
+"""How does what goes wrong reach the user?"""
 
 
 class UserError(Exception):
     """A mistake of the user's: one sentence saying what was given, what was expected, what to do.
 
     The command line prints the sentence and exits with 2; it never shows a traceback for it.
+    """
+
+
+class RunError(Exception):
+    """Why a run cannot go on though nothing wrong was asked for: a full disk, a loss that is nan.
+
+    One sentence: what happened, what is safe, what to do. The command line prints it and exits
+    with 1; it never shows a traceback for it.
     """

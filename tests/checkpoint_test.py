@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from star_jax.checkpoint import training
+from star_jax.checkpoint import config, training
 from star_jax.errors import UserError
 
 
@@ -167,6 +167,16 @@ def tear_cut(step):
     os.truncate(largest, largest.stat().st_size // 2)
 
 
+def tear_flip(step):
+    """One bit of the arrays."""
+    largest = max(step.rglob('d/*'), key=lambda entry: entry.stat().st_size)
+    flip(largest, largest.stat().st_size // 2)
+
+
+def tear_notes(step):
+    flip(step / 'notes.json', 0)
+
+
 def tear_manifest(step):
     os.truncate(step / 'manifest.json', 10)
 
@@ -181,13 +191,22 @@ def tear_everything(step):
     step.mkdir()
 
 
+def flip(path, place):
+    """Turns over one bit of the byte at `place`."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     'tear, why',
     [
         (tear_missing, 'is missing'),
         (tear_cut, 'bytes, expected'),
+        (tear_flip, 'another checksum'),
+        (tear_notes, 'notes.json has another checksum'),
         (tear_manifest, 'list of files'),
-        (tear_metadata, 'metadata'),
+        (tear_metadata, 'state/_METADATA has another checksum'),
         (tear_everything, 'list of files'),
     ],
 )
@@ -207,6 +226,53 @@ def test_a_torn_step_is_named_and_skipped(two_steps, opened, caplog, capfd, tear
     assert_same(checkpoints.restore(first)[1], first)
     assert sorted(entry.name for entry in folder.iterdir()) == ['1', '2', 'torn-2']
     assert capfd.readouterr() == ('', '')
+
+
+def test_no_flipped_bit_of_any_file_changes_what_is_restored(two_steps, opened):
+    """Files that Orbax writes after the manifest are not in it, and hold nothing of the state."""
+    folder, first = two_steps
+    second = make_state(make_mesh(1, 1), seed=2)
+    step = folder / '2'
+    random = np.random.default_rng(0)
+    for path in sorted(path for path in step.rglob('*') if path.is_file()):
+        whole = path.read_bytes()
+        if not whole:
+            continue
+        flip(path, random.integers(len(whole)))
+        found, restored = opened(folder, read_only=True).restore(first)
+        assert_same(restored, {1: first, 2: second}[found])
+        if 'state' in path.parts or path.name == 'notes.json':
+            assert found == 1, path
+        path.write_bytes(whole)
+    assert opened(folder, read_only=True).restore(first)[0] == 2
+
+
+def test_notes_come_back_with_their_step(tmp_path, opened):
+    state = make_state(make_mesh(1, 1))
+    checkpoints = opened(tmp_path)
+    checkpoints.save(1, state, notes=[{'loss': 0.1}])
+    checkpoints.save(2, state)
+    checkpoints.wait()
+    assert [checkpoints.notes(step) for step in (1, 2, 3)] == [[{'loss': 0.1}], None, None]
+    assert training.newest_whole(tmp_path) == 2
+
+
+def test_a_manifest_of_sizes_alone_is_still_read(two_steps, opened):
+    """Steps saved before there were checksums."""
+    folder, first = two_steps
+    for step in ('1', '2'):
+        item = folder / step / 'state'
+        sizes = {
+            path.relative_to(item).as_posix(): path.stat().st_size
+            for path in item.rglob('*')
+            if path.is_file()
+        }
+        config.write_json(folder / step / 'manifest.json', sizes)
+        (folder / step / 'notes.json').unlink()
+    tear_cut(folder / '2')
+    checkpoints = opened(folder)
+    assert checkpoints.restore(first)[0] == 1
+    assert checkpoints.notes(1) is None
 
 
 def test_a_reader_leaves_the_folder_as_it_is(two_steps, opened):
@@ -237,7 +303,7 @@ def test_another_state_is_refused_and_named(two_steps, opened):
     assert sorted(entry.name for entry in folder.iterdir()) == ['1', '2']
 
 
-def test_a_failed_save_is_raised_by_wait(tmp_path, opened, monkeypatch):
+def test_a_failed_save_is_raised_as_soon_as_it_is_known(tmp_path, opened, monkeypatch):
     def fail(*_):
         raise OSError('no space left')
 
@@ -245,7 +311,8 @@ def test_a_failed_save_is_raised_by_wait(tmp_path, opened, monkeypatch):
     checkpoints = training.Checkpoints(tmp_path)
     checkpoints.save(1, make_state(make_mesh(1, 1)))
     with pytest.raises(OSError, match='no space left'):
-        checkpoints.wait()
+        while True:
+            checkpoints.check()
     monkeypatch.undo()
     assert opened(tmp_path).restore(make_state(make_mesh(1, 1))) is None
 

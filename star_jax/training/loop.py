@@ -4,9 +4,6 @@ The one loop: it restores, steps, reports, draws pictures and saves. What is tra
 """
 
 import dataclasses
-import json
-import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,22 +13,20 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from star_jax.checkpoint import config
 from star_jax.checkpoint.training import Checkpoints
-from star_jax.core import pictures
-from star_jax.errors import UserError
+from star_jax.errors import RunError, UserError
+from star_jax.training import report
+from star_jax.training.faults import Stop, state_flaw
+from star_jax.training.report import Report, Window
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.state import TrainState
 
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
-SAMPLES = 'samples'
-METRICS = 'metrics.jsonl'
+METRICS = report.METRICS
 MODEL = 'model'
-
-log = logging.getLogger(__name__)
 
 
 class Job(Protocol):
@@ -66,45 +61,104 @@ class Job(Protocol):
         """Writes a model folder."""
 
 
-def fit(job: Job, out: Path, console: Console) -> TrainState:
-    """Runs `job` to its end in the folder `out`, from where an earlier run in it stopped.
+def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
+    """Runs `job` in the folder `out` from where an earlier run in it stopped; whether to its end.
 
     Leaves `config.json`, `checkpoints/`, `samples/`, `metrics.jsonl`, event files and `model/`.
-    Raises UserError if `out` belongs to a run with another config.
+    Asked to `stop`, it finishes the step (with its pictures, if it has any) and saves.
+    Raises UserError if `out` belongs to a run with another config, and RunError if a loss or the
+    state is not finite any more: what was saved before stays, and nothing later is saved.
     """
-    pace = job.run.pace
     claim(out, job.run)
     _print_summary(job, console)
-    checkpoints = Checkpoints(out / CHECKPOINTS, keep=pace.keep)
-    restored = checkpoints.restore(job.abstract())
-    first, state = restored if restored else (0, job.init())
-    if first:
-        console.print(f'continuing from step {first}')
-    report = Report(out, first)
-    with _progress(console) as progress:
-        task = progress.add_task('training', total=pace.steps, completed=first, note='compiling')
-        window = Window(job.run.batch)
-        for step, batch in zip(range(first, pace.steps), job.batches(first), strict=False):
-            state, metrics = job.step(step, state, batch)
-            window.add(metrics)
-            done = step + 1
-            if done % pace.log == 0 or done == pace.steps:
-                scalars = window.close()
-                report.scalars(done, scalars)
-                note = f'loss {scalars["loss"]:.3f}, {scalars["images_per_second"]:.1f} images/s'
-                progress.update(task, completed=done, note=note)
-            if done % pace.sample == 0 or done == pace.steps:
-                report.scalars(done, job.evaluate(state))
-                report.picture(done, job.picture(state))
-                window.restart()
-            if done % pace.save == 0 or done == pace.steps:
-                checkpoints.save(done, state)
-                window.restart()
-    checkpoints.close()
-    report.close()
+    with Checkpoints(out / CHECKPOINTS, keep=job.run.pace.keep) as checkpoints:
+        restored = checkpoints.restore(job.abstract())
+        first, state = restored if restored else (0, job.init())
+        if first:
+            console.print(f'continuing from step {first}')
+        window = Window(job.run.batch, first, checkpoints.notes(first))
+        with Report(out, first) as told, _progress(console) as progress:
+            step, state = Course(job, checkpoints, window, told, progress).run(first, state, stop)
+    if step < job.run.pace.steps:
+        where = f'at step {step}, saved' if step else 'before the first step'
+        console.print(f'stopped {where}; the same command goes on')
+        return False
     job.export(state, out / MODEL)
     console.print(f'model folder: {out / MODEL}')
-    return state
+    return True
+
+
+class Course:
+    """The steps of a run, and what is due after each."""
+
+    def __init__(
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        window: Window,
+        told: Report,
+        progress: Progress,
+    ) -> None:
+        self._job, self._pace = job, job.run.pace
+        self._checkpoints, self._window = checkpoints, window
+        self._report, self._progress = told, progress
+
+    def run(self, first: int, state: TrainState, stop: Stop) -> tuple[int, TrainState]:
+        """Goes on from step `first` to the end, or until asked to stop; the step come to, saved."""
+        task = self._progress.add_task(
+            'training', total=self._pace.steps, completed=first, note='compiling'
+        )
+        batches = self._job.batches(first)
+        for step in range(first, self._pace.steps):
+            if stop.agreed(step, self._pace.log):
+                if step > first:
+                    self._save(step, state)
+                return step, state
+            state, metrics = self._job.step(step, state, next(batches))
+            self._window.add(metrics)
+            done = step + 1
+            if self._is_due(done, self._pace.log):
+                note = self._tell(done)
+                self._progress.update(task, completed=done, note=note)
+            if self._is_due(done, self._pace.sample):
+                self._report.scalars(done, self._job.evaluate(state))
+                self._report.picture(done, self._job.picture(state))
+                self._window.restart()
+            if self._is_due(done, self._pace.save):
+                self._save(done, state)
+                self._window.restart()
+        return self._pace.steps, state
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self._pace.steps
+
+    def _tell(self, done: int) -> str:
+        """Reports the scalars since the last time, and notices a save that has failed."""
+        self._refuse(self._window.flaw())
+        scalars = self._window.close()
+        self._report.scalars(done, scalars)
+        self._checkpoints.check()
+        return f'loss {scalars["loss"]:.3f}, {scalars["images_per_second"]:.1f} images/s'
+
+    def _save(self, done: int, state: TrainState) -> None:
+        self._refuse(self._window.flaw())
+        if flaw := state_flaw(state):
+            self._refuse(f'step {done}: {flaw}')
+        self._checkpoints.save(done, state, self._window.pending())
+
+    def _refuse(self, flaw: str | None) -> None:
+        """Raises a RunError if there is a flaw."""
+        if not flaw:
+            return
+        self._checkpoints.wait()
+        good = self._checkpoints.latest()
+        kept = f'the last good checkpoint is of step {good}' if good else 'nothing was saved yet'
+        peak = self._job.run.optimizer.learning_rate.peak
+        raise RunError(
+            f'{flaw}, so the run stopped; {kept}, and the same command would come to the same '
+            f'end: give another --out and a lower --optimizer.learning-rate.peak than {peak:g}'
+            + (', and --init with what `star-jax export` makes of this run' if good else '')
+        )
 
 
 def newest(job: Job, out: Path) -> TrainState | None:
@@ -132,70 +186,6 @@ def claim(out: Path, run: Run | TokenizerRun) -> None:
             f'{out} holds a run with another config ({"; ".join(changed)}): '
             'give the same settings to continue it, or another --out'
         )
-
-
-class Window:
-    """Means of the scalars since the last report, and the speed."""
-
-    def __init__(self, batch: int) -> None:
-        self._batch = batch
-        self._metrics: list[dict[str, jax.Array]] = []
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts the clock anew; what was not training does not count."""
-        self._begin = time.perf_counter()
-        self._counted = len(self._metrics)
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        self._metrics.append(metrics)
-
-    def close(self) -> dict[str, float]:
-        """The means, fetched; waits for the last step."""
-        fetched = jax.device_get(self._metrics)
-        seconds = time.perf_counter() - self._begin
-        steps = len(fetched) - self._counted
-        means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
-        self._metrics = []
-        self.restart()
-        return means | {'images_per_second': steps * self._batch / seconds}
-
-
-class Report:
-    """Scalars to `metrics.jsonl` and TensorBoard, pictures to `samples/` and TensorBoard.
-
-    What an interrupted run reported after `step` is dropped: the run reports it again.
-    """
-
-    def __init__(self, out: Path, step: int) -> None:
-        self._path = out / METRICS
-        self._samples = out / SAMPLES
-        self._samples.mkdir(exist_ok=True)
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        self._path.write_text(''.join(f'{line}\n' for line in kept))
-        self._events = SummaryWriter(str(out), purge_step=step + 1)
-
-    def scalars(self, step: int, scalars: dict[str, float]) -> None:
-        with self._path.open('a') as file:
-            file.write(json.dumps({'step': step, **scalars}) + '\n')
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
-
-    def picture(self, step: int, picture_hwc: np.ndarray) -> None:
-        pictures.save_png(picture_hwc, self._samples / f'{step:08d}.png')
-        self._events.add_image('samples', picture_hwc, step, dataformats='HWC')
-
-    def close(self) -> None:
-        self._events.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; a torn line counts as never reported."""
-    try:
-        return json.loads(line)['step']
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float('inf')
 
 
 def _progress(console: Console) -> Progress:
