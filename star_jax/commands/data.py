@@ -14,11 +14,12 @@ from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 
-USAGE = """usage: star-jax data prepare|show [...]   (each explains itself with --help)
+USAGE = """usage: star-jax data prepare|show|cache [...]   (each explains itself with --help)
 
   star-jax data prepare emoji sets/emoji          fetches and writes a captioned data set
   star-jax data prepare folder my_images sets/me  writes one of your own captioned images
   star-jax data show my_images                    draws a captioned grid of any of them
+  star-jax data cache configs/shapes.py           encodes the sets of a run once for all training
 """
 PREPARE_USAGE = """usage: star-jax data prepare emoji|folder [...]   (--help explains each)
 
@@ -100,7 +101,8 @@ class Show:
 
 
 def main(words: Sequence[str]) -> int:
-    return _choose({'prepare': _prepare, 'show': _show}, words, 'data', USAGE)
+    actions = {'prepare': _prepare, 'show': _show, 'cache': _cache}
+    return _choose(actions, words, 'data', USAGE)
 
 
 def _prepare(words: Sequence[str]) -> int:
@@ -153,6 +155,12 @@ def _show(words: Sequence[str]) -> int:
     path = show.show(source, given.out, given.count, given.columns, given.seed)
     sys.stdout.write(f'{path}\n')
     return 0
+
+
+def _cache(words: Sequence[str]) -> int:
+    from star_jax.commands import cache  # all of training, which the other actions do without
+
+    return cache.main(words)
 
 
 def _named(given: Show) -> Shapes | Prepared | Folder:

@@ -5,6 +5,7 @@ samples are drawn globally, and process p of P holds the p-th block of each glob
 continues where it stopped, on any number of processes.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypedDict
 
@@ -12,6 +13,8 @@ import grain
 import numpy as np
 
 from star_jax.errors import UserError
+
+TOUCHED = 16  # examples that a fingerprint looks at
 
 
 class Example(TypedDict):
@@ -39,6 +42,10 @@ class Source(Protocol):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Those of example `index`, without its image."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Another text when the set holds something else: what was made of it has then expired."""
         ...
 
 
@@ -129,8 +136,25 @@ def _collate(samples: Sequence[dict]) -> Batch:
 def spread(source: Source, count: int) -> Batch:
     """`count` examples, evenly spread over the source, with their first captions."""
     _require(source, count)
-    places = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
-    return _collate([_first_caption(source[int(place)]) for place in places])
+    return _collate([_first_caption(source[place]) for place in _places(source, count)])
+
+
+def fingerprint(source: Source, *facts: object) -> str:
+    """Hex digest of a set's length, of a few of its examples and of plain `facts` about the rest.
+
+    Raises UserError for an empty source.
+    """
+    _require(source, TOUCHED)
+    digest = hashlib.sha256(repr((len(source), facts)).encode())
+    for place in _places(source, TOUCHED):
+        example = source[place]
+        digest.update(example['image'].tobytes() + repr(example['captions']).encode())
+    return digest.hexdigest()
+
+
+def _places(source: Source, count: int) -> list[int]:
+    """Numbers of examples, evenly spread."""
+    return [int(n) for n in np.linspace(0, len(source) - 1, min(count, len(source)))]
 
 
 def pad(batch: Batch, rows: int) -> tuple[Batch, int]:

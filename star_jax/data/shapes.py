@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from star_jax.data import pipeline
 from star_jax.data.captions import captions
 from star_jax.data.pipeline import Example
 from star_jax.data.scenes import COLOURS, MAX_THINGS, SPLITS, Scene, Thing, scene
@@ -86,6 +87,10 @@ class Source:
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of picture `index`, without drawing it."""
         return self._captions(index, self.scene(index))
+
+    def fingerprint(self) -> str:
+        """Of the settings, and of what is drawn and said."""
+        return pipeline.fingerprint(self, self.shapes)
 
     def _captions(self, index: int, shown: Scene) -> tuple[str, ...]:
         every = captions(shown)

@@ -19,7 +19,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,12 +87,27 @@ class FeatureCache:
                 self._add(self._missing(captions), Progress(disable=True))
             return self._gather(keys)
 
-    def warm(self, captions: Sequence[str], progress: bool = True) -> None:
-        """Encodes and stores what is missing, with a progress bar; may be interrupted."""
-        with self._lock:
+    def warm(
+        self,
+        captions: Sequence[str],
+        progress: bool = True,
+        other: 'FeatureCache | None' = None,
+    ) -> None:
+        """Encodes and stores what is missing, with a progress bar; may be interrupted.
+
+        What an `other` cache of the same encoder knows is copied from there.
+        """
+        with self._lock, _bar(visible=progress) as bar:
+            if other and (known := other.known(self._missing(captions))):
+                self._add(known, bar, other.features)
             if missing := self._missing(captions):
-                with _bar(visible=progress) as bar:
-                    self._add(missing, bar)
+                self._add(missing, bar)
+
+    def known(self, captions: Sequence[str]) -> list[str]:
+        """Those of the captions that are on disk."""
+        with self._lock:
+            missing = set(self._missing(captions))
+        return [caption for caption in captions if caption not in missing]
 
     def _gather(self, keys: list[bytes]) -> Text:
         B, T, E = len(keys), self.encoder.length, self.encoder.width
@@ -108,14 +123,17 @@ class FeatureCache:
             pooled_BE[row] = segment.pooled[place]
         return Text(states_BTE=states_BTE, mask_BT=mask_BT, pooled_BE=pooled_BE)
 
-    def _add(self, missing: list[str], bar: Progress) -> None:
+    def _add(
+        self, missing: list[str], bar: Progress, encode: Callable[[list[str]], Text] | None = None
+    ) -> None:
+        encode = encode or self.encoder.encode
         task = bar.add_task('encoding captions', total=len(missing), rate='')
         start = time.monotonic()
         done = 0
         for segment in _split(missing, SEGMENT):
             parts = []
             for part in _split(segment, STEP):
-                parts.append((part, self.encoder.encode(part)))
+                parts.append((part, encode(part)))
                 done += len(part)
                 rate = f'{done / (time.monotonic() - start):.0f} captions/s'
                 bar.update(task, completed=done, rate=rate)

@@ -106,6 +106,8 @@ class Run:
         tokenizer: a model folder, a hub id, or 'shipped': the one in the package.
         text: the text encoder: package:NAME, a folder, or a hub id.
         features: text from a cache on disk, or computed inside the training program.
+        cache: a folder of `star-jax data cache`, for codes and text features ('': pictures are
+            encoded when they are needed, and features kept in the user's cache folder).
         data: captioned pictures.
         validation: those of the held-out scores and of the sample grids; without a path, of data.
         optimizer: the optimizer and its schedules.
@@ -125,6 +127,7 @@ class Run:
     tokenizer: str = 'shipped'
     text: str = DEFAULT
     features: Literal['cached', 'inside'] = 'cached'
+    cache: str = ''
     data: Data = Shapes()
     validation: Data = Shapes(split='validation', count=512)
     optimizer: AdamW = AdamW()

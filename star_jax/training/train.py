@@ -1,5 +1,6 @@
 """The story of a run."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from star_jax.checkpoint import config
 from star_jax.errors import UserError
 from star_jax.parallel import startup
+from star_jax.training import cache as caches
 from star_jax.training import faults, loop
 from star_jax.training.run import Run, TokenizerRun, settle
 
@@ -25,6 +27,19 @@ def main(run: Run | TokenizerRun, out: Path) -> bool:
         work = job(run)
         with faults.lock(out):
             return loop.fit(work, out, Console(), stop)
+
+
+def cache(run: Run) -> Path:
+    """Writes the codes and text features of a run's sets, and returns their folder.
+
+    Raises UserError where the folder holds something else or cannot be written.
+    """
+    startup.start()
+    run = settle(run)
+    folder = caches.place(run)
+    work = job(dataclasses.replace(run, cache=''))
+    work.origin.write(folder, work.pictures, work.encode)
+    return folder
 
 
 def export(folder: Path, out: Path) -> Path:

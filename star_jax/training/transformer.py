@@ -24,8 +24,8 @@ from star_jax.sampling import program
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
 from star_jax.text.tokens import Tokens
+from star_jax.training import cache, summary
 from star_jax.training import step as steps
-from star_jax.training import summary
 from star_jax.training.run import Run
 from star_jax.training.state import (
     TrainState,
@@ -53,9 +53,15 @@ class TransformerJob:
         self.tokenizer = vq.build()
         self.model = run.model.build(run.dtype, run.remat)
         self.optimizer = run.optimizer.build(run.pace.steps)
-        self.source = run.data.open(vq.resolution)
-        self.validation = run.validation.open(vq.resolution)
-        self.texts = FeatureCache(self.encoder)
+        self.pictures = {
+            'data': run.data.open(vq.resolution),
+            'validation': run.validation.open(vq.resolution),
+        }
+        self.origin = cache.Origin(run=run, tokenizer=self.source_of_codes, encoder=self.encoder)
+        place = Path(run.cache) if run.cache else None
+        sources = self.origin.read(place, self.pictures) if place else self.pictures
+        self.source, self.validation = sources['data'], sources['validation']
+        self.texts = FeatureCache(self.encoder, place)
         self.frozen = jax.device_put(
             {
                 'tokenizer': self.source_of_codes.params,
@@ -87,8 +93,9 @@ class TransformerJob:
         codes_BL = np.zeros((rows, self.model.schedule.length), np.int32)
         batch = {'codes': codes_BL, 'text': self._words([''] * rows)}
         flops = count_flops(self._train_on, nn.unbox(state), self.frozen, batch, jax.random.key(0))
-        images = np.zeros((rows, side, side, 3), np.uint8)
-        flops += count_flops(self._encode, self.frozen['tokenizer'], images)
+        if not self.run.cache:
+            images = np.zeros((rows, side, side, 3), np.uint8)
+            flops += count_flops(self._encode, self.frozen['tokenizer'], images)
         return summary.describe(state, self.model.schedule, flops, self.run, len(self.source))
 
     def abstract(self) -> TrainState:
@@ -101,7 +108,7 @@ class TransformerJob:
         return go_on_from(state, models.read(self.run.init).params, self.run.init)
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
-        if self.run.features == 'cached':
+        if self.run.features == 'cached' and not self.run.cache:
             captions = map(self.source.captions, range(len(self.source)))
             self.texts.warm(list(itertools.chain.from_iterable(captions)))
         for batch in pipeline.batches(
@@ -133,7 +140,7 @@ class TransformerJob:
 
     def picture(self, state: TrainState) -> np.ndarray:
         """Validation images over what is drawn from their captions."""
-        run, shown = self.run, pipeline.spread(self.validation, SHOWN)
+        run, shown = self.run, pipeline.spread(self.pictures['validation'], SHOWN)
         captions = shown['caption']
         params = {
             'model': program.cast(averaged(state), run.dtype),
@@ -144,6 +151,10 @@ class TransformerJob:
         keys_B = program.image_keys(range(len(captions)))
         images = self._draw(params, keys_B, text, empty if run.sampling.guidance else None, *drawn)
         return pictures.compare(shown['image'], np.asarray(images), captions, 'drawn')
+
+    def encode(self, images: np.ndarray) -> jax.Array:
+        """Codes [B, L] of this process's uint8 images [B, H, W, 3]."""
+        return self._encode(self.frozen['tokenizer'], rules.place(images, self.mesh))
 
     def export(self, state: TrainState, out: Path) -> None:
         model = folder.Model(
@@ -166,8 +177,10 @@ class TransformerJob:
 
     def _batch(self, batch: pipeline.Batch) -> dict[str, Any]:
         """Codes [B, L] and text, on the devices."""
-        images = rules.place(batch['image'], self.mesh)
-        codes_BL = self._encode(self.frozen['tokenizer'], images)
+        if self.run.cache:
+            codes_BL = rules.place(batch['codes'], self.mesh)
+        else:
+            codes_BL = self.encode(batch['image'])
         return {'codes': codes_BL, 'text': rules.place(self._words(batch['caption']), self.mesh)}
 
     def _words(self, captions: list[str]) -> Text | Tokens:

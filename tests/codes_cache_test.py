@@ -1,0 +1,252 @@
+"""Is training from cached codes training from images, and is a cache that does not fit refused?"""
+
+import dataclasses
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from star_jax.checkpoint import folder
+from star_jax.core import pictures
+from star_jax.data import codes
+from star_jax.data.folder import Folder
+from star_jax.data.shapes import Shapes
+from star_jax.errors import UserError
+from star_jax.evaluation import likelihood
+from star_jax.text import FeatureCache, TextEncoder
+from star_jax.text import load as load_text
+from star_jax.training import cache, train
+from star_jax.training.run import Run
+from star_jax.training.transformer import TransformerJob
+
+SHARD = 10  # examples: the tiny set then has five shards, the last one short
+
+
+@pytest.fixture(scope='module', autouse=True)
+def surroundings(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+        patch.setattr(codes, 'SHARD', SHARD)
+        yield
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Run:
+    place = tiny.write_tokenizer(tmp_path_factory.mktemp('tokenizer') / 'model')
+    return dataclasses.replace(tiny.STAR, tokenizer=place, data=Shapes(count=48, phrasings=2))
+
+
+@pytest.fixture(scope='module')
+def images(run) -> TransformerJob:
+    return TransformerJob(run)
+
+
+@pytest.fixture(scope='module')
+def made(run, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp('sets') / 'shapes.codes'
+    assert train.cache(dataclasses.replace(run, cache=str(place))) == place
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path) -> Path:
+    """A copy that a test may spoil: a cache can be moved."""
+    return Path(shutil.copytree(made, tmp_path / 'moved.codes'))
+
+
+def job(run: Run, place: Path, **changes) -> TransformerJob:
+    return TransformerJob(dataclasses.replace(run, cache=str(place), **changes))
+
+
+def losses(job: TransformerJob, steps: int) -> list[float]:
+    state, found = job.init(), []
+    for step, batch in enumerate(itertools.islice(job.batches(0), steps)):
+        state, metrics = job.step(step, state, batch)
+        found.append(float(metrics['loss']))
+    return found
+
+
+def test_codes_of_a_cache_are_those_of_the_tokenizer(run, images, made):
+    cached = job(run, made)
+    for name in ('data', 'validation'):
+        coded = cached.source if name == 'data' else cached.validation
+        source = images.pictures[name]
+        assert len(coded) == len(source)
+        shown = np.stack([source[n]['image'] for n in range(len(source))])
+        wanted = likelihood.encode(images.tokenizer, images.source_of_codes.params, shown)
+        found = np.stack([coded[n]['codes'] for n in range(len(source))])
+        assert found.dtype == np.int32 and found.max() > 0
+        np.testing.assert_array_equal(found, wanted)
+        assert all(coded[n]['captions'] == source[n]['captions'] for n in range(len(source)))
+    assert sorted(file.dtype for file in cached.source.shards) == [np.uint8] * 5
+
+
+def test_training_from_a_cache_is_training_from_images(run, images, made, monkeypatch):
+    """Over more than an epoch, with drawn captions and dropped ones, and the held-out scores."""
+    cached = job(run, made)
+    with monkeypatch.context() as patch:
+        for kind in (TransformerJob, TextEncoder):
+            patch.setattr(kind, 'encode', lambda *_: pytest.fail('a cached run encodes nothing'))
+        found, scores = losses(cached, 8), cached.evaluate(cached.init())
+    assert found == losses(images, 8)
+    assert scores == images.evaluate(images.init())
+    np.testing.assert_array_equal(cached.picture(cached.init()), images.picture(images.init()))
+
+
+def test_a_cache_serves_whatever_is_trained_on_it(run, made):
+    """Only what decides codes and features is compared."""
+    wider = dataclasses.replace(run.model, mlp_ratio=2.0)
+    job(run, made, model=wider, batch=16, seed=5, caption_drop=0.5)
+
+
+def test_text_features_are_copied_from_the_users_cache_not_encoded_again(
+    run, made, tmp_path, monkeypatch
+):
+    known = FeatureCache(load_text(run.text), made)
+    captions = ['a red circle', 'a blue square']
+    known.warm(captions)
+    other = FeatureCache(known.encoder, tmp_path)
+    monkeypatch.setattr(TextEncoder, 'encode', lambda *_: pytest.fail('encoded again'))
+    other.warm(captions, other=known)
+    for one, two in zip(other.features(captions), known.features(captions), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_another_tokenizer_is_refused(run, made, tmp_path):
+    params = jax.tree.map(np.copy, tiny.tokenizer_params())
+    params['quantiser']['codebook'][0] += 1e-3
+    folder.write(tmp_path / 'other', folder.Tokenizer(config=tiny.TOKENIZER.model, params=params))
+    with pytest.raises(UserError, match=r'another run \(tokenizer: .*star-jax data cache'):
+        job(run, made, tokenizer=str(tmp_path / 'other'))
+
+
+def test_other_scales_are_refused(run, made):
+    with pytest.raises(UserError, match=r'another run \(sides: '):
+        job(run, made, model=dataclasses.replace(run.model, sides=(1, 3, 4)))
+
+
+def test_another_text_encoder_is_refused(run, made, tmp_path):
+    other = Path(shutil.copytree(run.text, tmp_path / 'other'))
+    words = (other / 'config.json').read_text()
+    assert '1e-06' in words
+    (other / 'config.json').write_text(words.replace('1e-06', '1e-05'))
+    with pytest.raises(UserError, match=r'another run \(text: '):
+        job(run, made, text=str(other))
+
+
+@pytest.mark.parametrize(
+    ('field', 'change', 'named'),
+    [
+        ('data', {'count': 49}, r'data.count: 48 -> 49; .*examples: 48 -> 49'),
+        ('data', {'phrasings': 1}, r'data.phrasings: 2 -> 1'),
+        ('validation', {'split': 'held_out'}, r'validation.split: '),
+    ],
+)
+def test_another_set_is_refused(run, made, field, change, named):
+    with pytest.raises(UserError, match=named):
+        job(run, made, **{field: dataclasses.replace(getattr(run, field), **change)})
+
+
+def test_shapes_drawn_otherwise_are_refused(run, made, monkeypatch):
+    from star_jax.data import shapes
+
+    monkeypatch.setattr(shapes, 'RING_HOLE', 0.4)
+    with pytest.raises(UserError, match=r'another run \(pictures: '):
+        job(run, made)
+
+
+def test_a_cache_that_is_not_there_or_not_finished_is_refused(run, place, tmp_path):
+    with pytest.raises(UserError, match='holds no cached codes.*star-jax data cache'):
+        job(run, tmp_path / 'nothing')
+    next((place / 'data').glob('00003-*.npy')).unlink()
+    with pytest.raises(UserError, match='not complete, it lacks shard 3'):
+        job(run, place)
+
+
+@pytest.mark.parametrize('spoil', ['cut', 'flip'])
+def test_a_torn_shard_is_refused_and_made_again(run, made, place, spoil):
+    shard = next((place / 'data').glob('00002-*.npy'))
+    data = bytearray(shard.read_bytes())
+    if spoil == 'cut':
+        data = data[:-1]
+    else:
+        data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=f'{shard.name} is damaged'):
+        job(run, place)
+    train.cache(dataclasses.replace(run, cache=str(place)))
+    assert shards(place) == shards(made)
+
+
+def test_an_interrupted_cache_goes_on_where_it_stopped(tmp_path):
+    """Killed at any block, it is not taken for whole, and the same call completes it."""
+    count, key = 48, {'made': 'by a test', 'examples': 48}
+    rows = np.arange(count * 3, dtype=np.int32).reshape(count, 3)
+    asked = []
+
+    def encode(first: int, stop: int = count):
+        asked.append(first)
+        for start in range(first, count, 7):
+            if start >= stop:
+                raise KeyboardInterrupt
+            yield rows[start : start + 7]
+
+    for stop in (14, 21, 40):
+        with pytest.raises(KeyboardInterrupt):
+            codes.write(tmp_path / 'data', key, count, lambda first, stop=stop: encode(first, stop))
+        with pytest.raises(UserError, match='not complete'):
+            codes.read(tmp_path / 'data', key, range(count))
+    codes.write(tmp_path / 'data', key, count, encode)
+    assert asked == [0, 10, 20, 30]
+    whole = codes.read(tmp_path / 'data', key, range(count))
+    np.testing.assert_array_equal(np.concatenate(whole.shards), rows)
+    codes.write(tmp_path / 'data', key, count, lambda first: pytest.fail('it was whole'))
+
+    codes.write(tmp_path / 'data', key | {'made': 'otherwise'}, count, lambda _: [rows + 1])
+    other = codes.read(tmp_path / 'data', key | {'made': 'otherwise'}, range(count))
+    np.testing.assert_array_equal(np.concatenate(other.shards), rows + 1)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / 'thesis.txt').write_text('years of work')
+    with pytest.raises(UserError, match='something else than cached codes'):
+        codes.write(tmp_path, {'examples': 1}, 1, lambda _: [np.zeros((1, 3), np.int32)])
+    assert (tmp_path / 'thesis.txt').exists()
+
+
+def test_a_changed_folder_of_images_has_another_fingerprint(tmp_path):
+    def fingerprint() -> str:
+        return Folder(path=str(tmp_path), split='all').open(16).fingerprint()
+
+    colours = np.random.default_rng(0).integers(0, 256, (20, 3), dtype=np.uint8)
+    for number, colour in enumerate(colours):
+        picture = np.broadcast_to(colour, (16, 16, 3))
+        pictures.save_png(picture, tmp_path / f'{number}.png')
+        (tmp_path / f'{number}.txt').write_text(f'colour {number}')
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    (tmp_path / '7.txt').write_text('another colour')
+    seen.append(fingerprint())
+    os.utime(tmp_path / '11.png', ns=(1, 1))
+    seen.append(fingerprint())
+    (tmp_path / '5.png').unlink()
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4
+
+
+def test_a_cache_lies_beside_its_set(run, tmp_path):
+    beside = dataclasses.replace(run, data=Folder(path=str(tmp_path)))
+    assert cache.place(beside) == tmp_path.with_name(f'{tmp_path.name}.codes')
+    embedded = cache.place(run)
+    assert embedded.is_relative_to(os.environ['STAR_JAX_CACHE'])
+    assert embedded != cache.place(dataclasses.replace(run, tokenizer='shipped'))
+    assert cache.place(dataclasses.replace(run, cache='here')) == Path('here')
+
+
+def shards(place: Path) -> list[str]:
+    return sorted(path.name for path in (place / 'data').iterdir())
