@@ -22,6 +22,7 @@ from star_jax.evaluation.groups import SHAPES
 from star_jax.evaluation.reconstruction import Reconstructed
 from star_jax.evaluation.subject import Subject
 from star_jax.nn.perceptual import LEAST_SIDE, Lpips
+from star_jax.parallel import machine
 from star_jax.sampling.pipeline import Settings
 from star_jax.tokenizers import perceptual
 
@@ -53,8 +54,7 @@ def run(subject: Subject) -> dict[str, Any]:
         'count': job.count,
         'seed': job.seed,
         'dtype': job.dtype,
-        'jax': jax.__version__,
-        'device': jax.devices()[0].device_kind,
+        'environment': machine.describe(),
         'skipped': skipped,
     }
     kept = reconstruct(subject, networks.get(LPIPS)) if networks.keys() != {LOSS} else []
@@ -129,7 +129,7 @@ def alignment_rows(subject: Subject, made: Made) -> Rows:
         verdicts[TOGETHER] = [one for number in TOGETHER for one in verdicts[number,]]
         rows += [
             {'split': split, 'objects': list(objects), **how, **tally(some, subject.job.seed)}
-            for objects, some in sorted(verdicts.items())
+            for objects, some in verdicts.items()
         ]
     return rows
 
@@ -153,7 +153,7 @@ class Distances:
     def __init__(self, subject: Subject, network: EfficientNet) -> None:
         self._subject = subject
         self._network = jax.device_put(network)
-        self._program = jax.jit(EfficientNet.features)
+        self._program = jax.jit(lambda network, images: network.features(images))
         self._true = [self.features(group.images()) for group in subject.groups]
 
     def features(self, images: np.ndarray) -> np.ndarray:

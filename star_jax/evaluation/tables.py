@@ -4,15 +4,19 @@ from typing import Any
 
 from rich.table import Table
 
-from star_jax.evaluation.report import ALIGNMENT, KID, KID_NAME, LOSS, TOKENIZER
+from star_jax.evaluation.report import ALIGNMENT, DRAWN, KID, KID_NAME, LOSS, TOKENIZER
 from star_jax.evaluation.statistics import Score
 
-HOW = ('split', 'objects', 'pictures', 'settings')  # columns of a row that are no score
-PERCENT = '{:.1%}'
+HOW = ('split', 'objects', 'pictures', 'settings')  # fields of a row that are no score
+WORDS = ('split', 'pictures')
+PERCENT = 100
+THOUSAND = 1_000
+
+Row = dict[str, Any]
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """One for each part of a report of `report.run`."""
+    """One or two for each part of a report of `report.run`."""
     made = []
     if TOKENIZER in report:
         made += [_tokenizer(report[TOKENIZER]), _codes(report[TOKENIZER])]
@@ -27,84 +31,109 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def summary(report: dict[str, Any]) -> str:
     """What was scored on what, and what was not."""
-    head = (
+    lines = [
         f'{report["model"]} on {report["data"]} at {report["resolution"]} px, '
-        f'seed {report["seed"]}; in brackets the 95 % interval (bootstrap over images)'
-    )
-    return '\n'.join([head, *(f'skipped {part}: {why}' for part, why in report['skipped'].items())])
+        f'seed {report["seed"]}; in brackets 95 % intervals (bootstrap over images)'
+    ]
+    settings = [row['settings'] for row in _drawn(report)]
+    if settings:
+        same = {n: v for n, v in settings[0].items() if all(s[n] == v for s in settings)}
+        lines.append(f'drawn with {_name(same)}')
+    lines += [f'without {part}: {why}' for part, why in report['skipped'].items()]
+    return '\n'.join(lines)
 
 
-def _tokenizer(rows: list[dict]) -> Table:
+def _drawn(report: dict[str, Any]) -> list[Row]:
+    rows = report.get(ALIGNMENT, []) + report.get(KID, [])
+    return [row for row in rows if row['pictures'] == DRAWN]
+
+
+def _tokenizer(rows: list[Row]) -> Table:
     table = _table('What the tokenizer keeps', 'split', 'images', 'PSNR, dB', 'LPIPS', 'codes used')
     for row in rows:
-        ratio, distance = _show(row['psnr'], '{:.2f}'), _show(row['lpips'], '{:.4f}')
-        used = PERCENT.format(row['used'])
-        table.add_row(row['split'], str(row['images']), ratio, distance, used)
+        table.add_row(
+            row['split'],
+            str(row['images']),
+            _show(row['psnr'], 2),
+            _show(row['lpips'], 4),
+            f'{row["used"]:.1%}',
+        )
     return table
 
 
-def _codes(rows: list[dict]) -> Table:
-    table = _table('Codes by scale', 'split', 'side', 'used', 'perplexity')
+def _codes(rows: list[Row]) -> Table:
+    table = _table('Codes of each scale', 'split', 'side', 'used', 'perplexity')
     for row in rows:
         for scale in row['scales']:
-            cells = (PERCENT.format(scale['used']), f'{scale["perplexity"]:.1f}')
+            cells = (f'{scale["used"]:.1%}', f'{scale["perplexity"]:.1f}')
             table.add_row(row['split'], str(scale['side']), *cells)
+        table.add_section()
     return table
 
 
-def _loss(rows: list[dict]) -> Table:
-    table = _table('How codes are predicted', 'split', 'tokens', 'loss, nats', 'accuracy')
+def _loss(rows: list[Row]) -> Table:
+    table = _table('How codes are predicted', 'split', 'tokens', 'loss, nats', 'accuracy, %')
     for row in rows:
         for scale in [{'tokens': 'all', **row}, *row['scales']]:
-            cells = (_show(scale['loss'], '{:.3f}'), _show(scale['accuracy'], PERCENT))
+            cells = (_show(scale['loss'], 3), _show(scale['accuracy'], 1, PERCENT))
             table.add_row(row['split'], str(scale['tokens']), *cells)
+        table.add_section()
     return table
 
 
-def _alignment(rows: list[dict]) -> Table:
-    names = [name for name in rows[0] if name not in HOW]
-    table = _table('Pictures in which all that the caption says holds', *HOW, *names)
-    for row in rows:
-        cells = (_show(row[name], PERCENT, interval=name == names[0]) for name in names)
-        objects = ' or '.join(map(str, row['objects']))
-        table.add_row(row['split'], objects, row['pictures'], _settings(row), *cells)
+def _alignment(rows: list[Row]) -> Table:
+    """Rows that are about the same captions stand together."""
+    first, *attributes = [name for name in rows[0] if name not in HOW]
+    columns = ('split', 'objects', 'pictures', f'{first}, %', *attributes)
+    table = _table('Pictures in which what the caption says holds', *columns)
+    about = {(row['split'], *row['objects']): None for row in rows}
+    for key in about:
+        some = [row for row in rows if (row['split'], *row['objects']) == key]
+        for row in some:
+            cells = (_show(row[name], 0, PERCENT, interval=False) for name in attributes)
+            objects = ' or '.join(map(str, row['objects']))
+            made = _made(row, rows)
+            table.add_row(row['split'], objects, made, _show(row[first], 1, PERCENT), *cells)
+        table.add_section()
     return table
 
 
-def _kid(rows: list[dict]) -> Table:
-    table = _table(f'{KID_NAME} x 1000', 'split', 'images', 'pictures', 'settings', 'distance')
+def _kid(rows: list[Row]) -> Table:
+    table = _table('Distance', 'split', 'images', 'pictures', f'{KID_NAME}, x 1000')
     for row in rows:
         score = row[KID_NAME]
-        thousand = Score(
-            value=1e3 * score.value, low=1e3 * score.low, high=1e3 * score.high, count=score.count
-        )
-        cells = (row['pictures'], _settings(row), _show(thousand, '{:.2f}'))
-        table.add_row(row['split'], str(score.count), *cells)
+        cells = (str(score.count), _made(row, rows), _show(score, 2, THOUSAND))
+        table.add_row(row['split'], *cells)
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify='left')
     for column in columns:
-        words = column in HOW
-        table.add_column(column, justify='left' if words else 'right', overflow='fold')
+        table.add_column(column, justify='left' if column in WORDS else 'right')
     return table
 
 
-def _settings(row: dict) -> str:
+def _made(row: Row, rows: list[Row]) -> str:
+    """How pictures were made, with those settings in which the rows differ."""
     given = row['settings']
     if given is None:
-        return ''
-    if given['smooth']:
-        return f'guidance {given["guidance"]:g}, smooth'
+        return row['pictures']
+    others = [other['settings'] for other in rows if other['settings'] is not None]
+    own = {n: v for n, v in given.items() if any(other[n] != v for other in others)}
+    return ', '.join(filter(None, (row['pictures'], _name(own))))
+
+
+def _name(settings: dict[str, float | bool]) -> str:
     return ', '.join(
-        f'{name.replace("_", "-")} {given[name]:g}'
-        for name in ('guidance', 'top_k', 'top_p', 'temperature')
+        f'{name.replace("_", "-")} {value:g}' if value is not True else name
+        for name, value in settings.items()
+        if value is not False
     )
 
 
-def _show(score: Score | None, form: str, interval: bool = True) -> str:
+def _show(score: Score | None, digits: int, times: float = 1, interval: bool = True) -> str:
     if score is None:
         return '-'
-    value = form.format(score.value)
-    return f'{value} ({form.format(score.low)} to {form.format(score.high)})' if interval else value
+    value, low, high = (f'{times * x:.{digits}f}' for x in (score.value, score.low, score.high))
+    return f'{value} ({low} to {high})' if interval else value
