@@ -131,10 +131,13 @@ def holds(claims: Claims, scene: Scene) -> bool:
     )
 
 
+def lies(thing: Thing, place: str) -> bool:
+    """Whether a thing is there: 'top' is a row, so what is in the top left is at the top, too."""
+    return set(place.split()) <= set(thing.place.split())
+
+
 def _fits(mention: Mention, thing: Thing) -> bool:
-    """'top' claims no more than a row: a thing in the top left is at the top, too."""
-    place = set((mention.place or '').split())
-    return mention.size in (None, thing.size) and place <= set(thing.place.split())
+    return mention.size in (None, thing.size) and lies(thing, mention.place or '')
 
 
 def _bodies(things: tuple[Thing, ...]) -> Iterator[str]:
