@@ -1,0 +1,552 @@
+"""Whatever breaks in the night: is the run then the run to which nothing happened?"""
+
+import dataclasses
+import errno
+import fcntl
+import io
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from star_jax import cli
+from star_jax.checkpoint import config, models, weights
+from star_jax.checkpoint.training import UNFINISHED
+from star_jax.errors import RunError, UserError
+from star_jax.training import faults, loop, report, train
+from star_jax.training.run import Pace
+from star_jax.training.state import TrainState
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 900  # seconds until a run is taken for hung, on a busy machine
+LITTLE = 2**15  # bytes: enough for what a short run reports, too little for its checkpoint
+PACE = Pace(steps=14, log=5, sample=6, save=5)
+
+
+def nothing(place: str, step: int) -> None:
+    """What happens in a quiet night."""
+
+
+@jax.jit
+def walk(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    x = state.params['x'] * 1.1 + batch
+    state = state.replace(step=state.step + 1, params={'x': x})
+    return state, {'loss': x.mean(), 'other': x[0] / 3}
+
+
+class Walk:
+    """A job that is hardly any work. `happens` is told of every place that it comes to.
+
+    At step `bad` the scalar or array named `poisoned` becomes nan.
+    """
+
+    def __init__(
+        self,
+        happens: Callable[[str, int], None] = nothing,
+        poisoned: str = '',
+        bad: int = 0,
+    ) -> None:
+        self.run = dataclasses.replace(tiny.TOKENIZER, pace=PACE)
+        self._happens, self._poisoned, self._bad = happens, poisoned, bad
+
+    def summary(self) -> dict[str, str]:
+        return {}
+
+    def abstract(self) -> TrainState:
+        return jax.eval_shape(_begin)
+
+    def init(self) -> TrainState:
+        self._happens('init', 0)
+        return _begin()
+
+    def batches(self, step: int) -> Iterator[jax.Array]:
+        while True:
+            self._happens('batch', step)
+            yield jnp.float32(step)
+            step += 1
+
+    def step(
+        self, step: int, state: TrainState, batch: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        self._happens('step', step)
+        state, scalars = walk(state, batch)
+        if step + 1 == self._bad and self._poisoned in scalars:
+            scalars[self._poisoned] = jnp.float32(jnp.nan)
+        elif step + 1 == self._bad:
+            state = state.replace(params={'x': state.params['x'] * jnp.nan})
+        return state, scalars
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        self._happens('evaluate', int(state.step))
+        return {'validation/loss': float(state.params['x'][1])}
+
+    def picture(self, state: TrainState) -> np.ndarray:
+        self._happens('picture', int(state.step))
+        return np.zeros((4, 4, 3), np.uint8)
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        self._happens('export', int(state.step))
+        folder.mkdir(exist_ok=True)
+        np.save(folder / 'x.npy', np.asarray(state.params['x']))
+
+
+def _begin() -> TrainState:
+    return TrainState(jnp.int32(0), params={'x': jnp.arange(3.0)}, ema=None, opt=())
+
+
+def go(job: Walk, out: Path) -> tuple[bool, str]:
+    """What `train.main` does with a job: whether it came to its end, and what was said."""
+    said = Console(file=io.StringIO(), width=200)
+    with faults.Stop() as stop, faults.disk_watched(out / loop.CHECKPOINTS), faults.lock(out):
+        return loop.fit(job, out, said, stop), said.file.getvalue()
+
+
+def outcome(out: Path) -> tuple[list[dict], bytes, list[str]]:
+    """What a run leaves: metrics but for their speed, parameters, names of pictures."""
+    pictures = sorted(path.name for path in (out / report.SAMPLES).iterdir())
+    return metrics(out), (out / 'model' / 'x.npy').read_bytes(), pictures
+
+
+@pytest.fixture(scope='module')
+def quiet(tmp_path_factory):
+    """The outcome of a run to which nothing happens."""
+    out = tmp_path_factory.mktemp('quiet')
+    assert go(Walk(), out)[0]
+    return outcome(out)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Raises KeyboardInterrupt, even where the tests were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def send(number: int, place: str, step: int) -> Callable[[str, int], None]:
+    """Sends this process a signal at one place."""
+
+    def happens(*here: str | int) -> None:
+        if here == (place, step):
+            os.kill(os.getpid(), number)
+
+    return happens
+
+
+@pytest.mark.parametrize(
+    'number, place, step, end',
+    [
+        (signal.SIGTERM, 'init', 0, 'before the first step'),
+        (signal.SIGINT, 'batch', 0, 'at step 1, saved'),
+        (signal.SIGTERM, 'step', 6, 'at step 7, saved'),
+        (signal.SIGINT, 'evaluate', 6, 'at step 6, saved'),
+        (signal.SIGTERM, 'picture', 12, 'at step 12, saved'),
+        (signal.SIGINT, 'step', 9, 'at step 10, saved'),
+    ],
+)
+def test_a_signal_stops_a_run_after_its_step(quiet, tmp_path, number, place, step, end):
+    handlers = [signal.getsignal(number) for number in faults.SIGNALS]
+    ended, said = go(Walk(send(number, place, step)), tmp_path)
+    assert not ended and said.endswith(f'stopped {end}; the same command goes on\n')
+    assert [signal.getsignal(number) for number in faults.SIGNALS] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
+    assert go(Walk(), tmp_path)[0]
+    assert outcome(tmp_path) == quiet
+
+
+def test_a_signal_at_the_end_changes_nothing(quiet, tmp_path):
+    assert go(Walk(send(signal.SIGTERM, 'export', 14)), tmp_path)[0]
+    assert outcome(tmp_path) == quiet
+
+
+def test_stops_between_reports_add_up(quiet, tmp_path):
+    for step in (1, 2, 6, 7):
+        assert not go(Walk(send(signal.SIGTERM, 'step', step)), tmp_path)[0]
+    assert go(Walk(), tmp_path)[0]
+    assert outcome(tmp_path) == quiet
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    ends = []
+    monkeypatch.setattr(faults.os, '_exit', ends.append)
+    with faults.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # `timeout` and shells may send two
+        time.sleep(2 * faults.TOGETHER)
+        assert stop.asked and ends == []
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ends == [130]
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with faults.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    assert not stop.asked and signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+def test_only_the_main_thread_listens():
+    handlers = []
+
+    def enter() -> None:
+        with faults.Stop():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_all_processes_stop_at_the_same_step(monkeypatch):
+    """They ask each other at reports only; another one has had the signal."""
+    stop = faults.Stop()
+    assert not stop.agreed(10, every=5)
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        return np.stack([mine, True])
+
+    monkeypatch.setattr(faults.multihost_utils, 'process_allgather', gather)
+    assert [step for step in range(1, 12) if stop.agreed(step, every=5)] == [5, 10]
+
+
+def test_a_flipped_byte_costs_the_steps_since_the_checkpoint_before(quiet, tmp_path, caplog):
+    assert not go(Walk(send(signal.SIGTERM, 'step', 11)), tmp_path)[0]
+    newest = tmp_path / 'checkpoints' / '12' / 'state'
+    largest = max(newest.rglob('d/*'), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    ended, said = go(Walk(), tmp_path)
+    assert ended and 'continuing from step 10' in said
+    assert 'step 12 is torn and skipped' in caplog.text and largest.name in caplog.text
+    assert outcome(tmp_path) == quiet
+
+
+@pytest.mark.parametrize(
+    'poisoned, bad, named',
+    [
+        ('other', 8, 'step 8: other is nan'),
+        ('loss', 10, 'step 10: loss is nan'),
+        ('params/x', 7, 'step 8: loss is nan, other is nan'),
+        ('params/x', 10, 'step 10: params/x not finite after it'),
+    ],
+)
+def test_what_is_no_number_stops_the_run_and_is_not_saved(tmp_path, poisoned, bad, named):
+    with pytest.raises(RunError) as caught:
+        go(Walk(poisoned=poisoned, bad=bad), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f'{named}, so the run stopped')
+    assert 'last good checkpoint is of step 5' in message and '\n' not in message
+    assert '--optimizer.learning-rate.peak than 0.01' in message
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['5']
+    assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
+
+
+def test_a_stop_does_not_save_what_is_no_number(tmp_path):
+    job = Walk(send(signal.SIGTERM, 'step', 8), 'other', 7)
+    with pytest.raises(RunError, match='step 7: other is nan'):
+        go(job, tmp_path)
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['5']
+
+
+@pytest.mark.parametrize('place, step, kept', [('evaluate', 6, 5), ('step', 0, None)])
+def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(quiet, tmp_path, place, step, kept):
+    def happens(*here: str | int) -> None:
+        if here == (place, step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'samples/1.png')
+
+    with pytest.raises(RunError) as caught:
+        go(Walk(happens), tmp_path)
+    message = str(caught.value)
+    assert 'No space left on device: samples/1.png' in message
+    assert (f'checkpoint of step {kept} is whole' if kept else 'no checkpoint yet') in message
+    assert go(Walk(), tmp_path)[0]
+    assert outcome(tmp_path) == quiet
+
+
+def test_a_full_disk_is_known_by_its_words_and_through_other_errors(tmp_path):
+    with pytest.raises(RunError, match='File too large'), faults.disk_watched(tmp_path):
+        try:
+            raise ValueError('OUT_OF_RANGE: Failed to write to file 11: File too large')
+        except ValueError as error:
+            raise UserError('the cache cannot be written') from error
+    with pytest.raises(UserError), faults.disk_watched(tmp_path):
+        raise UserError('something else')
+
+
+def test_what_stops_a_run_is_one_sentence_and_status_1(monkeypatch, tmp_path, capsys):
+    def fail(*_: object) -> bool:
+        raise RunError('step 8: loss is nan')
+
+    monkeypatch.setattr(train, 'main', fail)
+    assert cli.main(['train-tokenizer', '--out', str(tmp_path)]) == 1
+    assert capsys.readouterr().err == 'star-jax train-tokenizer: step 8: loss is nan\n'
+
+
+HOLDER = """
+import fcntl, os, sys
+file = open(sys.argv[1], 'a+')
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(f'process {os.getpid()}')
+file.flush()
+print('locked', flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(quiet, tmp_path):
+    words = [sys.executable, '-S', '-c', HOLDER, str(tmp_path / faults.LOCK)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == 'locked\n'
+        with pytest.raises(UserError, match=f'in use by process {first.pid}.*another --out'):
+            go(Walk(), tmp_path)
+        assert not (tmp_path / 'config.json').exists()
+        first.kill()
+    assert go(Walk(), tmp_path)[0]
+    assert outcome(tmp_path) == quiet
+
+
+def test_a_run_locks_its_folder_and_lets_go_of_it(tmp_path):
+    with faults.lock(tmp_path):
+        said = f'in use by process {os.getpid()} on .* since'
+        with pytest.raises(UserError, match=said), faults.lock(tmp_path):
+            pass
+    with faults.lock(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with faults.lock(tmp_path):
+        pass
+    assert 'no locks here' in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot be written'), faults.lock(tmp_path / 'file' / 'x'):
+        pass
+
+
+# Real processes.
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory) -> dict[str, str]:
+    """That of a user's process: one host device per core."""
+    return os.environ | {
+        'PYTHONPATH': str(ROOT),
+        'STAR_JAX_CACHE': str(tmp_path_factory.mktemp('cache')),
+        'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+        # Compiling well takes longer than these runs.
+        'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    }
+
+
+def settings(command: str, folder: Path, steps: int) -> Path:
+    """The file of a tiny run."""
+    run = tiny.TOKENIZER
+    if command == 'train':
+        run = dataclasses.replace(tiny.STAR, tokenizer=tiny.write_tokenizer(folder / 'tokenizer'))
+    pace = Pace(steps=steps, log=1, sample=1000, save=10)
+    config.write(folder / 'run.json', dataclasses.replace(run, pace=pace))
+    return folder / 'run.json'
+
+
+def start(environment: dict[str, str], *words: object) -> subprocess.Popen:
+    """A process of its own, as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, '-m', 'star_jax', *map(str, words)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+SEVERAL = """
+import shlex, sys
+from star_jax import cli
+for line in sys.stdin:
+    print('status', cli.main(shlex.split(line)), flush=True)
+"""
+
+
+class Several:
+    """A process that obeys one command line after another, to start but once."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', SEVERAL],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self) -> 'Several':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def begin(self, *words: object) -> None:
+        self.process.stdin.write(' '.join(map(str, words)) + '\n')
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, str]:
+        """The exit status of the command line, and what it said."""
+        said = ''
+        for line in self.process.stdout:
+            if line.startswith('status '):
+                return int(line.removeprefix('status ')), said
+            said += line
+        return pytest.fail(f'the process ended:\n{said}')
+
+
+@pytest.mark.parametrize('command', ['train', 'train-tokenizer'])
+def test_a_run_that_meets_every_fault_ends_as_if_nothing_had_happened(
+    command, environment, tmp_path
+):
+    """kill -9 during a save, a full disk, SIGTERM: the same command each time, equal bit for bit."""
+    whole, torn = tmp_path / 'whole', tmp_path / 'torn'
+    words = (command, settings(command, tmp_path, steps=60))
+    for _ in range(3):  # a save may end between the look and the kill
+        with start(environment, *words, '--out', torn) as process:
+            wait_until(process, lambda: newest(torn) >= 10 and is_saving(torn))
+            process.kill()
+        if is_saving(torn):
+            break
+    assert process.returncode == -signal.SIGKILL and is_saving(torn)
+    saved = newest(torn)
+
+    with Several(environment) as several:
+        process = several.process
+        several.begin(*words, '--out', torn)
+        wait_until(process, lambda: newest(torn) > saved)
+        everything = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LITTLE, everything[1]))
+        status, said = several.end()
+        assert status == 1 and 'Traceback' not in said, said
+        assert f'continuing from step {saved}' in said
+        assert f'File too large), so the run stopped; the checkpoint of step {newest(torn)}' in said
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, everything)
+
+        several.begin(*words, '--out', torn)
+        wait_until(process, lambda: last_step(torn) in range(newest(torn) + 3, 60))
+        process.send_signal(signal.SIGTERM)
+        status, said = several.end()
+        assert status == 0 and f'stopped at step {newest(torn)}, saved' in said, said
+        assert newest(torn) < 60 and not (torn / 'model').exists()
+
+        for out in (torn, whole):
+            several.begin(*words, '--out', out)
+            status, said = several.end()
+            assert status == 0, said
+    assert_same(command, torn, whole, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', ['train', 'train-tokenizer'])
+def test_kill_at_ten_random_points(command, environment, tmp_path):
+    """While starting, between saves and during them: twenty points with both commands."""
+    steps, chance = 300, random.Random(0)
+    # A kill may leave half a program in the cache, which is then no cache for the other tests.
+    environment = environment | {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
+    whole, torn = tmp_path / 'whole', tmp_path / 'torn'
+    words = (command, settings(command, tmp_path, steps))
+    began = time.monotonic()
+    with start(environment, *words, '--out', whole) as process:
+        wait_until(process, lambda: last_step(whole) > 0)
+        start_up = time.monotonic() - began
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+
+    for point in range(10):
+        with start(environment, *words, '--out', torn) as process:
+            if point % 3 == 0:
+                time.sleep(chance.uniform(0, 1.2 * start_up))
+            else:
+                wait_for_steps(process, torn, chance.randrange(2, 25), saving=point % 3 == 1)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    with start(environment, *words, '--out', torn) as process:
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    assert_same(command, torn, whole, steps)
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, steps: int, saving: bool) -> None:
+    """Until a run that goes on has done so many steps, and then, perhaps, until it saves."""
+    lines = last_step(out)
+    wait_until(process, lambda: last_step(out) != lines)
+    reached = newest(out) + steps
+    wait_until(process, lambda: last_step(out) >= reached)
+    wait_until(process, lambda: is_saving(out) or not saving)
+
+
+def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f'the run ended before it could be interrupted:\n{process.stdout.read()}')
+        assert time.monotonic() < end, 'the run hangs'
+        time.sleep(0.001)
+
+
+def assert_same(command: str, torn: Path, whole: Path, steps: int) -> None:
+    """Two runs reported the same, at every step once, and end with the same parameters."""
+    assert metrics(torn) == metrics(whole)
+    assert [line['step'] for line in metrics(whole) if 'loss' in line] == [*range(1, steps + 1)]
+    read = models.read if command == 'train' else models.read_tokenizer
+    ended, never_stopped = (
+        weights.flatten(jax.device_get(read(out / 'model').params)) for out in (torn, whole)
+    )
+    assert ended.keys() == never_stopped.keys()
+    for name, array in never_stopped.items():
+        np.testing.assert_array_equal(ended[name], array, err_msg=name)
+
+
+def metrics(out: Path) -> list[dict]:
+    """What a run reported, but for its speed."""
+    lines = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines]
+
+
+def last_step(out: Path) -> int:
+    path = out / 'metrics.jsonl'
+    return path.read_text().count('\n') if path.exists() else 0
+
+
+def newest(out: Path) -> int:
+    """The newest checkpoint that is whole."""
+    found = (out / 'checkpoints').glob('*/manifest.json')
+    return max((int(path.parent.name) for path in found if path.parent.name.isdigit()), default=0)
+
+
+def is_saving(out: Path) -> bool:
+    """Whether a checkpoint is half written."""
+    return any(UNFINISHED in name for name in os.listdir(out / 'checkpoints'))
