@@ -431,7 +431,7 @@ class Several:
 def test_a_run_that_meets_every_fault_ends_as_if_nothing_had_happened(
     command, environment, tmp_path
 ):
-    """kill -9 during a save, a full disk, SIGTERM: the same command each time, equal bit for bit."""
+    """kill -9 during a save, a full disk, SIGTERM, then the same command: equal bit for bit."""
     whole, torn = tmp_path / 'whole', tmp_path / 'torn'
     words = (command, settings(command, tmp_path, steps=60))
     for _ in range(3):  # a save may end between the look and the kill
