@@ -1,14 +1,14 @@
 """`star-jax COMMAND`: where does a command line go?
 
 Every command is a module of `star_jax/commands` with `main(arguments) -> exit status`. A user's
-mistake ends in one sentence and exit status 2.
+mistake ends in one sentence and exit status 2, a run that cannot go on in one and exit status 1.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-from star_jax.errors import UserError
+from star_jax.errors import RunError, UserError
 
 COMMANDS = {
     'train': 'train a transformer on captioned images',
@@ -20,6 +20,7 @@ COMMANDS = {
     'verify': 'compare recorded cases of the originals with this code',
     'evaluate': 'score a model or a tokenizer on images that it never saw',
     'bench': 'measure sampling',
+    'study': 'train configs under equal conditions and compare them',
 }
 MODULES = {'train-tokenizer': 'train_tokenizer'}
 STOPPED = 130  # by ctrl-c, as shells have it
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f'star-jax {command}: {error}\n')
         return 2
+    except RunError as error:
+        sys.stderr.write(f'star-jax {command}: {error}\n')
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write(f'star-jax {command}: stopped\n')
         return STOPPED

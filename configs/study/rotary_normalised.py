@@ -1,0 +1,31 @@
+"""STAR's positions, and all that the configs beside this one share: minutes a run on two cores.
+
+star-jax study configs/study/*.py --seeds 0 1 2 --out runs/positions
+"""
+
+from star_jax.data.shapes import Shapes
+from star_jax.families.star import Star
+from star_jax.nn.positions import NormalisedRotary
+from star_jax.sampling.pipeline import Settings
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run
+from star_jax.training.schedules import LearningRate
+
+run = Run(
+    model=Star(
+        depth=3,
+        width=128,
+        heads=4,
+        sides=(1, 2, 4, 8),
+        codes=512,
+        channels=16,
+        text_width=384,
+        positions=NormalisedRotary(theta=100, extent=32),
+    ),
+    data=Shapes(count=6_000, objects=(1, 2)),
+    validation=Shapes(count=256, split='validation', objects=(1, 2)),
+    optimizer=AdamW(learning_rate=LearningRate(peak=2e-3, warmup_steps=40, shape='lin')),
+    pace=Pace(steps=600, log=20, sample=60, save=120, keep=1),
+    batch=16,
+    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
+)

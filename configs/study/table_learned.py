@@ -1,0 +1,10 @@
+"""A learned vector per token, as in VAR."""
+
+import dataclasses
+from pathlib import Path
+
+from star_jax.checkpoint.config import load_run
+from star_jax.nn.positions import Learned
+
+shared = load_run(Path(__file__).with_name('rotary_normalised.py'))
+run = dataclasses.replace(shared, model=dataclasses.replace(shared.model, positions=Learned()))
