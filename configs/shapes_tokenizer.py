@@ -1,4 +1,7 @@
-"""The shipped tokenizer, that of step 2,500 of this run: scenes of shapes at 64 px, 85 tokens."""
+"""The shipped tokenizer: scenes of one to three shapes at 64 px, 85 tokens, trained on two cores.
+
+Small batches: at equal time 8 images a step were 2 dB ahead of 32 after the first minute.
+"""
 
 from star_jax.data.shapes import Shapes
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -17,11 +20,12 @@ run = TokenizerRun(
     data=Shapes(count=200_000),
     validation=Shapes(count=512, split='validation'),
     optimizer=AdamW(
-        learning_rate=LearningRate(peak=1.5e-3, warmup_steps=200, end=0.02, shape='cos'),
+        learning_rate=LearningRate(peak=1e-3, warmup_steps=200, end=0.02, shape='lin'),
         weight_decay=0.0,
     ),
-    pace=Pace(steps=5_000, log=50, sample=500, save=250),
-    batch=32,
-    plain_steps=400,
-    ema=0.998,
+    pace=Pace(steps=30_000, log=100, sample=2_000, save=1_000),
+    batch=8,
+    plain_steps=1_000,
+    restart_every=100,
+    ema=0.999,
 )

@@ -444,7 +444,7 @@ def test_half_precision_ends_at_the_logits():
     assert np.abs(logits - fine).mean() < 0.05 * spread
 
 
-def test_recomputing_layers_changes_nothing():
+def test_recomputing_and_unrolling_layers_changes_nothing():
     family = FAMILIES['raw_adaln_without_level']()
     schedule, condition = family.model.schedule, family.rows(range(B))
     codes = np.random.default_rng(5).integers(0, V, (B, schedule.length))
@@ -453,12 +453,11 @@ def test_recomputing_layers_changes_nothing():
     def loss(params, model):
         return Index(V).nll(model.apply({'params': params}, inputs, condition), codes).mean()
 
-    recomputing = family.star.build(remat=True)
-    learn = [
-        jax.value_and_grad(functools.partial(loss, model=m)) for m in (family.model, recomputing)
-    ]
+    others = (family.star.build(remat=True), family.star.build(unroll=DEPTH))
+    learn = [jax.value_and_grad(functools.partial(loss, model=m)) for m in (family.model, *others)]
     values = [jax.device_get(compiled(run)(family.params['model'])) for run in learn]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *values)
+    for other in values[1:]:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), values[0], other)
     gradients = flatten(values[0][1])
     assert all(np.isfinite(leaf).all() for leaf in gradients.values())
     # The last scales, gates and biases included: everything takes part.

@@ -78,7 +78,7 @@ class Star:
     def schedule(self) -> Pyramid:
         return Pyramid.square(self.sides)
 
-    def build(self, dtype: str = 'float32', remat: bool = False) -> Transformer:
+    def build(self, dtype: str = 'float32', remat: bool = False, unroll: int = 1) -> Transformer:
         """The network, with activations of `dtype`."""
         std = (1 / (3 * self.width)) ** 0.5
         init = nn.initializers.normal(std)
@@ -123,6 +123,7 @@ class Star:
             level_embedding=self.level_embedding,
             modulator=LevelModulation(self.width, init) if self.shared_adaln else None,
             remat=remat,
+            unroll=unroll,
             dtype=dtype,
         )
 

@@ -117,6 +117,7 @@ class Transformer(nn.Module):
 
     `starter` makes the first rows and hands out the text, if there is any; `embedder` turns the
     tokenizer's inputs into rows; `modulator` makes the signal that every block is modulated by.
+    `unroll` layers are compiled side by side in each round of the scan over layers.
     """
 
     schedule: Schedule
@@ -132,6 +133,7 @@ class Transformer(nn.Module):
     level_embedding: bool = True
     modulator: nn.Module | None = None
     remat: bool = False
+    unroll: int = 1
     dtype: str = 'float32'
 
     def setup(self) -> None:
@@ -145,6 +147,7 @@ class Transformer(nn.Module):
             'variable_axes': {'params': 0},
             'split_rngs': {'params': True},
             'length': self.depth,
+            'unroll': self.unroll,
             'metadata_params': {nn.PARTITION_NAME: 'layers'},
         }
         methods = {

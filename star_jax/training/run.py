@@ -117,6 +117,8 @@ class Run:
         ema: decay of the averaged parameters (0: none are kept).
         dtype: of the activations; bfloat16 for accelerators.
         remat: compute activations again in the backward pass, to save memory.
+        unroll: layers compiled side by side; more is faster where layers are small (CPU), and
+            takes longer to compile.
         sampling: how the sample grids are drawn.
         mesh: how the devices are arranged.
         seed: of the parameters and the order of the data.
@@ -137,6 +139,7 @@ class Run:
     ema: float = 0.0
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     remat: bool = False
+    unroll: int = 1
     sampling: Settings = Settings()
     mesh: MeshShape = MeshShape()
     seed: int = 0
@@ -145,6 +148,8 @@ class Run:
         _check_common(self)
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')
+        if self.unroll < 1:
+            raise ValueError(f'unroll counts layers, at least 1, not {self.unroll}')
 
 
 def settle(run: Run | TokenizerRun) -> Run | TokenizerRun:

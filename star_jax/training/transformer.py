@@ -51,7 +51,7 @@ class TransformerJob:
         vq = self.source_of_codes.config.at(run.model.sides)
         _check_fit(run, vq.codes, vq.channels, self.encoder.width)
         self.tokenizer = vq.build()
-        self.model = run.model.build(run.dtype, run.remat)
+        self.model = run.model.build(run.dtype, run.remat, run.unroll)
         self.optimizer = run.optimizer.build(run.pace.steps)
         self.pictures = {
             'data': run.data.open(vq.resolution),
