@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
 from star_jax.checkpoint import config
 from star_jax.commands import arguments
@@ -80,20 +80,15 @@ def main(words: Sequence[str]) -> int:
     for path in (given.out, given.grid):
         _check_place(path)
     startup.start()
-    console = Console()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-
-        def track(bits: Iterable, count: int, what: str) -> Iterable:
-            yield from progress.track(bits, total=count, description=what)
-
-        subject = Subject(job, track)
-        if given.grid is not None:
-            _check_draws(subject)
-        found = report.run(subject)
-        if given.grid is not None:
-            pictures.save_png(report.grid(subject, job.settings[0]), given.grid)
+    subject = Subject(job, _track)
+    if given.grid is not None and subject.model is None:
+        raise UserError(f'{given.model} holds a tokenizer alone: --grid needs a model')
+    found = report.run(subject)
+    if given.grid is not None:
+        pictures.save_png(report.grid(subject, job.settings[0]), given.grid)
     if given.out is not None:
         config.write_json(given.out, config.to_json(found))
+    console = Console()
     console.print(tables.summary(found), highlight=False, soft_wrap=True)
     for table in tables.tables(found):
         console.print(table)
@@ -130,6 +125,7 @@ def _check_place(path: Path | None) -> None:
         raise UserError(f'{path} cannot be written: give a file in a folder that is there')
 
 
-def _check_draws(subject: Subject) -> None:
-    if subject.model is None:
-        raise UserError(f'{subject.job.place} holds a tokenizer alone: --grid needs a model')
+def _track(bits: Iterable, count: int, what: str) -> Iterable:
+    """The bits, with a bar on stderr that goes away."""
+    console = Console(stderr=True)
+    return track(bits, total=count, description=what, console=console, transient=True)

@@ -20,12 +20,13 @@ def score(real_ND: np.ndarray, made_ND: np.ndarray, seed: int) -> Score:
     subsets, as is usual: those share most of their images, and their mean varies too little.
     """
     surprise_NN = compare(real_ND, made_ND)
+    count = len(surprise_NN)
     resampled = [
-        _pairs_mean(surprise_NN, weights_RN)
-        for weights_RN in statistics.resamples(len(surprise_NN), seed)
+        _pairs_mean(surprise_NN, weights_RN[weights_RN.max(-1) < count])  # of one image: no pair
+        for weights_RN in statistics.resamples(count, seed)
     ]
-    value = _pairs_mean(surprise_NN, np.ones((1, len(surprise_NN))))
-    return statistics.interval(float(value[0]), np.concatenate(resampled), len(surprise_NN))
+    value = _pairs_mean(surprise_NN, np.ones((1, count)))
+    return statistics.interval(float(value[0]), np.concatenate(resampled), count)
 
 
 def compare(real_ND: np.ndarray, made_ND: np.ndarray) -> np.ndarray:

@@ -14,12 +14,21 @@ import jax
 import numpy as np
 
 from star_jax.core import pictures
-from star_jax.data.captions import claims, holds
 from star_jax.errors import UserError
-from star_jax.evaluation import efficientnet, kid, prediction, reader, reconstruction, statistics
+from star_jax.evaluation import (
+    alignment,
+    efficientnet,
+    kid,
+    prediction,
+    reader,
+    reconstruction,
+    statistics,
+)
+from star_jax.evaluation.alignment import Alignment
 from star_jax.evaluation.efficientnet import EfficientNet
 from star_jax.evaluation.groups import SHAPES
 from star_jax.evaluation.reconstruction import Reconstructed
+from star_jax.evaluation.statistics import Score
 from star_jax.evaluation.subject import Subject
 from star_jax.nn.perceptual import LEAST_SIDE, Lpips
 from star_jax.parallel import machine
@@ -120,7 +129,7 @@ def alignment_rows(subject: Subject, made: Made) -> Rows:
     """Whether what captions say holds in their pictures, for each number of objects."""
     how, images = made
     found = [
-        (group.objects, [judge(*pair) for pair in zip(some, group.captions, strict=True)])
+        (group.objects, list(map(alignment.judge, some, group.captions)))
         for group, some in zip(subject.groups, images, strict=True)
     ]
     rows = []
@@ -134,17 +143,14 @@ def alignment_rows(subject: Subject, made: Made) -> Rows:
     return rows
 
 
-def judge(image: np.ndarray, caption: str) -> dict[str, bool | None]:
-    scene = reader.read(image)
-    return {'aligned': scene is not None and holds(claims(caption), scene)}
-
-
-def tally(verdicts: Sequence[dict[str, bool | None]], seed: int) -> dict[str, Any]:
-    """The share of the pictures in which each attribute that a caption claims is as it says."""
-    said = {name: [one[name] for one in verdicts if one[name] is not None] for name in verdicts[0]}
-    return {
-        name: statistics.mean(np.array(held), seed) if held else None for name, held in said.items()
-    }
+def tally(verdicts: Sequence[Alignment], seed: int) -> dict[str, Score | None]:
+    """The share of the pictures in which each attribute that their caption claims is so."""
+    shares: dict[str, Score | None] = {}
+    for field in dataclasses.fields(Alignment):
+        said = [getattr(verdict, field.name) for verdict in verdicts]
+        held = [one for one in said if one is not None]
+        shares[field.name] = statistics.mean(np.array(held), seed) if held else None
+    return shares
 
 
 class Distances:
