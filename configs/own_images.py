@@ -22,5 +22,6 @@ run = Run(
     optimizer=AdamW(learning_rate=LearningRate(peak=5e-4, warmup_steps=20, shape='lin')),
     pace=Pace(steps=300, log=10, sample=100, save=100),
     batch=16,
+    unroll=4,
     sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
 )
