@@ -128,4 +128,11 @@ def _check_place(path: Path | None) -> None:
 def _track(bits: Iterable, count: int, what: str) -> Iterable:
     """The bits, with a bar on stderr that goes away."""
     console = Console(stderr=True)
-    return track(bits, total=count, description=what, console=console, transient=True)
+    return track(
+        bits,
+        total=count,
+        description=what,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
