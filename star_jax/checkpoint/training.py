@@ -9,10 +9,12 @@ byte and is the fastest of the standard library (measured 6.2 GB/s on one core w
 sha256 1.7, blake2b 1.0): faults are looked for here, not forgery.
 """
 
+import contextlib
 import logging
 import os
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -207,6 +209,26 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _is_same_form(saved: Any, wanted: Any) -> bool:
     return (tuple(saved.shape), saved.dtype) == (tuple(wanted.shape), wanted.dtype)
+
+
+@contextlib.contextmanager
+def failed_saves_hushed() -> Iterator[None]:
+    """Keeps one failed save from being told many times.
+
+    Orbax raises the first error and closes its event loop; the other arrays still being written
+    then find it closed, and each would have Python print a traceback that nobody can catch.
+    """
+    told = sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            told(unraisable)
+
+    sys.unraisablehook = tell
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
 
 
 def newest_whole(folder: str | Path) -> int | None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from star_jax.checkpoint.training import newest_whole
+from star_jax.checkpoint.training import failed_saves_hushed, newest_whole
 from star_jax.errors import RunError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -147,7 +147,8 @@ def _in_use(out: Path) -> str:
 def disk_watched(checkpoints: Path) -> Iterator[None]:
     """Turns what a full disk makes fail into a RunError that names the newest whole checkpoint."""
     try:
-        yield
+        with failed_saves_hushed():
+            yield
     except Exception as error:
         if (reason := _full_disk(error)) is None:
             raise
