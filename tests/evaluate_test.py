@@ -228,7 +228,7 @@ def evaluate(out: Path, *words: object) -> dict:
 def caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
-        patch.setenv('COLUMNS', '160')
+        patch.setenv('COLUMNS', '80')
         yield
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from star_jax.evaluation.report import ALIGNMENT, DRAWN, KID, KID_NAME, LOSS, TOKENIZER
@@ -9,6 +10,7 @@ from star_jax.evaluation.statistics import Score
 
 HOW = ('split', 'objects', 'pictures', 'settings')  # fields of a row that are no score
 WORDS = ('split', 'pictures')
+HYPHENS = {'relations': 'rela-\ntions', 'background': 'back-\nground'}  # for narrow terminals
 PERCENT = 100
 THOUSAND = 1_000
 
@@ -24,6 +26,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         made.append(_loss(report[LOSS]))
     if ALIGNMENT in report:
         made.append(_alignment(report[ALIGNMENT]))
+        made += _attributes(report[ALIGNMENT])
     if KID in report:
         made.append(_kid(report[KID]))
     return made
@@ -49,13 +52,13 @@ def _drawn(report: dict[str, Any]) -> list[Row]:
 
 
 def _tokenizer(rows: list[Row]) -> Table:
-    table = _table('What the tokenizer keeps', 'split', 'images', 'PSNR, dB', 'LPIPS', 'codes used')
+    table = _table('What the tokenizer keeps', 'split', 'images', 'PSNR, dB', 'LPIPS', 'used')
     for row in rows:
         table.add_row(
             row['split'],
             str(row['images']),
             _show(row['psnr'], 2),
-            _show(row['lpips'], 4),
+            _show(row['lpips'], 3),
             f'{row["used"]:.1%}',
         )
     return table
@@ -82,20 +85,44 @@ def _loss(rows: list[Row]) -> Table:
 
 
 def _alignment(rows: list[Row]) -> Table:
-    """Rows that are about the same captions stand together."""
-    first, *attributes = [name for name in rows[0] if name not in HOW]
-    columns = ('split', 'objects', 'pictures', f'{first}, %', *attributes)
-    table = _table('Pictures in which what the caption says holds', *columns)
-    about = {(row['split'], *row['objects']): None for row in rows}
-    for key in about:
-        some = [row for row in rows if (row['split'], *row['objects']) == key]
+    table = _table(
+        'Pictures in which all that the caption says holds', 'split', 'objects', 'pictures', '%'
+    )
+    for some in _about_the_same(rows, 'split', 'objects'):
         for row in some:
-            cells = (_show(row[name], 0, PERCENT, interval=False) for name in attributes)
-            objects = ' or '.join(map(str, row['objects']))
-            made = _made(row, rows)
-            table.add_row(row['split'], objects, made, _show(row[first], 1, PERCENT), *cells)
+            share = _show(row['all'], 1, PERCENT)
+            table.add_row(row['split'], _objects(row), _made(row, rows), share)
         table.add_section()
     return table
+
+
+def _attributes(rows: list[Row]) -> list[Table]:
+    """What of it holds, in percent: a table for each split."""
+    names = [name for name in rows[0] if name not in (*HOW, 'all')]
+    tables = []
+    for split in _about_the_same(rows, 'split'):
+        title = f'What of it holds, %: {split[0]["split"]}'
+        table = _table(title, 'objects', 'pictures', *(HYPHENS.get(name, name) for name in names))
+        table.padding = 0
+        for some in _about_the_same(split, 'objects'):
+            for row in some:
+                cells = (_show(row[name], 0, PERCENT, interval=False) for name in names)
+                table.add_row(_objects(row), _made(row, rows), *cells)
+            table.add_section()
+        tables.append(table)
+    return tables
+
+
+def _about_the_same(rows: list[Row], *fields: str) -> list[list[Row]]:
+    """The rows, those together that agree in these fields."""
+    alike: dict[str, list[Row]] = {}
+    for row in rows:
+        alike.setdefault(str([row[field] for field in fields]), []).append(row)
+    return list(alike.values())
+
+
+def _objects(row: Row) -> str:
+    return ' or '.join(map(str, row['objects']))
 
 
 def _kid(rows: list[Row]) -> Table:
@@ -108,7 +135,7 @@ def _kid(rows: list[Row]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify='left')
+    table = Table(title=title, title_justify='left', box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify='left' if column in WORDS else 'right')
     return table
