@@ -120,11 +120,13 @@ def test_blur_and_noise_are_no_matter(scenes, sigma, noise):
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_every_colour_of_a_shape_is_read_on_every_other(shape):
-    # An edge from one to the other passes up to three more of the ten.
+    # A blurred edge from one to the other passes up to three more of the ten, in broad bands; of a
+    # small ring, 5 pixels wide, more blur would leave no pixel of its colour.
+    sigma = 1.2 if shape == 'ring' else 1.5
     for colour, background in itertools.permutations(COLOURS, 2):
         thing = Thing(shape=shape, colour=colour, extent=0.32, x=0.4, y=0.6)
         shown = Scene(things=(thing,), background=background)
-        seen = read(degrade(render(shown, 64), 1.2, 0.0, 0))
+        seen = read(degrade(render(shown, 64), sigma, 0.0, 0))
         assert seen is not None and seen.background == background
         assert [(each.colour, each.shape) for each in seen.things] == [(colour, shape)]
 
@@ -132,20 +134,20 @@ def test_every_colour_of_a_shape_is_read_on_every_other(shape):
 def test_a_star_without_tips_is_a_star_and_a_disc_is_none():
     y, x = (np.mgrid[:512, :512] + 0.5) / 512 - 0.5
     tips = np.cos(5 * np.arctan2(y, x) + np.pi / 2)
-    for depth, expected in ((0.18, 'star'), (0.0, 'circle')):
+    for depth, expected in ((0.12, 'star'), (0.0, 'circle')):
         # A small star as a decoder leaves it: notches half filled, tips gone.
         body = np.hypot(x, y) < 0.15 * (1 + depth * tips)
         seen = read(degrade(paint(body), 1.0, 0.0, 0))
         assert [thing.shape for thing in seen.things] == [expected]
 
 
-def test_things_of_one_colour_are_told_apart_where_they_nearly_touch():
-    things = (
-        Thing(shape='square', colour='red', extent=0.32, x=0.3, y=0.5),
-        Thing(shape='cross', colour='red', extent=0.32, x=0.645, y=0.5),
+@pytest.mark.parametrize('sigma', [0.1, 1.3])
+def test_things_of_one_colour_are_told_apart_where_they_nearly_touch(sigma):
+    things = tuple(
+        Thing(shape='square', colour='red', extent=0.32, x=x, y=0.5) for x in (0.3, 0.646)
     )
-    seen = read(render(Scene(things=things, background='white'), 64))
-    assert sorted(thing.shape for thing in seen.things) == ['cross', 'square']
+    seen = read(degrade(render(Scene(things=things, background='white'), 64), sigma, 0.0, 0))
+    assert [thing.shape for thing in seen.things] == ['square', 'square']
 
 
 def test_noise_and_blanks_show_nothing():
