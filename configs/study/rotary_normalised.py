@@ -25,7 +25,7 @@ run = Run(
     data=Shapes(count=6_000, objects=(1, 2)),
     validation=Shapes(count=256, split='validation', objects=(1, 2)),
     optimizer=AdamW(learning_rate=LearningRate(peak=2e-3, warmup_steps=40, shape='lin')),
-    pace=Pace(steps=600, log=20, sample=60, save=120, keep=1),
+    pace=Pace(steps=400, log=20, sample=50, save=100, keep=1),
     batch=16,
     sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
 )

@@ -66,7 +66,7 @@ class Cells:
     def for_terminal(self) -> Table:
         table = Table(title=self.title, title_justify='left')
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify='right' if number else 'left')
+            table.add_column(column, justify='right' if number else 'left', no_wrap=not number)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -137,32 +137,35 @@ def markdown(summary: Summary) -> str:
 
 
 def tables(summary: Summary) -> list[Cells]:
-    """The scores over all tokens with what they cost, then loss and accuracy of every scale."""
+    """Scores over all tokens, loss and accuracy of every scale, and what training took."""
     overall = Cells(
         title=f'Held out, after the last step, {_count(len(summary.seeds), "seed")}',
-        columns=[
-            'config',
-            'loss',
-            'to the first',
-            'best loss',
-            'accuracy',
-            'parameters',
-            'ms/step',
-        ],
+        columns=['config', 'loss', 'to the first', 'accuracy'],
         rows=[
             [
                 one.config,
                 _mean(one.scores[LOSS]),
                 _difference(one.scores[LOSS]),
-                _mean(one.best),
                 f'{one.scores[ACCURACY].mean:.1%}',
+            ]
+            for one in summary.outcomes
+        ],
+    )
+    training = Cells(
+        title='Training',
+        columns=['config', 'best held-out loss', 'parameters', 'images/s', 'ms/step'],
+        rows=[
+            [
+                one.config,
+                _mean(one.best),
                 f'{one.parameters:,}',
+                f'{one.images_per_second:.1f}',
                 f'{1000 * one.step_seconds:.0f}',
             ]
             for one in summary.outcomes
         ],
     )
-    return [overall, *_by_scale(summary)]
+    return [overall, *_by_scale(summary), training]
 
 
 def caution(summary: Summary) -> str:
@@ -178,8 +181,8 @@ def caution(summary: Summary) -> str:
         verdict = f'apart from 0: {", ".join(apart)}' if apart else 'none is apart from 0'
         words.append(
             f'A difference is the mean of those to {summary.outcomes[0].config} seed by seed, with '
-            f"Student's 95 % interval; {verdict}. Each interval stands for itself: of "
-            f'{len(others)}, each leaves out the truth once in 20 studies.'
+            f"Student's 95 % interval; {verdict}. Each interval alone misses the truth in one "
+            'study of 20.'
         )
     if count < ENOUGH_SEEDS:
         words.append(
