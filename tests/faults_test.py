@@ -443,21 +443,18 @@ def test_a_run_that_meets_every_fault_ends_as_if_nothing_had_happened(
     assert process.returncode == -signal.SIGKILL and is_saving(torn)
     saved = newest(torn)
 
-    with Several(environment) as several:
-        process = several.process
-        several.begin(*words, '--out', torn)
+    with start(environment, *words, '--out', torn) as process:
         wait_until(process, lambda: newest(torn) > saved)
-        everything = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LITTLE, everything[1]))
-        status, said = several.end()
-        assert status == 1 and 'Traceback' not in said, said
-        assert f'continuing from step {saved}' in said
-        assert f'File too large), so the run stopped; the checkpoint of step {newest(torn)}' in said
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, everything)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LITTLE, LITTLE))
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and 'Traceback' not in said, said
+    assert f'continuing from step {saved}' in said
+    assert f'File too large), so the run stopped; the checkpoint of step {newest(torn)}' in said
 
+    with Several(environment) as several:
         several.begin(*words, '--out', torn)
-        wait_for_steps(process, torn, 3, saving=False)
-        process.send_signal(signal.SIGTERM)
+        wait_for_steps(several.process, torn, 3, saving=False)
+        several.process.send_signal(signal.SIGTERM)
         status, said = several.end()
         assert status == 0 and f'stopped at step {newest(torn)}, saved' in said, said
         assert newest(torn) < 50 and not (torn / 'model').exists()

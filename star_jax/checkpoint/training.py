@@ -40,10 +40,12 @@ _log = logging.getLogger(__name__)
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
     """Whether a log record is more than Orbax telling of its work; its errors it raises, too."""
-    return record.levelno > logging.ERROR or 'orbax' not in record.pathname
+    is_of_orbax = 'orbax' in record.pathname or UNFINISHED in record.getMessage()
+    return record.levelno > logging.ERROR or not is_of_orbax
 
 
-logging.getLogger('absl').addFilter(_is_worth_reading)
+for _name in ('absl', 'asyncio'):
+    logging.getLogger(_name).addFilter(_is_worth_reading)
 
 
 class TornError(Exception):
