@@ -1,9 +1,9 @@
 """A transformer of captioned emoji at 64 px, on the tokenizer of `configs/emoji_tokenizer.py`."""
 
+from star_jax.core.settings import Settings
 from star_jax.data.prepared import Prepared
 from star_jax.families.star import Star
 from star_jax.nn.positions import NormalisedRotary
-from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate

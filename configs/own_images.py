@@ -8,8 +8,8 @@ scores on other images matter, watch the held-out loss in metrics.jsonl.
 """
 
 from star_jax.checkpoint import models
+from star_jax.core.settings import Settings
 from star_jax.data.folder import Folder
-from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
@@ -23,5 +23,5 @@ run = Run(
     pace=Pace(steps=300, log=10, sample=100, save=100),
     batch=16,
     unroll=4,
-    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
+    sampling=Settings(guidance=1.0, top_k=5, top_p=0.9),
 )

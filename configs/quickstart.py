@@ -1,9 +1,9 @@
 """A few minutes on two cores with the shipped tokenizer: pictures of one shape begin to follow."""
 
+from star_jax.core.settings import Settings
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Star
 from star_jax.nn.positions import NormalisedRotary
-from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
@@ -24,5 +24,5 @@ run = Run(
     optimizer=AdamW(learning_rate=LearningRate(peak=2e-3, warmup_steps=50, shape='lin')),
     pace=Pace(steps=400, log=20, sample=200, save=100),
     batch=32,
-    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
+    sampling=Settings(guidance=1.0, top_k=5, top_p=0.9),
 )

@@ -4,10 +4,10 @@
 folder that it names as --cache.
 """
 
+from star_jax.core.settings import Settings
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Star
 from star_jax.nn.positions import NormalisedRotary
-from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
@@ -30,5 +30,5 @@ run = Run(
     batch=16,
     ema=0.999,
     unroll=4,
-    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
+    sampling=Settings(guidance=1.0, top_k=5, top_p=0.9),
 )

@@ -5,9 +5,9 @@ tokens, and a set of captioned images. Ten epochs were published; the steps coun
 `star-jax bench sample` reads the model and its sampling alone.
 """
 
+from star_jax.core.settings import Settings
 from star_jax.data.prepared import Prepared
 from star_jax.families.star import Star
-from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate

@@ -4,6 +4,7 @@ Every command is a module of `star_jax/commands` with `main(arguments) -> exit s
 mistake ends in one sentence and exit status 2, a run that cannot go on in one and exit status 1.
 """
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ COMMANDS = {
 }
 MODULES = {'train-tokenizer': 'train_tokenizer'}
 STOPPED = 130  # by ctrl-c, as shells have it
+NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in what JAX raises
+SMALLER = 'give a smaller batch or model, or split the model over more devices'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,20 +37,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0 if arguments else 2
     if command not in COMMANDS:
-        sys.stderr.write(f"star-jax: there is no command '{command}'\n\n{_usage()}")
-        return 2
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        guess = f", did you mean '{close[0]}'" if close else ''
+        return _tell('', f'there is no command {command!r}{guess}; star-jax --help lists them', 2)
     module = MODULES.get(command, command)
     try:
         return importlib.import_module(f'star_jax.commands.{module}').main(arguments[1:])
     except UserError as error:
-        sys.stderr.write(f'star-jax {command}: {error}\n')
-        return 2
+        return _tell(command, error, 2)
     except RunError as error:
-        sys.stderr.write(f'star-jax {command}: {error}\n')
-        return 1
+        return _tell(command, error, 1)
     except KeyboardInterrupt:
-        sys.stderr.write(f'star-jax {command}: stopped\n')
-        return STOPPED
+        return _tell(command, 'stopped', STOPPED)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
+            raise
+        return _tell(command, f'the memory is too small ({error}): {SMALLER}', 1)
+
+
+def _tell(command: str, error: object, status: int) -> int:
+    """Writes one line and gives back the exit status; what cannot be printed is escaped."""
+    text = f'star-jax {command}'.rstrip() + ': ' + ' '.join(str(error).splitlines())
+    sys.stderr.write(text.encode(errors='backslashreplace').decode() + '\n')
+    return status
 
 
 def _usage() -> str:

@@ -17,7 +17,7 @@ from star_jax.tokenizers.autoencoder import Autoencoder
 
 TINY = """
 from star_jax.families.star import Star
-from star_jax.sampling.pipeline import Settings
+from star_jax.core.settings import Settings
 from star_jax.training.run import Run
 
 run = Run(

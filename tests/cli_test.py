@@ -232,7 +232,7 @@ def test_a_trained_tokenizer_reconstructs(tokenizer, tmp_path):
 
 
 def test_a_run_leaves_what_its_readers_need(trained):
-    found = {path.name.split('.')[0] for path in trained.iterdir()}
+    found = {path.name.split('.')[0] for path in trained.iterdir() if path.name[0] != '.'}
     assert found == {'config', 'checkpoints', 'samples', 'events', 'metrics', 'model'}
     lines = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4, 5, 6]

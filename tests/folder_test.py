@@ -587,11 +587,18 @@ def test_validation_without_a_path_is_that_of_the_data(tmp_path):
     assert settled.validation == dataclasses.replace(run.data, split='validation')
     config.write(tmp_path / 'config.json', settled)
     assert settle(config.read(tmp_path / 'config.json', type(run))) == settled
-    assert settle(tiny.STAR) == tiny.STAR
+
+
+def test_a_tokenizer_without_a_place_is_that_of_init_or_the_shipped_one():
+    assert settle(tiny.STAR) == dataclasses.replace(tiny.STAR, tokenizer=models.SHIPPED)
+    going_on = dataclasses.replace(tiny.STAR, init='runs/mine/model')
+    assert settle(going_on).tokenizer == 'runs/mine/model'
+    other = dataclasses.replace(going_on, tokenizer='another')
+    assert settle(other) == other
 
 
 def test_own_images_go_on_from_the_shipped_model():
     run = config.load_run(CONFIGS / 'own_images.py')
     shipped = models.read(run.init)
-    assert run.model == shipped.config and run.tokenizer == run.init
+    assert run.model == shipped.config and settle(run).tokenizer == run.init
     assert isinstance(run.data, Folder) and isinstance(settle(run).validation, Folder)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from star_jax.checkpoint import folder, weights
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 
 
@@ -167,6 +168,7 @@ MODEL = folder.Model(
     params=tree(),
     tokenizer=ALONE,
     text=folder.Text(source='some/encoder', sha256='0' * 64),
+    sampling=Settings(guidance=1.5, top_k=7),
 )
 
 
@@ -179,6 +181,7 @@ def test_a_model_comes_back_from_its_folder(tmp_path):
     folder.write(place, MODEL)
     model = read(place)
     assert (model.family, model.config, model.text) == (MODEL.family, MODEL.config, MODEL.text)
+    assert model.sampling == MODEL.sampling == folder.read_sampling(place)
     assert model.tokenizer.config == ALONE.config
     assert_same(model.params, MODEL.params)
     assert_same(model.tokenizer.params, ALONE.params)
@@ -192,6 +195,13 @@ def test_a_model_comes_back_from_its_folder(tmp_path):
         'model': {'depth': 3, 'sides': [1, 2]},
         'tokenizer': {'kind': 'Quantizer', 'codes': 16},
         'text': {'source': 'some/encoder', 'sha256': '0' * 64},
+        'sampling': {
+            'guidance': 1.5,
+            'top_k': 7,
+            'top_p': 0.8,
+            'temperature': 1.0,
+            'smooth': False,
+        },
     }
     assert [entry.name for entry in place.parent.iterdir()] == ['model']
 
@@ -269,7 +279,7 @@ def rewrite(place, **fields) -> None:
         ({'tokenizer': None}, 'tokenizer: kind null is unknown'),
         ({'family': ['toy']}, 'family .* is unknown'),
         ({'text': {'source': 3}}, 'config.json, text: .*sha256: missing'),
-        ({'more': 1}, 'expected the fields family, model, text, tokenizer'),
+        ({'more': 1}, 'expected the fields family, model, sampling, text, tokenizer'),
     ],
 )
 def test_a_wrong_config_is_named(tmp_path, fields, said):

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from star_jax.checkpoint import folder
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Star
+from star_jax.text import load as load_text
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW
@@ -53,11 +53,26 @@ def write_tokenizer(path: Path) -> str:
     return str(path)
 
 
+def write_model(path: Path) -> str:
+    """A model folder with an untrained model of STAR's sizes; its place."""
+    content = folder.Model(
+        family='star',
+        config=STAR.model,
+        params=random_params(STAR.model.abstract()),
+        tokenizer=folder.Tokenizer(config=TOKENIZER.model, params=tokenizer_params()),
+        text=folder.Text(**load_text(TEXT).reference()),
+    )
+    folder.write(path, content)
+    return str(path)
+
+
 def tokenizer_params() -> dict:
-    """Those of an untrained tokenizer, drawn without compiling anything."""
-    side = TOKENIZER.model.resolution
-    build = TOKENIZER.model.build()
-    shapes = jax.eval_shape(build.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    """Those of an untrained tokenizer."""
+    return random_params(TOKENIZER.model.abstract())
+
+
+def random_params(abstract: dict) -> dict:
+    """Parameters of these shapes, drawn without compiling anything."""
     random = np.random.default_rng(0)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -66,4 +81,4 @@ def tokenizer_params() -> dict:
         drawn = random.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5
         return drawn.astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes['params']))
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract))

@@ -3,10 +3,10 @@
 star-jax study configs/study/*.py --seeds 0 1 2 --out runs/positions
 """
 
+from star_jax.core.settings import Settings
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Star
 from star_jax.nn.positions import NormalisedRotary
-from star_jax.sampling.pipeline import Settings
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
@@ -27,5 +27,5 @@ run = Run(
     optimizer=AdamW(learning_rate=LearningRate(peak=2e-3, warmup_steps=40, shape='lin')),
     pace=Pace(steps=400, log=20, sample=50, save=100, keep=1),
     batch=16,
-    sampling=Settings(guidance=2.0, top_k=100, top_p=0.9),
+    sampling=Settings(guidance=1.0, top_k=5, top_p=0.9),
 )

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from star_jax.checkpoint import config
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.families.star import Star
-from star_jax.sampling.pipeline import Settings
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 
@@ -45,7 +45,10 @@ class Job:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.repeats, self.text_tokens) < 1:
-            raise ValueError(f'batch, repeats and text_tokens must be at least 1: {self}')
+            raise ValueError(
+                f'batch, repeats and text_tokens must be at least 1, not {self.batch}, '
+                f'{self.repeats} and {self.text_tokens}'
+            )
 
     @property
     def tokenizer(self) -> VQ:

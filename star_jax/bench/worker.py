@@ -25,9 +25,8 @@ from star_jax.bench.sampling import Job
 from star_jax.checkpoint import config, models
 from star_jax.core.condition import Text
 from star_jax.core.flops import count_flops
-from star_jax.nn.transformer import Transformer
 from star_jax.parallel import machine, startup
-from star_jax.sampling import program
+from star_jax.sampling import draw, program
 from star_jax.tokenizers.residual_vq import VQTokenizer
 
 NOISE = 1_000_003  # so many normal numbers, over and over, are the weights: more take seconds
@@ -97,11 +96,11 @@ def _compile(drawing: Drawing, diary: Diary) -> tuple[Any, dict[str, float]]:
 def prepare(job: Job) -> Drawing:
     """Everything on the default device."""
     network = job.model.build(job.dtype)
-    tokenizer, params = _load(job) if job.folder else _invent(job, network)
+    tokenizer, params = _load(job) if job.folder else _invent(job)
     params = params | {'model': program.cast(params['model'], job.dtype)}
     unprompted = _text(job, 1) if job.settings.guidance else None
     keys_B = program.image_keys(range(job.batch))
-    drawn = job.settings.arguments(network.schedule.steps, tokenizer.codes)
+    drawn = draw.arguments(job.settings, network.schedule.steps, tokenizer.codes)
     args = (params, keys_B, _text(job, job.batch), unprompted, *drawn)
     side = job.model.sides[-1]
     canvas = jnp.zeros((job.batch, side, side, job.model.channels))
@@ -117,17 +116,10 @@ def _load(job: Job) -> tuple[VQTokenizer, dict[str, Any]]:
     return model.tokenizer.config.at(job.model.sides).build(), jax.device_put(params)
 
 
-def _invent(job: Job, network: Transformer) -> tuple[VQTokenizer, dict[str, Any]]:
+def _invent(job: Job) -> tuple[VQTokenizer, dict[str, Any]]:
     """The published tokenizer at the sizes of the job, and random weights of both."""
     tokenizer = job.tokenizer.build()
-    schedule, side = network.schedule, tokenizer.resolution
-    inputs = jnp.zeros((1, schedule.length - schedule.sizes[0], job.model.channels))
-    key = jax.random.key(0)
-    shapes = {
-        'model': jax.eval_shape(network.init, key, inputs, _text(job, 1)),
-        'tokenizer': jax.eval_shape(tokenizer.init, key, jnp.zeros((1, side, side, 3))),
-    }
-    params = {name: nn.unbox(tree)['params'] for name, tree in shapes.items()}
+    params = nn.unbox({'model': job.model.abstract(), 'tokenizer': job.tokenizer.abstract()})
     largest = max(leaf.size for leaf in jax.tree.leaves(params))
     noise = NOISE_SIZE * np.random.default_rng(0).standard_normal(NOISE, np.float32)
     noise = np.resize(noise, largest)

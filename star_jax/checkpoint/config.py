@@ -6,7 +6,9 @@ a union (`A | B`, also `A | None`) the object says which class it is: `{"kind": 
 is strict and runs no Python.
 """
 
+import dataclasses
 import json
+import math
 import traceback
 import typing
 from collections.abc import Iterator
@@ -32,7 +34,8 @@ def from_json(cls: type[Config], data: object, where: str = 'config.json') -> Co
     """The config of class `cls` (or of a union of classes) that `data` describes.
 
     Raises UserError naming `where`, the dotted field, what was given and what was expected: wrong
-    types, missing or unknown fields, unknown kinds, and whatever a `__post_init__` refuses.
+    types, missing or unknown fields, unknown kinds, numbers that are not finite, and whatever a
+    `__post_init__` refuses.
     """
     try:
         return _converter.structure(data, cls)
@@ -53,9 +56,16 @@ def write(path: str | Path, config: object) -> None:
 
     Raises UserError when it could not be read back, such as a string in a field of numbers.
     """
-    data = to_json(config)
-    from_json(type(config), data, where=type(config).__name__)
-    write_json(path, data)
+    check(config, where=type(config).__name__)
+    write_json(path, to_json(config))
+
+
+def check(config: Config, where: str) -> Config:
+    """The same config, with every field of the type that its annotation says.
+
+    Raises UserError naming `where` and the field, as `from_json` does: Python takes anything.
+    """
+    return from_json(type(config), to_json(config), where)
 
 
 def read_json(path: str | Path) -> Any:
@@ -66,6 +76,8 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f'{path}: there is no such file') from error
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    except RecursionError as error:
+        raise UserError(f'{path}: not a config, its JSON is nested too deeply') from error
     except json.JSONDecodeError as error:
         raise UserError(
             f'{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); '
@@ -90,7 +102,7 @@ def load_run(path: str | Path, cls: type[Config] = object, name: str = 'run') ->
     """The config in a file: `name` in a Python file (`configs/x.py`), or a `config.json` of `cls`.
 
     A Python file is executed, so it must be trusted as a program is. UserError if it is missing,
-    fails, or does not define a `cls` called `name`.
+    fails, or does not define a `cls` called `name` whose fields are what their annotations say.
     """
     path = Path(path)
     if path.suffix == '.json':
@@ -103,7 +115,8 @@ def load_run(path: str | Path, cls: type[Config] = object, name: str = 'run') ->
     if not isinstance(namespace[name], cls):
         given, expected = type(namespace[name]).__name__, structure.describe(cls)
         raise UserError(f"{path}: '{name}' is a {given}, expected {expected}")
-    return namespace[name]
+    run = namespace[name]
+    return check(run, where=str(path)) if dataclasses.is_dataclass(type(run)) else run
 
 
 def _execute(path: Path) -> dict[str, Any]:
@@ -116,8 +129,9 @@ def _execute(path: Path) -> dict[str, Any]:
     try:
         exec(compile(source, str(path), 'exec'), namespace)
     except SyntaxError as error:
-        raise UserError(f'{path}, line {error.lineno}: {error.msg}') from error
-    except Exception as error:
+        line = f', line {error.lineno}' if error.lineno else ''
+        raise UserError(f'{path}{line}: {error.msg}') from error
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = f', line {lines[-1]}' if lines else ''
@@ -129,7 +143,22 @@ def _dump(data: object, indent: int | None = None) -> str:
     try:
         return json.dumps(data, indent=indent, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
-        raise UserError('a config holds nan or infinity, which JSON has no number for') from error
+        fields = ', '.join(_not_finite(data, ''))
+        raise UserError(f'{fields}: JSON has no nan or infinity, give a finite number') from error
+    except TypeError as error:
+        raise UserError(f'a config holds what is no plain data ({error})') from error
+
+
+def _not_finite(value: object, path: str) -> Iterator[str]:
+    """The fields that are nan or infinity."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_finite(item, f'{path}.{name}'.removeprefix('.'))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f'{path}[{index}]')
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f'{path} is {value}'
 
 
 def _refuse_constant(constant: str) -> typing.NoReturn:

@@ -1,10 +1,10 @@
 """What lies in a model folder?
 
-    config.json             {family, model, tokenizer, text: {source, sha256}}
+    config.json             {family, model, tokenizer, text: {source, sha256}, sampling}
     model.safetensors       the transformer ('/'-joined names, layers stacked)
     tokenizer.safetensors   the image tokenizer, always inside
 
-A folder of a tokenizer alone has the family 'tokenizer' and neither model nor text. Configs are any
+A folder of a tokenizer alone has the family 'tokenizer' and only that. Configs are any
 dataclasses: which name means which class is the caller's mapping. Reading runs no Python.
 """
 
@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from star_jax.checkpoint import config, structure, weights
+from star_jax.checkpoint import config, files, structure, weights
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 
 CONFIG = 'config.json'
@@ -48,13 +49,17 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Everything that draws images: a transformer of a family, its tokenizer, its text encoder."""
+    """Everything that draws images: a transformer of a family, its tokenizer, its text encoder.
+
+    `sampling` are the settings that its maker recommends.
+    """
 
     family: str
     config: Any
     params: Mapping[str, Any]
     tokenizer: Tokenizer
     text: Text | None
+    sampling: Settings = Settings()
 
 
 def write(folder: str | Path, content: Model | Tokenizer) -> None:
@@ -64,11 +69,11 @@ def write(folder: str | Path, content: Model | Tokenizer) -> None:
     (files in it that are not part of one are kept) and otherwise refused with a UserError.
     """
     folder = Path(folder).absolute()
-    _check_replaceable(folder)
+    check_free(folder)
     tokenizer = content.tokenizer if isinstance(content, Model) else content
     new = folder.with_name(f'.{folder.name}.new.{uuid.uuid4().hex[:8]}')
-    new.mkdir(parents=True)
     try:
+        new.mkdir(parents=True)
         weights.save(new / TOKENIZER, tokenizer.params)
         if isinstance(content, Model):
             weights.save(new / MODEL, content.params)
@@ -97,6 +102,7 @@ def read(folder: str | Path, families: Mapping[str, type], tokenizers: Mapping[s
         params=weights.load(folder / MODEL),
         tokenizer=_read_tokenizer(folder, data, tokenizers),
         text=text,
+        sampling=_read_sampling(folder, data),
     )
 
 
@@ -111,13 +117,19 @@ def holds_tokenizer_alone(folder: str | Path) -> bool:
     return _read_config(Path(folder))['family'] == ALONE
 
 
+def read_sampling(folder: str | Path) -> Settings:
+    """The settings that the maker of a model recommends; UserErrors as of `read`."""
+    folder = Path(folder)
+    return _read_sampling(folder, _read_config(folder))
+
+
 def find(place: str | Path) -> Path:
     """The folder that a user means: one on this machine or, of that form, a hub id `owner/name`.
 
     A hub id is downloaded to the hub's cache, configs and safetensors only. Raises UserError if
     there is neither.
     """
-    if Path(place).is_dir():
+    if os.path.isdir(place):  # which, unlike Path.is_dir, never raises
         return Path(place)
     if not HUB_ID.fullmatch(str(place)):
         raise UserError(f"{place}: there is no such folder, and it is no hub id like 'owner/name'")
@@ -145,16 +157,17 @@ def _describe(content: Model | Tokenizer, tokenizer: Tokenizer) -> dict[str, Any
         'model': config.to_json(model.config) if model else None,
         'tokenizer': {structure.TAG: kind, **config.to_json(tokenizer.config)},
         'text': config.to_json(model.text) if model and model.text else None,
+        'sampling': config.to_json(model.sampling) if model else None,
     }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f'{folder}: there is no such folder, expected a model folder')
     if not (folder / CONFIG).exists():
         raise UserError(f'{folder}: has no {CONFIG}, expected a model folder')
     data = config.read_json(folder / CONFIG)
-    expected = {'family', 'model', 'tokenizer', 'text'}
+    expected = {'family', 'model', 'tokenizer', 'text', 'sampling'}
     if not isinstance(data, dict) or data.keys() != expected:
         raise UserError(f'{folder / CONFIG}: expected the fields {", ".join(sorted(expected))}')
     return data
@@ -171,6 +184,12 @@ def _read_tokenizer(
     return Tokenizer(config=settings, params=weights.load(folder / TOKENIZER))
 
 
+def _read_sampling(folder: Path, data: dict[str, Any]) -> Settings:
+    if data['family'] == ALONE:
+        raise UserError(f'{folder}: holds a tokenizer alone, expected a model')
+    return config.from_json(Settings, data['sampling'], where=f'{folder / CONFIG}, sampling')
+
+
 def _look_up(known: Mapping[str, type], name: Any, where: str) -> type:
     if not isinstance(name, str) or name not in known:
         raise UserError(
@@ -180,7 +199,9 @@ def _look_up(known: Mapping[str, type], name: Any, where: str) -> type:
     return known[name]
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_free(folder: Path) -> None:
+    """Raises UserError where no model folder can be written at `folder`."""
+    files.check_folder(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:

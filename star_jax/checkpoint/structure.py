@@ -7,6 +7,7 @@ number to a float; a union of dataclasses is told apart by its tag.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +24,9 @@ TAG = 'kind'
 def make_converter() -> cattrs.Converter:
     """A converter between dataclasses and JSON trees; its errors are read by `flaws`."""
     converter = cattrs.Converter()
-    for kind in (str, bool, types.NoneType):
+    for kind in (bool, types.NoneType):
         converter.register_structure_hook(kind, _structure_same)
+    converter.register_structure_hook(str, _structure_text)
     converter.register_structure_hook(int, _structure_whole)
     converter.register_structure_hook(float, _structure_number)
     converter.register_structure_hook_func(_is(typing.Literal), _structure_literal)
@@ -111,6 +113,15 @@ def _structure_same(value: object, kind: type) -> Any:
     return value
 
 
+def _structure_text(value: object, kind: type) -> str:
+    text = _structure_same(value, kind)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON, and a command line, can hold halves of characters
+        raise ValueError(f'given {ascii(text)}, expected text that UTF-8 can hold') from error
+    return text
+
+
 def _structure_whole(value: object, kind: type) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -120,7 +131,13 @@ def _structure_whole(value: object, kind: type) -> int:
 def _structure_number(value: object, kind: type) -> float:
     if type(value) not in (int, float):
         raise _mismatch(kind, value)
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f'given {show(value)}, expected a finite number')
+    return number
 
 
 def _structure_literal(value: object, kind: Any) -> Any:
@@ -215,6 +232,6 @@ def _untag(value: dict, parts: dict[str, type]) -> tuple[dict, type]:
     if TAG not in value:
         raise ValueError(f"no '{TAG}' given, {kinds}")
     tag = value[TAG]
-    if tag not in parts:
+    if not isinstance(tag, str) or tag not in parts:
         raise ValueError(f'unknown {TAG} {show(tag)}{guess(tag, parts)}, {kinds}')
     return {name: item for name, item in value.items() if name != TAG}, parts[tag]

@@ -30,13 +30,20 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dicts whose leaves have these '/'-joined names."""
+    """The nested dicts whose leaves have these '/'-joined names.
+
+    Raises ValueError where a name is both a leaf and a branch.
+    """
     tree = {}
     for name, leaf in flat.items():
         *parents, last = name.split('/')
         inner = tree
         for parent in parents:
             inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                break
+        if not isinstance(inner, dict) or last in inner:
+            raise ValueError(f'{name} is beside an array whose name is its beginning: no tree')
         inner[last] = leaf
     return tree
 
@@ -80,9 +87,12 @@ def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, A
     different file.
     """
     flat = {name: leaf for file in _files(Path(path)) for name, leaf in _read_file(file)}
-    if like is None:
+    if like is not None:
+        flat = fit(flat, like, where=str(path))
+    try:
         return unflatten(flat)
-    return unflatten(fit(flat, like, where=str(path)))
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from error
 
 
 def fit(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -92,7 +102,10 @@ def fit(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> dict[st
     """
     wanted = flatten(like)
     if flaws := mismatches(flat, wanted, _fits):
-        raise UserError(f'{where}: the arrays are not those of this config: {flaws}')
+        raise UserError(
+            f'{where}: the arrays are not those of this config: {flaws}; weights and config do not '
+            'belong together'
+        )
     return {name: flat[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}
 
 
@@ -172,10 +185,9 @@ def _files(path: Path) -> list[Path]:
     names = data.get('weight_map') if isinstance(data, dict) else None
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: expected an index with a 'weight_map'")
-    shards = dict.fromkeys(names.values())
-    if any(not isinstance(name, str) or Path(name).name != name for name in shards):
+    if any(not isinstance(name, str) or Path(name).name != name for name in names.values()):
         raise UserError(f'{index}: expected names of files in the same folder')
-    return [path.with_name(name) for name in shards]
+    return [path.with_name(name) for name in dict.fromkeys(names.values())]
 
 
 def _open(path: Path) -> safetensors.safe_open:

@@ -9,11 +9,11 @@ import tyro
 from rich.console import Console
 
 from star_jax.bench import sampling, tables
-from star_jax.checkpoint import config, models
-from star_jax.commands import arguments
+from star_jax.checkpoint import config, files, models
+from star_jax.commands import arguments, training
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.families.star import Star
-from star_jax.sampling.pipeline import Settings
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
 
@@ -63,6 +63,8 @@ def main(words: Sequence[str]) -> int:
     place = words[1] if words[1:] and not words[1].startswith('-') else ''
     given, folder = read_arguments(place, words[2:] if place else words[1:])
     job = _job(given, folder)
+    if given.json is not None:
+        files.check_file(given.json)
     console = Console()
     with console.status('starting') as status:
         report = sampling.run(job, status.update, given.cache)
@@ -70,19 +72,25 @@ def main(words: Sequence[str]) -> int:
     for table in tables.sampling(report):
         console.print(table)
     if given.json is not None:
-        config.write_json(given.json, report)
+        with files.writing(given.json):
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            config.write_json(given.json, report)
     return 0
 
 
 def read_arguments(place: str, words: Sequence[str]) -> tuple[Bench, str]:
     """The arguments, and the model folder that they are about ('': random weights)."""
     if not place or Path(place).suffix in ('.py', '.json'):
-        run = config.load_run(place, Run) if place else Run()
+        run = training.load(Path(place), Run) if place else Run()
         settings = run.sampling
         default = Bench(model=run.model, settings=settings)
         return arguments.parse(Bench, words, COMMAND, default), ''
     model = models.read(place)
-    default = Bench(model=model.config, autoencoder=model.tokenizer.config.autoencoder)
+    default = Bench(
+        model=model.config,
+        settings=model.sampling,
+        autoencoder=model.tokenizer.config.autoencoder,
+    )
     given = arguments.parse(Bench, words, COMMAND, default)
     changed = config.differences(default.model, given.model)
     changed += config.differences(default.autoencoder, given.autoencoder)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from star_jax.checkpoint import config
-from star_jax.commands import arguments
+from star_jax.commands import arguments, training
 from star_jax.training.run import Run
 
 
@@ -32,8 +32,9 @@ class Cache:
 def main(words: Sequence[str]) -> int:
     words, run = list(words), Run()
     if words and not words[0].startswith('-'):
-        run = config.load_run(Path(words.pop(0)), Run)
+        run = training.load(Path(words.pop(0)), Run)
     given = arguments.parse(Cache, words, 'data cache [CONFIG]', Cache(run=run))
+    config.check(given.run, where='the settings of the run')
     from star_jax.training import train  # waits for the arguments to be right
 
     folder = train.cache(given.run)

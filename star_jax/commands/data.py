@@ -1,12 +1,14 @@
 """`star-jax data prepare emoji OUT`, `star-jax data prepare folder IMAGES OUT`, `data show SET`"""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tyro
 
+from star_jax.checkpoint import files
 from star_jax.commands import arguments
 from star_jax.data import folder, prepared, show
 from star_jax.data.folder import Folder
@@ -28,6 +30,10 @@ PREPARE_USAGE = """usage: star-jax data prepare emoji|folder [...]   (--help exp
 """
 
 
+LARGEST = 4096  # pixels a side of a picture in a set
+MOST_SHOWN = 1024  # pictures of a grid
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareEmoji:
     """Fetches and writes some 10,600 captioned emoji in seven styles; needs npm and '.[emoji]'.
@@ -45,6 +51,11 @@ class PrepareEmoji:
     out: tyro.conf.Positional[Path]
     size: int = 128
     limit: int = 0
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        if self.limit < 0:
+            raise ValueError(f'limit must not be negative (0: all), not {self.limit}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +80,9 @@ class PrepareFolder:
     size: int = 128
     held_out: float = 0.1
     caption: str = ''
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +112,22 @@ class Show:
     image: str = 'image'
     caption: str = ''
     out: Path = Path('set.png')
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        if not 1 <= self.count <= MOST_SHOWN or not 1 <= self.columns <= MOST_SHOWN:
+            raise ValueError(
+                f'count and columns must lie in [1, {MOST_SHOWN}], not {self.count} and '
+                f'{self.columns}'
+            )
+        if self.seed < 0:
+            raise ValueError(f'seed must not be negative, not {self.seed}')
+
+
+def _check_size(size: int) -> None:
+    """Raises ValueError for a side, in pixels, that no picture of a set has."""
+    if not 1 <= size <= LARGEST:
+        raise ValueError(f'size must lie in [1, {LARGEST}] pixels, not {size}')
 
 
 def main(words: Sequence[str]) -> int:
@@ -151,6 +181,7 @@ def _tell(out: Path, images: Mapping[str, int], of: str, megabytes: float, secon
 
 def _show(words: Sequence[str]) -> int:
     given = arguments.parse(Show, words, 'data show')
+    files.check_file(given.out)
     source = _named(given).open(given.size)
     path = show.show(source, given.out, given.count, given.columns, given.seed)
     sys.stdout.write(f'{path}\n')
@@ -167,7 +198,7 @@ def _named(given: Show) -> Shapes | Prepared | Folder:
     """The set that a word means: a folder tells by itself whether it is a prepared one."""
     if given.name == 'shapes':
         return Shapes(split=given.split or 'train')
-    if Path(given.name).expanduser().is_dir() and not prepared.is_prepared(given.name):
+    if os.path.isdir(os.path.expanduser(given.name)) and not prepared.is_prepared(given.name):
         return Folder(path=given.name, split=given.split or 'all', caption=given.caption)
     fields = {'image': given.image, 'caption': given.caption or 'captions', 'label': ''}
     return Prepared(path=given.name, split=given.split or 'train', **fields)

@@ -11,17 +11,17 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from star_jax.checkpoint import config
+from star_jax.checkpoint import config, files, models
 from star_jax.commands import arguments
 from star_jax.core import pictures
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.evaluation import report, tables
 from star_jax.evaluation.groups import SHAPES
 from star_jax.evaluation.subject import Job, Subject
 from star_jax.parallel import startup
-from star_jax.sampling.pipeline import Settings
 
-USUAL = Settings()
+SWEPT = ('guidance', 'top_k', 'top_p', 'temperature')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Evaluate:
     pictures and their reconstructions, which are the ceiling of any model. Of other sets:
     KID-EffLite0 (needs the extra kid). A score of images has its 95 % interval. Of several values
     of guidance, top-k, top-p or temperature every combination is drawn.
+
+    Drawn as the model folder recommends, where no option says otherwise.
 
     Example: star-jax evaluate shipped --only alignment --guidance 1 2 4 --out scores.json
 
@@ -63,11 +65,11 @@ class Evaluate:
     count: int = 250
     seed: int = 0
     batch: int = 16
-    guidance: tuple[float, ...] = (USUAL.guidance,)
-    top_k: tuple[int, ...] = (USUAL.top_k,)
-    top_p: tuple[float, ...] = (USUAL.top_p,)
-    temperature: tuple[float, ...] = (USUAL.temperature,)
-    smooth: bool = USUAL.smooth
+    guidance: tuple[float, ...] = ()
+    top_k: tuple[int, ...] = ()
+    top_p: tuple[float, ...] = ()
+    temperature: tuple[float, ...] = ()
+    smooth: bool = False
     out: Path | None = None
     grid: Path | None = None
     text: str = ''
@@ -96,7 +98,6 @@ def main(words: Sequence[str]) -> int:
 
 
 def _job(given: Evaluate) -> Job:
-    sweep = itertools.product(given.guidance, given.top_k, given.top_p, given.temperature)
     try:
         return Job(
             place=given.model,
@@ -105,16 +106,26 @@ def _job(given: Evaluate) -> Job:
             parts=given.only,
             count=given.count,
             seed=given.seed,
-            batch=given.batch,
-            settings=tuple(
-                Settings(guidance=g, top_k=k, top_p=p, temperature=t, smooth=given.smooth)
-                for g, k, p, t in sweep
-            ),
+            batch=min(given.batch, given.count),
+            settings=_settings(given),
             text=given.text,
             dtype=given.dtype,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _settings(given: Evaluate) -> tuple[Settings, ...]:
+    """Every combination of the given values, with what the model recommends where none is given."""
+    if models.holds_tokenizer_alone(given.model):
+        return (Settings(),)
+    usual = models.read_sampling(given.model)
+    values = [getattr(given, name) or (getattr(usual, name),) for name in SWEPT]
+    smooth = given.smooth or usual.smooth
+    return tuple(
+        Settings(smooth=smooth, **dict(zip(SWEPT, some, strict=True)))
+        for some in itertools.product(*values)
+    )
 
 
 def _check_place(path: Path | None) -> None:
@@ -123,6 +134,7 @@ def _check_place(path: Path | None) -> None:
         return
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f'{path} cannot be written: give a file in a folder that is there')
+    files.check_file(path)
 
 
 def _track(bits: Iterable, count: int, what: str) -> Iterable:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tyro
 
-from star_jax.checkpoint import models
+from star_jax.checkpoint import files, models
 from star_jax.commands import arguments
 from star_jax.core import pictures, pixels
 from star_jax.errors import UserError
@@ -41,6 +41,7 @@ def main(words: Sequence[str]) -> int:
     given = arguments.parse(Reconstruct, words, 'reconstruct')
     if not given.images:
         raise UserError('there is no image: give the paths of some picture files')
+    files.check_folder(given.out)
     startup.start()
     folder = models.read_tokenizer(given.model)
     size = folder.config.resolution

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from star_jax.checkpoint import config
-from star_jax.commands import arguments
+from star_jax.checkpoint import files
+from star_jax.commands import arguments, training
 from star_jax.errors import UserError
 from star_jax.training.run import Run
 
@@ -54,6 +54,7 @@ def main(words: Sequence[str]) -> int:
     any_given = next(iter(given.values()))
     configs = {name: one.run for name, one in given.items()}
     asked = study.Study(configs=configs, seeds=any_given.seeds)
+    files.check_folder(any_given.out)
     study.main(asked, any_given.out, Console())
     return 0
 
@@ -62,7 +63,7 @@ def _load(paths: Sequence[Path]) -> dict[str, Run]:
     """The runs of config files by name; UserError if two share one."""
     runs = {}
     for path in paths:
-        run = config.load_run(path, Run)
+        run = training.load(path, Run)
         name = path.parent.name if path.name == 'config.json' else path.stem
         if name in runs:
             raise UserError(f'two configs are called {name!r}: a study tells them by their names')

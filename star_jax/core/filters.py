@@ -13,8 +13,8 @@ import jax.numpy as jnp
 class Filter:
     """Temperature, then top-k, then top-p.
 
-    `top_k` is static (0: off); `temperature` and `top_p` are traced numbers, and `top_p=None`
-    compiles without a nucleus.
+    `top_k` is static (0, or as many as there are codes: off); `temperature` and `top_p` are traced
+    numbers, and `top_p=None` compiles without a nucleus.
     """
 
     top_k: int = flax.struct.field(pytree_node=False, default=0)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_TOKENS = 2**20  # of one image: a hundred times those of 1024 px
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -127,6 +129,11 @@ class Pyramid(Schedule):
         for (h, w), (next_h, next_w) in itertools.pairwise(self.grids):
             if next_h < h or next_w < w:
                 raise ValueError(f'the sides of a pyramid must not shrink: {self.grids}')
+        if self.length > MOST_TOKENS:
+            raise ValueError(
+                f'a pyramid of {self.length:,} tokens is too long, expected at most '
+                f'{MOST_TOKENS:,}: give smaller sides than {self.grids[-1]}'
+            )
 
     @classmethod
     def square(cls, sides: tuple[int, ...]) -> 'Pyramid':

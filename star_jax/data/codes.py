@@ -98,11 +98,16 @@ def write(
         raise UserError(f'{folder} cannot be written ({error}): choose another place') from error
 
 
+def check_free(folder: Path) -> None:
+    """Raises UserError where `folder` holds something else than cached codes."""
+    if not (folder / KEY).exists() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f'{folder} holds something else than cached codes: choose another folder')
+
+
 def _begin(folder: Path, key: Key) -> None:
     """Makes the folder one of `key`."""
     path = folder / KEY
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f'{folder} holds something else than cached codes: choose another folder')
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() or config.differences(config.read_json(path), key):
         for shard in _paths(folder):

@@ -49,6 +49,7 @@ RENAMED = {
     'pouting': 'enraged-face',
     'wave': 'water-wave',
 }
+INSTALL = 'pip install resvg-py==0.5.0'
 TONE_CODES = {'1f3fb', '1f3fc', '1f3fd', '1f3fe', '1f3ff'}
 
 
@@ -168,6 +169,7 @@ def prepare(
             raise UserError(f'no emoji style {key!r}: expected some of {", ".join(STYLES)}')
     _renderer()  # before the download: it is the other thing that may be missing
     out = Path(out).absolute()
+    prepared.check_free(out)
     work = out.with_name(f'{out.name}.work')
     packages = install(work)
     # By label, so that a trial has its labels in every style; in an order apart from the splits'.
@@ -418,9 +420,7 @@ def _renderer() -> ModuleType:
     try:
         import resvg_py
     except ImportError:
-        raise UserError(
-            "resvg-py was not found, it draws the emoji: run pip install 'star-jax[emoji]'"
-        ) from None
+        raise UserError(f'resvg-py was not found, it draws the emoji: {INSTALL}') from None
     return resvg_py
 
 

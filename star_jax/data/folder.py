@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import operator
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -218,12 +219,12 @@ def _record(source: Source, index: int) -> prepared.Record:
 
 
 def _root(path: str) -> Path:
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not path:
         raise UserError(
             'no folder of images was given: name it with path= in a config, or --data.path FOLDER'
         )
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f'{path} is no folder: expected one with images and their captions')
     if prepared.is_prepared(root):
         raise UserError(f"{path} holds a prepared set: in a config write Prepared(path='{path}')")

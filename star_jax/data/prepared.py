@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 
 import tensorflow_datasets as tfds
 
+from star_jax.checkpoint import files
 from star_jax.core import pictures
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
@@ -120,19 +121,25 @@ class _Records:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
+        record = self._record(index)
         # Pillow decodes faster than tfds and lets go of the interpreter lock.
         image = pictures.square(pictures.decode(record[self.config.image]), self.size)
         label = self._texts(record, self.config.label)[0] if self.config.label else ''
         return Example(image=image, captions=self._texts(record, self.config.caption), label=label)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._texts(self.records[index], self.config.caption)
+        return self._texts(self._record(index), self.config.caption)
 
     def fingerprint(self) -> str:
         """Of the files' names and sizes, and of a few records."""
         sizes = sorted((file.name, file.stat().st_size) for file in self.folder.iterdir())
         return pipeline.fingerprint(self, *sizes)
+
+    def _record(self, index: int) -> Mapping[str, Any]:
+        try:
+            return self.records[index]
+        except (RuntimeError, ValueError) as error:  # what array_record raises for damaged files
+            raise _damaged(self.config.path, error) from error
 
     def _texts(self, record: Mapping[str, Any], field: str) -> tuple[str, ...]:
         feature, value = self.features[field], record[field]
@@ -185,6 +192,7 @@ def write(
 
 def check_free(folder: Path) -> None:
     """Raises UserError where `folder` holds something else than a prepared set."""
+    files.check_folder(folder)
     if folder.exists() and not _replaceable(folder):
         raise UserError(
             f'{folder} holds something else than a prepared set: choose an empty folder'
@@ -260,7 +268,7 @@ def _replaceable(folder: Path) -> bool:
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is a prepared set, and not one of plain images."""
-    return (Path(path).expanduser() / INFO).is_file()
+    return os.path.isfile(Path(os.path.expanduser(path)) / INFO)
 
 
 def splits(path: str) -> tuple[str, ...]:
@@ -269,10 +277,15 @@ def splits(path: str) -> tuple[str, ...]:
 
 
 def _builder(path: str) -> tfds.core.DatasetBuilder:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if is_prepared(path):
-        return tfds.builder_from_directory(folder)
-    if folder.is_dir():
+        try:
+            return tfds.builder_from_directory(folder)
+        except Exception as error:  # tfds has no class of its own for what is damaged
+            raise _damaged(path, error) from error
+    if not path:
+        raise UserError('no set was given: name the folder of a prepared one with path=')
+    if os.path.isdir(folder):
         raise UserError(
             f'{path} holds no prepared set: expected the folder with {INFO}, made by star-jax data '
             f"prepare; images with captions are read where they lie by data=Folder(path='{path}')"
@@ -280,6 +293,11 @@ def _builder(path: str) -> tfds.core.DatasetBuilder:
     if folder.is_absolute() or path.startswith(('.', '~')):
         raise UserError(f'no folder {path}: expected a prepared set, see star-jax data prepare')
     return _named(path)
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+    reason = str(error).partition('\n')[0]
+    return UserError(f'the set {path} is damaged ({reason}): prepare it again')
 
 
 def _named(name: str) -> tfds.core.DatasetBuilder:

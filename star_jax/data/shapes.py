@@ -20,6 +20,7 @@ from star_jax.errors import UserError
 
 SMALLEST_SIDE = 16  # below, a small shape has five pixels and no form
 
+MOST = 2**31 - 1  # pictures; their order is drawn in 32 bits
 STRIDE = 13  # between the phrasings that a scene keeps; shares no factor with their number
 
 RING_HOLE = 0.52  # of the outer radius
@@ -42,8 +43,8 @@ class Shapes:
     phrasings: int = 2
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f'shapes needs at least one picture, not count {self.count}')
+        if not 1 <= self.count <= MOST:
+            raise UserError(f'shapes holds 1 to {MOST:,} pictures, not {self.count}')
         if self.phrasings < 0:
             raise UserError(f'phrasings must be 0 (all) or more, not {self.phrasings}')
         if self.split not in SPLITS:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from star_jax.core import pictures
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.evaluation import (
     alignment,
@@ -32,7 +33,6 @@ from star_jax.evaluation.statistics import Score
 from star_jax.evaluation.subject import Subject
 from star_jax.nn.perceptual import LEAST_SIDE, Lpips
 from star_jax.parallel import machine
-from star_jax.sampling.pipeline import Settings
 from star_jax.tokenizers import perceptual
 
 TOKENIZER, LPIPS, LOSS, ALIGNMENT, KID = 'tokenizer', 'lpips', 'loss', 'alignment', 'kid'

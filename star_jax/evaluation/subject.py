@@ -10,9 +10,11 @@ import numpy as np
 
 from star_jax.checkpoint import models
 from star_jax.core.condition import Text
+from star_jax.core.settings import Settings
 from star_jax.evaluation.groups import SHAPES, Group, groups
+from star_jax.parallel import machine
 from star_jax.sampling import pipeline
-from star_jax.sampling.pipeline import Pipeline, Settings
+from star_jax.sampling.pipeline import Pipeline
 from star_jax.text import TextEncoder
 
 # (bits of work, how many, what is done) -> the same bits, while somebody shows how far it is.
@@ -60,6 +62,8 @@ class Subject:
         self.tokenizer = dataclasses.replace(tokenizer, config=tokenizer.config.at(sides))
         self.resolution = self.tokenizer.config.resolution
         self.groups = groups(job.data, job.splits, job.count, self.resolution)
+        count = sum(len(group.source) for group in self.groups)
+        machine.check_memory(f'{count:,} pictures', count * 3 * self.resolution**2)
         self._track = track
 
     @functools.cached_property

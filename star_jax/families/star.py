@@ -6,9 +6,13 @@ Text-conditioned next-scale prediction (STAR specification sections 3, 5 and 7).
 import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
+from star_jax.core.condition import Text
 from star_jax.core.schedule import Pyramid
+from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, CrossAttention, Scaled, SelfAttention
 from star_jax.nn.conditioning import LevelModulation, ModulationOffset, TextStart
@@ -55,9 +59,9 @@ class Star:
     gate_init: float = 5e-5
 
     def __post_init__(self) -> None:
-        sizes = (self.depth, self.width, self.heads, self.codes, self.channels, self.text_width)
-        if min(sizes) < 1:
-            raise ValueError(f'every size of a model must be at least 1: {self}')
+        mlp = self.mlp_ratio * self.width
+        of_tokens = (self.codes, self.channels, self.text_width)
+        check_sizes(self, self.depth, self.width, self.heads, mlp, *of_tokens)
         if self.width % self.heads:
             raise ValueError(f'width {self.width} does not divide into {self.heads} heads')
         rotary = isinstance(self.positions, NormalisedRotary | RawRotary)
@@ -65,6 +69,8 @@ class Star:
             raise ValueError(
                 f'rotary positions need a head width divisible by 4, not {self.width}/{self.heads}'
             )
+        if isinstance(self.positions, SinCos) and self.width % 4:
+            raise ValueError(f'sin-cos positions need a width divisible by 4, not {self.width}')
         if not 0 <= self.drop_path < 1:
             raise ValueError(f'drop_path must lie in [0, 1), not {self.drop_path}')
         first = self.schedule.offsets[-2]
@@ -126,6 +132,18 @@ class Star:
             unroll=unroll,
             dtype=dtype,
         )
+
+    def abstract(self) -> dict:
+        """The parameters of such a network, by shape and type alone, boxed with logical axes."""
+        schedule = self.schedule
+        later = schedule.starts[-1] - schedule.starts[1]
+        inputs = jax.ShapeDtypeStruct((1, later, self.channels), jnp.float32)
+        text = Text(
+            states_BTE=jax.ShapeDtypeStruct((1, 1, self.text_width), jnp.float32),
+            mask_BT=jax.ShapeDtypeStruct((1, 1), jnp.int32),
+            pooled_BE=jax.ShapeDtypeStruct((1, self.text_width), jnp.float32),
+        )
+        return jax.eval_shape(self.build().init, jax.random.key(0), inputs, text)['params']
 
     def _offset_init(self, key, shape, dtype=float):
         """N(0, 1 / C); gates shrink to almost nothing, scales and shifts to a half."""

@@ -16,6 +16,14 @@ from star_jax.core.schedule import Pyramid
 from star_jax.nn import layers
 
 
+def _check(theta: float, extent: float = 0.0) -> None:
+    """Raises ValueError for what gives no angles."""
+    if theta <= 0 or extent < 0:
+        raise ValueError(
+            f'theta must be positive and extent not negative, not {theta} and {extent}'
+        )
+
+
 class Positions:
     """No positions; what a kind of positions does not say stays so."""
 
@@ -40,6 +48,9 @@ class NormalisedRotary(Positions):
     theta: float = 10000.0
     extent: float = 64.0
 
+    def __post_init__(self) -> None:
+        _check(self.theta, self.extent)
+
     def angles(self, schedule: Pyramid, head_dim: int) -> np.ndarray:
         xy_L2 = positions.pyramid_xy(schedule.grids, self.extent)
         return positions.rotary_table(xy_L2, head_dim, self.theta)
@@ -50,6 +61,9 @@ class RawRotary(Positions):
     """Rotary positions that count the cells of each scale."""
 
     theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _check(self.theta)
 
     def angles(self, schedule: Pyramid, head_dim: int) -> np.ndarray:
         return positions.rotary_table(positions.pyramid_xy(schedule.grids), head_dim, self.theta)
@@ -69,6 +83,9 @@ class SinCos(Positions):
 
     theta: float = 10000.0
     extent: float = 64.0
+
+    def __post_init__(self) -> None:
+        _check(self.theta, self.extent)
 
     def table(self, schedule: Pyramid, width: int, init: layers.Initializer) -> nn.Module:
         xy_L2 = positions.pyramid_xy(schedule.grids, self.extent)

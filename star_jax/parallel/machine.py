@@ -7,7 +7,22 @@ import flax
 import jax
 import jaxlib
 
+from star_jax.errors import UserError
 from star_jax.parallel import startup
+
+
+def memory() -> int:
+    """Bytes of this machine's own memory, not of its accelerators."""
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+def check_memory(what: str, size: int) -> None:
+    """Raises UserError where `what`, of `size` bytes, cannot be held by this machine."""
+    if size > memory():
+        raise UserError(
+            f'{what} would take {size / 2**30:,.0f} GiB, and this machine has '
+            f'{memory() / 2**30:,.0f}: ask for less'
+        )
 
 
 def describe() -> dict[str, str | int]:

@@ -33,7 +33,7 @@ class MeshShape:
         """A mesh over all devices; a UserError where they do not divide."""
         devices = jax.device_count()
         split = self.fsdp * self.tensor
-        data = self.data or devices // split
+        data = self.data or max(devices // split, 1)
         if data * split != devices:
             raise UserError(
                 f'a mesh of data={data}, fsdp={self.fsdp}, tensor={self.tensor} needs '

@@ -10,9 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.codes import Drawn
+from star_jax.core.codes import Drawn, Index
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Step
+from star_jax.core.settings import Settings
 
 
 class Tools(NamedTuple):
@@ -130,3 +131,13 @@ def guide(logits_RLV: jax.Array, batch: int, weight: jax.Array) -> jax.Array:
 def guidance_ramp(guidance: float, steps: int) -> jax.Array:
     """[S] float32 weights, linear from 0 to `guidance`: STAR's cfg (specification 8)."""
     return guidance * jnp.arange(steps, dtype=jnp.float32) / max(steps - 1, 1)
+
+
+def arguments(settings: Settings, steps: int, codes: Index) -> tuple[jax.Array, Draw]:
+    """The guidance of each of `steps` steps, and the draw."""
+    ramp_S = guidance_ramp(settings.guidance, steps)
+    if settings.smooth:
+        return ramp_S, Smooth(steps=steps)
+    top_p = settings.top_p or None
+    keep = Filter(top_k=settings.top_k, top_p=top_p, temperature=settings.temperature)
+    return ramp_S, Plain(keep, codes.draw)

@@ -39,8 +39,10 @@ class Study:
     def __post_init__(self) -> None:
         if not self.configs or not self.seeds:
             raise UserError('a study needs at least one config and one seed')
-        if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f'seeds must be different and not negative, not {self.seeds}')
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f'seeds must be different, not {self.seeds}')
+        if min(self.seeds) < 0 or max(self.seeds) >= 2**32:
+            raise UserError(f'seeds must lie in [0, 2^32), not {self.seeds}')
         for name, run in self.configs.items():
             if unequal := _unequal_conditions(self.baseline, run):
                 raise UserError(
@@ -86,8 +88,7 @@ def main(study: Study, out: Path, console: Console) -> bool:
     startup.start()
     rounds = study.rounds(out)
     for place in (place for places in rounds for place in places):
-        if (place.folder / loop.CONFIG).exists():
-            loop.claim(place.folder, place.run)
+        loop.check(place.folder, place.run)
     open_places = [place for places in rounds for place in places if not results.has_ended(place)]
     if open_places and study.baseline.cache:
         train.cache(study.baseline)  # one serves all: their pictures, texts and codes are the same

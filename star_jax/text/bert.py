@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from star_jax.core.sizes import LARGEST
 from star_jax.errors import UserError
 from star_jax.text.layers import Embedding, LayerNorm, Linear, attend, masked_mean
 from star_jax.text.tokens import Tokens
@@ -89,10 +90,11 @@ class Bert(nn.Module):
 def build(config: Mapping) -> Bert:
     """The module that a config.json describes; absent fields as in transformers' BertConfig.
 
-    Raises `UserError` for variants of BERT that compute something else.
+    Raises `UserError` for variants of BERT that compute something else, and for sizes that are
+    none.
     """
     activation = config.get('hidden_act', 'gelu')
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(
             f'hidden_act is {activation!r} in the text encoder; supported: {sorted(ACTIVATIONS)}.'
         )
@@ -100,17 +102,33 @@ def build(config: Mapping) -> Bert:
         raise UserError(
             f"position_embedding_type is {kind!r} in the text encoder; supported: 'absolute'."
         )
+    width, heads = _size(config, 'hidden_size', 768), _size(config, 'num_attention_heads', 12)
+    if width % heads:
+        raise UserError(f'a text encoder of width {width} does not divide into {heads} heads.')
+    eps = config.get('layer_norm_eps', 1e-12)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise UserError(f'layer_norm_eps is {eps!r} in the text encoder; expected one in (0, 1).')
     return Bert(
-        vocab=config.get('vocab_size', 30522),
-        positions=config.get('max_position_embeddings', 512),
-        types=config.get('type_vocab_size', 2),
-        width=config.get('hidden_size', 768),
-        depth=config.get('num_hidden_layers', 12),
-        heads=config.get('num_attention_heads', 12),
-        mlp=config.get('intermediate_size', 3072),
-        eps=config.get('layer_norm_eps', 1e-12),
+        vocab=_size(config, 'vocab_size', 30522),
+        positions=_size(config, 'max_position_embeddings', 512),
+        types=_size(config, 'type_vocab_size', 2),
+        width=width,
+        depth=_size(config, 'num_hidden_layers', 12),
+        heads=heads,
+        mlp=_size(config, 'intermediate_size', 3072),
+        eps=eps,
         activation=activation,
     )
+
+
+def _size(config: Mapping, name: str, default: int) -> int:
+    """A field of the config that counts something."""
+    size = config.get(name, default)
+    if type(size) is not int or not 1 <= size <= LARGEST:
+        raise UserError(
+            f'{name} is {size!r} in the text encoder; expected a whole number in [1, {LARGEST}].'
+        )
+    return size
 
 
 def convert(module: Bert, tensors: Mapping[str, np.ndarray]) -> dict:

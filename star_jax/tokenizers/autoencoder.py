@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 
 ZEROS = nn.initializers.zeros  # residual branches start as the identity
@@ -28,8 +29,10 @@ class Autoencoder:
     stem: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.width, self.blocks, self.groups, self.stem, *self.multipliers) < 1:
-            raise ValueError(f'every size of an autoencoder must be at least 1: {self}')
+        check_sizes(self, self.width, self.blocks, self.groups, self.stem, *self.multipliers)
+        check_sizes(self, *self.widths)
+        if not self.multipliers:
+            raise ValueError('an autoencoder needs at least one of the multipliers of its width')
         if self.width % self.groups:
             raise ValueError(f'width {self.width} does not divide into {self.groups} norm groups')
 

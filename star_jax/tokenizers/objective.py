@@ -30,6 +30,11 @@ class Objective:
     commitment: float = 0.25
     scales: Literal['mean', 'sum'] = 'mean'
 
+    def __post_init__(self) -> None:
+        weights = (self.l1, self.l2, self.edges, self.perceptual, self.quantiser, self.commitment)
+        if min(weights) < 0:
+            raise ValueError(f'weights of losses must not be negative: {self}')
+
     def reconstruction(
         self, images: jax.Array, painted: jax.Array, perceptual: Perceptual | None = None
     ) -> dict[str, jax.Array]:

@@ -15,9 +15,12 @@ from flax import linen as nn
 from star_jax.core import resize
 from star_jax.core.codes import Drawn, Index
 from star_jax.core.schedule import Pyramid, Step
+from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
+
+LARGEST_SIDE = 2**14  # px, of an image
 
 # Which of four phi convolutions serves each of K scales. At K = 10 scales 2 and 7 lie exactly
 # between two; only the rounding of the published float64 code decides (specification 1.5).
@@ -57,9 +60,14 @@ class VQ:
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.codes, self.channels, self.phis, *self.sides) < 1:
-            raise ValueError(f'every size of a tokenizer must be at least 1: {self}')
+        check_sizes(self, self.codes, self.channels, self.phis, *self.sides)
         Pyramid.square(self.sides)  # refuses sides that shrink, or none
+        if self.resolution > LARGEST_SIDE:
+            raise ValueError(
+                f'a last side of {self.sides[-1]} and a downsampling of '
+                f'{self.autoencoder.downsampling} make images of {self.resolution} px, expected at '
+                f'most {LARGEST_SIDE}'
+            )
         if not 0 <= self.phi_ratio <= 1:
             raise ValueError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
 
@@ -79,6 +87,11 @@ class VQ:
 
     def build(self) -> 'VQTokenizer':
         return VQTokenizer(self)
+
+    def abstract(self) -> dict:
+        """The parameters of such a tokenizer, by shape and type alone, boxed with logical axes."""
+        images = jax.ShapeDtypeStruct((1, self.resolution, self.resolution, 3), jnp.float32)
+        return jax.eval_shape(self.build().init, jax.random.key(0), images)['params']
 
 
 @jax.tree_util.register_dataclass

@@ -12,6 +12,7 @@ the times of their last change.
 import dataclasses
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from star_jax.checkpoint import config, weights
+from star_jax.checkpoint import config, files, weights
 from star_jax.checkpoint.folder import Tokenizer
 from star_jax.data import codes, pipeline
 from star_jax.data.pipeline import Source
@@ -29,6 +30,7 @@ from star_jax.parallel import startup
 from star_jax.text import FeatureCache, TextEncoder
 from star_jax.training.run import Data, Run
 
+SETS = ('data', 'validation')  # of a run
 DIGITS = 16  # of a digest in a key: nobody forges them, and a message can show them
 
 Sources = Mapping[str, Source]
@@ -103,12 +105,19 @@ def place(run: Run) -> Path:
     """
     if run.cache:
         return Path(run.cache)
-    path = Path(getattr(run.data, 'path', '')).expanduser()
+    path = Path(os.path.expanduser(getattr(run.data, 'path', '')))
     if path.name and path.is_dir():
         return path.with_name(f'{path.name}.codes')
     settings = [config.to_json(part) for part in (run.data, run.validation)]
     named = hashlib.sha256(repr((settings, run.tokenizer, run.model.sides)).encode()).hexdigest()
     return startup.cache_folder() / 'codes' / f'{type(run.data).__name__.lower()}-{named[:DIGITS]}'
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError where no cache can be written in a folder."""
+    files.check_folder(folder)
+    for name in SETS:
+        codes.check_free(folder / name)
 
 
 def _digest(tokenizer: Tokenizer) -> str:

@@ -20,13 +20,15 @@ from star_jax.errors import RunError, UserError
 from star_jax.training import report
 from star_jax.training.faults import Stop, state_flaw
 from star_jax.training.report import Report, Window
-from star_jax.training.run import Run, TokenizerRun
+from star_jax.training.run import Run, TokenizerRun, check_kind
 from star_jax.training.state import TrainState
 
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
 METRICS = report.METRICS
 MODEL = 'model'
+
+ELSEWHERE = ('mesh', 'cache')  # fields that change where a run happens, and not what it makes
 
 
 class Job(Protocol):
@@ -69,11 +71,12 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
     Raises UserError if `out` belongs to a run with another config, and RunError if a loss or the
     state is not finite any more: what was saved before stays, and nothing later is saved.
     """
-    claim(out, job.run)
+    check(out, job.run)
     _print_summary(job, console)
     with Checkpoints(out / CHECKPOINTS, keep=job.run.pace.keep) as checkpoints:
         restored = checkpoints.restore(job.abstract())
         first, state = restored if restored else (0, job.init())
+        claim(out, job.run)  # now that it can begin: what is mended is no other config
         if first:
             console.print(f'continuing from step {first}')
         window = Window(job.run.batch, first, checkpoints.notes(first))
@@ -172,15 +175,25 @@ def newest(job: Job, out: Path) -> TrainState | None:
 def claim(out: Path, run: Run | TokenizerRun) -> None:
     """Makes `out` the folder of `run`; a UserError names the fields if it belongs to another.
 
-    Another mesh is no other run: it may go on on other devices.
+    Another mesh or cache is no other run: it may go on on other devices, with the same codes.
     """
+    check(out, run)
     path = out / CONFIG
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         config.write(path, run)
+
+
+def check(out: Path, run: Run | TokenizerRun) -> None:
+    """Raises UserError if `out` is the folder of another run; leaves it as it is."""
+    path = out / CONFIG
+    if not path.exists():
         return
-    earlier = config.read(path, type(run))
-    changed = config.differences(dataclasses.replace(earlier, mesh=run.mesh), run)
+    fields = config.read_json(path)
+    check_kind(fields, type(run), str(path))
+    earlier = config.from_json(type(run), fields, str(path))
+    same = {name: getattr(run, name) for name in ELSEWHERE if hasattr(run, name)}
+    changed = config.differences(dataclasses.replace(earlier, **same), run)
     if changed:
         raise UserError(
             f'{out} holds a run with another config ({"; ".join(changed)}): '

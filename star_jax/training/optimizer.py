@@ -36,6 +36,10 @@ class AdamW:
     def __post_init__(self) -> None:
         if self.accumulate < 1 or self.clip <= 0:
             raise ValueError(f'accumulate must be at least 1 and clip positive: {self}')
+        if min(self.weight_decay, self.weight_decay_end) < 0 or self.epsilon <= 0:
+            raise ValueError(
+                f'weight decays must not be negative, and epsilon must be positive: {self}'
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f'beta1 and beta2 must lie in [0, 1): {self}')
 

@@ -5,18 +5,22 @@ A config file is one expression of these dataclasses, named `run`; the run's fol
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+from star_jax.checkpoint import models
+from star_jax.core.settings import Settings
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
+from star_jax.errors import UserError
 from star_jax.families import Family, Star
 from star_jax.parallel.mesh import MeshShape
-from star_jax.sampling.pipeline import Settings
 from star_jax.text import DEFAULT
 from star_jax.tokenizers.objective import Objective
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW
+
+MOST_STEPS = 2**31 - 1  # of anything that a program counts in int32
 
 Data = Shapes | Prepared | Folder
 
@@ -42,6 +46,8 @@ class Pace:
     def __post_init__(self) -> None:
         if min(self.steps, self.log, self.sample, self.save, self.keep) < 1:
             raise ValueError(f'every number of a pace must be at least 1: {self}')
+        if self.steps > MOST_STEPS:
+            raise ValueError(f'steps must be at most {MOST_STEPS}, not {self.steps}')
         if self.save % self.log:
             raise ValueError(
                 f'save ({self.save}) must be a multiple of log ({self.log}), so that a run that '
@@ -103,7 +109,8 @@ class Run:
     Attributes:
         model: its sizes and parts.
         init: a model folder to go on from ('': none).
-        tokenizer: a model folder, a hub id, or 'shipped': the one in the package.
+        tokenizer: a model folder, a hub id, or 'shipped': the one in the package ('': that of
+            init, or else the shipped one).
         text: the text encoder: package:NAME, a folder, or a hub id.
         features: text from a cache on disk, or computed inside the training program.
         cache: a folder of `star-jax data cache`, for codes and text features ('': pictures are
@@ -126,7 +133,7 @@ class Run:
 
     model: Family = Star()
     init: str = ''
-    tokenizer: str = 'shipped'
+    tokenizer: str = ''
     text: str = DEFAULT
     features: Literal['cached', 'inside'] = 'cached'
     cache: str = ''
@@ -146,18 +153,56 @@ class Run:
 
     def __post_init__(self) -> None:
         _check_common(self)
+        if len(self.model.sides) < 2:
+            raise ValueError(
+                f'model.sides {self.model.sides} is one scale, and training predicts scales from '
+                'those before: give two or more'
+            )
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')
         if self.unroll < 1:
             raise ValueError(f'unroll counts layers, at least 1, not {self.unroll}')
 
 
+COMMANDS = {Run: 'train', TokenizerRun: 'train-tokenizer'}
+
+
+def kind_of(fields: object, where: str) -> type[Run | TokenizerRun]:
+    """Of which class the JSON fields of a run are: a tokenizer's are told by their objective.
+
+    Raises UserError for those of a model folder, which look alike.
+    """
+    if isinstance(fields, dict) and 'family' in fields:
+        raise UserError(
+            f'{where} belongs to a model folder, expected the config of a run: '
+            '`train CONFIG --init FOLDER` goes on from a model'
+        )
+    return TokenizerRun if isinstance(fields, dict) and 'objective' in fields else Run
+
+
+def check_kind(fields: object, kind: type, where: str) -> None:
+    """Raises UserError where the JSON fields of a run are not those of a `kind`."""
+    given = kind_of(fields, where)
+    if given is not kind:
+        raise UserError(
+            f'{where} is the config of a {given.__name__}, expected that of a {kind.__name__}: '
+            f'it is for star-jax {COMMANDS[given]}'
+        )
+
+
 def settle(run: Run | TokenizerRun) -> Run | TokenizerRun:
-    """The run with all said: a validation set without a path is its split of what `data` names."""
+    """The run with all said.
+
+    A validation set without a path is its split of what `data` names. A transformer whose tokenizer
+    has no place goes on with that of `init`, or with the shipped one.
+    """
+    changes: dict[str, Any] = {}
     data, validation = run.data, run.validation
-    if isinstance(data, Shapes) or type(validation) is not type(data) or validation.path:
-        return run
-    return dataclasses.replace(run, validation=dataclasses.replace(data, split=validation.split))
+    if not isinstance(data, Shapes) and type(validation) is type(data) and not validation.path:
+        changes['validation'] = dataclasses.replace(data, split=validation.split)
+    if isinstance(run, Run) and not run.tokenizer:
+        changes['tokenizer'] = run.init or models.SHIPPED
+    return dataclasses.replace(run, **changes)
 
 
 def _check_common(run: Run | TokenizerRun) -> None:
@@ -165,3 +210,5 @@ def _check_common(run: Run | TokenizerRun) -> None:
         raise ValueError(f'batch must be at least 1, not {run.batch}')
     if not 0 <= run.ema < 1:
         raise ValueError(f'ema is a decay in [0, 1), not {run.ema}')
+    if not 0 <= run.seed < 2**32:
+        raise ValueError(f'seed must lie in [0, 2^32), not {run.seed}')

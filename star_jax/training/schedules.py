@@ -33,6 +33,8 @@ class LearningRate:
     def __post_init__(self) -> None:
         if self.peak < 0 or self.warmup_steps < 0:
             raise ValueError(f'peak and warmup_steps must not be negative: {self}')
+        if self.warmup_steps >= 2**31:
+            raise ValueError(f'warmup_steps must lie below 2^31, not {self.warmup_steps}')
         if self.end <= 0 or self.start < 0:
             raise ValueError(f'end must be positive and start not negative: {self}')
         if self.shape not in SHAPES and not self._tau:

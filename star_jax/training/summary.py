@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
+from star_jax.parallel import machine
 from star_jax.parallel.mesh import batch_ways
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.state import TrainState
@@ -37,8 +38,11 @@ def describe(
     }
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
-    """A UserError if the mesh cannot split the batch."""
+def check_batch(batch: int, side: int, mesh: Mesh) -> None:
+    """A UserError if the mesh cannot split a batch of pictures of `side` px, or no memory holds it.
+
+    Only the pictures are counted, in float32, so that a batch which passes may still be too large.
+    """
     ways = batch_ways(mesh)
     if batch % ways:
         fits = ways * max(round(batch / ways), 1)
@@ -46,6 +50,8 @@ def check_batch(batch: int, mesh: Mesh) -> None:
             f'a batch of {batch} does not divide over {ways} devices: give a multiple of {ways}, '
             f'such as {fits}'
         )
+    share = batch // jax.process_count() * 3 * side**2 * np.dtype(np.float32).itemsize
+    machine.check_memory(f'a batch of {batch:,} pictures of {side} px', share)
 
 
 def warn_of_collapse(used_K: np.ndarray, used: float) -> None:

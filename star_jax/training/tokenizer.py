@@ -37,7 +37,7 @@ class TokenizerJob:
     def __init__(self, run: TokenizerRun) -> None:
         self.run = run
         self.mesh = run.mesh.build()
-        summary.check_batch(run.batch, self.mesh)
+        summary.check_batch(run.batch, run.model.resolution, self.mesh)
         self.tokenizer = run.model.build()
         self.optimizer = run.optimizer.build(run.pace.steps)
         judge = perceptual.load() if run.objective.perceptual else None

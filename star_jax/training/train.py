@@ -6,12 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from star_jax.checkpoint import config
+from star_jax.checkpoint import config, files
+from star_jax.checkpoint.folder import check_free
 from star_jax.errors import UserError
 from star_jax.parallel import startup
 from star_jax.training import cache as caches
 from star_jax.training import faults, loop
-from star_jax.training.run import Run, TokenizerRun, settle
+from star_jax.training.run import Run, TokenizerRun, kind_of, settle
 
 
 def main(run: Run | TokenizerRun, out: Path) -> bool:
@@ -22,9 +23,11 @@ def main(run: Run | TokenizerRun, out: Path) -> bool:
     process is training in, and RunError where a run cannot go on.
     """
     with faults.Stop() as stop, faults.disk_watched(out / loop.CHECKPOINTS):
+        files.check_folder(out)
         startup.start()
         logging.getLogger('absl').setLevel(logging.WARNING)
         work = job(run)
+        loop.check(out, work.run)
         with faults.lock(out):
             return loop.fit(work, out, Console(), stop)
 
@@ -37,6 +40,7 @@ def cache(run: Run) -> Path:
     startup.start()
     run = settle(run)
     folder = caches.place(run)
+    caches.check_free(folder)
     work = job(dataclasses.replace(run, cache=''))
     work.origin.write(folder, work.pictures, work.encode)
     return folder
@@ -45,24 +49,25 @@ def cache(run: Run) -> Path:
 def export(folder: Path, out: Path) -> Path:
     """Writes a model folder from the newest checkpoint of the run in `folder`.
 
-    Raises UserError where there is no run, or no checkpoint yet.
+    Raises UserError where there is no run, or no checkpoint yet, or `out` cannot be written.
     """
     startup.start()
     run = read_run(folder)
+    check_free(out)
     work = job(run)
     state = loop.newest(work, folder)
     if state is None:
         raise UserError(f'{folder} has no checkpoint yet: let the run come to its first one')
-    work.export(state, out)
+    with files.writing(out):
+        work.export(state, out)
     return out
 
 
 def read_run(folder: Path) -> Run | TokenizerRun:
-    """The settings of the run in a folder; a tokenizer's are told by their fields."""
+    """The settings of the run in a folder."""
     path = folder / loop.CONFIG
     fields = config.read_json(path)
-    is_tokenizer = isinstance(fields, dict) and 'objective' in fields
-    return config.from_json(TokenizerRun if is_tokenizer else Run, fields, where=str(path))
+    return config.from_json(kind_of(fields, str(path)), fields, where=str(path))
 
 
 def job(run: Run | TokenizerRun) -> loop.Job:

