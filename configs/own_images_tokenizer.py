@@ -1,0 +1,26 @@
+"""The shipped tokenizer goes on with your own images, for colours and forms that it does not know.
+
+star-jax train-tokenizer configs/own_images_tokenizer.py --data.path my_images --out runs/tokenizer
+
+Its codes stay what they are, so that the shipped transformer can go on from them.
+"""
+
+from star_jax.checkpoint import models
+from star_jax.data.folder import Folder
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, TokenizerRun
+from star_jax.training.schedules import LearningRate
+
+run = TokenizerRun(
+    model=models.read_tokenizer(models.SHIPPED).config,
+    init=models.SHIPPED,
+    data=Folder(path='my_images'),
+    validation=Folder(split='validation'),
+    optimizer=AdamW(
+        learning_rate=LearningRate(peak=5e-4, warmup_steps=20, shape='lin'), weight_decay=0.0
+    ),
+    pace=Pace(steps=600, log=20, sample=200, save=200),
+    batch=8,
+    plain_steps=0,
+    restart_until=0.0,
+)
