@@ -101,11 +101,15 @@ def test_bfloat16_activations_train_float32_parameters(job):
 
 
 def test_a_collapsed_codebook_is_told(caplog):
-    summary.warn_of_collapse(np.array([0.05, 0.5]), 0.5)
+    def usage(*used: int, times: int = 100) -> np.ndarray:
+        return np.stack([np.arange(500) < count for count in used]) * times
+
+    summary.warn_of_collapse(usage(25, 250))
+    summary.warn_of_collapse(usage(1, 250, times=2))  # two pictures have two coarsest codes
     assert not caplog.records
-    summary.warn_of_collapse(np.array([0.002, 0.5]), 0.5)
+    summary.warn_of_collapse(usage(1, 250, times=500))
     assert 'scale 0' in caplog.text and '0.2 %' in caplog.text and 'all scales' not in caplog.text
-    summary.warn_of_collapse(np.array([0.1, 0.1]), 0.15)
+    summary.warn_of_collapse(usage(50, 75))
     assert 'all scales' in caplog.text and '15.0 %' in caplog.text
 
 

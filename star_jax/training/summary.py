@@ -54,11 +54,18 @@ def check_batch(batch: int, side: int, mesh: Mesh) -> None:
     machine.check_memory(f'a batch of {batch:,} pictures of {side} px', share)
 
 
-def warn_of_collapse(used_K: np.ndarray, used: float) -> None:
-    """Warns if validation images use too small a share of the codes, at a scale or in all."""
-    scales = {f'scale {scale}': (share, LEAST_AT_SCALE) for scale, share in enumerate(used_K)}
-    for where, (share, least) in {'all scales': (used, LEAST_IN_ALL), **scales}.items():
-        if share < least:
+def warn_of_collapse(usage_KV: np.ndarray) -> None:
+    """Warns if validation images use too small a share of the codes, at a scale or in all.
+
+    `usage_KV` counts how often each scale chose each code. Fewer tokens than codes tell nothing.
+    """
+    scales = {f'scale {scale}': (row, LEAST_AT_SCALE) for scale, row in enumerate(usage_KV)}
+    for where, (usage_V, least) in {
+        'all scales': (usage_KV.sum(0), LEAST_IN_ALL),
+        **scales,
+    }.items():
+        share = (usage_V > 0).mean()
+        if usage_V.sum() >= len(usage_V) and share < least:
             log.warning(
                 'codebook collapse: %s of validation images use %.1f %% of the codes, '
                 'less than %.0f %%',

@@ -108,7 +108,7 @@ class TokenizerJob:
             }
         scores['validation/used'] = float((counts.sum(0) > 0).mean())
         if int(state.step) > self.run.plain_steps:
-            summary.warn_of_collapse(used_K, scores['validation/used'])
+            summary.warn_of_collapse(np.asarray(counts))
         return scores
 
     def picture(self, state: TrainState) -> np.ndarray:
