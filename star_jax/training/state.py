@@ -69,13 +69,17 @@ def build_state(
     )
 
 
-def go_on_from(state: TrainState, params: Any, where: str) -> TrainState:
-    """The state with other parameters, averages included, on the same devices.
+def fitted(params: Any, state: TrainState, where: str) -> Any:
+    """Parameters that can take the place of those of a state, which may be abstract.
 
     Raises UserError naming the arrays of `where` that do not fit.
     """
-    fitted = weights.unflatten(weights.fit(weights.flatten(params), state.params, where))
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), fitted, state.params)
+    return weights.unflatten(weights.fit(weights.flatten(params), state.params, where))
+
+
+def go_on_from(state: TrainState, params: Any) -> TrainState:
+    """The state with other, fitted parameters, averages included, on the same devices."""
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
     return state.replace(params=placed, ema=ema)
 

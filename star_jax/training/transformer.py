@@ -32,6 +32,7 @@ from star_jax.training.state import (
     abstract_sharded,
     averaged,
     build_state,
+    fitted,
     go_on_from,
     init_sharded,
 )
@@ -102,10 +103,12 @@ class TransformerJob:
         return abstract_sharded(self._build, self.mesh)
 
     def init(self) -> TrainState:
-        state = init_sharded(self._build, self.mesh, jax.random.key(self.run.seed))
-        if not self.run.init:
-            return state
-        return go_on_from(state, models.read(self.run.init).params, self.run.init)
+        init = functools.partial(init_sharded, self._build, self.mesh)
+        key, where = jax.random.key(self.run.seed), self.run.init
+        if not where:
+            return init(key)
+        params = fitted(models.read(where).params, self.abstract(), where)  # before compiling
+        return go_on_from(init(key), params)
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
         if self.run.features == 'cached' and not self.run.cache:
