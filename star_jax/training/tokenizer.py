@@ -64,7 +64,8 @@ class TokenizerJob:
         key, where = jax.random.key(self.run.seed), self.run.init
         if not where:
             return init(key)
-        params = fitted(models.read_tokenizer(where).params, self.abstract(), where)  # before compiling
+        given = models.read_tokenizer(where).params  # before anything is compiled
+        params = fitted(given, self.abstract(), where)
         return go_on_from(init(key), params)
 
     def batches(self, step: int) -> Iterator[jax.Array]:

@@ -107,7 +107,8 @@ class TransformerJob:
         key, where = jax.random.key(self.run.seed), self.run.init
         if not where:
             return init(key)
-        params = fitted(models.read(where).params, self.abstract(), where)  # before compiling
+        given = models.read(where).params  # before anything is compiled
+        params = fitted(given, self.abstract(), where)
         return go_on_from(init(key), params)
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
