@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from star_jax.errors import RunError, UserError
+from star_jax.parallel import memory
 
 COMMANDS = {
     'train': 'train a transformer on captioned images',
@@ -31,6 +32,7 @@ SMALLER = 'give a smaller batch or model, or split the model over more devices'
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status."""
+    memory.keep()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else '--help'
     if command in ('-h', '--help'):

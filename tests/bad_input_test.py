@@ -444,7 +444,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a name too long for any file', f'{DRAW} {"x" * 300}', 'there is no such folder'),
     ('a hub without a network', f'{DRAW} nobody/nothing', 'cannot be had from the hub'),
     ('a tokenizer as model', f'{DRAW} {{home}}/tokenizer', 'a tokenizer alone, expected a model'),
-    ('a run as model', f'{DRAW} {{another_run}}', 'expected the fields family, model, text'),
+    ('a run as model', f'{DRAW} {{another_run}}', 'expected the fields family, model, sampling'),
     ('no JSON', f'{DRAW} {{no_json}}', 'not valid JSON at line 1, column 1'),
     ('empty JSON', f'{DRAW} {{empty_json}}', 'damaged or was cut short'),
     ('torn JSON', f'{DRAW} {{torn_json}}', 'damaged or was cut short'),
@@ -951,12 +951,13 @@ def test_any_list_of_captions_is_read_or_told(tmp_path, lines):
 
 @keep(max_examples=60)
 @hypothesis.given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-def test_any_file_of_prompts_is_read_or_told(tmp_path, capfd, content):
-    """Whatever it holds, the sentence is on the file, or on the model that comes after it."""
+def test_any_file_of_prompts_is_read_or_told(home, tmp_path, capfd, content):
+    """Whatever it holds, the sentence is on the file, or on the place that is looked at next."""
     (tmp_path / 'prompts').write_bytes(content)
-    words = ('--prompts', str(tmp_path / 'prompts'), '--model', str(tmp_path / 'nothing'))
-    said = complaint(capfd, 'sample', *words)
-    assert re.search('holds no prompt|no text|no such folder', said)
+    (tmp_path / 'file').write_text('')
+    options = ('--model', str(home / 'model'), '--out', str(tmp_path / 'file'))
+    said = complaint(capfd, 'sample', '--prompts', str(tmp_path / 'prompts'), *options)
+    assert re.search('holds no prompt|no text|is a file, expected the name of a folder', said)
 
 
 # Nothing unpickles.

@@ -243,7 +243,7 @@ def test_a_scene_keeps_some_of_its_phrasings():
 
 @pytest.mark.parametrize(
     ('wrong', 'named'),
-    [({'count': 0}, 'count 0'), ({'split': 'test'}, "'test'"), ({'objects': (4,)}, '(4,)')],
+    [({'count': 0}, 'not 0'), ({'split': 'test'}, "'test'"), ({'objects': (4,)}, '(4,)')],
 )
 def test_wrong_settings_are_named(wrong, named):
     with pytest.raises(UserError, match=re.escape(named)):
