@@ -1,8 +1,8 @@
 """Why does a process keep the memory that it has freed?
 
-XLA allocates the temporaries of a program at every call. On a CPU, glibc maps pieces of that size and
-gives them back, and the kernel clears each page anew: 40 % of the processor time of a training step
-of configs/shapes.py.
+XLA allocates the temporaries of a program at every call. On a CPU, glibc maps pieces of that size
+and gives them back, and the kernel clears each page anew: 40 % of the processor time of a training
+step of configs/shapes.py.
 """
 
 import contextlib
