@@ -490,7 +490,7 @@ def test_kill_at_ten_random_points(command, environment, tmp_path):
     for point in range(10):
         with start(environment, *words, '--out', torn) as process:
             if point % 3 == 0:
-                time.sleep(chance.uniform(0, 1.2 * start_up))
+                wait_while_starting(process, torn, chance.uniform(0, start_up))
             else:
                 wait_for_steps(process, torn, chance.randrange(2, 25), saving=point % 3 == 1)
             process.kill()
@@ -511,6 +511,12 @@ def kill_during_a_save(environment: dict[str, str], words: Sequence[object], out
         if is_saving(out):
             break
     assert is_saving(out) and not (out / 'model').exists()
+
+
+def wait_while_starting(process: subprocess.Popen, out: Path, seconds: float) -> None:
+    """So long, or until a run has begun to report."""
+    lines, end = last_step(out), time.monotonic() + seconds
+    wait_until(process, lambda: time.monotonic() > end or last_step(out) != lines)
 
 
 def wait_for_steps(process: subprocess.Popen, out: Path, steps: int, saving: bool) -> None:
