@@ -923,7 +923,7 @@ def test_a_model_folder_with_one_mistake_loads_or_tells(home, data):
         path.write_text(right)
 
 
-@keep(max_examples=40)
+@keep(max_examples=25)
 @hypothesis.given(st.data())
 def test_a_text_encoder_with_one_mistake_loads_or_tells(home, data):
     path = home / 'text' / 'config.json'
