@@ -10,10 +10,12 @@ import tiny
 
 from star_jax.checkpoint import weights
 from star_jax.checkpoint.training import Checkpoints
+from star_jax.core.schedule import Pyramid
 from star_jax.errors import UserError
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import summary
 from star_jax.training.run import Pace, Run
+from star_jax.training.step import token_weights
 from star_jax.training.transformer import TransformerJob
 
 
@@ -82,6 +84,26 @@ def test_accumulated_steps_make_one_update_and_averages_follow(run):
     for name, mean in means.items():
         keep = 2 / 11  # of the second step of a run: averages grow into their decay
         np.testing.assert_allclose(mean, keep * start[name] + (1 - keep) * end[name], atol=1e-6)
+
+
+@pytest.mark.parametrize(('balance', 'shares'), [(0, (1, 4, 10)), (1, (1, 1, 1))])
+def test_balance_says_what_a_scale_weighs(balance, shares):
+    weights_L = token_weights(Pyramid.square((1, 2, 4)), 15, balance)  # one token was dropped
+    assert weights_L.mean() == pytest.approx(1)
+    sums = [weights_L[:1].sum(), weights_L[1:5].sum(), weights_L[5:].sum()]
+    np.testing.assert_allclose(np.array(sums) / sums[0], shares, rtol=1e-6)
+
+
+def test_a_balanced_loss_teaches_coarse_scales_first(job):
+    balanced = TransformerJob(dataclasses.replace(job.run, balance=1.0))
+    batch = take(job, 1)[0]
+    first = {}
+    for name, one in {'plain': job, 'balanced': balanced}.items():
+        state = one.init()
+        for step in range(20):
+            state, metrics = one.step(step, state, batch)
+        first[name] = float(metrics['loss/0'])
+    assert first['balanced'] < first['plain']
 
 
 def test_text_encoded_inside_the_program_is_that_of_the_cache(run, job):

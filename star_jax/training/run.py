@@ -121,6 +121,8 @@ class Run:
         pace: length, reports and checkpoints.
         batch: images per step, on all devices.
         caption_drop: probability of the empty caption instead of a picture's own.
+        balance: 0 where every token counts alike in the loss, 1 where every scale does, however
+            few its tokens; coarse scales decide what is where.
         ema: decay of the averaged parameters (0: none are kept).
         dtype: of the activations; bfloat16 for accelerators.
         remat: compute activations again in the backward pass, to save memory.
@@ -143,6 +145,7 @@ class Run:
     pace: Pace = Pace()
     batch: int = 64
     caption_drop: float = 0.1
+    balance: float = 0.0
     ema: float = 0.0
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     remat: bool = False
@@ -160,6 +163,8 @@ class Run:
             )
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f'balance must lie in [0, 1], not {self.balance}')
         if self.unroll < 1:
             raise ValueError(f'unroll counts layers, at least 1, not {self.unroll}')
 

@@ -9,10 +9,12 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import linen as nn
 
 from star_jax.core import condition
+from star_jax.core.schedule import Schedule
 from star_jax.evaluation.likelihood import Scalars, scales, teach, token_losses
 from star_jax.nn.transformer import Transformer, drop_paths
 from star_jax.training.optimizer import gradient_norm
@@ -25,12 +27,14 @@ class Recipe:
 
     `condition_drop`: probability of the unprompted condition. `drop_path`: rate of the deepest
     layer. `keep_tokens`: tokens kept in training, the others dropped from the last scale (0: all).
-    `ema`: decay of the averaged parameters.
+    `balance`: 0 where every token counts alike in the loss, 1 where every scale does, however few
+    its tokens. `ema`: decay of the averaged parameters.
     """
 
     condition_drop: float = 0.0
     drop_path: float = 0.0
     keep_tokens: int = 0
+    balance: float = 0.0
     ema: float = 0.0
 
 
@@ -71,8 +75,19 @@ def train(
 
     def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         nll_BL, hit_BL = losses(params)
-        return nll_BL.mean(), (nll_BL.mean(0), hit_BL.mean(0))
+        weights_L = token_weights(model.schedule, nll_BL.shape[1], recipe.balance)
+        return (weights_L * nll_BL).mean(), (nll_BL.mean(0), hit_BL.mean(0))
 
     gradients, (nll_L, hit_L) = jax.grad(loss, has_aux=True)(state.params)
     state = state.update(gradients, optimizer, recipe.ema)
     return state, scales(model.schedule, nll_L, hit_L) | {'gradient_norm': gradient_norm(state.opt)}
+
+
+def token_weights(schedule: Schedule, count: int, balance: float) -> np.ndarray:
+    """[count] float32 weights of the first tokens of a schedule in the loss; their mean is 1.
+
+    Token dropping drops tokens of the last scale, so the first `count` tell the scales of all.
+    """
+    scale_L = schedule.scale_of_token[:count]
+    weights_L = np.bincount(scale_L)[scale_L].astype(np.float32) ** -balance
+    return weights_L / weights_L.mean()

@@ -76,6 +76,7 @@ class TransformerJob:
             condition_drop=run.caption_drop,
             drop_path=run.model.drop_path,
             keep_tokens=run.model.keep_tokens,
+            balance=run.balance,
             ema=run.ema,
         )
         self._train = functools.partial(
