@@ -1,0 +1,141 @@
+"""What do all networks over a pyramid of scales share, whatever they are conditioned on?"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from star_jax.core.schedule import Pyramid
+from star_jax.core.sizes import check_sizes
+from star_jax.nn import layers
+from star_jax.nn.attention import Cosine, Scaled, SelfAttention
+from star_jax.nn.positions import (
+    Learned,
+    NoPositions,
+    NormalisedRotary,
+    RawRotary,
+    SinCos,
+)
+from star_jax.nn.transformer import Mlp, Parts, Transformer
+
+PLAIN_SCORE_SCALE = 0.25  # over sqrt(head width), without qk-norm (STAR specification 3.3)
+HEAD_INIT = 0.02  # shrinks the logits' weights at the start (STAR specification 5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Sizes and parts of a transformer that predicts scale after scale.
+
+    Widths are in channels, `sides` in tokens. `codes` and `channels` are the tokenizer's.
+    `drop_path` is the rate of the deepest layer, `keep_tokens` how many tokens training keeps (0:
+    all; the rest are dropped from the last scale), `gate_init` the start of a modulation's gates.
+    """
+
+    depth: int = 16
+    width: int = 1024
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    sides: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    codes: int = 4096
+    channels: int = 32
+    positions: NormalisedRotary | RawRotary | Learned | SinCos | NoPositions = NormalisedRotary()
+    level_embedding: bool = True
+    shared_adaln: bool = False
+    qk_norm: bool = True
+    drop_path: float = 0.0
+    keep_tokens: int = 0
+    gate_init: float = 5e-5
+
+    def __post_init__(self) -> None:
+        mlp = self.mlp_ratio * self.width
+        check_sizes(self, self.depth, self.width, self.heads, mlp, self.codes, self.channels)
+        if self.width % self.heads:
+            raise ValueError(f'width {self.width} does not divide into {self.heads} heads')
+        rotary = isinstance(self.positions, NormalisedRotary | RawRotary)
+        if rotary and self.width // self.heads % 4:
+            raise ValueError(
+                f'rotary positions need a head width divisible by 4, not {self.width}/{self.heads}'
+            )
+        if isinstance(self.positions, SinCos) and self.width % 4:
+            raise ValueError(f'sin-cos positions need a width divisible by 4, not {self.width}')
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f'drop_path must lie in [0, 1), not {self.drop_path}')
+        first = self.schedule.offsets[-2]
+        if self.keep_tokens and not first < self.keep_tokens <= self.schedule.length:
+            raise ValueError(
+                f'keep_tokens must be 0 or lie in ({first}, {self.schedule.length}], '
+                f'because only the last scale is thinned; it is {self.keep_tokens}'
+            )
+
+    @property
+    def schedule(self) -> Pyramid:
+        return Pyramid.square(self.sides)
+
+    @property
+    def std(self) -> float:
+        """The standard deviation with which weights start."""
+        return (1 / (3 * self.width)) ** 0.5
+
+    @property
+    def init(self) -> layers.Initializer:
+        return nn.initializers.normal(self.std)
+
+    @property
+    def head_init(self) -> layers.Initializer:
+        return nn.initializers.normal(self.std * HEAD_INIT)
+
+    @property
+    def scores(self) -> Any:
+        """The part that compares queries with keys."""
+        if self.qk_norm:
+            return functools.partial(Cosine, self.heads)
+        return functools.partial(Scaled, PLAIN_SCORE_SCALE / (self.width // self.heads) ** 0.5)
+
+    def block(self, **more: Any) -> Parts:
+        """A block of self-attention and MLP, with `more` parts."""
+        out_init = nn.initializers.normal(self.std / (2 * self.depth) ** 0.5)
+        hidden = int(self.mlp_ratio * self.width)
+        attention = (self.width, self.heads, self.scores, self.init, out_init)
+        return Parts(
+            self_attention=functools.partial(SelfAttention, *attention),
+            mlp=functools.partial(Mlp, self.width, hidden, self.init, out_init),
+            **more,
+        )
+
+    def network(self, **parts: Any) -> Transformer:
+        """The network of these sizes with the given `parts` and settings."""
+        return Transformer(
+            schedule=self.schedule,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            embedder=layers.Linear(self.channels, self.width, (None, 'embed'), self.init),
+            positions=self.positions,
+            init_rows=self.init,
+            level_embedding=self.level_embedding,
+            **parts,
+        )
+
+    def offset_init(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = float) -> jax.Array:
+        """N(0, 1 / C); gates shrink to almost nothing, scales and shifts to a half."""
+        offset_6D = nn.initializers.normal(self.width**-0.5)(key, shape, dtype)
+        return offset_6D.at[:2].multiply(self.gate_init).at[2:].multiply(0.5)
+
+    def build(self, dtype: str = 'float32', remat: bool = False, unroll: int = 1) -> Transformer:
+        """The network, with activations of `dtype`."""
+        raise NotImplementedError
+
+    def abstract_condition(self) -> Any:
+        """The condition of one image, by shape and type alone."""
+        raise NotImplementedError
+
+    def abstract(self) -> dict:
+        """The parameters of such a network, by shape and type alone, boxed with logical axes."""
+        schedule = self.schedule
+        later = schedule.starts[-1] - schedule.starts[1]
+        inputs = jax.ShapeDtypeStruct((1, later, self.channels), jnp.float32)
+        network, condition = self.build(), self.abstract_condition()
+        return jax.eval_shape(network.init, jax.random.key(0), inputs, condition)['params']
