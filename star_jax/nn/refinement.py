@@ -1,0 +1,76 @@
+"""What are a scale's tokens, given those of them that are fixed already?
+
+The refinement head of causal-driven stable sampling (STAR specification 9): a small network that
+reads a transformer's features beside the vectors of the fixed tokens. It knows one scale at a time
+and the pooled text, which stands before the tokens as a row of its own.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from star_jax.core.condition import Text
+from star_jax.core.schedule import Schedule
+from star_jax.nn import layers
+from star_jax.nn.positions import Positions
+from star_jax.nn.transformer import Parts, Rows, stack_blocks
+
+
+class Refiner(nn.Module):
+    """The head. `first` is the first step that it is meant for.
+
+    `starter` makes the text's row, `embedder` turns code vectors into rows, `merge` makes one row
+    of a token's own and its feature.
+    """
+
+    schedule: Schedule
+    first: int
+    width: int
+    depth: int
+    heads: int
+    starter: nn.Module
+    embedder: nn.Module
+    merge: nn.Module
+    positions: Positions
+    block: Parts
+    to_logits: nn.Module
+    init_rows: layers.Initializer
+    remat: bool = False
+    unroll: int = 1
+    dtype: str = 'float32'
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(self.init_rows, (None, 'embed'))
+        self.levels = self.param('levels', init, (self.schedule.steps, self.width))
+        self.blocks = stack_blocks(self.block, self.depth, self.unroll, self.remat)
+
+    def __call__(
+        self, vectors_BLC: jax.Array, features_BLD: jax.Array, rows: Rows, text: Text
+    ) -> jax.Array:
+        """[B, L, V] float32 logits of the tokens at `rows`, which are those of whole steps.
+
+        `vectors_BLC` are the code vectors of fixed tokens, zero elsewhere; `features_BLD` those of
+        the transformer before its last norm.
+        """
+        steps_L = jnp.asarray(self.schedule.step_of_row)[rows]
+        start_B1D = self.starter(text)
+        own = jnp.concatenate([start_B1D, self.embedder(vectors_BLC) + self.levels[steps_L]], 1)
+        seen = jnp.concatenate([start_B1D.astype(self.dtype), features_BLD.astype(self.dtype)], 1)
+        x_BLD = self.merge(jnp.concatenate([own.astype(self.dtype), seen], -1))
+        shared = (self._angles(rows), self._mask(rows), None, None)
+        x_BLD, _ = self.blocks(x_BLD, (None, None, None), shared)
+        return self.to_logits(x_BLD[:, 1:])
+
+    def _angles(self, rows: Rows) -> jax.Array:
+        """The text's row does not turn: it stands where the first row of all does."""
+        angles = jnp.asarray(self.positions.angles(self.schedule, self.width // self.heads))
+        return jnp.concatenate([angles[:1], angles[rows]])
+
+    def _mask(self, rows: Rows) -> np.ndarray | None:
+        """A token sees those of its step; the text's row sees all and is seen by all."""
+        if not isinstance(rows, np.ndarray):  # the rows of one traced step
+            return None
+        steps_L = self.schedule.step_of_row[rows]
+        mask = np.pad(steps_L[:, None] == steps_L, (1, 0), constant_values=True)
+        return None if mask.all() else mask
