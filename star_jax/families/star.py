@@ -5,7 +5,7 @@ Text-conditioned next-scale prediction (STAR specification sections 3, 5 and 7).
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,29 @@ import jax.numpy as jnp
 from star_jax.core.condition import Text
 from star_jax.core.sizes import check_sizes
 from star_jax.families.scales import Scales
-from star_jax.nn.attention import CrossAttention
+from star_jax.nn.attention import CrossAttention, SelfAttention
 from star_jax.nn.conditioning import LevelModulation, ModulationOffset, TextStart
-from star_jax.nn.transformer import Head, Transformer
+from star_jax.nn.layers import Linear
+from star_jax.nn.positions import NormalisedRotary, RawRotary
+from star_jax.nn.refinement import Refiner
+from star_jax.nn.transformer import Head, Mlp, Parts, Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """The head of causal-driven stable sampling (specification 9).
+
+    `first` is the first scale that it refines, counted from 0; `blocks` are its layers.
+    """
+
+    first: int = 9
+    blocks: int = 3
+
+    def __post_init__(self) -> None:
+        if self.first < 1 or self.blocks < 1:
+            raise ValueError(
+                f'a refinement needs a first scale and blocks of at least 1, not {self}'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +52,17 @@ class Star(Scales):
     logit_norm: bool = True
     cross_attention: bool = True
     released_cross_attention: bool = False
+    refinement: Refinement | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(self, self.text_width)
+        if self.refinement:
+            self._check_refinement(self.refinement)
 
     def build(self, dtype: str = 'float32', remat: bool = False, unroll: int = 1) -> Transformer:
         """The network, with activations of `dtype`."""
-        init = self.init
+        init, settings = self.init, {'dtype': dtype, 'remat': remat, 'unroll': unroll}
         cross = functools.partial(
             CrossAttention,
             self.width,
@@ -58,9 +81,8 @@ class Star(Scales):
             ),
             to_logits=Head(self.width, self.codes, self.head_init, self.logit_norm),
             modulator=LevelModulation(self.width, init) if self.shared_adaln else None,
-            remat=remat,
-            unroll=unroll,
-            dtype=dtype,
+            refiner=self._refiner(self.refinement, **settings) if self.refinement else None,
+            **settings,
         )
 
     def abstract_condition(self) -> Text:
@@ -69,4 +91,45 @@ class Star(Scales):
             states_BTE=jax.ShapeDtypeStruct((1, 1, self.text_width), jnp.float32),
             mask_BT=jax.ShapeDtypeStruct((1, 1), jnp.int32),
             pooled_BE=jax.ShapeDtypeStruct((1, self.text_width), jnp.float32),
+        )
+
+    def _check_refinement(self, refinement: Refinement) -> None:
+        """Raises ValueError where the published code has no such head (specification 9)."""
+        if not isinstance(self.positions, NormalisedRotary | RawRotary):
+            raise ValueError(
+                f'a refinement head needs rotary positions, not {type(self.positions).__name__}'
+            )
+        if self.depth < refinement.blocks:
+            raise ValueError(
+                f'a refinement head of {refinement.blocks} blocks needs a model of as many layers, '
+                f'not {self.depth}'
+            )
+        if refinement.first >= len(self.sides):
+            raise ValueError(
+                f'refinement.first must be a scale after the first of {len(self.sides)}, '
+                f'not {refinement.first}'
+            )
+
+    def _refiner(self, refinement: Refinement, **settings: Any) -> Refiner:
+        """Its weights start as all others do, and its outputs are not shrunk."""
+        init, inner = self.init, (None, 'embed')
+        hidden = int(self.mlp_ratio * self.width)
+        attention = (self.width, self.heads, self.scores, init, init)
+        return Refiner(
+            schedule=self.schedule,
+            first=refinement.first,
+            width=self.width,
+            depth=refinement.blocks,
+            heads=self.heads,
+            starter=TextStart(self.width, self.text_width, 1, init),
+            embedder=Linear(self.channels, self.width, inner, init),
+            merge=Linear(2 * self.width, self.width, inner, init),
+            positions=self.positions,
+            block=Parts(
+                self_attention=functools.partial(SelfAttention, *attention),
+                mlp=functools.partial(Mlp, self.width, hidden, init, init),
+            ),
+            to_logits=Head(self.width, self.codes, init),
+            init_rows=init,
+            **settings,
         )

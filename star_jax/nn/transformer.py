@@ -94,6 +94,23 @@ class Block(nn.Module):
         return list(jnp.moveaxis(self.modulate(signal).astype(dtype), -2, 0))
 
 
+def stack_blocks(parts: Parts, depth: int, unroll: int, remat: bool) -> nn.Module:
+    """`depth` blocks under one scan, called with the rows, what each has of its own and shares."""
+    block = nn.remat(Block, prevent_cse=False) if remat else Block
+    stacked = {
+        'variable_axes': {'params': 0},
+        'split_rngs': {'params': True},
+        'length': depth,
+        'unroll': unroll,
+        'metadata_params': {nn.PARTITION_NAME: 'layers'},
+    }
+    methods = {
+        '__call__': {'in_axes': (0, nn.broadcast), **stacked},
+        'text_kv': {'in_axes': nn.broadcast, **stacked},
+    }
+    return nn.scan(block, methods=methods)(parts)
+
+
 class Head(nn.Module):
     """Float32 logits of features, normalised first unless `norm` is off."""
 
@@ -117,6 +134,7 @@ class Transformer(nn.Module):
 
     `starter` makes the first rows and hands out the text, if there is any; `embedder` turns the
     tokenizer's inputs into rows; `modulator` makes the signal that every block is modulated by.
+    `refiner` is the head of stable sampling, where a model has one.
     `unroll` layers are compiled side by side in each round of the scan over layers.
     """
 
@@ -132,6 +150,7 @@ class Transformer(nn.Module):
     init_rows: layers.Initializer
     level_embedding: bool = True
     modulator: nn.Module | None = None
+    refiner: nn.Module | None = None
     remat: bool = False
     unroll: int = 1
     dtype: str = 'float32'
@@ -142,23 +161,16 @@ class Transformer(nn.Module):
             init = nn.with_logical_partitioning(self.init_rows, (None, 'embed'))
             self.levels = self.param('levels', init, shape)
         self.table = self.positions.table(self.schedule, self.width, self.init_rows)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        stacked = {
-            'variable_axes': {'params': 0},
-            'split_rngs': {'params': True},
-            'length': self.depth,
-            'unroll': self.unroll,
-            'metadata_params': {nn.PARTITION_NAME: 'layers'},
-        }
-        methods = {
-            '__call__': {'in_axes': (0, nn.broadcast), **stacked},
-            'text_kv': {'in_axes': nn.broadcast, **stacked},
-        }
-        self.blocks = nn.scan(block, methods=methods)(self.block)
+        self.blocks = stack_blocks(self.block, self.depth, self.unroll, self.remat)
 
     def __call__(self, inputs: jax.Array, condition: Any) -> jax.Array:
         """Teacher-forced logits [B, L, V] of all rows."""
-        return self.head(self.features(inputs, condition), condition)
+        features_BLD = self.features(inputs, condition)
+        if self.refiner and self.is_initializing():
+            first = self.schedule.starts[1]
+            rows = np.arange(first, self.schedule.starts[-1])
+            self.refine(inputs, features_BLD[:, first:], rows, condition)
+        return self.head(features_BLD, condition)
 
     def features(
         self,
@@ -219,6 +231,15 @@ class Transformer(nn.Module):
     def head(self, features_BLD: jax.Array, condition: Any) -> jax.Array:
         """[B, L, V] float32 logits."""
         return self.to_logits(features_BLD)
+
+    def refine(
+        self, vectors: jax.Array, features_BLD: jax.Array, rows: Rows, condition: Any
+    ) -> jax.Array:
+        """[B, L, V] float32 logits of the refinement head, for the tokens at `rows` of whole steps.
+
+        `vectors` are the tokenizer's of the tokens that are fixed, zero for the others.
+        """
+        return self.refiner(vectors, features_BLD, rows, condition)
 
     def _place(self, x_BLD: jax.Array, rows: Rows) -> jax.Array:
         if self.level_embedding:
