@@ -29,6 +29,7 @@ from star_jax.nn.attention import Cosine, SelfAttention
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
 from star_jax.nn.transformer import Head, Mlp, Parts, Transformer, drop_paths
 from star_jax.sampling.draw import Plain, choose_largest, guide
+from star_jax.sampling.program import compile_program, image_keys
 from star_jax.sampling.sampler import sample
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
@@ -411,6 +412,26 @@ def test_released_images_see_the_first_text():
     states = family.conditions.states_BTE[:B]
     assert not changed(family, 1, states_BTE=states * [[[1]], [[-1]], [[-1]]]).any()
     assert changed(family, 0, states_BTE=states * [[[-1]], [[1]], [[1]]]).all()
+
+
+def test_each_group_of_released_images_sees_its_own_first_text():
+    family = FAMILIES['raw_adaln_without_level']()
+    codes = np.random.default_rng(5).integers(0, V, (B, family.model.schedule.length))
+    grouped = dataclasses.replace(family, model=family.model.grouped(B))
+    together = forced(grouped, codes, family.rows(range(B)))[0]
+    alone = [forced(family, codes[b : b + 1], family.rows([b]))[0] for b in range(B)]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+
+
+def test_a_released_image_is_the_same_alone_and_in_a_batch():
+    family = FAMILIES['raw_adaln_without_level']()
+    draws = compile_program(family.model, family.tokenizer)
+    args = 2 * falling(family), rule()
+    unprompted, keys_B = family.rows([B]), image_keys(range(B))
+    together = draws(family.params, keys_B, family.rows(range(B)), unprompted, *args)
+    for b in range(B):
+        alone = draws(family.params, keys_B[b : b + 1], family.rows([b]), unprompted, *args)
+        np.testing.assert_array_equal(alone[0], together[b])
 
 
 def test_padding_of_text_does_not_matter(star):

@@ -42,8 +42,9 @@ class Refinement:
 class Star(Scales):
     """A STAR transformer; the defaults are the published d16 at 256 px.
 
-    `text_width` is the text encoder's. `released_cross_attention` gives every image the first one's
-    text, as the published code does.
+    `text_width` is the text encoder's. `released_cross_attention` gives every row the
+    cross-attention of the first one, as the published code does: in training of the first image on
+    the same device, in sampling of the prompted row of the same image (a published batch of one).
     """
 
     UNTAGGED: ClassVar[bool] = True  # runs from before there were other families name none
@@ -83,6 +84,7 @@ class Star(Scales):
             modulator=LevelModulation(self.width, init) if self.shared_adaln else None,
             refiner=self._refiner(self.refinement, **settings) if self.refinement else None,
             **settings,
+            mixes_rows=self.cross_attention and self.released_cross_attention,
         )
 
     def abstract_condition(self) -> Text:

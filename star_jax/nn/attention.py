@@ -103,7 +103,7 @@ class CrossAttention(nn.Module):
     """Attention to the text. Keys and values do not change from step to step: `text_kv`, once.
 
     `released` reproduces the published code, which adds the output of the first row of the batch
-    to every row (STAR specification 3.4).
+    to every row (STAR specification 3.4); a batch in `groups` parts has a first row in each.
     """
 
     width: int
@@ -112,6 +112,7 @@ class CrossAttention(nn.Module):
     scores: Callable[..., nn.Module]
     kernel_init: layers.Initializer
     released: bool = False
+    groups: int = 1
 
     def setup(self) -> None:
         shape = (self.heads, self.width // self.heads)
@@ -135,12 +136,15 @@ class CrossAttention(nn.Module):
     def __call__(self, x_BLD: jax.Array, text_kv: KV, mask_BT: jax.Array) -> jax.Array:
         dtype, batch = x_BLD.dtype, len(x_BLD)
         if self.released:
-            x_BLD, mask_BT = x_BLD[:1], mask_BT[:1]
-            text_kv = jax.tree.map(lambda kv: kv[:1], text_kv)
+            x_BLD, mask_BT, text_kv = jax.tree.map(self._leaders, (x_BLD, mask_BT, text_kv))
         q_BLNH = self.compare.queries(self.q_bias(self.query(x_BLD))).astype(dtype)
         y_BLNH = attend(q_BLNH, text_kv, mask_BT[:, None, None, :] > 0)
         y_BLD = self.proj(y_BLNH)
-        return jnp.broadcast_to(y_BLD, (batch, *y_BLD.shape[1:]))
+        return jnp.repeat(y_BLD, batch // len(y_BLD), axis=0)
+
+    def _leaders(self, x: jax.Array) -> jax.Array:
+        """The first row of each group."""
+        return x.reshape(self.groups, -1, *x.shape[1:])[:, 0]
 
 
 class GatherHeads(nn.Module):

@@ -7,6 +7,7 @@ rotation planes, F hidden width, V logits, S steps, T text tokens, E text width.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,8 @@ class Transformer(nn.Module):
     `starter` makes the first rows and hands out the text, if there is any; `embedder` turns the
     tokenizer's inputs into rows; `modulator` makes the signal that every block is modulated by.
     `refiner` is the head of stable sampling, where a model has one.
-    `unroll` layers are compiled side by side in each round of the scan over layers.
+    `unroll` layers are compiled side by side in each round of the scan over layers. `mixes_rows`
+    says that a row's logits depend on the other rows of its batch.
     """
 
     schedule: Schedule
@@ -154,6 +156,7 @@ class Transformer(nn.Module):
     remat: bool = False
     unroll: int = 1
     dtype: str = 'float32'
+    mixes_rows: bool = False
 
     def setup(self) -> None:
         shape = (self.schedule.steps, self.width)
@@ -240,6 +243,13 @@ class Transformer(nn.Module):
         `vectors` are the tokenizer's of the tokens that are fixed, zero for the others.
         """
         return self.refiner(vectors, features_BLD, rows, condition)
+
+    def grouped(self, groups: int) -> 'Transformer':
+        """The same network where rows mix within `groups` equal parts of a batch alone."""
+        if not self.mixes_rows:
+            return self
+        cross = functools.partial(self.block.cross_attention, groups=groups)
+        return self.clone(block=dataclasses.replace(self.block, cross_attention=cross))
 
     def _place(self, x_BLD: jax.Array, rows: Rows) -> jax.Array:
         if self.level_embedding:

@@ -23,9 +23,11 @@ Program = Callable[..., jax.Array]
 def compile_program(model: Transformer, tokenizer: nn.Module) -> Program:
     """From encoded text to pixels; compiled once per batch size, top-k and kind of draw.
 
-    Without `unprompted` (one row) only the prompted rows are run and there is no guidance.
+    Without `unprompted` (one row) only the prompted rows are run and there is no guidance. Where a
+    model mixes the rows of a batch, every image is a batch of its own.
     """
-    return jax.jit(functools.partial(_draw_images, model, tokenizer))
+    draw = _draw_one_by_one if model.mixes_rows else _draw_images
+    return jax.jit(functools.partial(draw, model, tokenizer))
 
 
 def image_keys(seeds: Sequence[int]) -> jax.Array:
@@ -59,3 +61,21 @@ def _draw_images(
     rows = prompted if unprompted is None else condition.stack(prompted, unprompted)
     drawn = sample(model, tokenizer, params, keys_B, rows, guidance_S, draw)
     return pixels.to_uint8(drawn.images)
+
+
+def _draw_one_by_one(
+    model: Transformer,
+    tokenizer: nn.Module,
+    params: dict,
+    keys_B: jax.Array,
+    prompted: Text,
+    unprompted: Text | None,
+    guidance_S: jax.Array,
+    draw: Draw,
+) -> jax.Array:
+    def draw_one(key: jax.Array, text: Text) -> jax.Array:
+        text = jax.tree.map(lambda x: x[None], text)
+        own = (params, key[None], text, unprompted, guidance_S, draw)
+        return _draw_images(model, tokenizer, *own)[0]
+
+    return jax.vmap(draw_one)(keys_B, prompted)

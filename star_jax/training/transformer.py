@@ -20,6 +20,7 @@ from star_jax.errors import UserError
 from star_jax.evaluation import likelihood
 from star_jax.families import family_name
 from star_jax.parallel import rules
+from star_jax.parallel.mesh import batch_ways
 from star_jax.sampling import draw, program
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
@@ -79,8 +80,9 @@ class TransformerJob:
             balance=run.balance,
             ema=run.ema,
         )
+        self._taught = self.model.grouped(batch_ways(self.mesh))
         self._train = functools.partial(
-            steps.train, self.model, self.tokenizer, self.optimizer, recipe
+            steps.train, self._taught, self.tokenizer, self.optimizer, recipe
         )
         self._encode = jax.jit(
             functools.partial(likelihood.encode, self.tokenizer),
@@ -211,7 +213,7 @@ class TransformerJob:
     ) -> tuple[jax.Array, jax.Array]:
         text = self._text(frozen, batch)
         args = (params, frozen['tokenizer'], batch['codes'], text)
-        return likelihood.score(self.model, self.tokenizer, *args)
+        return likelihood.score(self._taught, self.tokenizer, *args)
 
 
 def _check_fit(run: Run, codes: int, channels: int, text_width: int) -> None:
