@@ -98,6 +98,9 @@ class Prefix(nn.Module):
     def text(self, condition_BE):
         return None, None
 
+    def summary(self, condition_BE):
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:

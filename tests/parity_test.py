@@ -18,6 +18,7 @@ from star_jax.verify import cases, check, report
 
 SMALL = Path(__file__).parent / 'golden'
 ROOT = Path(os.environ.get('STAR_JAX_GOLDEN', SMALL))
+TOO_LARGE = {('star', 'var'), ('star', 'star_sampler')}  # of these a clone has the laws alone
 QUANTISER = SMALL / 'star' / 'dev_quant_256scales'
 TRAINING = SMALL / 'star' / 'dev_star_train'
 
@@ -64,7 +65,7 @@ def test_a_recorded_case_is_reproduced(folder):
 
 def test_every_kind_travels_with_the_tests():
     folders = [path.parent for path in SMALL.rglob('config.json')]
-    assert set(check.KINDS) <= {kind_of(folder) for folder in folders}
+    assert set(check.KINDS) - TOO_LARGE <= {kind_of(folder) for folder in folders}
 
 
 def test_the_goldens_stay_small():

@@ -5,6 +5,7 @@ which read backwards is the way from ours to theirs.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import einops
@@ -32,6 +33,27 @@ class Entry:
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         theirs, ours = self.pattern.split('->')
         return einops.rearrange(array, f'{ours} -> {theirs}', **dict(self.lengths))
+
+
+Rule = tuple[str, str, str]  # theirs, ours, pattern
+
+
+def layer_entries(
+    rules: Iterable[Rule], theirs: str, ours: str, layers: int, lengths: Mapping[str, int]
+) -> list[Entry]:
+    """The table of stacked layers: `theirs`.0, `theirs`.1, ... are the rows of `ours`.
+
+    `lengths` are those of the axes that a pattern may split.
+    """
+    entries = []
+    for layer in range(layers):
+        for name, leaf, pattern in rules:
+            needed = [item for item in lengths.items() if re.search(rf'\b{item[0]}\b', pattern)]
+            split = tuple(needed) if '(' in pattern else ()
+            entries.append(
+                Entry(f'{theirs}.{layer}.{name}', f'{ours}/{leaf}', pattern, layer, split)
+            )
+    return entries
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,19 @@ class Text:
     pooled_BE: jax.Array
 
 
-def stack(prompted: Text, unprompted: Text) -> Text:
+@flax.struct.dataclass
+class Labels:
+    """Numbers of classes; `ids_B` int32, the number behind the last class for no class."""
+
+    ids_B: jax.Array
+
+
+Condition = Text | Labels
+
+
+def stack(prompted: Condition, unprompted: Condition) -> Condition:
     """Rows for guidance: B prompted ones over B copies of one unprompted row."""
-    batch = len(prompted.mask_BT)
+    batch = len(jax.tree.leaves(prompted)[0])
     return jax.tree.map(
         lambda text, empty: jnp.concatenate([text, jnp.repeat(empty, batch, axis=0)]),
         prompted,
@@ -28,7 +38,7 @@ def stack(prompted: Text, unprompted: Text) -> Text:
     )
 
 
-def choose(drop_B: jax.Array, prompted: Text, unprompted: Text) -> Text:
+def choose(drop_B: jax.Array, prompted: Condition, unprompted: Condition) -> Condition:
     """`prompted`, with the unprompted row where `drop_B` is True."""
     return jax.tree.map(
         lambda text, empty: jnp.where(drop_B.reshape(-1, *[1] * (text.ndim - 1)), empty, text),

@@ -50,6 +50,9 @@ class CodedSource:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.source.captions(index)
 
+    def label(self, index: int) -> str:
+        return self.source.label(index)
+
 
 def read(folder: Path, key: Key, source: Source) -> CodedSource:
     """The codes of `source` in `folder`, mapped into memory, if they were made by what `key` says.

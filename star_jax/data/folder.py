@@ -135,6 +135,10 @@ class Source:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.entries[operator.index(index)].captions
 
+    def label(self, index: int) -> str:
+        """A folder of images says no classes."""
+        return ''
+
     def fingerprint(self) -> str:
         """Of the names, sizes and times of change of the images, and of all captions."""
         return pipeline.fingerprint(self, *self.entries)

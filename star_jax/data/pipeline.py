@@ -5,6 +5,7 @@ samples are drawn globally, and process p of P holds the p-th block of each glob
 continues where it stopped, on any number of processes.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypedDict
@@ -44,9 +45,38 @@ class Source(Protocol):
         """Those of example `index`, without its image."""
         ...
 
+    def label(self, index: int) -> str:
+        """That of example `index`, without its image."""
+        ...
+
     def fingerprint(self) -> str:
         """Another text when the set holds something else: what was made of it has then expired."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A source whose only caption is its label, for models that are told a class."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        return Example(**(example | {'captions': self._one(example['label'])}))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._one(self.source.label(index))
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def _one(self, label: str) -> tuple[str]:
+        if not label:
+            raise UserError('the data have no labels: a model of classes needs a set that has them')
+        return (label,)
 
 
 def batches(

@@ -124,11 +124,14 @@ class _Records:
         record = self._record(index)
         # Pillow decodes faster than tfds and lets go of the interpreter lock.
         image = pictures.square(pictures.decode(record[self.config.image]), self.size)
-        label = self._texts(record, self.config.label)[0] if self.config.label else ''
-        return Example(image=image, captions=self._texts(record, self.config.caption), label=label)
+        captions = self._texts(record, self.config.caption)
+        return Example(image=image, captions=captions, label=self._label(record))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._texts(self._record(index), self.config.caption)
+
+    def label(self, index: int) -> str:
+        return self._label(self._record(index))
 
     def fingerprint(self) -> str:
         """Of the files' names and sizes, and of a few records."""
@@ -140,6 +143,9 @@ class _Records:
             return self.records[index]
         except (RuntimeError, ValueError) as error:  # what array_record raises for damaged files
             raise _damaged(self.config.path, error) from error
+
+    def _label(self, record: Mapping[str, Any]) -> str:
+        return self._texts(record, self.config.label)[0] if self.config.label else ''
 
     def _texts(self, record: Mapping[str, Any], field: str) -> tuple[str, ...]:
         feature, value = self.features[field], record[field]

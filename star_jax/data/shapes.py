@@ -78,16 +78,19 @@ class Source:
 
     def __getitem__(self, index: int) -> Example:
         shown = self.scene(index)
-        first = shown.things[0]
         return Example(
             image=render(shown, self.size),
             captions=self._captions(index, shown),
-            label=f'{first.colour} {first.shape}',
+            label=_label(shown),
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of picture `index`, without drawing it."""
         return self._captions(index, self.scene(index))
+
+    def label(self, index: int) -> str:
+        """Colour and shape of the first object of picture `index`, without drawing it."""
+        return _label(self.scene(index))
 
     def fingerprint(self) -> str:
         """Of the settings, and of what is drawn and said."""
@@ -107,6 +110,11 @@ class Source:
         if not 0 <= index < len(self):
             raise IndexError(f'picture {index} of a set of {len(self)}')
         return scene(index, self.shapes.split, self.shapes.objects)
+
+
+def _label(scene: Scene) -> str:
+    first = scene.things[0]
+    return f'{first.colour} {first.shape}'
 
 
 def render(scene: Scene, size: int) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Which families and tokenizers can a model folder hold?"""
 
 from star_jax.families.star import Star
+from star_jax.families.var import Var
 from star_jax.tokenizers.residual_vq import VQ
 
-FAMILIES = {'star': Star}
-Family = Star  # of any of them, as a config
+FAMILIES = {'star': Star, 'var': Var}
+Family = Star | Var  # of any of them, as a config
 TOKENIZERS = {'VQ': VQ}
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from star_jax.core.classes import Classes
 from star_jax.core.schedule import Pyramid
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
@@ -20,6 +22,7 @@ from star_jax.nn.positions import (
     SinCos,
 )
 from star_jax.nn.transformer import Mlp, Parts, Transformer
+from star_jax.text import TextEncoder
 
 PLAIN_SCORE_SCALE = 0.25  # over sqrt(head width), without qk-norm (STAR specification 3.3)
 HEAD_INIT = 0.02  # shrinks the logits' weights at the start (STAR specification 5)
@@ -33,6 +36,8 @@ class Scales:
     `drop_path` is the rate of the deepest layer, `keep_tokens` how many tokens training keeps (0:
     all; the rest are dropped from the last scale), `gate_init` the start of a modulation's gates.
     """
+
+    PROMPT: ClassVar[Literal['caption', 'label']]  # what of an example prompts such a model
 
     depth: int = 16
     width: int = 1024
@@ -123,6 +128,13 @@ class Scales:
         """N(0, 1 / C); gates shrink to almost nothing, scales and shifts to a half."""
         offset_6D = nn.initializers.normal(self.width**-0.5)(key, shape, dtype)
         return offset_6D.at[:2].multiply(self.gate_init).at[2:].multiply(0.5)
+
+    def reader(self, load: Callable[[], TextEncoder]) -> TextEncoder | Classes:
+        """What turns prompts into conditions: what `load` gives, if text does.
+
+        Raises UserError where that does not fit the model.
+        """
+        raise NotImplementedError
 
     def build(self, dtype: str = 'float32', remat: bool = False, unroll: int = 1) -> Transformer:
         """The network, with activations of `dtype`."""

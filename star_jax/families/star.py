@@ -5,6 +5,7 @@ Text-conditioned next-scale prediction (STAR specification sections 3, 5 and 7).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from star_jax.core.condition import Text
 from star_jax.core.sizes import check_sizes
+from star_jax.errors import UserError
 from star_jax.families.scales import Scales
 from star_jax.nn.attention import CrossAttention, SelfAttention
 from star_jax.nn.conditioning import LevelModulation, ModulationOffset, TextStart
@@ -19,6 +21,7 @@ from star_jax.nn.layers import Linear
 from star_jax.nn.positions import NormalisedRotary, RawRotary
 from star_jax.nn.refinement import Refiner
 from star_jax.nn.transformer import Head, Mlp, Parts, Transformer
+from star_jax.text import TextEncoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class Star(Scales):
     the same device, in sampling of the prompted row of the same image (a published batch of one).
     """
 
+    PROMPT = 'caption'
     UNTAGGED: ClassVar[bool] = True  # runs from before there were other families name none
 
     text_width: int = 1024
@@ -86,6 +90,16 @@ class Star(Scales):
             **settings,
             mixes_rows=self.cross_attention and self.released_cross_attention,
         )
+
+    def reader(self, load: Callable[[], TextEncoder]) -> TextEncoder:
+        """The text encoder that `load` gives; UserError unless it is of the model's text width."""
+        encoder = load()
+        if encoder.width != self.text_width:
+            raise UserError(
+                f'model.text_width is {self.text_width}, but the text encoder {encoder.source} has '
+                f'{encoder.width}: set it so, or give the model its own encoder'
+            )
+        return encoder
 
     def abstract_condition(self) -> Text:
         """One caption of one token, by shape and type alone."""

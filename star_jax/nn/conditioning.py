@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from star_jax.core.condition import Text
+from star_jax.core.condition import Labels, Text
 from star_jax.nn import layers
 
 
@@ -35,6 +35,38 @@ class TextStart(nn.Module):
         """Token states [B, T, E] and their mask [B, T]."""
         return text.states_BTE, text.mask_BT
 
+    def summary(self, text: Text) -> None:
+        """Text modulates nothing."""
+
+
+class LabelStart(nn.Module):
+    """The rows of the first step: the vector of a class plus learned start positions.
+
+    The vector of no class lies behind those of the `count` classes.
+    """
+
+    width: int
+    count: int
+    rows: int
+    kernel_init: layers.Initializer
+
+    def setup(self) -> None:
+        axes = (None, 'embed')
+        self.classes = layers.Table(self.count + 1, self.width, axes, self.kernel_init)
+        self.position = layers.Table(self.rows, self.width, axes, self.kernel_init)
+
+    def __call__(self, labels: Labels) -> jax.Array:
+        """[B, rows, D] float32."""
+        return self.summary(labels)[:, None, :] + self.position(jnp.arange(self.rows))
+
+    def text(self, labels: Labels) -> tuple[None, None]:
+        """No text."""
+        return None, None
+
+    def summary(self, labels: Labels) -> jax.Array:
+        """[B, D] float32: the vector of each image's class."""
+        return self.classes(labels.ids_B)
+
 
 class LevelModulation(nn.Module):
     """AdaLN signals from the level embeddings alone, shared by all layers (specification 3.4)."""
@@ -43,7 +75,9 @@ class LevelModulation(nn.Module):
     kernel_init: layers.Initializer
 
     @nn.compact
-    def __call__(self, steps_L: jax.Array, levels_SD: jax.Array) -> jax.Array:
+    def __call__(
+        self, summary_BD: jax.Array | None, steps_L: jax.Array, levels_SD: jax.Array
+    ) -> jax.Array:
         """[1, L, 6, D] float32, in the order gate, gate, scale, scale, shift, shift."""
         last_SD = jnp.broadcast_to(levels_SD[-1], levels_SD.shape)
         pairs = jnp.concatenate([levels_SD, last_SD], axis=-1)
@@ -53,6 +87,20 @@ class LevelModulation(nn.Module):
             nn.silu(u_SD)
         )
         return w.reshape(-1, 6, self.width)[steps_L][None]
+
+
+class VectorModulation(nn.Module):
+    """AdaLN signals from the vector of each image: a layer's own, or shared by all layers."""
+
+    width: int
+    kernel_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, summary_BD: jax.Array, *_: jax.Array) -> jax.Array:
+        """[B, 1, 6, D] float32, in the order gate, gate, scale, scale, shift, shift."""
+        axes = ('embed', 'mlp')
+        project = layers.Linear(self.width, 6 * self.width, axes, self.kernel_init, name='vector')
+        return project(nn.silu(summary_BD)).reshape(-1, 1, 6, self.width)
 
 
 class ModulationOffset(nn.Module):

@@ -113,7 +113,10 @@ def stack_blocks(parts: Parts, depth: int, unroll: int, remat: bool) -> nn.Modul
 
 
 class Head(nn.Module):
-    """Float32 logits of features, normalised first unless `norm` is off."""
+    """Float32 logits of features, normalised first unless `norm` is off.
+
+    What a condition says in one vector is given to every head; this one needs none.
+    """
 
     width: int
     num_logits: int
@@ -121,20 +124,42 @@ class Head(nn.Module):
     norm: bool = True
 
     @nn.compact
-    def __call__(self, features_BLD: jax.Array) -> jax.Array:
+    def __call__(self, features_BLD: jax.Array, summary_BD: jax.Array | None = None) -> jax.Array:
         x_BLD = layers.layer_norm(features_BLD) if self.norm else features_BLD
-        axes = ('embed', 'vocab')
-        logits = layers.Linear(
-            self.width, self.num_logits, axes, self.kernel_init, jnp.float32, name='logits'
+        return _logits(self.width, self.num_logits, self.kernel_init)(x_BLD)
+
+
+class ModulatedHead(nn.Module):
+    """Float32 logits of normalised features that each image's vector scales and shifts."""
+
+    width: int
+    num_logits: int
+    kernel_init: layers.Initializer
+    modulation_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, features_BLD: jax.Array, summary_BD: jax.Array) -> jax.Array:
+        axes = ('embed', 'mlp')
+        modulate = layers.Linear(
+            self.width, 2 * self.width, axes, self.modulation_init, name='modulation'
         )
-        return logits(x_BLD)
+        changes_B1D = jnp.split(modulate(nn.silu(summary_BD))[:, None], 2, axis=-1)
+        scale_B1D, shift_B1D = (change.astype(features_BLD.dtype) for change in changes_B1D)
+        x_BLD = layers.layer_norm(features_BLD) * (1 + scale_B1D) + shift_B1D
+        return _logits(self.width, self.num_logits, self.kernel_init)(x_BLD)
+
+
+def _logits(width: int, num_logits: int, kernel_init: layers.Initializer) -> layers.Linear:
+    axes = ('embed', 'vocab')
+    return layers.Linear(width, num_logits, axes, kernel_init, jnp.float32, name='logits')
 
 
 class Transformer(nn.Module):
     """The network. `condition` is whatever `starter` understands.
 
-    `starter` makes the first rows and hands out the text, if there is any; `embedder` turns the
-    tokenizer's inputs into rows; `modulator` makes the signal that every block is modulated by.
+    `starter` makes the first rows, hands out the text, if there is any, and sums the condition up
+    in one vector for modulation, or None; `embedder` turns the tokenizer's inputs into rows;
+    `modulator` makes the signal that every block is modulated by (None: that vector).
     `refiner` is the head of stable sampling, where a model has one.
     `unroll` layers are compiled side by side in each round of the scan over layers. `mixes_rows`
     says that a row's logits depend on the other rows of its batch.
@@ -227,13 +252,15 @@ class Transformer(nn.Module):
         angles = self.positions.angles(self.schedule, self.width // self.heads)
         angles_LP = None if angles is None else jnp.asarray(angles)[rows]
         steps_L = jnp.asarray(self.schedule.step_of_row)[rows]
-        signal = self.modulator(steps_L, self.levels) if self.modulator else None
+        signal = self.starter.summary(condition)
+        if self.modulator:
+            signal = self.modulator(signal, steps_L, self.levels)
         shared = (angles_LP, mask, self.starter.text(condition)[1], signal)
         return self.blocks(x_BLD.astype(self.dtype), (past, text_kv, paths), shared)
 
     def head(self, features_BLD: jax.Array, condition: Any) -> jax.Array:
         """[B, L, V] float32 logits."""
-        return self.to_logits(features_BLD)
+        return self.to_logits(features_BLD, self.starter.summary(condition))
 
     def refine(
         self, vectors: jax.Array, features_BLD: jax.Array, rows: Rows, condition: Any

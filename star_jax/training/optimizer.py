@@ -13,6 +13,7 @@ import optax
 
 from star_jax.training.schedules import LearningRate, weight_decay_at
 
+OF_LEVELS = {'pair', 'signal'}  # the modulation from level embeddings
 CLIP_EPSILON = 1e-6  # of the published clipping
 
 
@@ -103,11 +104,14 @@ def decayed(params: Any) -> Any:
     """True where weights decay: kernels, except those of the modulation from level embeddings.
 
     Layers are stacked here, so the rank of an array does not tell a bias from a matrix; the names
-    do. Biases, level embeddings, tables, offsets and score scales never decay.
+    do. Biases, level embeddings, positions, offsets and score scales never decay; the vectors of
+    classes do.
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return names[-1] == 'kernel' and 'modulator' not in names
+        if names[-1] == 'table':
+            return 'classes' in names
+        return names[-1] == 'kernel' and not OF_LEVELS & set(names)
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -22,8 +22,10 @@ from star_jax.checkpoint import config as configs
 from star_jax.checkpoint import weights
 from star_jax.convert.entries import Entry, to_params
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
+from star_jax.convert.var import BUFFERS, var_entries
 from star_jax.errors import UserError
 from star_jax.families.star import Star
+from star_jax.families.var import Var
 from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
@@ -105,7 +107,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def convert(case: Case, entries: Sequence[Entry], state: Mapping[str, np.ndarray]) -> dict:
     """Our parameters from a state dict that must hold what the table wants, and nothing unknown."""
     try:
-        conversion = to_params(entries, state, IGNORED)
+        conversion = to_params(entries, state, IGNORED + BUFFERS)
     except einops.EinopsError as error:
         raise UserError(
             f'{case.folder}: the state dict does not fit the config: {error}'
@@ -120,6 +122,10 @@ def convert(case: Case, entries: Sequence[Entry], state: Mapping[str, np.ndarray
 
 def star_params(case: Case, star: Star) -> dict:
     return convert(case, star_entries(star), case.state)
+
+
+def var_params(case: Case, var: Var) -> dict:
+    return convert(case, var_entries(var), case.state)
 
 
 def quantiser_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
@@ -152,6 +158,25 @@ def star_of(case: Case) -> Star:
         qk_norm=option('attn_l2_norm'),
         logit_norm=option('enable_logit_norm'),
         cross_attention=option('enable_cross'),
+    )
+
+
+def var_of(case: Case) -> Var:
+    """The class-conditional transformer that the reference's options describe."""
+    option = case.option
+    return _valid(
+        case,
+        Var,
+        depth=option('depth'),
+        width=option('embed_dim'),
+        heads=option('num_heads'),
+        mlp_ratio=option('mlp_ratio'),
+        sides=tuple(option('patch_nums')),
+        codes=option('vocab_size'),
+        channels=option('Cvae'),
+        classes=option('num_classes'),
+        shared_adaln=option('shared_aln'),
+        qk_norm=option('attn_l2_norm'),
     )
 
 

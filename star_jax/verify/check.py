@@ -22,6 +22,7 @@ from star_jax.verify.star import TeacherForced
 from star_jax.verify.tables import Rope, Sampling, Schedules
 from star_jax.verify.tokenizer import Quantising, Vqvae
 from star_jax.verify.train import Training
+from star_jax.verify.var import ClassConditional
 
 KINDS = {
     ('star', 'rope'): Rope,
@@ -30,6 +31,7 @@ KINDS = {
     ('star', 'star'): TeacherForced,
     ('star', 'star_generate'): Generations,
     ('star', 'star_train'): Training,
+    ('star', 'var'): ClassConditional,
     ('star', 'sampling'): Sampling,
     ('star', 'schedule'): Schedules,
 }

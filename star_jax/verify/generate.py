@@ -4,7 +4,7 @@ By the project's one sampler, whose trace returns what a case records.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from star_jax.core.filters import Filter
 from star_jax.errors import UserError
-from star_jax.families.star import Star
+from star_jax.families import Family
 from star_jax.sampling.draw import Draw, Plain, Smooth, choose_largest, guidance_ramp
 from star_jax.sampling.sampler import Trace, sample
 from star_jax.tokenizers.residual_vq import VQ
@@ -52,11 +52,7 @@ class Generations:
 
     def next_map(self, run: str, step: str) -> np.ndarray:
         """The inputs of the next scale as a map; the canvas after the last."""
-        trace = self.trace(run, step)
-        if trace.inputs is None:
-            return first(trace.canvas)
-        side = self.star.sides[int(step) + 1]
-        return first(trace.inputs.reshape(len(trace.inputs), side, side, -1))
+        return map_of(self.trace(run, step), self.star.sides, int(step))
 
     def _run(self, name: str) -> tuple[jax.Array, list[jax.Array], list[Trace]]:
         """Images, and codes and traces of every step."""
@@ -73,7 +69,7 @@ class Generations:
             self.params, keys_B, text, guidance_S, draw
         )
         codes = np.split(np.asarray(codes_BL), star.schedule.offsets[1:-1], axis=1)
-        return images, codes, [one for group in traces for one in _unstack(group)]
+        return images, codes, in_order(traces)
 
     def _draw(self, run: dict[str, Any]) -> Draw:
         """The draw of a run. Recorded draws take the largest code, so that no noise enters."""
@@ -87,14 +83,27 @@ class Generations:
 
 
 @functools.cache
-def sampling(star: Star, vq: VQ) -> Callable:
+def sampling(config: Family, vq: VQ) -> Callable:
     """The sampling program of a model, with its trace."""
 
-    def run(params, keys_B, text, guidance_S, draw):
-        model, tokenizer = star.build(), vq.build()
-        return sample(model, tokenizer, params, keys_B, text, guidance_S, draw, trace=True)
+    def run(params, keys_B, condition, guidance_S, draw):
+        model, tokenizer = config.build(), vq.build()
+        return sample(model, tokenizer, params, keys_B, condition, guidance_S, draw, trace=True)
 
     return jax.jit(run)
+
+
+def in_order(traces: Sequence[Trace]) -> list[Trace]:
+    """The trace of every step, from those of groups of steps."""
+    return [one for group in traces for one in _unstack(group)]
+
+
+def map_of(trace: Trace, sides: tuple[int, ...], step: int) -> np.ndarray:
+    """The inputs of the next scale as a map in the recorded layout; the canvas after the last."""
+    if trace.inputs is None:
+        return first(trace.canvas)
+    side = sides[step + 1]
+    return first(trace.inputs.reshape(len(trace.inputs), side, side, -1))
 
 
 def _unstack(group: Trace) -> list[Trace]:

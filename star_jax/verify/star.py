@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ import optax
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import star_entries
 from star_jax.core.codes import Index
-from star_jax.core.condition import Text
+from star_jax.core.condition import Condition, Text
+from star_jax.families import Family
 from star_jax.families.star import Star
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.report import GRADIENTS, LOGITS, LOSSES, NORMS
 from star_jax.verify.rules import Rule, given
 
+Model = TypeVar('Model', bound=Family)
 Rows = tuple[int, ...]
 TEXT = r'encoder_(?:hidden_states|attention_mask|pool_feat)'
 MODE = '(as_released|per_sample)'
@@ -76,20 +79,15 @@ class TeacherForced:
 
     def _blocks(self, mode: str) -> list[jax.Array]:
         """The output of each block, by networks of one layer."""
-        star = dataclasses.replace(behave(self.star, mode), depth=1)
         x_BLD, outputs = self.forward(mode)[0], []
         for layer in range(self.star.depth):
-            x_BLD = layering(star, self.rows)(self._layer(layer), x_BLD, self.text)
+            star, params = layer_of(behave(self.star, mode), self.params, layer)
+            x_BLD = layering(star, self.rows)(params, x_BLD, self.text)
             outputs.append(x_BLD)
         return outputs
 
     def block_out(self, block: str, mode: str) -> jax.Array:
         return self.blocks(mode)[int(block)]
-
-    def _layer(self, layer: int) -> dict:
-        """The parameters of a network that has this layer only."""
-        block = jax.tree.map(lambda stacked: stacked[layer : layer + 1], self.params['blocks'])
-        return self.params | {'blocks': block}
 
     def losses(self, mode: str) -> jax.Array:
         nll_BL = Index(self.star.codes).nll(self.forward(mode)[2], self.codes_BL)
@@ -118,42 +116,50 @@ def behave(star: Star, mode: str) -> Star:
     return dataclasses.replace(star, released_cross_attention='released' in mode)
 
 
-def mean_nll(star: Star, rows: Rows, params: dict, inputs, text: Text, codes_BL) -> jax.Array:
+def layer_of(config: Model, params: dict, layer: int) -> tuple[Model, dict]:
+    """Config and parameters of a network that has one layer of another."""
+    block = jax.tree.map(lambda stacked: stacked[layer : layer + 1], params['blocks'])
+    return dataclasses.replace(config, depth=1), params | {'blocks': block}
+
+
+def mean_nll(
+    config: Family, rows: Rows, params: dict, inputs, condition: Condition, codes_BL
+) -> jax.Array:
     """The training objective on given inputs and codes of `rows`."""
-    logits_BLV = _forward(star, rows, params, inputs, text)[2]
-    return Index(star.codes).nll(logits_BLV, codes_BL).mean()
+    logits_BLV = _forward(config, rows, params, inputs, condition)[2]
+    return Index(config.codes).nll(logits_BLV, codes_BL).mean()
 
 
-def _forward(star: Star, rows: Rows, params: dict, inputs, text: Text):
-    apply = functools.partial(star.build().apply, {'params': params})
-    later = np.arange(star.schedule.starts[1], star.schedule.starts[-1])
-    start, rest = apply(text, method='start'), apply(inputs, later, method='embed')
+def _forward(config: Family, rows: Rows, params: dict, inputs, condition: Condition):
+    apply = functools.partial(config.build().apply, {'params': params})
+    later = np.arange(config.schedule.starts[1], config.schedule.starts[-1])
+    start, rest = apply(condition, method='start'), apply(inputs, later, method='embed')
     x_BLD = jnp.concatenate([start, rest], axis=1)[:, np.asarray(rows)]
-    features_BLD = apply(inputs, text, np.asarray(rows), method='features')
-    return x_BLD, features_BLD, apply(features_BLD, text, method='head')
+    features_BLD = apply(inputs, condition, np.asarray(rows), method='features')
+    return x_BLD, features_BLD, apply(features_BLD, condition, method='head')
 
 
 @functools.cache
-def forwarding(star: Star, rows: Rows) -> Callable:
-    """Inputs and text -> input of the first block, features and logits."""
-    return jax.jit(functools.partial(_forward, star, rows))
+def forwarding(config: Family, rows: Rows) -> Callable:
+    """Inputs and condition -> input of the first block, features and logits."""
+    return jax.jit(functools.partial(_forward, config, rows))
 
 
 @functools.cache
-def differentiating(star: Star, rows: Rows) -> Callable:
-    """Inputs, text and codes -> loss and gradients to the parameters."""
-    return jax.jit(jax.value_and_grad(functools.partial(mean_nll, star, rows)))
+def differentiating(config: Family, rows: Rows) -> Callable:
+    """Inputs, condition and codes -> loss and gradients to the parameters."""
+    return jax.jit(jax.value_and_grad(functools.partial(mean_nll, config, rows)))
 
 
 @functools.cache
-def layering(star: Star, rows: Rows) -> Callable:
+def layering(config: Family, rows: Rows) -> Callable:
     """Rows -> rows, through a network of one layer."""
 
-    def run(params, x_BLD, text):
-        apply = functools.partial(star.build().apply, {'params': params})
+    def run(params, x_BLD, condition):
+        apply = functools.partial(config.build().apply, {'params': params})
         places = np.asarray(rows)
-        text_kv = apply(text, method='text_kv')
-        mask = star.schedule.mask(places)
-        return apply(x_BLD, places, text_kv, text, None, mask, method='trunk')[0]
+        text_kv = apply(condition, method='text_kv')
+        mask = config.schedule.mask(places)
+        return apply(x_BLD, places, text_kv, condition, None, mask, method='trunk')[0]
 
     return jax.jit(run)

@@ -1,0 +1,96 @@
+"""Which parts make a VAR model?
+
+Class-conditional next-scale prediction (STAR specification section 11): learned positions, and
+modulation of every layer and of the head by the vector of each image's class.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from star_jax.core.classes import Classes
+from star_jax.core.condition import Labels
+from star_jax.core.sizes import check_sizes
+from star_jax.families.scales import Scales
+from star_jax.nn.conditioning import LabelStart, ModulationOffset, VectorModulation
+from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
+from star_jax.nn.transformer import ModulatedHead, Transformer
+from star_jax.text import TextEncoder
+
+HEAD_MODULATION_INIT = 0.5  # shrinks the weights of the head's modulation at the start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Var(Scales):
+    """A VAR transformer of `classes` classes; the defaults are the published d16 at 256 px.
+
+    `names` are those of the classes in order, as the data's labels say them (none: labels are
+    numbers from 0 on). With `shared_adaln` layers share one modulation and have their own offsets.
+    """
+
+    PROMPT = 'label'
+
+    classes: int = 1000
+    names: tuple[str, ...] = ()
+    positions: NormalisedRotary | RawRotary | Learned | SinCos | NoPositions = Learned()
+    gate_init: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, self.classes)
+        if self.names and len(set(self.names)) != self.classes:
+            raise ValueError(
+                f'names must be {self.classes} different ones, one per class, or none; '
+                f'there are {len(set(self.names))}'
+            )
+        if '' in self.names:
+            raise ValueError("a class cannot be called '', which stands for none")
+
+    @classmethod
+    def published(cls, depth: int, **fields: Any) -> 'Var':
+        """The published sizes of a depth: 64 channels per layer, one head for each of them."""
+        sizes = {'width': 64 * depth, 'heads': depth, 'drop_path': 0.1 * depth / 24}
+        return cls(depth=depth, **(sizes | fields))
+
+    def build(self, dtype: str = 'float32', remat: bool = False, unroll: int = 1) -> Transformer:
+        """The network, with activations of `dtype`."""
+        modulation = functools.partial(VectorModulation, self.width, self._modulation_init)
+        if self.shared_adaln:
+            modulation = functools.partial(ModulationOffset, self.width, self.offset_init)
+        shared = VectorModulation(self.width, self.init) if self.shared_adaln else None
+        return self.network(
+            starter=LabelStart(self.width, self.classes, self.schedule.sizes[0], self.init),
+            block=self.block(modulation=modulation),
+            to_logits=ModulatedHead(
+                self.width, self.codes, self.head_init, self._head_modulation_init
+            ),
+            modulator=shared,
+            remat=remat,
+            unroll=unroll,
+            dtype=dtype,
+        )
+
+    def reader(self, load: Callable[[], TextEncoder]) -> Classes:
+        """The classes themselves."""
+        return Classes(self.classes, self.names)
+
+    def abstract_condition(self) -> Labels:
+        """The label of one image, by shape and type alone."""
+        return Labels(ids_B=jax.ShapeDtypeStruct((1,), jnp.int32))
+
+    def _modulation_init(
+        self, key: jax.Array, shape: tuple[int, int], dtype: Any = float
+    ) -> jax.Array:
+        """Gates shrink to almost nothing, scales and shifts to a half."""
+        kernel = self.init(key, shape, dtype)
+        gates = 2 * self.width
+        return kernel.at[:, :gates].multiply(self.gate_init).at[:, gates:].multiply(0.5)
+
+    def _head_modulation_init(
+        self, key: jax.Array, shape: tuple[int, int], dtype: Any = float
+    ) -> jax.Array:
+        return HEAD_MODULATION_INIT * self.init(key, shape, dtype)

@@ -1,0 +1,117 @@
+"""How are the recorded arrays of a class-conditional transformer computed? (kind `var`)"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from star_jax.convert.entries import to_state
+from star_jax.convert.var import var_entries
+from star_jax.core.condition import Labels
+from star_jax.core.filters import Filter
+from star_jax.sampling.draw import Plain, choose_largest, guidance_ramp
+from star_jax.sampling.sampler import Sample, Trace
+from star_jax.verify import cases
+from star_jax.verify.cases import Case
+from star_jax.verify.generate import in_order, map_of, sampling
+from star_jax.verify.report import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
+from star_jax.verify.rules import Rule, given
+from star_jax.verify.star import differentiating, forwarding, layer_of, layering
+from star_jax.verify.tokenizer import first
+
+
+class ClassConditional:
+    """Teacher forcing with given labels and with none, gradients, and one generation."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.var = cases.var_of(case)
+        self.params = cases.var_params(case, self.var)
+        self.rows = tuple(range(self.var.schedule.length))
+        self.forward = functools.cache(self._forward)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            given('gt_idx|x_BLCv_wo_first_l|labels'),
+            Rule('logits', LOGITS, lambda: self.forward(self.labels)[2]),
+            Rule('logits_unconditional', LOGITS, lambda: self.forward(self.none)[2]),
+            Rule('features', LOGITS, lambda: self.forward(self.labels)[1]),
+            Rule('block_input', LOGITS, lambda: self.forward(self.labels)[0]),
+            Rule(r'block(\d+)_out', LOGITS, lambda block: self.blocks[int(block)]),
+            Rule('loss', LOSSES, lambda: self.differentiated[0]),
+            Rule('grad_norm', NORMS, lambda: self.differentiated[1]),
+            Rule(r'grad\.(.+)', GRADIENTS, lambda name: self.differentiated[2][name]),
+            Rule(r'generate\.idx_(\d+)', INTEGERS, lambda step: self.codes[int(step)]),
+            Rule(r'generate\.logits_(\d+)', LOGITS, lambda step: self.trace(step).logits_BLV),
+            Rule(r'generate\.fhat_(\d+)', LATENTS, lambda step: first(self.trace(step).canvas)),
+            Rule(r'generate\.next_token_map_(\d+)', LATENTS, self.next_map),
+            Rule(r'generate\.image', LATENTS, lambda: first(self.generated.images + 1) / 2),
+        )
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return tuple(self.case.given('labels').tolist())
+
+    @property
+    def none(self) -> tuple[int, ...]:
+        """No class, as often as there are labels."""
+        return (self.var.classes,) * len(self.labels)
+
+    @property
+    def inputs(self) -> np.ndarray:
+        return self.case.given('x_BLCv_wo_first_l')
+
+    def _forward(self, labels: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Input of the first block, features and logits."""
+        return forwarding(self.var, self.rows)(self.params, self.inputs, _condition(labels))
+
+    @functools.cached_property
+    def blocks(self) -> list[jax.Array]:
+        """The output of each block, by networks of one layer."""
+        x_BLD, outputs = self.forward(self.labels)[0], []
+        condition = _condition(self.labels)
+        for layer in range(self.var.depth):
+            one, params = layer_of(self.var, self.params, layer)
+            x_BLD = layering(one, self.rows)(params, x_BLD, condition)
+            outputs.append(x_BLD)
+        return outputs
+
+    @functools.cached_property
+    def differentiated(self) -> tuple[jax.Array, jax.Array, dict[str, np.ndarray]]:
+        """Loss, gradient norm and gradients, in the reference's names, of the whole batch."""
+        differentiate = differentiating(self.var, self.rows)
+        codes_BL, condition = self.case.given('gt_idx'), _condition(self.labels)
+        loss, gradients = differentiate(self.params, self.inputs, condition, codes_BL)
+        return loss, optax.tree.norm(gradients), to_state(var_entries(self.var), gradients)
+
+    @functools.cached_property
+    def generated(self) -> Sample:
+        option = self.case.option
+        vq, tokenizer = self.case.tokenizer
+        params = {'model': self.params, 'tokenizer': tokenizer}
+        keys_B = jax.random.split(jax.random.key(0), len(self.labels))
+        guidance_S = guidance_ramp(option('cfg'), self.var.schedule.steps)
+        draw = Plain(Filter(top_k=option('top_k'), top_p=option('top_p') or None), choose_largest)
+        condition = _condition(self.labels + self.none)
+        return sampling(self.var, vq)(params, keys_B, condition, guidance_S, draw)
+
+    @functools.cached_property
+    def codes(self) -> list[np.ndarray]:
+        codes_BL = np.asarray(self.generated.codes_BL)
+        return np.split(codes_BL, self.var.schedule.offsets[1:-1], axis=1)
+
+    @functools.cached_property
+    def traces(self) -> list[Trace]:
+        return in_order(self.generated.traces)
+
+    def trace(self, step: str) -> Trace:
+        return self.traces[int(step)]
+
+    def next_map(self, step: str) -> np.ndarray:
+        return map_of(self.trace(step), self.var.sides, int(step))
+
+
+def _condition(labels: tuple[int, ...]) -> Labels:
+    return Labels(ids_B=jnp.asarray(labels, jnp.int32))
