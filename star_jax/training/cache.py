@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from star_jax.checkpoint import config, files, weights
 from star_jax.checkpoint.folder import Tokenizer
+from star_jax.core.classes import Classes
 from star_jax.data import codes, pipeline
 from star_jax.data.pipeline import Source
 from star_jax.parallel import startup
@@ -43,7 +44,7 @@ class Origin:
 
     run: Run
     tokenizer: Tokenizer
-    encoder: TextEncoder
+    encoder: TextEncoder | Classes
 
     def key(self, name: str, source: Source) -> codes.Key:
         """All that the codes of the set `name` ('data' or 'validation') depend on."""
@@ -72,9 +73,14 @@ class Origin:
             with _bar() as bar:
                 blocks = _Blocks(source, encode, self.run.batch, bar, f'encoding {name}')
                 codes.write(folder / name, self.key(name, source), len(source), blocks)
-        if self.run.features == 'cached':
+        if keeps_features(self.run, self.encoder):
             texts = FeatureCache(self.encoder, folder)
             texts.warm(_captions(sources), other=FeatureCache(self.encoder))
+
+
+def keeps_features(run: Run, encoder: TextEncoder | Classes) -> bool:
+    """Whether what an encoder makes of prompts is kept on disk: not where it computes nothing."""
+    return run.features == 'cached' and bool(encoder.params)
 
 
 @dataclasses.dataclass(frozen=True)

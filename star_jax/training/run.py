@@ -111,7 +111,7 @@ class Run:
         init: a model folder to go on from ('': none).
         tokenizer: a model folder, a hub id, or 'shipped': the one in the package ('': that of
             init, or else the shipped one).
-        text: the text encoder: package:NAME, a folder, or a hub id.
+        text: the text encoder: package:NAME, a folder, or a hub id (a model of classes has none).
         features: text from a cache on disk, or computed inside the training program.
         cache: a folder of `star-jax data cache`, for codes and text features ('': pictures are
             encoded when they are needed, and features kept in the user's cache folder).
@@ -120,7 +120,7 @@ class Run:
         optimizer: the optimizer and its schedules.
         pace: length, reports and checkpoints.
         batch: images per step, on all devices.
-        caption_drop: probability of the empty caption instead of a picture's own.
+        caption_drop: probability of the empty caption, or of no class, instead of a picture's own.
         balance: 0 where every token counts alike in the loss, 1 where every scale does, however
             few its tokens; coarse scales decide what is where.
         ema: decay of the averaged parameters (0: none are kept).

@@ -1,4 +1,4 @@
-"""How is a text-conditioned transformer trained?"""
+"""How is a transformer trained?"""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from star_jax.checkpoint import folder, models
 from star_jax.core import pictures
-from star_jax.core.condition import Text
+from star_jax.core.condition import Condition
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.errors import UserError
@@ -42,32 +42,41 @@ SHOWN = 16  # pictures of a sample grid
 
 
 class TransformerJob:
-    """A transformer, a frozen tokenizer and a frozen text encoder on captioned images."""
+    """A transformer, a frozen tokenizer and what reads prompts, on captioned images.
+
+    Of labelled images the caption is their label.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.mesh = run.mesh.build()
-        self.encoder = load_text(run.text)
+        self.encoder = run.model.reader(functools.partial(load_text, run.text))
         self.source_of_codes = models.read_tokenizer(run.tokenizer)
         vq = self.source_of_codes.config.at(run.model.sides)
-        _check_fit(run, vq.codes, vq.channels, self.encoder.width)
+        _check_fit(run, vq.codes, vq.channels)
         summary.check_batch(run.batch, vq.resolution, self.mesh)
         self.tokenizer = vq.build()
         self.model = run.model.build(run.dtype, run.remat, run.unroll)
         self.optimizer = run.optimizer.build(run.pace.steps)
-        self.pictures = {
+        opened = {
             'data': run.data.open(vq.resolution),
             'validation': run.validation.open(vq.resolution),
+        }
+        self.pictures = {
+            name: one if run.model.PROMPT == 'caption' else pipeline.Labelled(one)
+            for name, one in opened.items()
         }
         self.origin = cache.Origin(run=run, tokenizer=self.source_of_codes, encoder=self.encoder)
         place = Path(run.cache) if run.cache else None
         sources = self.origin.read(place, self.pictures) if place else self.pictures
         self.source, self.validation = sources['data'], sources['validation']
-        self.texts = FeatureCache(self.encoder, place)
+        self.texts = None
+        if cache.keeps_features(run, self.encoder):
+            self.texts = FeatureCache(self.encoder, place)
         self.frozen = jax.device_put(
             {
                 'tokenizer': self.source_of_codes.params,
-                'encoder': self.encoder.params if run.features == 'inside' else {},
+                'encoder': self.encoder.params if self.texts is None else {},
                 'empty': self.encoder.encode(['']),
             },
             rules.whole(self.mesh),
@@ -115,7 +124,7 @@ class TransformerJob:
         return go_on_from(init(key), params)
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
-        if self.run.features == 'cached' and not self.run.cache:
+        if self.texts is not None and not self.run.cache:
             captions = map(self.source.captions, range(len(self.source)))
             self.texts.warm(list(itertools.chain.from_iterable(captions)))
         for batch in pipeline.batches(
@@ -153,8 +162,9 @@ class TransformerJob:
             'model': program.cast(averaged(state), run.dtype),
             'tokenizer': self.frozen['tokenizer'],
         }
+        read = self.encoder.encode if self.texts is None else self.texts.features
         drawn = draw.arguments(run.sampling, self.model.schedule.steps, self.tokenizer.codes)
-        text, empty = self.texts.features(captions), self.frozen['empty']
+        text, empty = read(captions), self.frozen['empty']
         keys_B = program.image_keys(range(len(captions)))
         images = self._draw(params, keys_B, text, empty if run.sampling.guidance else None, *drawn)
         return pictures.compare(shown['image'], np.asarray(images), captions, 'drawn')
@@ -164,12 +174,13 @@ class TransformerJob:
         return self._encode(self.frozen['tokenizer'], rules.place(images, self.mesh))
 
     def export(self, state: TrainState, out: Path) -> None:
+        reference = self.encoder.reference()
         model = folder.Model(
             family=family_name(self.run.model),
             config=self.run.model,
             params=jax.device_get(averaged(state)),
             tokenizer=self.source_of_codes,
-            text=folder.Text(**self.encoder.reference()),
+            text=reference and folder.Text(**reference),
             sampling=self.run.sampling,
         )
         folder.write(out, model)
@@ -191,37 +202,38 @@ class TransformerJob:
             codes_BL = self.encode(batch['image'])
         return {'codes': codes_BL, 'text': rules.place(self._words(batch['caption']), self.mesh)}
 
-    def _words(self, captions: list[str]) -> Text | Tokens:
-        """The host's part of the text: features, or token ids."""
-        if self.run.features == 'cached':
-            return self.texts.features(captions)
-        return self.encoder.tokenize(captions)
+    def _words(self, captions: list[str]) -> Condition | Tokens:
+        """The host's part of the conditions: features, token ids, or labels."""
+        read = self.encoder.tokenize if self.texts is None else self.texts.features
+        return read(captions)
 
-    def _text(self, frozen: dict, batch: dict[str, Any]) -> Text:
-        if self.run.features == 'cached':
-            return batch['text']
-        return self.encoder.apply(frozen['encoder'], batch['text'])
+    def _condition(self, frozen: dict, batch: dict[str, Any]) -> Condition:
+        if self.texts is None:
+            return self.encoder.apply(frozen['encoder'], batch['text'])
+        return batch['text']
 
     def _train_on(
         self, state: TrainState, frozen: dict, batch: dict[str, Any], key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        text = self._text(frozen, batch)
+        text = self._condition(frozen, batch)
         return self._train(state, frozen['tokenizer'], batch['codes'], text, frozen['empty'], key)
 
     def _score_on(
         self, params: Any, frozen: dict, batch: dict[str, Any]
     ) -> tuple[jax.Array, jax.Array]:
-        text = self._text(frozen, batch)
+        text = self._condition(frozen, batch)
         args = (params, frozen['tokenizer'], batch['codes'], text)
         return likelihood.score(self._taught, self.tokenizer, *args)
 
 
-def _check_fit(run: Run, codes: int, channels: int, text_width: int) -> None:
-    """A UserError if model, tokenizer and text encoder do not belong together."""
-    for field, given, wanted, whose in (
-        ('codes', run.model.codes, codes, f'tokenizer {run.tokenizer}'),
-        ('channels', run.model.channels, channels, f'tokenizer {run.tokenizer}'),
-        ('text_width', run.model.text_width, text_width, f'text encoder {run.text}'),
+def _check_fit(run: Run, codes: int, channels: int) -> None:
+    """A UserError if model and tokenizer do not belong together."""
+    for field, given, wanted in (
+        ('codes', run.model.codes, codes),
+        ('channels', run.model.channels, channels),
     ):
         if given != wanted:
-            raise UserError(f'model.{field} is {given}, but the {whose} has {wanted}: set it so')
+            raise UserError(
+                f'model.{field} is {given}, but the tokenizer {run.tokenizer} has {wanted}: '
+                'set it so'
+            )
