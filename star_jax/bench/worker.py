@@ -26,7 +26,7 @@ from star_jax.checkpoint import config, models
 from star_jax.core.condition import Text
 from star_jax.core.flops import count_flops
 from star_jax.parallel import machine, startup
-from star_jax.sampling import draw, program
+from star_jax.sampling import program, stable
 from star_jax.tokenizers.residual_vq import VQTokenizer
 
 NOISE = 1_000_003  # so many normal numbers, over and over, are the weights: more take seconds
@@ -100,7 +100,7 @@ def prepare(job: Job) -> Drawing:
     params = params | {'model': program.cast(params['model'], job.dtype)}
     unprompted = _text(job, 1) if job.settings.guidance else None
     keys_B = program.image_keys(range(job.batch))
-    drawn = draw.arguments(job.settings, network.schedule.steps, tokenizer.codes)
+    drawn = stable.arguments(job.settings, network, tokenizer.codes)
     args = (params, keys_B, _text(job, job.batch), unprompted, *drawn)
     side = job.model.sides[-1]
     canvas = jnp.zeros((job.batch, side, side, job.model.channels))

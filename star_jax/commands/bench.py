@@ -44,7 +44,7 @@ class Bench:
     """
 
     model: Annotated[Star, tyro.conf.arg(name='')]
-    settings: tyro.conf.OmitArgPrefixes[Settings] = Settings()
+    settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
     autoencoder: Autoencoder = Autoencoder()
     text_tokens: int = 77
     batch: int = 1

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.checkpoint.weights import flatten
-from star_jax.convert.entries import Entry
+from star_jax.convert.entries import Entry, layer_entries
 from star_jax.families.star import Star
 from star_jax.nn.positions import Learned
 from star_jax.tokenizers.residual_vq import VQ
 
 # Present in published files, unused or constant.
-IGNORED = ('class_emb.weight', 'zero_k_bias', 'ema_vocab_hit_SV')
+HEAD_BLOCKS = 'feat_extract_blocks'
+OFFSETS_OF_HEAD = tuple(f'{HEAD_BLOCKS}.{layer}.ada_gss' for layer in range(3))
+IGNORED = ('class_emb.weight', 'zero_k_bias', 'ema_vocab_hit_SV', *OFFSETS_OF_HEAD)
 
 LINEAR = 'out inp -> inp out'
 SAME = 'width -> width'
@@ -57,6 +59,18 @@ CROSS = (
     ('cross_attn.proj.bias', 'cross/proj/bias', SAME),
 )
 CROSS_SCALE = (('cross_attn.scale_mul_1H11', 'cross/compare/log_scale', '1 n 1 1 -> n'),)
+REFINER = (
+    ('pos_start_last', 'refiner/starter/position/table', '1 row width -> row width'),
+    ('encoder_proj2.weight', 'refiner/starter/pooled/kernel', LINEAR),
+    ('encoder_proj2.bias', 'refiner/starter/pooled/bias', SAME),
+    ('word_embed_head.weight', 'refiner/embedder/kernel', LINEAR),
+    ('word_embed_head.bias', 'refiner/embedder/bias', SAME),
+    ('lvl_embed_2.weight', 'refiner/levels', 'scale width -> scale width'),
+    ('head_proj.weight', 'refiner/merge/kernel', LINEAR),
+    ('head_proj.bias', 'refiner/merge/bias', SAME),
+    ('head_logits2.weight', 'refiner/to_logits/logits/kernel', LINEAR),
+    ('head_logits2.bias', 'refiner/to_logits/logits/bias', SAME),
+)
 
 
 def star_entries(star: Star) -> list[Entry]:
@@ -66,25 +80,19 @@ def star_entries(star: Star) -> list[Entry]:
         outer += ADDITIVE
     if not (star.level_embedding or star.shared_adaln):
         outer = tuple(rule for rule in outer if rule[1] != 'levels')
-    block = BLOCK + (BLOCK_SCALE if star.qk_norm else ())
+    plain = block = BLOCK + (BLOCK_SCALE if star.qk_norm else ())
     if star.cross_attention:
         block += CROSS + (CROSS_SCALE if star.qk_norm else ())
     if star.shared_adaln:
         outer += SHARED_ADALN
         block += BLOCK_OFFSET
+    lengths = {'n': star.heads, 'three': 3, 'two': 2}
     entries = [Entry(*rule) for rule in outer]
-    for layer in range(star.depth):
-        for theirs, ours, pattern in block:
-            lengths = {'n': star.heads, 'three': 3, 'two': 2}
-            needed = tuple(
-                item for item in lengths.items() if re.search(rf'\b{item[0]}\b', pattern)
-            )
-            lengths_of_split = needed if '(' in pattern else ()
-            entries.append(
-                Entry(
-                    f'blocks.{layer}.{theirs}', f'blocks/{ours}', pattern, layer, lengths_of_split
-                )
-            )
+    entries += layer_entries(block, 'blocks', 'blocks', star.depth, lengths)
+    if star.refinement:
+        entries += [Entry(*rule) for rule in REFINER]
+        layers = star.refinement.blocks
+        entries += layer_entries(plain, HEAD_BLOCKS, 'refiner/blocks', layers, lengths)
     return entries
 
 

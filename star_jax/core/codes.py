@@ -1,7 +1,7 @@
 """What is one token?"""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,14 @@ import optax
 
 
 class Drawn(NamedTuple):
-    """What one step drew: the codes, and the vectors that stand for them on the canvas."""
+    """What one step drew: the codes, and the vectors that stand for them on the canvas.
+
+    `passes` is what each of several passes left, where a draw takes them and a trace is asked for.
+    """
 
     codes_BL: jax.Array
     vectors_BLC: jax.Array
+    passes: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,15 @@ class Tools(NamedTuple):
     """What a draw works with, closed over the parameters.
 
     `head`: features [R, L, D] -> logits [R, L, V]. `embed`: codes -> vectors. `mix`: weights
-    [B, L, V] -> weighted means of the code vectors.
+    [B, L, V] -> weighted means of the code vectors. `refine`: vectors of fixed tokens [R, L, C],
+    features and step -> logits of the refinement head. `trace` asks for what each pass left.
     """
 
     head: Callable[[jax.Array], jax.Array]
     embed: Callable[[jax.Array], jax.Array]
     mix: Callable[[jax.Array], jax.Array]
+    refine: Callable[[jax.Array, jax.Array, Step], jax.Array] | None = None
+    trace: bool = False
 
 
 class Draw:
@@ -138,6 +141,10 @@ def arguments(settings: Settings, steps: int, codes: Index) -> tuple[jax.Array, 
     ramp_S = guidance_ramp(settings.guidance, steps)
     if settings.smooth:
         return ramp_S, Smooth(steps=steps)
+    return ramp_S, Plain(keep(settings), codes.draw)
+
+
+def keep(settings: Settings) -> Filter:
+    """Which codes may be drawn."""
     top_p = settings.top_p or None
-    keep = Filter(top_k=settings.top_k, top_p=top_p, temperature=settings.temperature)
-    return ramp_S, Plain(keep, codes.draw)
+    return Filter(top_k=settings.top_k, top_p=top_p, temperature=settings.temperature)

@@ -14,7 +14,7 @@ from star_jax.nn.transformer import Transformer
 from star_jax.sampling.draw import Draw
 from star_jax.sampling.sampler import sample
 
-HEAVY = ('blocks', 'to_logits')  # parts of the network whose products are in the compute dtype
+HEAVY = ('blocks', 'to_logits', 'merge')  # parts whose products are in the compute dtype
 
 # (params, keys_B, prompted, unprompted or None, guidance_S, draw) -> uint8 [B, H, W, 3]
 Program = Callable[..., jax.Array]
@@ -43,7 +43,8 @@ def cast(params: dict, dtype: str) -> dict:
 
     def convert(path: tuple, x: jax.Array) -> jax.Array:
         names = [key.key for key in path]
-        return x.astype(dtype) if names[0] in HEAVY and names[-1] == 'kernel' else x
+        heavy = any(name in HEAVY for name in names[:2])  # of the network or its refiner
+        return x.astype(dtype) if heavy and names[-1] == 'kernel' else x
 
     return jax.tree_util.tree_map_with_path(convert, params)
 

@@ -21,11 +21,15 @@ from star_jax.sampling.draw import Draw, Tools
 
 
 class Trace(NamedTuple):
-    """What a step left behind; `inputs` are those of the next step, None after the last."""
+    """What a step left behind; `inputs` are those of the next step, None after the last.
+
+    `passes` are those of a draw that takes several, stacked, or None.
+    """
 
     logits_BLV: jax.Array
     canvas: jax.Array
     inputs: jax.Array | None
+    passes: Any = None
 
 
 class Sample(NamedTuple):
@@ -88,6 +92,10 @@ def sample(
         head=lambda features: apply(features, condition, method='head'),
         embed=lambda codes: token(codes, method='embed'),
         mix=lambda weights: token(weights, method='mix'),
+        refine=lambda vectors, features, step: apply(
+            vectors, features, schedule.rows(step), condition, method='refine'
+        ),
+        trace=trace,
     )
     text_kv = apply(condition, method='text_kv')  # once, not per step
     x_RLD = apply(condition, method='start')
@@ -105,7 +113,7 @@ def sample(
         drawing = features_RLD[:, -schedule.sizes[step.like] :]
         drawn, logits = draw(keys, drawing, guidance_S[step.index], step, tools)
         canvas, inputs = token(canvas, drawn, step, method='advance')
-        left = (drawn.codes_BL, Trace(logits, canvas, inputs) if trace else None)
+        left = (drawn.codes_BL, Trace(logits, canvas, inputs, drawn.passes) if trace else None)
         if inputs is not None:
             x = apply(inputs, schedule.rows(step.next()), method='embed')
             x_RLD = jnp.concatenate([x] * both)

@@ -5,6 +5,7 @@ weight decay on matrices only, and both schedules counted in micro-iterations.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,8 +45,13 @@ class AdamW:
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f'beta1 and beta2 must lie in [0, 1): {self}')
 
-    def build(self, total_steps: int) -> optax.GradientTransformation:
-        """The transformation of a run of `total_steps` micro-iterations."""
+    def build(
+        self, total_steps: int, decays: Callable[[Any], Any] | None = None
+    ) -> optax.GradientTransformation:
+        """The transformation of a run of `total_steps` micro-iterations.
+
+        `decays` says of parameters which decay; by default those of `decayed`.
+        """
 
         def decay(update: jax.Array) -> jax.Array:
             return self.decay_at(self._last_step(update), total_steps)
@@ -56,7 +62,7 @@ class AdamW:
         optimizer = optax.chain(
             clip_by_norm(self.clip),
             optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
-            optax.add_decayed_weights(decay, decayed),
+            optax.add_decayed_weights(decay, decays or decayed),
             optax.scale_by_learning_rate(rate),
         )
         if self.accumulate == 1:
@@ -115,3 +121,8 @@ def decayed(params: Any) -> Any:
         return names[-1] == 'kernel' and not OF_LEVELS & set(names)
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def everything(params: Any) -> Any:
+    """True everywhere, as a refinement head decays (STAR specification 9.1)."""
+    return jax.tree.map(lambda leaf: True, params)

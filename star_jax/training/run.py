@@ -19,6 +19,7 @@ from star_jax.text import DEFAULT
 from star_jax.tokenizers.objective import Objective
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW
+from star_jax.training.refinement import Unmasking
 
 MOST_STEPS = 2**31 - 1  # of anything that a program counts in int32
 
@@ -106,6 +107,8 @@ class TokenizerRun:
 class Run:
     """Trains a transformer on the codes of a frozen tokenizer.
 
+    Of a model with a refinement head that head alone is trained, on the frozen model of `init`.
+
     Attributes:
         model: its sizes and parts.
         init: a model folder to go on from ('': none).
@@ -123,6 +126,7 @@ class Run:
         caption_drop: probability of the empty caption, or of no class, instead of a picture's own.
         balance: 0 where every token counts alike in the loss, 1 where every scale does, however
             few its tokens; coarse scales decide what is where.
+        unmasking: how a refinement head is taught.
         ema: decay of the averaged parameters (0: none are kept).
         dtype: of the activations; bfloat16 for accelerators.
         remat: compute activations again in the backward pass, to save memory.
@@ -146,6 +150,7 @@ class Run:
     batch: int = 64
     caption_drop: float = 0.1
     balance: float = 0.0
+    unmasking: Unmasking = Unmasking()
     ema: float = 0.0
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     remat: bool = False

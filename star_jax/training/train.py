@@ -9,6 +9,7 @@ from rich.console import Console
 from star_jax.checkpoint import config, files
 from star_jax.checkpoint.folder import check_free
 from star_jax.errors import UserError
+from star_jax.families import Star
 from star_jax.parallel import startup
 from star_jax.training import cache as caches
 from star_jax.training import faults, loop
@@ -77,6 +78,10 @@ def job(run: Run | TokenizerRun) -> loop.Job:
         from star_jax.training.tokenizer import TokenizerJob
 
         return TokenizerJob(run)
+    if isinstance(run.model, Star) and run.model.refinement:
+        from star_jax.training.head import HeadJob
+
+        return HeadJob(run)
     from star_jax.training.transformer import TransformerJob
 
     return TransformerJob(run)

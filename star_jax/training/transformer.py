@@ -21,7 +21,7 @@ from star_jax.evaluation import likelihood
 from star_jax.families import family_name
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_ways
-from star_jax.sampling import draw, program
+from star_jax.sampling import program, stable
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
 from star_jax.text.tokens import Tokens
@@ -81,8 +81,9 @@ class TransformerJob:
             },
             rules.whole(self.mesh),
         )
+        self._drawing = stable.arguments(run.sampling, self.model, self.tokenizer.codes)
         self._draw = program.compile_program(self.model, self.tokenizer)
-        recipe = steps.Recipe(
+        self._recipe = steps.Recipe(
             condition_drop=run.caption_drop,
             drop_path=run.model.drop_path,
             keep_tokens=run.model.keep_tokens,
@@ -91,7 +92,7 @@ class TransformerJob:
         )
         self._taught = self.model.grouped(batch_ways(self.mesh))
         self._train = functools.partial(
-            steps.train, self._taught, self.tokenizer, self.optimizer, recipe
+            steps.train, self._taught, self.tokenizer, self.optimizer, self._recipe
         )
         self._encode = jax.jit(
             functools.partial(likelihood.encode, self.tokenizer),
@@ -159,14 +160,14 @@ class TransformerJob:
         run, shown = self.run, pipeline.spread(self.pictures['validation'], SHOWN)
         captions = shown['caption']
         params = {
-            'model': program.cast(averaged(state), run.dtype),
+            'model': program.cast(self._weights(state), run.dtype),
             'tokenizer': self.frozen['tokenizer'],
         }
         read = self.encoder.encode if self.texts is None else self.texts.features
-        drawn = draw.arguments(run.sampling, self.model.schedule.steps, self.tokenizer.codes)
         text, empty = read(captions), self.frozen['empty']
         keys_B = program.image_keys(range(len(captions)))
-        images = self._draw(params, keys_B, text, empty if run.sampling.guidance else None, *drawn)
+        unprompted = empty if run.sampling.guidance else None
+        images = self._draw(params, keys_B, text, unprompted, *self._drawing)
         return pictures.compare(shown['image'], np.asarray(images), captions, 'drawn')
 
     def encode(self, images: np.ndarray) -> jax.Array:
@@ -178,12 +179,16 @@ class TransformerJob:
         model = folder.Model(
             family=family_name(self.run.model),
             config=self.run.model,
-            params=jax.device_get(averaged(state)),
+            params=jax.device_get(self._weights(state)),
             tokenizer=self.source_of_codes,
             text=reference and folder.Text(**reference),
             sampling=self.run.sampling,
         )
         folder.write(out, model)
+
+    def _weights(self, state: TrainState) -> Any:
+        """The parameters of the whole model, to use."""
+        return averaged(state)
 
     def _build(self, key: jax.Array) -> TrainState:
         return build_state(self._init, self.optimizer, self.run.ema > 0, key)

@@ -24,7 +24,7 @@ from star_jax.convert.entries import Entry, to_params
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
 from star_jax.convert.var import BUFFERS, var_entries
 from star_jax.errors import UserError
-from star_jax.families.star import Star
+from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
 from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -141,6 +141,9 @@ def star_of(case: Case) -> Star:
         theta, extent = option('rope_theta'), option('rope_norm')
         raw = extent == RAW
         positions = RawRotary(theta=theta) if raw else NormalisedRotary(theta=theta, extent=extent)
+    refinement = None
+    if case.config.get('enable_adaptive_norm'):  # which is how the reference calls the head
+        refinement = _valid(case, Refinement, first=option('sample_from_idx'))
     return _valid(
         case,
         Star,
@@ -158,6 +161,7 @@ def star_of(case: Case) -> Star:
         qk_norm=option('attn_l2_norm'),
         logit_norm=option('enable_logit_norm'),
         cross_attention=option('enable_cross'),
+        refinement=refinement,
     )
 
 

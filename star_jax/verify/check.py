@@ -18,6 +18,7 @@ from star_jax.verify import report, rules
 from star_jax.verify.cases import Case, read_case
 from star_jax.verify.generate import Generations
 from star_jax.verify.report import Report
+from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
 from star_jax.verify.tables import Rope, Sampling, Schedules
 from star_jax.verify.tokenizer import Quantising, Vqvae
@@ -30,6 +31,7 @@ KINDS = {
     ('star', 'quantizer'): Quantising,
     ('star', 'star'): TeacherForced,
     ('star', 'star_generate'): Generations,
+    ('star', 'star_sampler'): Refinements,
     ('star', 'star_train'): Training,
     ('star', 'var'): ClassConditional,
     ('star', 'sampling'): Sampling,

@@ -74,7 +74,9 @@ class Generations:
     def _draw(self, run: dict[str, Any]) -> Draw:
         """The draw of a run. Recorded draws take the largest code, so that no noise enters."""
         if run.get('refine') and run.get('enable_adaptive_norm'):
-            raise UserError(f'{self.case.folder}: runs with a refinement head are not verified yet')
+            raise UserError(
+                f'{self.case.folder}: refined runs belong to a case of the kind star_sampler'
+            )
         if run['draw'] != 'argmax':
             raise UserError(f"{self.case.folder}: a run must draw 'argmax', not {run['draw']!r}")
         if run.get('more_smooth'):

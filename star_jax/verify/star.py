@@ -80,8 +80,9 @@ class TeacherForced:
     def _blocks(self, mode: str) -> list[jax.Array]:
         """The output of each block, by networks of one layer."""
         x_BLD, outputs = self.forward(mode)[0], []
+        whole = dataclasses.replace(behave(self.star, mode), refinement=None)
         for layer in range(self.star.depth):
-            star, params = layer_of(behave(self.star, mode), self.params, layer)
+            star, params = layer_of(whole, self.params, layer)
             x_BLD = layering(star, self.rows)(params, x_BLD, self.text)
             outputs.append(x_BLD)
         return outputs

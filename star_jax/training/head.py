@@ -1,0 +1,101 @@
+"""How is the refinement head of a model trained, and nothing else of it?"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from star_jax.checkpoint import models, weights
+from star_jax.data import pipeline
+from star_jax.errors import UserError
+from star_jax.training import refinement
+from star_jax.training.optimizer import decayed, everything
+from star_jax.training.run import Run
+from star_jax.training.state import (
+    TrainState,
+    abstract_sharded,
+    averaged,
+    fitted,
+    go_on_from,
+    init_sharded,
+)
+from star_jax.training.transformer import TransformerJob
+
+HEAD = 'refiner'  # its name among the parameters of a model
+
+
+class HeadJob(TransformerJob):
+    """The head of `run.model`, on the frozen model of `run.init`.
+
+    State, averages and checkpoints hold the head alone; the model folder at the end is whole.
+    """
+
+    def __init__(self, run: Run) -> None:
+        if not run.init:
+            raise UserError(
+                'model.refinement asks for a head on a trained model, and there is none: name its '
+                'folder with --init, or train the model first, without model.refinement'
+            )
+        given = dict(models.read(run.init).params)
+        super().__init__(run)
+        self._begun = given.pop(HEAD, None)
+        mask = everything if run.unmasking.decay_all else decayed
+        self.optimizer = run.optimizer.build(run.pace.steps, mask)
+        base = abstract_sharded(self._init_base, self.mesh)
+        fit = weights.unflatten(weights.fit(weights.flatten(given), base, run.init))
+        where = jax.tree.map(lambda leaf: leaf.sharding, base)
+        self.frozen['base'] = jax.device_put(fit, where)
+        self._teach = functools.partial(
+            refinement.train,
+            self._taught,
+            self.tokenizer,
+            self.optimizer,
+            self._recipe,
+            run.unmasking,
+        )
+
+    def init(self) -> TrainState:
+        """A fresh head, or that of `run.init` if it has one."""
+        state = init_sharded(self._build, self.mesh, jax.random.key(self.run.seed))
+        if self._begun is None:
+            return state
+        return go_on_from(state, fitted(self._begun, self.abstract(), self.run.init))
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss and accuracy of hidden tokens, the same ones every time, of the validation set."""
+        sums_3L = 0.0
+        for number, batch in enumerate(pipeline.sequential(self.validation, self.run.batch)):
+            padded, real = pipeline.pad(batch, self.run.batch)
+            key = jax.random.fold_in(jax.random.key(0), number)
+            told = self._score(averaged(state), self.frozen, self._batch(padded), key)
+            sums_3L += np.asarray(told)[:, :real].sum(1)
+        rows = refinement.refined_rows(self.model)
+        scalars = refinement.scales(self.model.schedule, rows, sums_3L)
+        return {f'validation/{name}': float(value) for name, value in scalars.items()}
+
+    def _weights(self, state: TrainState) -> Any:
+        return self.frozen['base'] | {HEAD: averaged(state)}
+
+    def _init(self, key: jax.Array) -> Any:
+        return super()._init(key)[HEAD]
+
+    def _init_base(self, key: jax.Array) -> Any:
+        return {name: part for name, part in super()._init(key).items() if name != HEAD}
+
+    def _train_on(
+        self, state: TrainState, frozen: dict, batch: dict[str, Any], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        text = self._text(frozen, batch)
+        parts = (frozen['tokenizer'], frozen['base'], batch['codes'], text, frozen['empty'])
+        return self._teach(state, *parts, key)
+
+    def _score_on(
+        self, head: Any, frozen: dict, batch: dict[str, Any], key: jax.Array
+    ) -> jax.Array:
+        codes_BL, rows = batch['codes'], refinement.refined_rows(self.model)
+        shown_BL = self.run.unmasking.draw(key, (len(codes_BL), len(rows)))
+        params = frozen['base'] | {HEAD: head}
+        args = (params, frozen['tokenizer'], codes_BL, shown_BL, self._text(frozen, batch))
+        logits_BLV = refinement.score(self._taught, self.tokenizer, *args)
+        return refinement.hidden_sums(logits_BLV, codes_BL[:, rows], shown_BL)
