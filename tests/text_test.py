@@ -121,8 +121,10 @@ def test_compute_dtype_follows_the_parameters(tiny):
 def test_parameters_carry_logical_axes_and_run_on_a_mesh(tiny):
     abstract = tiny.abstract_params()
     specs = nn.get_partition_spec(abstract)
-    assert specs['layers']['qkv']['kernel'] == PartitionSpec('layers', 'embed', None, 'heads', None)
-    assert specs['layers']['down']['kernel'] == PartitionSpec('layers', 'mlp', 'embed')
+    layers = specs['layers']
+    heads = PartitionSpec('layers', 'embed', None, 'heads', None)
+    assert layers['attention']['qkv']['kernel'] == heads
+    assert layers['mlp']['down']['kernel'] == PartitionSpec('layers', 'mlp', 'embed')
     assert specs['words']['table'] == PartitionSpec(None, 'embed')
 
     mesh = jax.make_mesh(
@@ -352,10 +354,12 @@ def test_the_place_is_named_by_the_environment(tiny, tmp_path, monkeypatch):
     assert FeatureCache(tiny).folder.is_relative_to(tmp_path / '.cache' / 'star_jax' / 'text')
 
 
-def test_what_cannot_be_stored_is_refused(tiny, tmp_path):
-    large = dataclasses.replace(tiny, params=jax.tree.map(lambda array: array * 1e6, tiny.params))
+def test_what_cannot_be_stored_is_refused(tiny, own_folder, tmp_path):
+    weights = load_file(own_folder / 'model.safetensors')
+    large = {name: array * np.float32(1e6) for name, array in weights.items()}
+    save_file(large, own_folder / 'model.safetensors')
     with pytest.raises(UserError, match='float16'):
-        FeatureCache(large, tmp_path).features(['a ring'])
+        FeatureCache(load(str(own_folder)), tmp_path).features(['a ring'])
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='STAR_JAX_CACHE'):
         FeatureCache(tiny, tmp_path / 'file').features(['a ring'])

@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+from jax.sharding import Mesh
 
 from star_jax.core.condition import Text
 from star_jax.errors import UserError
-from star_jax.text import bert
-from star_jax.text.folder import DEFAULT, Folder, Tensors, full_name, locate
+from star_jax.parallel import rules
+from star_jax.text import bert, clip, t5
+from star_jax.text.folder import DEFAULT, Folder, full_name, locate
+from star_jax.text.pooling import Pool
 from star_jax.text.tokens import Split, Tokens, pad, read
+from star_jax.text.tower import Tower
+from star_jax.text.weights import Weights
 
 # Captions per compiled call. One number for all calls, so that a caption's features do not depend
 # on how many others were encoded beside it; large enough for a processor, small for one prompt.
@@ -29,41 +33,46 @@ ROWS = 16
 STRIDE = 8
 # Raised when an encoder computes other numbers from the same files: cached features expire.
 REVISION = 1
+DTYPE = 'float32'
+DTYPES = (DTYPE, 'bfloat16')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What one `model_type` of config.json stands for.
-
-    `build(config)`: a Linen module with `width`, `vocab`, `longest` (or None) and
-    `module(tokens) -> states_BTE, pooled_BE`, which must not read tokens where the mask is 0.
-    `convert(module, tensors)`: its parameters from the folder's tensors.
-    `length`: tokens per caption unless asked otherwise.
-    """
-
-    build: Callable[[Mapping], nn.Module]
-    convert: Callable[[nn.Module, Tensors], dict]
-    length: int
-
-
-ARCHITECTURES = {'bert': Architecture(build=bert.build, convert=bert.convert, length=32)}
+# What each `model_type` of a config.json stands for.
+TOWERS: dict[str, Callable[[Mapping], Tower]] = {
+    'bert': bert.tower,
+    'clip': clip.tower,
+    'clip_text_model': clip.tower,
+    't5': t5.tower,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TextEncoder:
     """A frozen text encoder.
 
-    `length`: T, tokens per caption. `width`: E. `params`: host arrays, float32; place them on a
-    mesh with the shardings of `abstract_params()`.
+    `length`: T, tokens per caption. `dtype`: of parameters and activations. `mesh`: where the
+    parameters lie, split as their logical axes say; None: on one device. `pool`: what makes one
+    vector of the states.
     """
 
     source: str
     length: int
-    width: int
-    params: dict
-    module: nn.Module
+    dtype: str
+    mesh: Mesh | None
+    pool: Pool
+    tower: Tower
     folder: Folder
     split: Split
+
+    @property
+    def width(self) -> int:
+        """E, of token states and pooled vector."""
+        return self.tower.width
+
+    @functools.cached_property
+    def params(self) -> dict:
+        """The parameters on the devices, read tensor by tensor when first asked for."""
+        return self.weights.read(self.dtype, self.mesh)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -73,7 +82,11 @@ class TextEncoder:
     @functools.cached_property
     def identity(self) -> str:
         """Hex digest of all that decides the features of a caption; caches are keyed by it."""
-        return hashlib.sha256(f'{REVISION} {self.length} {self.sha256}'.encode()).hexdigest()
+        parts = [REVISION, self.length, self.sha256]
+        # What is usual is left out, so that older caches stay valid.
+        parts += [self.dtype] if self.dtype != DTYPE else []
+        parts += [self.pool] if self.pool != self.tower.pool else []
+        return hashlib.sha256(' '.join(map(str, parts)).encode()).hexdigest()
 
     def reference(self) -> dict[str, str]:
         """How a model folder's config.json names this encoder: `load(**reference)` checks it."""
@@ -82,20 +95,32 @@ class TextEncoder:
     def abstract_params(self) -> dict:
         """Shapes of `params`, boxed with their logical axes."""
         tokens = pad([], 1, STRIDE, 0)
-        return jax.eval_shape(self.module.init, jax.random.key(0), tokens)['params']
+        return jax.eval_shape(self.tower.module.init, jax.random.key(0), tokens)['params']
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """What the parameters are made of."""
+        pieces = self.tower.pieces(self.folder.tensors())
+        return Weights(folder=self.folder, pieces=tuple(pieces), boxed=self.abstract_params())
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Captions as (B, T) numpy int32, truncated and padded to `length`."""
-        return pad(self.split(captions), len(captions), self.length, self._filler)
+        return pad(self.split(captions), len(captions), self.length, self.tower.filler)
 
     def apply(self, params: dict, tokens: Tokens) -> Text:
-        """Pure: features of tokens (B, any T <= `length`), float32, states zero at padding."""
-        states_BTE, pooled_BE = self.module.apply({'params': params}, tokens)
+        """Pure: features of tokens (B, T), float32, states zero at padding.
+
+        T is `length`, or any smaller number where the pool does not read padding.
+        """
+        # A tower is frozen and its features are cached: a rounding of the accelerator's cheaper
+        # float32 products would be paid in every later run.
+        with jax.default_matmul_precision('highest'):
+            states_BTE = self.tower.module.apply({'params': params}, tokens)
         real_BT1 = tokens.mask_BT[:, :, None] > 0
         return Text(
             states_BTE=jnp.where(real_BT1, states_BTE, 0).astype(jnp.float32),
             mask_BT=tokens.mask_BT,
-            pooled_BE=pooled_BE.astype(jnp.float32),
+            pooled_BE=self.pool(states_BTE, tokens),
         )
 
     def encode(self, captions: Sequence[str]) -> Text:
@@ -106,9 +131,10 @@ class TextEncoder:
         """
         unique = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         ids = self.split(list(unique))
+        stride = self.length if self.pool.padding else STRIDE
         calls = [
-            (rows, self._run(self._placed, pad([ids[row] for row in rows], ROWS, T, self._filler)))
-            for rows, T in _batches([len(one) for one in ids], self.length)
+            (rows, self._run(self.params, self._padded([ids[row] for row in rows], T)))
+            for rows, T in _batches([len(one) for one in ids], self.length, stride)
         ]
         states_NTE = np.zeros((len(unique), self.length, self.width), np.float32)
         mask_NT = np.zeros((len(unique), self.length), np.int32)
@@ -121,46 +147,53 @@ class TextEncoder:
         back = np.array([unique[caption] for caption in captions], int)
         return Text(states_BTE=states_NTE[back], mask_BT=mask_NT[back], pooled_BE=pooled_NE[back])
 
-    @property
-    def _filler(self) -> int:
-        return self.folder.config.get('pad_token_id') or 0
+    def _padded(self, ids: Sequence[Sequence[int]], length: int) -> Tokens:
+        return pad(ids, ROWS, length, self.tower.filler)
 
     @functools.cached_property
     def _run(self) -> Callable[[dict, Tokens], Text]:
-        return jax.jit(self.apply)
-
-    @functools.cached_property
-    def _placed(self) -> dict:
-        return jax.device_put(self.params)
+        return jax.jit(self.apply, out_shardings=rules.whole(self.mesh) if self.mesh else None)
 
 
 def load(
-    source: str = DEFAULT, length: int | None = None, sha256: str | None = None
+    source: str = DEFAULT,
+    length: int | None = None,
+    sha256: str | None = None,
+    *,
+    dtype: str = DTYPE,
+    mesh: Mesh | None = None,
+    pool: Pool | None = None,
 ) -> TextEncoder:
     """The encoder that a source names: 'package:NAME', a folder, or a hub id.
 
     `length`: tokens per caption, by default the architecture's own. `sha256`: what the files must
-    be, as `TextEncoder.reference` recorded it. Raises `UserError` when the encoder cannot be had,
-    is of an unknown architecture, or is another one than recorded.
+    be, as `TextEncoder.reference` recorded it. `dtype`: float32 or bfloat16, of parameters and
+    activations. `mesh`: devices that share the parameters, all of whose processes must encode the
+    same captions. `pool`: another one than the architecture's own. Raises `UserError` when the
+    encoder cannot be had, is of an unknown architecture, or is another one than recorded.
     """
     folder = locate(source)
     model_type = folder.config.get('model_type')
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in TOWERS:
         raise UserError(
             f'{source} is a text encoder of model_type {model_type!r}; supported: '
-            f'{", ".join(sorted(ARCHITECTURES))}.'
+            f'{", ".join(sorted(TOWERS))}.'
         )
-    architecture = ARCHITECTURES[model_type]
-    module = architecture.build(folder.config)
-    length = architecture.length if length is None else length
-    _check_length(length, module.longest)
+    if dtype not in DTYPES:
+        raise UserError(
+            f'the dtype of a text encoder is {dtype!r}; supported: {", ".join(DTYPES)}.'
+        )
+    tower = TOWERS[model_type](folder.config)
+    length = tower.length if length is None else length
+    _check_length(length, tower.longest)
     split, largest_id = read(folder, length)
     encoder = TextEncoder(
         source=full_name(source),
         length=length,
-        width=module.width,
-        params=_convert(architecture, module, folder),
-        module=module,
+        dtype=dtype,
+        mesh=mesh,
+        pool=tower.pool if pool is None else pool,
+        tower=tower,
         folder=folder,
         split=split,
     )
@@ -169,36 +202,21 @@ def load(
             f'The model was trained with the text encoder of sha256 {sha256}, but {source} has '
             f'{encoder.sha256}; name the folder of the encoder that it was trained with.'
         )
-    _check_shapes(encoder)
-    _check_vocabulary(encoder, largest_id)
+    encoder.weights.check()
+    _check_vocabulary(source, tower, largest_id)
     return encoder
 
 
-def _batches(lengths: Sequence[int], longest: int) -> Iterator[tuple[list[int], int]]:
+def _batches(lengths: Sequence[int], longest: int, stride: int) -> Iterator[tuple[list[int], int]]:
     """Which captions share a call (at most ROWS of one padded length), and that length."""
 
     def padded(row: int) -> int:
-        return min(-(-lengths[row] // STRIDE) * STRIDE, longest)
+        return min(max(-(-lengths[row] // stride), 1) * stride, longest)
 
     for T, group in itertools.groupby(sorted(range(len(lengths)), key=padded), padded):
         rows = list(group)
         for first in range(0, len(rows), ROWS):
             yield rows[first : first + ROWS], T
-
-
-def _convert(architecture: Architecture, module: nn.Module, folder: Folder) -> dict:
-    try:
-        return architecture.convert(module, folder.tensors())
-    except KeyError as error:
-        raise UserError(
-            f'{folder.path} has no tensor {error}, which its config.json asks for; fetch the '
-            f'whole model again.'
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f'{folder.path}: a tensor has not the shape that its config.json asks for ({error}); '
-            f'weights and config do not belong together.'
-        ) from error
 
 
 def _check_length(length: int, longest: int | None) -> None:
@@ -207,27 +225,14 @@ def _check_length(length: int, longest: int | None) -> None:
         raise UserError(f'The text length is {length}; this encoder takes {STRIDE} {limit} tokens.')
 
 
-def _check_shapes(encoder: TextEncoder) -> None:
-    expected = dict(jax.tree.leaves_with_path(nn.unbox(encoder.abstract_params())))
-    for path, array in jax.tree.leaves_with_path(encoder.params):
-        if array.shape != expected[path].shape:
-            raise UserError(
-                f'{encoder.source}: {jax.tree_util.keystr(path)} has shape {array.shape}, but its '
-                f'config.json asks for {expected[path].shape}; weights and config do not belong '
-                f'together.'
-            )
-
-
-def _check_vocabulary(encoder: TextEncoder, largest_id: int) -> None:
-    """Raises UserError for a tokenizer of more words than the model: JAX would clamp their ids."""
-    filler = encoder.folder.config.get('pad_token_id')
-    if filler is not None and (type(filler) is not int or not 0 <= filler < encoder.module.vocab):
+def _check_vocabulary(source: str, tower: Tower, largest_id: int) -> None:
+    """Raises UserError for ids beyond the model's vocabulary: JAX would clamp them."""
+    if tower.filler >= tower.vocab:
         raise UserError(
-            f'{encoder.source}: pad_token_id is {filler!r}, expected a token id below '
-            f'{encoder.module.vocab}.'
+            f'{source}: pad_token_id is {tower.filler}, expected a token id below {tower.vocab}.'
         )
-    if largest_id >= encoder.module.vocab:
+    if largest_id >= tower.vocab:
         raise UserError(
-            f'{encoder.source}: its tokenizer gives ids up to {largest_id}, but its model has '
-            f'{encoder.module.vocab} words; tokenizer and weights do not belong together.'
+            f'{source}: its tokenizer gives ids up to {largest_id}, but its model has '
+            f'{tower.vocab} words; tokenizer and weights do not belong together.'
         )

@@ -1,8 +1,9 @@
 """Where does a pretrained text encoder lie, and what is in its folder?
 
 A Hugging Face folder is read unchanged: config.json, safetensors (one file, or shards and their
-index) and the tokenizer's files. A source names it in one of three ways: 'package:NAME' (a Python
-package that ships such a folder), a path, or a hub id.
+index) and the tokenizer's files; or a Stable Diffusion folder, whose `text_encoder/` holds the
+first two and `tokenizer/` the last. A source names it in one of three ways: 'package:NAME' (a
+Python package that ships such a folder), a path, or a hub id.
 """
 
 import dataclasses
@@ -41,7 +42,13 @@ TOKENIZER_PARTS = (
     'vocab.txt',
 )
 HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')  # old models have no owner
-HUB_PATTERNS = (CONFIG, INDEX, 'model*.safetensors', TOKENIZER, *TOKENIZER_PARTS)
+# Where a Stable Diffusion folder has its text encoder.
+ENCODER_FOLDER, TOKENIZER_FOLDER = 'text_encoder', 'tokenizer'
+HUB_PATTERNS = (
+    *(CONFIG, INDEX, 'model*.safetensors', TOKENIZER, *TOKENIZER_PARTS),
+    *(f'{ENCODER_FOLDER}/{name}' for name in (CONFIG, INDEX, WEIGHTS, 'model-*.safetensors')),
+    *(f'{TOKENIZER_FOLDER}/{name}' for name in (TOKENIZER, *TOKENIZER_PARTS)),
+)
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -66,6 +73,10 @@ class Tensors(Mapping[str, np.ndarray]):
                 f'{name} of the text encoder is of a type that is not read ({error}); save the '
                 f'model in float32.'
             ) from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is not read."""
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -109,15 +120,17 @@ class Folder:
     @functools.cached_property
     def tokenizer(self) -> tuple[Path, ...]:
         """tokenizer.json alone where there is one, otherwise the older files."""
-        if (self.path / TOKENIZER).is_file():
-            return (self.path / TOKENIZER,)
-        parts = (self.path / name for name in TOKENIZER_PARTS)
-        if not (found := tuple(path for path in parts if path.is_file())):
-            raise UserError(
-                f'{self.path} has no tokenizer (no {TOKENIZER}, no vocabulary); copy the '
-                f'tokenizer files of the model into it.'
-            )
-        return found
+        beside = [self.path.parent] if self.path.name == ENCODER_FOLDER else []
+        for place in (self.path, *(folder / TOKENIZER_FOLDER for folder in (self.path, *beside))):
+            if (place / TOKENIZER).is_file():
+                return (place / TOKENIZER,)
+            parts = (place / name for name in TOKENIZER_PARTS)
+            if found := tuple(path for path in parts if path.is_file()):
+                return found
+        raise UserError(
+            f'{self.path} has no tokenizer (no {TOKENIZER}, no vocabulary); copy the '
+            f'tokenizer files of the model into it.'
+        )
 
     def tensors(self) -> Tensors:
         """The weights, lazily."""
@@ -150,6 +163,8 @@ def locate(source: str) -> Folder:
             f"there is no text encoder {source!r}: expected a folder, a hub id like 'owner/name', "
             f'or package:NAME such as {DEFAULT!r}.'
         )
+    if not (path / CONFIG).is_file() and (path / ENCODER_FOLDER / CONFIG).is_file():
+        path = path / ENCODER_FOLDER
     if not (path / CONFIG).is_file():
         raise UserError(
             f'{path} is not a Hugging Face folder: it has no {CONFIG}; name a folder with '

@@ -1,95 +1,136 @@
-"""What are text encoders built from?
+"""What are text towers built from, beside `nn/`?
 
-Weights hold their logical axes (`parallel/` maps them to a mesh). Arithmetic follows the dtype of
-the parameters; norms and softmax are float32. Suffixes: B batch, T tokens, E width, N heads,
-H head width, F mlp width, K = 3 for query, key and value.
+Arithmetic follows the dtype of the parameters; norms and softmax are float32. Suffixes: B batch,
+T tokens (S where they are looked at), E width, N heads, H head width, F mlp width, K = 3 for query,
+key and value.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# The towers are frozen and their features are cached: a rounding of the accelerator's cheaper
-# float32 products would be paid in every later run.
-PRECISION = jax.lax.Precision.HIGHEST
+from star_jax.nn.attention import GatherHeads
+from star_jax.nn.layers import Bias, Einsum, Linear, Table, layer_norm
+
+# Towers are read from a folder; what they start from is never used.
+INIT = nn.initializers.normal(0.02)
+
+Activation = Callable[[jax.Array], jax.Array]
+ACTIVATIONS: dict[str, Activation] = {
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_new': lambda x: jax.nn.gelu(x, approximate=True),
+    'gelu_pytorch_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+}
 
 
-class Linear(nn.Module):
-    """`einsum(equation, x, kernel) + bias`; the bias has the kernel's last `bias_axes` axes."""
-
-    equation: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    bias_axes: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(0.02)
-        kernel = self.param('kernel', _partitioned(init, self.axes), self.shape)
-        kept = slice(len(self.shape) - self.bias_axes, None)
-        bias = self.param(
-            'bias', _partitioned(nn.initializers.zeros, self.axes[kept]), self.shape[kept]
-        )
-        y = jnp.einsum(self.equation, x, kernel, precision=PRECISION)
-        return y + jax.lax.expand_dims(bias, range(y.ndim - bias.ndim))
-
-
-class Embedding(nn.Module):
-    """A table of `rows` vectors; ids of any shape in, vectors out."""
-
-    rows: int
-    width: int
-
-    @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        # Rows stay whole: published vocabularies (30522 in BERT) rarely divide by a mesh.
-        axes = (None, 'embed')
-        init = _partitioned(nn.initializers.normal(0.02), axes)
-        return self.param('table', init, (self.rows, self.width))[ids]
+def embedding(rows: int, width: int, name: str) -> Table:
+    """A table of vectors. Rows stay whole: published vocabularies rarely divide by a mesh."""
+    return Table(rows, width, (None, 'embed'), INIT, name=name)
 
 
 class LayerNorm(nn.Module):
-    """Normalises the last axis in float32."""
+    """Normalises the last axis in float32, then scales and shifts."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1],)
-        scale = self.param('scale', _partitioned(nn.initializers.ones, ('embed',)), shape)
-        bias = self.param('bias', _partitioned(nn.initializers.zeros, ('embed',)), shape)
+        normed = layer_norm(x.astype(jnp.float32), self.eps)
+        scale = vector(self, 'scale', nn.initializers.ones, normed)
+        return (normed * scale + vector(self, 'bias', nn.initializers.zeros, normed)).astype(
+            x.dtype
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / root of its mean square over the last axis, in float32, then scales."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (normed * _like(scale, wide) + _like(bias, wide)).astype(x.dtype)
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (normed * vector(self, 'scale', nn.initializers.ones, wide)).astype(x.dtype)
+
+
+def vector(module: nn.Module, name: str, init: nn.initializers.Initializer, x: jax.Array):
+    """A parameter as wide as x, with as many axes, so that no ranks are promoted silently."""
+    boxed = nn.with_logical_partitioning(init, ('embed',))
+    param = module.param(name, boxed, x.shape[-1:])
+    return jax.lax.expand_dims(param, range(x.ndim - 1)).astype(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Attention of BERT and CLIP: heads share the width, every projection has a bias."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x_BTE: jax.Array, keep: jax.Array) -> jax.Array:
+        E = x_BTE.shape[-1]
+        shape = (self.heads, E // self.heads)
+        fused_BTKNH = qkv(E, shape)(x_BTE)
+        fused_BTKNH = Bias((3, *shape), (None, 'heads', None), name='qkv_bias')(fused_BTKNH)
+        read_BTNH = attend(*jnp.unstack(fused_BTKNH, axis=2), keep, scale=shape[1] ** -0.5)
+        return GatherHeads(E, shape, INIT, name='out')(read_BTNH)
+
+
+def qkv(width: int, shape: tuple[int, int]) -> Einsum:
+    """Queries, keys and values as one product, [B, T, 3, N, H]."""
+    axes = ('embed', None, 'heads', None)
+    return Einsum('BTE,EKNH->BTKNH', (width, 3, *shape), axes, INIT, name='qkv')
+
+
+class Mlp(nn.Module):
+    """Linear, activation, Linear."""
+
+    hidden: int
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x_BTE: jax.Array) -> jax.Array:
+        E, F = x_BTE.shape[-1], self.hidden
+        h_BTF = self.activation(Linear(E, F, ('embed', 'mlp'), INIT, name='up')(x_BTE))
+        return Linear(F, E, ('mlp', 'embed'), INIT, name='down')(h_BTF)
+
+
+def real(mask_BT: jax.Array) -> jax.Array:
+    """Where every token may look: at the real tokens of its own caption, [B, 1, 1, S]."""
+    return (mask_BT > 0)[:, None, None, :]
 
 
 def attend(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, mask_BT: jax.Array
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    keep: jax.Array,
+    scale: float = 1.0,
+    bias_1NTS: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Every token looks at the real tokens of its own caption. Returns (B, T, N, H).
+    """softmax(scale q k + bias) v where `keep` (to [B, N, T, S]) is True. Returns (B, T, N, H).
 
     The floor of float32 instead of -inf, so that a row without any real token stays finite.
     """
-    scores_BNTS = jnp.einsum('BTNH,BSNH->BNTS', q_BTNH, k_BTNH, precision=PRECISION)
-    scores_BNTS = scores_BNTS.astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5
-    keep_B11S = (mask_BT > 0)[:, None, None, :]
-    weights_BNTS = jax.nn.softmax(jnp.where(keep_B11S, scores_BNTS, jnp.finfo(jnp.float32).min))
-    weights_BNTS = weights_BNTS.astype(v_BTNH.dtype)
-    return jnp.einsum('BNTS,BSNH->BTNH', weights_BNTS, v_BTNH, precision=PRECISION)
+    scores_BNTS = jnp.einsum('BTNH,BSNH->BNTS', q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    scores_BNTS = scores_BNTS * scale + bias_1NTS
+    weights_BNTS = jax.nn.softmax(jnp.where(keep, scores_BNTS, jnp.finfo(jnp.float32).min))
+    return jnp.einsum('BNTS,BSNH->BTNH', weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 
-def masked_mean(states_BTE: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """The mean of the real tokens' states (B, E), float32, not normalised."""
-    weight_BT1 = mask_BT[:, :, None].astype(jnp.float32)
-    total_BE = (states_BTE.astype(jnp.float32) * weight_BT1).sum(1)
-    return total_BE / jnp.maximum(weight_BT1.sum(1), 1.0)
-
-
-def _partitioned(init: nn.initializers.Initializer, axes: tuple[str | None, ...]):
-    return nn.with_logical_partitioning(init, axes)
-
-
-def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector with as many axes as x, so that no ranks are promoted silently."""
-    return jax.lax.expand_dims(vector, range(x.ndim - 1)).astype(x.dtype)
+def stack(block: type[nn.Module], depth: int, *parts: object) -> nn.Module:
+    """`depth` blocks under one scan; what they are given beside the states is the same for all."""
+    scanned = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=nn.broadcast,
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    return scanned(*parts, name='layers')

@@ -60,7 +60,11 @@ def _read_parts(folder: Folder, length: int) -> tuple[Split, int]:
     import transformers  # here: seconds, and only folders without tokenizer.json need it
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        # The config says whose tokenizer it is where the tokenizer's own files do not.
+        config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder.tokenizer[0].parent, config=config, local_files_only=True
+        )
     except Exception as error:  # each kind of tokenizer has its own
         raise _unreadable(folder, error) from error
 
