@@ -6,9 +6,12 @@ mistake ends in one sentence and exit status 2, a run that cannot go on in one a
 
 import difflib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 
+from star_jax import terminal
 from star_jax.errors import RunError, UserError
 from star_jax.parallel import memory
 
@@ -17,6 +20,7 @@ COMMANDS = {
     'train-tokenizer': 'train an image tokenizer',
     'sample': 'draw images from prompts',
     'reconstruct': 'show what a tokenizer keeps of images, scale by scale',
+    'convert': 'make a model folder of a published file, and the other way round',
     'export': 'write the model folder of a run at any time',
     'data': 'prepare a data set, or look at one',
     'verify': 'compare recorded cases of the originals with this code',
@@ -25,15 +29,49 @@ COMMANDS = {
     'study': 'train configs under equal conditions and compare them',
 }
 MODULES = {'train-tokenizer': 'train_tokenizer'}
+RESUMED = ('train', 'train-tokenizer')  # the same command goes on: to be stopped is no failure
 STOPPED = 130  # by ctrl-c, as shells have it
 NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in what JAX raises
 SMALLER = 'give a smaller batch or model, or split the model over more devices'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status."""
+    """Runs one command; the exit status. Without arguments it takes those of the process."""
     memory.keep()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is not None:
+        return _run(list(arguments), _load)
+    terminal.outlive_readers()
+    try:
+        status = _run(sys.argv[1:], _load_quietly)
+    except SystemExit as stopped:  # after a --help
+        status = stopped.code
+    if error := terminal.flush():
+        return _tell('', f'what it says cannot be written ({error.strerror})', 1)
+    return status
+
+
+def _load(command: str) -> types.ModuleType:
+    return importlib.import_module(f'star_jax.commands.{MODULES.get(command, command)}')
+
+
+def _load_quietly(command: str) -> types.ModuleType:
+    """Signals that come while the command loads, before it is ready for them, end it in one line.
+
+    A run's own handlers take their place while it trains, and then give it back.
+    """
+    name = f'star-jax {command}'
+    if command in RESUMED:
+        at_once = dict.fromkeys((signal.SIGTERM, signal.SIGINT), 0)
+        terminal.end_at(at_once, f'{name}: stopped; the same command goes on')
+        return _load(command)
+    undo = terminal.end_at({signal.SIGINT: STOPPED}, f'{name}: stopped')
+    try:
+        return _load(command)
+    finally:
+        undo()
+
+
+def _run(arguments: list[str], load: Callable[[str], types.ModuleType]) -> int:
     command = arguments[0] if arguments else '--help'
     if command in ('-h', '--help'):
         sys.stdout.write(_usage())
@@ -42,9 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         guess = f", did you mean '{close[0]}'" if close else ''
         return _tell('', f'there is no command {command!r}{guess}; star-jax --help lists them', 2)
-    module = MODULES.get(command, command)
     try:
-        return importlib.import_module(f'star_jax.commands.{module}').main(arguments[1:])
+        return load(command).main(arguments[1:])
     except UserError as error:
         return _tell(command, error, 2)
     except RunError as error:

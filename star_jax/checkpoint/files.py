@@ -1,14 +1,22 @@
-"""How is a file replaced so that a reader never meets half of it, and can one be written at all?"""
+"""How is a file or a folder replaced so that a reader never meets half of it, and can it be at all?
+
+What a kill leaves beside them, the next one who writes there clears away.
+"""
 
 import contextlib
+import fcntl
 import os
+import re
+import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from star_jax.errors import UserError
+
+DRAFT = re.compile(r'\..+\.[0-9a-f]{8}')  # a file on its way to its place
 
 
 @contextlib.contextmanager
@@ -26,6 +34,91 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(NotADirectoryError):
             temporary.unlink(missing_ok=True)
+
+
+def drop_drafts(folder: Path) -> None:
+    """Removes what `replacing` left in a folder when its process was killed.
+
+    Only for who alone writes there.
+    """
+    for path in folder.iterdir():
+        if DRAFT.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, is_replaced: Callable[[str], bool]) -> Iterator[Path]:
+    """An empty folder beside `folder` to fill; it takes its place when all went well.
+
+    What `folder` held stays in it, unless `is_replaced` says of its name that it goes. A folder has
+    no atomic exchange: a kill between two renames leaves nothing at `folder`, and both beside it.
+    The next call there ends what such a one began, and clears away what no living process holds.
+    """
+    _clear(folder, is_replaced)
+    new = _beside(folder, 'new')
+    try:
+        new.mkdir(parents=True)
+        with _held(new):
+            yield new
+            if folder.exists():
+                old = _beside(folder, 'old')
+                with _held(folder):
+                    folder.rename(old)
+                    new.rename(folder)
+                    _empty_into(old, folder, is_replaced)
+            else:
+                new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _clear(folder: Path, is_replaced: Callable[[str], bool]) -> None:
+    """Ends what killed processes began beside `folder`."""
+    if not folder.parent.is_dir():
+        return
+    for place in sorted(folder.parent.iterdir()):
+        kind = re.fullmatch(rf'\.{re.escape(folder.name)}\.(new|old)\.[0-9a-f]{{8}}', place.name)
+        if kind is None:
+            continue
+        with contextlib.suppress(OSError), _held(place) as is_mine:
+            if not is_mine:
+                continue
+            if kind[1] == 'new':
+                shutil.rmtree(place)
+            elif folder.exists():
+                _empty_into(place, folder, is_replaced)
+            else:
+                place.rename(folder)
+
+
+def _empty_into(old: Path, folder: Path, is_replaced: Callable[[str], bool]) -> None:
+    """Removes an earlier folder when what stays of it has moved to the one in its place."""
+    for entry in old.iterdir():
+        if not is_replaced(entry.name) and not (folder / entry.name).exists():
+            entry.rename(folder / entry.name)
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Locks a folder, under whatever name, while this process lives; whether nobody else has it.
+
+    False, too, where the file system has no locks.
+    """
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_mine = True
+    except OSError:
+        is_mine = False
+    try:
+        yield is_mine
+    finally:
+        os.close(place)
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f'.{folder.name}.{kind}.{uuid.uuid4().hex[:8]}')
 
 
 @contextlib.contextmanager

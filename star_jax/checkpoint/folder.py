@@ -11,8 +11,6 @@ dataclasses: which name means which class is the caller's mapping. Reading runs 
 import dataclasses
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,16 +69,11 @@ def write(folder: str | Path, content: Model | Tokenizer) -> None:
     folder = Path(folder).absolute()
     check_free(folder)
     tokenizer = content.tokenizer if isinstance(content, Model) else content
-    new = folder.with_name(f'.{folder.name}.new.{uuid.uuid4().hex[:8]}')
-    try:
-        new.mkdir(parents=True)
+    with files.replacing_folder(folder, _is_ours) as new:
         weights.save(new / TOKENIZER, tokenizer.params)
         if isinstance(content, Model):
             weights.save(new / MODEL, content.params)
         config.write_json(new / CONFIG, _describe(content, tokenizer))
-        _swap(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def read(folder: str | Path, families: Mapping[str, type], tokenizers: Mapping[str, type]) -> Model:
@@ -213,18 +206,6 @@ def check_free(folder: Path) -> None:
         ) from error
 
 
-def _swap(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of `folder`, and what was there and is not ours into it.
-
-    A folder has no atomic exchange: a kill between the two renames leaves both beside `folder`.
-    """
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = folder.with_name(f'.{folder.name}.old.{uuid.uuid4().hex[:8]}')
-    os.rename(folder, old)
-    os.rename(new, folder)
-    for entry in old.iterdir():
-        if not OURS.fullmatch(entry.name):
-            entry.rename(folder / entry.name)
-    shutil.rmtree(old)
+def _is_ours(name: str) -> bool:
+    """Whether a file of that name belongs to a model folder."""
+    return OURS.fullmatch(name) is not None
