@@ -11,7 +11,7 @@ from flax.core import meta
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import IGNORED, star_entries
 from star_jax.core.condition import Text
-from star_jax.families.star import Star
+from star_jax.families.star import Refinement, Star
 from star_jax.nn.positions import Learned
 
 INIT = 'star/init_reference/star_init_stats.json.gz'
@@ -56,6 +56,21 @@ def test_the_base_model_starts_like_the_original(reference):
     state, statistics = fresh_state(depth=4), reference['stats']['base model (train_mode all)']
     assert_like(state, statistics)
     assert set(state) == {name for name in statistics if not name.endswith(IGNORED)}
+
+
+def test_a_refinement_head_starts_like_the_original(reference):
+    """Only the head: its base model is loaded, and starts otherwise there."""
+    state = fresh_state(depth=3, refinement=Refinement(first=2))
+    kind = next(kind for kind in reference['stats'] if kind.startswith('with sampling head'))
+    statistics = {name: it for name, it in reference['stats'][kind].items() if of_head(name)}
+    assert_like(state, statistics)
+    heads = {name for name in statistics if not name.endswith(IGNORED)}
+    assert {name for name in state if of_head(name)} == heads
+
+
+def of_head(name: str) -> bool:
+    outer = ('word_embed_head', 'encoder_proj2', 'head_proj', 'head_logits2', 'lvl_embed_2')
+    return name.startswith(('feat_extract_blocks', 'pos_start_last', *outer))
 
 
 def test_shared_adaln_and_learned_positions_start_like_the_original(reference):
