@@ -19,11 +19,12 @@ from star_jax.checkpoint.weights import flatten
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.core.codes import Index
-from star_jax.core.condition import Text
+from star_jax.core.condition import Labels, Text
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Raster
 from star_jax.evaluation import likelihood
 from star_jax.families.star import Star
+from star_jax.families.var import Var
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
@@ -153,6 +154,26 @@ def star_family(**options) -> Family:
 
 
 @functools.cache
+def var_family(**options) -> Family:
+    var = Var(
+        depth=DEPTH,
+        width=WIDTH,
+        heads=HEADS,
+        codes=V,
+        channels=3,
+        sides=SIDES,
+        classes=7,
+        **options,
+    )
+    tokenizer = star_family().tokenizer
+    inputs = jnp.zeros((1, var.schedule.length - 1, var.channels))
+    labels = Labels(ids_B=np.array([0, 3, 6, *[var.classes] * B], np.int32))
+    model = fill(var.build(), inputs, jax.tree.map(lambda x: x[:1], labels))
+    params = {'model': model, 'tokenizer': star_family().params['tokenizer']}
+    return Family(var.build(), tokenizer, params, labels)
+
+
+@functools.cache
 def raster_family() -> Family:
     schedule = Raster(2, 3, prefix=3)
     init = nn.initializers.normal(0.02)
@@ -201,6 +222,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     'sin_cos_without_norm': functools.partial(
         star_family, sides=(1, 3), positions=SinCos(), level_embedding=False, logit_norm=False
     ),
+    'var': var_family,
+    'var_with_shared_adaln': functools.partial(var_family, shared_adaln=True, qk_norm=False),
     'raster': raster_family,
 }
 

@@ -3,6 +3,8 @@
     config.json             {family, model, tokenizer, text: {source, sha256}, sampling}
     model.safetensors       the transformer ('/'-joined names, layers stacked)
     tokenizer.safetensors   the image tokenizer, always inside
+    ignored.safetensors     what a published file held that nothing needs, for the way back to it
+    text/                   a copy of the text encoder, unless config.json names another place
 
 A folder of a tokenizer alone has the family 'tokenizer' and only that. Configs are any
 dataclasses: which name means which class is the caller's mapping. Reading runs no Python.
@@ -11,7 +13,7 @@ dataclasses: which name means which class is the caller's mapping. Reading runs 
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,19 @@ from star_jax.errors import UserError
 CONFIG = 'config.json'
 MODEL = 'model.safetensors'
 TOKENIZER = 'tokenizer.safetensors'
+IGNORED = 'ignored.safetensors'
+INSIDE = 'text'
+INSIDE_SOURCE = f'./{INSIDE}'  # how config.json names the text encoder in the folder itself
 ALONE = 'tokenizer'  # the family of a folder without a transformer
 
-OURS = re.compile(r'config\.json|(model|tokenizer)(-\d+-of-\d+)?\.safetensors(\.index\.json)?')
+OURS = re.compile(
+    r'config\.json|text|ignored\.safetensors|(model|tokenizer)(-\d+-of-\d+)?\.safetensors(\.index\.json)?'
+)
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
 HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.model']  # never pickled weights
+
+
+Load = Callable[[Path], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +70,12 @@ class Model:
     sampling: Settings = Settings()
 
 
-def write(folder: str | Path, content: Model | Tokenizer) -> None:
-    """Writes a model, or a tokenizer alone, to a folder.
+def write(
+    folder: str | Path,
+    content: Model | Tokenizer,
+    fill: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a model, or a tokenizer alone, to a folder; `fill` may write there what goes with it.
 
     The folder appears whole or not at all. One that exists is replaced if it is a model folder
     (files in it that are not part of one are kept) and otherwise refused with a UserError.
@@ -73,15 +87,22 @@ def write(folder: str | Path, content: Model | Tokenizer) -> None:
         weights.save(new / TOKENIZER, tokenizer.params)
         if isinstance(content, Model):
             weights.save(new / MODEL, content.params)
+        if fill:
+            fill(new)
         config.write_json(new / CONFIG, _describe(content, tokenizer))
 
 
-def read(folder: str | Path, families: Mapping[str, type], tokenizers: Mapping[str, type]) -> Model:
+def read(
+    folder: str | Path,
+    families: Mapping[str, type],
+    tokenizers: Mapping[str, type],
+    load: Load = weights.load,
+) -> Model:
     """The model in a folder.
 
     `families` maps the name of a family to the class of its config, `tokenizers` the name of a
-    class to the class. Raises UserError if the folder is missing, damaged, of an unknown family, or
-    holds a tokenizer alone.
+    class to the class; `load` makes parameters of a file's place. Raises UserError if the folder
+    is missing, damaged, of an unknown family, or holds a tokenizer alone.
     """
     folder = Path(folder)
     data = _read_config(folder)
@@ -89,20 +110,24 @@ def read(folder: str | Path, families: Mapping[str, type], tokenizers: Mapping[s
         raise UserError(f'{folder}: holds a tokenizer alone, expected a model')
     cls = _look_up(families, data['family'], f'{folder / CONFIG}: family')
     text = data['text'] and config.from_json(Text, data['text'], where=f'{folder / CONFIG}, text')
+    if text and text.source == INSIDE_SOURCE:
+        text = dataclasses.replace(text, source=str(folder / INSIDE))
     return Model(
         family=data['family'],
         config=config.from_json(cls, data['model'], where=f'{folder / CONFIG}, model'),
-        params=weights.load(folder / MODEL),
-        tokenizer=_read_tokenizer(folder, data, tokenizers),
+        params=load(folder / MODEL),
+        tokenizer=_read_tokenizer(folder, data, tokenizers, load),
         text=text,
         sampling=_read_sampling(folder, data),
     )
 
 
-def read_tokenizer(folder: str | Path, tokenizers: Mapping[str, type]) -> Tokenizer:
+def read_tokenizer(
+    folder: str | Path, tokenizers: Mapping[str, type], load: Load = weights.load
+) -> Tokenizer:
     """The tokenizer in any model folder, whatever else is in it; UserErrors as of `read`."""
     folder = Path(folder)
-    return _read_tokenizer(folder, _read_config(folder), tokenizers)
+    return _read_tokenizer(folder, _read_config(folder), tokenizers, load)
 
 
 def holds_tokenizer_alone(folder: str | Path) -> bool:
@@ -167,14 +192,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(
-    folder: Path, data: dict[str, Any], tokenizers: Mapping[str, type]
+    folder: Path, data: dict[str, Any], tokenizers: Mapping[str, type], load: Load
 ) -> Tokenizer:
     where = f'{folder / CONFIG}, tokenizer'
     fields = dict(data['tokenizer']) if isinstance(data['tokenizer'], dict) else {}
     kind = fields.pop(structure.TAG, None)
     cls = _look_up(tokenizers, kind, f'{where}: {structure.TAG}')
     settings = config.from_json(cls, fields, where=where)
-    return Tokenizer(config=settings, params=weights.load(folder / TOKENIZER))
+    return Tokenizer(config=settings, params=load(folder / TOKENIZER))
 
 
 def _read_sampling(folder: Path, data: dict[str, Any]) -> Settings:

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax.core import meta
 
-from star_jax.checkpoint import config, files
+from star_jax.checkpoint import config, stored
 from star_jax.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
@@ -58,12 +55,12 @@ def save(
 
     Every file is replaced atomically. A sharded tree is not readable until its index, the last file
     written, is there: write it to a fresh folder, as `folder.write` does. Arrays must be
-    addressable by this process.
+    addressable by this process, or `stored.Streamed`.
     """
     path = Path(path)
     shards = _shards(flatten(tree), shard_bytes)
     if len(shards) == 1:
-        _save_file(path, shards[0], metadata)
+        stored.write(path, shards[0], metadata)
         _index_path(path).unlink(missing_ok=True)
         return
     _index_path(path).unlink(missing_ok=True)
@@ -71,7 +68,7 @@ def save(
         f'{path.stem}-{n:05}-of-{len(shards):05}.safetensors' for n in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
-        _save_file(path.with_name(name), shard, metadata)
+        stored.write(path.with_name(name), shard, metadata)
     where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     size = sum(leaf.nbytes for shard in shards for leaf in shard.values())
     index = {'metadata': {'total_size': size}, 'weight_map': where}
@@ -86,7 +83,7 @@ def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, A
     for shape; float arrays are then cast to its types. Raises UserError for a missing, damaged or
     different file.
     """
-    flat = {name: leaf for file in _files(Path(path)) for name, leaf in _read_file(file)}
+    flat = {name: leaf for file in paths(Path(path)) for name, leaf in _read_file(file)}
     if like is not None:
         flat = fit(flat, like, where=str(path))
     try:
@@ -101,7 +98,7 @@ def fit(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> dict[st
     Raises UserError naming what is missing, unknown, or of another shape or kind of type.
     """
     wanted = flatten(like)
-    if flaws := mismatches(flat, wanted, _fits):
+    if flaws := mismatches(flat, wanted, fits):
         raise UserError(
             f'{where}: the arrays are not those of this config: {flaws}; weights and config do not '
             'belong together'
@@ -128,8 +125,8 @@ def mismatches(
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata written beside the arrays at `path`."""
-    first = _files(Path(path))[0]
-    with _open(first) as file:
+    first = paths(Path(path))[0]
+    with stored.open_file(first) as file:
         return file.metadata() or {}
 
 
@@ -164,19 +161,11 @@ def _shards(flat: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
     return shards
 
 
-def _save_file(path: Path, flat: Mapping[str, Any], metadata: Mapping[str, str] | None) -> None:
-    # safetensors reads raw memory and would silently mix up a transposed array.
-    arrays = {name: np.asarray(jax.device_get(leaf), order='C') for name, leaf in flat.items()}
-    with files.replacing(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}))
-        temporary.chmod(0o644)  # safetensors hides its files from everyone else
-
-
 def _index_path(path: Path) -> Path:
     return path.with_name(f'{path.name}.index.json')
 
 
-def _files(path: Path) -> list[Path]:
+def paths(path: Path) -> list[Path]:
     """The files that hold the arrays of `path`: those of its index, or itself."""
     index = _index_path(path)
     if not index.exists():
@@ -190,19 +179,8 @@ def _files(path: Path) -> list[Path]:
     return [path.with_name(name) for name in dict.fromkeys(names.values())]
 
 
-def _open(path: Path) -> safetensors.safe_open:
-    try:
-        return safetensors.safe_open(path, framework='np')
-    except FileNotFoundError as error:
-        raise UserError(f'{path}: there is no such file') from error
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error})') from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f'{path}: the file is damaged or was cut short ({error})') from error
-
-
 def _read_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    with _open(path) as file:
+    with stored.open_file(path) as file:
         for name in file.offset_keys():
             try:
                 yield name, file.get_tensor(name)
@@ -211,7 +189,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 raise UserError(f'{path}: {name} is of type {kind}, which is not read') from error
 
 
-def _fits(given: np.ndarray, wanted: Any) -> bool:
+def fits(given: Any, wanted: Any) -> bool:
+    """Whether an array has the shape of another, and the type but for the width of floats."""
     floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (given, wanted))
     return given.shape == wanted.shape and (floats or given.dtype == wanted.dtype)
 

@@ -5,6 +5,7 @@ which read backwards is the way from ours to theirs.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -26,6 +27,13 @@ class Entry:
     pattern: str
     row: int | None = None
     lengths: tuple[tuple[str, int], ...] = ()
+
+    def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of their tensor, from that of our array (or of one row of it)."""
+        left, right = self.pattern.split('->')
+        lengths = dict(zip(right.split(), ours, strict=True)) | {'1': 1}
+        groups = re.findall(r'\([^)]*\)|\S+', left)
+        return tuple(math.prod(lengths[axis] for axis in g.strip('()').split()) for g in groups)
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         return einops.rearrange(array, self.pattern, **dict(self.lengths))

@@ -1,0 +1,32 @@
+"""A tiny VAR on pictures of one shape, told only its colour and form: 51 classes, two cores.
+
+`star-jax train configs/shapes_classes.py`, then
+`star-jax sample --model runs/shapes_classes/model --class "red circle" "blue square"`.
+"""
+
+from star_jax.core.settings import Settings
+from star_jax.data.scenes import TRAINED
+from star_jax.data.shapes import Shapes
+from star_jax.families.var import Var
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run
+from star_jax.training.schedules import LearningRate
+
+run = Run(
+    model=Var(
+        depth=4,
+        width=128,
+        heads=4,
+        sides=(1, 2, 4, 8),
+        codes=512,
+        channels=16,
+        classes=len(TRAINED),
+        names=tuple(' '.join(pair) for pair in TRAINED),
+    ),
+    data=Shapes(count=4_000, objects=(1,)),
+    validation=Shapes(count=256, split='validation', objects=(1,)),
+    optimizer=AdamW(learning_rate=LearningRate(peak=2e-3, warmup_steps=50, shape='lin')),
+    pace=Pace(steps=400, log=20, sample=200, save=100),
+    batch=32,
+    sampling=Settings(guidance=1.0, top_k=5, top_p=0.9),
+)

@@ -1,0 +1,363 @@
+"""Published files become model folders and come back bit for bit, or are refused by name."""
+
+import dataclasses
+import gzip
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from star_jax import cli
+from star_jax.checkpoint import folder, models, stored, weights
+from star_jax.checkpoint.stored import Form, Streamed
+from star_jax.convert import buffers, infer, published, transfer
+from star_jax.convert.entries import to_state
+from star_jax.convert.infer import SIDES, Unsaid
+from star_jax.convert.star import star_entries, vq_entries
+from star_jax.convert.transfer import Table
+from star_jax.convert.var import var_entries
+from star_jax.errors import UserError
+from star_jax.families.star import Refinement, Star
+from star_jax.families.var import Var
+from star_jax.nn.positions import Learned
+from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.tokenizers.residual_vq import VQ
+
+GOLDEN = Path(__file__).parent / 'golden' / 'star' / 'names'
+SMALL = {'depth': 3, 'width': 16, 'heads': 2, 'codes': 32, 'channels': 4}
+STAR = Star(**SMALL, sides=(1, 2, 4), text_width=32)
+VQ_SMALL = VQ(
+    autoencoder=Autoencoder(width=8, multipliers=(1, 2), blocks=1, groups=4),
+    sides=(1, 2, 4),
+    codes=32,
+    channels=4,
+)
+
+
+def published_forms(name: str) -> dict[str, Form]:
+    text = gzip.decompress((GOLDEN / f'{name}.txt.gz').read_bytes()).decode()
+    lines = [line.split(' | ') for line in text.splitlines() if not line.startswith('#')]
+    return {name: Form(tuple(json.loads(shape)), np.dtype(kind)) for name, shape, kind, _ in lines}
+
+
+class Names:
+    """A published file of which only names and shapes are known; its buffers are as published."""
+
+    def __init__(self, forms, made=None):
+        self._forms, self._made = forms, made or {}
+
+    def forms(self):
+        return self._forms
+
+    def read(self, name, row=None):
+        return self._made[name]()
+
+
+@pytest.mark.parametrize(
+    ('name', 'unsaid', 'expected', 'parameters'),
+    [
+        ('star_d16_256', {}, Star(), 274_934_272),
+        ('star_d30_256_or_512', {}, Star(depth=30, width=1920, heads=30), 1_678_731_016),
+        (
+            'star_d30_256_or_512',
+            {'size': 512},
+            Star(depth=30, width=1920, heads=30, sides=SIDES[512]),
+            1_678_731_016,
+        ),
+        (
+            'star_d30_1024',
+            {},
+            Star(depth=30, width=1920, heads=30, sides=SIDES[1024]),
+            1_678_738_696,
+        ),
+        (
+            'star_d30_1024_sampler',
+            {},
+            Star(depth=30, width=1920, heads=30, sides=SIDES[1024], refinement=Refinement()),
+            1_828_798_562,
+        ),
+        ('var_d16_256', {}, Var(), 310_283_520),
+        (
+            'var_d36_512_shared_aln',
+            {},
+            Var(depth=36, width=2304, heads=36, sides=SIDES[512], shared_adaln=True),
+            2_353_893_904,
+        ),
+    ],
+)
+def test_published_names_tell_the_model(name, unsaid, expected, parameters):
+    forms = published_forms(name)
+    config = infer.transformer(forms, Unsaid(**unsaid))
+    assert config == expected
+    table = Table.of(config, forms)
+    table.check(Names(forms, table.made), name)  # every tensor is used, made again, or ignored
+    shapes = {entry.theirs: table.shape(entry) for entry in table.entries}
+    made = {name: make() for name, make in table.made.items()}
+    left = table.left_over(forms)
+    assert set(forms) == {*shapes, *made, *left}
+    assert all(forms[name].shape == shape for name, shape in shapes.items())
+    assert all((made[n].shape, made[n].dtype) == tuple(forms[n]) for n in made)
+    unused = sum(math.prod(forms[name].shape) for name in left)
+    assert sum(math.prod(leaf.shape) for leaf in table.abstract.values()) + unused == parameters
+
+
+def test_published_names_tell_the_tokenizer():
+    forms = published_forms('vae_ch160v4096z32')
+    assert infer.tokenizer(forms, Unsaid()) == VQ()
+    table = Table.of(VQ(), forms)
+    table.check(Names(forms), 'vae')
+    assert table.left_over(forms) == ['quantize.ema_vocab_hit_SV']
+    assert sum(math.prod(leaf.shape) for leaf in table.abstract.values()) == 108_948_355
+
+
+def state_of(config, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
+    """A state dict as published: random parameters, buffers, and what nothing needs."""
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(dtype), tiny.random_params(config.abstract())
+    )
+    if isinstance(config, VQ):
+        hits = rng.normal(size=(10, config.codes)).astype(np.float32)
+        return to_state(vq_entries(config, []), params) | {'quantize.ema_vocab_hit_SV': hits}
+    if isinstance(config, Var):
+        made = buffers.of_var(config)
+        return to_state(var_entries(config), params) | {n: make() for n, make in made.items()}
+    made = {name: make() for name, make in buffers.of_star(config).items()}
+    unused = {'class_emb.weight': rng.normal(size=(11, config.width)).astype(np.float32)}
+    if config.shared_adaln and config.refinement:
+        for layer in range(config.refinement.blocks):
+            unused[f'feat_extract_blocks.{layer}.ada_gss'] = rng.normal(size=(1, 1, 6, 16))
+    return to_state(star_entries(config), params) | made | unused
+
+
+def save(path: Path, state) -> str:
+    save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, path)
+    return str(path)
+
+
+def there_and_back(tmp_path: Path, state, tokenizer, *options: str) -> dict[str, dict]:
+    """The two files that a folder gives back."""
+    file = save(tmp_path / 'model.safetensors', state)
+    beside = save(tmp_path / 'vae.safetensors', tokenizer)
+    words = ['--tokenizer', beside, '--sides', '1', '2', '4', '--groups', '4', *options]
+    assert cli.main(['convert', file, *words, '--out', str(tmp_path / 'folder')]) == 0
+    assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
+    return {name: load_file(tmp_path / 'back' / file) for name, file in transfer.OUT.items()}
+
+
+def same(found, expected) -> None:
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+ROTARY = dataclasses.replace(STAR, refinement=Refinement(first=2))
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        STAR,
+        dataclasses.replace(STAR, positions=Learned(), cross_attention=False, mlp_ratio=2.0),
+        dataclasses.replace(ROTARY, shared_adaln=True, qk_norm=False),
+        Var(**SMALL, sides=(1, 2, 4), classes=5),
+        Var(**SMALL, sides=(1, 2, 4), classes=5, shared_adaln=True, qk_norm=False),
+    ],
+    ids=['star', 'star_learned', 'star_head_adaln', 'var', 'var_adaln'],
+)
+def test_a_file_comes_back_bit_for_bit(tmp_path, config):
+    state, vae = state_of(config), state_of(VQ_SMALL, seed=1)
+    back = there_and_back(tmp_path, state, vae, '--heads', '2', '--first-refined', '2')
+    same(back['transformer'], state)
+    same(back['tokenizer'], vae)
+    model = models.read(tmp_path / 'folder')
+    assert model.config == config
+    assert model.tokenizer.config == VQ_SMALL
+    entries = (star_entries if isinstance(config, Star) else var_entries)(config)
+    again = to_state(entries, model.params)
+    same(again, {name: state[name] for name in again})
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
+def test_narrow_floats_stay_narrow_on_disk(tmp_path, dtype):
+    state, vae = state_of(STAR, dtype=dtype), state_of(VQ_SMALL)
+    same(there_and_back(tmp_path, state, vae)['transformer'], state)
+    kinds = {str(x.dtype) for x in jax.tree.leaves(models.read(tmp_path / 'folder').params)}
+    assert kinds == {'float32'}
+
+
+@pytest.mark.parametrize(
+    ('phis', 'name'),
+    [(1, 'qresi'), (3, '{}'), (2, 'qresi_ls.{}'), (2, '{}')],
+)
+def test_every_way_to_call_phi_comes_back(tmp_path, phis, name):
+    vq = dataclasses.replace(VQ_SMALL, phis=phis)
+    state = state_of(vq)
+    renamed = {}
+    for key, array in state.items():
+        if 'quant_resi' in key:
+            number = key.split('.')[-2] if phis > 1 else ''
+            key = f'quantize.quant_resi.{name.format(number)}.{key.rpartition(".")[2]}'
+        renamed[key] = array
+    same(there_and_back(tmp_path, state_of(STAR), renamed)['tokenizer'], renamed)
+
+
+def test_a_tokenizer_alone_becomes_a_folder(tmp_path):
+    state = state_of(VQ_SMALL)
+    file = save(tmp_path / 'vae.safetensors', state)
+    words = ['--sides', '1', '2', '4', '--groups', '4', '--out', str(tmp_path / 'folder')]
+    assert cli.main(['convert', file, *words]) == 0
+    assert folder.holds_tokenizer_alone(tmp_path / 'folder')
+    assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
+    same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
+
+
+class Tensor:
+    """As much of a torch tensor as is needed."""
+
+    def __init__(self, array):
+        self._array, self.dtype, self.shape = array, f'torch.{array.dtype}', array.shape
+
+    def numpy(self):
+        return self._array
+
+
+@pytest.fixture
+def torch(monkeypatch) -> dict:
+    """A torch whose `load` gives what a test puts in, and what it was asked for."""
+    fake = {'content': None, 'asked': []}
+
+    def load(path, **options):
+        fake['asked'].append(options)
+        return fake['content']
+
+    monkeypatch.setitem(sys.modules, 'torch', types.SimpleNamespace(load=load))
+    return fake
+
+
+def test_a_trainers_file_has_both_parts(tmp_path, torch):
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    parts = {
+        'var_wo_ddp': {name: Tensor(x) for name, x in state.items()},
+        'vae_local': {name: Tensor(x) for name, x in vae.items()},
+    }
+    torch['content'] = {'epoch': 1, 'iter': 2, 'trainer': {'config': {}, 'var_opt': {}, **parts}}
+    (tmp_path / 'star.pth').write_bytes(b'')
+    words = ['--sides', '1', '2', '4', '--groups', '4', '--out', str(tmp_path / 'folder')]
+    assert cli.main(['convert', str(tmp_path / 'star.pth'), *words]) == 0
+    assert torch['asked'] == [{'map_location': 'cpu', 'weights_only': True, 'mmap': True}]
+    assert models.read(tmp_path / 'folder').config == STAR
+    assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
+    same(load_file(tmp_path / 'back' / transfer.OUT['transformer']), state)
+
+
+def refused(tmp_path, capsys, state, *words: str) -> str:
+    """What is said of a file."""
+    file = save(tmp_path / 'model.safetensors', state)
+    beside = save(tmp_path / 'vae.safetensors', state_of(VQ_SMALL))
+    words = words or ('--sides', '1', '2', '4', '--groups', '4', '--tokenizer', beside)
+    assert cli.main(['convert', file, *words, '--out', str(tmp_path / 'folder')]) == 2
+    assert not (tmp_path / 'folder').exists()
+    return capsys.readouterr().err
+
+
+def test_each_wrong_tensor_is_named(tmp_path, capsys):
+    state = state_of(STAR)
+    del state['blocks.1.ffn.fc2.bias']
+    state['surprise'] = np.zeros(3, np.float32)
+    state['word_embed.bias'] = np.zeros(3, np.float32)
+    said = refused(tmp_path, capsys, state)
+    assert '1 missing (blocks.1.ffn.fc2.bias)' in said
+    assert '1 unknown (surprise)' in said
+    assert 'word_embed.bias is float32[3], expected float32[16]' in said
+
+
+def test_a_key_bias_that_is_not_zero_is_refused(tmp_path, capsys):
+    state = state_of(STAR)
+    state['blocks.1.cross_attn.zero_k_bias'] = np.ones(16, np.float32)
+    assert 'blocks.1.cross_attn.zero_k_bias is not what' in refused(tmp_path, capsys, state)
+
+
+def test_scales_that_nothing_tells_are_asked_for(tmp_path, capsys):
+    assert '--sides' in refused(tmp_path, capsys, state_of(STAR), '--groups', '4')
+
+
+def test_a_transformer_without_tokenizer_is_refused(tmp_path, capsys):
+    said = refused(tmp_path, capsys, state_of(STAR), '--sides', '1', '2', '4')
+    assert 'has no image tokenizer' in said
+
+
+def test_a_tokenizer_of_other_codes_is_refused(tmp_path, capsys):
+    state = state_of(dataclasses.replace(STAR, codes=64))
+    assert 'predicts 64 codes' in refused(tmp_path, capsys, state)
+
+
+def test_other_files_are_refused(tmp_path, capsys, torch):
+    file = save(tmp_path / 'x.safetensors', {'weight': np.zeros(3, np.float32)})
+    for content in ([1], {'weight': 3}, {'trainer': {}}, {'trainer': {'var_wo_ddp': 4}}):
+        torch['content'] = content
+        (tmp_path / 'x.pth').write_bytes(b'')
+        with pytest.raises(UserError, match='no published'):
+            published.read(tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='no published'):
+        published.read(Path(file))
+    with pytest.raises(UserError, match='no such file'):
+        published.read(tmp_path / 'nothing.pth')
+
+
+def test_without_torch_the_user_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    (tmp_path / 'x.pth').write_bytes(b'')
+    with pytest.raises(UserError, match='pip install torch'):
+        published.read(tmp_path / 'x.pth')
+
+
+def test_text_travels_by_name_or_inside(tmp_path):
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    there_and_back(tmp_path, state, vae, '--text', tiny.TEXT)
+    named = models.read(tmp_path / 'folder').text
+    assert named.source == tiny.TEXT
+    there_and_back(tmp_path, state, vae, '--text', tiny.TEXT, '--text-inside')
+    (tmp_path / 'folder').rename(tmp_path / 'moved')
+    inside = models.read(tmp_path / 'moved').text
+    assert inside == folder.Text(source=str(tmp_path / 'moved' / 'text'), sha256=named.sha256)
+    out = str(tmp_path / 'drawn')
+    words = ['a red circle', '--model', str(tmp_path / 'moved'), '--out', out, '--guidance', '1']
+    assert cli.main(['sample', *words]) == 0
+
+
+@pytest.mark.parametrize('shard_bytes', [100, 10**9])
+def test_streamed_arrays_are_those_of_the_library(tmp_path, shard_bytes):
+    rows = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    tree = {
+        'a': Streamed((4, 3, 2), rows.dtype, lambda: iter(rows)),
+        'b': {'c': np.asfortranarray(np.arange(6, dtype=np.int64).reshape(2, 3))},
+        'd': np.array([True, False]),
+    }
+    weights.save(tmp_path / 'x.safetensors', tree, {'who': 'me'}, shard_bytes)
+    found = weights.load(tmp_path / 'x.safetensors')
+    np.testing.assert_array_equal(found['a'], rows)
+    np.testing.assert_array_equal(found['b']['c'], tree['b']['c'])
+    assert found['d'].tolist() == [True, False]
+    assert weights.read_metadata(tmp_path / 'x.safetensors') == {'who': 'me'}
+    opened = stored.Stored(weights.paths(tmp_path / 'x.safetensors'))
+    np.testing.assert_array_equal(opened.read('a', 2), rows[2])
+
+
+def test_parts_that_do_not_make_up_an_array_are_no_file(tmp_path):
+    short = Streamed((4,), np.dtype(np.float32), lambda: [np.zeros(3, np.float32)])
+    with pytest.raises(ValueError, match='12 bytes'):
+        stored.write(tmp_path / 'x.safetensors', {'x': short})
+    wrong = Streamed((4,), np.dtype(np.float32), lambda: [np.zeros(2)])
+    with pytest.raises(ValueError, match='float64'):
+        stored.write(tmp_path / 'x.safetensors', {'x': wrong})
+    assert not list(tmp_path.iterdir())
