@@ -86,7 +86,7 @@ class HeadJob(TransformerJob):
     def _train_on(
         self, state: TrainState, frozen: dict, batch: dict[str, Any], key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        text = self._text(frozen, batch)
+        text = self._condition(frozen, batch)
         parts = (frozen['tokenizer'], frozen['base'], batch['codes'], text, frozen['empty'])
         return self._teach(state, *parts, key)
 
@@ -96,6 +96,6 @@ class HeadJob(TransformerJob):
         codes_BL, rows = batch['codes'], refinement.refined_rows(self.model)
         shown_BL = self.run.unmasking.draw(key, (len(codes_BL), len(rows)))
         params = frozen['base'] | {HEAD: head}
-        args = (params, frozen['tokenizer'], codes_BL, shown_BL, self._text(frozen, batch))
+        args = (params, frozen['tokenizer'], codes_BL, shown_BL, self._condition(frozen, batch))
         logits_BLV = refinement.score(self._taught, self.tokenizer, *args)
         return refinement.hidden_sums(logits_BLV, codes_BL[:, rows], shown_BL)
