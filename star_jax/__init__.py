@@ -1,0 +1,16 @@
+"""star_jax: scale-wise autoregressive text-to-image generation in JAX.
+
+pipe = star_jax.load('shipped')
+images = pipe(['a red circle'])  # uint8 [1, 64, 64, 3]
+"""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    # The command line begins here too, and must hear of ctrl-c before JAX is imported.
+    if name == 'load':
+        from star_jax.sampling.pipeline import load
+
+        return load
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -233,7 +234,7 @@ def test_a_trained_tokenizer_reconstructs(tokenizer, tmp_path):
 
 def test_a_run_leaves_what_its_readers_need(trained):
     found = {path.name.split('.')[0] for path in trained.iterdir() if path.name[0] != '.'}
-    assert found == {'config', 'checkpoints', 'samples', 'events', 'metrics', 'model'}
+    assert found == {'config', 'data', 'checkpoints', 'samples', 'events', 'metrics', 'model'}
     lines = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4, 5, 6]
     assert {'loss/0', 'loss/2', 'accuracy/1', 'gradient_norm'} <= lines[0].keys()
@@ -248,7 +249,8 @@ def test_a_trained_model_draws(drawn, trained):
     lines = [json.loads(line) for line in (drawn / 'samples.jsonl').read_text().splitlines()]
     assert [line['prompt'] for line in lines] == list(PROMPTS)
     assert [line['seed'] for line in lines] == [0, 1, 2]
-    assert lines[0]['model'] == str(trained / 'model')
+    assert lines[0]['model']['source'] == str(trained / 'model')
+    assert len(lines[0]['model']['sha256']) == 64
     assert lines[0]['settings']['top_k'] == 600
 
 
@@ -259,6 +261,25 @@ def test_the_seed_of_a_record_draws_its_picture_again(drawn, trained, tmp_path):
     assert star_jax('sample', '--prompts', tmp_path / 'prompts.txt', *options)[0] == 0
     again = pictures.load_image(tmp_path / 'out' / '00000.png')
     np.testing.assert_array_equal(again, pictures.load_image(drawn / '00001.png'))
+
+
+def test_an_interrupted_drawing_goes_on(drawn, trained, tmp_path):
+    """Only what is missing is drawn; a line that was torn when the process died is cut off."""
+    out = shutil.copytree(drawn, tmp_path / 'out')
+    record = (out / 'samples.jsonl').read_text()
+    lines = record.splitlines(keepends=True)
+    (out / 'samples.jsonl').write_text(lines[0] + lines[1][:30])
+    (out / '00002.png').unlink()
+    first = (out / '00000.png').stat().st_mtime_ns
+    command = ('sample', *PROMPTS, '--model', trained / 'model', '--out', out)
+    assert star_jax(*command)[0] == 0
+    assert (out / 'samples.jsonl').read_text() == record
+    assert (out / '00000.png').stat().st_mtime_ns == first
+    for name in ('00001.png', '00002.png', 'grid.png'):
+        assert (out / name).read_bytes() == (drawn / name).read_bytes()
+    said = complaint(*command, '--top-p', '0.5')
+    assert 'holds other pictures' in said and 'settings' in said
+    assert (out / 'samples.jsonl').read_text() == record
 
 
 def test_export_writes_the_same_model_from_the_checkpoint(trained, tmp_path):

@@ -11,6 +11,7 @@ dataclasses: which name means which class is the caller's mapping. Reading runs 
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -139,6 +140,18 @@ def read_sampling(folder: str | Path) -> Settings:
     """The settings that the maker of a model recommends; UserErrors as of `read`."""
     folder = Path(folder)
     return _read_sampling(folder, _read_config(folder))
+
+
+def digest(folder: str | Path) -> str:
+    """SHA-256 over config and weights, hex; UserErrors as of `read`."""
+    folder = Path(folder)
+    _read_config(folder)
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if _is_ours(path.name) and path.is_file()):
+        with path.open('rb') as file:
+            content = hashlib.file_digest(file, 'sha256').hexdigest()
+        whole.update(f'{path.name} {content}\n'.encode())
+    return whole.hexdigest()
 
 
 def find(place: str | Path) -> Path:

@@ -46,6 +46,11 @@ def read_sampling(place: str | Path) -> Settings:
     return folder.read_sampling(locate(place))
 
 
+def digest(place: str | Path) -> str:
+    """SHA-256 over the files of the model folder at `place`."""
+    return folder.digest(locate(place))
+
+
 def locate(place: str | Path) -> Path:
     if str(place) == SHIPPED:
         return Path(__file__).parents[1] / SHIPPED

@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -15,15 +14,14 @@ from rich.progress import Progress
 
 from star_jax.checkpoint import files, models
 from star_jax.commands import arguments
-from star_jax.core import pictures
+from star_jax.core.classes import Classes
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.parallel import startup
+from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling import pipeline
+from star_jax.sampling.album import Album
 
-MOST_IN_GRID = 64
-RECORD = 'samples.jsonl'  # which prompt, seed and settings made each picture
-GRID = 'grid.png'
 SEEDS = 2**32
 NO_TEXT = ('Cc', 'Cs')  # Unicode's control characters, and halves of characters
 LONGEST = 2_000  # characters of a prompt; encoders read some hundred at most
@@ -33,29 +31,38 @@ LONGEST = 2_000  # characters of a prompt; encoders read some hundred at most
 class Sample:
     """Draws one image per prompt into numbered PNG files, samples.jsonl and grid.png.
 
+    Interrupted, the same command goes on.
+
     Example: star-jax sample "a red circle" "a small blue star on a white background" --out drawn
 
     Attributes:
         words: the prompts.
         prompts: a text file with one prompt per line, instead.
+        classes: the numbers or names of classes instead, for a model that draws classes.
         model: a model folder, a hub id, or 'shipped'.
         text: another place of the model's text encoder, if it is not where the model says.
         out: where the files go.
         seed: image i draws from seed + i; its line in samples.jsonl says which.
         batch: images per run of the program.
         dtype: float32, or bfloat16 for accelerators.
+        behaviour: of STAR's cross-attention: the model's own, or 'released', where the unprompted
+            row of an image sees what the prompted one does, or 'corrected'.
+        mesh: over how many devices parameters and batches are split (data: 0 for all the others).
         settings: how they are drawn, by default as the model folder recommends.
     """
 
     words: tyro.conf.Positional[tuple[str, ...]] = ()
     prompts: Path | None = None
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name='class')] = ()
     model: str = models.SHIPPED
     text: str = ''
     out: Path = Path('drawn')
     seed: int = 0
-    batch: int = 16
+    batch: int = pipeline.BATCH
     dtype: Literal['float32', 'bfloat16'] = 'float32'
-    settings: tyro.conf.OmitArgPrefixes[Settings] = Settings()
+    behaviour: pipeline.Behaviour = 'own'
+    mesh: MeshShape = MeshShape(data=1)
+    settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not 0 <= self.seed < SEEDS:
@@ -71,29 +78,27 @@ def main(words: Sequence[str]) -> int:
     given = arguments.parse(Sample, words, 'sample', recommended)
     prompts = _prompts(given)
     files.check_folder(given.out)
-    for name in (RECORD, GRID):
-        files.check_file(given.out / name)
     startup.start()
-    pipe = pipeline.load(given.model, given.text, given.dtype)
-    record = {
+    model = {'source': given.model, 'sha256': models.digest(given.model)}
+    mesh = given.mesh.build_on_first()
+    pipe = pipeline.load(given.model, given.text, given.dtype, mesh, given.behaviour)
+    if given.classes and not isinstance(pipe.encoder, Classes):
+        raise UserError(f'{given.model} draws from text and knows no classes: give prompts')
+    same = {
         'settings': dataclasses.asdict(given.settings),
-        'model': given.model,
+        'model': model,
         'text': pipe.encoder.reference(),
         'dtype': given.dtype,
+        'behaviour': given.behaviour,
     }
-    shown, lines = [], []
-    images = pipe.stream(prompts, given.seed, given.settings, given.batch)
-    try:
-        for index, image in enumerate(_counted(images, len(prompts))):
-            pictures.save_png(image, given.out / f'{index:05d}.png')
-            line = {'prompt': prompts[index], 'seed': given.seed + index, **record}
-            lines.append(json.dumps(line) + '\n')
-            shown += [image] if index < MOST_IN_GRID else []
-    finally:
-        if lines:  # also of the pictures that were drawn before somebody stopped it
-            _write(given.out / RECORD, lines)
-    grid = pictures.grid(shown, prompts[: len(shown)])
-    sys.stdout.write(f'{pictures.save_png(grid, given.out / GRID)}\n')
+    numbered = enumerate(prompts, given.seed)
+    album = Album(given.out, [{'prompt': one, 'seed': seed} | same for seed, one in numbered])
+    missing = album.missing()
+    wanted = [prompts[i] for i in missing], [given.seed + i for i in missing]
+    images = pipe.stream(*wanted, given.settings, given.batch)
+    for index, image in zip(missing, _counted(images, len(missing)), strict=True):
+        album.add(index, image)
+    sys.stdout.write(f'{album.grid()}\n')
     return 0
 
 
@@ -104,11 +109,6 @@ def _counted(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
         for image in itertools.chain.from_iterable(batches):
             yield image
             progress.advance(task)
-
-
-def _write(path: Path, lines: list[str]) -> None:
-    with files.writing(path), files.replacing(path) as temporary:
-        temporary.write_text(''.join(lines), 'utf-8')
 
 
 def _prompts(given: Sample) -> list[str]:
@@ -138,6 +138,10 @@ def _check(prompt: str) -> None:
 
 
 def _given_prompts(given: Sample) -> list[str]:
+    if given.classes:
+        if given.words or given.prompts:
+            raise UserError('a picture is drawn from a prompt or from a class: leave one out')
+        return list(given.classes)
     if given.prompts is None:
         if not given.words:
             raise UserError(

@@ -199,7 +199,9 @@ def grid(subject: Subject, settings: Settings) -> np.ndarray:
         ]
     share = max(SHOWN // len(groups), 1)
     captions = [caption for group in groups for caption in group.captions[:share]]
-    images = subject.pipe(captions, subject.job.seed, settings, min(subject.job.batch, SHOWN))
+    images = subject.pipe(
+        captions, subject.job.seed, min(subject.job.batch, SHOWN), **vars(settings)
+    )
     return pictures.grid(images, captions, columns=8)
 
 

@@ -75,7 +75,8 @@ class Subject:
 
     def draw(self, group: Group, settings: Settings) -> np.ndarray:
         """uint8 [N, H, W, 3], from the group's captions."""
-        bits = self.pipe.stream(group.captions, self.job.seed, settings, self.job.batch)
+        seeds = range(self.job.seed, self.job.seed + len(group.captions))
+        bits = self.pipe.stream(group.captions, seeds, settings, self.job.batch)
         return np.concatenate(list(self.shown(bits, group, 'drawing')))
 
     def shown(self, bits: Iterable, group: Group, verb: str) -> Iterable:

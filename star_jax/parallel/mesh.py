@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -29,9 +30,9 @@ class MeshShape:
                 f'mesh axes need at least one device each (data: 0 for the rest): {self}'
             )
 
-    def build(self) -> Mesh:
-        """A mesh over all devices; a UserError where they do not divide."""
-        devices = jax.device_count()
+    def build(self, over: Sequence[jax.Device] | None = None) -> Mesh:
+        """A mesh over the given devices, or all; a UserError where they do not divide."""
+        devices = jax.device_count() if over is None else len(over)
         split = self.fsdp * self.tensor
         data = self.data or max(devices // split, 1)
         if data * split != devices:
@@ -42,7 +43,12 @@ class MeshShape:
             )
         # Linen's logical constraints need Auto axes; make_mesh would make Explicit ones.
         types = (AxisType.Auto,) * len(AXES)
-        return jax.make_mesh((data, self.fsdp, self.tensor), AXES, axis_types=types)
+        return jax.make_mesh((data, self.fsdp, self.tensor), AXES, axis_types=types, devices=over)
+
+    def build_on_first(self) -> Mesh:
+        """A mesh over as many devices as the axes need; a UserError where there are fewer."""
+        devices = jax.devices()
+        return self.build(devices[: self.data * self.fsdp * self.tensor or len(devices)])
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -1,81 +1,179 @@
-"""Prompts in, images out: what does a user hold?"""
+"""Prompts in, images out: what does a user hold?
 
+    pipe = star_jax.load('runs/shapes/model')
+    images = pipe(['a red circle'], seed=0, guidance=1.0, top_k=5)  # uint8 [1, H, W, 3]
+
+The same keys draw the same images, however many are drawn together.
+"""
+
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from star_jax.checkpoint import folder, models
-from star_jax.core.settings import Settings
+from star_jax.core.classes import Classes
+from star_jax.core.settings import Settings, Stable
 from star_jax.errors import UserError
-from star_jax.sampling import draw, program
+from star_jax.parallel import rules
+from star_jax.parallel.mesh import MeshShape, batch_ways
+from star_jax.sampling import program, stable
 from star_jax.text import TextEncoder
 from star_jax.text import load as load_text
 
+Behaviour = Literal['own', 'released', 'corrected']
+
+BATCH = 16  # images per run of the program, unless a caller says otherwise
+
 
 class Pipeline:
-    """A model on the default device. Calling it draws one image per prompt."""
+    """A model on the devices of a mesh. Calling it draws one image per prompt.
 
-    def __init__(self, model: folder.Model, encoder: TextEncoder, dtype: str = 'float32') -> None:
-        if encoder.width != model.config.text_width:
-            raise UserError(
-                f'the text encoder {encoder.source} is {encoder.width} wide, '
-                f'but the model was made for {model.config.text_width}: give it its own encoder'
-            )
+    One program per number of images and kind of settings is compiled; the last, smaller batch of a
+    call is filled up to a power of two, so that there are few of them.
+    """
+
+    def __init__(
+        self,
+        model: folder.Model,
+        encoder: TextEncoder | Classes,
+        dtype: str = 'float32',
+        mesh: Mesh | None = None,
+    ) -> None:
         self.encoder = encoder
         self.recommended = model.sampling
+        self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
         self.network = model.config.build(dtype)
         self.tokenizer = model.tokenizer.config.at(model.config.sides).build()
         self._params = jax.device_put(
-            {'model': program.cast(model.params, dtype), 'tokenizer': model.tokenizer.params}
+            {'model': program.cast(model.params, dtype), 'tokenizer': model.tokenizer.params},
+            {
+                'model': rules.shardings(model.config.abstract(), self.mesh),
+                'tokenizer': rules.whole(self.mesh),
+            },
         )
-        self._empty = encoder.encode([''])
+        self._empty = jax.device_put(encoder.encode(['']), rules.whole(self.mesh))
         self._program = program.compile_program(self.network, self.tokenizer)
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        seed: int = 0,
-        settings: Settings | None = None,
-        batch: int = 16,
+        self, prompts: Sequence[str], seed: int = 0, batch: int = BATCH, **settings: Any
     ) -> np.ndarray:
         """uint8 images [N, H, W, 3]; image i draws from the key of `seed + i`.
 
-        `settings` are by default those that the model's maker recommends. Raises UserError where
-        there is no prompt.
+        `settings` are fields of `Settings`; those left out are what the model's maker recommends.
+        `stable=True` means as recommended, or as the originals' demo has it.
+        Raises UserError for settings that are none, and where there is no prompt.
         """
         if not prompts:
             raise UserError('there is no prompt: give at least one')
-        return np.concatenate(list(self.stream(prompts, seed, settings or self.recommended, batch)))
+        seeds = range(seed, seed + len(prompts))
+        return np.concatenate(list(self.stream(prompts, seeds, self.settle(**settings), batch)))
+
+    def settle(self, **settings: Any) -> Settings:
+        """The recommended settings with some replaced; a UserError for what is no setting."""
+        known = [field.name for field in dataclasses.fields(Settings)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise UserError(
+                f'there is no setting {unknown[0]!r} of sampling: choose of {", ".join(known)}'
+            )
+        if isinstance(settings.get('stable'), bool):
+            settings = settings | {'stable': self._stable(settings['stable'])}
+        try:
+            return dataclasses.replace(self.recommended, **settings)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _stable(self, wanted: bool) -> Stable:
+        recommended = self.recommended.stable
+        if not wanted:
+            return Stable()
+        return Stable(version='1024') if recommended == Stable() else recommended
 
     def stream(
-        self, prompts: Sequence[str], seed: int, settings: Settings, batch: int
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, batch: int
     ) -> Iterator[np.ndarray]:
-        """The same images, batch by batch; a short last one is filled up, so one program serves."""
-        batch = min(batch, len(prompts))
-        drawn = draw.arguments(settings, self.network.schedule.steps, self.tokenizer.codes)
-        for first in range(0, len(prompts), batch):
-            some = list(prompts[first : first + batch])
-            filled = some + [''] * (batch - len(some))
-            seeds = range(seed + first, seed + first + batch)
-            images = self._program(
-                self._params,
-                program.image_keys(seeds),
-                self.encoder.encode(filled),
-                self._empty if settings.guidance else None,
-                *drawn,
-            )
-            yield np.asarray(images)[: len(some)]
+        """The images of prompts and seeds, batch by batch, uint8 [b, H, W, 3].
+
+        The next batch is on its way while the caller has one in hand.
+        """
+        drawn = stable.arguments(settings, self.network, self.tokenizer.codes)
+        empty = self._empty if settings.guidance else None
+        waiting, first = None, 0
+        for rows in batches(len(prompts), batch, batch_ways(self.mesh)):
+            some = slice(first, first + rows)
+            first += rows
+            real = len(prompts[some])
+            filled = [*prompts[some], *[''] * (rows - real)]
+            keys_B = program.image_keys([*seeds[some], *[0] * (rows - real)])
+            given = jax.device_put((keys_B, self.encoder.encode(filled)), rules.split(self.mesh))
+            images = self._program(self._params, *given, empty, *drawn)
+            if waiting:
+                yield _fetched(*waiting)
+            waiting = images, real
+        if waiting:
+            yield _fetched(*waiting)
 
 
-def load(place: str | Path = models.SHIPPED, text: str = '', dtype: str = 'float32') -> Pipeline:
-    """A pipeline from a model folder, a hub id or 'shipped'.
+def batches(count: int, most: int, ways: int) -> list[int]:
+    """How many images each run of the program draws: `most`, and for the rest 1, 2, 4, ...
 
-    `text` names another place of the very same text encoder. Raises UserError for a folder that
-    cannot be read and for an encoder that is not the one that the model was trained with.
+    All of them times what it takes to divide by `ways` (of which `most` holds at least one).
+
+    >>> batches(37, 16, 1)
+    [16, 16, 8]
     """
-    model = models.read(place)
-    if model.text is None:
-        raise UserError(f'{place}: this model has no text encoder and cannot draw from prompts')
-    return Pipeline(model, load_text(text or model.text.source, sha256=model.text.sha256), dtype)
+    most = -(-most // ways) * ways
+    full, rest = divmod(count, most)
+    if not rest:
+        return [most] * full
+    last = ways
+    while last < rest:
+        last *= 2
+    return [most] * full + [min(last, most)]
+
+
+def load(
+    place: str | Path,
+    text: str = '',
+    dtype: str = 'float32',
+    mesh: Mesh | None = None,
+    behaviour: Behaviour = 'own',
+) -> Pipeline:
+    """A pipeline from a model folder, a hub id, or 'shipped'.
+
+    The text encoder is the one that the model names, wherever `text` says it lies. `dtype` is that
+    of the activations. Parameters are placed on `mesh` (by default the first device alone) by the
+    rules of training, and batches split over it. The cross-attention's `behaviour` is the model's
+    own, 'corrected', or 'released', where an image's unprompted row sees what its prompted one
+    does. Raises UserErrors for folders that cannot be read and for an encoder that is not the one
+    that the model was trained with.
+    """
+    model = _behaving(models.read(place), behaviour)
+
+    def load_encoder() -> TextEncoder:
+        if model.text is None:
+            raise UserError(f'{place}: this model has no text encoder and cannot draw from prompts')
+        return load_text(text or model.text.source, sha256=model.text.sha256)
+
+    return Pipeline(model, model.config.reader(load_encoder), dtype, mesh)
+
+
+def _behaving(model: folder.Model, behaviour: Behaviour) -> folder.Model:
+    if behaviour == 'own':
+        return model
+    if not hasattr(model.config, 'released_cross_attention'):
+        raise UserError(
+            f'a model of the family {model.family} has no cross-attention and behaves in one way: '
+            'leave the behaviour out'
+        )
+    released = behaviour == 'released'
+    config = dataclasses.replace(model.config, released_cross_attention=released)
+    return dataclasses.replace(model, config=config)
+
+
+def _fetched(images: jax.Array, real: int) -> np.ndarray:
+    return np.asarray(images)[:real]
