@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -26,6 +26,8 @@ from rich.console import Console
 from star_jax import cli
 from star_jax.checkpoint import config, models, weights
 from star_jax.checkpoint.training import UNFINISHED
+from star_jax.core import pictures
+from star_jax.data.folder import Folder
 from star_jax.errors import RunError, UserError
 from star_jax.training import faults, loop, report, train
 from star_jax.training.run import Pace
@@ -41,6 +43,13 @@ def nothing(place: str, step: int) -> None:
     """What happens in a quiet night."""
 
 
+class Examples(list):
+    """A set of examples, as far as a run compares it."""
+
+    def fingerprint(self) -> str:
+        return str(self)
+
+
 @jax.jit
 def walk(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     x = state.params['x'] * 1.1 + batch
@@ -53,6 +62,8 @@ class Walk:
 
     At step `bad` the scalar or array named `poisoned` becomes nan.
     """
+
+    source = Examples('abc')
 
     def __init__(
         self,
@@ -300,6 +311,63 @@ def test_what_stops_a_run_is_one_sentence_and_status_1(monkeypatch, tmp_path, ca
     assert capsys.readouterr().err == 'star-jax train-tokenizer: step 8: loss is nan\n'
 
 
+def test_other_data_than_before_are_warned_of_once(tmp_path, caplog):
+    said = []
+    for step, examples in enumerate(('abc', 'abc', 'abcd', 'abcd', 'bcde')):
+        job = Walk(send(signal.SIGTERM, 'batch', step))
+        job.source = Examples(examples)
+        caplog.clear()
+        assert 'at step' in go(job, tmp_path)[1]
+        said.append([record.message for record in caplog.records])
+    assert [len(messages) for messages in said] == [0, 0, 1, 0, 1]
+    assert 'training data have changed' in said[2][0] and '3 examples then, 4 now' in said[2][0]
+
+
+def test_the_order_of_own_images_is_told_by_their_listing(tmp_path, monkeypatch):
+    """What a run compares changes with a picture more, a caption, and the bytes of a picture."""
+    monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path / 'cache'))
+    own = tmp_path / 'own'
+    own.mkdir()
+
+    def add(name: str, grey: int) -> str:
+        pictures.save_png(np.full((20, 20, 3), grey, np.uint8), own / f'{name}.png')
+        (own / f'{name}.txt').write_text(name)
+        return Folder(path=str(own), split='all').open(16).fingerprint()
+
+    add('a', 10)
+    known = [add('b', 20), add('c', 30)]
+    (own / 'a.txt').write_text('another')
+    known += [add('c', 31), add('c', 32)]
+    assert len(set(known)) == len(known)
+    assert known[-1] == Folder(path=str(own), split='all').open(16).fingerprint()
+
+
+def test_one_process_writes_for_all(tmp_path, monkeypatch):
+    """The first one; all compute the same scores and pictures."""
+    monkeypatch.setattr(jax, 'process_index', lambda: 1)
+    with report.begin(tmp_path, 0) as told:
+        told.scalars(1, {'loss': 1.0})
+        told.picture(1, np.zeros((4, 4, 3), np.uint8))
+    loop.claim(tmp_path, Walk().run)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with report.begin(tmp_path, 0) as told:
+        told.scalars(1, {'loss': 1.0})
+        told.picture(1, np.zeros((4, 4, 3), np.uint8))
+    found = {path.name.split('.')[0] for path in tmp_path.iterdir()}
+    assert found == {'metrics', 'samples', 'events'}
+
+
+def test_what_a_killed_report_left_is_cleared_away(tmp_path):
+    (tmp_path / 'samples').mkdir()
+    own = [tmp_path / name for name in ('.note', '.note.01234567x', 'samples/.note.12')]
+    left = [tmp_path / '.metrics.jsonl.0123abcd', tmp_path / 'samples' / '.00000006.png.0123abcd']
+    for path in own + left:
+        path.touch()
+    report.begin(tmp_path, 0).__exit__(None)
+    assert all(path.exists() for path in own) and not any(path.exists() for path in left)
+
+
 HOLDER = """
 import fcntl, os, sys
 file = open(sys.argv[1], 'a+')
@@ -370,8 +438,8 @@ def settings(command: str, folder: Path, steps: int) -> Path:
     if command == 'train':
         run = dataclasses.replace(tiny.STAR, tokenizer=tiny.write_tokenizer(folder / 'tokenizer'))
     pace = Pace(steps=steps, log=1, sample=1000, save=10)
-    config.write(folder / 'run.json', dataclasses.replace(run, pace=pace))
-    return folder / 'run.json'
+    config.write(folder / f'{command}.json', dataclasses.replace(run, pace=pace))
+    return folder / f'{command}.json'
 
 
 def start(environment: dict[str, str], *words: object) -> subprocess.Popen:
@@ -431,44 +499,44 @@ class Several:
         return self.end()
 
 
-def test_a_killed_run_ends_as_if_nothing_had_happened(environment, tmp_path):
-    """kill -9 during a save, then the same command: equal bit for bit."""
-    whole, torn = tmp_path / 'whole', tmp_path / 'torn'
-    words = ('train', settings('train', tmp_path, steps=30))
-    kill_during_a_save(environment, words, torn)
+def test_runs_that_meet_every_fault_end_as_if_nothing_had_happened(environment, tmp_path):
+    """kill -9 during a save; a full disk, going on in the same process, SIGTERM: bit for bit."""
+    tokenizer = ('train-tokenizer', settings('train-tokenizer', tmp_path, steps=50))
+    transformer = ('train', settings('train', tmp_path, steps=50))
+    whole, torn, killed, unkilled = (tmp_path / name for name in ('whole', 'torn', 'killed', 'not'))
     with Several(environment) as several:
-        for out in (torn, whole):
-            status, said = several.run(*words, '--out', out)
-            assert status == 0, said
-    assert_same('train', torn, whole, steps=30)
-
-
-def test_a_run_that_meets_every_fault_ends_as_if_nothing_had_happened(environment, tmp_path):
-    """kill -9 during a save, a full disk, SIGTERM, each time the same command."""
-    whole, torn = tmp_path / 'whole', tmp_path / 'torn'
-    words = ('train-tokenizer', settings('train-tokenizer', tmp_path, steps=50))
-    kill_during_a_save(environment, words, torn)
-
-    saved = newest(torn)
-    with start(environment, *words, '--out', torn) as process:
-        wait_until(process, lambda: newest(torn) > saved)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LITTLE, LITTLE))
-        said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1 and 'Traceback' not in said, said
-    assert f'continuing from step {saved}' in said
-    assert f'File too large), so the run stopped; the checkpoint of step {newest(torn)}' in said
+        status, said = several.run(*tokenizer, '--out', whole)
+        assert status == 0, said
+        several.begin(*transformer, '--out', killed)
+        kill_during_a_save(several.process, killed)
 
     with Several(environment) as several:
-        several.begin(*words, '--out', torn)
+        several.begin(*tokenizer, '--out', torn)
+        wait_until(several.process, lambda: newest(torn) >= 10)
+        limits = resource.prlimit(several.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(several.process.pid, resource.RLIMIT_FSIZE, (LITTLE, limits[1]))
+        status, said = several.end()
+        saved = newest(torn)
+        assert status == 1 and 'Traceback' not in said, said
+        assert f'File too large), so the run stopped; the checkpoint of step {saved} is' in said
+
+        resource.prlimit(several.process.pid, resource.RLIMIT_FSIZE, limits)
+        several.begin(*tokenizer, '--out', torn)
         wait_for_steps(several.process, torn, 3, saving=False)
         several.process.send_signal(signal.SIGTERM)
         status, said = several.end()
-        assert status == 0 and f'stopped at step {newest(torn)}, saved' in said, said
+        assert status == 0 and f'continuing from step {saved}' in said, said
+        assert f'stopped at step {newest(torn)}, saved' in said, said
         assert newest(torn) < 50 and not (torn / 'model').exists()
-        for out in (torn, whole):
-            status, said = several.run(*words, '--out', out)
+
+        for words in (
+            (*tokenizer, '--out', torn),
+            *((*transformer, '--out', out) for out in (killed, unkilled)),
+        ):
+            status, said = several.run(*words)
             assert status == 0, said
     assert_same('train-tokenizer', torn, whole, steps=50)
+    assert_same('train', killed, unkilled, steps=50)
 
 
 @pytest.mark.slow
@@ -501,16 +569,18 @@ def test_kill_at_ten_random_points(command, environment, tmp_path):
     assert_same(command, torn, whole, steps)
 
 
-def kill_during_a_save(environment: dict[str, str], words: Sequence[object], out: Path) -> None:
-    """Starts a run and kills it while it saves, after it has saved once."""
-    for _ in range(3):  # a save may end between the look and the kill
-        with start(environment, *words, '--out', out) as process:
-            wait_until(process, lambda: newest(out) >= 10 and is_saving(out))
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
-        if is_saving(out):
+def kill_during_a_save(process: subprocess.Popen, out: Path) -> None:
+    """Kills a run that has saved once while it saves again."""
+    while True:
+        wait_until(process, lambda: newest(out) >= 10 and is_saving(out))
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        if is_saving(out):  # the save may have ended since the look
             break
-    assert is_saving(out) and not (out / 'model').exists()
+        process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.wait()
+    assert not (out / 'model').exists()
 
 
 def wait_while_starting(process: subprocess.Popen, out: Path, seconds: float) -> None:

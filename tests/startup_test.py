@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from star_jax.parallel import programs, startup
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -50,3 +55,59 @@ def test_a_program_called_again_finds_its_memory_in_place(kept, tmp_path):
     faults, devices = map(int, said.stdout.split())
     assert devices >= 1
     assert (faults < 1_000) == kept
+
+
+@pytest.fixture
+def kept_programs(tmp_path):
+    """The folder in which JAX keeps every program for now."""
+    names = ('compilation_cache_dir', 'persistent_cache_min_compile_time_secs')
+    before = {f'jax_{name}': getattr(jax.config, f'jax_{name}') for name in names}
+    for name, value in zip(before, (str(tmp_path), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def compile_anew(x: jax.Array) -> Path:
+    """Compiles the same program, or finds it; its place on disk."""
+    jax.jit(lambda x: x * 3 + 1)(x)
+    (entry,) = Path(jax.config.jax_compilation_cache_dir).glob('jit__lambda*-cache')
+    return entry
+
+
+def test_a_program_that_was_not_written_to_its_end_is_written_again(kept_programs):
+    """JAX by itself warns of it at every start."""
+    x = jnp.arange(5.0)
+    whole = compile_anew(x).read_bytes()
+    startup.start()
+    for torn in (whole[:-1], whole[: len(whole) // 2], b''):
+        entry = compile_anew(x)
+        entry.write_bytes(torn)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match='Error reading persistent compilation cache'):
+                compile_anew(x)
+        startup.start()
+        assert not entry.exists()
+        assert len(compile_anew(x).read_bytes()) > len(torn)
+        startup.start()
+        assert entry.exists()
+
+
+def test_programs_are_looked_at_once(tmp_path, monkeypatch):
+    for name in ('a-cache', 'b-cache', 'somebodys'):
+        (tmp_path / name).write_bytes(b'torn')
+    os.utime(tmp_path / 'a-cache', (0, 0))
+    (tmp_path / programs.CHECKED).touch()
+    os.utime(tmp_path / programs.CHECKED, (1, 1))
+    (tmp_path / 'c-cache').write_bytes(programs.ZSTANDARD)
+    monkeypatch.setitem(sys.modules, 'zstandard', None)  # JAX cannot read it here either
+    programs.drop_torn(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob('*')) == [
+        programs.CHECKED,
+        'a-cache',
+        'c-cache',
+        'somebodys',
+    ]

@@ -53,6 +53,9 @@ class CodedSource:
     def label(self, index: int) -> str:
         return self.source.label(index)
 
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
 
 def read(folder: Path, key: Key, source: Source) -> CodedSource:
     """The codes of `source` in `folder`, mapped into memory, if they were made by what `key` says.

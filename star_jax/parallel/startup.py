@@ -6,6 +6,8 @@ import pathlib
 
 import jax
 
+from star_jax.parallel import programs
+
 MOST_HOST_DEVICES = 8
 
 
@@ -17,6 +19,7 @@ def cache_folder() -> pathlib.Path:
 def start() -> None:
     """Keeps compiled programs between processes, and gives a CPU one device per core.
 
+    Programs that an earlier process could not write to their end are removed from where they lie.
     Small convolutions do not fill two cores; a batch split over two host devices does. Does nothing
     to accelerators. What the caller's environment has chosen stands: its cache of programs, its
     number of host devices, a device that is in use already.
@@ -24,6 +27,9 @@ def start() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    place = jax.config.jax_compilation_cache_dir
+    if place and '://' not in place:
+        programs.drop_torn(pathlib.Path(place))
     if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
         return
     with contextlib.suppress(RuntimeError):  # JAX has started: its devices cannot change

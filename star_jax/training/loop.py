@@ -4,6 +4,7 @@ The one loop: it restores, steps, reports, draws pictures and saves. What is tra
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,25 +17,30 @@ from rich.table import Table
 
 from star_jax.checkpoint import config
 from star_jax.checkpoint.training import Checkpoints
+from star_jax.data.pipeline import Source
 from star_jax.errors import RunError, UserError
 from star_jax.training import report
 from star_jax.training.faults import Stop, state_flaw
-from star_jax.training.report import Report, Window
+from star_jax.training.report import Report, Silence, Window
 from star_jax.training.run import Run, TokenizerRun, check_kind
 from star_jax.training.state import TrainState
 
 CONFIG = 'config.json'
+DATA = 'data.json'  # how many training examples there are, and their fingerprint
 CHECKPOINTS = 'checkpoints'
 METRICS = report.METRICS
 MODEL = 'model'
 
 ELSEWHERE = ('mesh', 'cache')  # fields that change where a run happens, and not what it makes
 
+log = logging.getLogger(__name__)
+
 
 class Job(Protocol):
     """What the loop needs to know of a thing that trains."""
 
     run: Run | TokenizerRun
+    source: Source  # of the training examples
 
     def summary(self) -> dict[str, str]:
         """What a user wants to know before paying for the run."""
@@ -66,8 +72,8 @@ class Job(Protocol):
 def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
     """Runs `job` in the folder `out` from where an earlier run in it stopped; whether to its end.
 
-    Leaves `config.json`, `checkpoints/`, `samples/`, `metrics.jsonl`, event files and `model/`.
-    Asked to `stop`, it finishes the step (with its pictures, if it has any) and saves.
+    Leaves `config.json`, `data.json`, `checkpoints/`, `samples/`, `metrics.jsonl`, event files and
+    `model/`. Asked to `stop`, it finishes the step (with its pictures, if it has any) and saves.
     Raises UserError if `out` belongs to a run with another config, and RunError if a loss or the
     state is not finite any more: what was saved before stays, and nothing later is saved.
     """
@@ -77,16 +83,18 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
         restored = checkpoints.restore(job.abstract())
         first, state = restored if restored else (0, job.init())
         claim(out, job.run)  # now that it can begin: what is mended is no other config
+        _compare_data(out, job.source, first)
         if first:
             console.print(f'continuing from step {first}')
         window = Window(job.run.batch, first, checkpoints.notes(first))
-        with Report(out, first) as told, _progress(console) as progress:
+        with report.begin(out, first) as told, _progress(console) as progress:
             step, state = Course(job, checkpoints, window, told, progress).run(first, state, stop)
     if step < job.run.pace.steps:
         where = f'at step {step}, saved' if step else 'before the first step'
         console.print(f'stopped {where}; the same command goes on')
         return False
-    job.export(state, out / MODEL)
+    if jax.process_index() == 0:
+        job.export(state, out / MODEL)
     console.print(f'model folder: {out / MODEL}')
     return True
 
@@ -99,7 +107,7 @@ class Course:
         job: Job,
         checkpoints: Checkpoints,
         window: Window,
-        told: Report,
+        told: Report | Silence,
         progress: Progress,
     ) -> None:
         self._job, self._pace = job, job.run.pace
@@ -179,7 +187,7 @@ def claim(out: Path, run: Run | TokenizerRun) -> None:
     """
     check(out, run)
     path = out / CONFIG
-    if not path.exists():
+    if not path.exists() and jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         config.write(path, run)
 
@@ -199,6 +207,27 @@ def check(out: Path, run: Run | TokenizerRun) -> None:
             f'{out} holds a run with another config ({"; ".join(changed)}): '
             'give the same settings to continue it, or another --out'
         )
+
+
+def _compare_data(out: Path, source: Source, first: int) -> None:
+    """Warns where a run goes on, from step `first`, with other data than it had; remembers these.
+
+    The order of the data depends on how many there are, so one picture more changes every batch.
+    """
+    if jax.process_index() != 0:
+        return
+    path, found = out / DATA, {'examples': len(source), 'fingerprint': source.fingerprint()}
+    known = config.read_json(path) if path.exists() else None
+    if first and known and known != found:
+        log.warning(
+            '%s: the training data have changed since this run was last here (%s examples then, %s '
+            'now), so it goes on with other pictures, or in another order, than if they had '
+            'stayed; give another --out to begin anew',
+            out,
+            *(data['examples'] for data in (known, found)),
+        )
+    if known != found:
+        config.write_json(path, found)
 
 
 def _progress(console: Console) -> Progress:

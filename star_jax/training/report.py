@@ -78,6 +78,27 @@ class Window:
         return self._metrics
 
 
+def begin(out: Path, step: int) -> 'Report | Silence':
+    """The report of this process on a run in the folder `out` that goes on after `step`."""
+    return Report(out, step) if jax.process_index() == 0 else Silence()
+
+
+class Silence:
+    """What all processes of a run but the first tell: they would write the same files."""
+
+    def __enter__(self) -> 'Silence':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        pass
+
+    def picture(self, step: int, picture_hwc: np.ndarray) -> None:
+        pass
+
+
 class Report:
     """Scalars to `metrics.jsonl` and TensorBoard, pictures to `samples/` and TensorBoard.
 
@@ -88,6 +109,8 @@ class Report:
         self._path = out / METRICS
         self._samples = out / SAMPLES
         self._samples.mkdir(exist_ok=True)
+        for folder in (out, self._samples):
+            files.drop_drafts(folder)
         lines = self._path.read_text(errors='replace') if self._path.exists() else ''
         kept = [line for line in lines.splitlines() if _step_of(line) <= step]
         with files.replacing(self._path) as draft:

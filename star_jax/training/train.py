@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from star_jax.checkpoint import config, files
@@ -30,7 +31,8 @@ def main(run: Run | TokenizerRun, out: Path) -> bool:
         work = job(run)
         loop.check(out, work.run)
         with faults.lock(out):
-            return loop.fit(work, out, Console(), stop)
+            console = Console(quiet=jax.process_index() != 0)
+            return loop.fit(work, out, console, stop)
 
 
 def cache(run: Run) -> Path:
