@@ -94,14 +94,21 @@ def opened():
         checkpoints.close()
 
 
-@pytest.fixture
-def two_steps(tmp_path, opened):
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
     """A folder with whole steps 1 and 2, and the state of step 1."""
-    checkpoints = opened(tmp_path)
-    for step in (1, 2):
-        checkpoints.save(step, make_state(make_mesh(1, 1), seed=step))
-    checkpoints.wait()
-    return tmp_path, make_state(make_mesh(1, 1), seed=1)
+    folder = tmp_path_factory.mktemp('saved')
+    with training.Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(make_mesh(1, 1), seed=step))
+    return folder, make_state(make_mesh(1, 1), seed=1)
+
+
+@pytest.fixture
+def two_steps(tmp_path, saved):
+    """A copy of it, to be spoiled."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path, saved[1]
 
 
 @pytest.mark.parametrize('ema', [True, False])
