@@ -360,7 +360,7 @@ def test_one_process_writes_for_all(tmp_path, monkeypatch):
 
 def test_what_a_killed_report_left_is_cleared_away(tmp_path):
     (tmp_path / 'samples').mkdir()
-    own = [tmp_path / name for name in ('.note', '.note.01234567x', 'samples/.note.12')]
+    own = [tmp_path / name for name in ('.note.0123abcd', '.metrics.jsonl.x', 'samples/a.0123abcd')]
     left = [tmp_path / '.metrics.jsonl.0123abcd', tmp_path / 'samples' / '.00000006.png.0123abcd']
     for path in own + left:
         path.touch()
@@ -604,7 +604,7 @@ def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None
         if process.poll() is not None:
             pytest.fail(f'the run ended before it could be interrupted:\n{process.stdout.read()}')
         assert time.monotonic() < end, 'the run hangs'
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def assert_same(command: str, torn: Path, whole: Path, steps: int) -> None:

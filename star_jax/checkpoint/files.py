@@ -5,6 +5,7 @@ What a kill leaves beside them, the next one who writes there clears away.
 
 import contextlib
 import fcntl
+import fnmatch
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from star_jax.errors import UserError
 
-DRAFT = re.compile(r'\..+\.[0-9a-f]{8}')  # a file on its way to its place
+DRAFT = re.compile(r'\.(.+)\.[0-9a-f]{8}')  # a file on its way to its place
 
 
 @contextlib.contextmanager
@@ -36,13 +37,14 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def drop_drafts(folder: Path) -> None:
-    """Removes what `replacing` left in a folder when its process was killed.
+def drop_drafts(folder: Path, name: str) -> None:
+    """Removes what `replacing` left of the files called `name` (`*.png`) when it was killed.
 
-    Only for who alone writes there.
+    Only for who alone writes them.
     """
     for path in folder.iterdir():
-        if DRAFT.fullmatch(path.name) and path.is_file():
+        draft = DRAFT.fullmatch(path.name)
+        if draft and fnmatch.fnmatchcase(draft[1], name) and path.is_file():
             path.unlink()
 
 
