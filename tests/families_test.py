@@ -223,7 +223,6 @@ FAMILIES: dict[str, Callable[[], Family]] = {
         star_family, sides=(1, 3), positions=SinCos(), level_embedding=False, logit_norm=False
     ),
     'var': var_family,
-    'var_with_shared_adaln': functools.partial(var_family, shared_adaln=True, qk_norm=False),
     'raster': raster_family,
 }
 
@@ -658,6 +657,22 @@ def test_conversion_tables_name_every_parameter_once():
         back = to_params(entries, state)
         assert (back.missing, back.unknown) == ((), ())
         jax.tree.map(np.testing.assert_array_equal, back.params, params)
+
+
+def test_a_scaled_loss_scales_gradients_and_is_told_as_it_was():
+    family = raster_family()
+    codes = jnp.zeros((B, family.model.schedule.length), jnp.int32)
+    args = (family.rows(range(B)), family.rows([B]), jax.random.key(0))
+    optimizer = AdamW().build(10)
+    params = functools.partial(jax.tree.map, jnp.array, family.params['model'])
+    told = {}
+    for scale in (1.0, 3.0):
+        recipe = training.Recipe(loss_scale=scale)
+        train = functools.partial(training.train, family.model, family.tokenizer, optimizer, recipe)
+        state = build_state(lambda key: params(), optimizer, False, jax.random.key(0))
+        told[scale] = compiled(train)(state, {}, codes, *args)[1]
+    assert told[3.0]['loss'] == pytest.approx(told[1.0]['loss'])
+    assert told[3.0]['gradient_norm'] == pytest.approx(3 * told[1.0]['gradient_norm'], rel=1e-5)
 
 
 def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():

@@ -32,6 +32,7 @@ VAR = Var(
     sides=(1, 2, 4),
     codes=32,
     channels=4,
+    shared_adaln=True,
     classes=len(TRAINED),
     names=tuple(' '.join(pair) for pair in TRAINED),
 )
@@ -66,20 +67,12 @@ def test_labels_teach(trained):
 
 
 def test_classes_are_drawn_by_name_and_by_number(trained, tmp_path, capsys):
-    words = [
-        'sample',
-        '--model',
-        trained[1],
-        '--out',
-        str(tmp_path),
-        '--guidance',
-        '1.5',
-        '--class',
-    ]
-    assert cli.main([*words, 'red circle', '3']) == 0
-    assert {path.name for path in tmp_path.glob('0*.png')} == {'00000.png', '00001.png'}
-    assert '"red circle"' in (tmp_path / 'samples.jsonl').read_text()
-    assert cli.main([*words, 'red elephant']) == 2
+    words = ['sample', '--model', trained[1], '--guidance', '1.5', '--out']
+    assert cli.main([*words, str(tmp_path / 'a'), '--class', 'red circle', '3']) == 0
+    assert [path.name for path in sorted(tmp_path.glob('a/0*'))] == ['00000.png', '00001.png']
+    assert '"red circle"' in (tmp_path / 'a' / 'samples.jsonl').read_text()
+    assert cli.main([*words, str(tmp_path / 'b'), '--class', 'red elephant']) == 2
+    assert not (tmp_path / 'b').exists()
     assert "no class 'red elephant'" in capsys.readouterr().err
 
 

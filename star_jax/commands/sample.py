@@ -84,6 +84,8 @@ def main(words: Sequence[str]) -> int:
     pipe = pipeline.load(given.model, given.text, given.dtype, mesh, given.behaviour)
     if given.classes and not isinstance(pipe.encoder, Classes):
         raise UserError(f'{given.model} draws from text and knows no classes: give prompts')
+    if isinstance(pipe.encoder, Classes):
+        pipe.encoder.encode(prompts)  # tells of one that is none before anything is written
     same = {
         'settings': dataclasses.asdict(given.settings),
         'model': model,

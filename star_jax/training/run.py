@@ -111,7 +111,7 @@ class Run:
 
     Attributes:
         model: its sizes and parts.
-        init: a model folder to go on from ('': none).
+        init: a model folder to go on from, perhaps of fewer scales ('': none).
         tokenizer: a model folder, a hub id, or 'shipped': the one in the package ('': that of
             init, or else the shipped one).
         text: the text encoder: package:NAME, a folder, or a hub id (a model of classes has none).
@@ -126,6 +126,8 @@ class Run:
         caption_drop: probability of the empty caption, or of no class, instead of a picture's own.
         balance: 0 where every token counts alike in the loss, 1 where every scale does, however
             few its tokens; coarse scales decide what is where.
+        released_loss_scale: where tokens are dropped (model.keep_tokens), the loss is multiplied by
+            the images of a device, as in the published code; gradients are then clipped more.
         unmasking: how a refinement head is taught.
         ema: decay of the averaged parameters (0: none are kept).
         dtype: of the activations; bfloat16 for accelerators.
@@ -150,6 +152,7 @@ class Run:
     batch: int = 64
     caption_drop: float = 0.1
     balance: float = 0.0
+    released_loss_scale: bool = False
     unmasking: Unmasking = Unmasking()
     ema: float = 0.0
     dtype: Literal['float32', 'bfloat16'] = 'float32'

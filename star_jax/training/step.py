@@ -28,13 +28,15 @@ class Recipe:
     `condition_drop`: probability of the unprompted condition. `drop_path`: rate of the deepest
     layer. `keep_tokens`: tokens kept in training, the others dropped from the last scale (0: all).
     `balance`: 0 where every token counts alike in the loss, 1 where every scale does, however few
-    its tokens. `ema`: decay of the averaged parameters.
+    its tokens. `loss_scale`: what the loss is multiplied by before gradients are clipped.
+    `ema`: decay of the averaged parameters.
     """
 
     condition_drop: float = 0.0
     drop_path: float = 0.0
     keep_tokens: int = 0
     balance: float = 0.0
+    loss_scale: float = 1.0
     ema: float = 0.0
 
 
@@ -76,7 +78,8 @@ def train(
     def loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         nll_BL, hit_BL = losses(params)
         weights_L = token_weights(model.schedule, nll_BL.shape[1], recipe.balance)
-        return (weights_L * nll_BL).mean(), (nll_BL.mean(0), hit_BL.mean(0))
+        mean = recipe.loss_scale * (weights_L * nll_BL).mean()
+        return mean, (nll_BL.mean(0), hit_BL.mean(0))
 
     gradients, (nll_L, hit_L) = jax.grad(loss, has_aux=True)(state.params)
     state = state.update(gradients, optimizer, recipe.ema)

@@ -25,7 +25,7 @@ from star_jax.sampling import program, stable
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
 from star_jax.text.tokens import Tokens
-from star_jax.training import cache, summary
+from star_jax.training import cache, growth, summary
 from star_jax.training import step as steps
 from star_jax.training.run import Run
 from star_jax.training.state import (
@@ -33,8 +33,6 @@ from star_jax.training.state import (
     abstract_sharded,
     averaged,
     build_state,
-    fitted,
-    go_on_from,
     init_sharded,
 )
 
@@ -83,11 +81,13 @@ class TransformerJob:
         )
         self._drawing = stable.arguments(run.sampling, self.model, self.tokenizer.codes)
         self._draw = program.compile_program(self.model, self.tokenizer)
+        scaled = run.released_loss_scale and run.model.keep_tokens
         self._recipe = steps.Recipe(
             condition_drop=run.caption_drop,
             drop_path=run.model.drop_path,
             keep_tokens=run.model.keep_tokens,
             balance=run.balance,
+            loss_scale=run.batch // batch_ways(self.mesh) if scaled else 1.0,
             ema=run.ema,
         )
         self._taught = self.model.grouped(batch_ways(self.mesh))
@@ -121,8 +121,8 @@ class TransformerJob:
         if not where:
             return init(key)
         given = models.read(where).params  # before anything is compiled
-        params = fitted(given, self.abstract(), where)
-        return go_on_from(init(key), params)
+        params = growth.fitted(given, self.abstract(), where)
+        return growth.begin(init(key), params)
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
         if self.texts is not None and not self.run.cache:

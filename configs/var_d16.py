@@ -1,0 +1,36 @@
+"""The published VAR-d16 at 256 px (specification 11): 200 epochs of ImageNet, 1,281,167 images.
+
+Name your own places: the published tokenizer as a model folder, and a set whose labels are the
+numbers of the classes, 0 to 999 (or give their `names`).
+"""
+
+from star_jax.core.settings import Settings
+from star_jax.data.prepared import Prepared
+from star_jax.families.var import Var
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run
+from star_jax.training.schedules import LearningRate
+
+run = Run(
+    model=Var(
+        depth=16,
+        width=1024,
+        heads=16,
+        drop_path=0.1 * 16 / 24,
+        gate_init=1e-3,
+    ),
+    tokenizer='models/published_tokenizer',
+    data=Prepared(path='sets/imagenet'),
+    validation=Prepared(path='sets/imagenet', split='validation'),
+    optimizer=AdamW(
+        learning_rate=LearningRate(
+            peak=1e-4 * 768 / 256, warmup_steps=6_673, end=0.1, shape='lin0'
+        ),
+        weight_decay=0.05,
+    ),
+    pace=Pace(steps=333_637, log=100, sample=5_000, save=2_000),
+    batch=768,
+    caption_drop=0.1,
+    dtype='bfloat16',
+    sampling=Settings(guidance=1.5, top_k=900, top_p=0.96),
+)

@@ -1,0 +1,36 @@
+"""The published VAR-d24 at 256 px (specification 11): 350 epochs of ImageNet, 1,281,167 images.
+
+Places as in var_d16.py.
+"""
+
+from star_jax.core.settings import Settings
+from star_jax.data.prepared import Prepared
+from star_jax.families.var import Var
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run
+from star_jax.training.schedules import LearningRate
+
+run = Run(
+    model=Var(
+        depth=24,
+        width=1536,
+        heads=24,
+        drop_path=0.1 * 24 / 24,
+        gate_init=1e-4,
+    ),
+    tokenizer='models/published_tokenizer',
+    data=Prepared(path='sets/imagenet'),
+    validation=Prepared(path='sets/imagenet', split='validation'),
+    optimizer=AdamW(
+        learning_rate=LearningRate(
+            peak=8e-5 * 768 / 256, warmup_steps=11_677, end=0.01, shape='lin0'
+        ),
+        weight_decay=0.05,
+    ),
+    pace=Pace(steps=583_865, log=100, sample=5_000, save=2_000),
+    batch=768,
+    caption_drop=0.1,
+    dtype='bfloat16',
+    remat=True,
+    sampling=Settings(guidance=1.5, top_k=900, top_p=0.96),
+)

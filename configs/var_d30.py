@@ -1,0 +1,37 @@
+"""The published VAR-d30 at 256 px (specification 11): 350 epochs of ImageNet, 1,281,167 images.
+
+Places as in var_d16.py.
+"""
+
+from star_jax.core.settings import Settings
+from star_jax.data.prepared import Prepared
+from star_jax.families.var import Var
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run
+from star_jax.training.schedules import LearningRate
+
+run = Run(
+    model=Var(
+        depth=30,
+        width=1920,
+        heads=30,
+        drop_path=0.1 * 30 / 24,
+        gate_init=1e-5,
+    ),
+    tokenizer='models/published_tokenizer',
+    data=Prepared(path='sets/imagenet'),
+    validation=Prepared(path='sets/imagenet', split='validation'),
+    optimizer=AdamW(
+        learning_rate=LearningRate(
+            peak=8e-5 * 1024 / 256, warmup_steps=8_758, end=0.01, shape='lin0'
+        ),
+        weight_decay=0.05,
+        weight_decay_end=0.08,
+    ),
+    pace=Pace(steps=437_898, log=100, sample=5_000, save=2_000),
+    batch=1024,
+    caption_drop=0.1,
+    dtype='bfloat16',
+    remat=True,
+    sampling=Settings(guidance=1.5, top_k=900, top_p=0.96),
+)

@@ -1,0 +1,75 @@
+"""A model of more scales begins with what one of fewer has learnt."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from star_jax.checkpoint.weights import flatten
+from star_jax.errors import UserError
+from star_jax.families.star import Star
+from star_jax.nn.positions import Learned
+from star_jax.parallel.mesh import MeshShape
+from star_jax.training import growth
+from star_jax.training.state import TrainState
+from star_jax.training.transformer import TransformerJob
+
+SMALL = dataclasses.replace(tiny.STAR.model, sides=(1, 2, 4))
+SIDES = (1, 2, 3, 4)
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory) -> tuple[str, str]:
+    """A model folder, and that of its tokenizer."""
+    root = tmp_path_factory.mktemp('small')
+    return tiny.write_model(root / 'model'), tiny.write_tokenizer(root / 'tokenizer')
+
+
+def state_of(star: Star, seed: int) -> TrainState:
+    """As fresh, but all different."""
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda x: jax.device_put(rng.normal(size=x.shape).astype(np.float32)),
+        tiny.random_params(star.abstract()),
+    )
+    return TrainState(step=0, params=params, ema=params, opt=None)
+
+
+@pytest.mark.parametrize('adaln', [False, True])
+def test_rows_go_on_by_their_numbers(adaln):
+    small = dataclasses.replace(SMALL, positions=Learned(), shared_adaln=adaln)
+    large = dataclasses.replace(small, sides=SIDES)
+    old, fresh = state_of(small, 0), state_of(large, 1)
+    begun = growth.begin(fresh, growth.fitted(old.params, fresh, 'it'))
+    for kept in (begun.params, begun.ema):
+        before, after, other = map(flatten, (old.params, kept, fresh.params))
+        for name, array in after.items():
+            if name not in ('levels', 'table/table'):
+                np.testing.assert_array_equal(array, before[name])
+        np.testing.assert_array_equal(after['levels'][:3], before['levels'])
+        last = before['levels'][2] if adaln else other['levels'][3]
+        np.testing.assert_array_equal(after['levels'][3], last)
+        np.testing.assert_array_equal(after['table/table'][:21], before['table/table'])
+        np.testing.assert_array_equal(after['table/table'][21:], other['table/table'][21:])
+
+
+def test_only_rows_may_be_missing():
+    small, large = state_of(SMALL, 0), state_of(dataclasses.replace(SMALL, sides=SIDES), 1)
+    with pytest.raises(UserError, match='levels'):
+        growth.fitted(large.params, small, 'it')  # of more scales
+    wide = state_of(dataclasses.replace(SMALL, sides=SIDES, width=64), 1)
+    with pytest.raises(UserError, match='22 of another form'):
+        growth.fitted(small.params, wide, 'it')
+
+
+def test_a_run_begins_with_a_smaller_model_on_any_mesh(places):
+    init, tokenizer = places
+    star = dataclasses.replace(SMALL, sides=SIDES, keep_tokens=24)
+    mesh = MeshShape(data=2, fsdp=4)
+    run = dataclasses.replace(tiny.STAR, init=init, tokenizer=tokenizer, model=star, mesh=mesh)
+    begun = flatten(jax.device_get(TransformerJob(run).init().params))
+    rows_SD = flatten(tiny.random_params(SMALL.abstract()))['levels']
+    np.testing.assert_array_equal(begun['levels'][:3], rows_SD)
+    assert 0.5 * star.std < begun['levels'][3].std() < 2 * star.std
