@@ -22,7 +22,7 @@ from star_jax.convert import buffers, infer, published, transfer
 from star_jax.convert.entries import to_state
 from star_jax.convert.infer import SIDES, Unsaid
 from star_jax.convert.star import star_entries, vq_entries
-from star_jax.convert.transfer import Table
+from star_jax.convert.table import Table
 from star_jax.convert.var import var_entries
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star

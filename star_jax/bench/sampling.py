@@ -19,7 +19,7 @@ from typing import Any, Literal
 from star_jax.checkpoint import config
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.families.star import Star
+from star_jax.families import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 
@@ -34,7 +34,7 @@ class Job:
     the program, `repeats` timed runs.
     """
 
-    model: Star
+    model: Family
     autoencoder: Autoencoder = Autoencoder()
     folder: str = ''
     settings: Settings = Settings()

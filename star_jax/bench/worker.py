@@ -23,10 +23,11 @@ from flax import linen as nn
 from star_jax.bench import timing
 from star_jax.bench.sampling import Job
 from star_jax.checkpoint import config, models
-from star_jax.core.condition import Text
+from star_jax.core.condition import Condition, Text
 from star_jax.core.flops import count_flops
 from star_jax.parallel import machine, startup
 from star_jax.sampling import program, stable
+from star_jax.text import TextEncoder
 from star_jax.tokenizers.residual_vq import VQTokenizer
 
 NOISE = 1_000_003  # so many normal numbers, over and over, are the weights: more take seconds
@@ -98,10 +99,10 @@ def prepare(job: Job) -> Drawing:
     network = job.model.build(job.dtype)
     tokenizer, params = _load(job) if job.folder else _invent(job)
     params = params | {'model': program.cast(params['model'], job.dtype)}
-    unprompted = _text(job, 1) if job.settings.guidance else None
+    unprompted = _condition(job, 1) if job.settings.guidance else None
     keys_B = program.image_keys(range(job.batch))
     drawn = stable.arguments(job.settings, network, tokenizer.codes)
-    args = (params, keys_B, _text(job, job.batch), unprompted, *drawn)
+    args = (params, keys_B, _condition(job, job.batch), unprompted, *drawn)
     side = job.model.sides[-1]
     canvas = jnp.zeros((job.batch, side, side, job.model.channels))
     decode = jax.jit(lambda params, canvas: tokenizer.apply(params, canvas, method='decode'))
@@ -129,13 +130,19 @@ def _invent(job: Job) -> tuple[VQTokenizer, dict[str, Any]]:
     )
 
 
-def _text(job: Job, rows: int) -> Text:
-    """Random features of captions that use all of their tokens."""
+def _condition(job: Job, rows: int) -> Condition:
+    """A class, or random features of captions that use all of their tokens."""
+    if job.model.PROMPT == 'label':
+        return job.model.reader(_no_text).encode(['0'] * rows)
     states = np.random.default_rng(1).standard_normal(
         (rows, job.text_tokens, job.model.text_width), np.float32
     )
     mask = jnp.ones((rows, job.text_tokens), jnp.int32)
     return Text(jnp.asarray(states), mask, jnp.asarray(states.mean(1)))
+
+
+def _no_text() -> TextEncoder:
+    raise LookupError('text is random here')
 
 
 def _measure(job: Job, drawing: Drawing, compiled: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from star_jax.checkpoint import config, files, models
 from star_jax.commands import arguments, training
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.families.star import Star
+from star_jax.families import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
 
@@ -43,7 +43,7 @@ class Bench:
         json: a file for the whole report.
     """
 
-    model: Annotated[Star, tyro.conf.arg(name='')]
+    model: Annotated[Family, tyro.conf.arg(name='')]
     settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
     autoencoder: Autoencoder = Autoencoder()
     text_tokens: int = 77

@@ -8,21 +8,16 @@ travel in the folder's `ignored.safetensors`, so that the way back gives every t
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flax.core import meta
-
 from star_jax.checkpoint import files, folder, models, weights
 from star_jax.checkpoint.stored import Form, Stored, Streamed, Tensors, write
-from star_jax.convert import buffers, infer, published
-from star_jax.convert.entries import Entry
+from star_jax.convert import infer, published
 from star_jax.convert.infer import Unsaid
-from star_jax.convert.star import IGNORED, star_entries, vq_entries
-from star_jax.convert.var import var_entries
-from star_jax.core.settings import Settings
+from star_jax.convert.table import Table
+from star_jax.core.settings import Settings, Stable
 from star_jax.errors import UserError
 from star_jax.families import FAMILIES, TOKENIZERS, Family, family_name
 from star_jax.families.star import Star
@@ -41,82 +36,6 @@ class Text:
 
     source: str
     inside: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """One state dict: its entries, the shapes of our arrays, and what else it may hold.
-
-    `made` are tensors that follow from the sizes, `ignored` endings of names that nothing needs.
-    """
-
-    entries: Sequence[Entry]
-    abstract: Mapping[str, Any]
-    made: buffers.Buffers
-    ignored: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: Family | VQ, names: Iterable[str]) -> 'Table':
-        """The table of a model; a file's `names` tell how it calls a tokenizer's phis."""
-        abstract = weights.flatten(meta.unbox(config.abstract()))
-        if isinstance(config, VQ):
-            entries, made, ignored = vq_entries(config, names), {}, IGNORED
-        elif isinstance(config, Star):
-            entries, made, ignored = star_entries(config), buffers.of_star(config), IGNORED
-        else:
-            entries, made, ignored = var_entries(config), buffers.of_var(config), ()
-        return cls(entries=entries, abstract=abstract, made=made, ignored=ignored)
-
-    def shape(self, entry: Entry) -> tuple[int, ...]:
-        """The shape of an entry's published tensor."""
-        ours = self.abstract[entry.ours].shape
-        return entry.their_shape(ours if entry.row is None else ours[1:])
-
-    def left_over(self, names: Iterable[str]) -> list[str]:
-        """Those of a file's names that are ignored."""
-        known = {entry.theirs for entry in self.entries} | set(self.made)
-        return [name for name in names if name not in known and name.endswith(self.ignored)]
-
-    def check(self, tensors: Tensors, where: str) -> None:
-        """Raises UserError naming what is missing, unknown, misshapen, or no buffer of its name."""
-        forms = tensors.forms()
-        wanted = {
-            entry.theirs: Form(self.shape(entry), np.dtype(np.float32)) for entry in self.entries
-        }
-        skipped = {*self.left_over(forms), *self.made}
-        given = {name: form for name, form in forms.items() if name not in skipped}
-        if flaws := weights.mismatches(given, wanted, weights.fits):
-            raise UserError(f'{where}: the tensors are not those of such a model: {flaws}')
-        for name in self.made.keys() & forms.keys():
-            if not np.array_equal(tensors.read(name), self.made[name]()):
-                raise UserError(
-                    f'{where}: {name} is not what it is in a model of these sizes, so the file '
-                    'computes something else than any published one'
-                )
-
-    def params(self, tensors: Tensors) -> dict[str, Any]:
-        """Our parameters, each made of a file's tensors when it is written."""
-        forms, rows = tensors.forms(), {}
-        for entry in self.entries:
-            rows.setdefault(entry.ours, []).append(entry)
-        flat = {
-            ours: Streamed(
-                self.abstract[ours].shape, forms[found[0].theirs].dtype, _stream(tensors, found)
-            )
-            for ours, found in rows.items()
-        }
-        return weights.unflatten(flat)
-
-    def state(self, params: Tensors) -> dict[str, Any]:
-        """The published tensors, each made of a folder's arrays when it is written."""
-        forms = params.forms()
-        made = {name: make() for name, make in self.made.items()}
-        return made | {
-            entry.theirs: Streamed(
-                self.shape(entry), forms[entry.ours].dtype, _stream_back(params, entry)
-            )
-            for entry in self.entries
-        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,7 +173,10 @@ def _published_sampling(config: Family) -> Settings:
     """The settings of the originals' own images (specification 8 and 11)."""
     if not isinstance(config, Star):
         return Settings(guidance=1.5, top_k=900, top_p=0.96)
-    return Settings(guidance=4.0, top_k=config.codes if config.refinement else 600, top_p=0.8)
+    if config.refinement:
+        stable = Stable(version='1024')
+        return Settings(guidance=4.0, top_k=config.codes, top_p=0.8, stable=stable)
+    return Settings(guidance=4.0, top_k=600, top_p=0.8)
 
 
 def _reference(text: Text) -> folder.Text:
@@ -300,15 +222,6 @@ def _checked(params: Stored, table: Table, where: Path) -> Stored:
     if flaws := weights.mismatches(params.forms(), table.abstract, weights.fits):
         raise UserError(f'{where}: the arrays are not those of its config: {flaws}')
     return params
-
-
-def _stream(tensors: Tensors, entries: Sequence[Entry]) -> Callable[[], Iterable[np.ndarray]]:
-    ordered = sorted(entries, key=lambda entry: entry.row or 0)
-    return lambda: (entry.to_ours(tensors.read(entry.theirs)) for entry in ordered)
-
-
-def _stream_back(params: Tensors, entry: Entry) -> Callable[[], Iterable[np.ndarray]]:
-    return lambda: [entry.to_theirs(params.read(entry.ours, entry.row))]
 
 
 def _same(tensors: Tensors, name: str, forms: Mapping[str, Form]) -> Streamed:

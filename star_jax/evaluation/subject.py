@@ -11,6 +11,7 @@ import numpy as np
 from star_jax.checkpoint import models
 from star_jax.core.condition import Text
 from star_jax.core.settings import Settings
+from star_jax.errors import UserError
 from star_jax.evaluation.groups import SHAPES, Group, groups
 from star_jax.parallel import machine
 from star_jax.sampling import pipeline
@@ -57,6 +58,11 @@ class Subject:
         self.job = job
         alone = models.holds_tokenizer_alone(job.place)
         self.model = None if alone else models.read(job.place)
+        if self.model and self.model.config.PROMPT != 'caption':
+            raise UserError(
+                f'{job.place} draws classes, and captions are what is scored: expected a model of '
+                'text; `star-jax sample --class` shows what it draws'
+            )
         tokenizer = models.read_tokenizer(job.place) if alone else self.model.tokenizer
         sides = tokenizer.config.sides if alone else self.model.config.sides
         self.tokenizer = dataclasses.replace(tokenizer, config=tokenizer.config.at(sides))
