@@ -37,9 +37,9 @@ SMALLER = 'give a smaller batch or model, or split the model over more devices'
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Without arguments it takes those of the process."""
-    memory.keep()
     if arguments is not None:
         return _run(list(arguments), _load)
+    memory.keep()  # where the process is one command, and never in somebody else's
     terminal.outlive_readers()
     try:
         status = _run(sys.argv[1:], _load_quietly)
@@ -57,9 +57,11 @@ def _load(command: str) -> types.ModuleType:
 def _load_quietly(command: str) -> types.ModuleType:
     """Signals that come while the command loads, before it is ready for them, end it in one line.
 
-    A run's own handlers take their place while it trains, and then give it back.
+    A run's own handlers take their place while it trains, and then give it back. Warnings are told
+    in one line, too.
     """
     name = f'star-jax {command}'
+    terminal.hear_warnings(lambda warning: _tell(command, f'warning: {warning}', 0))
     if command in RESUMED:
         at_once = dict.fromkeys((signal.SIGTERM, signal.SIGINT), 0)
         terminal.end_at(at_once, f'{name}: stopped; the same command goes on')

@@ -1,17 +1,40 @@
 """How does a command end well though its reader has left, or a signal comes while it loads?
 
-For a process that is one command and nothing else. Only small modules are imported here: whatever
-comes before these settings is in force may end in a traceback.
+And how does it tell what is not as it should be, and go on? For a process that is one command and
+nothing else. Only small modules are imported here: whatever comes before these settings is in force
+may end in a traceback.
 """
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
 import threading
 import types
 from collections.abc import Callable, Mapping
+
+
+class _Warnings(logging.Handler):
+    """What this package warns of, as a sentence for whoever tells it."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._tell(record.getMessage())
+        except Exception:
+            self.handleError(record)
+
+
+def hear_warnings(tell: Callable[[str], object]) -> None:
+    """From now on every warning of this package goes to `tell`, and nowhere else."""
+    log = logging.getLogger(__package__)
+    log.addHandler(_Warnings(tell))
+    log.propagate = False  # libraries give the root logger handlers of their own
 
 
 class _Stream(io.FileIO):

@@ -1,14 +1,20 @@
 """Does a command end well though its reader has left, or a signal comes while it loads?"""
 
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from star_jax import cli
+from star_jax.bench import sampling
 from star_jax.checkpoint import files
+from star_jax.parallel import memory
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {'PYTHONPATH': str(ROOT)}
@@ -27,6 +33,22 @@ def work(arguments, load):
     return 0
 
 cli._run = work
+sys.exit(cli.main())
+"""
+
+
+WARNING = """
+import logging, sys, types
+from star_jax import cli
+from star_jax.parallel import memory
+
+def work(words):
+    logging.warning('of a library')
+    logging.getLogger('star_jax.data.folder').warning('%s\\nof two lines', words)
+    return 0
+
+memory.keep = lambda: sys.stdout.write('kept')
+cli._load = lambda command: types.SimpleNamespace(main=work)
 sys.exit(cli.main())
 """
 
@@ -53,6 +75,31 @@ def test_what_nobody_reads_is_dropped_and_the_work_goes_on(left, tmp_path):
     assert run('-c', WORK, tmp_path / 'one', stdout=left) == (0, 'and to complain of\n' * 9)
     assert run('-c', WORK, tmp_path / 'two', stdout=left, stderr=left) == (0, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['one', 'two']
+
+
+def test_a_warning_is_one_line_and_a_process_keeps_its_memory(tmp_path):
+    with (tmp_path / 'out').open('wb') as out:
+        status, said = run('-c', WARNING, 'sample', 'a', stdout=out)
+    ours = [line for line in said.splitlines() if 'library' not in line]
+    assert (status, ours) == (0, ["star-jax sample: warning: ['a'] of two lines"])
+    assert (tmp_path / 'out').read_text() == 'kept'
+
+
+def test_a_command_inside_another_process_changes_nothing_of_it(monkeypatch, capsys):
+    monkeypatch.setattr(memory, 'keep', pytest.fail)
+    assert cli.main(['smaple']) == 2 and 'sample' in capsys.readouterr().err
+    assert logging.getLogger('star_jax').propagate and not logging.getLogger('star_jax').handlers
+
+
+def test_a_benchmark_measures_a_process_as_users_have_it(monkeypatch):
+    done = []
+    monkeypatch.setattr(memory, 'keep', lambda: done.append('kept'))
+    worker = types.SimpleNamespace(main=lambda *words: done.append(words))
+    monkeypatch.setitem(sys.modules, 'star_jax.bench.worker', worker)
+    monkeypatch.setattr('star_jax.bench.worker', worker, raising=False)
+    monkeypatch.setattr(sys, 'argv', ['bench', 'job.json', 'start'])
+    runpy.run_module(sampling.WORKER, run_name='__main__')
+    assert done == ['kept', ('job.json', 'start')]
 
 
 def test_help_that_nobody_reads_ends_quietly(left):

@@ -23,7 +23,7 @@ from star_jax.families import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 
-WORKER = 'star_jax.bench.worker'
+WORKER = 'star_jax.bench'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What does one process of the sampling benchmark see?
 
-`python -m star_jax.bench.worker JOB.json start|measure` prints what it is doing, and at the end its
+`python -m star_jax.bench JOB.json start|measure` prints what it is doing, and at the end its
 report, one line of JSON:
 
     start        when it reached what (seconds since the epoch), processor seconds of compiling and
@@ -216,7 +216,3 @@ def _memory(drawing: Drawing, compiled: Any) -> dict[str, float]:
 def _load_average() -> float:
     """How many processes wanted a core over the last minute."""
     return os.getloadavg()[0]
-
-
-if __name__ == '__main__':
-    main(*sys.argv[1:])
