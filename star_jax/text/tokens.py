@@ -1,13 +1,14 @@
 """How do captions become token ids?"""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import flax.struct
 import jax
 import numpy as np
 
 from star_jax.errors import UserError
-from star_jax.text.folder import TOKENIZER, Folder
+from star_jax.text.folder import SPIECE, TOKENIZER, Folder
 
 # Captions to token ids, special tokens included, truncated, not padded.
 Split = Callable[[Sequence[str]], list[list[int]]]
@@ -57,6 +58,12 @@ def pad(ids: Sequence[Sequence[int]], rows: int, length: int, filler: int) -> To
 
 
 def _read_parts(folder: Folder, length: int) -> tuple[Split, int]:
+    if SPIECE in (path.name for path in folder.tokenizer) and not find_spec('sentencepiece'):
+        raise UserError(
+            f'{folder.tokenizer[0].parent} has its tokenizer in {SPIECE} alone, which needs a '
+            f'package to be read; run:\npip install sentencepiece'
+        )
+
     import transformers  # here: seconds, and only folders without tokenizer.json need it
 
     try:
