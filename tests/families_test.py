@@ -670,7 +670,7 @@ def test_a_scaled_loss_scales_gradients_and_is_told_as_it_was():
         recipe = training.Recipe(loss_scale=scale)
         train = functools.partial(training.train, family.model, family.tokenizer, optimizer, recipe)
         state = build_state(lambda key: params(), optimizer, False, jax.random.key(0))
-        told[scale] = compiled(train)(state, {}, codes, *args)[1]
+        told[scale] = jax.device_get(compiled(train)(state, {}, codes, *args)[1])
     assert told[3.0]['loss'] == pytest.approx(told[1.0]['loss'])
     assert told[3.0]['gradient_norm'] == pytest.approx(3 * told[1.0]['gradient_norm'], rel=1e-5)
 
