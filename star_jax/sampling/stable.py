@@ -142,25 +142,28 @@ class Stable(Draw):
             return self.plain(keys_B, features_RLD, weight, step, tools)
         batch, tokens = len(keys_B), features_RLD.shape[1]
         base_BLV = guide(tools.head(features_RLD), batch, weight)
+        kept_BLV = self.keep(base_BLV)  # once: the base model says the same in every pass
         rows = len(features_RLD) // batch
 
-        def refined(fixed: Fixed) -> jax.Array:
+        def refined(fixed: Fixed) -> tuple[jax.Array, jax.Array]:
             vectors_RLC = jnp.concatenate([_vectors(fixed, tools)] * rows)
-            return guide(tools.refine(vectors_RLC, features_RLD, step), batch, self.guidance)
+            logits_RLV = tools.refine(vectors_RLC, features_RLD, step)
+            logits_BLV = guide(logits_RLV, batch, self.guidance)
+            return logits_BLV, self.keep(logits_BLV)
 
         def visit(by_base: bool, fixed: Fixed, turn: tuple) -> tuple[Fixed, Pass | None]:
             index, budget = turn
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
             draw_keys, rank_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-            logits_BLV = base_BLV if by_base else refined(fixed)
-            codes_BL, sure_BL = self._draw(draw_keys, logits_BLV)
+            logits = (base_BLV, kept_BLV) if by_base else refined(fixed)
+            codes_BL, sure_BL = self._draw(draw_keys, logits[1])
             if by_base and not self.once:
                 fixed = fixed.fix(_largest(sure_BL, budget), codes_BL)
             lucky_BL = self.rank(rank_keys, step, index, tokens)
             order_BL = jnp.where(index < LUCKY, lucky_BL, sure_BL)
             open_BL = jnp.where(fixed.mask_BL, -1.0, order_BL)
             fixed = fixed.fix(_largest(open_BL, budget), codes_BL)
-            left = (logits_BLV, codes_BL, sure_BL, fixed.mask_BL, _vectors(fixed, tools))
+            left = (logits[0], codes_BL, sure_BL, fixed.mask_BL, _vectors(fixed, tools))
             return fixed, Pass(*left) if tools.trace else None
 
         fixed = Fixed(jnp.zeros((batch, tokens), bool), jnp.zeros((batch, tokens), jnp.int32))
@@ -175,9 +178,8 @@ class Stable(Draw):
         vectors_BLC = tools.embed(fixed.codes_BL)
         return Drawn(fixed.codes_BL, vectors_BLC, passes), base_BLV
 
-    def _draw(self, keys_B: jax.Array, logits_BLV: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes, and their probabilities among those that the filter leaves."""
-        kept_BLV = self.keep(logits_BLV)
+    def _draw(self, keys_B: jax.Array, kept_BLV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Codes, and their probabilities among those that the filter has left."""
         codes_BL = self.choose(keys_B, kept_BLV)
         probs_BLV = jax.nn.softmax(kept_BLV)
         sure_BL1 = jnp.take_along_axis(probs_BLV, codes_BL[..., None], axis=-1)
