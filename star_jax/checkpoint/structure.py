@@ -1,8 +1,7 @@
 """How does plain JSON become dataclasses, strictly, and what is said when it does not fit?
 
 One cattrs converter with a hook for each kind of annotation. Nothing is coerced except a whole
-number to a float; a union of dataclasses is told apart by its tag, and an object without one is of
-the class that says UNTAGGED, if any does.
+number to a float, and a union of dataclasses is told apart by its tag.
 """
 
 import dataclasses
@@ -231,9 +230,6 @@ def _untag(value: dict, parts: dict[str, type]) -> tuple[dict, type]:
     """The fields of a tagged object, and its class."""
     kinds = f'expected one of {", ".join(map(repr, parts))}'
     if TAG not in value:
-        untagged = (cls for cls in parts.values() if getattr(cls, 'UNTAGGED', False))
-        if found := next(untagged, None):
-            return value, found
         raise ValueError(f"no '{TAG}' given, {kinds}")
     tag = value[TAG]
     if not isinstance(tag, str) or tag not in parts:

@@ -6,7 +6,7 @@ Text-conditioned next-scale prediction (STAR specification sections 3, 5 and 7).
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,6 @@ class Star(Scales):
     """
 
     PROMPT = 'caption'
-    UNTAGGED: ClassVar[bool] = True  # runs from before there were other families name none
-
     text_width: int = 1024
     logit_norm: bool = True
     cross_attention: bool = True
