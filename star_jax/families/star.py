@@ -51,6 +51,7 @@ class Star(Scales):
     """
 
     PROMPT = 'caption'
+
     text_width: int = 1024
     logit_norm: bool = True
     cross_attention: bool = True
