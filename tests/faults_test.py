@@ -25,13 +25,14 @@ from rich.console import Console
 
 from star_jax import cli
 from star_jax.checkpoint import config, models, weights
-from star_jax.checkpoint.training import UNFINISHED
+from star_jax.checkpoint.training import UNFINISHED, Checkpoints
 from star_jax.core import pictures
 from star_jax.data.folder import Folder
 from star_jax.errors import RunError, UserError
 from star_jax.training import faults, loop, report, train
 from star_jax.training.run import Pace
 from star_jax.training.state import TrainState
+from star_jax.training.tokenizer import TokenizerJob
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds until a run is taken for hung, on a busy machine
@@ -535,6 +536,25 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(environment, tmp_path):
         status, said = several.run(*words, '--out', torn)
         assert status == 0 and 'continuing from step' in said, said
     assert_same('train', torn, whole, steps=50)
+
+
+def test_a_tokenizer_goes_on_as_if_it_had_never_stopped(tmp_path):
+    """Unused codes move in the first step after the checkpoint."""
+    job = TokenizerJob(tiny.TOKENIZER)
+
+    def train(first: int, state: TrainState) -> tuple[TrainState, list[float]]:
+        losses, batches = [], job.batches(first)
+        for step, batch in zip(range(first, first + 3), batches, strict=False):
+            state, scalars = job.step(step, state, batch)
+            losses.append(float(scalars['loss']))
+        return state, losses
+
+    with Checkpoints(tmp_path) as checkpoints:
+        state, _ = train(0, job.init())
+        checkpoints.save(3, state)
+        stayed = train(3, state)
+        went_on = train(*checkpoints.restore(job.abstract()))
+    jax.tree.map(np.testing.assert_array_equal, went_on, stayed)
 
 
 def test_after_a_full_disk_and_a_stop_the_same_process_goes_on(environment, tmp_path):
