@@ -1,4 +1,6 @@
-"""The shipped transformer: scenes of one and two shapes at 64 px, trained on two cores.
+"""The shipped transformer's first stage: scenes of one and two shapes at 64 px, on two cores.
+
+`configs/shapes_pairs.py` is the second.
 
 `star-jax data cache configs/shapes.py` first encodes every picture and caption once; then give the
 folder that it names as --cache.

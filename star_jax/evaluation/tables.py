@@ -151,12 +151,17 @@ def _made(row: Row, rows: list[Row]) -> str:
     return ', '.join(filter(None, (row['pictures'], _name(own))))
 
 
-def _name(settings: dict[str, float | bool]) -> str:
-    return ', '.join(
-        f'{name.replace("_", "-")} {value:g}' if value is not True else name
-        for name, value in settings.items()
-        if value is not False
-    )
+def _name(settings: dict[str, Any]) -> str:
+    return ', '.join(filter(None, map(_setting, settings, settings.values())))
+
+
+def _setting(name: str, value: Any) -> str:
+    """A setting as an option names it; nothing for what is off."""
+    if isinstance(value, dict):  # stable sampling
+        return '' if value['version'] == 'off' else f'{name} {value["version"]}'
+    if isinstance(value, bool):
+        return name if value else ''
+    return f'{name.replace("_", "-")} {value:g}'
 
 
 def _show(score: Score | None, digits: int, times: float = 1, interval: bool = True) -> str:
