@@ -201,6 +201,13 @@ def test_a_model_comes_back_from_its_folder(tmp_path):
             'top_p': 0.8,
             'temperature': 1.0,
             'smooth': False,
+            'stable': {
+                'version': 'off',
+                'mode': 'arccos',
+                'first': 0,
+                'last': 0,
+                'once': False,
+            },
         },
     }
     assert [entry.name for entry in place.parent.iterdir()] == ['model']
