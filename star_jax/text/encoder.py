@@ -197,12 +197,12 @@ def load(
         folder=folder,
         split=split,
     )
+    encoder.weights.check()  # first: of a torn file, the digest says less
     if sha256 is not None and sha256 != encoder.sha256:
         raise UserError(
             f'The model was trained with the text encoder of sha256 {sha256}, but {source} has '
             f'{encoder.sha256}; name the folder of the encoder that it was trained with.'
         )
-    encoder.weights.check()
     _check_vocabulary(source, tower, largest_id)
     return encoder
 
