@@ -218,7 +218,7 @@ def arguments(settings: Settings, network: Transformer, codes: Index) -> tuple[j
     if network.refiner is None:
         raise UserError(
             'stable sampling needs a model with a refinement head, which this one has not: train '
-            'one on it (a config whose model has a refinement, and --init), or leave --stable out'
+            'one on it (a config whose model has a refinement, and --init), or leave it off'
         )
     return ramp_S, Stable(
         plain=plain,
