@@ -43,8 +43,6 @@ B, T, E, V = 3, 4, 8, 24
 DEPTH, WIDTH, HEADS = 2, 16, 2
 # Two of the three equal sides share one scanned body, in which the step is traced.
 SIDES = (1, 2, 2, 2)
-# These programs run for milliseconds: compiling them well takes twice as long as needed.
-compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 class Pixels(nn.Module):
@@ -246,7 +244,7 @@ def drawing(model: Transformer, tokenizer: nn.Module):
         count.append(None)
         return sample(model, tokenizer, params, keys_B, condition, guidance_S, draw, trace=True)
 
-    return compiled(run), count
+    return jax.jit(run), count
 
 
 def keys(*seeds) -> jax.Array:
@@ -273,7 +271,7 @@ def falling(family: Family) -> np.ndarray:
 def forcing(model: Transformer, tokenizer: nn.Module):
     """Teacher-forced logits of every token: inputs from codes, all rows at once."""
 
-    @compiled
+    @jax.jit
     def run(params, codes_BL, condition):
         inputs = tokenizer.apply({'params': params['tokenizer']}, codes_BL, method='inputs')
         logits = model.apply({'params': params['model']}, inputs, condition)
@@ -501,7 +499,7 @@ def test_recomputing_and_unrolling_layers_changes_nothing():
 
     others = (family.star.build(remat=True), family.star.build(unroll=DEPTH))
     learn = [jax.value_and_grad(functools.partial(loss, model=m)) for m in (family.model, *others)]
-    values = [jax.device_get(compiled(run)(family.params['model'])) for run in learn]
+    values = [jax.device_get(jax.jit(run)(family.params['model'])) for run in learn]
     for other in values[1:]:
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), values[0], other)
     gradients = flatten(values[0][1])
@@ -535,7 +533,7 @@ def test_a_path_of_zero_removes_its_branch_of_its_image():
     codes = np.random.default_rng(5).integers(0, V, (B, model.schedule.length))
     logits, inputs = forced(family, codes, condition)
 
-    @compiled
+    @jax.jit
     def run(params, paths):
         apply = functools.partial(model.apply, {'params': params})
         features = apply(inputs, condition, paths=paths, method='features')
@@ -567,7 +565,7 @@ def test_tokens_that_training_drops_are_not_seen(star):
     codes = np.random.default_rng(5).integers(0, V, (B, model.schedule.length))
     logits, inputs = forced(star, codes, condition)
 
-    @compiled
+    @jax.jit
     def run(inputs):
         apply = functools.partial(model.apply, {'params': params})
         return apply(apply(inputs, condition, kept, method='features'), condition, method='head')
@@ -670,7 +668,7 @@ def test_a_scaled_loss_scales_gradients_and_is_told_as_it_was():
         recipe = training.Recipe(loss_scale=scale)
         train = functools.partial(training.train, family.model, family.tokenizer, optimizer, recipe)
         state = build_state(lambda key: params(), optimizer, False, jax.random.key(0))
-        told[scale] = jax.device_get(compiled(train)(state, {}, codes, *args)[1])
+        told[scale] = jax.device_get(jax.jit(train)(state, {}, codes, *args)[1])
     assert told[3.0]['loss'] == pytest.approx(told[1.0]['loss'])
     assert told[3.0]['gradient_norm'] == pytest.approx(3 * told[1.0]['gradient_norm'], rel=1e-5)
 
@@ -687,7 +685,7 @@ def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
     recipe = training.Recipe(condition_drop=0.1, drop_path=0.1, ema=0.5)
     init = functools.partial(jax.tree.map, jnp.array, family.params['model'])
     state = build_state(lambda key: init(), optimizer, True, jax.random.key(0))
-    train = compiled(functools.partial(training.train, model, tokenizer, optimizer, recipe))
+    train = jax.jit(functools.partial(training.train, model, tokenizer, optimizer, recipe))
     losses = []
     for step in range(120):
         key = jax.random.fold_in(jax.random.key(1), step)

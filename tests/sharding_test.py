@@ -23,7 +23,6 @@ SHAPE = tiny.STAR.model
 VQ = tiny.TOKENIZER.model
 OPTIMIZER = tiny.OPTIMIZER.build(100)
 # Programs that run for milliseconds: compiling them well takes longer than running them badly.
-compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 # Which mesh axis splits each axis of each parameter; the first of the blocks' is their layers.
 WHERE = """
@@ -96,7 +95,7 @@ def losses(shape: tuple[int, int, int], state: TrainState) -> list[list[float]]:
     recipe = steps.Recipe(condition_drop=0.2)
     train = functools.partial(steps.train, SHAPE.build(), VQ.build(), OPTIMIZER, recipe)
     # Donating what was put from the host could write into the host's copy.
-    train, encode = compiled(train), compiled(functools.partial(likelihood.encode, VQ.build()))
+    train, encode = jax.jit(train), jax.jit(functools.partial(likelihood.encode, VQ.build()))
     where = rules.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = jax.device_put(state, where)
     images, prompted = rules.place(batch(), mesh)

@@ -37,7 +37,6 @@ MODEL = dataclasses.replace(tiny.STAR.model, refinement=Refinement(first=2, bloc
 ALL = Filter()
 CAPTIONS = ('a red circle', 'a small blue star')
 # Compiling these small programs well takes longer than running them does.
-compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @pytest.mark.parametrize('mode', SHARES)
@@ -128,7 +127,7 @@ def another(vectors_RLC, features_RLD, step):
     return features_RLD[..., ::-1] + vectors_RLC.sum((1, 2), keepdims=True) * np.arange(V) / 8
 
 
-@functools.partial(compiled, static_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(3,))
 def drawn(draw, keys_B, logits_RLV, refine=another):
     found, base = draw(keys_B, logits_RLV, jnp.float32(0.5), Step.at(1), tools(refine))
     return found, base
@@ -233,7 +232,7 @@ def parts_of(star: Star) -> tuple:
 
 def test_an_image_alone_is_the_image_in_a_batch():
     network, tokenizer, params, parts = parts_of(MODEL)
-    draws = compiled(functools.partial(sample, network, tokenizer))
+    draws = jax.jit(functools.partial(sample, network, tokenizer))
     keys_B, texts = program.image_keys([3, 4]), text(*CAPTIONS, '', '')
     together = draws(params, keys_B, texts, *parts)
     for image in range(B):
@@ -261,7 +260,7 @@ def test_the_head_reads_one_scale_and_what_is_fixed_there():
     features = rng.normal(size=(1, 20, star.width)).astype(np.float32)
     caption = text('a red circle')
 
-    @functools.partial(compiled, static_argnums=3)
+    @functools.partial(jax.jit, static_argnums=3)
     def refine(params, vectors, features, rows):
         args = (vectors, features, np.asarray(rows), caption)
         return star.build().apply({'params': params}, *args, method='refine')
@@ -280,7 +279,7 @@ def test_head_losses():
     codes_BL = np.random.default_rng(4).integers(0, V, (B, L))
     shown_BL = np.arange(L) < np.array([[L], [4]])
 
-    @compiled
+    @jax.jit
     def losses(shown_BL):
         return [loss(logits_BLV, codes_BL, shown_BL, 20) for loss in (ReleasedLoss(), PlainLoss())]
 

@@ -4,7 +4,6 @@ A `.pth` file, read by torch without running anything in it, or safetensors: the
 STAR trainer, or a flat state dict of a VAR, a STAR or a tokenizer (STAR specification 10).
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,17 +96,17 @@ def _unpickled(path: Path) -> Any:
     for mapped in (True, False):
         try:
             return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f'{path} holds more than tensors and plain data, which may run code, and is not '
-                'opened: save its state dict as safetensors'
-            ) from error
         except (RuntimeError, ValueError, EOFError, OSError) as error:
             if not mapped:
                 reason = str(error).partition('\n')[0]
                 raise UserError(
                     f'{path}: the file is damaged or was cut short ({reason})'
                 ) from error
+        except Exception as error:  # what pickle raises: it is not imported to name it
+            raise UserError(
+                f'{path} holds more than tensors and plain data, which may run code, and is not '
+                'opened: save its state dict as safetensors'
+            ) from error
     raise AssertionError
 
 
