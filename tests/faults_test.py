@@ -65,6 +65,7 @@ class Walk:
     """
 
     source = Examples('abc')
+    base = ''
 
     def __init__(
         self,

@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 
-from star_jax.checkpoint import models, weights
+from star_jax.checkpoint import folder, models, weights
+from star_jax.checkpoint.training import Checkpoints
 from star_jax.core.codes import Index
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Pyramid, Step
@@ -19,12 +22,13 @@ from star_jax.core.settings import Stable as Wanted
 from star_jax.core.unmasking import SHARES, budgets
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
-from star_jax.nn.positions import Learned
+from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
 from star_jax.sampling import program, stable
 from star_jax.sampling.draw import Plain, Tools, guide
 from star_jax.sampling.sampler import sample
 from star_jax.sampling.stable import VERSIONS, RecordedRanking, Stable, plan, plan_wanted
 from star_jax.text import load as load_text
+from star_jax.training import faults, loop
 from star_jax.training import train as story
 from star_jax.training.head import HeadJob
 from star_jax.training.refinement import PlainLoss, ReleasedLoss, Unmasking
@@ -351,5 +355,48 @@ def test_only_the_head_learns(job, tmp_path):
 def test_a_head_needs_a_trained_model(job):
     with pytest.raises(UserError, match='--init'):
         HeadJob(dataclasses.replace(job.run, init=''))
-    with pytest.raises(UserError, match='blocks'):
-        HeadJob(dataclasses.replace(job.run, model=dataclasses.replace(MODEL, mlp_ratio=2)))
+
+
+@pytest.mark.parametrize(
+    ('field', 'options'),
+    [
+        ('mlp_ratio', {'mlp_ratio': 2}),
+        ('logit_norm', {'logit_norm': False}),
+        ('positions.theta', {'positions': NormalisedRotary(theta=100)}),
+        ('positions', {'positions': RawRotary()}),
+        ('released_cross_attention', {'released_cross_attention': True}),
+        ('sides', {'sides': (1, 3, 4)}),
+    ],
+)
+def test_a_head_needs_the_model_that_was_trained(job, field, options):
+    with pytest.raises(UserError, match=f'model.{field}: '):
+        HeadJob(dataclasses.replace(job.run, model=dataclasses.replace(MODEL, **options)))
+
+
+def test_a_head_needs_the_text_encoder_that_was_trained_with(job, tmp_path):
+    shutil.copytree(tiny.TEXT, tmp_path / 'text')
+    config = tmp_path / 'text' / 'config.json'
+    config.write_text(config.read_text() + '\n')
+    with pytest.raises(UserError, match='was trained with the text encoder'):
+        HeadJob(dataclasses.replace(job.run, text=str(tmp_path / 'text')))
+
+
+def test_a_head_goes_on_with_the_model_that_it_began_on(job, tmp_path):
+    place, out = tmp_path / 'base', tmp_path / 'run'
+    shutil.copytree(job.run.init, place)
+    begun = story.job(dataclasses.replace(job.run, init=str(place)))
+    stop, console = faults.Stop(), Console(quiet=True)
+    stop.asked = True
+    assert not loop.fit(begun, out, console, stop)
+    with Checkpoints(out / loop.CHECKPOINTS, keep=1) as checkpoints:
+        checkpoints.save(1, begun.init(), [])
+    assert not loop.fit(begun, out, console, stop)
+    assert loop.newest(begun, out)
+
+    params = weights.load(place / folder.MODEL)
+    params['levels'] = params['levels'] + 1
+    weights.save(place / folder.MODEL, params)
+    with pytest.raises(UserError, match='has changed since'):
+        loop.fit(story.job(begun.run), out, console, stop)
+    with pytest.raises(UserError, match='has changed since'):
+        story.export(out, tmp_path / 'model')

@@ -1,14 +1,16 @@
 """How is the refinement head of a model trained, and nothing else of it?"""
 
 import functools
+import re
 from typing import Any
 
 import jax
 import numpy as np
 
-from star_jax.checkpoint import models, weights
+from star_jax.checkpoint import config, models, weights
 from star_jax.data import pipeline
 from star_jax.errors import UserError
+from star_jax.families import Family
 from star_jax.training import refinement
 from star_jax.training.optimizer import decayed, everything
 from star_jax.training.run import Run
@@ -23,6 +25,7 @@ from star_jax.training.state import (
 from star_jax.training.transformer import TransformerJob
 
 HEAD = 'refiner'  # its name among the parameters of a model
+OWN = ('refinement', 'drop_path', 'keep_tokens')  # fields in which the frozen model may differ
 
 
 class HeadJob(TransformerJob):
@@ -37,8 +40,15 @@ class HeadJob(TransformerJob):
                 'model.refinement asks for a head on a trained model, and there is none: name its '
                 'folder with --init, or train the model first, without model.refinement'
             )
-        given = dict(models.read(run.init).params)
+        begun = models.read(run.init)
+        _check_config(run, begun.config)
         super().__init__(run)
+        if begun.text and begun.text.sha256 != self.encoder.sha256:
+            raise UserError(
+                f'{run.init} was trained with the text encoder of sha256 {begun.text.sha256}, but '
+                f'{run.text} has {self.encoder.sha256}: name that one with --text'
+            )
+        given = dict(begun.params)
         self._begun = given.pop(HEAD, None)
         mask = everything if run.unmasking.decay_all else decayed
         self.optimizer = run.optimizer.build(run.pace.steps, mask)
@@ -54,6 +64,10 @@ class HeadJob(TransformerJob):
             self._recipe,
             run.unmasking,
         )
+
+    @functools.cached_property
+    def base(self) -> str:
+        return models.digest(self.run.init)
 
     def init(self) -> TrainState:
         """A fresh head, or that of `run.init` if it has one."""
@@ -99,3 +113,14 @@ class HeadJob(TransformerJob):
         args = (params, frozen['tokenizer'], codes_BL, shown_BL, self._condition(frozen, batch))
         logits_BLV = refinement.score(self._taught, self.tokenizer, *args)
         return refinement.hidden_sums(logits_BLV, codes_BL[:, rows], shown_BL)
+
+
+def _check_config(run: Run, begun: Family) -> None:
+    """Raises UserError unless `begun`, the model of `run.init`, is that of the run without head."""
+    found = config.differences(begun, run.model)
+    changed = [f'model.{one}' for one in found if re.split('[.:]', one)[0] not in OWN]
+    if changed:
+        raise UserError(
+            f'{run.init} is another model than that of the run ({"; ".join(changed)}): a head is '
+            'trained on a frozen model, so give the config that it was trained with'
+        )

@@ -27,6 +27,7 @@ from star_jax.training.state import TrainState
 
 CONFIG = 'config.json'
 DATA = 'data.json'  # how many training examples there are, and their fingerprint
+BASE = 'base.json'  # the digest of the model folder that stays frozen, where there is one
 CHECKPOINTS = 'checkpoints'
 METRICS = report.METRICS
 MODEL = 'model'
@@ -41,6 +42,7 @@ class Job(Protocol):
 
     run: Run | TokenizerRun
     source: Source  # of the training examples
+    base: str  # digest of the folder whose weights belong to the state, but not to checkpoints
 
     def summary(self) -> dict[str, str]:
         """What a user wants to know before paying for the run."""
@@ -72,10 +74,11 @@ class Job(Protocol):
 def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
     """Runs `job` in the folder `out` from where an earlier run in it stopped; whether to its end.
 
-    Leaves `config.json`, `data.json`, `checkpoints/`, `samples/`, `metrics.jsonl`, event files and
-    `model/`. Asked to `stop`, it finishes the step (with its pictures, if it has any) and saves.
-    Raises UserError if `out` belongs to a run with another config, and RunError if a loss or the
-    state is not finite any more: what was saved before stays, and nothing later is saved.
+    Leaves `config.json`, `data.json`, `base.json` (of a head), `checkpoints/`, `samples/`,
+    `metrics.jsonl`, event files and `model/`. Asked to `stop`, it finishes the step (with its
+    pictures, if it has any) and saves. Raises UserError if `out` belongs to a run with another
+    config or frozen model, and RunError if a loss or the state is not finite any more: what was
+    saved before stays, and nothing later is saved.
     """
     check(out, job.run)
     _print_summary(job, console)
@@ -84,6 +87,7 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
         first, state = restored if restored else (0, job.init())
         claim(out, job.run)  # now that it can begin: what is mended is no other config
         _compare_data(out, job.source, first)
+        _compare_base(out, job.base, first)
         if first:
             console.print(f'continuing from step {first}')
         window = Window(job.run.batch, first, checkpoints.notes(first))
@@ -177,7 +181,10 @@ def newest(job: Job, out: Path) -> TrainState | None:
     checkpoints = Checkpoints(out / CHECKPOINTS, read_only=True)
     restored = checkpoints.restore(job.abstract())
     checkpoints.close()
-    return restored and restored[1]
+    if restored is None:
+        return None
+    _check_base(out, job.base)
+    return restored[1]
 
 
 def claim(out: Path, run: Run | TokenizerRun) -> None:
@@ -228,6 +235,24 @@ def _compare_data(out: Path, source: Source, first: int) -> None:
         )
     if known != found:
         config.write_json(path, found)
+
+
+def _compare_base(out: Path, base: str, first: int) -> None:
+    """Remembers the digest of the frozen model of a run that begins; later it must be the same."""
+    if first:
+        _check_base(out, base)
+    if base and jax.process_index() == 0:
+        config.write_json(out / BASE, {'sha256': base})
+
+
+def _check_base(out: Path, base: str) -> None:
+    """Raises UserError if the frozen model of the run in `out` is not what it was."""
+    path = out / BASE
+    if path.exists() and config.read_json(path) != {'sha256': base}:
+        raise UserError(
+            f'the model that {out} goes on from with --init has changed since the run began, and '
+            'its checkpoints fit no other: put the earlier one back, or give another --out'
+        )
 
 
 def _progress(console: Console) -> Progress:

@@ -35,6 +35,8 @@ SHOWN = 16  # pictures of a reconstruction grid
 class TokenizerJob:
     """Reconstruction and quantiser losses, straight-through (STAR specification 1.8)."""
 
+    base = ''
+
     def __init__(self, run: TokenizerRun) -> None:
         self.run = run
         self.mesh = run.mesh.build()

@@ -45,6 +45,8 @@ class TransformerJob:
     Of labelled images the caption is their label.
     """
 
+    base = ''
+
     def __init__(self, run: Run) -> None:
         self.run = run
         self.mesh = run.mesh.build()
