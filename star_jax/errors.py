@@ -14,3 +14,11 @@ class RunError(Exception):
     One sentence: what happened, what is safe, what to do. The command line prints it and exits
     with 1; it never shows a traceback for it.
     """
+
+
+class NotFiniteError(RunError):
+    """A loss, or what is trained, is no number any more; `flaw` says which, and at what step."""
+
+    def __init__(self, sentence: str, flaw: str) -> None:
+        super().__init__(sentence)
+        self.flaw = flaw

@@ -176,6 +176,13 @@ def test_a_file_cut_short_is_refused_with_the_line(tmp_path, size):
         config.read(path, Run)
 
 
+def test_a_file_as_windows_writes_it_is_read(tmp_path):
+    path = tmp_path / 'config.json'
+    config.write(path, RUN)
+    path.write_text(path.read_text().replace('\n', '\r\n'), 'utf-8-sig')
+    assert config.read(path, Run) == RUN
+
+
 def test_files_that_hold_no_json_are_refused(tmp_path):
     path = tmp_path / 'config.json'
     with pytest.raises(UserError, match='no such file'):

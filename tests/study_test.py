@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import statistics
 import weakref
@@ -13,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 
 from star_jax import cli
 from star_jax.checkpoint import config, weights
-from star_jax.errors import UserError
+from star_jax.errors import NotFiniteError, UserError
 from star_jax.nn.positions import Learned, NoPositions
-from star_jax.studies import comparison, plot, study
+from star_jax.studies import comparison, plot, study, tables
 from star_jax.training import train as story_of_a_run
 from star_jax.training.run import Pace, Run
 from star_jax.training.transformer import TransformerJob
@@ -45,7 +47,7 @@ def shared(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope='module')
 def home(shared, tmp_path_factory) -> Path:
-    """Two configs, and a study of them that draws no pictures: the longest program to compile."""
+    """Two configs, and a study of them."""
     home = tmp_path_factory.mktemp('home')
     config.write(home / 'rotary.json', shared)
     config.write(home / 'learned.json', with_model(shared, positions=Learned()))
@@ -57,11 +59,12 @@ def home(shared, tmp_path_factory) -> Path:
         return job
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TransformerJob, 'picture', lambda *_: np.zeros((8, 8, 3), np.uint8))
+        patch.setattr(TransformerJob, 'picture', pytest.fail)
         patch.setattr(story_of_a_run, 'job', remember)
         status, out, err = star_jax(*words(home))
     assert status == 0, err
     assert len(jobs) == 6 and not any(job() for job in jobs), 'what has ended leaves the memory'
+    assert not list(home.glob('out/*/*/samples/*')), 'nobody looks at them'
     assert [f'run {n} of 4' in out for n in range(1, 6)] == [True] * 4 + [False]
     shutil.copytree(home / 'out', home / 'kept')
     return home
@@ -155,17 +158,24 @@ def test_tables_say_the_numbers(home, told):
 
 
 def test_the_interval_is_students():
-    score = comparison.compare([1.1, 2.3, 3.2], [1.0, 2.0, 3.0])
+    score = comparison.compare({1: 1.1, 2: 2.3, 5: 3.2}, {1: 1.0, 2: 2.0, 5: 3.0})
     # Differences 0.1, 0.3, 0.2: mean 0.2, deviation 0.1; t is 4.3027 at two degrees of freedom.
     assert (score.low, score.high) == pytest.approx(
         (0.2 - 4.3027 * 0.1 / 3**0.5, 0.44841), abs=1e-5
     )
     assert not score.is_apart
-    assert comparison.compare([1.5, 2.5, 3.51], [1.0, 2.0, 3.0]).is_apart
-    alone = comparison.compare([1.5], [1.0])
+    assert comparison.compare({1: 1.5, 2: 2.5, 3: 3.51}, {1: 1.0, 2: 2.0, 3: 3.0}).is_apart
+    alone = comparison.compare({1: 1.5}, {1: 1.0})
     assert alone == comparison.Comparison(
         mean=1.5, deviation=None, difference=0.5, low=None, high=None
     )
+
+
+def test_only_seeds_that_both_have_are_compared():
+    score = comparison.compare({1: 1.1, 3: 9.0}, {1: 1.0, 2: 5.0})
+    assert (score.mean, score.difference) == (pytest.approx(5.05), pytest.approx(0.1))
+    assert score.low is None
+    assert comparison.compare({1: 1.1}, {}).difference is None
 
 
 # Going on.
@@ -199,13 +209,42 @@ def test_a_stop_between_steps_stops_the_study(home, monkeypatch):
     shutil.rmtree(home / 'out' / 'rotary' / 'seed-3' / 'model')
     before = files(home)
     with monkeypatch.context() as patch:
-        patch.setattr(story_of_a_run, 'main', lambda run, out: False)
+        patch.setattr(story_of_a_run, 'main', lambda *_: False)
         status, out, _ = star_jax(*words(home))
     assert status == 0 and 'the same command goes on' in out
     assert files(home) == before
     train_from_memory(monkeypatch, home)
     assert star_jax(*words(home))[0] == 0
     assert files(home) == before
+
+
+def test_a_run_that_comes_to_nan_is_named_and_the_others_go_on(home, told, monkeypatch):
+    """The first config's, so that the others have one seed less to be compared with."""
+    shutil.rmtree(home / 'out' / 'rotary' / 'seed-3')
+    shutil.rmtree(home / 'out' / 'learned' / 'seed-4')
+    trained = train_from_memory(monkeypatch, home, failing='rotary/seed-3')
+    status, out, _ = star_jax(*words(home))
+    assert (status, trained) == (0, ['rotary/seed-3', 'learned/seed-4'])
+    assert 'lower the rate' in out and 'rotary, seed 3' in out and 'step 2: loss is nan' in out
+    again = json.loads((home / 'out' / 'study.json').read_text())
+    first, other = again['outcomes']
+    assert first['failures'] == {'3': 'step 2: loss is nan'} and not other['failures']
+    assert first['scores']['loss']['mean'] == told['runs'][2]['final']['loss']
+    assert other['scores']['loss']['mean'] == told['outcomes'][1]['scores']['loss']['mean']
+    assert '| rotary (1 of 2) |' in (home / 'out' / 'study.md').read_text()
+    assert star_jax(*words(home))[0] == 0 and len(trained) == 2, 'it would come to the same end'
+    shutil.rmtree(home / 'out' / 'rotary' / 'seed-3')
+    train_from_memory(monkeypatch, home)
+    assert star_jax(*words(home))[0] == 0
+    assert json.loads((home / 'out' / 'study.json').read_text()) == told
+
+
+def test_a_study_of_which_nothing_ends_says_so(home, monkeypatch):
+    trained = train_from_memory(monkeypatch, home, failing='rotary/seed-3')
+    options = ['--seeds', '3', '--out', home / 'lost']
+    status, out, _ = star_jax('study', home / 'rotary.json', *options)
+    assert status == 0 and trained == ['rotary/seed-3'] and 'step 2: loss is nan' in out
+    assert not (home / 'lost' / 'study.png').exists()
 
 
 def test_a_damaged_report_is_told(home):
@@ -217,12 +256,14 @@ def test_a_damaged_report_is_told(home):
     path.write_text(whole)
 
 
-def train_from_memory(monkeypatch, home: Path) -> list[str]:
-    """The runs that are trained from now on; each ends as the same run ended before."""
+def train_from_memory(monkeypatch, home: Path, failing: str = '') -> list[str]:
+    """The runs that are trained from now on; each ends as the same run ended before, or fails."""
     trained = []
 
-    def end(run: Run, out: Path) -> bool:
+    def end(run: Run, out: Path, *_: object) -> bool:
         trained.append(f'{out.parent.name}/{out.name}')
+        if trained[-1] == failing:
+            raise NotFiniteError('step 2: loss is nan: lower the rate', 'step 2: loss is nan')
         shutil.copytree(home / 'kept' / trained[-1], out, dirs_exist_ok=True)
         return True
 
@@ -302,7 +343,22 @@ def test_a_seed_means_the_same_for_every_config(shared):
         np.testing.assert_array_equal(array, levels[name], err_msg=name)
 
 
-# The plot, and the configs that come with the project.
+# The tables, the plot, and the configs that come with the project.
+
+
+@pytest.mark.parametrize('scales', [4, 10])
+def test_tables_fit_a_terminal(scales):
+    columns = ['config', *[f'scale {scale}' for scale in range(scales)]]
+    row = ['rotary_without_levels', *['5.123 ± 0.012'] * scales]
+    cells = tables.Cells(title='Held-out loss by scale', columns=columns, rows=[row, row])
+    told = io.StringIO()
+    console = Console(file=told, width=200)
+    for table in cells.for_terminal():
+        console.print(table)
+    text = told.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.findall(r'scale \d', text) == columns[1:]
+    assert text.count('5.123 ± 0.012') == 2 * scales
 
 
 def test_names_of_lines_do_not_overlap():

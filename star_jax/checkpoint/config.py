@@ -71,7 +71,7 @@ def check(config: Config, where: str) -> Config:
 def read_json(path: str | Path) -> Any:
     """The JSON tree in the file `path`; UserError if it is missing or damaged, with the line."""
     try:
-        return json.loads(Path(path).read_text('utf-8'), parse_constant=_refuse_constant)
+        return json.loads(Path(path).read_text('utf-8-sig'), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise UserError(f'{path}: there is no such file') from error
     except OSError as error:
@@ -135,7 +135,8 @@ def _execute(path: Path) -> dict[str, Any]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = f', line {lines[-1]}' if lines else ''
-        raise UserError(f'{path}{line}: {error} ({type(error).__name__})') from error
+        said = f'{error} ({type(error).__name__})'.lstrip()
+        raise UserError(f'{path}{line}: {said}') from error
     return namespace
 
 

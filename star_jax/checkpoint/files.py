@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from star_jax.errors import UserError
@@ -140,7 +140,7 @@ def check_file(path: Path) -> None:
     mode = _mode(path)
     if mode is not None and stat.S_ISDIR(mode):
         raise UserError(f'{path} is a folder, expected the name of a file: choose another place')
-    _check_above(path)
+    _check_takes_files(path, path.absolute().parents)
 
 
 def check_folder(path: Path) -> None:
@@ -148,7 +148,8 @@ def check_folder(path: Path) -> None:
     mode = _mode(path)
     if mode is not None and not stat.S_ISDIR(mode):
         raise UserError(f'{path} is a file, expected the name of a folder: choose another place')
-    _check_above(path / 'file')
+    place = path.absolute()
+    _check_takes_files(path, (place, *place.parents))
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
@@ -161,14 +162,18 @@ def _mode(path: Path) -> int | None:
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise UserError(
+                f'{path} is a link to a place that is not there: choose another place'
+            ) from None
         return None
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def _check_above(path: Path) -> None:
-    """Raises UserError unless the nearest folder above `path` that is there takes files."""
-    above = next(parent for parent in path.absolute().parents if _mode(parent) is not None)
+def _check_takes_files(path: Path, folders: Iterable[Path]) -> None:
+    """Raises UserError about `path` unless the first of `folders` that is there takes files."""
+    above = next(folder for folder in folders if _mode(folder) is not None)
     try:
         with tempfile.TemporaryFile(dir=above):
             pass

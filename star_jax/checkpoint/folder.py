@@ -163,7 +163,9 @@ def find(place: str | Path) -> Path:
     if os.path.isdir(place):  # which, unlike Path.is_dir, never raises
         return Path(place)
     if not HUB_ID.fullmatch(str(place)):
-        raise UserError(f"{place}: there is no such folder, and it is no hub id like 'owner/name'")
+        raise UserError(
+            f"{place or repr('')}: there is no such folder, and it is no hub id like 'owner/name'"
+        )
     return _download(str(place))
 
 

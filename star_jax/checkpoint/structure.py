@@ -119,6 +119,8 @@ def _structure_text(value: object, kind: type) -> str:
         text.encode()
     except UnicodeEncodeError as error:  # JSON, and a command line, can hold halves of characters
         raise ValueError(f'given {ascii(text)}, expected text that UTF-8 can hold') from error
+    if '\0' in text:
+        raise ValueError(f'given {ascii(text)}, expected text without NUL, which no name has')
     return text
 
 

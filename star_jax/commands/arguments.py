@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -12,6 +13,8 @@ import tyro
 from star_jax.errors import UserError
 
 Arguments = TypeVar('Arguments')
+
+_types = tyro.constructors.ConstructorRegistry()
 
 USAGE = 2  # the exit status of every command line that cannot be meant
 GUESSES = 3  # of what was meant, in one sentence
@@ -36,6 +39,7 @@ def parse(
                 args=list(arguments),
                 prog=f'star-jax {command}',
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=_types,
                 **options,
             )
     except ValueError as error:
@@ -45,6 +49,28 @@ def parse(
             sys.stderr.write(said.getvalue())
             raise
         raise UserError(_sentence(said.getvalue(), command)) from stopped
+
+
+@_types.primitive_rule
+def _path(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Of a path; nothing, such as an unset variable of a shell, names none."""
+
+    def read(words: list[str]) -> Path:
+        if not words[0] or '\0' in words[0]:
+            raise ValueError(f'{words[0]!r} names no file or folder')
+        return Path(words[0])
+
+    if info.type not in (Path, Path | None):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar='PATH',
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, info.type),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def _sentence(box: str, command: str) -> str:

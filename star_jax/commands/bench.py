@@ -65,6 +65,8 @@ def main(words: Sequence[str]) -> int:
     job = _job(given, folder)
     if given.json is not None:
         files.check_file(given.json)
+    if given.cache is not None:
+        files.check_folder(given.cache)
     console = Console()
     with console.status('starting') as status:
         report = sampling.run(job, status.update, given.cache)

@@ -12,6 +12,8 @@ import tyro
 from star_jax.checkpoint import files, models
 from star_jax.commands import arguments
 from star_jax.core import pictures, pixels
+from star_jax.data.folder import MOST_ENLARGED
+from star_jax.data.photos import MOST_ASPECT
 from star_jax.errors import UserError
 from star_jax.parallel import startup
 from star_jax.tokenizers import objective
@@ -45,7 +47,7 @@ def main(words: Sequence[str]) -> int:
     startup.start()
     folder = models.read_tokenizer(given.model)
     size = folder.config.resolution
-    images = [pictures.square(pictures.load_image(path), size) for path in given.images]
+    images = [_load(path, size) for path in given.images]
     reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
     sides = folder.config.sides
     rows, captions = [], []
@@ -61,6 +63,19 @@ def main(words: Sequence[str]) -> int:
     grid = pictures.grid(rows, captions, columns=1 + len(sides))
     sys.stdout.write(f'{pictures.save_png(grid, given.out / "grid.png")}\n')
     return 0
+
+
+def _load(path: Path, size: int) -> np.ndarray:
+    """The centre square of a picture file; UserError where its sides are such as no set has."""
+    image = pictures.load_image(path)
+    height, width = image.shape[:2]
+    short, least = min(height, width), -(-size // MOST_ENLARGED)
+    if short < least or max(height, width) > MOST_ASPECT * short:
+        raise UserError(
+            f'{path} has {width} x {height} pixels, expected a shorter side of at least {least} '
+            f'for {size} px, and sides of at most {MOST_ASPECT} : 1: give another picture'
+        )
+    return pictures.square(image, size)
 
 
 def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array, jax.Array]:

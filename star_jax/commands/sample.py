@@ -126,6 +126,8 @@ def _prompts(given: Sample) -> list[str]:
 
 
 def _check(prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError('a prompt is empty: say what to draw, or leave it out')
     if len(prompt) > LONGEST:
         raise UserError(
             f'a prompt has {len(prompt):,} characters ({prompt[:30]!r}...), expected at most '

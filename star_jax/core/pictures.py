@@ -72,7 +72,8 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     except Image.DecompressionBombError:
         raise UserError(f'{path} has too many pixels to be decoded: make it smaller') from None
     except (OSError, SyntaxError) as error:  # Pillow reports torn PNG chunks as SyntaxError
-        raise UserError(f'the picture {path} cannot be read ({error}): replace it') from None
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'the picture {path} cannot be read ({reason}): replace it') from None
 
 
 def save_png(image: np.ndarray, path: str | os.PathLike[str]) -> Path:

@@ -3,7 +3,10 @@
 LARGEST = 2**20  # more than anyone trains, and small enough for the products of three of them
 
 
-def check_sizes(owner: object, *sizes: float) -> None:
-    """Raises ValueError unless every size of `owner` lies in [1, LARGEST]."""
-    if not all(1 <= size <= LARGEST for size in sizes):
-        raise ValueError(f'every size must lie in [1, {LARGEST}]: {owner}')
+def check_sizes(**sizes: float | tuple[float, ...]) -> None:
+    """Raises ValueError that names a size which does not lie, or not always, in [1, LARGEST]."""
+    for name, given in sizes.items():
+        if not all(
+            1 <= size <= LARGEST for size in (given if isinstance(given, tuple) else [given])
+        ):
+            raise ValueError(f'{name} must lie in [1, {LARGEST}], not {given}')

@@ -80,7 +80,10 @@ def read(folder: Path, key: Key, source: Source) -> CodedSource:
             raise UserError(f'{folder} is not complete, it lacks shard {number}: {again}')
         if not _is_whole(path):
             raise UserError(f'{path} is damaged: {again} again')
-        shards.append(np.load(path, mmap_mode='r', allow_pickle=False))
+        try:
+            shards.append(np.load(path, mmap_mode='r', allow_pickle=False))
+        except ValueError as error:
+            raise UserError(f'{path} holds no codes ({error}): {again}') from error
     return CodedSource(source, tuple(shards))
 
 

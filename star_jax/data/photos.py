@@ -96,7 +96,8 @@ def _decoded(path: Path, wanted: int) -> Iterator[tuple[Image.Image, int]]:
     except Image.DecompressionBombError as error:
         raise _too_large('its pixels') from error
     except Exception as error:  # Pillow raises nearly anything over a damaged file
-        reason = f'it is cut short or damaged ({str(error) or type(error).__name__})'
+        said = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        reason = f'it is cut short or damaged ({said})'
         raise UnfitError(UNREADABLE, reason) from error
 
 

@@ -149,9 +149,15 @@ class _Records:
 
     def _texts(self, record: Mapping[str, Any], field: str) -> tuple[str, ...]:
         feature, value = self.features[field], record[field]
-        if isinstance(feature, tfds.features.Sequence):
-            return tuple(_text(feature.feature, part) for part in value)
-        return (_text(feature, value),)
+        try:
+            if isinstance(feature, tfds.features.Sequence):
+                return tuple(_text(feature.feature, part) for part in value)
+            return (_text(feature, value),)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f'the field {field!r} of {self.config.path} holds what is no text in UTF-8: '
+                'name another field with caption= or label='
+            ) from error
 
 
 def write(

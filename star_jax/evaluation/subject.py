@@ -75,7 +75,8 @@ class Subject:
     @functools.cached_property
     def pipe(self) -> Pipeline:
         """Raises UserError where there is no model that draws."""
-        pipe = pipeline.load(self.job.place, self.job.text, self.job.dtype)
+        job = self.job
+        pipe = pipeline.prepare(self.model, job.place, job.text, job.dtype)
         pipe.encoder = _Remembering(pipe.encoder)
         return pipe
 

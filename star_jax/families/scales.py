@@ -55,8 +55,9 @@ class Scales:
     gate_init: float = 5e-5
 
     def __post_init__(self) -> None:
-        mlp = self.mlp_ratio * self.width
-        check_sizes(self, self.depth, self.width, self.heads, mlp, self.codes, self.channels)
+        check_sizes(depth=self.depth, width=self.width, heads=self.heads)
+        check_sizes(codes=self.codes, channels=self.channels)
+        check_sizes(**{'mlp_ratio times width': self.mlp_ratio * self.width})
         if self.width % self.heads:
             raise ValueError(f'width {self.width} does not divide into {self.heads} heads')
         rotary = isinstance(self.positions, NormalisedRotary | RawRotary)
@@ -146,8 +147,12 @@ class Scales:
 
     def abstract(self) -> dict:
         """The parameters of such a network, by shape and type alone, boxed with logical axes."""
-        schedule = self.schedule
-        later = schedule.starts[-1] - schedule.starts[1]
-        inputs = jax.ShapeDtypeStruct((1, later, self.channels), jnp.float32)
-        network, condition = self.build(), self.abstract_condition()
-        return jax.eval_shape(network.init, jax.random.key(0), inputs, condition)['params']
+        return _abstract(self)
+
+
+@functools.lru_cache(maxsize=16)  # traced again for every reader, it takes longer than the reading
+def _abstract(config: Scales) -> dict:
+    later = config.schedule.starts[-1] - config.schedule.starts[1]
+    inputs = jax.ShapeDtypeStruct((1, later, config.channels), jnp.float32)
+    network, condition = config.build(), config.abstract_condition()
+    return jax.eval_shape(network.init, jax.random.key(0), inputs, condition)['params']

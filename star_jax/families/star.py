@@ -60,7 +60,7 @@ class Star(Scales):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(self, self.text_width)
+        check_sizes(text_width=self.text_width)
         if self.refinement:
             self._check_refinement(self.refinement)
 

@@ -41,7 +41,7 @@ class Var(Scales):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(self, self.classes)
+        check_sizes(classes=self.classes)
         if self.names and len(set(self.names)) != self.classes:
             raise ValueError(
                 f'names must be {self.classes} different ones, one per class, or none; '

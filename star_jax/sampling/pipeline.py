@@ -152,7 +152,19 @@ def load(
     does. Raises UserErrors for folders that cannot be read and for an encoder that is not the one
     that the model was trained with.
     """
-    model = _behaving(models.read(place), behaviour)
+    return prepare(models.read(place), str(place), text, dtype, mesh, behaviour)
+
+
+def prepare(
+    model: folder.Model,
+    place: str,
+    text: str = '',
+    dtype: str = 'float32',
+    mesh: Mesh | None = None,
+    behaviour: Behaviour = 'own',
+) -> Pipeline:
+    """A pipeline of a model that was read from `place`; all else as in `load`."""
+    model = _behaving(model, behaviour)
 
     def load_encoder() -> TextEncoder:
         if model.text is None:

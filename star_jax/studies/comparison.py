@@ -7,7 +7,7 @@ of a bootstrap are far too narrow for a handful of seeds.
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scipy import special
 
@@ -20,7 +20,7 @@ class Comparison:
 
     `mean` and standard `deviation` over seeds; the mean of the paired `difference` to the first
     config, and the ends of its 95 % interval. None: one seed tells no deviation and no interval,
-    and the first config has no difference.
+    and the first config has no difference, nor has one that shares no seed with it.
     """
 
     mean: float
@@ -35,12 +35,13 @@ class Comparison:
         return self.low is not None and not self.low <= 0 <= self.high
 
 
-def compare(values: Sequence[float], first: Sequence[float] | None) -> Comparison:
-    """One config's scores by seed; `first` has those of the first config with the same seeds."""
-    mean, deviation = statistics.fmean(values), _deviation(values)
-    if first is None:
+def compare(values: Mapping[int, float], first: Mapping[int, float] | None) -> Comparison:
+    """One config's scores by seed; `first` has those of the first config, and perhaps not all."""
+    every = list(values.values())
+    mean, deviation = statistics.fmean(every), _deviation(every)
+    differences = [values[seed] - first[seed] for seed in values if seed in (first or {})]
+    if not differences:
         return Comparison(mean=mean, deviation=deviation, difference=None, low=None, high=None)
-    differences = [value - other for value, other in zip(values, first, strict=True)]
     difference, spread = statistics.fmean(differences), _deviation(differences)
     low = high = None
     if spread is not None:

@@ -1,4 +1,4 @@
-"""What did a finished run reach?
+"""What did a finished run reach, and why could another not finish?
 
 All of it is in the run's own `metrics.jsonl`: held-out scores are the scalars whose names begin
 with `validation/`, and any other score that runs report there can be studied.
@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from star_jax.checkpoint import folder
+from star_jax.checkpoint import config, folder
 from star_jax.errors import UserError
 from star_jax.studies import origin
 from star_jax.training import loop
@@ -20,6 +20,7 @@ from star_jax.training.run import Run
 HELD_OUT = 'validation/'
 LOSS = 'loss'
 SPEED = 'images_per_second'
+FAILURE = 'failure.json'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,40 @@ class Result:
     machines: tuple[dict[str, Any], ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A run that came to what is no number, and would again: `reason` says what, and when."""
+
+    config: str
+    seed: int
+    parameters: int
+    reason: str
+
+
 def has_ended(place: Place) -> bool:
     """Whether a run has left its model, the last thing that a run does."""
     return (place.folder / loop.MODEL / folder.CONFIG).exists()
+
+
+def note_failure(place: Place, reason: str) -> None:
+    """Leaves beside a run why it cannot come to its end."""
+    config.write_json(place.folder / FAILURE, {'reason': reason})
+
+
+def failure(place: Place) -> Failure | None:
+    """Why a run cannot come to its end, if that is known."""
+    path = place.folder / FAILURE
+    if not path.exists():
+        return None
+    fields = config.read_json(path)
+    if not isinstance(fields, dict) or not isinstance(fields.get('reason'), str):
+        raise _damaged(path, 'tells no reason')
+    return Failure(
+        config=place.config,
+        seed=place.seed,
+        parameters=origin.read(place.folder)['parameters'],
+        reason=fields['reason'],
+    )
 
 
 def read(place: Place) -> Result:
@@ -94,7 +126,7 @@ def _read_lines(path: Path) -> list[dict[str, float]]:
 
 def _damaged(path: Path, flaw: str) -> UserError:
     return UserError(
-        f'{path} {flaw}, though the run has ended: its report is damaged; delete {path.parent} '
+        f'{path} {flaw}, though the run is over: its report is damaged; delete {path.parent} '
         'and the same command trains it again'
     )
 

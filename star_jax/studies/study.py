@@ -2,7 +2,8 @@
 
 Configs that differ in what is studied and in nothing else, each with the same seeds, one run after
 another through the same loop as any run. A run's folder is `<config>/seed-<n>`; what has ended is
-never trained again, so the same command goes on after a stop, adds seeds, or only reports.
+never trained again, so the same command goes on after a stop, adds seeds, or only reports. A run
+that comes to nan is noted as failed, and the others go on.
 """
 
 import dataclasses
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from star_jax.checkpoint import config
-from star_jax.errors import UserError
+from star_jax.checkpoint import config, files
+from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import startup
 from star_jax.studies import origin, report, results
+from star_jax.studies.summary import summarise
 from star_jax.training import loop, train
 from star_jax.training.run import Run, settle
 
@@ -86,23 +88,35 @@ def main(study: Study, out: Path, console: Console) -> bool:
     that does not fit its tokenizer or text encoder.
     """
     startup.start()
+    for name in (report.JSON, report.MARKDOWN, report.PLOT):
+        files.check_file(out / name)
     rounds = study.rounds(out)
-    for place in (place for places in rounds for place in places):
+    every_place = [place for places in rounds for place in places]
+    for place in every_place:
+        train.check_places(place.folder)
         loop.check(place.folder, place.run)
-    open_places = [place for places in rounds for place in places if not results.has_ended(place)]
+    open_places = [
+        place
+        for place in every_place
+        if not results.has_ended(place) and not results.failure(place)
+    ]
     if open_places and study.baseline.cache:
         train.cache(study.baseline)  # one serves all: their pictures, texts and codes are the same
     sizes = _count_parameters(open_places)
     course = _Course(console, total=len(study.configs) * len(study.seeds), left=len(open_places))
-    done = []
+    done, failed = [], []
     for number, places in enumerate(rounds, 1):
         missing = [place for place in places if place in open_places]
         for place in missing:
             if not course.train(place, sizes[place.config]):
                 return False
-        done += [results.read(place) for place in places]
+        for place in places:
+            if failure := results.failure(place):
+                failed.append(failure)
+            else:
+                done.append(results.read(place))
         if missing or number == len(rounds):
-            summary = report.summarise(done, study.differences(), study.baseline)
+            summary = summarise(done, failed, study.differences(), study.baseline)
             report.write(summary, out)
     report.show(summary, console)
     console.print(f'report: {out / report.MARKDOWN}, {out / report.JSON}, {out / report.PLOT}')
@@ -129,7 +143,12 @@ class _Course:
         )
         origin.note(place.folder, parameters)
         begin = time.monotonic()
-        has_ended = train.main(place.run, place.folder)
+        try:
+            has_ended = train.main(place.run, place.folder, _job_without_pictures)
+        except NotFiniteError as error:
+            results.note_failure(place, error.flaw)
+            self._console.print(f'failed, and the others go on: {error}', soft_wrap=True)
+            has_ended = True
         gc.collect()  # a job refers to itself, and the next one needs its memory
         if not has_ended:
             self._console.print(
@@ -139,6 +158,13 @@ class _Course:
         self._seconds.append(time.monotonic() - begin)
         self._left -= 1
         return True
+
+
+def _job_without_pictures(run: Run) -> loop.Job:
+    """Nobody looks at those of a study, and their program is the longest to compile."""
+    job = train.job(run)
+    job.picture = lambda state: None
+    return job
 
 
 def _unequal_conditions(first: Run, other: Run) -> list[str]:

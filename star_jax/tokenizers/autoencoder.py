@@ -29,8 +29,8 @@ class Autoencoder:
     stem: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self, self.width, self.blocks, self.groups, self.stem, *self.multipliers)
-        check_sizes(self, *self.widths)
+        check_sizes(width=self.width, blocks=self.blocks, groups=self.groups, stem=self.stem)
+        check_sizes(multipliers=self.multipliers, widths=self.widths)
         if not self.multipliers:
             raise ValueError('an autoencoder needs at least one of the multipliers of its width')
         if self.width % self.groups:

@@ -6,6 +6,7 @@ convolution, add up to the canvas that the decoder turns into an image.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ class VQ:
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(self, self.codes, self.channels, self.phis, *self.sides)
+        check_sizes(codes=self.codes, channels=self.channels, phis=self.phis, sides=self.sides)
         Pyramid.square(self.sides)  # refuses sides that shrink, or none
         if self.resolution > LARGEST_SIDE:
             raise ValueError(
@@ -90,8 +91,13 @@ class VQ:
 
     def abstract(self) -> dict:
         """The parameters of such a tokenizer, by shape and type alone, boxed with logical axes."""
-        images = jax.ShapeDtypeStruct((1, self.resolution, self.resolution, 3), jnp.float32)
-        return jax.eval_shape(self.build().init, jax.random.key(0), images)['params']
+        return _abstract(self)
+
+
+@functools.lru_cache(maxsize=16)  # traced again for every reader, it takes longer than the reading
+def _abstract(config: VQ) -> dict:
+    images = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, 3), jnp.float32)
+    return jax.eval_shape(config.build().init, jax.random.key(0), images)['params']
 
 
 @jax.tree_util.register_dataclass

@@ -18,18 +18,20 @@ from rich.table import Table
 from star_jax.checkpoint import config
 from star_jax.checkpoint.training import Checkpoints
 from star_jax.data.pipeline import Source
-from star_jax.errors import RunError, UserError
+from star_jax.errors import NotFiniteError, UserError
 from star_jax.training import report
 from star_jax.training.faults import Stop, state_flaw
 from star_jax.training.report import Report, Silence, Window
 from star_jax.training.run import Run, TokenizerRun, check_kind
 from star_jax.training.state import TrainState
+from star_jax.training.summary import check_state
 
 CONFIG = 'config.json'
 DATA = 'data.json'  # how many training examples there are, and their fingerprint
 BASE = 'base.json'  # the digest of the model folder that stays frozen, where there is one
 CHECKPOINTS = 'checkpoints'
 METRICS = report.METRICS
+SAMPLES = report.SAMPLES
 MODEL = 'model'
 
 ELSEWHERE = ('mesh', 'cache')  # fields that change where a run happens, and not what it makes
@@ -64,8 +66,8 @@ class Job(Protocol):
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Scores on the validation set."""
 
-    def picture(self, state: TrainState) -> np.ndarray:
-        """What a user looks at, uint8 (h, w, 3)."""
+    def picture(self, state: TrainState) -> np.ndarray | None:
+        """What a user looks at, uint8 (h, w, 3); None where nobody does."""
 
     def export(self, state: TrainState, folder: Path) -> None:
         """Writes a model folder."""
@@ -77,10 +79,11 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
     Leaves `config.json`, `data.json`, `base.json` (of a head), `checkpoints/`, `samples/`,
     `metrics.jsonl`, event files and `model/`. Asked to `stop`, it finishes the step (with its
     pictures, if it has any) and saves. Raises UserError if `out` belongs to a run with another
-    config or frozen model, and RunError if a loss or the state is not finite any more: what was
-    saved before stays, and nothing later is saved.
+    config or frozen model, and NotFiniteError if a loss or the state is not finite any more: what
+    was saved before stays, and nothing later is saved.
     """
     check(out, job.run)
+    check_state(job.abstract())
     _print_summary(job, console)
     with Checkpoints(out / CHECKPOINTS, keep=job.run.pace.keep) as checkpoints:
         restored = checkpoints.restore(job.abstract())
@@ -137,7 +140,8 @@ class Course:
                 self._progress.update(task, completed=done, note=note)
             if self._is_due(done, self._pace.sample):
                 self._report.scalars(done, self._job.evaluate(state))
-                self._report.picture(done, self._job.picture(state))
+                if (picture := self._job.picture(state)) is not None:
+                    self._report.picture(done, picture)
                 self._window.restart()
             if self._is_due(done, self._pace.save):
                 self._save(done, state)
@@ -162,17 +166,18 @@ class Course:
         self._checkpoints.save(done, state, self._window.pending())
 
     def _refuse(self, flaw: str | None) -> None:
-        """Raises a RunError if there is a flaw."""
+        """Raises a NotFiniteError if there is a flaw."""
         if not flaw:
             return
         self._checkpoints.wait()
         good = self._checkpoints.latest()
         kept = f'the last good checkpoint is of step {good}' if good else 'nothing was saved yet'
         peak = self._job.run.optimizer.learning_rate.peak
-        raise RunError(
+        raise NotFiniteError(
             f'{flaw}, so the run stopped; {kept}, and the same command would come to the same '
             f'end: give another --out and a lower --optimizer.learning-rate.peak than {peak:g}'
-            + (', and --init with what `star-jax export` makes of this run' if good else '')
+            + (', and --init with what `star-jax export` makes of this run' if good else ''),
+            flaw,
         )
 
 

@@ -54,6 +54,13 @@ def check_batch(batch: int, side: int, mesh: Mesh) -> None:
     machine.check_memory(f'a batch of {batch:,} pictures of {side} px', share)
 
 
+def check_state(state: TrainState) -> None:
+    """A UserError if the memory of this machine, which a CPU works in, cannot hold a state."""
+    if jax.default_backend() == 'cpu':
+        size = _bytes(nn.unbox(state)) // jax.process_count()
+        machine.check_memory('parameters, averages and optimizer of this model', size)
+
+
 def warn_of_collapse(usage_KV: np.ndarray) -> None:
     """Warns if validation images use too small a share of the codes, at a scale or in all.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,22 +18,35 @@ from star_jax.training import faults, loop
 from star_jax.training.run import Run, TokenizerRun, kind_of, settle
 
 
-def main(run: Run | TokenizerRun, out: Path) -> bool:
+def main(
+    run: Run | TokenizerRun,
+    out: Path,
+    build: Callable[[Run | TokenizerRun], loop.Job] | None = None,
+) -> bool:
     """Trains what `run` says in the folder `out`; the same call again goes on.
 
-    Returns whether the run came to its end; else it was asked to stop, by SIGTERM or SIGINT, and
-    has saved where it is. Raises UserError for what was given wrong or a folder that another
-    process is training in, and RunError where a run cannot go on.
+    `build` makes the parts of the run, by default as `job` does. Returns whether the run came to
+    its end; else it was asked to stop, by SIGTERM or SIGINT, and has saved where it is. Raises
+    UserError for what was given wrong or a folder that another process is training in, and RunError
+    where a run cannot go on.
     """
     with faults.Stop() as stop, faults.disk_watched(out / loop.CHECKPOINTS):
-        files.check_folder(out)
+        check_places(out)
         startup.start()
         logging.getLogger('absl').setLevel(logging.WARNING)
-        work = job(run)
+        work = (build or job)(run)
         loop.check(out, work.run)
         with faults.lock(out):
             console = Console(quiet=jax.process_index() != 0)
             return loop.fit(work, out, console, stop)
+
+
+def check_places(out: Path) -> None:
+    """Raises UserError where a run cannot write in the folder `out` what it will leave there."""
+    for folder in (out, out / loop.CHECKPOINTS, out / loop.SAMPLES):
+        files.check_folder(folder)
+    files.check_file(out / loop.METRICS)
+    check_free(out / loop.MODEL)
 
 
 def cache(run: Run) -> Path:

@@ -76,3 +76,8 @@ def _lines(case: Case, kind: type) -> tuple[report.Line, ...]:
         raise UserError(
             f'{case.folder}: weights and config do not fit together: {error}'
         ) from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f'{case.folder / "config.json"} does not describe a case of its kind '
+            f'({type(error).__name__}: {error}): record it again'
+        ) from error
