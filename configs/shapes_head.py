@@ -32,5 +32,5 @@ run = Run(
     batch=16,
     ema=0.999,
     unroll=4,
-    sampling=Settings(guidance=1.0, top_k=5, top_p=0.9, stable=Stable(version='new')),
+    sampling=Settings(guidance=1.0, top_k=3, top_p=0.9, stable=Stable(version='new')),
 )

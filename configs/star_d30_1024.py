@@ -1,7 +1,7 @@
 """The published STAR-d30 at 1024 px: two epochs from the model of 512 px.
 
 The level embeddings of four new scales start afresh, and of 9,451 tokens 8,800 are trained on.
-`--released-loss-scale True` multiplies the loss by a device's images, as the published code did.
+`--released-loss-scale` multiplies the loss by a device's images, as the published code did.
 The steps count 12.8M images in each epoch.
 """
 

@@ -21,8 +21,10 @@ from flax import linen as nn
 from safetensors.numpy import load_file
 
 from star_jax import cli
-from star_jax.checkpoint import folder
+from star_jax.checkpoint import folder, models
+from star_jax.commands.evaluate import Evaluate, _settings
 from star_jax.core import pictures
+from star_jax.core.settings import Settings, Stable
 from star_jax.data import prepared
 from star_jax.errors import UserError
 from star_jax.evaluation import efficientnet, kid, statistics
@@ -336,6 +338,16 @@ def test_scores_do_not_depend_on_the_batch(model, scored, tmp_path):
     for part, name in (('tokenizer', 'psnr'), ('loss', 'loss'), ('loss', 'accuracy')):
         assert other[part][0][name] == pytest.approx(scored[part][0][name], rel=1e-5)
     assert other['tokenizer'][0]['scales'] == scored['tokenizer'][0]['scales']
+
+
+def test_what_is_not_swept_is_as_the_maker_recommends(tmp_path):
+    usual = Settings(temperature=0.7, stable=Stable(version='new', once=True))
+    place = tmp_path / 'model'
+    folder.write(place, dataclasses.replace(models.read(tiny.write_model(place)), sampling=usual))
+    swept = _settings(Evaluate(model=str(place), guidance=(1.0, 2.0)))
+    assert swept == tuple(dataclasses.replace(usual, guidance=weight) for weight in (1.0, 2.0))
+    (plain,) = _settings(Evaluate(model=str(place), stable='off'))
+    assert plain.stable.version == 'off' and plain.temperature == 0.7
 
 
 def test_every_setting_of_a_sweep_is_drawn_and_read(model, tmp_path):

@@ -85,6 +85,9 @@ def test_few_programs_are_compiled():
     ('prompts', 'settings', 'sentence'),
     [
         ([], {}, 'there is no prompt'),
+        ('a red fox', {}, 'as a list, not as one text'),
+        (['a'], {'batch': 0}, 'batch must be at least 1, not 0'),
+        (['a', 'b'], {'seed': 2**32 - 1}, 'seeds of 2 images must lie in'),
         (['a'], {'topk': 3}, "no setting 'topk' of sampling: choose of guidance, top_k"),
         (['a'], {'top_p': 2.0}, 'top_p must lie in'),
         (['a'], {'stable': True}, 'refinement head'),
@@ -93,6 +96,11 @@ def test_few_programs_are_compiled():
 def test_mistakes_are_told(pipe, prompts, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         pipe(prompts, **settings)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused(place):
+    with pytest.raises(UserError, match='of the model does not divide over the mesh'):
+        star_jax.load(place, mesh=MeshShape(data=1, tensor=4).build_on_first())  # two heads
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():

@@ -14,7 +14,7 @@ from rich.progress import track
 from star_jax.checkpoint import config, files, models
 from star_jax.commands import arguments
 from star_jax.core import pictures
-from star_jax.core.settings import Settings
+from star_jax.core.settings import Settings, Version
 from star_jax.errors import UserError
 from star_jax.evaluation import report, tables
 from star_jax.evaluation.groups import SHAPES
@@ -52,6 +52,7 @@ class Evaluate:
         top_p: share of their mass (0: all).
         temperature: of the draws.
         smooth: mix code vectors instead of drawing codes.
+        stable: draw finer scales in several passes, by a refinement head ('off': at once).
         out: a file for the whole report, in JSON.
         grid: a picture file for what is drawn from the first 16 captions.
         text: another place of the model's text encoder, if it is not where the model says.
@@ -70,6 +71,7 @@ class Evaluate:
     top_p: tuple[float, ...] = ()
     temperature: tuple[float, ...] = ()
     smooth: bool = False
+    stable: Version | None = None
     out: Path | None = None
     grid: Path | None = None
     text: str = ''
@@ -122,8 +124,13 @@ def _settings(given: Evaluate) -> tuple[Settings, ...]:
     usual = models.read_sampling(given.model)
     values = [getattr(given, name) or (getattr(usual, name),) for name in SWEPT]
     smooth = given.smooth or usual.smooth
+    stable = usual.stable
+    if given.stable is not None:
+        stable = dataclasses.replace(stable, version=given.stable)
     return tuple(
-        Settings(smooth=smooth, **dict(zip(SWEPT, some, strict=True)))
+        dataclasses.replace(
+            usual, smooth=smooth, stable=stable, **dict(zip(SWEPT, some, strict=True))
+        )
         for some in itertools.product(*values)
     )
 

@@ -19,10 +19,9 @@ from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.parallel import startup
 from star_jax.parallel.mesh import MeshShape
-from star_jax.sampling import pipeline
+from star_jax.sampling import pipeline, program
 from star_jax.sampling.album import Album
 
-SEEDS = 2**32
 NO_TEXT = ('Cc', 'Cs')  # Unicode's control characters, and halves of characters
 LONGEST = 2_000  # characters of a prompt; encoders read some hundred at most
 
@@ -65,7 +64,7 @@ class Sample:
     settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or not 0 <= self.seed < SEEDS:
+        if self.batch < 1 or not 0 <= self.seed < program.SEEDS:
             raise ValueError(
                 f'batch must be at least 1 and seed lie in [0, 2^32), not {self.batch} and '
                 f'{self.seed}'
@@ -117,7 +116,7 @@ def _prompts(given: Sample) -> list[str]:
     prompts = _given_prompts(given)
     for prompt in prompts:
         _check(prompt)
-    if given.seed + len(prompts) > SEEDS:
+    if given.seed + len(prompts) > program.SEEDS:
         raise UserError(
             f'image {len(prompts) - 1} would draw from seed {given.seed + len(prompts) - 1}, and '
             'seeds lie below 2^32: give a smaller --seed'

@@ -5,6 +5,8 @@ from typing import Literal
 
 from star_jax.core.unmasking import Mode
 
+Version = Literal['off', 'new', '1024']  # of stable sampling
+
 EXTREME = 1e6  # beyond, logits are no float32 numbers any more
 
 
@@ -22,7 +24,7 @@ class Stable:
             many again, those that are most certain.
     """
 
-    version: Literal['off', 'new', '1024'] = 'off'
+    version: Version = 'off'
     mode: Mode = 'arccos'
     first: int = 0
     last: int = 0

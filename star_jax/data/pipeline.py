@@ -68,7 +68,10 @@ class Labelled:
         return Example(**(example | {'captions': self._one(example['label'])}))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._one(self.source.label(index))
+        return self._one(self.label(index))
+
+    def label(self, index: int) -> str:
+        return self.source.label(index)
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()

@@ -130,6 +130,13 @@ class Scales:
         offset_6D = nn.initializers.normal(self.width**-0.5)(key, shape, dtype)
         return offset_6D.at[:2].multiply(self.gate_init).at[2:].multiply(0.5)
 
+    def behaving(self, released: bool) -> 'Scales':
+        """The same model with the published code's cross-attention, or the corrected one."""
+        raise ValueError(
+            f'a {type(self).__name__} has no cross-attention, so that nothing is released or '
+            'corrected in it: leave the behaviour out'
+        )
+
     def reader(self, load: Callable[[], TextEncoder]) -> TextEncoder | Classes:
         """What turns prompts into conditions: what `load` gives, if text does.
 

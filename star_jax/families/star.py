@@ -90,6 +90,10 @@ class Star(Scales):
             mixes_rows=self.cross_attention and self.released_cross_attention,
         )
 
+    def behaving(self, released: bool) -> 'Star':
+        """The same model with the published code's cross-attention, or the corrected one."""
+        return dataclasses.replace(self, released_cross_attention=released)
+
     def reader(self, load: Callable[[], TextEncoder]) -> TextEncoder:
         """The text encoder that `load` gives; UserError unless it is of the model's text width."""
         encoder = load()

@@ -49,10 +49,11 @@ class Pipeline:
         self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
         self.network = model.config.build(dtype)
         self.tokenizer = model.tokenizer.config.at(model.config.sides).build()
+        placed = rules.abstract(model.config.abstract(), self.mesh, ' of the model')
         self._params = jax.device_put(
             {'model': program.cast(model.params, dtype), 'tokenizer': model.tokenizer.params},
             {
-                'model': rules.shardings(model.config.abstract(), self.mesh),
+                'model': jax.tree.map(lambda leaf: leaf.sharding, placed),
                 'tokenizer': rules.whole(self.mesh),
             },
         )
@@ -68,8 +69,17 @@ class Pipeline:
         `stable=True` means as recommended, or as the originals' demo has it.
         Raises UserError for settings that are none, and where there is no prompt.
         """
+        if isinstance(prompts, str):
+            raise UserError(f'prompts come as a list, not as one text: give [{prompts[:30]!r}]')
         if not prompts:
             raise UserError('there is no prompt: give at least one')
+        if batch < 1:
+            raise UserError(f'batch must be at least 1, not {batch}')
+        if not 0 <= seed <= program.SEEDS - len(prompts):
+            raise UserError(
+                f'the seeds of {len(prompts)} images must lie in [0, 2^32), and {seed} is the '
+                'first: choose another seed'
+            )
         seeds = range(seed, seed + len(prompts))
         return np.concatenate(list(self.stream(prompts, seeds, self.settle(**settings), batch)))
 
@@ -167,9 +177,14 @@ def prepare(
     model = _behaving(model, behaviour)
 
     def load_encoder() -> TextEncoder:
-        if model.text is None:
-            raise UserError(f'{place}: this model has no text encoder and cannot draw from prompts')
-        return load_text(text or model.text.source, sha256=model.text.sha256)
+        if model.text:
+            return load_text(text or model.text.source, sha256=model.text.sha256)
+        if not text:
+            raise UserError(
+                f'{place}: the model names no text encoder, and it draws from prompts: name the '
+                'one that it was trained with (--text FOLDER)'
+            )
+        return load_text(text)
 
     return Pipeline(model, model.config.reader(load_encoder), dtype, mesh)
 
@@ -177,13 +192,10 @@ def prepare(
 def _behaving(model: folder.Model, behaviour: Behaviour) -> folder.Model:
     if behaviour == 'own':
         return model
-    if not hasattr(model.config, 'released_cross_attention'):
-        raise UserError(
-            f'a model of the family {model.family} has no cross-attention and behaves in one way: '
-            'leave the behaviour out'
-        )
-    released = behaviour == 'released'
-    config = dataclasses.replace(model.config, released_cross_attention=released)
+    try:
+        config = model.config.behaving(released=behaviour == 'released')
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return dataclasses.replace(model, config=config)
 
 

@@ -14,6 +14,7 @@ from star_jax.nn.transformer import Transformer
 from star_jax.sampling.draw import Draw
 from star_jax.sampling.sampler import sample
 
+SEEDS = 2**32  # below which they lie
 HEAVY = ('blocks', 'to_logits', 'merge')  # parts whose products are in the compute dtype
 
 # (params, keys_B, prompted, unprompted or None, guidance_S, draw) -> uint8 [B, H, W, 3]
@@ -32,7 +33,7 @@ def compile_program(model: Transformer, tokenizer: nn.Module) -> Program:
 
 def image_keys(seeds: Sequence[int]) -> jax.Array:
     """One key per image: a seed (modulo 2^32) draws its image again, alone or in any batch."""
-    return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds) % 2**32, jnp.uint32))
+    return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds) % SEEDS, jnp.uint32))
 
 
 def cast(params: dict, dtype: str) -> dict:

@@ -135,17 +135,8 @@ class Weights:
         return traverse_util.unflatten_dict(ready, sep='/')
 
     def _shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-        where = _flat(rules.shardings(self.boxed, mesh))
-        for name, leaf in _flat(nn.unbox(self.boxed)).items():
-            try:
-                where[name].shard_shape(leaf.shape)
-            except ValueError:
-                raise UserError(
-                    f'{name} of shape {leaf.shape} of the text encoder {self.folder.path} does not '
-                    f'divide over the mesh {dict(mesh.shape)}, which splits it as '
-                    f'{where[name].spec}: choose mesh sizes that divide it.'
-                ) from None
-        return where
+        placed = rules.abstract(self.boxed, mesh, f' of the text encoder {self.folder.path}')
+        return {name: leaf.sharding for name, leaf in _flat(placed).items()}
 
 
 @functools.partial(jax.jit, donate_argnums=0)

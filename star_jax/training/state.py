@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from star_jax.checkpoint import weights
-from star_jax.errors import UserError
 from star_jax.parallel import rules
 
 
@@ -89,21 +88,7 @@ def abstract_sharded(build: Callable[[jax.Array], TrainState], mesh: Mesh) -> Tr
 
     Raises UserError naming the first array that the mesh does not divide.
     """
-    boxed = jax.eval_shape(build, jax.random.key(0))
-    where = rules.shardings(boxed, mesh)
-
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
-        try:
-            sharding.shard_shape(leaf.shape)
-        except ValueError:
-            name = jax.tree_util.keystr(path, simple=True, separator='/')
-            raise UserError(
-                f'{name} of shape {leaf.shape} does not divide over the mesh {dict(mesh.shape)}, '
-                f'which splits it as {sharding.spec}: choose mesh sizes that divide it'
-            ) from None
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(place, nn.unbox(boxed), where)
+    return rules.abstract(jax.eval_shape(build, jax.random.key(0)), mesh)
 
 
 def init_sharded(
