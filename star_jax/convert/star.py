@@ -97,13 +97,16 @@ def star_entries(star: Star) -> list[Entry]:
 
 
 def vq_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
-    """The table of one tokenizer. The `names` of a file tell how its phis are called."""
-    names = set(names)
+    """The table of one tokenizer. The `names` of a file tell how its phis are called.
+
+    Without them they are called as the originals do for so many phis of so many scales.
+    """
+    names, usual = set(names), {len(vq.sides): '{}', 1: 'qresi'}.get(vq.phis, 'qresi_ls.{}')
     pixels = jax.ShapeDtypeStruct((1, vq.resolution, vq.resolution, 3), jnp.float32)
     abstract = nn.unbox(jax.eval_shape(vq.build().init, jax.random.key(0), pixels))['params']
     entries = [Entry('quantize.embedding.weight', 'quantiser/codebook', 'code width -> code width')]
     for phi in range(vq.phis):
-        theirs = _phi_name(phi, names)
+        theirs = _phi_name(phi, names, usual.format(phi))
         entries.append(Entry(f'{theirs}.weight', 'quantiser/phi_kernel', 'o i h w -> h w i o', phi))
         entries.append(Entry(f'{theirs}.bias', 'quantiser/phi_bias', SAME, phi))
     for ours, leaf in flatten(abstract).items():
@@ -113,10 +116,10 @@ def vq_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
     return entries
 
 
-def _phi_name(phi: int, names: set[str]) -> str:
+def _phi_name(phi: int, names: set[str], usual: str) -> str:
     prefix = 'quantize.quant_resi'
     candidates = (f'{prefix}.qresi_ls.{phi}', f'{prefix}.{phi}', f'{prefix}.qresi')
-    return next((name for name in candidates if f'{name}.weight' in names), candidates[0])
+    return next((name for name in candidates if f'{name}.weight' in names), f'{prefix}.{usual}')
 
 
 def _their_name(ours: str) -> str:
