@@ -66,7 +66,7 @@ def to_folder(
     """
     folder.check_free(out)
     found = published.read(file)
-    other = None
+    other = carried = None
     if tokenizer and Path(tokenizer).suffix in published.SUFFIXES:
         beside = published.read(Path(tokenizer))
         if 'tokenizer' not in beside:
@@ -74,6 +74,7 @@ def to_folder(
         found |= {'tokenizer': beside['tokenizer']}
     elif tokenizer:
         other = models.read_tokenizer(tokenizer)
+        carried = models.locate(tokenizer) / folder.IGNORED
     parts, sides = {}, ()
     if 'transformer' in found:
         parts['transformer'] = part = _part(found['transformer'], unsaid, str(file))
@@ -92,7 +93,7 @@ def to_folder(
         content = _model(parts['transformer'], other, text, str(file))
 
     def fill(new: Path) -> None:
-        _write_ignored(new / folder.IGNORED, parts.values())
+        _write_ignored(new / folder.IGNORED, parts.values(), carried)
         if text and text.inside:
             _copy_text(text.source, new / folder.INSIDE)
 
@@ -121,9 +122,7 @@ def to_files(place: Path, out: Path) -> list[Path]:
         table = Table.of(part.config, _phi_names(names, part.config))
         state = table.state(_checked(part.params, table, place / f'{name}'))
         if ignored:
-            forms = ignored.forms()
-            own = [n for n in forms if n.startswith(QUANTISER) == (name == 'tokenizer')]
-            state |= {n: _same(ignored, n, forms) for n in own}
+            state |= _of_tokenizer(ignored, name == 'tokenizer')
         written.append(out / OUT[name])
         with files.writing(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -192,8 +191,12 @@ def _copy_text(source: str, to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def _write_ignored(path: Path, parts: Iterable[Part]) -> None:
+def _write_ignored(path: Path, parts: Iterable[Part], carried: Path | None) -> None:
+    """What was ignored of the parts, and of the folder's tokenizer that has `carried` beside it."""
     ignored, phis = {}, {}
+    if carried and carried.exists():
+        ignored = _of_tokenizer(Stored([carried]), True)
+        phis = weights.read_metadata(carried)
     for part in parts:
         ignored |= part.ignored
         if isinstance(part.config, VQ):
@@ -222,6 +225,13 @@ def _checked(params: Stored, table: Table, where: Path) -> Stored:
     if flaws := weights.mismatches(params.forms(), table.abstract, weights.fits):
         raise UserError(f'{where}: the arrays are not those of its config: {flaws}')
     return params
+
+
+def _of_tokenizer(ignored: Tensors, wanted: bool) -> dict[str, Streamed]:
+    """The ignored tensors of a tokenizer, or those of a transformer."""
+    forms = ignored.forms()
+    own = [name for name in forms if name.startswith(QUANTISER) == wanted]
+    return {name: _same(ignored, name, forms) for name in own}
 
 
 def _same(tensors: Tensors, name: str, forms: Mapping[str, Form]) -> Streamed:
