@@ -79,12 +79,18 @@ def write(
     """Writes a model, or a tokenizer alone, to a folder; `fill` may write there what goes with it.
 
     The folder appears whole or not at all. One that exists is replaced if it is a model folder
-    (files in it that are not part of one are kept) and otherwise refused with a UserError.
+    (files in it that are not part of one are kept) and otherwise refused with a UserError. A text
+    encoder that already lies in its `text/` stays there and counts as inside.
     """
     folder = Path(folder).absolute()
     check_free(folder)
     tokenizer = content.tokenizer if isinstance(content, Model) else content
-    with files.replacing_folder(folder, _is_ours) as new:
+    content, keeps_text = _with_own_text(content, folder / INSIDE)
+
+    def is_replaced(name: str) -> bool:
+        return _is_ours(name) and not (keeps_text and name == INSIDE)
+
+    with files.replacing_folder(folder, is_replaced) as new:
         weights.save(new / TOKENIZER, tokenizer.params)
         if isinstance(content, Model):
             weights.save(new / MODEL, content.params)
@@ -111,8 +117,8 @@ def read(
         raise UserError(f'{folder}: holds a tokenizer alone, expected a model')
     cls = _look_up(families, data['family'], f'{folder / CONFIG}: family')
     text = data['text'] and config.from_json(Text, data['text'], where=f'{folder / CONFIG}, text')
-    if text and text.source == INSIDE_SOURCE:
-        text = dataclasses.replace(text, source=str(folder / INSIDE))
+    if text and (text.source == INSIDE_SOURCE or text.source.startswith(f'{INSIDE_SOURCE}/')):
+        text = dataclasses.replace(text, source=str(folder / text.source))
     return Model(
         family=data['family'],
         config=config.from_json(cls, data['model'], where=f'{folder / CONFIG}, model'),
@@ -179,6 +185,16 @@ def _download(name: str) -> Path:
         raise UserError(
             f'{name}: there is no such folder here, and it cannot be had from the hub ({reason[0]})'
         ) from error
+
+
+def _with_own_text(content: Model | Tokenizer, inside: Path) -> tuple[Model | Tokenizer, bool]:
+    """The content, and whether its text encoder lies in `inside`: it is then named from there."""
+    text = content.text if isinstance(content, Model) else None
+    place, inside = Path(text.source if text else ''), inside.resolve()
+    if text is None or not place.is_absolute() or not place.is_relative_to(inside):
+        return content, False
+    source = '/'.join([INSIDE_SOURCE, *place.relative_to(inside).parts])
+    return dataclasses.replace(content, text=dataclasses.replace(text, source=source)), True
 
 
 def _describe(content: Model | Tokenizer, tokenizer: Tokenizer) -> dict[str, Any]:
