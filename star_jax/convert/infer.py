@@ -64,7 +64,7 @@ class Unsaid:
 
 def transformer(forms: Forms, unsaid: Unsaid) -> Star | Var:
     """The config of a transformer's state dict. Raises UserError where nothing fits."""
-    _require(forms, 'word_embed.weight', 'lvl_embed.weight', 'blocks.0.ffn.fc1.weight')
+    _require(forms, 2, 'word_embed.weight', 'lvl_embed.weight', 'blocks.0.ffn.fc1.weight')
     width, channels = forms['word_embed.weight'].shape
     family = Var if 'head_nm.ada_lin.1.weight' in forms else Star
     fields = {
@@ -83,11 +83,12 @@ def transformer(forms: Forms, unsaid: Unsaid) -> Star | Var:
 
 def tokenizer(forms: Forms, unsaid: Unsaid, sides: tuple[int, ...] = ()) -> VQ:
     """The config of a tokenizer's state dict, for these `sides` if any are given."""
-    _require(forms, 'encoder.conv_in.weight', 'quantize.embedding.weight')
+    _require(forms, 4, 'encoder.conv_in.weight')
+    _require(forms, 2, 'quantize.embedding.weight')
     width = forms['encoder.conv_in.weight'].shape[0]
     levels = _count(forms, 'encoder.down')
     first_convs = [f'encoder.down.{level}.block.0.conv1.weight' for level in range(levels)]
-    _require(forms, *first_convs)
+    _require(forms, 4, *first_convs)
     codes, channels = forms['quantize.embedding.weight'].shape
     autoencoder = _valid(
         Autoencoder,
@@ -109,7 +110,7 @@ def tokenizer(forms: Forms, unsaid: Unsaid, sides: tuple[int, ...] = ()) -> VQ:
 
 
 def _star_fields(forms: Forms, unsaid: Unsaid) -> dict[str, Any]:
-    _require(forms, 'head_logits.weight', 'encoder_proj.weight')
+    _require(forms, 2, 'head_logits.weight', 'encoder_proj.weight')
     rotary = RawRotary(theta=unsaid.theta)
     if unsaid.extent != RAW:
         rotary = NormalisedRotary(theta=unsaid.theta, extent=unsaid.extent)
@@ -127,7 +128,8 @@ def _star_fields(forms: Forms, unsaid: Unsaid) -> dict[str, Any]:
 
 
 def _var_fields(forms: Forms) -> dict[str, Any]:
-    _require(forms, 'head.weight', 'class_emb.weight', 'pos_1LC')
+    _require(forms, 2, 'head.weight', 'class_emb.weight')
+    _require(forms, 3, 'pos_1LC')
     return {
         'codes': forms['head.weight'].shape[0],
         'classes': forms['class_emb.weight'].shape[0] - 1,
@@ -137,7 +139,10 @@ def _var_fields(forms: Forms) -> dict[str, Any]:
 def _sides(forms: Forms, unsaid: Unsaid) -> tuple[int, ...]:
     """The scales: those that were named, or the smallest published ones that fit the file."""
     scales = forms['lvl_embed.weight'].shape[0]
-    rows = forms['pos_1LC'].shape[1] if 'pos_1LC' in forms else None
+    rows = None
+    if 'pos_1LC' in forms:
+        _require(forms, 3, 'pos_1LC')
+        rows = forms['pos_1LC'].shape[1]
     named = unsaid.sides or SIDES.get(unsaid.size)
     for sides in [named] if named else SIDES.values():
         if len(sides) == scales and rows in (None, sum(side**2 for side in sides)):
@@ -150,8 +155,9 @@ def _sides(forms: Forms, unsaid: Unsaid) -> tuple[int, ...]:
 
 
 def _heads(forms: Forms, width: int, unsaid: Unsaid) -> int:
-    if 'blocks.0.attn.scale_mul_1H11' in forms:
-        return forms['blocks.0.attn.scale_mul_1H11'].shape[1]
+    if (scale := 'blocks.0.attn.scale_mul_1H11') in forms:
+        _require(forms, 4, scale)
+        return forms[scale].shape[1]
     return unsaid.heads or max(width // HEAD_WIDTH, 1)
 
 
@@ -161,10 +167,14 @@ def _count(forms: Forms, prefix: str) -> int:
     return max((int(found[1]) for found in numbers if found), default=-1) + 1
 
 
-def _require(forms: Forms, *names: str) -> None:
+def _require(forms: Forms, rank: int, *names: str) -> None:
+    """Raises UserError unless these are there, not empty, and of so many axes."""
     missing = [name for name in names if not math.prod(forms[name].shape if name in forms else [0])]
     if missing:
         raise UserError(f'the file lacks {", ".join(missing)}, without which nothing can be told')
+    for name in names:
+        if len(shape := forms[name].shape) != rank:
+            raise UserError(f'{name} has the shape {list(shape)}, expected {rank} axes')
 
 
 def _valid(make: Any, **fields: Any) -> Any:

@@ -54,7 +54,10 @@ class Table:
         return [name for name in names if name not in known and name.endswith(self.ignored)]
 
     def check(self, tensors: Tensors, where: str) -> None:
-        """Raises UserError naming what is missing, unknown, misshapen, or no buffer of its name."""
+        """Raises UserError naming what is missing, unknown, misshapen, or no buffer of its name.
+
+        And where the layers of a model, which are one array of ours, are of several types.
+        """
         forms = tensors.forms()
         wanted = {
             entry.theirs: Form(self.shape(entry), np.dtype(np.float32)) for entry in self.entries
@@ -63,6 +66,14 @@ class Table:
         given = {name: form for name, form in forms.items() if name not in skipped}
         if flaws := weights.mismatches(given, wanted, weights.fits):
             raise UserError(f'{where}: the tensors are not those of such a model: {flaws}')
+        first: dict[str, str] = {}
+        for entry in self.entries:
+            one, other = first.setdefault(entry.ours, entry.theirs), entry.theirs
+            if forms[one].dtype != forms[other].dtype:
+                raise UserError(
+                    f'{where}: {one} is {forms[one].dtype} and {other} is {forms[other].dtype}, '
+                    'but layers are kept in one type: save them all in the same'
+                )
         for name in self.made.keys() & forms.keys():
             if not np.array_equal(tensors.read(name), self.made[name]()):
                 raise UserError(
