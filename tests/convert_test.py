@@ -1,9 +1,13 @@
 """Published files become model folders and come back bit for bit, or are refused by name."""
 
+import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import math
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -212,6 +216,32 @@ def test_every_way_to_call_phi_comes_back(tmp_path, phis, name):
     same(there_and_back(tmp_path, state_of(STAR), renamed)['tokenizer'], renamed)
 
 
+@pytest.mark.parametrize(
+    ('phis', 'names'),
+    [
+        (1, ['quantize.quant_resi.qresi']),
+        (2, ['quantize.quant_resi.qresi_ls.0', 'quantize.quant_resi.qresi_ls.1']),
+        (3, [f'quantize.quant_resi.{scale}' for scale in range(3)]),
+    ],
+)
+def test_phis_of_our_own_are_called_as_the_originals_call_so_many(phis, names):
+    entries = vq_entries(dataclasses.replace(VQ_SMALL, phis=phis), [])
+    kernels = [entry.theirs for entry in entries if entry.ours == 'quantiser/phi_kernel']
+    assert kernels == [f'{name}.weight' for name in names]
+
+
+def test_the_tokenizer_of_a_folder_comes_back_whole(tmp_path):
+    names = ((name.replace('.qresi_ls', ''), x) for name, x in state_of(VQ_SMALL).items())
+    vae, state = dict(names), state_of(STAR)
+    there_and_back(tmp_path, state_of(STAR, seed=2), vae)
+    file, sides = str(tmp_path / 'model.safetensors'), ['--sides', '1', '2', '4']
+    words = [*sides, '--tokenizer', str(tmp_path / 'folder'), '--out', str(tmp_path / 'other')]
+    assert cli.main(['convert', save(Path(file), state), *words]) == 0
+    assert cli.main(['convert', str(tmp_path / 'other'), '--out', str(tmp_path / 'again')]) == 0
+    same(load_file(tmp_path / 'again' / transfer.OUT['tokenizer']), vae)
+    same(load_file(tmp_path / 'again' / transfer.OUT['transformer']), state)
+
+
 def test_a_tokenizer_alone_becomes_a_folder(tmp_path):
     state = state_of(VQ_SMALL)
     file = save(tmp_path / 'vae.safetensors', state)
@@ -252,7 +282,7 @@ def test_a_trainers_file_has_both_parts(tmp_path, torch):
         'vae_local': {name: Tensor(x) for name, x in vae.items()},
     }
     torch['content'] = {'epoch': 1, 'iter': 2, 'trainer': {'config': {}, 'var_opt': {}, **parts}}
-    (tmp_path / 'star.pth').write_bytes(b'')
+    (tmp_path / 'star.pth').write_bytes(published.ZIP)
     words = ['--sides', '1', '2', '4', '--groups', '4', '--out', str(tmp_path / 'folder')]
     assert cli.main(['convert', str(tmp_path / 'star.pth'), *words]) == 0
     assert torch['asked'] == [{'map_location': 'cpu', 'weights_only': True, 'mmap': True}]
@@ -282,6 +312,27 @@ def test_each_wrong_tensor_is_named(tmp_path, capsys):
     assert 'word_embed.bias is float32[3], expected float32[16]' in said
 
 
+def test_tensors_of_another_rank_are_refused():
+    for config in (STAR, dataclasses.replace(STAR, positions=Learned()), VQ_SMALL):
+        tell = infer.tokenizer if isinstance(config, VQ) else infer.transformer
+        forms = {name: Form(x.shape, x.dtype) for name, x in state_of(config).items()}
+        unsaid = Unsaid(sides=(1, 2, 4), groups=4, heads=2)
+        for name, shape in itertools.product(forms, [(), (3,), (2, 3), (1, 2, 3, 4, 5)]):
+            with contextlib.suppress(UserError):
+                tell(forms | {name: Form(shape, np.dtype(np.float32))}, unsaid)
+    flat = {'word_embed.weight': Form((16,), np.dtype(np.float32))}
+    forms = {name: Form(x.shape, x.dtype) for name, x in state_of(STAR).items()}
+    with pytest.raises(UserError, match=r'word_embed.weight has the shape \[16\], expected 2 axes'):
+        infer.transformer(forms | flat, unsaid)
+
+
+def test_layers_of_two_types_are_refused(tmp_path, capsys):
+    state = state_of(STAR)
+    state['blocks.1.ffn.fc2.bias'] = state['blocks.1.ffn.fc2.bias'].astype(np.float16)
+    said = refused(tmp_path, capsys, state)
+    assert 'blocks.0.ffn.fc2.bias is float32 and blocks.1.ffn.fc2.bias is float16' in said
+
+
 def test_a_key_bias_that_is_not_zero_is_refused(tmp_path, capsys):
     state = state_of(STAR)
     state['blocks.1.cross_attn.zero_k_bias'] = np.ones(16, np.float32)
@@ -306,7 +357,7 @@ def test_other_files_are_refused(tmp_path, capsys, torch):
     file = save(tmp_path / 'x.safetensors', {'weight': np.zeros(3, np.float32)})
     for content in ([1], {'weight': 3}, {'trainer': {}}, {'trainer': {'var_wo_ddp': 4}}):
         torch['content'] = content
-        (tmp_path / 'x.pth').write_bytes(b'')
+        (tmp_path / 'x.pth').write_bytes(published.ZIP)
         with pytest.raises(UserError, match='no published'):
             published.read(tmp_path / 'x.pth')
     with pytest.raises(UserError, match='no published'):
@@ -315,9 +366,18 @@ def test_other_files_are_refused(tmp_path, capsys, torch):
         published.read(tmp_path / 'nothing.pth')
 
 
+@pytest.mark.parametrize(
+    'content', [b'', b'version https://git-lfs.github.com/spec/v1\n', b'<!doctype html>' * 40]
+)
+def test_what_was_not_fetched_is_no_file_of_torch(tmp_path, content):
+    (tmp_path / 'x.pth').write_bytes(content)
+    with pytest.raises(UserError, match='fetch it again'):
+        published.read(tmp_path / 'x.pth')
+
+
 def test_without_torch_the_user_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', None)
-    (tmp_path / 'x.pth').write_bytes(b'')
+    (tmp_path / 'x.pth').write_bytes(published.ZIP)
     with pytest.raises(UserError, match='pip install torch'):
         published.read(tmp_path / 'x.pth')
 
@@ -332,6 +392,20 @@ def test_text_travels_by_name_or_inside(tmp_path):
     inside = models.read(tmp_path / 'moved').text
     assert inside == folder.Text(source=str(tmp_path / 'moved' / 'text'), sha256=named.sha256)
     assert load_text(inside.source, sha256=inside.sha256).width == STAR.text_width
+
+
+@pytest.mark.parametrize('below', ['', 'tower'])
+def test_text_that_lies_in_the_folder_stays_there(tmp_path, below):
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    there_and_back(tmp_path, state, vae, '--text', tiny.TEXT)
+    place = tmp_path / 'folder' / 'text' / below
+    shutil.copytree(tiny.TEXT, place)
+    there_and_back(tmp_path, state, vae, '--text', str(place))
+    assert sorted(x.name for x in place.iterdir()) == sorted(map(str, os.listdir(tiny.TEXT)))
+    (tmp_path / 'folder').rename(tmp_path / 'moved')
+    text = models.read(tmp_path / 'moved').text
+    assert Path(text.source) == tmp_path / 'moved' / 'text' / below
+    assert load_text(text.source, sha256=text.sha256).width == STAR.text_width
 
 
 @pytest.mark.parametrize('shard_bytes', [100, 10**9])

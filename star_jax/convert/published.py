@@ -19,6 +19,8 @@ TRAINER = 'trainer'
 TRANSFORMER, TOKENIZER = 'var_wo_ddp', 'vae_local'  # parts of a STAR trainer
 OF_TOKENIZER = 'quantize.embedding.weight'  # tells a tokenizer's state dict from a transformer's
 OF_TRANSFORMER = 'word_embed.weight'
+ZIP, PICKLE, TAR = b'PK\x03\x04', b'\x80', b'ustar'  # how torch's files begin, by their age
+TAR_AT = 257  # bytes; where the last one stands
 
 
 class Loaded:
@@ -92,6 +94,7 @@ def _unpickled(path: Path) -> Any:
     """What torch finds in a file, mapped where its format allows that."""
     if not path.is_file():
         raise UserError(f'{path}: there is no such file')
+    _check_begin(path)
     torch = _torch()
     for mapped in (True, False):
         try:
@@ -108,6 +111,20 @@ def _unpickled(path: Path) -> Any:
                 'opened: save its state dict as safetensors'
             ) from error
     raise AssertionError
+
+
+def _check_begin(path: Path) -> None:
+    """Raises UserError for what torch has never written, such as the page of a failed download."""
+    try:
+        with path.open('rb') as file:
+            begin = file.read(TAR_AT + len(TAR))
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    if not (begin.startswith((ZIP, PICKLE)) or begin[TAR_AT:] == TAR):
+        raise UserError(
+            f'{path} is no file of torch, or was fetched only in part (a pointer of git-lfs, a web '
+            'page): fetch it again'
+        )
 
 
 def _torch() -> Any:
