@@ -6,6 +6,7 @@ mistake ends in one sentence and exit status 2, a run that cannot go on in one a
 
 import difflib
 import importlib
+import os
 import signal
 import sys
 import types
@@ -88,6 +89,12 @@ def _run(arguments: list[str], load: Callable[[str], types.ModuleType]) -> int:
         return _tell(command, error, 2)
     except RunError as error:
         return _tell(command, error, 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A place is looked at in so many ways that not each asks first whether it may.
+        name, reason = os.fspath(error.filename), error.strerror or error
+        return _tell(command, f'{name} cannot be used ({reason}): allow it, or name another', 2)
     except KeyboardInterrupt:
         return _tell(command, 'stopped', STOPPED)
     except (MemoryError, RuntimeError) as error:

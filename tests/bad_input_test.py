@@ -824,6 +824,15 @@ def test_too_little_memory_is_told(capfd, monkeypatch, spoil):
     assert 'the memory is too small' in said and 'give a smaller batch' in said, said
 
 
+def test_a_place_that_may_not_be_looked_at_is_told(capfd, monkeypatch):
+    def refuse(words: list[str]) -> int:
+        raise PermissionError(13, 'Permission denied', Path('secret/config.json'))
+
+    monkeypatch.setattr(cli, '_load', lambda command: types.SimpleNamespace(main=refuse))
+    said = complaint(capfd, 'export', 'secret')
+    assert 'secret/config.json cannot be used (Permission denied): allow it' in said
+
+
 def test_another_process_sees_the_same():
     words = [sys.executable, '-m', 'star_jax', 'sample', '--temperature', 'nan', b'\xff']
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {'COLUMNS': '40'})
