@@ -1,12 +1,14 @@
 """Is training from cached codes training from images, and is a cache that does not fit refused?"""
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -22,6 +24,7 @@ from star_jax.text import FeatureCache, TextEncoder
 from star_jax.text import load as load_text
 from star_jax.training import cache, train
 from star_jax.training.run import Run
+from star_jax.training.state import TrainState
 from star_jax.training.transformer import TransformerJob
 
 SHARD = 10  # examples: the tiny set then has five shards, the last one short
@@ -63,8 +66,8 @@ def job(run: Run, place: Path, **changes) -> TransformerJob:
     return TransformerJob(dataclasses.replace(run, cache=str(place), **changes))
 
 
-def losses(job: TransformerJob, steps: int) -> list[float]:
-    state, found = job.init(), []
+def losses(job: TransformerJob, state: TrainState, steps: int) -> list[float]:
+    state, found = jax.tree.map(jnp.copy, state), []  # a step donates its own
     for step, batch in enumerate(itertools.islice(job.batches(0), steps)):
         state, metrics = job.step(step, state, batch)
         found.append(float(metrics['loss']))
@@ -73,12 +76,13 @@ def losses(job: TransformerJob, steps: int) -> list[float]:
 
 def test_codes_of_a_cache_are_those_of_the_tokenizer(run, images, made):
     cached = job(run, made)
+    encode = jax.jit(functools.partial(likelihood.encode, images.tokenizer))
     for name in ('data', 'validation'):
         coded = cached.source if name == 'data' else cached.validation
         source = images.pictures[name]
         assert len(coded) == len(source)
         shown = np.stack([source[n]['image'] for n in range(len(source))])
-        wanted = likelihood.encode(images.tokenizer, images.source_of_codes.params, shown)
+        wanted = encode(images.source_of_codes.params, shown)
         found = np.stack([coded[n]['codes'] for n in range(len(source))])
         assert found.dtype == np.int32 and found.max() > 0
         np.testing.assert_array_equal(found, wanted)
@@ -88,13 +92,13 @@ def test_codes_of_a_cache_are_those_of_the_tokenizer(run, images, made):
 
 def test_training_from_a_cache_is_training_from_images(run, images, made, monkeypatch):
     """Over more than an epoch, with drawn captions and dropped ones, and the held-out scores."""
-    cached = job(run, made)
+    cached, state = job(run, made), images.init()
     with monkeypatch.context() as patch:
         for kind in (TransformerJob, TextEncoder):
             patch.setattr(kind, 'encode', lambda *_: pytest.fail('a cached run encodes nothing'))
-        found, scores = losses(cached, 8), cached.evaluate(cached.init())
-    assert found == losses(images, 8)
-    assert scores == images.evaluate(images.init())
+        found, scores = losses(cached, state, 8), cached.evaluate(state)
+    assert found == losses(images, state, 8)
+    assert scores == images.evaluate(state)
 
 
 def test_a_cache_serves_whatever_is_trained_on_it(run, made):

@@ -21,6 +21,7 @@ from star_jax.checkpoint import config, weights
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.nn.positions import Learned, NoPositions
 from star_jax.studies import comparison, plot, study, tables
+from star_jax.training import loop
 from star_jax.training import train as story_of_a_run
 from star_jax.training.run import Pace, Run
 from star_jax.training.transformer import TransformerJob
@@ -51,19 +52,33 @@ def home(shared, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp('home')
     config.write(home / 'rotary.json', shared)
     config.write(home / 'learned.json', with_model(shared, positions=Learned()))
-    jobs, build = [], story_of_a_run.job
+    jobs, build, train = [], story_of_a_run.job, story_of_a_run.main
 
     def remember(run: Run) -> TransformerJob:
         job = build(run)
         jobs.append(weakref.ref(job))
         return job
 
+    def train_or_invent(run: Run, out: Path, *how: object) -> bool:
+        """The first seed's runs are real, and the others as if they had gone a little worse."""
+        if run.seed == SEEDS[0]:
+            return train(run, out, *how)
+        first = out.with_name(f'seed-{SEEDS[0]}')
+        shutil.copytree(first / 'model', out / 'model')
+        config.write(out / 'config.json', run)
+        lines = map(json.loads, (first / 'metrics.jsonl').read_text().splitlines())
+        worse = [{k: v if k == 'step' else 1.1 * v for k, v in line.items()} for line in lines]
+        (out / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in worse))
+        return True
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransformerJob, 'picture', pytest.fail)
+        patch.setattr(loop, '_print_summary', lambda *_: None)  # traces a step to count its work
         patch.setattr(story_of_a_run, 'job', remember)
+        patch.setattr(story_of_a_run, 'main', train_or_invent)
         status, out, err = star_jax(*words(home))
     assert status == 0, err
-    assert len(jobs) == 6 and not any(job() for job in jobs), 'what has ended leaves the memory'
+    assert len(jobs) == 4 and not any(job() for job in jobs), 'what has ended leaves the memory'
     assert not list(home.glob('out/*/*/samples/*')), 'nobody looks at them'
     assert [f'run {n} of 4' in out for n in range(1, 6)] == [True] * 4 + [False]
     shutil.copytree(home / 'out', home / 'kept')
@@ -130,6 +145,7 @@ def test_the_numbers_are_those_that_the_runs_reported(home, told):
         speeds = [line['images_per_second'] for line in reported if 'images_per_second' in line]
         assert run['images_per_second'] == statistics.median(speeds)
         final[run['config'], run['seed']] = run['final']
+    assert config.read(home / 'out' / 'learned' / 'seed-4' / 'config.json', Run).seed == 4
     assert [*final] == [(name, seed) for seed in SEEDS for name in ('rotary', 'learned')]
     first, other = told['outcomes']
     for name, score in other['scores'].items():

@@ -104,7 +104,8 @@ def open_file(path: Path) -> safetensors.safe_open:
     try:
         return safetensors.safe_open(path, framework='np')
     except FileNotFoundError as error:
-        raise UserError(f'{path}: there is no such file') from error
+        flaw = 'may not be read: allow it' if path.is_file() else 'there is no such file'
+        raise UserError(f'{path}: {flaw}') from error
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error})') from error
     except safetensors.SafetensorError as error:
