@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,7 +28,7 @@ from star_jax.core import pictures
 from star_jax.core.settings import Settings, Stable
 from star_jax.data import prepared
 from star_jax.errors import UserError
-from star_jax.evaluation import efficientnet, kid, statistics
+from star_jax.evaluation import efficientnet, kid, report, statistics
 from star_jax.evaluation.alignment import Alignment
 from star_jax.text import load as load_text
 from star_jax.tokenizers import perceptual
@@ -301,7 +302,12 @@ def test_help_teaches():
 def scored(model, tmp_path_factory) -> dict:
     """The report of three scenes for each split and number of objects."""
     out = tmp_path_factory.mktemp('scored')
-    return evaluate(out, model, '--only', 'tokenizer', 'loss', '--count', 3, '--batch', 4)
+    reads, read = [], folder.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, 'read', lambda *words: reads.append(words) or read(*words))
+        found = evaluate(out, model, '--only', 'tokenizer', 'loss', '--count', 3, '--batch', 4)
+    assert len(reads) == 1, 'a large model takes long to read'
+    return found
 
 
 def test_a_report_says_what_was_asked(scored):
@@ -384,7 +390,7 @@ class Quarters:
 
 def test_other_pictures_have_a_distance(model, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(efficientnet, 'load', Quarters)
-    options = ('--data', photos, '--only', 'kid', '--count', 4, '--batch', 3)
+    options = ('--data', photos, '--only', 'kid', '--count', 4, '--batch', 4)
     report = evaluate(tmp_path, model, *options)
     kept, drawn = report['kid']
     assert (kept['pictures'], drawn['pictures']) == ('reconstructed', 'drawn')
@@ -392,6 +398,15 @@ def test_other_pictures_have_a_distance(model, photos, tmp_path, monkeypatch):
         assert row['split'] == 'kept_back'
         check_score(row['KID-EffLite0'], 4)
     assert 'KID-EffLite0' in report['said'] and 'FID' not in report['said']
+
+
+def test_features_do_not_depend_on_the_batch():
+    """Of which the last is filled up."""
+    subject = types.SimpleNamespace(job=types.SimpleNamespace(batch=3), groups=())
+    images = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), np.uint8)
+    found = report.Distances(subject, Quarters()).features(images)
+    alone = jax.jit(Quarters().features)(efficientnet.resize(images))
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
 
 
 def test_a_tokenizer_alone_is_scored_and_what_is_not_is_told(tokenizer, tmp_path, monkeypatch):

@@ -131,6 +131,16 @@ def test_every_colour_of_a_shape_is_read_on_every_other(shape):
         assert [(each.colour, each.shape) for each in seen.things] == [(colour, shape)]
 
 
+@pytest.mark.parametrize(('shape', 'sigma'), [('circle', 2.3), ('ring', 2.0)])
+def test_round_things_stay_round_behind_a_strong_blur(shape, sigma):
+    """Compared as drawn alone, they are taken for stars and crosses."""
+    for extent, x in itertools.product((20, 24, 30), (0.4, 0.507)):
+        things = (Thing(shape=shape, colour='red', extent=extent / 64, x=x, y=0.55),)
+        shown = render(Scene(things=things, background='white'), 64)
+        seen = read(degrade(shown, sigma, 0.0, 0))
+        assert seen is not None and [thing.shape for thing in seen.things] == [shape]
+
+
 def test_a_star_without_tips_is_a_star_and_a_disc_is_none():
     y, x = (np.mgrid[:512, :512] + 0.5) / 512 - 0.5
     tips = np.cos(5 * np.arctan2(y, x) + np.pi / 2)
