@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 # On a busy machine eight devices may need minutes to meet; by default XLA aborts after 40 seconds.
 # Tiny programs run for milliseconds: compiling them well takes twice as long and gains nothing.
@@ -14,12 +15,27 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 HERE = pathlib.Path(__file__).parent
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_compilation_cache_dir', str(HERE.parent / '.cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture(scope='module')
+def compiled_here() -> Iterator[None]:
+    """Programs of the module come from no cache.
+
+    Read from it, those with collectives over more devices than there are cores may wait for each
+    other for ever (JAX 0.10.2 on two cores).
+    """
+    jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()  # or the decision of the first compilation stands
+    yield
+    jax.config.update('jax_enable_compilation_cache', True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='session')

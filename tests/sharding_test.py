@@ -18,11 +18,12 @@ from star_jax.training import step as steps
 from star_jax.training.state import TrainState, build_state, init_sharded
 from star_jax.training.transformer import TransformerJob
 
+pytestmark = pytest.mark.usefixtures('compiled_here')
+
 BATCH, TOKENS = 8, 4
 SHAPE = tiny.STAR.model
 VQ = tiny.TOKENIZER.model
 OPTIMIZER = tiny.OPTIMIZER.build(100)
-# Programs that run for milliseconds: compiling them well takes longer than running them badly.
 
 # Which mesh axis splits each axis of each parameter; the first of the blocks' is their layers.
 WHERE = """
