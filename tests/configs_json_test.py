@@ -124,6 +124,10 @@ def changed(path: str, value: object) -> dict:
         ('model.extra.theta', -1, 'model.extra', 'theta is -1.0, expected a positive number'),
         ('model.extra.theta', '1', 'model.extra.theta', 'given "1", expected a number'),
         ('model.extra.normalised', 1, 'model.extra.normalised', 'expected true or false'),
+        ('model.extra.theta', 10**400, 'model.extra.theta', 'expected a finite number'),
+        ('model.positions.kind', ['Learned'], 'model.positions', 'unknown kind ["Learned"]'),
+        ('model.dtype', 'a\ud800', 'model.dtype', 'expected a string or null'),
+        ('model.dtype', 'a\0', 'model.dtype', 'expected a string or null'),
         ('model.parts', [{'kind': 'Learned'}], 'model.parts[0].tokens', 'missing'),
     ],
 )
