@@ -67,7 +67,7 @@ models = st.builds(
     extra=st.none() | rotary,
     parts=st.lists(st.none() | rotary | learned, max_size=3).map(tuple),
     norm=st.sampled_from(['layer', 'rms']),
-    dtype=st.none() | st.text(max_size=5),
+    dtype=st.none() | st.text(st.characters(codec='utf-8', exclude_characters='\0'), max_size=5),
     smooth=st.booleans() | numbers,
 )
 
