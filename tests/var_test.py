@@ -134,7 +134,7 @@ def test_what_decays_is_as_published():
 @pytest.mark.parametrize(
     ('fields', 'said'),
     [
-        ({'classes': 0}, 'size'),
+        ({'classes': 0}, 'classes must lie'),
         ({'names': ('cat', 'cat')}, 'different ones'),
         ({'classes': 2, 'names': ('cat', '')}, 'stands for none'),
     ],
