@@ -347,6 +347,8 @@ UNFIT = 'weights and config do not belong together'
 
 CASES: list[tuple[str, str, str]] = [
     # Commands and options.
+    ('nothing to convert', 'convert', '--out'),
+    ('an unknown option of convert', 'convert x --out {out} --quick 1', '--quick'),
     ('no such command', 'smaple', "no command 'smaple', did you mean 'sample'"),
     ('an option of no command', 'smaple --seed 1', 'star-jax --help lists them'),
     ('an unknown option', f'{SAMPLE} --temprature 1', 'did you mean --temperature; .* --help'),
@@ -412,6 +414,7 @@ CASES: list[tuple[str, str, str]] = [
     ('more devices than there are', f'{TRAIN} --mesh.data 16', '16 devices and there are 8'),
     ('devices that do not divide', f'{TRAIN} --mesh.tensor 3', 'choose sizes whose product is 8'),
     ('no devices', f'{TRAIN} --mesh.fsdp 0', 'at least one device each'),
+    ('more devices to draw on', f'{SAMPLE} --mesh.data 16', '16 devices and there are 8'),
     ('a mesh for no integer', f'{TRAIN} --mesh.fsdp {TOO_MANY}', 'devices and there are 8'),
     ('a mesh that no weights fit', f'{TRAIN} --mesh.tensor 4', 'does not divide over the mesh'),
     ('a seed of train', f'{TRAIN} --seed -1', r'seed must lie in \[0, 2\^32\), not -1'),
@@ -440,6 +443,8 @@ CASES: list[tuple[str, str, str]] = [
     ('a prompt with half a character', 'sample "a \udcff"', 'no text: expected UTF-8'),
     ('an empty prompt', "sample 'a star' ''", 'a prompt is empty: say what to draw'),
     ('no name of prompts', "sample --prompts ''", "'' names no file"),
+    ('a class of a model of text', 'sample --class 3 --model {home}/model --out {out}', 'classes'),
+    ('a class and a prompt', f'{SAMPLE} --class 3', 'from a prompt or from a class: leave one out'),
     ('prompts twice', f'{PROMPTS} {{words}} "a red circle"', 'leave one out'),
     # Model folders.
     ('no folder', f'{DRAW} {{nothing}}', "no such folder, and it is no hub id like 'owner/name'"),
@@ -645,6 +650,11 @@ CASES: list[tuple[str, str, str]] = [
     ('a split to score', f'{EVALUATE} --splits test', "no split 'test' of shapes"),
     ('another score', f'{EVALUATE} --only beauty', "'beauty'"),
     ('a loss of a tokenizer', 'evaluate {home}/tokenizer --only loss', 'give one'),
+    ('no file to convert', 'convert {nothing}.pth --out {out}', 'there is no such file'),
+    ('words to convert', 'convert {words} --out {out}', 'is no file of torch'),
+    ('a set to convert', 'convert {home}/set --out {out}', 'has no config.json, expected a model'),
+    ('weights cut short to convert', 'convert {cut_weights} --out {out}', 'damaged or was cut'),
+    ('a model to convert to a file', 'convert {home}/model --out {words}', 'is a file, expected'),
     ('no case', 'verify {nothing}', 'config.json: there is no such file'),
     ('a folder of no case', 'verify {bare}', 'config.json: there is no such file'),
     ('a case that says nothing', 'verify {untold_case}', 'there is no such file'),
