@@ -2,17 +2,20 @@
 
     python docs/plans.py [docs/plans.json]
 
-Every row goes into the JSON file as soon as it is there, and the page is written anew; the same
-command goes on where it was stopped. A row is a process of its own and takes minutes. To make a row
-again, remove it from the file.
+A row is a process of its own and takes minutes; there are as many at once as cores. Every row goes
+into the JSON file as soon as it is there, and the page is written anew; the same command goes on
+where it was stopped. To make a row again, remove it from the file.
 """
 
 import json
 import subprocess
 import sys
+import tempfile
+from concurrent import futures
 from pathlib import Path
 
 from star_jax.checkpoint import config
+from star_jax.parallel import startup
 from star_jax.plan import tables
 
 HERE = Path(__file__).parent
@@ -24,8 +27,10 @@ STAGES = (
     'star_d30_1024',
     'star_d30_1024_sampler',
 )
-# What is counted takes seconds, so it comes first.
-TOPOLOGIES = ('8xA100-80G', '64xH100', 'v5p-128', 'v5e-256', 'v6e-256')
+# What is counted takes seconds, so it comes first; the rest is compiled, and once is enough.
+COUNTED = ('8xA100-80G', '64xH100')
+COMPILED = ('v5p-128', 'v5e-256', 'v6e-256')
+TOPOLOGIES = COUNTED + COMPILED
 HEAD = """\
 # What every STAR stage needs on pods and GPUs
 
@@ -38,35 +43,41 @@ head), *activations* grow with the batch, *temporaries* do not. *Sent* is what a
 step, by kind. A step takes at least the longest of arithmetic, memory traffic and exchange at the
 chips' peak rates, so that images/s and MFU are what a perfect overlap would reach, and chip-hours
 are a lower bound for the whole stage. The mesh was chosen by `plan`: as many parts of the published
-batch as it has, the rest of the chips on heads and rows.
+batch as it has, the rest of the chips on heads and rows. The largest batch of a TPU takes two
+compilations more: leave `--no-search` out, as `plan` does by itself.
 
 """
 
 
 def main(place: Path) -> None:
     rows = json.loads(place.read_text()) if place.exists() else {}
-    for topology in TOPOLOGIES:
-        for stage in STAGES:
-            name = f'{stage} {topology}'
-            if name not in rows:
-                rows[name] = plan(stage, topology, place.with_suffix('.row.json'))
-                config.write_json(place, rows)
-                place.with_suffix('.md').write_text(HEAD + page(rows))
+    with futures.ThreadPoolExecutor(startup.cores()) as pool:
+        made = [
+            pool.submit(plan, stage, topology)
+            for topology in TOPOLOGIES
+            for stage in STAGES
+            if f'{stage} {topology}' not in rows
+        ]
+        for each in futures.as_completed(made):
+            row = each.result()
+            rows[f'{row["config"]} {row["topology"]}'] = row
+            config.write_json(place, rows)
+            place.with_suffix('.md').write_text(HEAD + page(rows))
 
 
-def plan(stage: str, topology: str, out: Path) -> dict:
+def plan(stage: str, topology: str) -> dict:
     """The report of one row, or the sentence that says why there is none."""
-    out.unlink(missing_ok=True)
-    words = (HERE.parent / 'configs' / f'{stage}.py', '--topology', topology, '--json', out)
-    command = (sys.executable, '-m', 'star_jax', 'plan', *map(str, words))
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f'status {done.returncode}']
-        return {'config': stage, 'topology': topology, 'error': said[-1]}
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / 'row.json'
+        words = (HERE.parent / 'configs' / f'{stage}.py', '--topology', topology, '--json', out)
+        command = (sys.executable, '-m', 'star_jax', 'plan', *map(str, words))
+        if topology in COMPILED:
+            command += ('--no-search',)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f'status {done.returncode}']
+            return {'config': stage, 'topology': topology, 'error': said[-1]}
         return json.loads(out.read_text())
-    finally:
-        out.unlink()
 
 
 def page(rows: dict[str, dict]) -> str:

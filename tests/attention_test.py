@@ -1,6 +1,7 @@
 """Does every way of computing attention give the formula's numbers and gradients?"""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from star_jax.core.schedule import Pyramid, Raster
 from star_jax.errors import UserError
 from star_jax.nn import door, flash
 from star_jax.nn.flash import Flash
-from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, mask_of
+from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, InTurn, Kernel, mask_of
 from star_jax.nn.splash import Splash
 
 B, N, H = 2, 2, 4
@@ -29,6 +30,8 @@ SEEN = {
 }
 KERNELS = {
     'by_scale': ByScale(rows=4),
+    'images_in_turn': InTurn(most=280),  # of 5 rows and 7 keys; of more rows the heads, too
+    'heads_in_turn': ByScale(InTurn(most=100), rows=2),
     'chunked': Chunked(rows=4),
     'chunked_by_scale': ByScale(Chunked(rows=4), Chunked(rows=3), rows=2),
 }
@@ -87,11 +90,25 @@ def test_a_traced_reach_is_a_known_one():
     assert_same(KERNELS['chunked_by_scale'], *draw(10, 18), TracedReach(jnp.asarray(keys_L)))
 
 
-@pytest.mark.parametrize('shape', [(B, 1, 1, 6), (9, 6), (B, N, 9, 6), (6,)], ids=str)
-def test_any_mask_may_be_given(shape):
+@pytest.mark.parametrize('shape', [(B, 1, 1, 6), (1, N, 1, 6), (9, 6), (B, N, 9, 6), (6,)], ids=str)
+@pytest.mark.parametrize('kernel', ['chunked_by_scale', 'images_in_turn'])
+def test_any_mask_may_be_given(kernel, shape):
     mask = np.random.default_rng(1).random(shape) < 0.5
     mask[..., 0] = True
-    assert_same(KERNELS['chunked_by_scale'], *draw(9, 6), jnp.asarray(mask))
+    assert_same(KERNELS[kernel], *draw(9, 6), jnp.asarray(mask))
+
+
+def test_as_many_images_and_heads_at_once_as_the_cache_holds():
+    def turns(most: int) -> list[int]:
+        q = jax.ShapeDtypeStruct((4, 8, 6, H), jnp.float32)  # 256 bytes of scores per head
+        program = str(jax.make_jaxpr(InTurn(most))(q, KV(q, q)))
+        return sorted(map(int, re.findall(r'length=(\d+)', program)))
+
+    assert turns(4 * 6 * 256) == turns(4 * 6 * 256 // 2 + 1) == []
+    assert turns(2 * 6 * 256) == [2]
+    assert turns(6 * 256) == turns(2 * 6 * 256 - 1) == [4]
+    assert turns(3 * 256) == [2, 4]
+    assert turns(1) == [4, 6]
 
 
 def test_pieces_have_no_mask_but_the_first():
@@ -156,7 +173,8 @@ def test_platform_and_shape_choose_the_kernel():
         q = jax.ShapeDtypeStruct((2, rows, 16, width), dtype)
         return door.Automatic(platform).choose(q, KV(q, q), None)
 
-    assert choose('cpu', 680) == choose('gpu', 680, 'float32') == ByScale()
+    assert choose('cpu', 680) == door.CACHED
+    assert choose('gpu', 680, 'float32') == ByScale()
     assert choose('cpu', 9451) == door.CHUNKED
     assert choose('gpu', 680) == Flash(ByScale())
     assert choose('tpu', 9451) == Splash(door.CHUNKED)

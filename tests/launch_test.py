@@ -493,7 +493,8 @@ def test_what_a_user_sets_decides():
         given = {name: '0.5'}
         kept = flags.environment('gpu', given)
         assert {n: v for n, v in kept.items() if 'FRACTION' in n} == given
-    assert flags.environment('cpu', {}) == {}
+    assert flags.environment('cpu', {}) == flags.ENVIRONMENT['cpu']
+    assert flags.environment('cpu', {'GLIBC_TUNABLES': 'x'}) == {'GLIBC_TUNABLES': 'x'}
     with pytest.raises(UserError, match='tpu'):
         flags.environment('npu', {})
 

@@ -17,10 +17,13 @@ Args = tuple[Any, ...]
 
 
 class Piece(NamedTuple):
-    """A jitted program, its arguments, and its floating-point operations."""
+    """A jitted program, its arguments, and its floating-point operations.
+
+    A part without arguments takes those that the whole takes next: it needs no copy of them.
+    """
 
     program: Any
-    args: Args
+    args: Args | None
     flops: int
 
     @classmethod
@@ -39,8 +42,8 @@ class Case:
     `whole` makes `images` images of `pixels` px. `parts` are what it holds and can be timed alone,
     `rest` the name of what else it does. `before` makes what runs before it and is no part of it,
     once memory has been looked at. `again` makes the arguments of the next run from those of the
-    last and its result (a donated state). `weights` are the parameters, whose size memory is
-    compared with.
+    last and its result (a donated state). `weights` are the parameters or their shapes: memory is
+    compared with their size.
     """
 
     whole: Piece

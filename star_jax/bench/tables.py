@@ -86,7 +86,7 @@ def summary(report: dict[str, Any]) -> str:
         f'{env["devices"]} x {env["device"]}',
         f'load {env["load"][0]:.1f} to {env["load"][1]:.1f}',
         *(f'{name} {env[name]}' for name in ('jax', 'jaxlib', 'flax', 'python')),
-        f'XLA_FLAGS={env["xla_flags"]!r}',
+        *(f'{name}={value!r}' for name, value in env['settings'].items()),
     )
     return ', '.join(described) + '\n' + ', '.join(where)
 

@@ -5,10 +5,10 @@ The step of a transformer on codes and features from a cache, on the devices of 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -51,7 +51,6 @@ class Training:
         summary.check_batch(run.batch, vq.resolution, mesh)
         programs = self._programs(run, mesh, vq)
         state = init_sharded(programs.build, mesh, jax.random.key(run.seed))
-        params = jax.tree.map(jnp.copy, state.params)  # the state is donated
         read = functools.partial(condition, run.model, text_tokens=self.text_tokens)
         frozen = {'tokenizer': invent(nn.unbox(vq.abstract())), 'empty': read(1)}
         frozen = jax.device_put(frozen, rules.whole(mesh))
@@ -61,18 +60,18 @@ class Training:
         batch = jax.device_put(batch, rules.split(mesh))
         args = (state, frozen, batch, jax.random.key(0))
         # What is computed twice to save memory counts once, what a kernel hides counts too.
-        counted, scored = programs.plain, (params, frozen, batch)
+        counted = programs.plain
         return Case(
             whole=Piece(
                 jax.jit(programs.train, donate_argnums=0), args, count_flops(counted.train, *args)
             ),
             parts={
                 'forward': Piece(
-                    jax.jit(programs.score), scored, count_flops(counted.score, *scored)
+                    jax.jit(_forward(programs)), None, count_flops(_forward(counted), *args)
                 )
             },
             rest='backward and update',
-            weights=params,
+            weights=jax.eval_shape(lambda state: state.params, state),
             images=run.batch,
             pixels=vq.resolution,
             again=_go_on,
@@ -81,6 +80,15 @@ class Training:
     def _programs(self, run: Run, mesh: Mesh, vq: VQ) -> Programs:
         platform = jax.default_backend()
         return Programs(run, mesh, vq, None, inside=False, platform=platform)
+
+
+def _forward(programs: Programs) -> Callable[..., Any]:
+    """The loss of the state that a step begins with, called as the step is."""
+
+    def forward(state: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        return programs.score(state.params, frozen, batch)
+
+    return forward
 
 
 def _go_on(args: Args, result: Any) -> Args:

@@ -45,11 +45,11 @@ class Runs:
     """A compiled program, called over and over."""
 
     def __init__(self, compiled: Any, args: Args, again: Callable[[Args, Any], Args]) -> None:
-        self._compiled, self._args, self._again = compiled, args, again
+        self._compiled, self.args, self._again = compiled, args, again
 
     def __call__(self) -> Any:
-        result = self._compiled(*self._args)
-        self._args = self._again(self._args, result)
+        result = self._compiled(*self.args)
+        self.args = self._again(self.args, result)
         return result
 
 
@@ -99,7 +99,7 @@ def _measure(order: Order, case: Case, compiled: Any, runs: Runs) -> dict[str, A
     pieces = {**case.parts, **case.before()}
     product, product_flops = timing.matrix_work(order.job.dtype)
     works = {'program': runs, 'product': product}
-    works |= {name: _work(piece) for name, piece in pieces.items()}
+    works |= {name: _work(piece, runs) for name, piece in pieces.items()}
     seconds = timing.take_turns(works, order.job.repeats)
     if order.profile:
         with jax.profiler.trace(order.profile):
@@ -124,9 +124,9 @@ def _measure(order: Order, case: Case, compiled: Any, runs: Runs) -> dict[str, A
     }
 
 
-def _work(piece: Piece) -> timing.Work:
-    compiled = piece.program.lower(*piece.args).compile()
-    return lambda: compiled(*piece.args)
+def _work(piece: Piece, runs: Runs) -> timing.Work:
+    compiled = piece.program.lower(*(piece.args or runs.args)).compile()
+    return lambda: compiled(*(piece.args or runs.args))
 
 
 def _times(seconds: np.ndarray, images: int) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _memory(case: Case, compiled: Any) -> dict[str, float]:
     The peak is the device's where it keeps one, otherwise that of the whole process.
     """
     analysis = compiled.memory_analysis()
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(case.weights))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(case.weights))
     found = {'weights': weights / 2**20}
     if analysis is not None:
         found['temporaries'] = analysis.temp_size_in_bytes / 2**20

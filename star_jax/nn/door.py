@@ -10,11 +10,12 @@ import jax
 
 from star_jax.errors import UserError
 from star_jax.nn.flash import HALVES, Flash
-from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, Seen
+from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, InTurn, Kernel, Seen
 
 Name = Literal['automatic', 'dense', 'by_scale', 'chunked', 'flash', 'splash']
 PLATFORMS = {'flash': 'gpu', 'splash': 'tpu'}  # which kernels are made for one
 CHUNKED = ByScale(Chunked(), Chunked())
+CACHED = ByScale(InTurn())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Automatic:
         _, rows, heads, width = q_BLNH.shape
         keys = kv.keys.shape[1]
         few = 4 * heads * rows * keys <= self.most_scores
-        plain = ByScale() if few else CHUNKED
+        platform = self.platform or jax.default_backend()
+        plain = CHUNKED
+        if few:
+            plain = CACHED if platform == 'cpu' else ByScale()
         if rows < self.least_rows or width % 8 or width > 128:
             return plain
-        platform = self.platform or jax.default_backend()
         if platform == 'gpu' and q_BLNH.dtype in HALVES:
             return Flash(plain)
         if platform == 'tpu':

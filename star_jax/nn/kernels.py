@@ -55,6 +55,49 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+class InTurn:
+    """The formula for some images, or for some heads of one image, after the other.
+
+    While the scores of each turn, at most `most` bytes, stay in its cache a processor is up to four
+    times as fast. Fewer than two turns' are not worth it.
+    """
+
+    most: int = 24 * 2**20
+
+    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
+        batch, rows, heads, _ = q_BLNH.shape
+        each = 4 * rows * kv.keys.shape[1]
+        if batch * heads * each < 2 * self.most:
+            return Dense()(q_BLNH, kv, seen)
+        images = _divisor(batch, self.most // (heads * each))
+        some = _divisor(heads, self.most // each) if images == 1 else heads
+        return _in_turn(0, batch // images, _in_turn(2, heads // some, Dense()))(q_BLNH, kv, seen)
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor of `count` up to `most`, at least 1."""
+    return next(n for n in range(max(min(count, most), 1), 0, -1) if count % n == 0)
+
+
+def _in_turn(axis: int, turns: int, kernel: Kernel) -> Kernel:
+    """`kernel` for equal parts of images (axis 0) or heads (axis 2), one after the other."""
+
+    def attend(q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
+        split = functools.partial(_split, length=q_BLNH.shape[axis], chunks=turns)
+        own, every = None, seen
+        at = {0: -4, 2: -3}[axis]  # of the same in a mask
+        if isinstance(seen, jax.Array) and seen.ndim >= -at and seen.shape[at] > 1:
+            own, every = split(seen, axis=seen.ndim + at), None
+        y_CBLNH = jax.lax.map(
+            lambda part: kernel(part[0], part[1], every if part[2] is None else part[2]),
+            (split(q_BLNH, axis=axis), jax.tree.map(lambda x: split(x, axis=axis), kv), own),
+        )
+        return jnp.moveaxis(y_CBLNH, 0, axis).reshape(q_BLNH.shape)
+
+    return attend if turns > 1 else kernel
+
+
+@dataclasses.dataclass(frozen=True)
 class ByScale:
     """Rows that see equally far together, over what they see: no mask, and no work for nothing.
 

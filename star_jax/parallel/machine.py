@@ -2,13 +2,14 @@
 
 import os
 import sys
+from typing import Any
 
 import flax
 import jax
 import jaxlib
 
 from star_jax.errors import UserError
-from star_jax.parallel import startup
+from star_jax.parallel import flags, startup
 
 
 def memory() -> int:
@@ -25,8 +26,8 @@ def check_memory(what: str, size: int) -> None:
         )
 
 
-def describe() -> dict[str, str | int]:
-    """Versions, devices and what the environment asks of XLA: what a measured figure belongs to."""
+def describe() -> dict[str, Any]:
+    """Versions, devices and settings of the environment: what a measured figure belongs to."""
     device = jax.devices()[0]
     return {
         'jax': jax.__version__,
@@ -37,5 +38,5 @@ def describe() -> dict[str, str | int]:
         'device': device.device_kind,
         'devices': jax.device_count(),
         'cores': startup.cores(),
-        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+        'settings': {name: os.environ[name] for name in flags.NAMES if name in os.environ},
     }
