@@ -69,7 +69,7 @@ def environment(platform: str, given: Mapping[str, str]) -> dict[str, str]:
     for name, value in ENVIRONMENT[platform].items():
         if value.startswith('--'):
             both[name] = f'{value} {given.get(name, "")}'.rstrip()
-        elif name not in given and OLD_NAMES.get(name) not in given:
+        elif name not in given and OLD_NAMES.get(name, name) not in given:
             both[name] = value
     return both
 
