@@ -405,6 +405,8 @@ def test_a_jobset_asks_for_its_machines(machine, pool, slices, nodes, selector, 
         nodes,
         nodes,
     )
+    taken, _ = job['podFailurePolicy']['rules']
+    assert taken['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
     pod = job['template']['spec']
     assert tuple(pod['nodeSelector'].values()) == selector
     (container,) = pod['containers']
