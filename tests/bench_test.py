@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.parallel import machine
 from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.training.run import Run
 
 TINY = """
 from star_jax.families.star import Star
@@ -27,6 +29,7 @@ run = Run(
 )
 """
 TOKENIZER = '--autoencoder.width 8 --autoencoder.groups 2 --autoencoder.multipliers 1 1'
+STAR = str(Path(__file__).parents[1] / 'configs' / 'star_d16_256.py')
 OPTIONS = f'--depth 2 {TOKENIZER} --autoencoder.blocks 1 --text-tokens 3 --repeats 3'
 
 
@@ -156,6 +159,12 @@ def test_the_largest_batch_is_what_fits_beside_the_weights():
     assert suite.largest_batch(described(1, 20), described(8, 900)) == 4  # less than was tried
 
 
+def test_a_batch_given_twice_tells_no_more_than_once():
+    twice = suite.Suite(batches=(8, 8), resolutions=(0,))
+    reports = {'sample a batch 8': described(8, 90)}
+    assert not list(suite._largest({'a': Run()}, twice, reports))
+
+
 def test_a_suite_goes_on_where_it_was_and_survives_what_fails(tiny, tmp_path, monkeypatch, capsys):
     begun = []
 
@@ -186,6 +195,8 @@ def test_a_suite_goes_on_where_it_was_and_survives_what_fails(tiny, tmp_path, mo
         ('Training', 'measure'),
     ]
     assert bench.main(words) == 0 and len(begun) == 4
+    with pytest.raises(UserError, match='other settings .dtype: "bfloat16" -> "float32".*--out'):
+        bench.main([*words, '--dtype', 'float32'])
     table = (tmp_path / 'report.md').read_text()
     assert '| sample tiny batch 1 | 1 | 1.10 | 1 | 0.005 | 50.0% | 1.0 / 1.0 | 2 |' in table
 
@@ -211,6 +222,8 @@ def test_work_is_timed_in_turn_after_a_warm_up():
         (['data', '--batches', '0'], 'at least 1'),
         (['suite', '--minutes', '1'], 'name some'),
         (['suite', 'missing.py', '--resolutions', '300'], 'no published scales'),
+        (['suite', 'missing.py', '--minutes', 'nan'], 'must be positive'),
+        (['suite', STAR, STAR], 'two are equal'),
         (['sample', 'missing.py'], 'missing.py'),
         (['sample', 'nowhere/at/all'], 'there is no such folder'),
         (['sample', '--batch', '0'], 'at least 1'),

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from star_jax.bench import process
 from star_jax.bench.process import Job
@@ -42,7 +42,7 @@ class Suite:
     trained: tuple[int, ...] = (256, 512)
     training: tuple[int, ...] = (16,)
     repeats: int = 10
-    dtype: str = 'bfloat16'
+    dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
 
     def __post_init__(self) -> None:
         for name in ('batches', 'training'):
@@ -71,7 +71,8 @@ def measure(
 ) -> Reports:
     """The reports of all jobs that there was time for, by name; what failed says `failed`.
 
-    No job begins after so many `minutes`. `notice` is told what goes on.
+    No job begins after so many `minutes`. `notice` is told what goes on. Raises UserError where the
+    folder `out` holds what was measured of another job of the same name.
     """
     end = time.monotonic() + 60 * minutes
     reports: Reports = {}
@@ -79,7 +80,7 @@ def measure(
     def observe(name: str, job: Job) -> None:
         path = out / f'{name.replace(" ", "_")}.json'
         if path.exists():
-            reports[name] = config.read_json(path)
+            reports[name] = _kept(path, job)
         elif time.monotonic() < end:
             reports[name] = _observe(job, out, lambda words: notice(f'{name}, {words}'))
             config.write_json(path, reports[name])
@@ -114,14 +115,12 @@ def _largest(
     runs: Mapping[str, Run], suite: Suite, reports: Reports
 ) -> Iterator[tuple[str, Sampling]]:
     """A job with the largest batch that fits, wherever two smaller ones tell what one takes."""
-    if not suite.largest or len(suite.batches) < 2:
+    two = sorted(set(suite.batches))[-2:]
+    if not suite.largest or len(two) < 2:
         return
     for resolution in suite.resolutions:
         for name, run in runs.items():
-            pair = [
-                reports.get(_name('sample', name, resolution, batch), {})
-                for batch in sorted(suite.batches)[-2:]
-            ]
+            pair = [reports.get(_name('sample', name, resolution, batch), {}) for batch in two]
             if all('memory' in report for report in pair):
                 batch = largest_batch(*pair)
                 if batch > max(suite.batches):
@@ -138,6 +137,18 @@ def largest_batch(small: Mapping[str, Any], large: Mapping[str, Any]) -> int:
     each = max((most - least) / (second - first), 1e-3)
     room = FITS * large['memory']['limit'] - large['memory']['weights'] - most
     return max(second + int(room / each), 1) // MULTIPLE * MULTIPLE
+
+
+def _kept(path: Path, job: Job) -> dict[str, Any]:
+    """The report of a job in its file; UserError where that tells of another one."""
+    report = config.read_json(path)
+    given = config.from_json(type(job), report.get('job'), where=str(path))
+    if changed := config.differences(given, job):
+        raise UserError(
+            f'{path} was measured with other settings ({"; ".join(changed)}): give another --out, '
+            'or remove it'
+        )
+    return report
 
 
 def _sampling(run: Run, suite: Suite, resolution: int, batch: int) -> Sampling:

@@ -48,9 +48,15 @@ def measure(words: Sequence[str]) -> None:
             'bench suite measures the models of configs: name some, such as configs/star_d16_256.py'
         )
     given = arguments.parse(Suite, words[count:], 'bench suite CONFIG...', Suite())
-    if given.minutes <= 0:
+    if not given.minutes > 0:
         raise UserError(f'minutes must be positive, not {given.minutes}')
-    runs = {Path(place).stem: training.load(Path(place), Run) for place in words[:count]}
+    places = [Path(word) for word in words[:count]]
+    runs = {place.stem: training.load(place, Run) for place in places}
+    if len(runs) < len(places):
+        raise UserError(
+            'reports are told apart by the names of their configs, and two are equal: rename one '
+            f'of {", ".join(map(str, places))}'
+        )
     files.check_folder(given.out)
     given.out.mkdir(parents=True, exist_ok=True)
     console = Console()
