@@ -122,6 +122,16 @@ def test_every_combination_of_a_sweep_is_named():
     assert expanded[-1][1] == ['--batch', '8', '--sides', '1', '2', '4']
 
 
+def test_a_sweep_turns_a_switch_on_and_off(tiny):
+    swept = list(bench.expand(['remat=True,False', 'model.qk-norm=False']))
+    assert [name for name, _ in swept] == [
+        'remat True, model.qk-norm False',
+        'remat False, model.qk-norm False',
+    ]
+    runs = [bench.read_training(str(tiny), words)[1].run for _, words in swept]
+    assert [(run.remat, run.model.qk_norm) for run in runs] == [(True, False), (False, False)]
+
+
 def test_what_is_computed_again_to_save_memory_counts_once(tiny):
     _, job = bench.read_training(str(tiny), ['--batch', '8', '--text-tokens', '3'])
     _, again = bench.read_training(str(tiny), ['--batch', '8', '--text-tokens', '3', '--remat'])
@@ -216,6 +226,10 @@ def test_work_is_timed_in_turn_after_a_warm_up():
         ([], 'expected sample, train, buckets, attention, data or suite after bench'),
         (['smaple'], "not 'smaple'"),
         (['sample', '--sweep', 'batch'], 'OPTION=A,B'),
+        (['sample', '--sweep', 'sides="1 2'], 'No closing quotation'),
+        (['sample', '--dtype', 'float16'], 'float32.*bfloat16'),
+        (['attention', '--dtype', 'float64'], 'float32.*bfloat16'),
+        (['suite', STAR, '--dtype', 'float16'], 'float32.*bfloat16'),
         (['sample', '--resolution', '300'], '256, 512, 1024'),
         (['train', '--repeats', '0'], 'at least 1'),
         (['attention', '--kernels', 'fast'], 'fast'),

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 from rich.console import Console
@@ -34,6 +34,8 @@ USAGE = """usage: star-jax bench sample|train|buckets|attention|data|suite [...]
   star-jax bench data configs/shapes.py              reading batches
   star-jax bench suite configs/star_d16_256.py       many sizes in one go, resumable
 """
+
+SWITCHES = {'True': '', 'False': 'no-'}  # how a switch is called for each of its values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class Sample:
     text_tokens: int = 77
     batch: int = 1
     repeats: int = 10
-    dtype: str = 'float32'
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
     buckets: Buckets | None = None
     sweep: tuple[str, ...] = ()
     programs: Path | None = None
@@ -186,6 +188,8 @@ def expand(sweep: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     >>> list(expand(['batch=1,8', 'dtype=bfloat16']))
     [('batch 1, dtype bfloat16', ['--batch', '1', '--dtype', 'bfloat16']),
      ('batch 8, dtype bfloat16', ['--batch', '8', '--dtype', 'bfloat16'])]
+
+    Raises UserError for what is no such sweep.
     """
     columns = []
     for one in sweep:
@@ -194,8 +198,19 @@ def expand(sweep: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
             raise UserError(f'--sweep takes OPTION=A,B,..., such as batch=1,8, not {one!r}')
         columns.append([(option.lstrip('-'), value) for value in values.split(',')])
     for some in itertools.product(*columns):
-        pairs = [[f'--{option}', *shlex.split(value)] for option, value in some]
-        yield ', '.join(f'{option} {value}' for option, value in some), sum(pairs, [])
+        words = [_option(option, value) for option, value in some]
+        yield ', '.join(f'{option} {value}' for option, value in some), sum(words, [])
+
+
+def _option(option: str, value: str) -> list[str]:
+    """The arguments that give an option a value; a switch is given by its name alone."""
+    if value in SWITCHES:
+        *parts, name = option.split('.')
+        return ['--' + '.'.join([*parts, SWITCHES[value] + name])]
+    try:
+        return [f'--{option}', *shlex.split(value)]
+    except ValueError as error:
+        raise UserError(f'--sweep {option}: {value!r} is no value ({error})') from error
 
 
 def sweep_of_buckets(sizes: Sequence[int]) -> str:

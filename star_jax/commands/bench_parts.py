@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -40,7 +40,7 @@ class Attention:
     model: Annotated[Family, tyro.conf.arg(name='')]
     batch: int = 1
     repeats: int = 5
-    dtype: str = 'float32'
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
     kernels: tuple[Name, ...] = attention.KERNELS
     json: Path | None = None
 
