@@ -4,7 +4,6 @@ One program from encoded text to pixels, as the pipeline has it, and before it t
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -23,38 +22,10 @@ from star_jax.nn.kernels import ByScale
 from star_jax.sampling import program, stable
 from star_jax.text import TextEncoder
 from star_jax.text.encoder import TOWERS, read_states
+from star_jax.text.published import PUBLISHED
 from star_jax.text.tokens import pad
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ, VQTokenizer
-
-# The text encoders of published models by the width of their states: OpenCLIP ViT-H/14 as in Stable
-# Diffusion 2.1, flan-t5-xl, and MiniLM, which the shipped weights are told their captions by.
-ENCODERS: Mapping[int, Mapping[str, Any]] = {
-    1024: {
-        'model_type': 'clip_text_model',
-        'hidden_size': 1024,
-        'intermediate_size': 4096,
-        'num_attention_heads': 16,
-        'num_hidden_layers': 23,
-        'hidden_act': 'gelu',
-    },
-    2048: {
-        'model_type': 't5',
-        'd_model': 2048,
-        'd_ff': 5120,
-        'd_kv': 64,
-        'num_heads': 32,
-        'num_layers': 24,
-        'feed_forward_proj': 'gated-gelu',
-    },
-    384: {
-        'model_type': 'bert',
-        'hidden_size': 384,
-        'intermediate_size': 1536,
-        'num_attention_heads': 12,
-        'num_hidden_layers': 6,
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +33,7 @@ class Sampling:
     """What is drawn: random weights of these sizes, or those of a model `folder`.
 
     Text is random too: `text_tokens` states of the model's text width, as that encoder of
-    `ENCODERS` makes them that has it. `batch` images per run of the program, whose scales share
+    `PUBLISHED` makes them that has it. `batch` images per run of the program, whose scales share
     `buckets` (by default those that suit the platform), `repeats` timed runs.
     """
 
@@ -140,9 +111,9 @@ class Sampling:
 
     def _encoder(self) -> dict[str, Piece]:
         """What turns the captions of a batch into features, where a known encoder has the width."""
-        if self.model.PROMPT == 'label' or self.model.text_width not in ENCODERS:
+        if self.model.PROMPT == 'label' or self.model.text_width not in PUBLISHED:
             return {}
-        fields = ENCODERS[self.model.text_width]
+        fields = PUBLISHED[self.model.text_width]
         tower = TOWERS[fields['model_type']](fields)
         tokens = pad([[1] * self.text_tokens] * self.batch, self.batch, self.text_tokens, 0)
         shapes = jax.eval_shape(tower.module.init, jax.random.key(0), tokens)['params']

@@ -27,31 +27,13 @@ from star_jax.sampling import program, stable
 from star_jax.text import TextEncoder
 from star_jax.text.encoder import sketch
 from star_jax.text.folder import locate
+from star_jax.text.published import PUBLISHED
 from star_jax.text.tokens import Tokens
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.programs import HeadPrograms, Programs
 from star_jax.training.run import Run, settle
 
 STEP = 'training step'
-# The text encoders of published models by their width: that of Stable Diffusion 2.1 (STAR) and
-# MiniLM (the models shipped here).
-PUBLISHED = {
-    1024: {
-        'model_type': 'clip_text_model',
-        'hidden_size': 1024,
-        'num_hidden_layers': 23,
-        'num_attention_heads': 16,
-        'intermediate_size': 4096,
-        'hidden_act': 'gelu',
-    },
-    384: {
-        'model_type': 'bert',
-        'hidden_size': 384,
-        'num_hidden_layers': 6,
-        'num_attention_heads': 12,
-        'intermediate_size': 1536,
-    },
-}
 
 
 class Piece(NamedTuple):
@@ -236,8 +218,8 @@ def _encoder(run: Run) -> tuple[TextEncoder | Classes, str]:
             f'known (only {known}): name a folder with --text'
         )
     found = sketch(run.text, PUBLISHED[width])
-    kind, depth = PUBLISHED[width]['model_type'], PUBLISHED[width]['num_hidden_layers']
-    return found, f'text encoder: {kind} of width {width}, {depth} layers, {found.length} tokens'
+    kind = PUBLISHED[width]['model_type']
+    return found, f'text encoder: the published {kind} of width {width}, {found.length} tokens'
 
 
 def _condition(encoder: TextEncoder | Classes, rows: int) -> tuple[Any, Any]:
