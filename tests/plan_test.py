@@ -38,7 +38,7 @@ from star_jax.training.run import Run
 CONFIGS = Path(__file__).parents[1] / 'configs'
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
-    reason="libtpu compiles for TPUs: pip install 'star_jax[plan]' (680 MB)",
+    reason="libtpu compiles for TPUs: pip install -e '.[plan]' (680 MB)",
 )
 
 # As compilers write: a loop of 30, in which an exchange runs beside two fusions, and more of them.
@@ -152,7 +152,8 @@ def test_a_name_means_machines(name, chip, chips, near):
     [
         ('v9-128', 'there is no topology'),
         ('8xA100', 'there is no topology'),
-        ('0xH100', 'has no chips'),
+        ('0xH100', 'has 0 chips'),
+        ('1000000xH100', 'has 1,000,000 chips, expected 1 to'),
         ('v5p-127', 'counts TensorCores'),
         ('v5e-100', 'counts chips, expected 1, 4'),
         ('v5p:4x4', '3 sides, such as v5p:4x4x4'),
@@ -211,7 +212,7 @@ def planned(run: Run, name: str, memory: float | None = None, **options: Any) ->
 
 def test_a_plan_counts_what_gpus_hold(run):
     run = dataclasses.replace(run, mesh=MeshShape(fsdp=2))
-    made = planned(run, '8xA100-80G', price=2.0)
+    made = planned(dataclasses.replace(run, attention='flash'), '8xA100-80G', price=2.0)
     whole = work.training(run, MeshShape().sketch(1), 'cpu')
     memory = made.memory
     for name, size in memory.resident.items():
@@ -266,7 +267,9 @@ def test_a_plan_of_sampling(run):
         ([], 'where\\? give --topology'),
         (['--topology', '8xH100', '--mesh.fsdp', '3'], 'choose sizes whose product is 8'),
         (['--topology', '8xH100', '--batch', '12', '--mesh.fsdp', '8'], 'multiple of 8'),
-        (['--topology', '8xH100', '--price', '-1'], 'must not be negative'),
+        (['--topology', '8xH100', '--price', '-1'], 'not negative'),
+        (['--topology', '8xH100', '--price', 'nan'], 'must be a number'),
+        (['--topology', '8xH100', '--attention', 'splash'], 'splash is a kernel of TPUs'),
         (['--topology', '8xH100', '--buckets', '0', '1'], 'add --sample'),
         (['--topology', 'v5e-4'], 'pip install'),
     ],

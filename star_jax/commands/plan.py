@@ -1,6 +1,7 @@
 """`star-jax plan CONFIG --topology NAME`"""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +24,8 @@ class Plan:
 
     CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
     config.json; every field can be changed by an option. Its data, weights and text encoder need
-    not be here. For TPUs the real program is compiled (pip install 'star_jax[plan]'; minutes), for
-    GPUs its arrays are counted. Times are what the chips' peak rates allow at best.
+    not be here. For TPUs the real program is compiled (pip install -e '.[plan]'; minutes), for GPUs
+    its arrays are counted. Times are what the chips' peak rates allow at best.
 
     Example: star-jax plan configs/star_d30_256.py --topology v5p-128 --price 4.2
 
@@ -59,8 +60,8 @@ def main(words: Sequence[str]) -> int:
     config.check(given.run, where='the settings of the run')
     if not given.topology:
         raise UserError(f'where? give --topology, such as {topologies.EXAMPLES}')
-    if given.price < 0:
-        raise UserError(f'--price must not be negative, not {given.price}')
+    if not 0 <= given.price < math.inf:
+        raise UserError(f'--price must be a number and not negative, not {given.price}')
     if given.buckets and not given.sample:
         raise UserError('buckets are of a program that draws: add --sample, or leave --buckets out')
     pod = topologies.read(given.topology)

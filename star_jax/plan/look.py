@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from star_jax.nn.door import named
 from star_jax.parallel.mesh import MeshShape, batch_ways
 from star_jax.plan import accounted, compiled
 from star_jax.plan.hlo import Collective
@@ -80,7 +81,8 @@ class Planner:
 
     def _account(self, run: Run) -> Point:
         mesh = self.shape.sketch(self.pod.chips)
-        made = self.make(run, mesh, 'cpu')
+        named(run.attention, self.pod.platform)  # or a UserError: its kernels cannot be traced here
+        made = self.make(dataclasses.replace(run, attention='automatic'), mesh, 'cpu')
         sizes = self.sizes
         images = run.batch // batch_ways(mesh)
         self.notice(f'counting the arrays of {images} images')

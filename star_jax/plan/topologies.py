@@ -23,6 +23,7 @@ FLAT |= {256: (16, 16)}
 DEEP = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)}
 DEEP |= {256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)}
 SHAPES = {'v5e': FLAT, 'v6e': FLAT, 'v5p': DEEP}
+MOST_CHIPS = 2**17
 CORES = {'v5p': 2}  # on a chip, where product names count them
 TPU = re.compile(r'(?:(\d+)x)?(v5e|v5litepod|v5p|v6e)(?::(\d+(?:x\d+)*)|-(\d+))')
 GPU = re.compile(r'(?:(\d+)x)?([ah]\d+)(?:-(\d+)gb?)?', re.IGNORECASE)
@@ -66,8 +67,8 @@ class Pod:
         """
         if importlib.util.find_spec('libtpu') is None:
             raise UserError(
-                f'programs for {self.name} are compiled by libtpu, which is not installed; run: '
-                "pip install 'star_jax[plan]'"
+                f'programs for {self.name} are compiled by libtpu, which is not installed; run in '
+                "the folder of this project: pip install -e '.[plan]'"
             )
         for name, value in NO_TPU.items():
             os.environ.setdefault(name, value)
@@ -111,8 +112,11 @@ def read(name: str) -> Pod:
 
 def _pod(name: str, chip: Chip, shape: tuple[int, ...], slices: str | None) -> Pod:
     pod = Pod(name, chip, shape, int(slices or 1))
-    if not pod.chips:
-        raise UserError(f'{name!r} has no chips: expected a topology such as {EXAMPLES}')
+    if not 0 < pod.chips <= MOST_CHIPS:
+        raise UserError(
+            f'{name!r} has {pod.chips:,} chips, expected 1 to {MOST_CHIPS:,}: give a topology such '
+            f'as {EXAMPLES}'
+        )
     return pod
 
 
