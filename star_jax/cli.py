@@ -27,7 +27,7 @@ COMMANDS = {
     'verify': 'compare recorded cases of the originals with this code',
     'evaluate': 'score a model or a tokenizer on images that it never saw',
     'plan': 'say what a run needs and takes on a TPU pod or GPUs, before paying',
-    'bench': 'measure sampling',
+    'bench': 'measure drawing, training, attention and reading',
     'study': 'train configs under equal conditions and compare them',
 }
 MODULES = {'train-tokenizer': 'train_tokenizer'}
