@@ -52,7 +52,7 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
     'tpu': {'LIBTPU_INIT_ARGS': ' '.join(TPU)},
     # Pages of 2 MiB for large arrays: with those of 4 KiB the kernel takes most of a second to hand
     # out each GiB that a program asks for, at every call. A step of configs/shapes.py takes 0.77 of
-    # the time that it takes with small pages which are kept (`memory.keep`), and 0.83 of that with
+    # the time that it takes with small pages which are kept (`memory.keep`), and 0.82 of that with
     # both.
     'cpu': {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'},
 }
