@@ -182,7 +182,7 @@ def test_a_suite_goes_on_where_it_was_and_survives_what_fails(tiny, tmp_path, mo
         begun.append((type(job).__name__, task))
         if isinstance(job, process.Training):
             raise UserError('out of memory')
-        return {'start': {'compile_seconds': 1.0}} | fake
+        return {'start': {'compile_seconds': 1.0, 'reached': {'first result': 2.5}}} | fake
 
     fake = {
         'pixels': 4,
@@ -208,7 +208,10 @@ def test_a_suite_goes_on_where_it_was_and_survives_what_fails(tiny, tmp_path, mo
     with pytest.raises(UserError, match='other settings .dtype: "bfloat16" -> "float32".*--out'):
         bench.main([*words, '--dtype', 'float32'])
     table = (tmp_path / 'report.md').read_text()
-    assert '| sample tiny batch 1 | 1 | 1.10 | 1 | 0.005 | 50.0% | 1.0 / 1.0 | 2 |' in table
+    assert (
+        '| sample tiny batch 1 | 1 | 1.10 | 1 | 0.005 | 50.0% | 1.0 / 1.0 | 2.5 / 2.5 | 2 |'
+        in table
+    )
 
 
 def test_work_is_timed_in_turn_after_a_warm_up():

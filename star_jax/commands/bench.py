@@ -49,7 +49,7 @@ class Sample:
 
     Example: star-jax bench sample configs/star_d16_256.py --batch 4 --json d16.json
     Example: star-jax bench sample configs/star_d30_256.py --sweep batch=1,8 resolution=256,512
-    Example: star-jax bench buckets configs/star_d16_256.py (a sweep over none, three and one)
+    Example: star-jax bench buckets configs/star_d16_256.py (none, that is 0 0, three and one)
 
     Attributes:
         model: the sizes of the transformer.

@@ -41,13 +41,14 @@ TPU = (
     '--xla_tpu_enable_async_collective_fusion_multiple_steps=true',
     '--xla_tpu_overlap_compute_collective_tc=true',
 )
+MEMORY_FRACTION = 0.92  # of a GPU
 
 ENVIRONMENT: dict[str, dict[str, str]] = {
     'gpu': {
         'XLA_FLAGS': ' '.join(GPU),
         # By default a quarter of the memory is left to others, and on a node of its own there are
         # none but NCCL, cuDNN and the driver.
-        'XLA_CLIENT_MEM_FRACTION': '0.92',
+        'XLA_CLIENT_MEM_FRACTION': str(MEMORY_FRACTION),
     },
     'tpu': {'LIBTPU_INIT_ARGS': ' '.join(TPU)},
     # Pages of 2 MiB for large arrays: with those of 4 KiB the kernel takes most of a second to hand

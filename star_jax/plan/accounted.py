@@ -1,7 +1,6 @@
 """What would a program need on chips for which nothing can be compiled here?
 
-Sizes of arrays from the jaxpr of one device's part of the batch, exchanges by formula. Tested
-against what the compiler says for TPUs (docs/plans.md).
+Sizes of arrays from the jaxpr of one device's part of the batch, exchanges by formula.
 """
 
 import dataclasses
@@ -17,6 +16,7 @@ from star_jax.plan.work import Make, Piece, Work, share
 from star_jax.training.run import Run
 
 LARGE = (256, 512)  # images of one device
+KEEPS_SCORES = ('dense', 'by_scale')  # kernels; all others remember as little as chunks
 PER_LAYER = 3  # results that tensor parallelism sums: self-attention, cross-attention, MLP
 
 
@@ -48,7 +48,8 @@ def local(run: Run, images: int, make: Make) -> dict[str, Local]:
 
 
 def _pieces(run: Run, images: int, make: Make) -> dict[str, Piece]:
-    alone = dataclasses.replace(run, batch=images, attention='chunked', released_loss_scale=False)
+    attention = run.attention if run.attention in KEEPS_SCORES else 'chunked'
+    alone = dataclasses.replace(run, batch=images, attention=attention, released_loss_scale=False)
     return make(alone, MeshShape().sketch(1), 'cpu').pieces
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from star_jax.parallel.flags import MEMORY_FRACTION
+
 GIB = 2**30
 TERA, GIGA = 1e12, 1e9
 
@@ -40,8 +42,8 @@ def _tpu(name: str, bfloat16: float, **fields: float) -> Chip:
 # 1,600, 4,800 and 3,584 Gbit/s per chip), memory as their compiler says it ("exceeds available HBM
 # (15.75G)"), network of a chip to other slices from jax-ml.github.io/scaling-book (part 2, "TPU
 # networking"). GPUs: the data sheets of A100, H100 and H200 in SXM (dense rates; float32 is TF32 by
-# default), NVLink in one direction, memory less what the driver and XLA keep, and one network card
-# of 200 Gbit/s (A100) or 400 Gbit/s per GPU, as in their DGX systems.
+# default), NVLink in one direction, of the memory that CUDA finds what the launch scripts give XLA,
+# and one network card of 200 Gbit/s (A100) or 400 Gbit/s per GPU, as in their DGX systems.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -74,7 +76,7 @@ CHIPS = {
             bfloat16=312 * TERA,
             float32=156 * TERA,
             exact=19.5 * TERA,
-            memory=38.5 * GIB,
+            memory=MEMORY_FRACTION * 39.4 * GIB,
             bandwidth=1_555 * GIGA,
             links=300 * GIGA,
             network=25 * GIGA,
@@ -85,7 +87,7 @@ CHIPS = {
             bfloat16=312 * TERA,
             float32=156 * TERA,
             exact=19.5 * TERA,
-            memory=78 * GIB,
+            memory=MEMORY_FRACTION * 79.2 * GIB,
             bandwidth=2_039 * GIGA,
             links=300 * GIGA,
             network=25 * GIGA,
@@ -96,7 +98,7 @@ CHIPS = {
             bfloat16=989 * TERA,
             float32=494 * TERA,
             exact=67 * TERA,
-            memory=78 * GIB,
+            memory=MEMORY_FRACTION * 79.1 * GIB,
             bandwidth=3_350 * GIGA,
             links=450 * GIGA,
             network=50 * GIGA,
@@ -107,7 +109,7 @@ CHIPS = {
             bfloat16=989 * TERA,
             float32=494 * TERA,
             exact=67 * TERA,
-            memory=138 * GIB,
+            memory=MEMORY_FRACTION * 139.8 * GIB,
             bandwidth=4_800 * GIGA,
             links=450 * GIGA,
             network=50 * GIGA,

@@ -34,7 +34,7 @@ def plan(
     """
     make = functools.partial(work.sampling, buckets=buckets) if samples else work.training
     devices = pod.devices() if pod.platform == 'tpu' else ()  # before JAX looks for any itself
-    notes, shape = [], run.mesh
+    notes, shape = ['chip-hours are of a million images'] if samples else [], run.mesh
     if shape == MeshShape():
         shape = meshes.choose(run, pod, not samples)
         if shape != MeshShape():
