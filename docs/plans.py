@@ -81,7 +81,7 @@ def plan(stage: str, topology: str) -> dict:
 
 
 def page(rows: dict[str, dict]) -> str:
-    """The table, and below it what does not fit and why."""
+    """The table, and below it what does not fit and why, and which rows there are not."""
     names = [f'{stage} {topology}' for stage in STAGES for topology in TOPOLOGIES]
     found = [rows[name] for name in names if name in rows]
     lines = [
@@ -89,6 +89,8 @@ def page(rows: dict[str, dict]) -> str:
         for row in found
         if row.get('advice')
     ]
+    if missing := [name for name in names if name not in rows]:
+        lines.append(f'- Not made yet: {", ".join(missing)}')
     return tables.markdown(found) + '\n' + '\n'.join(lines) + '\n'
 
 
