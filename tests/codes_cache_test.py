@@ -104,7 +104,8 @@ def test_training_from_a_cache_is_training_from_images(run, images, made, monkey
 def test_a_cache_serves_whatever_is_trained_on_it(run, made):
     """Only what decides codes and features is compared."""
     wider = dataclasses.replace(run.model, mlp_ratio=2.0)
-    job(run, made, model=wider, batch=16, seed=5, caption_drop=0.5)
+    served = job(run, made, model=wider, batch=16, seed=5, caption_drop=0.5)
+    assert len(next(iter(served.batches(0)))['codes']) == 16
 
 
 def test_text_features_are_copied_from_the_users_cache_not_encoded_again(

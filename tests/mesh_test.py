@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -90,7 +91,8 @@ def test_a_mesh_that_the_model_does_not_divide_is_refused_with_what_fits(axis, w
 
 
 def test_a_mesh_that_fits_is_not_refused():
-    rules.abstract(D30.abstract(), AbstractMesh((2, 128, 2, 8), AXES))
+    placed = rules.abstract(D30.abstract(), AbstractMesh((2, 128, 2, 8), AXES))
+    assert any('fsdp' in leaf.sharding.spec for leaf in jax.tree.leaves(placed))
 
 
 def test_rows_are_filled_up_to_what_the_mesh_divides():

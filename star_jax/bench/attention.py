@@ -6,7 +6,7 @@ with the gradient three times that.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from star_jax.bench import timing
 from star_jax.core.reach import Reach
+from star_jax.core.settings import Dtype
 from star_jax.families import Family
 from star_jax.nn.door import Name, named
 from star_jax.nn.kernels import KV, Kernel
@@ -30,7 +31,7 @@ class Attention:
     model: Family
     batch: int = 1
     repeats: int = 5
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Dtype = 'float32'
     kernels: tuple[Name, ...] = KERNELS
 
     def __post_init__(self) -> None:

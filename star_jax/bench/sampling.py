@@ -4,7 +4,7 @@ One program from encoded text to pixels, as the pipeline has it, and before it t
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.condition import Condition, Text
 from star_jax.core.flops import count_flops
-from star_jax.core.settings import Settings
+from star_jax.core.settings import Dtype, Settings
 from star_jax.families import Family
 from star_jax.nn.kernels import ByScale
 from star_jax.sampling import program, stable
@@ -43,7 +43,7 @@ class Sampling:
     settings: Settings = Settings()
     batch: int = 1
     repeats: int = 10
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Dtype = 'float32'
     buckets: Buckets | None = None
     text_tokens: int = 77
 

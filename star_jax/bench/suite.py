@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from star_jax.bench import process
 from star_jax.bench.process import Job
@@ -16,6 +16,7 @@ from star_jax.bench.sampling import Sampling
 from star_jax.bench.training import Training
 from star_jax.checkpoint import config
 from star_jax.convert.infer import SIDES
+from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.families import Family
 from star_jax.training.run import Run
@@ -42,7 +43,7 @@ class Suite:
     trained: tuple[int, ...] = (256, 512)
     training: tuple[int, ...] = (16,)
     repeats: int = 10
-    dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+    dtype: Dtype = 'bfloat16'
 
     def __post_init__(self) -> None:
         for name in ('batches', 'training'):

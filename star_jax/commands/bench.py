@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import tyro
 from rich.console import Console
@@ -19,7 +19,7 @@ from star_jax.checkpoint import config, files, models
 from star_jax.commands import arguments, bench_parts, bench_suite, training
 from star_jax.convert.infer import SIDES
 from star_jax.core.buckets import Buckets, divide
-from star_jax.core.settings import Settings
+from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
 from star_jax.families import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -75,7 +75,7 @@ class Sample:
     text_tokens: int = 77
     batch: int = 1
     repeats: int = 10
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Dtype = 'float32'
     buckets: Buckets | None = None
     sweep: tuple[str, ...] = ()
     programs: Path | None = None

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.console import Console
 from star_jax.bench import attention, data, tables
 from star_jax.checkpoint import config, files, models
 from star_jax.commands import arguments, training
+from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.families import Family
 from star_jax.nn.door import Name
@@ -40,7 +41,7 @@ class Attention:
     model: Annotated[Family, tyro.conf.arg(name='')]
     batch: int = 1
     repeats: int = 5
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Dtype = 'float32'
     kernels: tuple[Name, ...] = attention.KERNELS
     json: Path | None = None
 

@@ -14,7 +14,7 @@ from rich.progress import track
 from star_jax.checkpoint import config, files, models
 from star_jax.commands import arguments
 from star_jax.core import pictures
-from star_jax.core.settings import Settings, Version
+from star_jax.core.settings import Dtype, Settings, Version
 from star_jax.errors import UserError
 from star_jax.evaluation import report, tables
 from star_jax.evaluation.groups import SHAPES
@@ -79,7 +79,7 @@ class Evaluate:
     out: Path | None = None
     grid: Path | None = None
     text: str = ''
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Dtype = 'float32'
     behaviour: Behaviour = 'own'
 
 

@@ -6,7 +6,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -16,7 +16,7 @@ from star_jax.checkpoint import files, models
 from star_jax.commands import arguments
 from star_jax.core.buckets import Buckets
 from star_jax.core.classes import Classes
-from star_jax.core.settings import Settings
+from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
 from star_jax.parallel import startup
 from star_jax.parallel.mesh import MeshShape
@@ -61,7 +61,7 @@ class Sample:
     out: Path = Path('drawn')
     seed: int = 0
     batch: int = pipeline.BATCH
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Dtype = 'float32'
     behaviour: pipeline.Behaviour = 'own'
     buckets: Buckets | None = None
     mesh: MeshShape = MeshShape(data=1)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from star_jax.core.unmasking import Mode
 
+Dtype = Literal['float32', 'bfloat16']  # of activations
 Version = Literal['off', 'new', '1024']  # of stable sampling
 
 EXTREME = 1e6  # beyond, logits are no float32 numbers any more

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, Literal
 
 from star_jax.checkpoint import models
-from star_jax.core.settings import Settings
+from star_jax.core.settings import Dtype, Settings
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
@@ -164,7 +164,7 @@ class Run:
     released_loss_scale: bool = False
     unmasking: Unmasking = Unmasking()
     ema: float = 0.0
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Dtype = 'float32'
     remat: bool = False
     unroll: int = 1
     attention: Name = 'automatic'
