@@ -31,12 +31,6 @@ STAGES = (
 COUNTED = ('8xA100-80G', '64xH100')
 COMPILED = ('v5p-128', 'v5e-256', 'v6e-256')
 TOPOLOGIES = COUNTED + COMPILED
-# The largest batch that fits takes two compilations more: of these it is asked.
-SEARCHED = (
-    ('star_d30_256', 'v5e-256'),
-    ('star_d30_256', 'v5p-128'),
-    ('star_d30_1024', 'v5p-128'),
-)
 HEAD = """\
 # What every STAR stage needs on pods and GPUs
 
@@ -50,13 +44,14 @@ step, by kind. A step takes at least the longest of arithmetic, memory traffic a
 chips' peak rates, so that images/s and MFU are what a perfect overlap would reach, and chip-hours
 are a lower bound for the whole stage. The mesh was chosen by `plan`: as many parts of the published
 batch as it has, the rest of the chips on heads and rows. The largest batch of a TPU takes two
-compilations more, and was asked of three rows; the others were made with `--no-search`.
+compilations more: leave `--no-search` out, as `plan` does by itself.
 
 """
 
 
 def main(place: Path) -> None:
     rows = json.loads(place.read_text()) if place.exists() else {}
+    write(place, rows)
     with futures.ThreadPoolExecutor(startup.cores()) as pool:
         made = [
             pool.submit(plan, stage, topology)
@@ -67,8 +62,12 @@ def main(place: Path) -> None:
         for each in futures.as_completed(made):
             row = each.result()
             rows[f'{row["config"]} {row["topology"]}'] = row
-            config.write_json(place, rows)
-            place.with_suffix('.md').write_text(HEAD + page(rows))
+            write(place, rows)
+
+
+def write(place: Path, rows: dict[str, dict]) -> None:
+    config.write_json(place, rows)
+    place.with_suffix('.md').write_text(HEAD + page(rows))
 
 
 def plan(stage: str, topology: str) -> dict:
@@ -77,7 +76,7 @@ def plan(stage: str, topology: str) -> dict:
         out = Path(folder) / 'row.json'
         words = (HERE.parent / 'configs' / f'{stage}.py', '--topology', topology, '--json', out)
         command = (sys.executable, '-m', 'star_jax', 'plan', *map(str, words))
-        if topology in COMPILED and (stage, topology) not in SEARCHED:
+        if topology in COMPILED:
             command += ('--no-search',)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
