@@ -31,6 +31,7 @@ STAGES = (
 COUNTED = ('8xA100-80G', '64xH100')
 COMPILED = ('v5p-128', 'v5e-256', 'v6e-256')
 TOPOLOGIES = COUNTED + COMPILED
+SEARCHED = (('star_d30_256', 'v5e-256'),)  # for its largest batch, three compilations
 HEAD = """\
 # What every STAR stage needs on pods and GPUs
 
@@ -44,7 +45,7 @@ step, by kind. A step takes at least the longest of arithmetic, memory traffic a
 chips' peak rates, so that images/s and MFU are what a perfect overlap would reach, and chip-hours
 are a lower bound for the whole stage. The mesh was chosen by `plan`: as many parts of the published
 batch as it has, the rest of the chips on heads and rows. The largest batch of a TPU takes two
-compilations more: leave `--no-search` out, as `plan` does by itself.
+compilations more and was asked of one row; the others were made with `--no-search`.
 
 """
 
@@ -76,7 +77,7 @@ def plan(stage: str, topology: str) -> dict:
         out = Path(folder) / 'row.json'
         words = (HERE.parent / 'configs' / f'{stage}.py', '--topology', topology, '--json', out)
         command = (sys.executable, '-m', 'star_jax', 'plan', *map(str, words))
-        if topology in COMPILED:
+        if topology in COMPILED and (stage, topology) not in SEARCHED:
             command += ('--no-search',)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
