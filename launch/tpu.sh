@@ -24,8 +24,8 @@ case $action in
     ((count == 1)) || nodes=(--node-count="$count" --node-prefix="$name")
     tpus create "$name" --accelerator-type="$type" --runtime-version="$runtime" \
       "${nodes[@]}" "${@:5}" ;;
-  install) pack=$(mktemp) && trap 'rm -f "$pack"' EXIT
-    git ls-files -co --exclude-standard ':!tests' ':!docs' | tar -czf "$pack" -T -
+  install) pack=$(mktemp) && trap 'rm -f "$pack"' EXIT # what git lists twice was deleted
+    git ls-files -cod --exclude-standard ':!tests' ':!docs' | sort | uniq -u | tar -czf "$pack" -T -
     tpus scp "$pack" "$name:star_jax.tar.gz" --node=all --worker=all
     on all "mkdir -p star_jax && tar -xzf star_jax.tar.gz -C star_jax" && worker all install ;;
   start) check_run "${@:4}" && check_shared && worker all start "${@:4}" ;;

@@ -219,6 +219,23 @@ def test_the_status_of_gcloud_is_passed_on(machine):
         assert tpu(machine, *words, STATUS='7').returncode == 7
 
 
+def test_install_takes_what_is_there_not_what_was_deleted(machine, tmp_path):
+    project = tmp_path / 'project'
+    shutil.copytree(LAUNCH, project / 'launch')
+    (project / '.gitignore').write_text('runs\n')
+    for name in ('kept', 'deleted', 'runs'):
+        (project / name).write_text(name)
+    for words in ('init -q', 'add .'):
+        subprocess.run(['git', *words.split()], cwd=project, check=True)
+    (project / 'deleted').unlink()
+    (project / 'new').write_text('not added yet')
+    machine.stub('gcloud', '#!/usr/bin/env bash\n[[ $4 != scp ]] || tar -tzf "$5" >"$CALLS"\n')
+    done = machine.bash(project / 'launch/tpu.sh', 'install', 'd16', 'z')
+    assert done.returncode == 0, done
+    packed = machine.log.read_text().splitlines()
+    assert [name for name in packed if '/' not in name] == ['.gitignore', 'kept', 'new']
+
+
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(machine):
     for script, *words in (
         ('tpu', 'create', 'd16', 'z', 'v5p-8'),
