@@ -91,7 +91,7 @@ def page(rows: dict[str, dict]) -> str:
     names = [f'{stage} {topology}' for stage in STAGES for topology in TOPOLOGIES]
     found = [rows[name] for name in names if name in rows]
     lines = [
-        f'- {row["config"]} on {row["topology"]}: {"; ".join(row["advice"]).replace(":; ", ": ")}'
+        f'- {row["config"]} on {row["topology"]}: {"; ".join(row["advice"])}'
         for row in found
         if row.get('advice')
     ]

@@ -20,7 +20,7 @@ def advise(planner: Planner, point: Point, memory: Memory, largest: int | None) 
         return
     run, pod = planner.run, planner.pod
     over = (memory.total - memory.limit) / GIB
-    yield f'{over:,.1f} GiB more than the {memory.limit / GIB:,.2f} GiB of one {pod.chip.name}:'
+    yield f'{over:,.1f} GiB more than the {memory.limit / GIB:,.2f} GiB of one {pod.chip.name}'
     if largest:
         yield f'--batch {largest} is the largest that fits (now {run.batch})'
     grown = memory.activations / GIB
