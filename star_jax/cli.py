@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from star_jax import terminal
 from star_jax.errors import RunError, UserError
-from star_jax.parallel import memory
+from star_jax.parallel import malloc
 
 COMMANDS = {
     'train': 'train a transformer on captioned images',
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Without arguments it takes those of the process."""
     if arguments is not None:
         return _run(list(arguments), _load)
-    memory.keep()  # where the process is one command, and never in somebody else's
+    malloc.keep()  # where the process is one command, and never in somebody else's
     terminal.outlive_readers()
     try:
         status = _run(sys.argv[1:], _load_quietly)
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = stopped.code
     if error := terminal.flush():
         status = _tell('', f'what it says cannot be written ({error.strerror})', 1)
-    if company := sys.modules.get('star_jax.parallel.company'):  # it takes JAX, as few commands do
+    if company := sys.modules.get(
+        'star_jax.parallel.peer_watchdog'
+    ):  # it takes JAX, as few commands do
         company.leave(status)
     return status
 

@@ -34,19 +34,18 @@ import tiny
 from PIL import Image
 
 import star_jax
-from star_jax import cli
+from star_jax import cli, image_io
 from star_jax.bench import process as benchmark
 from star_jax.checkpoint import config, models, weights
-from star_jax.core import pictures
 from star_jax.core.filters import Filter
 from star_jax.data import codes, listing, prepared
 from star_jax.errors import UserError
-from star_jax.evaluation import report
+from star_jax.evaluation import eval_report
 from star_jax.parallel import startup
 from star_jax.sampling.pipeline import Pipeline
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
-from star_jax.training import loop
+from star_jax.training import trainer
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.transformer import TransformerJob
 
@@ -695,7 +694,7 @@ def home(tmp_path_factory) -> Path:
     shutil.copytree(tiny.TEXT, home / 'text')
     shutil.copytree(GOLDEN, home / 'case')
     record = prepared.Record(
-        key='a', image=pictures.encode(np.zeros((16, 16, 3), np.uint8)), captions=('black',),
+        key='a', image=image_io.encode(np.zeros((16, 16, 3), np.uint8)), captions=('black',),
         label='', source='', licence='', attribution='',
     )  # fmt: skip
     prepared.write(home / 'set', {'train': [record]})
@@ -712,11 +711,13 @@ def surroundings(monkeypatch, tmp_path_factory) -> None:
     monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr(Pipeline, 'stream', pass_by)
-    monkeypatch.setattr(loop.Course, 'run', pass_by)
-    monkeypatch.setattr(loop, '_print_summary', lambda *_: None)  # traces a step to count its work
+    monkeypatch.setattr(trainer.Trainer, 'run', pass_by)
+    monkeypatch.setattr(
+        trainer, '_print_summary', lambda *_: None
+    )  # traces a step to count its work
     monkeypatch.setattr(benchmark, 'observe', pass_by)
     for work in ('reconstruct', 'loss_rows'):
-        monkeypatch.setattr(report, work, pass_by)
+        monkeypatch.setattr(eval_report, work, pass_by)
 
 
 @pytest.fixture
@@ -805,7 +806,7 @@ def test_a_missing_npm_says_what_to_install(capfd, monkeypatch, spoil, tmp_path)
 def test_a_cache_that_cannot_be_written_is_told(capfd, monkeypatch, spoil, line):
     """And nothing but the settings of the run, which can go on elsewhere, is left behind."""
     monkeypatch.setattr(TransformerJob, 'init', lambda *_: None)  # nothing is trained
-    monkeypatch.setattr(loop.Course, 'run', lambda course, *_: next(course._job.batches(0)))
+    monkeypatch.setattr(trainer.Trainer, 'run', lambda course, *_: next(course._job.batches(0)))
     # JAX does without a cache of programs.
     monkeypatch.setattr(startup, 'start', lambda **_: None)
     words = spoil(f'{line} {{words}}')

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from star_jax.bench import process, sampling, suite, tables, timing
+from star_jax.bench import bench_tables, process, sampling, suite, timing
 from star_jax.checkpoint import folder
 from star_jax.commands import bench
 from star_jax.errors import UserError
@@ -62,7 +62,7 @@ def test_the_second_process_finds_the_program(report):
     assert (cold['found'], warm['found']) == (0, 1)
     assert warm['compile_seconds'] < cold['compile_seconds']
     for start in (cold, warm):
-        reached = [start['reached'][stage] for stage in tables.STAGES]
+        reached = [start['reached'][stage] for stage in bench_tables.STAGES]
         assert reached == sorted(reached) and reached[0] > 0
         assert start['since_weights'] < start['since_jax'] < start['reached']['dispatch']
         assert 0 < start['processor_seconds'] < start['processor_seconds_to_dispatch']
@@ -92,7 +92,7 @@ def test_the_report_says_where_and_how_much_memory(report):
     assert environment['jax'] and environment['device'] and environment['cores'] > 0
     assert len(environment['load']) == 2 and memory['weights'] > 0
     assert any(name.endswith('_peak') for name in memory)
-    assert 'depth 2' in tables.summary(report) and 'batch 2' in tables.summary(report)
+    assert 'depth 2' in bench_tables.summary(report) and 'batch 2' in bench_tables.summary(report)
 
 
 @pytest.fixture(scope='module')
@@ -111,9 +111,9 @@ def test_a_step_is_measured_and_traced(swept):
     assert (report['cold_start']['found'], report['warm_start']['found']) == (0, 1)
     whole, forward = report['parts']['program'], report['parts']['forward']
     assert 2.5 < whole['gflop'] / forward['gflop'] < 3.1
-    assert 'training, depth 1' in tables.summary(report)
+    assert 'training, depth 1' in bench_tables.summary(report)
     assert len(list(trace.glob('batch 8/plugins/profile/*'))) == 1
-    assert tables.sweep({'a': report, 'b': report}).row_count == 2
+    assert bench_tables.sweep({'a': report, 'b': report}).row_count == 2
 
 
 def test_every_combination_of_a_sweep_is_named():

@@ -14,14 +14,14 @@ from star_jax.commands import arguments, bench
 from star_jax.commands.sample import Sample
 from star_jax.core import buckets, padding, resize
 from star_jax.core.codes import Index
-from star_jax.core.condition import Labels, Text
+from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.schedule import Group, Pyramid, Raster, Step
 from star_jax.core.settings import Settings, Stable
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
 from star_jax.nn.positions import Learned
-from star_jax.sampling import draw, program, stable
+from star_jax.sampling import methods, program, stable
 from star_jax.sampling.sampler import sample
 
 SIDES = (1, 2, 3, 4)
@@ -34,17 +34,17 @@ LED = Settings(guidance=2.0, top_k=20, top_p=0.9)
 B = 2
 
 
-def texts(rows: int) -> Text:
+def texts(rows: int) -> TextCondition:
     rng = np.random.default_rng(1)
-    return Text(
+    return TextCondition(
         rng.normal(size=(rows, 3, STAR.text_width)).astype(np.float32),
         np.ones((rows, 3), np.int32),
         rng.normal(size=(rows, STAR.text_width)).astype(np.float32),
     )
 
 
-def labels(rows: int) -> Labels:
-    return Labels(np.arange(rows, dtype=np.int32))
+def labels(rows: int) -> LabelCondition:
+    return LabelCondition(np.arange(rows, dtype=np.int32))
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def test_padding_changes_no_noise():
     logits_BLV = jnp.zeros((B, 16, 32))
     padded, alone = Index.draw(keys_B, logits_BLV), Index.draw(keys_B, logits_BLV[:, :9])
     np.testing.assert_array_equal(padded[:, :9], alone)
-    padded, alone = (draw.gumbel_noise(keys_B, (size, 32)) for size in (16, 9))
+    padded, alone = (methods.gumbel_noise(keys_B, (size, 32)) for size in (16, 9))
     np.testing.assert_array_equal(padded[:, :9], alone)
     rank, step = stable.RandomRanking(), Step.at(2)
     padded, alone = (rank(keys_B, step, jnp.int32(0), size) for size in (16, 9))
@@ -212,7 +212,9 @@ def test_a_raster_needs_no_buckets():
 def test_a_user_chooses_buckets(tmp_path):
     """Here with rows that mix, so that each image is drawn alone."""
     load = functools.partial(star_jax.load, tiny.write_model(tmp_path / 'model'))
-    alone, together = (load(behaviour='released', buckets=shared) for shared in (None, [[0, 2]]))
+    alone, together = (
+        load(cross_attention='released', buckets=shared) for shared in (None, [[0, 2]])
+    )
     how = {'guidance': 2.0, 'top_k': 8, 'top_p': 0.0}
     np.testing.assert_array_equal(alone(['a', 'b'], **how), together(['a', 'b'], **how))
     with pytest.raises(UserError, match='scales in order below 3'):

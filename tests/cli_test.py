@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from star_jax import cli
+from star_jax import cli, image_io
 from star_jax.checkpoint import config
-from star_jax.core import pictures
 
 PROMPTS = ('a red circle', 'a small blue star on a white background', 'a green ring')
 
@@ -228,7 +227,7 @@ def test_a_trained_tokenizer_reconstructs(tokenizer, tmp_path):
     names = ['config.json', 'tokenizer.safetensors']
     assert sorted(path.name for path in (tokenizer / 'model').iterdir()) == names
     for name in 'ab':
-        pictures.save_png(np.full((20, 30, 3), 200, np.uint8), tmp_path / f'{name}.png')
+        image_io.save_png(np.full((20, 30, 3), 200, np.uint8), tmp_path / f'{name}.png')
     images = [tmp_path / 'a.png', tmp_path / 'b.png']
     options = ('--model', tokenizer / 'model', '--out', tmp_path / 'out')
     assert star_jax('reconstruct', *images, *options)[0] == 0
@@ -248,8 +247,8 @@ def test_a_run_leaves_what_its_readers_need(trained):
 
 def test_a_trained_model_draws(drawn, trained):
     for index in range(len(PROMPTS)):
-        assert pictures.load_image(drawn / f'{index:05d}.png').shape == (16, 16, 3)
-    assert pictures.load_image(drawn / 'grid.png').ndim == 3
+        assert image_io.load_image(drawn / f'{index:05d}.png').shape == (16, 16, 3)
+    assert image_io.load_image(drawn / 'grid.png').ndim == 3
     lines = [json.loads(line) for line in (drawn / 'samples.jsonl').read_text().splitlines()]
     assert [line['prompt'] for line in lines] == list(PROMPTS)
     assert [line['seed'] for line in lines] == [0, 1, 2]
@@ -263,8 +262,8 @@ def test_the_seed_of_a_record_draws_its_picture_again(drawn, trained, tmp_path):
     (tmp_path / 'prompts.txt').write_text(f'{PROMPTS[1]}\n')
     options = ('--model', trained / 'model', '--seed', '1', '--out', tmp_path / 'out')
     assert star_jax('sample', '--prompts', tmp_path / 'prompts.txt', *options)[0] == 0
-    again = pictures.load_image(tmp_path / 'out' / '00000.png')
-    np.testing.assert_array_equal(again, pictures.load_image(drawn / '00001.png'))
+    again = image_io.load_image(tmp_path / 'out' / '00000.png')
+    np.testing.assert_array_equal(again, image_io.load_image(drawn / '00001.png'))
 
 
 def test_an_interrupted_drawing_goes_on(drawn, trained, tmp_path):

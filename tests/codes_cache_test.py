@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
+from star_jax import image_io
 from star_jax.checkpoint import folder
-from star_jax.core import pictures
 from star_jax.data import codes
 from star_jax.data.folder import Folder
 from star_jax.data.shapes import Shapes
@@ -229,7 +229,7 @@ def test_a_changed_folder_of_images_has_another_fingerprint(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (20, 3), dtype=np.uint8)
     for number, colour in enumerate(colours):
         picture = np.broadcast_to(colour, (16, 16, 3))
-        pictures.save_png(picture, tmp_path / f'{number}.png')
+        image_io.save_png(picture, tmp_path / f'{number}.png')
         (tmp_path / f'{number}.txt').write_text(f'colour {number}')
     seen = [fingerprint()]
     assert fingerprint() == seen[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.data import emoji, prepared
 from star_jax.errors import UserError
 
@@ -52,7 +52,7 @@ def packages(tmp_path):
         path.write_text(text)
     assets = tmp_path / 'packages' / '@lobehub/fluent-emoji-3d/assets'
     for code in ('1f3bb', '1f44b-1f3fb', '2702-fe0f'):
-        pictures.save_png(np.zeros((4, 4, 3), np.uint8), assets / f'{code}.webp')
+        image_io.save_png(np.zeros((4, 4, 3), np.uint8), assets / f'{code}.webp')
     return tmp_path / 'packages'
 
 
@@ -64,7 +64,7 @@ def renderer(monkeypatch):
     def svg_to_bytes(svg_string: str, width: int, height: int, **options) -> bytes:
         calls.append(svg_string)
         colour = list(hashlib.sha256(svg_string.encode()).digest()[:3])
-        return pictures.encode(np.full((height, width, 3), colour, np.uint8))
+        return image_io.encode(np.full((height, width, 3), colour, np.uint8))
 
     module = types.SimpleNamespace(svg_to_bytes=svg_to_bytes, calls=calls)
     monkeypatch.setitem(sys.modules, 'resvg_py', module)
@@ -167,7 +167,7 @@ def test_drawing_resumes_at_the_missing_files(packages, renderer, tmp_path):
 def test_equal_pictures_stay_once(tmp_path):
     drawn = []
     for name, colour in (('a', 1), ('b', 2), ('c', 1)):
-        path = pictures.save_png(np.full((4, 4, 3), colour, np.uint8), tmp_path / f'{name}.png')
+        path = image_io.save_png(np.full((4, 4, 3), colour, np.uint8), tmp_path / f'{name}.png')
         drawn.append((icon(name, 'noto'), path))
     assert emoji.distinct(drawn) == drawn[:2]
 

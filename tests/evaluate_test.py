@@ -21,14 +21,13 @@ import tiny
 from flax import linen as nn
 from safetensors.numpy import load_file
 
-from star_jax import cli
+from star_jax import cli, image_io
 from star_jax.checkpoint import folder, models
 from star_jax.commands.evaluate import Evaluate, _settings
-from star_jax.core import pictures
 from star_jax.core.settings import Settings, Stable
 from star_jax.data import prepared
 from star_jax.errors import UserError
-from star_jax.evaluation import efficientnet, kid, report, statistics
+from star_jax.evaluation import bootstrap, efficientnet, eval_report, kid
 from star_jax.evaluation.alignment import Alignment
 from star_jax.text import load as load_text
 from star_jax.tokenizers import perceptual
@@ -44,7 +43,7 @@ packaged = pytest.mark.skipif(
 
 def test_an_interval_holds_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    scores = [statistics.mean(rng.random(80) < 0.7, seed) for seed in range(200)]
+    scores = [bootstrap.mean(rng.random(80) < 0.7, seed) for seed in range(200)]
     held = np.mean([score.low <= 0.7 <= score.high for score in scores])
     assert 0.9 <= held <= 0.985
     assert all(score.low <= score.value <= score.high for score in scores)
@@ -52,28 +51,28 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
 
 def test_a_seed_decides_an_interval():
     values = np.random.default_rng(0).normal(size=40)
-    assert statistics.mean(values, 1) == statistics.mean(values, 1)
-    assert statistics.mean(values, 1) != statistics.mean(values, 2)
+    assert bootstrap.mean(values, 1) == bootstrap.mean(values, 1)
+    assert bootstrap.mean(values, 1) != bootstrap.mean(values, 2)
 
 
 def test_equal_values_leave_no_doubt_and_more_of_them_less():
-    score = statistics.mean(np.ones(5), 0)
+    score = bootstrap.mean(np.ones(5), 0)
     assert (score.value, score.low, score.high, score.count) == (1, 1, 1, 5)
     values = np.random.default_rng(0).normal(size=400)
-    few, many = statistics.mean(values[:40], 0), statistics.mean(values, 0)
+    few, many = bootstrap.mean(values[:40], 0), bootstrap.mean(values, 0)
     assert many.high - many.low < 0.5 * (few.high - few.low)
 
 
 def test_resamples_in_blocks_are_those_at_once(monkeypatch):
     values = np.random.default_rng(0).normal(size=30)
-    whole = statistics.mean(values, 0)
-    monkeypatch.setattr(statistics, 'BLOCK', 1000)
-    assert statistics.mean(values, 0) == whole
+    whole = bootstrap.mean(values, 0)
+    monkeypatch.setattr(bootstrap, 'BLOCK', 1000)
+    assert bootstrap.mean(values, 0) == whole
 
 
 def test_no_value_has_no_mean():
     with pytest.raises(ValueError, match='at least one value'):
-        statistics.mean(np.zeros(0), 0)
+        bootstrap.mean(np.zeros(0), 0)
 
 
 # KID.
@@ -279,7 +278,7 @@ def photos(tmp_path_factory) -> str:
         rng = np.random.default_rng(len(split))
         texts = dict(label='', source='', licence='', attribution='')
         for number in range(5):
-            image = pictures.encode(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+            image = image_io.encode(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
             captions = (f'picture {number}',)
             yield prepared.Record(key=f'{split} {number}', image=image, captions=captions, **texts)
 
@@ -348,9 +347,9 @@ def test_scores_do_not_depend_on_the_batch(model, scored, tmp_path):
 
 def test_the_cross_attention_asked_for_predicts_and_is_told(model, scored, tmp_path):
     options = ('--only', 'loss', '--splits', 'held_out', '--count', 3, '--batch', 4)
-    other = evaluate(tmp_path, model, *options, '--behaviour', 'released')
+    other = evaluate(tmp_path, model, *options, '--cross-attention', 'released')
     assert other['loss'][0]['loss'] != scored['loss'][0]['loss']
-    assert other['behaviour'] == 'released' and 'released cross-attention' in other['said']
+    assert other['cross_attention'] == 'released' and 'released cross-attention' in other['said']
 
 
 def test_what_is_not_swept_is_as_the_maker_recommends(tmp_path):
@@ -377,7 +376,7 @@ def test_every_setting_of_a_sweep_is_drawn_and_read(model, tmp_path):
     true = [row for row in report['alignment'] if row['pictures'] == 'true']
     assert [row['objects'] for row in true] == [[1], [2], [3], [1, 2]]
     assert all(row['all']['value'] == 1 for row in true)
-    assert report['seed'] == 7 and pictures.load_image(grid).ndim == 3
+    assert report['seed'] == 7 and image_io.load_image(grid).ndim == 3
     assert 'guidance 0.5' in report['said'] and 'drawn with top-k 4' in report['said']
 
 
@@ -411,7 +410,7 @@ def test_features_do_not_depend_on_the_batch():
     """Of which the last is filled up."""
     subject = types.SimpleNamespace(job=types.SimpleNamespace(batch=3), groups=())
     images = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), np.uint8)
-    found = report.Distances(subject, Quarters()).features(images)
+    found = eval_report.Distances(subject, Quarters()).features(images)
     alone = jax.jit(Quarters().features)(efficientnet.resize(images))
     np.testing.assert_allclose(found, alone, rtol=1e-6)
 

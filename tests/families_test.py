@@ -19,7 +19,7 @@ from star_jax.checkpoint.weights import flatten
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.core.codes import Index
-from star_jax.core.condition import Labels, Text
+from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Raster
 from star_jax.evaluation import likelihood
@@ -29,7 +29,7 @@ from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
 from star_jax.nn.transformer import Head, Mlp, Parts, Transformer, drop_paths
-from star_jax.sampling.draw import Plain, choose_largest, guide
+from star_jax.sampling.methods import FilteredSampling, choose_largest, guide
 from star_jax.sampling.program import compile_program, image_keys
 from star_jax.sampling.sampler import sample
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -124,11 +124,11 @@ def fill(module: nn.Module, *args, scale: float = 0.25, **kwargs) -> dict:
     return jax.tree.map(lambda p: jnp.float32(rng.normal(0, scale, p.shape)), shapes)
 
 
-def texts(rows: int) -> Text:
+def texts(rows: int) -> TextCondition:
     """Captions of different lengths; what stands behind a mask of 0 is never to be seen."""
     rng = np.random.default_rng(1)
     mask = np.arange(T) < np.resize([2, 4, 3], rows)[:, None]
-    return Text(
+    return TextCondition(
         rng.normal(size=(rows, T, E)).astype(np.float32),
         mask.astype(np.int32),
         rng.normal(size=(rows, E)).astype(np.float32),
@@ -165,7 +165,7 @@ def var_family(**options) -> Family:
     )
     tokenizer = star_family().tokenizer
     inputs = jnp.zeros((1, var.schedule.length - 1, var.channels))
-    labels = Labels(ids_B=np.array([0, 3, 6, *[var.classes] * B], np.int32))
+    labels = LabelCondition(ids_B=np.array([0, 3, 6, *[var.classes] * B], np.int32))
     model = fill(var.build(), inputs, jax.tree.map(lambda x: x[:1], labels))
     params = {'model': model, 'tokenizer': star_family().params['tokenizer']}
     return Family(var.build(), tokenizer, params, labels)
@@ -251,8 +251,8 @@ def keys(*seeds) -> jax.Array:
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
-def rule(top_p=0.9, temperature=1.0) -> Plain:
-    return Plain(Filter(top_k=20, top_p=top_p, temperature=temperature), Index(V).draw)
+def rule(top_p=0.9, temperature=1.0) -> FilteredSampling:
+    return FilteredSampling(Filter(top_k=20, top_p=top_p, temperature=temperature), Index(V).draw)
 
 
 def draw_rows(family: Family, which=range(2 * B), seeds=range(B), guidance=2.0, **numbers):
@@ -275,7 +275,7 @@ def forcing(model: Transformer, tokenizer: nn.Module):
     def run(params, codes_BL, condition):
         inputs = tokenizer.apply({'params': params['tokenizer']}, codes_BL, method='inputs')
         logits = model.apply({'params': params['model']}, inputs, condition)
-        return logits[:, model.schedule.drawing_rows], inputs
+        return logits[:, model.schedule.sampled_rows], inputs
 
     return run
 
@@ -440,8 +440,8 @@ def test_released_images_see_the_first_text():
 def test_each_group_of_released_images_sees_its_own_first_text():
     family = FAMILIES['raw_adaln_without_level']()
     codes = np.random.default_rng(5).integers(0, V, (B, family.model.schedule.length))
-    grouped = dataclasses.replace(family, model=family.model.grouped(B))
-    together = forced(grouped, codes, family.rows(range(B)))[0]
+    with_batch_groups = dataclasses.replace(family, model=family.model.with_batch_groups(B))
+    together = forced(with_batch_groups, codes, family.rows(range(B)))[0]
     alone = [forced(family, codes[b : b + 1], family.rows([b]))[0] for b in range(B)]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
 
@@ -695,6 +695,6 @@ def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
     drawn, _ = drawing(model, tokenizer)
     params = {'model': state.ema, 'tokenizer': {}}
     ramp = np.zeros(model.schedule.steps, np.float32)
-    draw = Plain(Filter(top_k=1), choose_largest)
+    draw = FilteredSampling(Filter(top_k=1), choose_largest)
     found = drawn(params, keys(*range(B)), prompted, ramp, draw)
     np.testing.assert_array_equal(found.codes_BL, grid.reshape(B, -1))

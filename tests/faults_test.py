@@ -23,13 +23,12 @@ import pytest
 import tiny
 from rich.console import Console
 
-from star_jax import cli
+from star_jax import cli, image_io
 from star_jax.checkpoint import config, models, weights
 from star_jax.checkpoint.training import UNFINISHED, Checkpoints
-from star_jax.core import pictures
 from star_jax.data.folder import Folder
 from star_jax.errors import RunError, UserError
-from star_jax.training import faults, loop, report, train
+from star_jax.training import faults, logger, train, trainer
 from star_jax.training.run import Pace
 from star_jax.training.state import TrainState
 from star_jax.training.tokenizer import TokenizerJob
@@ -138,13 +137,13 @@ class Stroll(Walk):
 def go(job: Walk, out: Path) -> tuple[bool, str]:
     """What `train.main` does with a job: whether it came to its end, and what was said."""
     said = Console(file=io.StringIO(), width=200)
-    with faults.Stop() as stop, faults.disk_watched(out / loop.CHECKPOINTS), faults.lock(out):
-        return loop.fit(job, out, said, stop), said.file.getvalue()
+    with faults.Stop() as stop, faults.disk_watched(out / trainer.CHECKPOINTS), faults.lock(out):
+        return trainer.fit(job, out, said, stop), said.file.getvalue()
 
 
 def outcome(out: Path) -> tuple[list[dict], bytes, list[str]]:
     """What a run leaves: metrics but for their speed, parameters, names of pictures."""
-    pictures = sorted(path.name for path in (out / report.SAMPLES).iterdir())
+    pictures = sorted(path.name for path in (out / logger.SAMPLES).iterdir())
     return metrics(out), (out / 'model' / 'x.npy').read_bytes(), pictures
 
 
@@ -333,7 +332,7 @@ def test_the_order_of_own_images_is_told_by_their_listing(tmp_path, monkeypatch)
     own.mkdir()
 
     def add(name: str, grey: int) -> str:
-        pictures.save_png(np.full((20, 20, 3), grey, np.uint8), own / f'{name}.png')
+        image_io.save_png(np.full((20, 20, 3), grey, np.uint8), own / f'{name}.png')
         (own / f'{name}.txt').write_text(name)
         return Folder(path=str(own), split='all').open(16).fingerprint()
 
@@ -348,13 +347,13 @@ def test_the_order_of_own_images_is_told_by_their_listing(tmp_path, monkeypatch)
 def test_one_process_writes_for_all(tmp_path, monkeypatch):
     """The first one; all compute the same scores and pictures."""
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
-    with report.begin(tmp_path, 0) as told:
+    with logger.begin(tmp_path, 0) as told:
         told.scalars(1, {'loss': 1.0})
         told.picture(1, np.zeros((4, 4, 3), np.uint8))
-    loop.claim(tmp_path, Walk().run)
+    trainer.claim(tmp_path, Walk().run)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    with report.begin(tmp_path, 0) as told:
+    with logger.begin(tmp_path, 0) as told:
         told.scalars(1, {'loss': 1.0})
         told.picture(1, np.zeros((4, 4, 3), np.uint8))
     found = {path.name.split('.')[0] for path in tmp_path.iterdir()}
@@ -367,7 +366,7 @@ def test_what_a_killed_report_left_is_cleared_away(tmp_path):
     left = [tmp_path / '.metrics.jsonl.0123abcd', tmp_path / 'samples' / '.00000006.png.0123abcd']
     for path in own + left:
         path.touch()
-    report.begin(tmp_path, 0).__exit__(None)
+    logger.begin(tmp_path, 0).__exit__(None)
     assert all(path.exists() for path in own) and not any(path.exists() for path in left)
 
 

@@ -16,15 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from star_jax import cli
+from star_jax import cli, image_io
 from star_jax.checkpoint import config, models
-from star_jax.core import pictures
 from star_jax.data import folder, listing, photos, pipeline, splits, verdicts
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.errors import UserError
 from star_jax.training import train
-from star_jax.training.run import settle
+from star_jax.training.run import resolve
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -545,7 +544,7 @@ def test_the_commands_prepare_and_show(tmp_path, capsys):
         options = ('--split', split) if split else ()
         show = ('data', 'show', tmp_path / place, '--size', 16, '--out', out, *options)
         assert star_jax(capsys, *show)[0] == 0
-        sheets.append(pictures.load_image(out))
+        sheets.append(image_io.load_image(out))
     assert sheets[2].size < sheets[1].size <= sheets[0].size
     status, said = star_jax(capsys, *prepare, tmp_path / 'mine')
     assert status == 2 and 'something else' in said
@@ -583,22 +582,22 @@ def test_a_folder_trains(tmp_path, caplog):
 def test_validation_without_a_path_is_that_of_the_data(tmp_path):
     run = config.load_run(CONFIGS / 'own_images.py')
     run = dataclasses.replace(run, data=Folder(path='mine', held_out=0.4, caption='prompt'))
-    settled = settle(run)
-    assert settled.validation == dataclasses.replace(run.data, split='validation')
-    config.write(tmp_path / 'config.json', settled)
-    assert settle(config.read(tmp_path / 'config.json', type(run))) == settled
+    resolved = resolve(run)
+    assert resolved.validation == dataclasses.replace(run.data, split='validation')
+    config.write(tmp_path / 'config.json', resolved)
+    assert resolve(config.read(tmp_path / 'config.json', type(run))) == resolved
 
 
 def test_a_tokenizer_without_a_place_is_that_of_init_or_the_shipped_one():
-    assert settle(tiny.STAR) == dataclasses.replace(tiny.STAR, tokenizer=models.SHIPPED)
+    assert resolve(tiny.STAR) == dataclasses.replace(tiny.STAR, tokenizer=models.SHIPPED)
     going_on = dataclasses.replace(tiny.STAR, init='runs/mine/model')
-    assert settle(going_on).tokenizer == 'runs/mine/model'
+    assert resolve(going_on).tokenizer == 'runs/mine/model'
     other = dataclasses.replace(going_on, tokenizer='another')
-    assert settle(other) == other
+    assert resolve(other) == other
 
 
 def test_own_images_go_on_from_the_shipped_model():
     run = config.load_run(CONFIGS / 'own_images.py')
     shipped = models.read(run.init)
-    assert run.model == shipped.config and settle(run).tokenizer == run.init
-    assert isinstance(run.data, Folder) and isinstance(settle(run).validation, Folder)
+    assert run.model == shipped.config and resolve(run).tokenizer == run.init
+    assert isinstance(run.data, Folder) and isinstance(resolve(run).validation, Folder)

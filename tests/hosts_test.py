@@ -18,7 +18,7 @@ from spawn import Crew, free_port
 
 from star_jax.checkpoint import config, models, weights
 from star_jax.errors import RunError, UserError
-from star_jax.parallel import company, hosts, rollcall
+from star_jax.parallel import hosts, peer_watchdog, rendezvous
 from star_jax.training import faults, train
 from star_jax.training.run import Pace, Run
 from star_jax.training.transformer import TransformerJob
@@ -173,7 +173,7 @@ def call(*calls: tuple[int, int], patience: float = 20) -> list[str]:
     def hold(place: int) -> None:
         number, count = calls[place]
         try:
-            rollcall.hold('127.0.0.1', port, count, number, patience)
+            rendezvous.hold('127.0.0.1', port, count, number, patience)
         except UserError as error:
             said[place] = str(error)
 
@@ -204,7 +204,7 @@ def test_who_is_missing_or_wrong_is_told_to_all(calls, patience, sentence):
 
 def test_a_port_that_is_taken_is_told():
     with socket.create_server(('', 0)) as taken, pytest.raises(UserError, match='choose another'):
-        rollcall.hold('127.0.0.1', taken.getsockname()[1], 2, 0, 1)
+        rendezvous.hold('127.0.0.1', taken.getsockname()[1], 2, 0, 1)
 
 
 class Store(dict):
@@ -221,20 +221,20 @@ class Store(dict):
 def store(monkeypatch):
     """That of two processes, of which this is the first."""
     store = Store()
-    monkeypatch.setattr(company, '_store', lambda: store)
+    monkeypatch.setattr(peer_watchdog, '_store', lambda: store)
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     for name, seconds in {'BEAT': 0.02, 'GRACE': 0.02, 'SILENCE': 0.5}.items():
-        monkeypatch.setattr(company, name, seconds)
-    monkeypatch.setattr(company.atexit, 'register', lambda *_: None)
+        monkeypatch.setattr(peer_watchdog, name, seconds)
+    monkeypatch.setattr(peer_watchdog.atexit, 'register', lambda *_: None)
     yield store
-    company._failed.clear()
+    peer_watchdog._failed.clear()
 
 
 @pytest.fixture
 def ends(monkeypatch):
     """How this process would have ended: its last words, and its status."""
     ends = []
-    monkeypatch.setattr(company.os, 'write', lambda file, words: ends.append(words.decode()))
+    monkeypatch.setattr(peer_watchdog.os, 'write', lambda file, words: ends.append(words.decode()))
 
     def end(status: int) -> None:
         ends.append(status)
@@ -242,13 +242,13 @@ def ends(monkeypatch):
             threading.Event().wait()  # for ever, as far as this thread can tell
         raise SystemExit
 
-    monkeypatch.setattr(company.os, '_exit', end)
+    monkeypatch.setattr(peer_watchdog.os, '_exit', end)
     return ends
 
 
 @pytest.mark.parametrize('beats', [True, False])
 def test_who_is_silent_is_lost(store, ends, beats):
-    with pytest.raises(KeyboardInterrupt), company.Watch():
+    with pytest.raises(KeyboardInterrupt), peer_watchdog.Watch():
         for number in range(60):
             if beats:
                 store['star_jax/beat/1'] = str(number)
@@ -260,28 +260,28 @@ def test_who_is_silent_is_lost(store, ends, beats):
 
 
 def test_who_fails_says_why(store, ends):
-    with pytest.raises(UserError), company.Watch():
+    with pytest.raises(UserError), peer_watchdog.Watch():
         raise UserError('two\nlines')
     assert 'has ended (two lines)' in store['star_jax/end/0']
     with pytest.raises(SystemExit):
-        company.leave(2)
+        peer_watchdog.leave(2)
     assert ends == [2]
 
 
 def test_a_broken_connection_is_put_down_to_who_has_ended(store):
     store['star_jax/end/1'] = 'has ended (its disk is full)'
     told = pytest.raises(RunError, match='process 1 of 2 has ended .its disk is full.; the same')
-    with told, company.Watch():
+    with told, peer_watchdog.Watch():
         raise ValueError('Gloo AllGather failed: Connection closed by peer')
 
 
 def test_a_process_alone_watches_nobody():
-    with company.Watch():
-        company.wait('nobody')
-        company.check_same('settings', 'any')
-        company.first_alone(lambda: None)
-        assert company.of_first('mine') == 'mine'
-    company.leave(2)
+    with peer_watchdog.Watch():
+        peer_watchdog.wait('nobody')
+        peer_watchdog.check_same('settings', 'any')
+        peer_watchdog.first_alone(lambda: None)
+        assert peer_watchdog.of_first('mine') == 'mine'
+    peer_watchdog.leave(2)
 
 
 def test_a_folder_that_is_not_shared_is_told(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from flax.core import meta
 
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import IGNORED, star_entries
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.families.star import Refinement, Star
 from star_jax.nn.positions import Learned
 
@@ -33,7 +33,7 @@ def fresh_state(**options) -> dict[str, np.ndarray]:
         **options,
     )
     inputs = np.zeros((1, star.schedule.length - 1, star.channels), np.float32)
-    text = Text(
+    text = TextCondition(
         np.zeros((1, 2, 96), np.float32), np.ones((1, 2), np.int32), np.zeros((1, 96), np.float32)
     )
     params = jax.jit(star.build().init)(jax.random.key(1), inputs, text)['params']

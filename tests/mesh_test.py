@@ -97,12 +97,16 @@ def test_a_mesh_that_fits_is_not_refused():
 
 def test_rows_are_filled_up_to_what_the_mesh_divides():
     mesh = MeshShape(data=2, sequence=4).build()
-    assert [rules.Layout(mesh).rows(count) for count in (9451, 8800, 1)] == [9452, 8800, 4]
-    assert rules.Layout().rows(9451) == 9451
+    assert [rules.ActivationSharding(mesh).rows(count) for count in (9451, 8800, 1)] == [
+        9452,
+        8800,
+        4,
+    ]
+    assert rules.ActivationSharding().rows(9451) == 9451
 
 
 def test_axes_that_the_mesh_does_not_divide_stay_whole():
-    layout = rules.Layout(MeshShape(data=2, tensor=2, sequence=2).build())
+    layout = rules.ActivationSharding(MeshShape(data=2, tensor=2, sequence=2).build())
     names = ('batch', 'tokens', 'heads', None)
     assert layout.spec((4, 6, 2, 8), *names) == PartitionSpec(
         ('data', 'fsdp'), 'sequence', 'tensor', None

@@ -11,7 +11,7 @@ from flax.core import meta
 
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.families.star import Star
 from star_jax.tokenizers.residual_vq import VQ
 
@@ -48,7 +48,7 @@ def count(tree) -> int:
     ],
 )
 def test_the_transformers(golden, name, star, parameters):
-    text = Text(
+    text = TextCondition(
         jax.ShapeDtypeStruct((1, 77, star.text_width), jnp.float32),
         jax.ShapeDtypeStruct((1, 77), jnp.int32),
         jax.ShapeDtypeStruct((1, star.text_width), jnp.float32),

@@ -9,7 +9,7 @@ from flax.core import meta
 
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import star_entries
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.families.star import Star
 from star_jax.nn.positions import Learned
 from star_jax.training.optimizer import AdamW, clip_by_norm, decayed, gradient_norm
@@ -20,7 +20,7 @@ NEVER = ('pos_1LC', 'pos_start', 'lvl_embed', 'ada_gss', 'scale_mul')
 
 def abstract_params(star: Star):
     inputs = jax.ShapeDtypeStruct((1, star.schedule.length - 1, star.channels), jnp.float32)
-    text = Text(
+    text = TextCondition(
         jax.ShapeDtypeStruct((1, 4, star.text_width), jnp.float32),
         jax.ShapeDtypeStruct((1, 4), jnp.int32),
         jax.ShapeDtypeStruct((1, star.text_width), jnp.float32),

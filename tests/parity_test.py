@@ -15,7 +15,7 @@ from star_jax.core import resize
 from star_jax.core.filters import Filter
 from star_jax.errors import UserError
 from star_jax.nn.positions import RawRotary
-from star_jax.verify import cases, check, report, sampler
+from star_jax.verify import cases, check, comparison, sampler
 
 SMALL = Path(__file__).parent / 'golden'
 ROOT = Path(os.environ.get('STAR_JAX_GOLDEN', SMALL))
@@ -51,7 +51,7 @@ def folder_of(tmp_path: Path, like: Path, arrays=None, state=None, config=None, 
 
 
 def failing(folder: Path) -> list[str]:
-    return [line.name for line in check.verify(folder).lines if line.verdict == report.FAIL]
+    return [line.name for line in check.verify(folder).lines if line.verdict == comparison.FAIL]
 
 
 @pytest.mark.parametrize('folder', recorded_cases(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -59,9 +59,9 @@ def test_a_recorded_case_is_reproduced(folder):
     if kind_of(folder) not in check.KINDS:
         pytest.skip(f'no rules yet for cases of {" ".join(kind_of(folder))}')
     found = check.verify(folder)
-    assert not [line for line in found.lines if line.verdict == report.FAIL]
-    assert not [line for line in found.lines if line.verdict == report.SKIPPED]
-    assert found.count(report.OK) > 0
+    assert not [line for line in found.lines if line.verdict == comparison.FAIL]
+    assert not [line for line in found.lines if line.verdict == comparison.SKIPPED]
+    assert found.count(comparison.OK) > 0
 
 
 def test_every_kind_travels_with_the_tests():

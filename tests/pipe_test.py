@@ -59,19 +59,19 @@ def test_no_guidance_is_guidance_of_nothing(pipe):
 
 
 def test_settings_left_out_are_those_of_the_maker(pipe):
-    assert pipe.settle() == pipe.recommended
-    assert pipe.settle(top_k=3) == dataclasses.replace(pipe.recommended, top_k=3)
-    assert pipe.settle(stable=True).stable == Stable(version='1024')
-    assert pipe.settle(stable=False).stable == Stable()
+    assert pipe.resolve() == pipe.recommended
+    assert pipe.resolve(top_k=3) == dataclasses.replace(pipe.recommended, top_k=3)
+    assert pipe.resolve(stable=True).stable == Stable(version='1024')
+    assert pipe.resolve(stable=False).stable == Stable()
 
 
 def test_released_and_corrected_differ_where_there_is_guidance(place, pipe):
-    released = star_jax.load(place, behaviour='released')
+    released = star_jax.load(place, cross_attention='released')
     prompts, settings = PROMPTS[:2], {'guidance': 3.0, 'top_k': 8}
     assert (released(prompts, **settings) != pipe(prompts, **settings)).any()
     plain = settings | {'guidance': 0.0}
     np.testing.assert_array_equal(released(prompts, **plain), pipe(prompts, **plain))
-    assert not star_jax.load(place, behaviour='corrected').network.mixes_rows
+    assert not star_jax.load(place, cross_attention='corrected').network.mixes_rows
 
 
 def test_few_programs_are_compiled():

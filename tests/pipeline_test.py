@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.data import pipeline
 from star_jax.data.shapes import Shapes
 from star_jax.data.show import show
@@ -146,9 +146,9 @@ def test_mistakes_are_told(options, sentence):
 
 
 def test_show_draws_different_examples(tmp_path):
-    sheet = pictures.load_image(show(Numbers(200), tmp_path / 'a.png', count=6, columns=3))
-    again = pictures.load_image(show(Numbers(200), tmp_path / 'b.png', count=6, columns=3))
-    other = pictures.load_image(show(Numbers(200), tmp_path / 'c.png', count=6, columns=3, seed=1))
+    sheet = image_io.load_image(show(Numbers(200), tmp_path / 'a.png', count=6, columns=3))
+    again = image_io.load_image(show(Numbers(200), tmp_path / 'b.png', count=6, columns=3))
+    other = image_io.load_image(show(Numbers(200), tmp_path / 'c.png', count=6, columns=3, seed=1))
     np.testing.assert_array_equal(sheet, again)
     assert sheet.shape != other.shape or (sheet != other).any()
     with pytest.raises(UserError, match='empty'):

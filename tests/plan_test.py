@@ -20,19 +20,19 @@ from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.parallel.mesh import MeshShape
 from star_jax.plan import (
-    accounted,
+    analytic,
     compiled,
     groups,
     hlo,
-    live,
+    jaxpr_memory,
     meshes,
+    plan_tables,
     planning,
-    tables,
     topologies,
-    work,
+    workload,
 )
 from star_jax.plan.chips import CHIPS, GIB
-from star_jax.plan.report import Roof, roof
+from star_jax.plan.plan_report import Roof, roof
 from star_jax.training.run import Run
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -117,14 +117,14 @@ def test_what_lives_at_once_and_what_products_move():
         return (y @ y).sum()
 
     x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
-    assert live.peak(work.Piece(chain, (x,))) == 2 * 4 * 16 * 16
-    assert live.traffic(work.Piece(chain, (x,))) == 2 * 3 * 4 * 16 * 16
+    assert jaxpr_memory.peak(workload.Piece(chain, (x,))) == 2 * 4 * 16 * 16
+    assert jaxpr_memory.traffic(workload.Piece(chain, (x,))) == 2 * 3 * 4 * 16 * 16
 
     def looped(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, _: (x @ x, x), x, length=6)[1]
 
-    assert live.peak(work.Piece(looped, (x,))) == 7 * 4 * 16 * 16
-    assert live.traffic(work.Piece(looped, (x,))) == 6 * 3 * 4 * 16 * 16
+    assert jaxpr_memory.peak(workload.Piece(looped, (x,))) == 7 * 4 * 16 * 16
+    assert jaxpr_memory.traffic(workload.Piece(looped, (x,))) == 6 * 3 * 4 * 16 * 16
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_a_mesh_for_a_batch_that_the_chips_do_not_divide():
 
 def test_a_published_stage_is_planned_without_its_places():
     run = config.load_run(CONFIGS / 'star_d16_256.py', Run)
-    done = work.training(run, MeshShape(fsdp=8).sketch(64), 'cpu')
-    size = {name: work.share(tree) for name, tree in done.resident.items()}
+    done = workload.training(run, MeshShape(fsdp=8).sketch(64), 'cpu')
+    size = {name: workload.share(tree) for name, tree in done.resident.items()}
     count = 274_934_272 - 1001 * 1024  # of tests/published_configs_test.py
     assert size['parameters'] == pytest.approx(4 * count / 8, rel=0.01)
     assert size['optimizer'] == pytest.approx(2 * size['parameters'], rel=1e-4)
@@ -214,11 +214,11 @@ def planned(run: Run, name: str, memory: float | None = None, **options: Any) ->
 def test_a_plan_counts_what_gpus_hold(run):
     run = dataclasses.replace(run, mesh=MeshShape(fsdp=2))
     made = planned(dataclasses.replace(run, attention='flash'), '8xA100-80G', price=2.0)
-    whole = work.training(run, MeshShape().sketch(1), 'cpu')
+    whole = workload.training(run, MeshShape().sketch(1), 'cpu')
     memory = made.memory
     for name, size in memory.resident.items():
         ways = {'tokenizer': 1, 'batch': 8}.get(name, 2)
-        assert size == pytest.approx(work.share(whole.resident[name]) / ways, rel=0.03)
+        assert size == pytest.approx(workload.share(whole.resident[name]) / ways, rel=0.03)
     assert memory.fits and memory.total == sum(memory.resident.values()) + (
         memory.activations + memory.temporaries
     )
@@ -229,8 +229,8 @@ def test_a_plan_counts_what_gpus_hold(run):
     assert made.images_per_second == pytest.approx(run.batch / made.seconds)
     assert 0 < made.mfu < 1 and made.flops == made.needed
     assert made.to_json()['predicted']['hours'] == made.hours
-    assert tables.tables(made) and 'it fits' in tables.sentences(made)[0]
-    rows = tables.markdown([made.to_json(), {'config': 'a', 'topology': 'b', 'error': 'c'}])
+    assert plan_tables.tables(made) and 'it fits' in plan_tables.sentences(made)[0]
+    rows = plan_tables.markdown([made.to_json(), {'config': 'a', 'topology': 'b', 'error': 'c'}])
     assert len({line.count('|') for line in rows.splitlines()}) == 1
 
 
@@ -238,7 +238,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(run):
     run = dataclasses.replace(run, cache='somewhere', mesh=MeshShape(data=8))
     made = planned(run, '8xA100-80G', memory=1.5e6)
     assert not made.memory.fits and made.largest < run.batch
-    said = ' '.join(tables.sentences(made))
+    said = ' '.join(plan_tables.sentences(made))
     assert 'does not fit' in said and f'--batch {made.largest}' in said
     assert '--remat' in said and '--mesh.fsdp' in said and 'keep-tokens' in said
 
@@ -249,7 +249,7 @@ def test_activations_computed_again_are_not_kept():
 
     def lives(remat: bool) -> int:
         changed = dataclasses.replace(run, remat=remat)
-        return accounted.local(changed, 8, work.training)['training step'].live
+        return analytic.local(changed, 8, workload.training)['training step'].live
 
     assert lives(remat=True) < 0.75 * lives(remat=False)
 
@@ -301,7 +301,7 @@ def test_what_is_too_large_is_told_by_the_compiler(said, temporaries):
         def compile(self) -> None:
             raise jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {said}')
 
-    built = compiled.build(work.Piece(Refused(), ()), GIB, 1, 1)
+    built = compiled.build(workload.Piece(Refused(), ()), GIB, 1, 1)
     assert (built.temporaries, built.text) == (temporaries, None)
 
 

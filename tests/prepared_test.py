@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.data import prepared
 from star_jax.errors import UserError
 
@@ -16,7 +16,7 @@ def record(index: int, **extra: str) -> dict:
     image = np.full((8, 8, 3), index, np.uint8)
     return dict(
         key=f'k{index}',
-        image=pictures.encode(image),
+        image=image_io.encode(image),
         captions=(f'picture {index}, piñata', f'{index}'),
         label=f'label {index}',
         source='test',

@@ -18,7 +18,7 @@ def test_a_pyramid_reads_and_draws_whole_grids():
     assert (PYRAMID.steps, PYRAMID.length) == (3, 7)
     assert PYRAMID.step_of_row.tolist() == [0, 1, 1, 2, 2, 2, 2]
     assert PYRAMID.step_of_token.tolist() == [0, 1, 1, 2, 2, 2, 2]
-    assert PYRAMID.drawing_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert PYRAMID.sampled_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_raster_reads_its_prefix_and_draws_one_token_a_step():
@@ -29,7 +29,7 @@ def test_a_raster_reads_its_prefix_and_draws_one_token_a_step():
     assert (RASTER.steps, RASTER.length) == (4, 4)
     assert RASTER.step_of_row.tolist() == [0, 0, 0, 1, 2, 3]
     assert RASTER.step_of_token.tolist() == [0, 1, 2, 3]
-    assert RASTER.drawing_rows.tolist() == [2, 3, 4, 5]
+    assert RASTER.sampled_rows.tolist() == [2, 3, 4, 5]
 
 
 def test_a_row_of_a_pyramid_sees_its_own_step_and_all_earlier_ones():

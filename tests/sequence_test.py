@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.evaluation import likelihood
 from star_jax.families.star import Star
 from star_jax.nn.transformer import Transformer
@@ -25,7 +25,7 @@ SIZES = {'depth': 1, 'width': 8, 'heads': 1, 'channels': 4, 'text_width': 8}
 TOKENS = 4
 
 
-def arguments(star: Star, batch: int) -> tuple[Any, jax.Array, jax.Array, Text]:
+def arguments(star: Star, batch: int) -> tuple[Any, jax.Array, jax.Array, TextCondition]:
     """Parameters, inputs, codes and captions, drawn at random."""
     random, length = np.random.default_rng(0), star.schedule.length
 
@@ -37,7 +37,12 @@ def arguments(star: Star, batch: int) -> tuple[Any, jax.Array, jax.Array, Text]:
     codes = random.integers(0, star.codes, (batch, length), dtype=np.int32)
     width = star.text_width
     real = np.ones((batch, TOKENS), np.int32)
-    return params, inputs, codes, Text(normal(batch, TOKENS, width), real, normal(batch, width))
+    return (
+        params,
+        inputs,
+        codes,
+        TextCondition(normal(batch, TOKENS, width), real, normal(batch, width)),
+    )
 
 
 def loss(model: Transformer, params: Any, *batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +55,7 @@ def loss(model: Transformer, params: Any, *batch: Any) -> tuple[jax.Array, jax.A
 def test_rows_of_1024_px_on_eight_devices_lose_what_they_lose_on_one():
     star = Star(sides=SIDES, codes=32, **SIZES)
     drawn = arguments(star, 1)
-    models = [star.build().on(mesh) for mesh in (None, MeshShape(sequence=8).build())]
+    models = [star.build().with_sharding(mesh) for mesh in (None, MeshShape(sequence=8).build())]
     alone, split = (jax.jit(functools.partial(loss, model))(*drawn) for model in models)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), split, alone)
 
@@ -58,7 +63,7 @@ def test_rows_of_1024_px_on_eight_devices_lose_what_they_lose_on_one():
 def test_no_device_holds_the_logits_of_others():
     batch, star = 4, Star(sides=(1, 2, 4), codes=4096, **SIZES | {'heads': 2})
     mesh = MeshShape(data=2, tensor=2, sequence=2).build()
-    model = star.build().on(mesh)
+    model = star.build().with_sharding(mesh)
     params, *drawn = jax.eval_shape(lambda: arguments(star, batch))
     where = jax.tree.map(lambda leaf: leaf.sharding, rules.abstract(star.abstract(), mesh))
     gradient = jax.grad(functools.partial(loss, model), has_aux=True)
@@ -67,14 +72,14 @@ def test_no_device_holds_the_logits_of_others():
     sizes = [
         math.prod(map(int, shape.split(','))) for shape in re.findall(r'\w\[([\d,]+)\]', written)
     ]
-    rows = model.layout.rows(star.schedule.length)
+    rows = model.sharding.rows(star.schedule.length)
     assert max(sizes) == batch * rows * star.codes // mesh.size
 
 
 def test_groups_of_rows_that_mix_lose_the_same_on_any_mesh():
     star = Star(sides=(1, 2, 4), codes=32, released_cross_attention=True, **SIZES | {'heads': 2})
     drawn = arguments(star, 8)
-    model = star.build().grouped(4)
-    split = model.on(MeshShape(data=2, tensor=2, sequence=2).build())
+    model = star.build().with_batch_groups(4)
+    split = model.with_sharding(MeshShape(data=2, tensor=2, sequence=2).build())
     alone, split = (jax.jit(functools.partial(loss, one))(*drawn) for one in (model, split))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), split, alone)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import AXES, MeshShape
@@ -33,16 +33,16 @@ def build_mesh(*sizes: int) -> jax.sharding.Mesh:
     return MeshShape(**shape).build(jax.devices()[: int(np.prod(sizes))])
 
 
-def batch() -> tuple[np.ndarray, Text]:
+def batch() -> tuple[np.ndarray, TextCondition]:
     """Codes [B, L] and captions."""
     random = np.random.default_rng(0)
     shape = (BATCH, SHAPE.schedule.length)
     return random.integers(0, SHAPE.codes, shape, dtype=np.int32), text(random, BATCH)
 
 
-def text(random: np.random.Generator, rows: int) -> Text:
+def text(random: np.random.Generator, rows: int) -> TextCondition:
     width = SHAPE.text_width
-    return Text(
+    return TextCondition(
         states_BTE=random.normal(size=(rows, TOKENS, width)).astype(np.float32),
         mask_BT=np.ones((rows, TOKENS), np.int32),
         pooled_BE=random.normal(size=(rows, width)).astype(np.float32),
@@ -66,7 +66,7 @@ def losses(shape: tuple[int, ...], state: TrainState) -> list[list[float]]:
     """Loss and gradient norm of three training steps from a state, on a mesh."""
     mesh = build_mesh(*shape)
     recipe = steps.Recipe(condition_drop=0.2)
-    model = SHAPE.build().on(mesh)
+    model = SHAPE.build().with_sharding(mesh)
     train = functools.partial(steps.train, model, VQ.build(), OPTIMIZER, recipe)
     # Donating what was put from the host could write into the host's copy.
     train = jax.jit(train)

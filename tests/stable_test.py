@@ -24,14 +24,14 @@ from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
 from star_jax.sampling import program, stable
-from star_jax.sampling.draw import Plain, Tools, guide
+from star_jax.sampling.methods import FilteredSampling, StepFns, guide
 from star_jax.sampling.sampler import sample
 from star_jax.sampling.stable import VERSIONS, RecordedRanking, Stable, plan, plan_wanted
 from star_jax.text import load as load_text
-from star_jax.training import faults, loop
+from star_jax.training import faults, trainer
 from star_jax.training import train as story
-from star_jax.training.head import HeadJob
 from star_jax.training.refinement import PlainLoss, ReleasedLoss, Unmasking
+from star_jax.training.refinement_job import HeadJob
 from star_jax.training.run import Pace
 
 B, L, V, C = 2, 16, 12, 3
@@ -110,8 +110,8 @@ def logits_RLV():
     return 2 * np.random.default_rng(0).normal(size=(2 * B, L, V)).astype(np.float32)
 
 
-def tools(refine) -> Tools:
-    return Tools(
+def step_fns(refine) -> StepFns:
+    return StepFns(
         head=lambda x: x,
         embed=lambda codes: jnp.asarray(BOOK)[codes],
         mix=lambda weights: weights @ BOOK,
@@ -122,7 +122,7 @@ def tools(refine) -> Tools:
 
 def rule(version: str, keep: Filter = ALL, **parts) -> Stable:
     plans = plan(Pyramid.square((1, 4)), VERSIONS[version], 'arccos', 1, 1)
-    plain = Plain(keep, Index.draw)
+    plain = FilteredSampling(keep, Index.draw)
     return Stable(plain=plain, keep=keep, guidance=2.0, choose=Index.draw, plans=plans, **parts)
 
 
@@ -133,7 +133,7 @@ def another(vectors_RLC, features_RLD, step):
 
 @functools.partial(jax.jit, static_argnums=(3,))
 def drawn(draw, keys_B, logits_RLV, refine=another):
-    found, base = draw(keys_B, logits_RLV, jnp.float32(0.5), Step.at(1), tools(refine))
+    found, base = draw(keys_B, logits_RLV, jnp.float32(0.5), Step.at(1), step_fns(refine))
     return found, base
 
 
@@ -387,16 +387,16 @@ def test_a_head_goes_on_with_the_model_that_it_began_on(job, tmp_path):
     begun = story.job(dataclasses.replace(job.run, init=str(place)))
     stop, console = faults.Stop(), Console(quiet=True)
     stop.asked = True
-    assert not loop.fit(begun, out, console, stop)
-    with Checkpoints(out / loop.CHECKPOINTS, keep=1) as checkpoints:
+    assert not trainer.fit(begun, out, console, stop)
+    with Checkpoints(out / trainer.CHECKPOINTS, keep=1) as checkpoints:
         checkpoints.save(1, begun.init(), [])
-    assert not loop.fit(begun, out, console, stop)
-    assert loop.newest(begun, out)
+    assert not trainer.fit(begun, out, console, stop)
+    assert trainer.newest(begun, out)
 
     params = weights.load(place / folder.MODEL)
     params['levels'] = params['levels'] + 1
     weights.save(place / folder.MODEL, params)
     with pytest.raises(UserError, match='has changed since'):
-        loop.fit(story.job(begun.run), out, console, stop)
+        trainer.fit(story.job(begun.run), out, console, stop)
     with pytest.raises(UserError, match='has changed since'):
         story.export(out, tmp_path / 'model')

@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from star_jax.parallel import programs, startup
+from star_jax.parallel import compilation_cache, startup
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import resource
-from star_jax.parallel import memory
+from star_jax.parallel import malloc
 
 memory.keep()
 
@@ -64,11 +64,11 @@ def kept_programs(tmp_path):
     before = {f'jax_{name}': getattr(jax.config, f'jax_{name}') for name in names}
     for name, value in zip(before, (str(tmp_path), 0), strict=True):
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    jax_cache.reset_cache()
     yield tmp_path
     for name, value in before.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    jax_cache.reset_cache()
 
 
 def compile_anew(x: jax.Array) -> Path:
@@ -100,13 +100,13 @@ def test_programs_are_looked_at_once(tmp_path, monkeypatch):
     for name in ('a-cache', 'b-cache', 'somebodys'):
         (tmp_path / name).write_bytes(b'torn')
     os.utime(tmp_path / 'a-cache', (0, 0))
-    (tmp_path / programs.CHECKED).touch()
-    os.utime(tmp_path / programs.CHECKED, (1, 1))
-    (tmp_path / 'c-cache').write_bytes(programs.ZSTANDARD)
+    (tmp_path / compilation_cache.CHECKED).touch()
+    os.utime(tmp_path / compilation_cache.CHECKED, (1, 1))
+    (tmp_path / 'c-cache').write_bytes(compilation_cache.ZSTANDARD)
     monkeypatch.setitem(sys.modules, 'zstandard', None)  # JAX cannot read it here either
-    programs.drop_torn(tmp_path)
+    compilation_cache.drop_torn(tmp_path)
     assert sorted(path.name for path in tmp_path.glob('*')) == [
-        programs.CHECKED,
+        compilation_cache.CHECKED,
         'a-cache',
         'c-cache',
         'somebodys',

@@ -20,9 +20,9 @@ from star_jax import cli
 from star_jax.checkpoint import config, weights
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.nn.positions import Learned, NoPositions
-from star_jax.studies import comparison, plot, study, tables
-from star_jax.training import loop
+from star_jax.studies import comparison, plot, study, study_tables
 from star_jax.training import train as story_of_a_run
+from star_jax.training import trainer
 from star_jax.training.run import Pace, Run
 from star_jax.training.transformer import TransformerJob
 
@@ -73,7 +73,7 @@ def home(shared, tmp_path_factory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransformerJob, 'picture', pytest.fail)
-        patch.setattr(loop, '_print_summary', lambda *_: None)  # traces a step to count its work
+        patch.setattr(trainer, '_print_summary', lambda *_: None)  # traces a step to count its work
         patch.setattr(story_of_a_run, 'job', remember)
         patch.setattr(story_of_a_run, 'main', train_or_invent)
         status, out, err = star_jax(*words(home))
@@ -366,7 +366,7 @@ def test_a_seed_means_the_same_for_every_config(shared):
 def test_tables_fit_a_terminal(scales):
     columns = ['config', *[f'scale {scale}' for scale in range(scales)]]
     row = ['rotary_without_levels', *['5.123 ± 0.012'] * scales]
-    cells = tables.Cells(title='Held-out loss by scale', columns=columns, rows=[row, row])
+    cells = study_tables.Cells(title='Held-out loss by scale', columns=columns, rows=[row, row])
     told = io.StringIO()
     console = Console(file=told, width=200)
     for table in cells.for_terminal():

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from star_jax import cli
+from star_jax import cli, files
 from star_jax.bench import process
-from star_jax.checkpoint import files
-from star_jax.parallel import memory
+from star_jax.parallel import malloc
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {'PYTHONPATH': str(ROOT)}
@@ -40,7 +39,7 @@ sys.exit(cli.main())
 WARNING = """
 import logging, sys, types
 from star_jax import cli
-from star_jax.parallel import memory
+from star_jax.parallel import malloc
 
 def work(words):
     logging.warning('of a library')
@@ -86,14 +85,14 @@ def test_a_warning_is_one_line_and_a_process_keeps_its_memory(tmp_path):
 
 
 def test_a_command_inside_another_process_changes_nothing_of_it(monkeypatch, capsys):
-    monkeypatch.setattr(memory, 'keep', pytest.fail)
+    monkeypatch.setattr(malloc, 'keep', pytest.fail)
     assert cli.main(['smaple']) == 2 and 'sample' in capsys.readouterr().err
     assert logging.getLogger('star_jax').propagate and not logging.getLogger('star_jax').handlers
 
 
 def test_a_benchmark_measures_a_process_as_users_have_it(monkeypatch):
     done = []
-    monkeypatch.setattr(memory, 'keep', lambda: done.append('kept'))
+    monkeypatch.setattr(malloc, 'keep', lambda: done.append('kept'))
     worker = types.SimpleNamespace(main=lambda *words: done.append(words))
     monkeypatch.setitem(sys.modules, 'star_jax.bench.worker', worker)
     monkeypatch.setattr('star_jax.bench.worker', worker, raising=False)
@@ -143,7 +142,7 @@ def test_a_signal_while_a_command_loads_ends_it_in_one_line(command, number, sta
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
-from star_jax.checkpoint import files
+from star_jax import files
 
 rename = Path.rename
 

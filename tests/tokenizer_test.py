@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from star_jax.checkpoint import models
 from star_jax.core import resize
-from star_jax.core.codes import Drawn
+from star_jax.core.codes import Sampled
 from star_jax.core.schedule import Pyramid, Step
 from star_jax.nn import layers
 from star_jax.sampling import program
@@ -139,7 +139,7 @@ def test_walking_the_codes_paints_what_quantising_left(quantised, params):
         schedule = Pyramid.square(SIDES)
         for step, (first, end) in enumerate(itertools.pairwise(schedule.offsets)):
             codes = codes_BL[:, first:end]
-            one = Drawn(codes, apply(codes, method='embed'))
+            one = Sampled(codes, apply(codes, method='embed'))
             canvas, following = apply(canvas, one, Step.at(step), method='advance')
             inputs.append(following)
         return canvas, inputs, apply(codes_BL, method='inputs')
@@ -320,8 +320,8 @@ def test_groups_of_channels_are_normalised_together(groups):
     x = np.random.default_rng(4).normal(3, 2, (2, 3, 3, 4)).astype(np.float32)
     norm = layers.group_norm(groups)
     out = norm.apply({'params': {'scale': np.ones(4), 'bias': np.zeros(4)}}, x)
-    grouped = x.reshape(2, 9, groups, -1)
-    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    with_batch_groups = x.reshape(2, 9, groups, -1)
+    centred = with_batch_groups - with_batch_groups.mean((1, 3), keepdims=True)
     expected = centred / np.sqrt(np.square(centred).mean((1, 3), keepdims=True) + 1e-6)
     np.testing.assert_allclose(out, expected.reshape(x.shape), atol=1e-5)
 

@@ -6,11 +6,11 @@ Nothing stands before its work but what stands before a user's.
 import sys
 
 from star_jax.errors import UserError
-from star_jax.parallel import memory
+from star_jax.parallel import malloc
 
 
 def main(path: str, task: str) -> None:
-    memory.keep()
+    malloc.keep()
     from star_jax.bench import worker  # JAX starts threads, and memory is kept before
 
     try:

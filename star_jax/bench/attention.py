@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from star_jax.bench import timing
-from star_jax.core.reach import Reach
 from star_jax.core.settings import Dtype
+from star_jax.core.visibility import StaticVisibility
 from star_jax.families import Family
-from star_jax.nn.door import Name, named
+from star_jax.nn.attention_dispatch import Name, named
 from star_jax.nn.kernels import KV, Kernel
 from star_jax.parallel import machine
 
@@ -46,13 +46,13 @@ def run(job: Attention) -> dict[str, Any]:
     schedule, heads = job.model.schedule, job.model.heads
     rows = schedule.starts[-1]
     shape = (3, job.batch, rows, heads, job.model.width // heads)
-    reach = Reach.of(schedule.reach)
+    visible_rows = StaticVisibility.of(schedule.visible_rows)
     q_BLNH, *kv = jax.random.normal(jax.random.key(0), shape, job.dtype)
     args = (q_BLNH, KV(*kv))
-    pairs = int(np.sum(schedule.reach, dtype=np.int64))
+    pairs = int(np.sum(schedule.visible_rows, dtype=np.int64))
     flops = 4 * pairs * job.batch * job.model.width
     compiled = {
-        (name, passes): jax.jit(_passes(named(name, jax.default_backend()), reach)[passes])
+        (name, passes): jax.jit(_passes(named(name, jax.default_backend()), visible_rows)[passes])
         .lower(*args)
         .compile()
         for name in job.kernels
@@ -86,9 +86,9 @@ def run(job: Attention) -> dict[str, Any]:
     }
 
 
-def _passes(kernel: Kernel, reach: Reach) -> dict[str, Any]:
+def _passes(kernel: Kernel, visible_rows: StaticVisibility) -> dict[str, Any]:
     def forward(q_BLNH: jax.Array, kv: KV) -> jax.Array:
-        return kernel(q_BLNH, kv, reach)
+        return kernel(q_BLNH, kv, visible_rows)
 
     def total(q_BLNH: jax.Array, kv: KV) -> jax.Array:
         return forward(q_BLNH, kv).astype(jnp.float32).sum()

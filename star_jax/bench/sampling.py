@@ -14,7 +14,7 @@ from flax import linen as nn
 from star_jax.bench.case import Case, Piece, invent
 from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
-from star_jax.core.condition import Condition, Text
+from star_jax.core.condition import Condition, TextCondition
 from star_jax.core.flops import count_flops
 from star_jax.core.settings import Dtype, Settings
 from star_jax.families import Family
@@ -124,11 +124,11 @@ class Sampling:
 def condition(model: Family, rows: int, text_tokens: int) -> Condition:
     """Classes, or random features of captions that use all of their tokens."""
     if model.PROMPT == 'label':
-        return model.reader(_no_text).encode(['0'] * rows)
+        return model.prompt_encoder(_no_text).encode(['0'] * rows)
     shape = (rows, text_tokens, model.text_width)
     states = np.random.default_rng(1).standard_normal(shape, np.float32)
     mask = jnp.ones((rows, text_tokens), jnp.int32)
-    return Text(jnp.asarray(states), mask, jnp.asarray(states.mean(1)))
+    return TextCondition(jnp.asarray(states), mask, jnp.asarray(states.mean(1)))
 
 
 def _no_text() -> TextEncoder:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from star_jax.checkpoint import files, structure
+from star_jax import files
+from star_jax.checkpoint import structure
 from star_jax.errors import UserError
 
 Config = TypeVar('Config')

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from star_jax.checkpoint import config, files, structure, weights
+from star_jax import files
+from star_jax.checkpoint import config, structure, weights
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 

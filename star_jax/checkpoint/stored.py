@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from star_jax.checkpoint import files
+from star_jax import files
 from star_jax.errors import UserError
 
 # The format's names of the types that arrays have.

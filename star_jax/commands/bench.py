@@ -12,10 +12,11 @@ from typing import Annotated, Any, Protocol
 import tyro
 from rich.console import Console
 
-from star_jax.bench import process, tables
+from star_jax import files
+from star_jax.bench import bench_tables, process
 from star_jax.bench.sampling import Sampling
 from star_jax.bench.training import Training
-from star_jax.checkpoint import config, files, models
+from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, bench_parts, bench_suite, training
 from star_jax.convert.infer import SIDES
 from star_jax.core.buckets import Buckets, divide
@@ -240,12 +241,12 @@ def _measure(read: Read, place: str, words: Sequence[str], sweep: tuple[str, ...
         with console.status('starting') as status:
             cache, profile = (path and path / name for path in (given.programs, given.profile))
             reports[name] = process.run(job, status.update, cache, profile)
-        console.print(tables.summary(reports[name]), highlight=False)
-        for table in tables.tables(reports[name]):
+        console.print(bench_tables.summary(reports[name]), highlight=False)
+        for table in bench_tables.tables(reports[name]):
             console.print(table)
         _keep(given.json, list(reports.values()))
     if len(reports) > 1:
-        console.print(tables.sweep(reports))
+        console.print(bench_tables.sweep(reports))
 
 
 def _keep(path: Path | None, reports: list[dict[str, Any]]) -> None:

@@ -8,15 +8,16 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from star_jax.bench import attention, data, tables
-from star_jax.checkpoint import config, files, models
+from star_jax import files
+from star_jax.bench import attention, bench_tables, data
+from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, training
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.families import Family
-from star_jax.nn.door import Name
+from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel import startup
-from star_jax.training.run import Data, Run, settle
+from star_jax.training.run import Data, Run, resolve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def measure_attention(place: str, words: Sequence[str]) -> None:
     console = Console()
     with console.status('compiling and measuring'):
         report = attention.run(job)
-    console.print(tables.attention(report))
+    console.print(bench_tables.attention(report))
     _keep(path, {'job': config.to_json(job), **report})
 
 
@@ -104,7 +105,7 @@ def measure_data(place: str, words: Sequence[str]) -> None:
     console = Console()
     with console.status('reading'):
         report = data.run(source, reading)
-    console.print(tables.data(report))
+    console.print(bench_tables.data(report))
     _keep(given.json, {'data': config.to_json(given.data), **report})
 
 
@@ -113,7 +114,7 @@ def _run(place: str) -> Run:
 
 
 def _resolution(run: Run) -> int:
-    tokenizer = models.read_tokenizer(settle(run).tokenizer)
+    tokenizer = models.read_tokenizer(resolve(run).tokenizer)
     return tokenizer.config.at(run.model.sides).resolution
 
 

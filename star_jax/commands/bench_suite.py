@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from star_jax.bench import suite, tables
-from star_jax.checkpoint import files
+from star_jax import files
+from star_jax.bench import bench_tables, suite
 from star_jax.commands import arguments, training
 from star_jax.errors import UserError
 from star_jax.training.run import Run
@@ -64,9 +64,11 @@ def measure(words: Sequence[str]) -> None:
         reports = suite.measure(runs, given.measured, given.out, given.minutes, status.update)
     done = {name: report for name, report in reports.items() if 'failed' not in report}
     if done:
-        console.print(tables.summary(next(iter(done.values()))).splitlines()[-1], highlight=False)
-        console.print(tables.sweep(done))
-        (given.out / NAME).write_text(tables.markdown(done), 'utf-8')
+        console.print(
+            bench_tables.summary(next(iter(done.values()))).splitlines()[-1], highlight=False
+        )
+        console.print(bench_tables.sweep(done))
+        (given.out / NAME).write_text(bench_tables.markdown(done), 'utf-8')
     for name, report in reports.items():
         if 'failed' in report:
             console.print(f'{name}: {report["failed"]}', highlight=False)

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from star_jax.checkpoint import files
+from star_jax import files
 from star_jax.commands import arguments
 from star_jax.convert import transfer
 from star_jax.convert.infer import Unsaid

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from star_jax.checkpoint import files
+from star_jax import files
 from star_jax.commands import arguments
 from star_jax.data import folder, prepared, show
 from star_jax.data.folder import Folder

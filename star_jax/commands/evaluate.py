@@ -11,16 +11,16 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from star_jax.checkpoint import config, files, models
+from star_jax import files, image_io
+from star_jax.checkpoint import config, models
 from star_jax.commands import arguments
-from star_jax.core import pictures
 from star_jax.core.settings import Dtype, Settings, Version
 from star_jax.errors import UserError
-from star_jax.evaluation import report, tables
+from star_jax.evaluation import eval_report, eval_tables
+from star_jax.evaluation.eval_context import Job, Subject
 from star_jax.evaluation.groups import SHAPES
-from star_jax.evaluation.subject import Job, Subject
 from star_jax.parallel import startup
-from star_jax.sampling.pipeline import Behaviour
+from star_jax.sampling.pipeline import CrossAttentionMode
 
 SWEPT = ('guidance', 'top_k', 'top_p', 'temperature')
 
@@ -58,7 +58,7 @@ class Evaluate:
         grid: a picture file for what is drawn from the first 16 captions.
         text: another place of the model's text encoder, if it is not where the model says.
         dtype: float32, or bfloat16 for accelerators.
-        behaviour: of STAR's cross-attention: the model's own, or 'released', where the unprompted
+        cross_attention: STAR's cross-attention: as trained, or 'released', where the unprompted
             row of an image (in a loss: every image of a batch) sees what the first one does, or
             'corrected'.
     """
@@ -80,7 +80,7 @@ class Evaluate:
     grid: Path | None = None
     text: str = ''
     dtype: Dtype = 'float32'
-    behaviour: Behaviour = 'own'
+    cross_attention: CrossAttentionMode = 'as_trained'
 
 
 def main(words: Sequence[str]) -> int:
@@ -92,14 +92,14 @@ def main(words: Sequence[str]) -> int:
     subject = Subject(job, _track)
     if given.grid is not None and subject.model is None:
         raise UserError(f'{given.model} holds a tokenizer alone: --grid needs a model')
-    found = report.run(subject)
+    found = eval_report.run(subject)
     if given.grid is not None:
-        pictures.save_png(report.grid(subject, job.settings[0]), given.grid)
+        image_io.save_png(eval_report.grid(subject, job.settings[0]), given.grid)
     if given.out is not None:
         config.write_json(given.out, config.to_json(found))
     console = Console()
-    console.print(tables.summary(found), highlight=False, soft_wrap=True)
-    for table in tables.tables(found):
+    console.print(eval_tables.summary(found), highlight=False, soft_wrap=True)
+    for table in eval_tables.tables(found):
         console.print(table)
     return 0
 
@@ -117,7 +117,7 @@ def _job(given: Evaluate) -> Job:
             settings=_settings(given),
             text=given.text,
             dtype=given.dtype,
-            behaviour=given.behaviour,
+            cross_attention=given.cross_attention,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -10,11 +10,12 @@ import jax
 import tyro
 from rich.console import Console
 
-from star_jax.checkpoint import config, files
+from star_jax import files
+from star_jax.checkpoint import config
 from star_jax.commands import arguments, training
 from star_jax.core.buckets import Buckets
 from star_jax.errors import UserError
-from star_jax.plan import planning, tables, topologies
+from star_jax.plan import plan_tables, planning, topologies
 from star_jax.training.run import Run
 
 
@@ -82,10 +83,10 @@ def main(words: Sequence[str]) -> int:
             price=given.price,
             notice=status.update,
         )
-    console.print(tables.summary(report), highlight=False)
-    for table in tables.tables(report):
+    console.print(plan_tables.summary(report), highlight=False)
+    for table in plan_tables.tables(report):
         console.print(table)
-    for sentence in tables.sentences(report):
+    for sentence in plan_tables.sentences(report):
         console.print(sentence, highlight=False, soft_wrap=True)
     if given.json is not None:
         with files.writing(given.json):

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import tyro
 
-from star_jax.checkpoint import files, models
+from star_jax import files, image_io
+from star_jax.checkpoint import models
 from star_jax.commands import arguments
-from star_jax.core import pictures, pixels
+from star_jax.core import pixels
 from star_jax.data.folder import MOST_ENLARGED
 from star_jax.data.photos import MOST_ASPECT
 from star_jax.errors import UserError
@@ -56,18 +57,18 @@ def main(words: Sequence[str]) -> int:
         row = [image, *np.asarray(painted)]
         words = [path.name, *(f'up to {side} x {side}' for side in sides)]
         words[-1] += f', {float(psnr):.1f} dB'
-        pictures.save_png(
-            pictures.grid(row, words, columns=len(row)), given.out / f'{index:03d}-{path.stem}.png'
+        image_io.save_png(
+            image_io.grid(row, words, columns=len(row)), given.out / f'{index:03d}-{path.stem}.png'
         )
         rows, captions = rows + row, captions + words
-    grid = pictures.grid(rows, captions, columns=1 + len(sides))
-    sys.stdout.write(f'{pictures.save_png(grid, given.out / "grid.png")}\n')
+    grid = image_io.grid(rows, captions, columns=1 + len(sides))
+    sys.stdout.write(f'{image_io.save_png(grid, given.out / "grid.png")}\n')
     return 0
 
 
 def _load(path: Path, size: int) -> np.ndarray:
     """The centre square of a picture file; UserError where its sides are such as no set has."""
-    image = pictures.load_image(path)
+    image = image_io.load_image(path)
     height, width = image.shape[:2]
     short, least = min(height, width), -(-size // MOST_ENLARGED)
     if short < least or max(height, width) > MOST_ASPECT * short:
@@ -75,7 +76,7 @@ def _load(path: Path, size: int) -> np.ndarray:
             f'{path} has {width} x {height} pixels, expected a shorter side of at least {least} '
             f'for {size} px, and sides of at most {MOST_ASPECT} : 1: give another picture'
         )
-    return pictures.square(image, size)
+    return image_io.square(image, size)
 
 
 def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array, jax.Array]:

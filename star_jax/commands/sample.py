@@ -12,7 +12,8 @@ import numpy as np
 import tyro
 from rich.progress import Progress
 
-from star_jax.checkpoint import files, models
+from star_jax import files
+from star_jax.checkpoint import models
 from star_jax.commands import arguments
 from star_jax.core.buckets import Buckets
 from star_jax.core.classes import Classes
@@ -21,7 +22,7 @@ from star_jax.errors import UserError
 from star_jax.parallel import startup
 from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling import pipeline, program
-from star_jax.sampling.album import Album
+from star_jax.sampling.sample_folder import SampleFolder
 
 NO_TEXT = ('Cc', 'Cs')  # Unicode's control characters, and halves of characters
 LONGEST = 2_000  # characters of a prompt; encoders read some hundred at most
@@ -45,7 +46,7 @@ class Sample:
         seed: image i draws from seed + i; its line in samples.jsonl says which.
         batch: images per run of the program.
         dtype: float32, or bfloat16 for accelerators.
-        behaviour: of STAR's cross-attention: the model's own, or 'released', where the unprompted
+        cross_attention: STAR's cross-attention: as trained, or 'released', where the unprompted
             row of an image sees what the prompted one does, or 'corrected'.
         buckets: the first and the last of scales that share a part of the program, in pairs: less
             to compile, slower to draw, the same images (by default what suits the platform).
@@ -62,7 +63,7 @@ class Sample:
     seed: int = 0
     batch: int = pipeline.BATCH
     dtype: Dtype = 'float32'
-    behaviour: pipeline.Behaviour = 'own'
+    cross_attention: pipeline.CrossAttentionMode = 'as_trained'
     buckets: Buckets | None = None
     mesh: MeshShape = MeshShape(data=1)
     settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
@@ -84,7 +85,7 @@ def main(words: Sequence[str]) -> int:
     startup.start()
     model = {'source': given.model, 'sha256': models.digest(given.model)}
     mesh = given.mesh.build_on_first()
-    how = (given.text, given.dtype, mesh, given.behaviour, given.buckets)
+    how = (given.text, given.dtype, mesh, given.cross_attention, given.buckets)
     pipe = pipeline.load(given.model, *how)
     if given.classes and not isinstance(pipe.encoder, Classes):
         raise UserError(f'{given.model} draws from text and knows no classes: give prompts')
@@ -95,10 +96,12 @@ def main(words: Sequence[str]) -> int:
         'model': model,
         'text': pipe.encoder.reference(),
         'dtype': given.dtype,
-        'behaviour': given.behaviour,
+        'cross_attention': given.cross_attention,
     }
     numbered = enumerate(prompts, given.seed)
-    album = Album(given.out, [{'prompt': one, 'seed': seed} | same for seed, one in numbered])
+    album = SampleFolder(
+        given.out, [{'prompt': one, 'seed': seed} | same for seed, one in numbered]
+    )
     missing = album.missing()
     wanted = [prompts[i] for i in missing], [given.seed + i for i in missing]
     images = pipe.stream(*wanted, given.settings, given.batch)

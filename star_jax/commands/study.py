@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from star_jax.checkpoint import files
+from star_jax import files
 from star_jax.commands import arguments, training
 from star_jax.errors import UserError
 from star_jax.training.run import Run

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_jax.checkpoint import files, folder, models, weights
+from star_jax import files
+from star_jax.checkpoint import folder, models, weights
 from star_jax.checkpoint.stored import Form, Stored, Streamed, Tensors, write
 from star_jax.convert import infer, published
 from star_jax.convert.infer import Unsaid

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from star_jax.core.condition import Labels
+from star_jax.core.condition import LabelCondition
 from star_jax.errors import UserError
 
 SHOWN = 5  # names in a message
@@ -37,15 +37,17 @@ class Classes:
     def reference(self) -> None:
         """The names lie in the model's own config."""
 
-    def encode(self, prompts: Sequence[str]) -> Labels:
+    def encode(self, prompts: Sequence[str]) -> LabelCondition:
         """The classes of prompts, numpy int32; UserError where there is no such class."""
-        return Labels(ids_B=np.array([self._number(prompt) for prompt in prompts], np.int32))
+        return LabelCondition(
+            ids_B=np.array([self._number(prompt) for prompt in prompts], np.int32)
+        )
 
-    def tokenize(self, prompts: Sequence[str]) -> Labels:
+    def tokenize(self, prompts: Sequence[str]) -> LabelCondition:
         """The host's part of `encode`: all of it."""
         return self.encode(prompts)
 
-    def apply(self, params: dict, labels: Labels) -> Labels:
+    def apply(self, params: dict, labels: LabelCondition) -> LabelCondition:
         """The device's part of `encode`: nothing."""
         return labels
 

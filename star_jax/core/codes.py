@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """What one step drew: the codes, and the vectors that stand for them on the canvas.
 
     `passes` is what each of several passes left, where a draw takes them and a trace is asked for.

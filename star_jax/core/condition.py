@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 @flax.struct.dataclass
-class Text:
+class TextCondition:
     """Encoded captions, as a frozen text encoder gives them.
 
     `states_BTE`: token states, zero where the mask is 0. `mask_BT`: int32, 1 for real tokens.
@@ -19,13 +19,13 @@ class Text:
 
 
 @flax.struct.dataclass
-class Labels:
+class LabelCondition:
     """Numbers of classes; `ids_B` int32, the number behind the last class for no class."""
 
     ids_B: jax.Array
 
 
-Condition = Text | Labels
+Condition = TextCondition | LabelCondition
 
 
 def stack(prompted: Condition, unprompted: Condition) -> Condition:

@@ -16,7 +16,7 @@ import numpy as np
 
 from star_jax.core import buckets
 from star_jax.core.buckets import Buckets
-from star_jax.core.reach import Reach
+from star_jax.core.visibility import StaticVisibility
 from star_jax.errors import UserError
 
 MOST_TOKENS = 2**20  # of one image: a hundred times those of 1024 px
@@ -64,7 +64,7 @@ class Schedule:
 
     sizes: tuple[int, ...]  # tokens drawn by each step
     reads: tuple[int, ...]  # rows read by each step
-    reach: np.ndarray  # [rows]: how many rows, from row 0 on, each row sees
+    visible_rows: np.ndarray  # [rows]: how many rows, from row 0 on, each row sees
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ class Schedule:
         return self.step_of_token
 
     @functools.cached_property
-    def drawing_rows(self) -> np.ndarray:
+    def sampled_rows(self) -> np.ndarray:
         """[L] int32: the row whose features predict each token (the last rows of its step)."""
         ends = zip(self.starts[1:], self.sizes, strict=True)
         return np.concatenate([np.arange(end - n, end, dtype=np.int32) for end, n in ends])
@@ -120,22 +120,24 @@ class Schedule:
     def mask(self, rows: np.ndarray | jax.Array | None = None) -> np.ndarray | jax.Array:
         """[query, key] bool over `rows` (all by default): what teacher forcing may see."""
         rows = np.arange(self.starts[-1]) if rows is None else rows
-        reach = self.reach if isinstance(rows, np.ndarray) else jnp.asarray(self.reach)
-        return rows[None, :] < reach[rows][:, None]
+        visible_rows = (
+            self.visible_rows if isinstance(rows, np.ndarray) else jnp.asarray(self.visible_rows)
+        )
+        return rows[None, :] < visible_rows[rows][:, None]
 
-    def sight(self, rows: np.ndarray | jax.Array | None = None) -> Reach:
+    def visibility(self, rows: np.ndarray | jax.Array | None = None) -> StaticVisibility:
         """How many of `rows` (all by default), from the first on, each of them sees.
 
         Known rows must rise, or ValueError. Traced ones are those that `thin` leaves: of the last
         step, which is seen by itself alone, some may be missing.
         """
         if rows is None:
-            return Reach.of(self.reach)
+            return StaticVisibility.of(self.visible_rows)
         if not isinstance(rows, np.ndarray):
-            return Reach.of(np.minimum(self.reach[: len(rows)], len(rows)))
+            return StaticVisibility.of(np.minimum(self.visible_rows[: len(rows)], len(rows)))
         if (np.diff(rows) <= 0).any():
             raise ValueError('rows must rise, each of them once, to see those before them')
-        return Reach.of(np.searchsorted(rows, self.reach[rows]))
+        return StaticVisibility.of(np.searchsorted(rows, self.visible_rows[rows]))
 
     def groups(self, kinds: tuple | None = None, shared: Buckets = ()) -> tuple[Group, ...]:
         """The steps as runs that one loop body serves.
@@ -194,7 +196,7 @@ class Pyramid(Schedule):
         return self.sizes
 
     @functools.cached_property
-    def reach(self) -> np.ndarray:
+    def visible_rows(self) -> np.ndarray:
         """A row sees its own step and all earlier ones."""
         return np.repeat(np.asarray(self.starts[1:]), self.reads)
 
@@ -231,7 +233,7 @@ class Raster(Schedule):
         return (self.prefix,) + (1,) * (self.height * self.width - 1)
 
     @functools.cached_property
-    def reach(self) -> np.ndarray:
+    def visible_rows(self) -> np.ndarray:
         """Causal, within the prefix too."""
         return np.arange(1, self.starts[-1] + 1)
 

@@ -16,7 +16,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from star_jax.checkpoint import config, files, weights
+from star_jax import files
+from star_jax.checkpoint import config, weights
 from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
 

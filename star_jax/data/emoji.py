@@ -26,7 +26,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.data import prepared
 from star_jax.data.splits import fraction
 from star_jax.errors import UserError
@@ -286,7 +286,7 @@ def draw(icons: Sequence[Icon], folder: Path, size: int) -> list[tuple[Icon, Pat
         style = f'{icon.style}-{versions[STYLES[icon.style].package]}'
         path = folder / style / f'{icon.name}.png'
         if not path.exists():
-            pictures.save_png(render(icon, size), path)
+            image_io.save_png(render(icon, size), path)
         drawn.append((icon, path))
     return drawn
 
@@ -294,12 +294,12 @@ def draw(icons: Sequence[Icon], folder: Path, size: int) -> list[tuple[Icon, Pat
 def render(icon: Icon, size: int) -> np.ndarray:
     """The (size, size, 3) picture of an icon, on white."""
     if not icon.svg:
-        return pictures.square(pictures.load_image(icon.file), size)
+        return image_io.square(image_io.load_image(icon.file), size)
     # Without dpi, sizes in mm fail; without system fonts, every machine draws the same.
     png = _renderer().svg_to_bytes(
         svg_string=icon.svg, width=size, height=size, dpi=96, skip_system_fonts=True
     )
-    return pictures.square(pictures.decode(png), size)
+    return image_io.square(image_io.decode(png), size)
 
 
 def distinct(drawn: Iterable[tuple[Icon, Path]]) -> list[tuple[Icon, Path]]:

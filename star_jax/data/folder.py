@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.data import listing, photos, pipeline, prepared, splits, verdicts
 from star_jax.data.listing import Fault
 from star_jax.data.pipeline import Example
@@ -213,7 +213,7 @@ def _record(source: Source, index: int) -> prepared.Record:
     name, example = source.entries[index].name, source[index]
     return prepared.Record(
         key=name,
-        image=pictures.encode(example['image']),
+        image=image_io.encode(example['image']),
         captions=example['captions'],
         label='',
         source=f'{source.root.name}/{name}',

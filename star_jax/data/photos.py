@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from star_jax.core import pictures
+from star_jax import image_io
 
 SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
 # Pictures that somebody may take for readable: told as such rather than overlooked.
@@ -72,7 +72,7 @@ def read(path: Path, size: int) -> np.ndarray:
     Raises UnfitError as `shorter_side` does.
     """
     with _decoded(path, size) as (picture, _):
-        return pictures.fit(picture, size)
+        return image_io.fit(picture, size)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,7 @@ from typing import Any, TypedDict
 
 import tensorflow_datasets as tfds
 
-from star_jax.checkpoint import files
-from star_jax.core import pictures
+from star_jax import files, image_io
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
 from star_jax.errors import UserError
@@ -123,7 +122,7 @@ class _Records:
     def __getitem__(self, index: int) -> Example:
         record = self._record(index)
         # Pillow decodes faster than tfds and lets go of the interpreter lock.
-        image = pictures.square(pictures.decode(record[self.config.image]), self.size)
+        image = image_io.square(image_io.decode(record[self.config.image]), self.size)
         captions = self._texts(record, self.config.caption)
         return Example(image=image, captions=captions, label=self._label(record))
 

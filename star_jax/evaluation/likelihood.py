@@ -63,7 +63,7 @@ def token_losses(
     features_BRD = apply(inputs, conditions, rows, paths, method='features')
     logits_BRV = apply(features_BRD, conditions, method='head')
     # Codes go to the rows that draw them, for rows that are split over devices cannot move cheaply.
-    at_L = model.schedule.drawing_rows if rows is None else np.arange(len(rows))
+    at_L = model.schedule.sampled_rows if rows is None else np.arange(len(rows))
     codes_BL = codes_BL if rows is None else codes_BL[:, rows]
     shape = (*features_BRD.shape[:2], *codes_BL.shape[2:])
     codes_BR = jnp.zeros(shape, codes_BL.dtype).at[:, at_L].set(codes_BL)

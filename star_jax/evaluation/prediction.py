@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from star_jax.checkpoint.folder import Model
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.core.schedule import Schedule
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
-from star_jax.evaluation import likelihood, statistics
+from star_jax.evaluation import bootstrap, likelihood
 from star_jax.text import FeatureCache, TextEncoder
 
 Predict = Callable[[Source], Iterable['Predicted']]
@@ -36,7 +36,7 @@ def compile_model(model: Model, encoder: TextEncoder, dtype: str, batch: int) ->
     texts = FeatureCache(encoder)
 
     @jax.jit
-    def program(params: Any, frozen: Any, images: jax.Array, text: Text) -> Predicted:
+    def program(params: Any, frozen: Any, images: jax.Array, text: TextCondition) -> Predicted:
         codes_BL = likelihood.encode(tokenizer, frozen, images)
         return Predicted(*likelihood.score(network, tokenizer, params, frozen, codes_BL, text))
 
@@ -68,8 +68,8 @@ def scores(found: Predicted, schedule: Schedule, seed: int) -> dict[str, Any]:
     }
 
 
-def _means(found: Predicted, here_L: np.ndarray, seed: int) -> dict[str, statistics.Score]:
+def _means(found: Predicted, here_L: np.ndarray, seed: int) -> dict[str, bootstrap.Score]:
     return {
-        'loss': statistics.mean(found.nll_NL[:, here_L].mean(1), seed),
-        'accuracy': statistics.mean(found.hit_NL[:, here_L].mean(1), seed),
+        'loss': bootstrap.mean(found.nll_NL[:, here_L].mean(1), seed),
+        'accuracy': bootstrap.mean(found.hit_NL[:, here_L].mean(1), seed),
     }

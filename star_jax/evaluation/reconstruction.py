@@ -12,7 +12,7 @@ from star_jax.checkpoint.folder import Tokenizer
 from star_jax.core import pixels
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
-from star_jax.evaluation import statistics
+from star_jax.evaluation import bootstrap
 from star_jax.nn.perceptual import Lpips
 from star_jax.tokenizers import objective
 
@@ -78,10 +78,10 @@ def scores(found: Reconstructed, sides: tuple[int, ...], seed: int) -> dict[str,
     usage_KV = found.usage_KV
     perplexity_K = np.asarray(objective.perplexity(jnp.asarray(usage_KV)))
     used_K = (usage_KV > 0).mean(1)
-    lpips = None if found.lpips_N is None else statistics.mean(found.lpips_N, seed)
+    lpips = None if found.lpips_N is None else bootstrap.mean(found.lpips_N, seed)
     return {
         'images': len(found.images),
-        'psnr': statistics.mean(found.psnr_N, seed),
+        'psnr': bootstrap.mean(found.psnr_N, seed),
         'lpips': lpips,
         'used': float((usage_KV.sum(0) > 0).mean()),
         'scales': [

@@ -14,7 +14,7 @@ from star_jax.core.schedule import Pyramid
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, Scaled, SelfAttention
-from star_jax.nn.door import AUTOMATIC
+from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.kernels import Kernel
 from star_jax.nn.positions import (
     Learned,
@@ -137,14 +137,14 @@ class Scales:
         offset_6D = nn.initializers.normal(self.width**-0.5)(key, shape, dtype)
         return offset_6D.at[:2].multiply(self.gate_init).at[2:].multiply(0.5)
 
-    def behaving(self, released: bool) -> 'Scales':
+    def with_cross_attention(self, released: bool) -> 'Scales':
         """The same model with the published code's cross-attention, or the corrected one."""
         raise ValueError(
             f'a {type(self).__name__} has no cross-attention, so that nothing is released or '
-            'corrected in it: leave the behaviour out'
+            'corrected in it: leave cross_attention out'
         )
 
-    def reader(self, load: Callable[[], TextEncoder]) -> TextEncoder | Classes:
+    def prompt_encoder(self, load: Callable[[], TextEncoder]) -> TextEncoder | Classes:
         """What turns prompts into conditions: what `load` gives, if text does.
 
         Raises UserError where that does not fit the model.

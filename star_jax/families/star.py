@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
 from star_jax.families.scales import Scales
 from star_jax.nn.attention import CrossAttention, SelfAttention
+from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.conditioning import LevelModulation, ModulationOffset, TextStart
-from star_jax.nn.door import AUTOMATIC
 from star_jax.nn.kernels import Kernel
 from star_jax.nn.layers import Linear
 from star_jax.nn.positions import NormalisedRotary, RawRotary
@@ -100,11 +100,11 @@ class Star(Scales):
             mixes_rows=self.cross_attention and self.released_cross_attention,
         )
 
-    def behaving(self, released: bool) -> 'Star':
+    def with_cross_attention(self, released: bool) -> 'Star':
         """The same model with the published code's cross-attention, or the corrected one."""
         return dataclasses.replace(self, released_cross_attention=released)
 
-    def reader(self, load: Callable[[], TextEncoder]) -> TextEncoder:
+    def prompt_encoder(self, load: Callable[[], TextEncoder]) -> TextEncoder:
         """The text encoder that `load` gives; UserError unless it is of the model's text width."""
         encoder = load()
         if encoder.width != self.text_width:
@@ -114,9 +114,9 @@ class Star(Scales):
             )
         return encoder
 
-    def abstract_condition(self) -> Text:
+    def abstract_condition(self) -> TextCondition:
         """One caption of one token, by shape and type alone."""
-        return Text(
+        return TextCondition(
             states_BTE=jax.ShapeDtypeStruct((1, 1, self.text_width), jnp.float32),
             mask_BT=jax.ShapeDtypeStruct((1, 1), jnp.int32),
             pooled_BE=jax.ShapeDtypeStruct((1, self.text_width), jnp.float32),

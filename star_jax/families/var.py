@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.classes import Classes
-from star_jax.core.condition import Labels
+from star_jax.core.condition import LabelCondition
 from star_jax.core.sizes import check_sizes
 from star_jax.families.scales import Scales
+from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.conditioning import LabelStart, ModulationOffset, VectorModulation
-from star_jax.nn.door import AUTOMATIC
 from star_jax.nn.kernels import Kernel
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
 from star_jax.nn.transformer import ModulatedHead, Transformer
@@ -82,13 +82,13 @@ class Var(Scales):
             dtype=dtype,
         )
 
-    def reader(self, load: Callable[[], TextEncoder]) -> Classes:
+    def prompt_encoder(self, load: Callable[[], TextEncoder]) -> Classes:
         """The classes themselves."""
         return Classes(self.classes, self.names)
 
-    def abstract_condition(self) -> Labels:
+    def abstract_condition(self) -> LabelCondition:
         """The label of one image, by shape and type alone."""
-        return Labels(ids_B=jax.ShapeDtypeStruct((1,), jnp.int32))
+        return LabelCondition(ids_B=jax.ShapeDtypeStruct((1,), jnp.int32))
 
     def _modulation_init(
         self, key: jax.Array, shape: tuple[int, int], dtype: Any = float

@@ -14,10 +14,10 @@ from flax import linen as nn
 
 from star_jax.core import positions
 from star_jax.nn import layers
-from star_jax.nn.door import Automatic
-from star_jax.nn.kernels import KV, Kernel, Seen
-from star_jax.nn.spread import Spread
-from star_jax.parallel.rules import Layout
+from star_jax.nn.attention_dispatch import Automatic
+from star_jax.nn.kernels import KV, Kernel, Visibility
+from star_jax.nn.sharded_attention import ShardedAttention
+from star_jax.parallel.rules import ActivationSharding
 
 MAX_LOG_SCALE = float(np.log(100))  # learned score scales stop here (STAR specification 3.3)
 
@@ -60,11 +60,11 @@ class SelfAttention(nn.Module):
     kernel_init: layers.Initializer
     out_init: layers.Initializer
     attend: Kernel = Automatic()
-    layout: Layout = Layout()
+    sharding: ActivationSharding = ActivationSharding()
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, angles_LP: jax.Array | None, past: KV | None, seen: Seen
+        self, x_BLD: jax.Array, angles_LP: jax.Array | None, past: KV | None, visibility: Visibility
     ) -> tuple[jax.Array, KV]:
         """Rows [B, L, D] -> what they gathered, and their own keys and values for the cache.
 
@@ -84,8 +84,8 @@ class SelfAttention(nn.Module):
         compare = self.scores(name='compare')
         new = KV(compare.keys(k_BLNH).astype(dtype), v_BLNH)
         kv = new if past is None else jax.tree.map(lambda *kv: jnp.concatenate(kv, 1), past, new)
-        attend = Spread(self.attend, self.layout)
-        y_BLNH = attend(compare.queries(q_BLNH).astype(dtype), kv, seen)
+        attend = ShardedAttention(self.attend, self.sharding)
+        y_BLNH = attend(compare.queries(q_BLNH).astype(dtype), kv, visibility)
         return GatherHeads(self.width, shape, self.out_init, name='proj')(y_BLNH), new
 
 
@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
     released: bool = False
     attend: Kernel = Automatic()
     groups: int = 1
-    layout: Layout = Layout()
+    sharding: ActivationSharding = ActivationSharding()
 
     def setup(self) -> None:
         shape = (self.heads, self.width // self.heads)
@@ -130,7 +130,7 @@ class CrossAttention(nn.Module):
         if self.released:
             x_BLD, mask_BT, text_kv = jax.tree.map(self._leaders, (x_BLD, mask_BT, text_kv))
         q_BLNH = self.compare.queries(self.q_bias(self.query(x_BLD))).astype(dtype)
-        attend = Spread(self.attend, self.layout)
+        attend = ShardedAttention(self.attend, self.sharding)
         y_BLNH = attend(q_BLNH, text_kv, mask_BT[:, None, None, :] > 0)
         y_BLD = self.proj(y_BLNH)
         return jnp.repeat(y_BLD, batch // len(y_BLD), axis=0)

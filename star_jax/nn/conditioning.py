@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from star_jax.core.condition import Labels, Text
+from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.nn import layers
 
 
@@ -20,7 +20,7 @@ class TextStart(nn.Module):
     kernel_init: layers.Initializer
 
     @nn.compact
-    def __call__(self, text: Text) -> jax.Array:
+    def __call__(self, text: TextCondition) -> jax.Array:
         """[B, rows, D] float32."""
         project = layers.Linear(
             self.text_width, self.width, (None, 'embed'), self.kernel_init, name='pooled'
@@ -31,11 +31,11 @@ class TextStart(nn.Module):
         pooled_BE = text.pooled_BE.astype(jnp.float32)
         return project(pooled_BE)[:, None, :] + place(jnp.arange(self.rows))
 
-    def text(self, text: Text) -> tuple[jax.Array, jax.Array]:
+    def text(self, text: TextCondition) -> tuple[jax.Array, jax.Array]:
         """Token states [B, T, E] and their mask [B, T]."""
         return text.states_BTE, text.mask_BT
 
-    def summary(self, text: Text) -> None:
+    def summary(self, text: TextCondition) -> None:
         """Text modulates nothing."""
 
 
@@ -55,15 +55,15 @@ class LabelStart(nn.Module):
         self.classes = layers.Table(self.count + 1, self.width, axes, self.kernel_init)
         self.position = layers.Table(self.rows, self.width, axes, self.kernel_init)
 
-    def __call__(self, labels: Labels) -> jax.Array:
+    def __call__(self, labels: LabelCondition) -> jax.Array:
         """[B, rows, D] float32."""
         return self.summary(labels)[:, None, :] + self.position(jnp.arange(self.rows))
 
-    def text(self, labels: Labels) -> tuple[None, None]:
+    def text(self, labels: LabelCondition) -> tuple[None, None]:
         """No text."""
         return None, None
 
-    def summary(self, labels: Labels) -> jax.Array:
+    def summary(self, labels: LabelCondition) -> jax.Array:
         """[B, D] float32: the vector of each image's class."""
         return self.classes(labels.ids_B)
 

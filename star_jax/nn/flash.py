@@ -10,8 +10,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.reach import Reach
-from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, Seen
+from star_jax.core.visibility import StaticVisibility
+from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, Visibility
 
 HALVES = (jnp.bfloat16, jnp.float16)
 
@@ -27,15 +27,15 @@ class Flash:
     otherwise: Kernel = ByScale(Chunked(), Chunked())
     implementation: Literal['cudnn', 'xla'] = 'cudnn'
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
-        if q_BLNH.dtype not in HALVES or not isinstance(seen, Reach | None):
-            return self.otherwise(q_BLNH, kv, seen)
-        if seen is not None and seen.is_causal(kv.keys.shape[1]):
+    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
+        if q_BLNH.dtype not in HALVES or not isinstance(visibility, StaticVisibility | None):
+            return self.otherwise(q_BLNH, kv, visibility)
+        if visibility is not None and visibility.is_causal(kv.keys.shape[1]):
             return self._fused(q_BLNH, kv, causal=True)
-        return ByScale(self._fused, Dense())(q_BLNH, kv, seen)
+        return ByScale(self._fused, Dense())(q_BLNH, kv, visibility)
 
     def _fused(
-        self, q_BLNH: jax.Array, kv: KV, seen: None = None, causal: bool = False
+        self, q_BLNH: jax.Array, kv: KV, visibility: None = None, causal: bool = False
     ) -> jax.Array:
         return jax.nn.dot_product_attention(
             q_BLNH, *kv, scale=1.0, is_causal=causal, implementation=self.implementation

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.reach import Reach, TracedReach
+from star_jax.core.visibility import StaticVisibility, TracedVisibility
 
 
 class KV(NamedTuple):
@@ -25,28 +25,28 @@ class KV(NamedTuple):
 
 # What may be seen: the leading keys of each row, or a mask that broadcasts to [B, N, L, M] and is
 # True where a row may look, or everything (None). No row may be blind.
-Seen = Reach | TracedReach | jax.Array | None
-Kernel = Callable[[jax.Array, KV, Seen], jax.Array]
+Visibility = StaticVisibility | TracedVisibility | jax.Array | None
+Kernel = Callable[[jax.Array, KV, Visibility], jax.Array]
 
 
-def mask_of(seen: Seen, keys: int) -> jax.Array | None:
+def mask_of(visibility: Visibility, keys: int) -> jax.Array | None:
     """A mask of `keys` keys, for who must have one; None where everything is seen."""
-    if isinstance(seen, Reach) and seen.sees_all(keys):
+    if isinstance(visibility, StaticVisibility) and visibility.sees_all(keys):
         return None
-    if isinstance(seen, Reach | TracedReach):
-        return jnp.arange(keys) < jnp.asarray(seen.keys_L)[:, None]
-    return seen
+    if isinstance(visibility, StaticVisibility | TracedVisibility):
+        return jnp.arange(keys) < jnp.asarray(visibility.keys_L)[:, None]
+    return visibility
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """The formula. All scores, float32 [B, N, L, M], exist at once."""
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
+    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
         scores_BNLM = jnp.einsum(
             'BLNH,BMNH->BNLM', q_BLNH, kv.keys, preferred_element_type=jnp.float32
         )
-        mask = mask_of(seen, kv.keys.shape[1])
+        mask = mask_of(visibility, kv.keys.shape[1])
         if mask is not None:
             scores_BNLM = jnp.where(mask, scores_BNLM, -jnp.inf)
         weights_BNLM = jax.nn.softmax(scores_BNLM).astype(kv.values.dtype)
@@ -55,7 +55,7 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
-class InTurn:
+class Tiled:
     """The formula for some images, or for some heads of one image, after the other.
 
     While the scores of each turn, at most `most` bytes, stay in its cache a processor is up to four
@@ -64,14 +64,14 @@ class InTurn:
 
     most: int = 24 * 2**20
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
+    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
         batch, rows, heads, _ = q_BLNH.shape
         each = 4 * rows * kv.keys.shape[1]
         if batch * heads * each < 2 * self.most:
-            return Dense()(q_BLNH, kv, seen)
+            return Dense()(q_BLNH, kv, visibility)
         images = _divisor(batch, self.most // (heads * each))
         some = _divisor(heads, self.most // each) if images == 1 else heads
-        return _in_turn(0, batch // images, _in_turn(2, heads // some, Dense()))(q_BLNH, kv, seen)
+        return _tiled(0, batch // images, _tiled(2, heads // some, Dense()))(q_BLNH, kv, visibility)
 
 
 def _divisor(count: int, most: int) -> int:
@@ -79,15 +79,19 @@ def _divisor(count: int, most: int) -> int:
     return next(n for n in range(max(min(count, most), 1), 0, -1) if count % n == 0)
 
 
-def _in_turn(axis: int, turns: int, kernel: Kernel) -> Kernel:
+def _tiled(axis: int, turns: int, kernel: Kernel) -> Kernel:
     """`kernel` for equal parts of images (axis 0) or heads (axis 2), one after the other."""
 
-    def attend(q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
+    def attend(q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
         split = functools.partial(_split, length=q_BLNH.shape[axis], chunks=turns)
-        own, every = None, seen
+        own, every = None, visibility
         at = {0: -4, 2: -3}[axis]  # of the same in a mask
-        if isinstance(seen, jax.Array) and seen.ndim >= -at and seen.shape[at] > 1:
-            own, every = split(seen, axis=seen.ndim + at), None
+        if (
+            isinstance(visibility, jax.Array)
+            and visibility.ndim >= -at
+            and visibility.shape[at] > 1
+        ):
+            own, every = split(visibility, axis=visibility.ndim + at), None
         y_CBLNH = jax.lax.map(
             lambda part: kernel(part[0], part[1], every if part[2] is None else part[2]),
             (split(q_BLNH, axis=axis), jax.tree.map(lambda x: split(x, axis=axis), kv), own),
@@ -109,9 +113,11 @@ class ByScale:
     ragged: Kernel = Dense()
     rows: int = 64
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
-        if not isinstance(seen, Reach) or seen.sees_all(kv.keys.shape[1]):
-            return self.inner(q_BLNH, kv, None if isinstance(seen, Reach) else seen)
+    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
+        if not isinstance(visibility, StaticVisibility) or visibility.sees_all(kv.keys.shape[1]):
+            return self.inner(
+                q_BLNH, kv, None if isinstance(visibility, StaticVisibility) else visibility
+            )
         return jnp.concatenate(
             [
                 (self.inner if span.within is None else self.ragged)(
@@ -119,7 +125,7 @@ class ByScale:
                     KV(kv.keys[:, : span.keys], kv.values[:, : span.keys]),
                     span.within,
                 )
-                for span in seen.spans(self.rows)
+                for span in visibility.spans(self.rows)
             ],
             axis=1,
         )
@@ -134,24 +140,28 @@ class Chunked:
 
     rows: int = 256
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
-        if isinstance(seen, Reach):
-            seen = None if seen.sees_all(kv.keys.shape[1]) else TracedReach(seen.keys_L)
+    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
+        if isinstance(visibility, StaticVisibility):
+            visibility = (
+                None
+                if visibility.sees_all(kv.keys.shape[1])
+                else TracedVisibility(visibility.keys_L)
+            )
         length = q_BLNH.shape[1]
         chunks = -(-length // self.rows)
         split = functools.partial(_split, length=length, chunks=chunks)
         queries_CBLNH = split(q_BLNH, axis=1)
-        if isinstance(seen, TracedReach):
-            seen_C, whole = TracedReach(split(jnp.asarray(seen.keys_L), axis=0)), None
-        elif seen is not None and seen.ndim > 1 and seen.shape[-2] == length:
-            seen_C, whole = split(seen, axis=seen.ndim - 2), None
+        if isinstance(visibility, TracedVisibility):
+            seen_C, whole = TracedVisibility(split(jnp.asarray(visibility.keys_L), axis=0)), None
+        elif visibility is not None and visibility.ndim > 1 and visibility.shape[-2] == length:
+            seen_C, whole = split(visibility, axis=visibility.ndim - 2), None
         else:
-            seen_C, whole = None, seen
+            seen_C, whole = None, visibility
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def attend(kv: KV, chunk: tuple) -> jax.Array:
-            q, seen = chunk
-            return Dense()(q, kv, whole if seen is None else seen)
+            q, visibility = chunk
+            return Dense()(q, kv, whole if visibility is None else visibility)
 
         y = jax.lax.map(functools.partial(attend, kv), (queries_CBLNH, seen_C))
         return jnp.moveaxis(y, 0, 1).reshape(len(q_BLNH), -1, *y.shape[-2:])[:, :length]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.core.schedule import Schedule
 from star_jax.nn import layers
 from star_jax.nn.positions import Positions
@@ -46,7 +46,7 @@ class Refiner(nn.Module):
         self.blocks = stack_blocks(self.block, self.depth, self.unroll, self.remat)
 
     def __call__(
-        self, vectors_BLC: jax.Array, features_BLD: jax.Array, rows: Rows, text: Text
+        self, vectors_BLC: jax.Array, features_BLD: jax.Array, rows: Rows, text: TextCondition
     ) -> jax.Array:
         """[B, L, V] float32 logits of the tokens at `rows`, which are those of whole steps.
 
@@ -56,8 +56,10 @@ class Refiner(nn.Module):
         steps_L = jnp.asarray(self.schedule.step_of_row)[rows]
         start_B1D = self.starter(text)
         own = jnp.concatenate([start_B1D, self.embedder(vectors_BLC) + self.levels[steps_L]], 1)
-        seen = jnp.concatenate([start_B1D.astype(self.dtype), features_BLD.astype(self.dtype)], 1)
-        x_BLD = self.merge(jnp.concatenate([own.astype(self.dtype), seen], -1))
+        features = jnp.concatenate(
+            [start_B1D.astype(self.dtype), features_BLD.astype(self.dtype)], 1
+        )
+        x_BLD = self.merge(jnp.concatenate([own.astype(self.dtype), features], -1))
         shared = (self._angles(rows), self._mask(rows), None, None)
         x_BLD, _ = self.blocks(x_BLD, (None, None, None), shared)
         return self.to_logits(x_BLD[:, 1:])

@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from star_jax.core.reach import Reach, TracedReach
-from star_jax.nn.kernels import KV, Chunked, Kernel, Seen
+from star_jax.core.visibility import StaticVisibility, TracedVisibility
+from star_jax.nn.kernels import KV, Chunked, Kernel, Visibility
 
 BLOCKS = (512, 256, 128)  # what the kernels take, the fastest first
 FILLING = 1.125  # of the least that filling up costs, what a larger block may cost
@@ -33,32 +33,34 @@ class Splash:
     otherwise: Kernel = Chunked()
     interpret: bool = False
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
+    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
         rows, keys, heads = q_BLNH.shape[1], kv.keys.shape[1], q_BLNH.shape[2]
-        if seen is None:
-            seen = Reach(((rows, keys),))
-        if not isinstance(seen, Reach | TracedReach):
-            return self.otherwise(q_BLNH, kv, seen)
-        if isinstance(seen, Reach):  # keys that no row sees would have undefined gradients
-            keys = min(keys, int(seen.keys_L.max()))
+        if visibility is None:
+            visibility = StaticVisibility(((rows, keys),))
+        if not isinstance(visibility, StaticVisibility | TracedVisibility):
+            return self.otherwise(q_BLNH, kv, visibility)
+        if isinstance(
+            visibility, StaticVisibility
+        ):  # keys that no row sees would have undefined gradients
+            keys = min(keys, int(visibility.keys_L.max()))
         blocks = _block(rows), _block(keys)
         q_BNLH = _fill(q_BLNH, blocks[0])
         kv_BNMH = KV(*(_fill(x[:, :keys], blocks[1]) for x in kv))
-        pad = np.pad if isinstance(seen, Reach) else jnp.pad
-        reach_L = pad(seen.keys_L, (0, -rows % blocks[0]), mode='edge')
-        kernel = self._kernel(reach_L, heads, kv_BNMH.keys.shape[2], _sizes(*blocks))
+        pad = np.pad if isinstance(visibility, StaticVisibility) else jnp.pad
+        keys_L = pad(visibility.keys_L, (0, -rows % blocks[0]), mode='edge')
+        kernel = self._kernel(keys_L, heads, kv_BNMH.keys.shape[2], _sizes(*blocks))
         return jax.vmap(kernel)(q_BNLH, *kv_BNMH).swapaxes(1, 2)[:, :rows]
 
     def _kernel(
-        self, reach_L: np.ndarray | jax.Array, heads: int, keys: int, sizes: splash.BlockSizes
+        self, keys_L: np.ndarray | jax.Array, heads: int, keys: int, sizes: splash.BlockSizes
     ) -> Callable[..., jax.Array]:
         """[N, L, H] queries, [N, M, H] keys and values -> [N, L, H]."""
-        if isinstance(reach_L, np.ndarray):
-            mask = splash.MultiHeadMask([ReachMask(reach_L, keys)] * heads)
+        if isinstance(keys_L, np.ndarray):
+            mask = splash.MultiHeadMask([VisibilityMask(keys_L, keys)] * heads)
             return splash.make_splash_mha_single_device(
                 mask, block_sizes=sizes, interpret=self.interpret
             )
-        info = MaskInfo(None, None, None, None, reach_L)
+        info = MaskInfo(None, None, None, None, keys_L)
         return splash_attention_kernel.SplashAttentionKernel(
             info,
             info,
@@ -74,12 +76,12 @@ class Splash:
         )
 
 
-def sees(reach: jax.Array, key: jax.Array) -> jax.Array:
+def sees(keys: jax.Array, key: jax.Array) -> jax.Array:
     """Whether rows of this reach see the keys of these numbers."""
-    return key < reach
+    return key < keys
 
 
-class ReachMask(splash.Mask):
+class VisibilityMask(splash.Mask):
     """The leading keys of each row, as the kernels ask for them.
 
     They hand `q_sequence`, meant for the numbers of the rows, to `mask_function`.
@@ -87,8 +89,8 @@ class ReachMask(splash.Mask):
 
     mask_function = staticmethod(sees)
 
-    def __init__(self, reach_L: np.ndarray, keys: int) -> None:
-        self.q_sequence = reach_L.astype(np.int32)
+    def __init__(self, keys_L: np.ndarray, keys: int) -> None:
+        self.q_sequence = keys_L.astype(np.int32)
         self.keys = keys
 
     @property

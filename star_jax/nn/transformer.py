@@ -17,12 +17,12 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from star_jax.core.reach import Reach
 from star_jax.core.schedule import Schedule
+from star_jax.core.visibility import StaticVisibility
 from star_jax.nn import layers
-from star_jax.nn.kernels import KV, Seen
+from star_jax.nn.kernels import KV, Visibility
 from star_jax.nn.positions import Positions
-from star_jax.parallel.rules import Layout
+from star_jax.parallel.rules import ActivationSharding
 
 Rows = np.ndarray | jax.Array
 PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block
@@ -35,14 +35,14 @@ class Mlp(nn.Module):
     hidden: int
     kernel_init: layers.Initializer
     out_init: layers.Initializer
-    layout: Layout = Layout()
+    sharding: ActivationSharding = ActivationSharding()
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         h = layers.Linear(self.width, self.hidden, ('embed', 'mlp'), self.kernel_init, name='fc1')(
             x_BLD
         )
-        h = nn.gelu(self.layout(h, 'batch', 'tokens', 'mlp'), approximate=True)
+        h = nn.gelu(self.sharding(h, 'batch', 'tokens', 'mlp'), approximate=True)
         return layers.Linear(self.hidden, self.width, ('mlp', 'embed'), self.out_init, name='fc2')(
             h
         )
@@ -59,16 +59,16 @@ class Parts:
     mlp: Callable[[], nn.Module]
     cross_attention: Callable[[], nn.Module] | None = None
     modulation: Callable[[], nn.Module] | None = None
-    layout: Layout = Layout()
+    sharding: ActivationSharding = ActivationSharding()
 
-    def on(self, layout: Layout) -> 'Parts':
+    def with_sharding(self, sharding: ActivationSharding) -> 'Parts':
         """The same parts, which place what they compute by `layout`."""
         placed = {
-            name: functools.partial(part, layout=layout)
+            name: functools.partial(part, sharding=sharding)
             for name in ('self_attention', 'mlp', 'cross_attention')
             if (part := getattr(self, name))
         }
-        return dataclasses.replace(self, layout=layout, **placed)
+        return dataclasses.replace(self, sharding=sharding, **placed)
 
 
 class Block(nn.Module):
@@ -90,24 +90,26 @@ class Block(nn.Module):
         self,
         x_BLD: jax.Array,
         own: tuple[KV | None, KV | None, jax.Array | None],
-        shared: tuple[jax.Array | None, Seen, jax.Array | None, jax.Array | None],
+        shared: tuple[jax.Array | None, Visibility, jax.Array | None, jax.Array | None],
     ) -> tuple[jax.Array, KV]:
         """`own`: past, text keys and values, path scales of this layer. `shared`: angles, what is
         seen, text mask, modulation of all layers. Returns the rows, their keys and values."""
         past, text_kv, paths_2B = own
-        angles_LP, seen, text_mask_BT, signal = shared
+        angles_LP, visibility, text_mask_BT, signal = shared
         changes = PLAIN if self.modulate is None else self._changes(signal, x_BLD.dtype)
         gate1, gate2, scale1, scale2, shift1, shift2 = changes
         path1, path2 = (1.0, 1.0)
         if paths_2B is not None:
             path1, path2 = paths_2B[:, :, None, None].astype(x_BLD.dtype)
-        h, kv = self.attn(layers.layer_norm(x_BLD) * (1 + scale1) + shift1, angles_LP, past, seen)
+        h, kv = self.attn(
+            layers.layer_norm(x_BLD) * (1 + scale1) + shift1, angles_LP, past, visibility
+        )
         x_BLD = x_BLD + path1 * (gate1 * h)
         if self.cross:
             x_BLD = x_BLD + self.cross(layers.layer_norm(x_BLD), text_kv, text_mask_BT)
         h = self.ffn(layers.layer_norm(x_BLD) * (1 + scale2) + shift2)
         x_BLD = x_BLD + path2 * (gate2 * h)
-        return self.parts.layout(x_BLD, 'batch', 'tokens', None), kv
+        return self.parts.sharding(x_BLD, 'batch', 'tokens', None), kv
 
     def _changes(self, signal: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
         return list(jnp.moveaxis(self.modulate(signal).astype(dtype), -2, 0))
@@ -201,7 +203,7 @@ class Transformer(nn.Module):
     unroll: int = 1
     dtype: str = 'float32'
     mixes_rows: bool = False
-    layout: Layout = Layout()
+    sharding: ActivationSharding = ActivationSharding()
 
     def setup(self) -> None:
         shape = (self.schedule.steps, self.width)
@@ -234,14 +236,16 @@ class Transformer(nn.Module):
         branches of each layer (`drop_paths`). Traced `rows` are those of a schedule's `thin`.
         """
         later = np.arange(self.schedule.starts[1], self.schedule.starts[-1])
-        inputs = self.layout.batch(inputs)  # or the tokenizer's canvases would be split too
+        inputs = self.sharding.batch(inputs)  # or the tokenizer's canvases would be split too
         x_BLD = jnp.concatenate([self.start(condition), self.embed(inputs, later)], axis=1)
         if rows is None:
             rows = np.arange(self.schedule.starts[-1])
         else:
             x_BLD = x_BLD[:, rows]
-        x_BLD, rows, seen = self._fill(x_BLD, rows, self.schedule.sight(rows))
-        return self.trunk(x_BLD, rows, self.text_kv(condition), condition, None, seen, paths)[0]
+        x_BLD, rows, visibility = self._fill(x_BLD, rows, self.schedule.visibility(rows))
+        return self.trunk(x_BLD, rows, self.text_kv(condition), condition, None, visibility, paths)[
+            0
+        ]
 
     def start(self, condition: Any) -> jax.Array:
         """[B, rows of step 0, D] float32."""
@@ -264,7 +268,7 @@ class Transformer(nn.Module):
         text_kv: KV | None,
         condition: Any,
         past: KV | None = None,
-        seen: Seen = None,
+        visibility: Visibility = None,
         paths: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
         """Features before the last norm, and the new keys and values of every layer.
@@ -278,14 +282,14 @@ class Transformer(nn.Module):
         signal = self.starter.summary(condition)
         if self.modulator:
             signal = self.modulator(signal, steps_L, self.levels)
-        shared = (angles_LP, seen, self.starter.text(condition)[1], signal)
-        x_BLD = self.layout(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
+        shared = (angles_LP, visibility, self.starter.text(condition)[1], signal)
+        x_BLD = self.sharding(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
         return self.blocks(x_BLD, (past, text_kv, paths), shared)
 
     def head(self, features_BLD: jax.Array, condition: Any) -> jax.Array:
         """[B, L, V] float32 logits. No device holds more than its part of them."""
         logits_BLV = self.to_logits(features_BLD, self.starter.summary(condition))
-        return self.layout(logits_BLV, 'batch', 'tokens', 'vocab')
+        return self.sharding(logits_BLV, 'batch', 'tokens', 'vocab')
 
     def refine(
         self, vectors: jax.Array, features_BLD: jax.Array, rows: Rows, condition: Any
@@ -295,35 +299,39 @@ class Transformer(nn.Module):
         `vectors` are the tokenizer's of the tokens that are fixed, zero for the others.
         """
         logits_BLV = self.refiner(vectors, features_BLD, rows, condition)
-        return self.layout(logits_BLV, 'batch', 'tokens', 'vocab')
+        return self.sharding(logits_BLV, 'batch', 'tokens', 'vocab')
 
     def place(self, kv: KV) -> KV:
         """Keys and values [depth, B, M, N, H], where the layout says."""
-        return jax.tree.map(lambda x: self.layout(x, 'layers', 'batch', None, 'heads', None), kv)
+        return jax.tree.map(lambda x: self.sharding(x, 'layers', 'batch', None, 'heads', None), kv)
 
-    def on(self, mesh: Mesh | None) -> 'Transformer':
+    def with_sharding(self, mesh: Mesh | None) -> 'Transformer':
         """The same network on the devices of a mesh, where all it computes lies as the rules say;
         None: where the compiler wants it."""
-        layout, refiner = Layout(mesh), self.refiner
+        sharding, refiner = ActivationSharding(mesh), self.refiner
         if refiner:
-            refiner = refiner.clone(block=refiner.block.on(layout))
-        return self.clone(layout=layout, block=self.block.on(layout), refiner=refiner)
+            refiner = refiner.clone(block=refiner.block.with_sharding(sharding))
+        return self.clone(
+            sharding=sharding, block=self.block.with_sharding(sharding), refiner=refiner
+        )
 
-    def grouped(self, groups: int) -> 'Transformer':
+    def with_batch_groups(self, groups: int) -> 'Transformer':
         """The same network where rows mix within `groups` equal parts of a batch alone."""
         if not self.mixes_rows:
             return self
         cross = functools.partial(self.block.cross_attention, groups=groups)
         return self.clone(block=dataclasses.replace(self.block, cross_attention=cross))
 
-    def _fill(self, x_BLD: jax.Array, rows: Rows, seen: Reach) -> tuple[jax.Array, Rows, Reach]:
+    def _fill(
+        self, x_BLD: jax.Array, rows: Rows, visibility: StaticVisibility
+    ) -> tuple[jax.Array, Rows, StaticVisibility]:
         """The same rows, and behind them, where none of them looks, as many more as it takes."""
-        more = (0, self.layout.rows(len(rows)) - len(rows))
+        more = (0, self.sharding.rows(len(rows)) - len(rows))
         if not any(more):
-            return x_BLD, rows, seen
+            return x_BLD, rows, visibility
         pad = np.pad if isinstance(rows, np.ndarray) else jnp.pad
-        seen = Reach.of(np.pad(seen.keys_L, more, mode='edge'))
-        return jnp.pad(x_BLD, ((0, 0), more, (0, 0))), pad(rows, more, mode='edge'), seen
+        visibility = StaticVisibility.of(np.pad(visibility.keys_L, more, mode='edge'))
+        return jnp.pad(x_BLD, ((0, 0), more, (0, 0))), pad(rows, more, mode='edge'), visibility
 
     def _place(self, x_BLD: jax.Array, rows: Rows) -> jax.Array:
         if self.level_embedding:

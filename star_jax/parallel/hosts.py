@@ -21,7 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from star_jax.errors import UserError
-from star_jax.parallel import company, rollcall
+from star_jax.parallel import peer_watchdog, rendezvous
 
 COORDINATOR = 'STAR_JAX_COORDINATOR'
 PROCESSES = 'STAR_JAX_PROCESSES'
@@ -54,7 +54,7 @@ def join() -> None:
     if jax.distributed.is_initialized():
         return
     if place := read_place(os.environ):
-        rollcall.hold(place.host, place.port, place.processes, place.process, MEETING)
+        rendezvous.hold(place.host, place.port, place.processes, place.process, MEETING)
         _initialize(
             coordinator_address=place.coordinator,
             num_processes=place.processes,
@@ -122,8 +122,8 @@ def _initialize(**settings: object) -> None:
     try:
         jax.distributed.initialize(
             initialization_timeout=MEETING,
-            heartbeat_timeout_seconds=company.DEAD,
-            shutdown_timeout_seconds=company.DEAD,
+            heartbeat_timeout_seconds=peer_watchdog.DEAD,
+            shutdown_timeout_seconds=peer_watchdog.DEAD,
             **settings,
         )
     except (ValueError, OSError) as error:

@@ -115,7 +115,7 @@ def place(batch: Any, mesh: Mesh) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ActivationSharding:
     """Where the arrays inside a program lie: on `mesh` as the table says, or anywhere (None)."""
 
     mesh: Mesh | None = None

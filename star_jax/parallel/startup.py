@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from star_jax.parallel import hosts, programs
+from star_jax.parallel import compilation_cache, hosts
 
 MOST_HOST_DEVICES = 8
 
@@ -32,7 +32,7 @@ def start(*, together: bool = False) -> None:
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
     place = jax.config.jax_compilation_cache_dir
     if place and '://' not in place:
-        programs.drop_torn(pathlib.Path(place))
+        compilation_cache.drop_torn(pathlib.Path(place))
     if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices cannot change
             jax.config.update('jax_num_cpu_devices', _host_devices())

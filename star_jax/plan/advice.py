@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from star_jax.errors import UserError
 from star_jax.parallel import rules
-from star_jax.plan import accounted
+from star_jax.plan import analytic
 from star_jax.plan.chips import GIB
-from star_jax.plan.look import Planner, Point
-from star_jax.plan.report import Memory
+from star_jax.plan.estimate import Planner, Point
+from star_jax.plan.plan_report import Memory
 from star_jax.plan.topologies import Pod
 
 DEAR = 0.1  # of the time of all arithmetic, what is worth a word
@@ -51,7 +51,7 @@ def _remat(planner: Planner, point: Point) -> float:
 
     def grown(remat: bool) -> int:
         run = dataclasses.replace(planner.run, remat=remat)
-        return accounted.local(run, point.images, planner.make)[point.main].live
+        return analytic.local(run, point.images, planner.make)[point.main].live
 
     return grown(True) / max(grown(False), 1)
 

@@ -8,7 +8,7 @@ import jax
 
 from star_jax.errors import UserError
 from star_jax.plan import hlo
-from star_jax.plan.work import Piece
+from star_jax.plan.workload import Piece
 
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 NEEDED = re.compile(r'HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of')

@@ -6,7 +6,7 @@ from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import MeshShape
 from star_jax.plan.topologies import Pod
-from star_jax.plan.work import share
+from star_jax.plan.workload import share
 from star_jax.training.run import Run
 
 ROOM = 0.25  # of the memory that parameters, optimizer and averages may take

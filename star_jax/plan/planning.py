@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from star_jax.core.buckets import Buckets
 from star_jax.parallel.mesh import AXES, MeshShape
-from star_jax.plan import advice, meshes, report, work
+from star_jax.plan import advice, meshes, plan_report, workload
 from star_jax.plan import search as searching
-from star_jax.plan.look import Planner
+from star_jax.plan.estimate import Planner
 from star_jax.plan.topologies import Pod
-from star_jax.plan.work import share
+from star_jax.plan.workload import share
 from star_jax.training.run import Run
 
 
@@ -26,13 +26,13 @@ def plan(
     search: bool = True,
     price: float = 0.0,
     notice: Callable[[str], None] = lambda _: None,
-) -> report.Report:
+) -> plan_report.Report:
     """The plan of a run on a pod, with the largest batch that fits if `search`.
 
     `samples`: of drawing a batch instead of training, with scales that share `buckets`. `price` of
     a chip for an hour. Raises UserError for a mesh, a batch or a program that cannot be.
     """
-    make = functools.partial(work.sampling, buckets=buckets) if samples else work.training
+    make = functools.partial(workload.sampling, buckets=buckets) if samples else workload.training
     devices = pod.devices() if pod.platform == 'tpu' else ()  # before JAX looks for any itself
     notes, shape = ['chip-hours are of a million images'] if samples else [], run.mesh
     if shape == MeshShape():
@@ -45,16 +45,16 @@ def plan(
     grows = point.temporaries
     if found:
         grows = min(found.slope * point.images, grows)
-    memory = report.Memory(
+    memory = plan_report.Memory(
         resident={name: share(tree) for name, tree in point.work.resident.items()},
         activations=int(grows),
         temporaries=int(point.temporaries - grows),
         limit=int(pod.chip.memory),
     )
-    flops = work.arithmetic(point.work.seen)
-    needed = work.arithmetic(point.work.needed)
+    flops = workload.arithmetic(point.work.seen)
+    needed = workload.arithmetic(point.work.needed)
     largest = found.largest if found else None
-    return report.Report(
+    return plan_report.Report(
         config=config,
         topology=pod.name,
         chips=pod.chips,
@@ -68,7 +68,7 @@ def plan(
         exchanges=point.exchanges[point.main],
         known=point.known,
         roofs={
-            name: report.roof(
+            name: plan_report.roof(
                 pod.chip,
                 pod.chips,
                 flops[name],

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from star_jax.plan import accounted
-from star_jax.plan.look import Planner, Point
-from star_jax.plan.work import share
+from star_jax.plan import analytic
+from star_jax.plan.estimate import Planner, Point
+from star_jax.plan.workload import share
 
 CHECKS = 2  # compilations that may check the largest batch
 STEP = 0.9  # from one of them to the next
@@ -44,7 +44,7 @@ def _slope(planner: Planner, point: Point) -> float:
     images, main = point.images, point.main
     if planner.pod.platform != 'tpu':
         return (
-            point.beside[main] - accounted.fixed(planner.run, point.work, planner.sizes)
+            point.beside[main] - analytic.fixed(planner.run, point.work, planner.sizes)
         ) / images
     other = 2 * images if planner.fits(point) or images == 1 else images // 2
     ways = planner.run.batch // images

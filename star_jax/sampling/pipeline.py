@@ -26,7 +26,7 @@ from star_jax.sampling import program, stable
 from star_jax.text import TextEncoder
 from star_jax.text import load as load_text
 
-Behaviour = Literal['own', 'released', 'corrected']
+CrossAttentionMode = Literal['as_trained', 'released', 'corrected']
 
 BATCH = 16  # images per run of the program, unless a caller says otherwise
 
@@ -49,7 +49,7 @@ class Pipeline:
         self.encoder = encoder
         self.recommended = model.sampling
         self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
-        self.network = model.config.build(dtype).on(self.mesh)
+        self.network = model.config.build(dtype).with_sharding(self.mesh)
         self.tokenizer = model.tokenizer.config.at(model.config.sides).build(dtype)
         platform, sizes = self.mesh.devices.flat[0].platform, self.network.schedule.sizes
         shared = choose(buckets, sizes, platform)
@@ -84,9 +84,9 @@ class Pipeline:
                 'first: choose another seed'
             )
         seeds = range(seed, seed + len(prompts))
-        return np.concatenate(list(self.stream(prompts, seeds, self.settle(**settings), batch)))
+        return np.concatenate(list(self.stream(prompts, seeds, self.resolve(**settings), batch)))
 
-    def settle(self, **settings: Any) -> Settings:
+    def resolve(self, **settings: Any) -> Settings:
         """The recommended settings with some replaced; a UserError for what is no setting."""
         known = [field.name for field in dataclasses.fields(Settings)]
         if unknown := sorted(set(settings) - set(known)):
@@ -154,21 +154,21 @@ def load(
     text: str = '',
     dtype: str = 'float32',
     mesh: Mesh | None = None,
-    behaviour: Behaviour = 'own',
+    cross_attention: CrossAttentionMode = 'as_trained',
     buckets: Buckets | None = None,
 ) -> Pipeline:
     """A pipeline from a model folder, a hub id, or 'shipped'.
 
     The text encoder is the one that the model names, wherever `text` says it lies. `dtype` is that
     of the activations. Parameters are placed on `mesh` (by default the first device alone) by the
-    rules of training, and batches split over it. The cross-attention's `behaviour` is the model's
+    rules of training, and batches split over it. The `cross_attention` is the model's
     own, 'corrected', or 'released', where an image's unprompted row sees what its prompted one
     does. `buckets` are the first and the last of scales that share a part of the program (by
     default those that suit the platform): images are the same, compiling takes less and drawing
     more. Raises UserErrors for folders that cannot be read, for an encoder that is not the one that
     the model was trained with and for buckets beyond its scales.
     """
-    read = behaving(models.read(place), behaviour)
+    read = with_cross_attention(models.read(place), cross_attention)
     return prepare(read, str(place), text, dtype, mesh, buckets)
 
 
@@ -193,15 +193,15 @@ def prepare(
             )
         return load_text(text, mesh=mesh)
 
-    return Pipeline(model, model.config.reader(load_encoder), dtype, mesh, buckets)
+    return Pipeline(model, model.config.prompt_encoder(load_encoder), dtype, mesh, buckets)
 
 
-def behaving(model: folder.Model, behaviour: Behaviour) -> folder.Model:
+def with_cross_attention(model: folder.Model, cross_attention: CrossAttentionMode) -> folder.Model:
     """The model with the cross-attention asked for; a UserError where it has none."""
-    if behaviour == 'own':
+    if cross_attention == 'as_trained':
         return model
     try:
-        config = model.config.behaving(released=behaviour == 'released')
+        config = model.config.with_cross_attention(released=cross_attention == 'released')
     except ValueError as error:
         raise UserError(str(error)) from error
     return dataclasses.replace(model, config=config)

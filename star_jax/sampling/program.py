@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from star_jax.core import condition, pixels
 from star_jax.core.buckets import Buckets
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.nn.transformer import Transformer
-from star_jax.sampling.draw import Draw
+from star_jax.sampling.methods import SamplingMethod
 from star_jax.sampling.sampler import sample
 
 SEEDS = 2**32  # below which they lie
@@ -35,7 +35,9 @@ def compile_program(model: Transformer, tokenizer: nn.Module, buckets: Buckets =
     """
     model.schedule.groups(shared=buckets)
     if model.mixes_rows:
-        return jax.jit(functools.partial(_draw_one_by_one, model.on(None), tokenizer, buckets))
+        return jax.jit(
+            functools.partial(_draw_one_by_one, model.with_sharding(None), tokenizer, buckets)
+        )
     return jax.jit(functools.partial(_draw_images, model, tokenizer, buckets))
 
 
@@ -70,10 +72,10 @@ def _draw_images(
     buckets: Buckets,
     params: dict,
     keys_B: jax.Array,
-    prompted: Text,
-    unprompted: Text | None,
+    prompted: TextCondition,
+    unprompted: TextCondition | None,
     guidance_S: jax.Array,
-    draw: Draw,
+    draw: SamplingMethod,
 ) -> jax.Array:
     rows = prompted if unprompted is None else condition.stack(prompted, unprompted)
     drawn = sample(model, tokenizer, params, keys_B, rows, guidance_S, draw, buckets=buckets)
@@ -86,12 +88,12 @@ def _draw_one_by_one(
     buckets: Buckets,
     params: dict,
     keys_B: jax.Array,
-    prompted: Text,
-    unprompted: Text | None,
+    prompted: TextCondition,
+    unprompted: TextCondition | None,
     guidance_S: jax.Array,
-    draw: Draw,
+    draw: SamplingMethod,
 ) -> jax.Array:
-    def draw_one(key: jax.Array, text: Text) -> jax.Array:
+    def draw_one(key: jax.Array, text: TextCondition) -> jax.Array:
         text = jax.tree.map(lambda x: x[None], text)
         own = (params, key[None], text, unprompted, guidance_S, draw)
         return _draw_images(model, tokenizer, buckets, *own)[0]

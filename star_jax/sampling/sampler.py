@@ -16,11 +16,11 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core.buckets import Buckets
-from star_jax.core.reach import Reach
 from star_jax.core.schedule import Group, Schedule, Step
-from star_jax.nn.kernels import KV, Seen
+from star_jax.core.visibility import StaticVisibility
+from star_jax.nn.kernels import KV, Visibility
 from star_jax.nn.transformer import Transformer
-from star_jax.sampling.draw import Draw, Tools
+from star_jax.sampling.methods import SamplingMethod, StepFns
 
 
 class Trace(NamedTuple):
@@ -35,7 +35,7 @@ class Trace(NamedTuple):
     passes: Any = None
 
 
-class Left(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step, or a stack of steps, leaves to the caller."""
 
     codes_BL: jax.Array
@@ -65,7 +65,7 @@ class Cache:
         """The rows before `row` alone."""
         return Cache(jax.tree.map(lambda kv: kv[:, :, :row], self.kv))
 
-    def past(self, schedule: Schedule, rows: np.ndarray | jax.Array) -> tuple[KV, Seen]:
+    def past(self, schedule: Schedule, rows: np.ndarray | jax.Array) -> tuple[KV, Visibility]:
         """The keys that `rows` may look back at, and what they see of them and of themselves.
 
         A step at a known place slices its prefix; a traced one sees the whole cache and masks what
@@ -73,7 +73,7 @@ class Cache:
         """
         if isinstance(rows, np.ndarray):
             prefix = jax.tree.map(lambda kv: kv[:, :, : rows[0]], self.kv)
-            return prefix, Reach.of(schedule.reach[rows])
+            return prefix, StaticVisibility.of(schedule.visible_rows[rows])
         written = jnp.arange(self.kv.keys.shape[2]) < rows[0]
         earlier = jnp.broadcast_to(written, (len(rows), len(written)))
         return self.kv, jnp.concatenate([earlier, schedule.mask(rows)], axis=1)
@@ -86,7 +86,7 @@ def sample(
     keys_B: jax.Array,
     condition: Any,
     guidance_S: jax.Array,
-    draw: Draw,
+    draw: SamplingMethod,
     trace: bool = False,
     buckets: Buckets = (),
 ) -> Sample:
@@ -100,7 +100,7 @@ def sample(
     apply = functools.partial(model.apply, {'params': params['model']})
     token = functools.partial(tokenizer.apply, {'params': params['tokenizer']})
     schedule = model.schedule
-    tools = Tools(
+    step_fns = StepFns(
         head=lambda features: apply(features, condition, method='head'),
         embed=lambda codes: token(codes, method='embed'),
         mix=lambda weights: token(weights, method='mix'),
@@ -119,23 +119,25 @@ def sample(
         x = apply(inputs, schedule.rows(step), method='embed')
         return jnp.concatenate([x] * both)
 
-    def visit(carry: tuple, step: Step) -> tuple[tuple, Left]:
+    def visit(carry: tuple, step: Step) -> tuple[tuple, StepOutput]:
         x_RLD, cache, canvas = carry
         rows = schedule.rows(step)
         written = cache.until(schedule.starts[step.like]) if step.padded else cache
-        past, seen = written.past(schedule, rows)
-        features_RLD, new = apply(x_RLD, rows, text_kv, condition, past, seen, method='trunk')
+        past, visibility = written.past(schedule, rows)
+        features_RLD, new = apply(x_RLD, rows, text_kv, condition, past, visibility, method='trunk')
         cache = Cache(model.place(cache.write(new, rows[0]).kv))
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step.index)
         drawing = features_RLD[:, -schedule.sizes[step.like] :]
-        drawn, logits = draw(keys, drawing, guidance_S[step.index], step, tools)
+        drawn, logits = draw(keys, drawing, guidance_S[step.index], step, step_fns)
         canvas, inputs = token(canvas, drawn, step, method='advance')
-        left = Left(drawn.codes_BL, Trace(logits, canvas, inputs, drawn.passes) if trace else None)
+        left = StepOutput(
+            drawn.codes_BL, Trace(logits, canvas, inputs, drawn.passes) if trace else None
+        )
         if inputs is not None:
             x_RLD = enter(inputs, step.next())
         return (x_RLD, cache, canvas), left
 
-    def visit_bucket(carry: tuple, group: Group) -> tuple[tuple, list[Left]]:
+    def visit_bucket(carry: tuple, group: Group) -> tuple[tuple, list[StepOutput]]:
         last = Step.at(group.members[-1])
         x_RLD, cache, canvas = carry
         behind = schedule.reads[last.like] - x_RLD.shape[1]
@@ -179,7 +181,9 @@ def scan(visit: Callable, group: Group, carry: Any) -> tuple[Any, Any]:
     return jax.lax.scan(body, carry, jnp.asarray(group.members))
 
 
-def cut(padded: Left, schedule: Schedule, group: Group, inputs: jax.Array | None) -> list[Left]:
+def cut(
+    padded: StepOutput, schedule: Schedule, group: Group, inputs: jax.Array | None
+) -> list[StepOutput]:
     """What each step of a bucket left, without its padding.
 
     `inputs` are those of the step behind the bucket.
@@ -193,7 +197,7 @@ def cut(padded: Left, schedule: Schedule, group: Group, inputs: jax.Array | None
             if step == group.members[-1]:
                 following = None if inputs is None else inputs[None]
             trace = trace._replace(logits_BLV=trace.logits_BLV[:, :, :size], inputs=following)
-        left.append(Left(one.codes_BL[:, :, :size], trace))
+        left.append(StepOutput(one.codes_BL[:, :, :size], trace))
     return left
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from star_jax.core.codes import Drawn, Index
+from star_jax.core.codes import Index, Sampled
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Schedule, Step
 from star_jax.core.settings import Settings
@@ -22,8 +22,8 @@ from star_jax.core.settings import Stable as Wanted
 from star_jax.core.unmasking import Mode, budgets
 from star_jax.errors import UserError
 from star_jax.nn.transformer import Transformer
-from star_jax.sampling import draw
-from star_jax.sampling.draw import Draw, Tools, guide
+from star_jax.sampling import methods
+from star_jax.sampling.methods import SamplingMethod, StepFns, guide
 
 LUCKY = 5  # passes of a scale that fix tokens at random, whatever their confidence
 
@@ -108,7 +108,7 @@ class RecordedRanking:
 
 
 @flax.struct.dataclass
-class Stable(Draw):
+class Stable(SamplingMethod):
     """`plans` says which steps are drawn in passes; the others are drawn by `plain`.
 
     In a pass, codes are guided, filtered by `keep`, and chosen by `choose(keys_B, logits_BLV)`. The
@@ -117,7 +117,7 @@ class Stable(Draw):
     base model's pass first fixes as many by confidence alone, as published, unless `once` is set.
     """
 
-    plain: Draw
+    plain: SamplingMethod
     keep: Filter
     guidance: float | jax.Array
     choose: Callable[[jax.Array, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
@@ -134,20 +134,20 @@ class Stable(Draw):
         features_RLD: jax.Array,
         weight: jax.Array,
         step: Step,
-        tools: Tools,
-    ) -> tuple[Drawn, jax.Array]:
+        step_fns: StepFns,
+    ) -> tuple[Sampled, jax.Array]:
         """The guided logits that it returns are those of the base model."""
         plan = self.plans[step.like]
         if plan is None:
-            return self.plain(keys_B, features_RLD, weight, step, tools)
+            return self.plain(keys_B, features_RLD, weight, step, step_fns)
         batch, tokens = len(keys_B), features_RLD.shape[1]
-        base_BLV = guide(tools.head(features_RLD), batch, weight)
+        base_BLV = guide(step_fns.head(features_RLD), batch, weight)
         kept_BLV = self.keep(base_BLV)  # once: the base model says the same in every pass
         rows = len(features_RLD) // batch
 
         def refined(fixed: Fixed) -> tuple[jax.Array, jax.Array]:
-            vectors_RLC = jnp.concatenate([_vectors(fixed, tools)] * rows)
-            logits_RLV = tools.refine(vectors_RLC, features_RLD, step)
+            vectors_RLC = jnp.concatenate([_vectors(fixed, step_fns)] * rows)
+            logits_RLV = step_fns.refine(vectors_RLC, features_RLD, step)
             logits_BLV = guide(logits_RLV, batch, self.guidance)
             return logits_BLV, self.keep(logits_BLV)
 
@@ -163,8 +163,8 @@ class Stable(Draw):
             order_BL = jnp.where(index < LUCKY, lucky_BL, sure_BL)
             open_BL = jnp.where(fixed.mask_BL, -1.0, order_BL)
             fixed = fixed.fix(_largest(open_BL, budget), codes_BL)
-            left = (logits[0], codes_BL, sure_BL, fixed.mask_BL, _vectors(fixed, tools))
-            return fixed, Pass(*left) if tools.trace else None
+            left = (logits[0], codes_BL, sure_BL, fixed.mask_BL, _vectors(fixed, step_fns))
+            return fixed, Pass(*left) if step_fns.trace else None
 
         fixed = Fixed(jnp.zeros((batch, tokens), bool), jnp.zeros((batch, tokens), jnp.int32))
         turns = (np.arange(len(plan.budgets)), np.asarray(plan.budgets))
@@ -175,8 +175,8 @@ class Stable(Draw):
                 fixed, passes = jax.lax.scan(lambda *at, b=by_base: visit(b, *at), fixed, xs)
                 left.append(passes)
         passes = jax.tree.map(lambda *x: jnp.concatenate(x), *left)
-        vectors_BLC = tools.embed(fixed.codes_BL)
-        return Drawn(fixed.codes_BL, vectors_BLC, passes), base_BLV
+        vectors_BLC = step_fns.embed(fixed.codes_BL)
+        return Sampled(fixed.codes_BL, vectors_BLC, passes), base_BLV
 
     def _draw(self, keys_B: jax.Array, kept_BLV: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Codes, and their probabilities among those that the filter has left."""
@@ -205,14 +205,16 @@ def plan(schedule: Schedule, version: Version, mode: Mode, first: int, last: int
     return tuple(plans)
 
 
-def arguments(settings: Settings, network: Transformer, codes: Index) -> tuple[jax.Array, Draw]:
+def arguments(
+    settings: Settings, network: Transformer, codes: Index
+) -> tuple[jax.Array, SamplingMethod]:
     """The guidance of each step, and the draw, plain or stable.
 
     Raises UserError where the network has no refinement head for stable sampling, and as
     `plan_wanted` does.
     """
     schedule = network.schedule
-    ramp_S, plain = draw.arguments(settings, schedule.steps, codes)
+    ramp_S, plain = methods.arguments(settings, schedule.steps, codes)
     if settings.stable.version == 'off':
         return ramp_S, plain
     if network.refiner is None:
@@ -222,7 +224,7 @@ def arguments(settings: Settings, network: Transformer, codes: Index) -> tuple[j
         )
     return ramp_S, Stable(
         plain=plain,
-        keep=draw.keep(settings),
+        keep=methods.keep(settings),
         guidance=settings.guidance,
         choose=codes.draw,
         plans=plan_wanted(schedule, settings.stable, network.refiner.first),
@@ -244,9 +246,9 @@ def plan_wanted(schedule: Schedule, wanted: Wanted, made_for: int) -> Plans:
     return plan(schedule, VERSIONS[wanted.version], wanted.mode, first, last)
 
 
-def _vectors(fixed: Fixed, tools: Tools) -> jax.Array:
+def _vectors(fixed: Fixed, step_fns: StepFns) -> jax.Array:
     """[B, L, C]: zero where nothing is fixed."""
-    return tools.embed(fixed.codes_BL) * fixed.mask_BL[..., None]
+    return step_fns.embed(fixed.codes_BL) * fixed.mask_BL[..., None]
 
 
 def _largest(x_BL: jax.Array, count: jax.Array) -> jax.Array:

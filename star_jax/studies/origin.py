@@ -12,7 +12,7 @@ import jax
 
 from star_jax.checkpoint import config
 from star_jax.parallel import machine
-from star_jax.training import loop
+from star_jax.training import trainer
 
 FILE = 'origin.json'
 
@@ -32,6 +32,6 @@ def read(folder: Path) -> dict[str, Any]:
     return config.read_json(folder / FILE)
 
 
-def count_parameters(job: loop.Job) -> int:
+def count_parameters(job: trainer.Job) -> int:
     """Those that training changes, averages not counted again."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.abstract().params))

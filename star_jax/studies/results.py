@@ -13,8 +13,8 @@ from typing import Any
 from star_jax.checkpoint import config, folder
 from star_jax.errors import UserError
 from star_jax.studies import origin
-from star_jax.training import loop
-from star_jax.training.report import METRICS
+from star_jax.training import trainer
+from star_jax.training.logger import METRICS
 from star_jax.training.run import Run
 
 HELD_OUT = 'validation/'
@@ -65,7 +65,7 @@ class Failure:
 
 def has_ended(place: Place) -> bool:
     """Whether a run has left its model, the last thing that a run does."""
-    return (place.folder / loop.MODEL / folder.CONFIG).exists()
+    return (place.folder / trainer.MODEL / folder.CONFIG).exists()
 
 
 def note_failure(place: Place, reason: str) -> None:

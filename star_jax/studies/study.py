@@ -14,13 +14,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from star_jax.checkpoint import config, files
+from star_jax import files
+from star_jax.checkpoint import config
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import startup
-from star_jax.studies import origin, report, results
+from star_jax.studies import origin, results, study_report
 from star_jax.studies.summary import summarise
-from star_jax.training import loop, train
-from star_jax.training.run import Run, settle
+from star_jax.training import train, trainer
+from star_jax.training.run import Run, resolve
 
 # Of a model: what is predicted and from what. With other sides or codes, losses are of other tasks.
 TASK = ('sides', 'codes', 'channels', 'text_width')
@@ -72,7 +73,7 @@ class Study:
                 results.Place(
                     config=name,
                     seed=seed,
-                    run=settle(dataclasses.replace(run, seed=seed)),
+                    run=resolve(dataclasses.replace(run, seed=seed)),
                     folder=out / name / f'seed-{seed}',
                 )
                 for name, run in self.configs.items()
@@ -88,13 +89,13 @@ def main(study: Study, out: Path, console: Console) -> bool:
     that does not fit its tokenizer or text encoder.
     """
     startup.start()
-    for name in (report.JSON, report.MARKDOWN, report.PLOT):
+    for name in (study_report.JSON, study_report.MARKDOWN, study_report.PLOT):
         files.check_file(out / name)
     rounds = study.rounds(out)
     every_place = [place for places in rounds for place in places]
     for place in every_place:
         train.check_places(place.folder)
-        loop.check(place.folder, place.run)
+        trainer.check(place.folder, place.run)
     open_places = [
         place
         for place in every_place
@@ -117,9 +118,15 @@ def main(study: Study, out: Path, console: Console) -> bool:
                 done.append(results.read(place))
         if missing or number == len(rounds):
             summary = summarise(done, failed, study.differences(), study.baseline)
-            report.write(summary, out)
-    report.show(summary, console)
-    console.print(f'report: {out / report.MARKDOWN}, {out / report.JSON}, {out / report.PLOT}')
+            study_report.write(summary, out)
+    study_report.show(summary, console)
+    console.print(
+        'report: '
+        + ', '.join(
+            str(out / name)
+            for name in (study_report.MARKDOWN, study_report.JSON, study_report.PLOT)
+        )
+    )
     return True
 
 
@@ -160,7 +167,7 @@ class _Course:
         return True
 
 
-def _job_without_pictures(run: Run) -> loop.Job:
+def _job_without_pictures(run: Run) -> trainer.Job:
     """Nobody looks at those of a study, and their program is the longest to compile."""
     job = train.job(run)
     job.picture = lambda state: None

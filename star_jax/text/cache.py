@@ -27,7 +27,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save
 
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.parallel import startup
 from star_jax.text.encoder import TextEncoder
@@ -76,7 +76,7 @@ class FeatureCache:
         """How many captions are known."""
         return len(self._row)
 
-    def features(self, captions: Sequence[str]) -> Text:
+    def features(self, captions: Sequence[str]) -> TextCondition:
         """Features as `TextEncoder.encode` gives them, rounded to float16 (dtype float32).
 
         Captions that are not on disk yet are encoded and stored first.
@@ -109,7 +109,7 @@ class FeatureCache:
             missing = set(self._missing(captions))
         return [caption for caption in captions if caption not in missing]
 
-    def _gather(self, keys: list[bytes]) -> Text:
+    def _gather(self, keys: list[bytes]) -> TextCondition:
         B, T, E = len(keys), self.encoder.length, self.encoder.width
         states_BTE = np.zeros((B, T, E), np.float32)
         mask_BT = np.zeros((B, T), np.int32)
@@ -121,10 +121,13 @@ class FeatureCache:
             states_BTE[row, : last - first] = segment.states[first:last]
             mask_BT[row, : last - first] = 1
             pooled_BE[row] = segment.pooled[place]
-        return Text(states_BTE=states_BTE, mask_BT=mask_BT, pooled_BE=pooled_BE)
+        return TextCondition(states_BTE=states_BTE, mask_BT=mask_BT, pooled_BE=pooled_BE)
 
     def _add(
-        self, missing: list[str], bar: Progress, encode: Callable[[list[str]], Text] | None = None
+        self,
+        missing: list[str],
+        bar: Progress,
+        encode: Callable[[list[str]], TextCondition] | None = None,
     ) -> None:
         encode = encode or self.encoder.encode
         task = bar.add_task('encoding captions', total=len(missing), rate='')
@@ -170,7 +173,7 @@ class FeatureCache:
         self._mapped.move_to_end(number)
         return self._mapped[number]
 
-    def _write(self, parts: list[tuple[list[str], Text]]) -> None:
+    def _write(self, parts: list[tuple[list[str], TextCondition]]) -> None:
         """One segment, whole or not at all, even if the machine stops in the middle."""
         lengths = np.concatenate([text.mask_BT.sum(1) for _, text in parts])
         keys = b''.join(_key(caption) for captions, _ in parts for caption in captions)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.text import bert, clip, t5
@@ -108,14 +108,14 @@ class TextEncoder:
         """Captions as (B, T) numpy int32, truncated and padded to `length`."""
         return pad(self.split(captions), len(captions), self.length, self.tower.filler)
 
-    def apply(self, params: dict, tokens: Tokens) -> Text:
+    def apply(self, params: dict, tokens: Tokens) -> TextCondition:
         """Pure: features of tokens (B, T), float32, states zero at padding.
 
         T is `length`, or any smaller number where the pool does not read padding.
         """
         return read_states(self.tower, self.pool, params, tokens)
 
-    def encode(self, captions: Sequence[str]) -> Text:
+    def encode(self, captions: Sequence[str]) -> TextCondition:
         """Features of any number of captions as numpy arrays, padded to `length`.
 
         Each distinct caption is encoded once, in batches of one size and of captions of like
@@ -137,13 +137,15 @@ class TextEncoder:
             mask_NT[rows, :T] = np.asarray(text.mask_BT)[: len(rows)]
             pooled_NE[rows] = np.asarray(text.pooled_BE)[: len(rows)]
         back = np.array([unique[caption] for caption in captions], int)
-        return Text(states_BTE=states_NTE[back], mask_BT=mask_NT[back], pooled_BE=pooled_NE[back])
+        return TextCondition(
+            states_BTE=states_NTE[back], mask_BT=mask_NT[back], pooled_BE=pooled_NE[back]
+        )
 
     def _padded(self, ids: Sequence[Sequence[int]], length: int) -> Tokens:
         return pad(ids, ROWS, length, self.tower.filler)
 
     @functools.cached_property
-    def _run(self) -> Callable[[dict, Tokens], Text]:
+    def _run(self) -> Callable[[dict, Tokens], TextCondition]:
         return jax.jit(self.apply, out_shardings=rules.whole(self.mesh) if self.mesh else None)
 
 
@@ -193,14 +195,14 @@ def load(
     return encoder
 
 
-def read_states(tower: Tower, pool: Pool, params: dict, tokens: Tokens) -> Text:
+def read_states(tower: Tower, pool: Pool, params: dict, tokens: Tokens) -> TextCondition:
     """Pure: features of tokens (B, T), float32, states zero at padding."""
     # A tower is frozen and its features are cached: a rounding of the accelerator's cheaper
     # float32 products would be paid in every later run.
     with jax.default_matmul_precision('highest'):
         states_BTE = tower.module.apply({'params': params}, tokens)
     real_BT1 = tokens.mask_BT[:, :, None] > 0
-    return Text(
+    return TextCondition(
         states_BTE=jnp.where(real_BT1, states_BTE, 0).astype(jnp.float32),
         mask_BT=tokens.mask_BT,
         pooled_BE=pool(states_BTE, tokens),

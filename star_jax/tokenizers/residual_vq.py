@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import padding, resize
-from star_jax.core.codes import Drawn, Index
+from star_jax.core.codes import Index, Sampled
 from star_jax.core.schedule import Pyramid, Step
 from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
@@ -215,7 +215,7 @@ class ResidualVQ(nn.Module):
         return jnp.zeros((batch, *self.schedule.grids[-1], self.channels), jnp.float32)
 
     def advance(
-        self, canvas_BHWC: jax.Array, drawn: Drawn, step: Step
+        self, canvas_BHWC: jax.Array, drawn: Sampled, step: Step
     ) -> tuple[jax.Array, jax.Array | None]:
         """Adds a step's vectors. Returns the canvas and the next inputs, None after the end."""
         grids = self.schedule.grids
@@ -245,7 +245,7 @@ class ResidualVQ(nn.Module):
         for step in range(self.schedule.steps - 1):
             first, end = self.schedule.offsets[step : step + 2]
             codes = codes_BL[:, first:end]
-            drawn = Drawn(codes, self.embed(codes))
+            drawn = Sampled(codes, self.embed(codes))
             canvas, following = self.advance(canvas, drawn, Step.at(step))
             inputs.append(following)
         return jnp.concatenate(inputs, axis=1)
@@ -318,7 +318,7 @@ class VQTokenizer(nn.Module):
         return self.quantiser.blank(batch)
 
     def advance(
-        self, canvas_BHWC: jax.Array, drawn: Drawn, step: Step
+        self, canvas_BHWC: jax.Array, drawn: Sampled, step: Step
     ) -> tuple[jax.Array, jax.Array | None]:
         return self.quantiser.advance(canvas_BHWC, drawn, step)
 

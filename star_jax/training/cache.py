@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from star_jax.checkpoint import config, files, weights
+from star_jax import files
+from star_jax.checkpoint import config, weights
 from star_jax.checkpoint.folder import Tokenizer
 from star_jax.core.classes import Classes
 from star_jax.data import codes, pipeline

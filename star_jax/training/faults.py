@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from star_jax.checkpoint.training import failed_saves_hushed, newest_whole
 from star_jax.errors import RunError, UserError
-from star_jax.parallel import company
+from star_jax.parallel import peer_watchdog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AT_ONCE = 130  # the exit status of a second signal, as shells have it for ctrl-c
@@ -129,7 +129,7 @@ def lock(out: Path) -> Iterator[None]:
     another one does not see it. A file system without locks is warned of.
     """
     if jax.process_index() != 0:
-        _check_shared(out, company.of_first(''))
+        _check_shared(out, peer_watchdog.of_first(''))
         yield
         return
     try:
@@ -152,7 +152,7 @@ def lock(out: Path) -> Iterator[None]:
         file.write(holder)
         file.flush()
         os.fsync(file.fileno())
-        company.of_first(holder)
+        peer_watchdog.of_first(holder)
         yield
 
 

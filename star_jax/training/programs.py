@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from star_jax.core.classes import Classes
 from star_jax.core.condition import Condition
 from star_jax.evaluation import likelihood
-from star_jax.nn.door import named
+from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_ways
 from star_jax.text import TextEncoder
@@ -52,10 +52,10 @@ class Programs:
         self._options = {'inside': inside, 'platform': platform}
         self.tokenizer = vq.build()
         attend = named(run.attention, platform)
-        self.model = run.model.build(run.dtype, run.remat, run.unroll, attend).on(mesh)
+        self.model = run.model.build(run.dtype, run.remat, run.unroll, attend).with_sharding(mesh)
         self.optimizer = run.optimizer.build(run.pace.steps)
         self._recipe = recipe(run, batch_ways(mesh))
-        self._taught = self.model.grouped(batch_ways(mesh))
+        self._taught = self.model.with_batch_groups(batch_ways(mesh))
 
     @functools.cached_property
     def plain(self) -> 'Programs':
@@ -109,7 +109,7 @@ class Programs:
         """What the text of a batch says."""
         if self.inside:
             text = self.encoder.apply(frozen['encoder'], batch['text'])
-            return self.model.layout.batch(text)
+            return self.model.sharding.batch(text)
         return batch['text']
 
 

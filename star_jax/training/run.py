@@ -14,7 +14,7 @@ from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.families import Family, Star
-from star_jax.nn.door import Name
+from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel.mesh import MeshShape
 from star_jax.text import DEFAULT
 from star_jax.tokenizers.objective import Objective
@@ -220,7 +220,7 @@ def check_kind(fields: object, kind: type, where: str) -> None:
         )
 
 
-def settle(run: Run | TokenizerRun) -> Run | TokenizerRun:
+def resolve(run: Run | TokenizerRun) -> Run | TokenizerRun:
     """The run with all said.
 
     A validation set without a path is its split of what `data` names. A transformer whose tokenizer

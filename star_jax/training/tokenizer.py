@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from star_jax import image_io
 from star_jax.checkpoint import folder, models
-from star_jax.core import pictures, pixels
+from star_jax.core import pixels
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.parallel import rules
@@ -122,7 +123,7 @@ class TokenizerJob:
         """Validation images over their reconstructions."""
         shown = pipeline.spread(self.run.validation.open(self.run.model.resolution), SHOWN)
         painted = rules.gather(self._reconstruct(averaged(state), shown['image']))
-        return pictures.compare(shown['image'], painted, shown['caption'], 'reconstructed')
+        return image_io.compare(shown['image'], painted, shown['caption'], 'reconstructed')
 
     def export(self, state: TrainState, out: Path) -> None:
         params = rules.gather(averaged(state))

@@ -10,20 +10,21 @@ import jax
 from rich.console import Console
 
 import star_jax
-from star_jax.checkpoint import config, files
+from star_jax import files
+from star_jax.checkpoint import config
 from star_jax.checkpoint.folder import check_free
 from star_jax.errors import UserError
-from star_jax.parallel import company, startup
+from star_jax.parallel import peer_watchdog, startup
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import cache as caches
-from star_jax.training import faults, loop
-from star_jax.training.run import Run, TokenizerRun, kind_of, settle
+from star_jax.training import faults, trainer
+from star_jax.training.run import Run, TokenizerRun, kind_of, resolve
 
 
 def main(
     run: Run | TokenizerRun,
     out: Path,
-    build: Callable[[Run | TokenizerRun], loop.Job] | None = None,
+    build: Callable[[Run | TokenizerRun], trainer.Job] | None = None,
 ) -> bool:
     """Trains what `run` says in the folder `out`; the same call again goes on.
 
@@ -39,21 +40,21 @@ def main(
         logging.getLogger('absl').setLevel(logging.WARNING)
         if jax.process_index() != 0:  # the first warns for all
             logging.getLogger(star_jax.__name__).setLevel(logging.ERROR)
-        with company.Watch(), faults.disk_watched(out / loop.CHECKPOINTS):
-            company.check_same('settings', json.dumps(config.to_json(run), sort_keys=True))
+        with peer_watchdog.Watch(), faults.disk_watched(out / trainer.CHECKPOINTS):
+            peer_watchdog.check_same('settings', json.dumps(config.to_json(run), sort_keys=True))
             work = (build or job)(run)
-            loop.check(out, work.run)
+            trainer.check(out, work.run)
             with faults.lock(out):
                 console = Console(quiet=jax.process_index() != 0)
-                return loop.fit(work, out, console, stop)
+                return trainer.fit(work, out, console, stop)
 
 
 def check_places(out: Path) -> None:
     """Raises UserError where a run cannot write in the folder `out` what it will leave there."""
-    for folder in (out, out / loop.CHECKPOINTS, out / loop.SAMPLES):
+    for folder in (out, out / trainer.CHECKPOINTS, out / trainer.SAMPLES):
         files.check_folder(folder)
-    files.check_file(out / loop.METRICS)
-    check_free(out / loop.MODEL)
+    files.check_file(out / trainer.METRICS)
+    check_free(out / trainer.MODEL)
 
 
 def cache(run: Run) -> Path:
@@ -62,7 +63,7 @@ def cache(run: Run) -> Path:
     Raises UserError where the folder holds something else or cannot be written.
     """
     startup.start()
-    run = settle(run)
+    run = resolve(run)
     if run.enlarge > 1:
         raise UserError(
             f'enlarge {run.enlarge} shows another part of a picture each time, and a cache holds '
@@ -84,7 +85,7 @@ def export(folder: Path, out: Path) -> Path:
     run = _on_these_devices(read_run(folder))
     check_free(out)
     work = job(run)
-    state = loop.newest(work, folder)
+    state = trainer.newest(work, folder)
     if state is None:
         raise UserError(f'{folder} has no checkpoint yet: let the run come to its first one')
     with files.writing(out):
@@ -103,20 +104,20 @@ def _on_these_devices(run: Run | TokenizerRun) -> Run | TokenizerRun:
 
 def read_run(folder: Path) -> Run | TokenizerRun:
     """The settings of the run in a folder."""
-    path = folder / loop.CONFIG
+    path = folder / trainer.CONFIG
     fields = config.read_json(path)
     return config.from_json(kind_of(fields, str(path)), fields, where=str(path))
 
 
-def job(run: Run | TokenizerRun) -> loop.Job:
+def job(run: Run | TokenizerRun) -> trainer.Job:
     """The parts of a run."""
-    run = settle(run)
+    run = resolve(run)
     if isinstance(run, TokenizerRun):
         from star_jax.training.tokenizer import TokenizerJob
 
         return TokenizerJob(run)
     if run.model.refinement:
-        from star_jax.training.head import HeadJob
+        from star_jax.training.refinement_job import HeadJob
 
         return HeadJob(run)
     from star_jax.training.transformer import TransformerJob

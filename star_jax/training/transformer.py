@@ -10,20 +10,20 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from star_jax import image_io
 from star_jax.checkpoint import folder, models
-from star_jax.core import pictures
 from star_jax.core.condition import Condition
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.errors import UserError
 from star_jax.evaluation import likelihood
 from star_jax.families import family_name
-from star_jax.parallel import company, rules
+from star_jax.parallel import peer_watchdog, rules
 from star_jax.sampling import program, stable
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
 from star_jax.text.tokens import Tokens
-from star_jax.training import cache, growth, summary
+from star_jax.training import cache, summary, warm_start
 from star_jax.training.programs import Programs
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState, averaged, init_sharded
@@ -44,7 +44,7 @@ class TransformerJob:
         self.run = run
         self.mesh = run.mesh.build()
         inside = self.mesh if run.features == 'inside' else None
-        self.encoder = run.model.reader(functools.partial(load_text, run.text, mesh=inside))
+        self.encoder = run.model.prompt_encoder(functools.partial(load_text, run.text, mesh=inside))
         self.source_of_codes = models.read_tokenizer(run.tokenizer)
         vq = self.source_of_codes.config.at(run.model.sides)
         _check_fit(run, vq.codes, vq.channels)
@@ -108,14 +108,14 @@ class TransformerJob:
         if not where:
             return init(key)
         given = models.read(where).params  # before anything is compiled
-        params = growth.fitted(given, self.abstract(), where)
-        return growth.begin(init(key), params)
+        params = warm_start.fitted(given, self.abstract(), where)
+        return warm_start.begin(init(key), params)
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
         if self.texts is not None and not self.run.cache:
             captions = map(self.source.captions, range(len(self.source)))
             captions, shown = list(itertools.chain.from_iterable(captions)), not jax.process_index()
-            company.first_alone(lambda: self.texts.warm(captions, progress=shown))
+            peer_watchdog.first_alone(lambda: self.texts.warm(captions, progress=shown))
         for batch in pipeline.batches(
             self.source,
             batch=self.run.batch,
@@ -153,7 +153,7 @@ class TransformerJob:
         keys_B = program.image_keys(range(len(captions)))
         unprompted = empty if run.sampling.guidance else None
         images = self._draw(params, keys_B, text, unprompted, *self._drawing)
-        return pictures.compare(shown['image'], rules.gather(images), captions, 'drawn')
+        return image_io.compare(shown['image'], rules.gather(images), captions, 'drawn')
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """Codes [B, L] of this process's uint8 images [B, H, W, 3]."""

@@ -14,13 +14,13 @@ import jax
 from rich.console import Console
 
 from star_jax.errors import UserError
-from star_jax.verify import report, rules
+from star_jax.verify import comparison, rules
 from star_jax.verify.cases import Case, read_case
+from star_jax.verify.comparison import Report
+from star_jax.verify.function_cases import Rope, Sampling, Schedules
 from star_jax.verify.generate import Generations
-from star_jax.verify.report import Report
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
-from star_jax.verify.tables import Rope, Sampling, Schedules
 from star_jax.verify.tokenizer import Quantising, Vqvae
 from star_jax.verify.train import Training
 from star_jax.verify.var import ClassConditional
@@ -64,12 +64,12 @@ def main(folders: Sequence[Path]) -> int:
     for folder in folders:
         start = time.monotonic()
         found = verify(folder)
-        report.write(found, time.monotonic() - start, console)
+        comparison.write(found, time.monotonic() - start, console)
         failed |= found.failed
     return int(failed)
 
 
-def _lines(case: Case, kind: type) -> tuple[report.Line, ...]:
+def _lines(case: Case, kind: type) -> tuple[comparison.Line, ...]:
     try:
         return rules.judge(case, kind(case).rules())
     except (flax.errors.FlaxError, einops.EinopsError) as error:

@@ -14,14 +14,20 @@ import numpy as np
 from star_jax.core.filters import Filter
 from star_jax.errors import UserError
 from star_jax.families import Family
-from star_jax.sampling.draw import Draw, Plain, Smooth, choose_largest, guidance_ramp
+from star_jax.sampling.methods import (
+    FilteredSampling,
+    SamplingMethod,
+    SmoothSampling,
+    choose_largest,
+    guidance_ramp,
+)
 from star_jax.sampling.sampler import Trace, sample
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
-from star_jax.verify.report import INTEGERS, LATENTS, LOGITS
+from star_jax.verify.comparison import INTEGERS, LATENTS, LOGITS
 from star_jax.verify.rules import Rule, given
-from star_jax.verify.star import TEXT, behave, text_of
+from star_jax.verify.star import TEXT, text_of, with_cross_attention
 from star_jax.verify.tokenizer import first
 
 RUN = r'([^.]+)'
@@ -60,7 +66,7 @@ class Generations:
         if run is None:
             raise LookupError(f'runs holds no {name}')
         rows = np.asarray(run['text_rows'])
-        star = behave(self.star, run['cross_attention'])
+        star = with_cross_attention(self.star, run['cross_attention'])
         text = jax.tree.map(lambda x: x[rows], text_of(self.case))
         keys_B = jax.random.split(jax.random.key(0), len(rows) // 2)  # largest codes need no luck
         guidance_S = guidance_ramp(self.case.option('cfg'), star.schedule.steps)
@@ -71,7 +77,7 @@ class Generations:
         codes = np.split(np.asarray(codes_BL), star.schedule.offsets[1:-1], axis=1)
         return images, codes, in_order(traces)
 
-    def _draw(self, run: dict[str, Any]) -> Draw:
+    def _draw(self, run: dict[str, Any]) -> SamplingMethod:
         """The draw of a run. Recorded draws take the largest code, so that no noise enters."""
         if run.get('refine') and run.get('enable_adaptive_norm'):
             raise UserError(
@@ -80,8 +86,10 @@ class Generations:
         if run['draw'] != 'argmax':
             raise UserError(f"{self.case.folder}: a run must draw 'argmax', not {run['draw']!r}")
         if run.get('more_smooth'):
-            return Smooth(len(self.star.sides), _no_noise)
-        return Plain(Filter(top_k=run['top_k'], top_p=run['top_p'] or None), choose_largest)
+            return SmoothSampling(len(self.star.sides), _no_noise)
+        return FilteredSampling(
+            Filter(top_k=run['top_k'], top_p=run['top_p'] or None), choose_largest
+        )
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 
 from star_jax.errors import UserError
 from star_jax.verify.cases import Case
-from star_jax.verify.report import FAIL, INPUT, Line, compare, without_number
+from star_jax.verify.comparison import FAIL, INPUT, Line, compare, without_number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,15 +19,15 @@ from star_jax.core import unmasking
 from star_jax.core.filters import Filter
 from star_jax.errors import UserError
 from star_jax.families.star import Star
-from star_jax.sampling.draw import Draw
+from star_jax.sampling.methods import SamplingMethod
 from star_jax.sampling.stable import LUCKY, VERSIONS, RecordedRanking, Stable, plan
 from star_jax.training import refinement
 from star_jax.training.refinement import ReleasedLoss, Unmasking
 from star_jax.verify.cases import Case
+from star_jax.verify.comparison import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
 from star_jax.verify.generate import RUN, Generations
-from star_jax.verify.report import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
 from star_jax.verify.rules import Rule, given
-from star_jax.verify.star import MODE, behave, text_of
+from star_jax.verify.star import MODE, text_of, with_cross_attention
 
 OLD = 'old'  # a version that refines like 'new', with filters that scales before have overwritten
 PASS = rf'{RUN}\.scale(\d+)\.step(\d+)'
@@ -88,7 +88,7 @@ class Refinements(Generations):
                 uniform_SPBL[scale, index, :, : sizes[scale]] = numbers_BL
         return RecordedRanking(jnp.asarray(uniform_SPBL))
 
-    def _draw(self, run: dict[str, Any]) -> Draw:
+    def _draw(self, run: dict[str, Any]) -> SamplingMethod:
         plain = super()._draw(run | {'refine': False})
         if not run['refine']:
             return plain
@@ -141,14 +141,16 @@ class Refinements(Generations):
 
     def _forced(self, mode: str) -> tuple[jax.Array, jax.Array]:
         """Features of the refined tokens and the head's logits."""
-        return guessing(behave(self.star, mode))(self.params['model'], *self.head_inputs)
+        return guessing(with_cross_attention(self.star, mode))(
+            self.params['model'], *self.head_inputs
+        )
 
     @functools.cached_property
     def trained(self) -> tuple[jax.Array, jax.Array, dict[str, np.ndarray]]:
         """The published loss, and norm and gradients of the head, in the reference's names."""
         codes_BL = self.case.given('tf_gt_idx')[:, self.refined]
         shown_BL = self.case.given('tf_mask') > 0
-        star = behave(self.star, 'per_sample')
+        star = with_cross_attention(self.star, 'per_sample')
         loss, head = differentiating(star)(
             self.params['model'], *self.head_inputs, codes_BL, shown_BL
         )

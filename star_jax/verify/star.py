@@ -13,12 +13,12 @@ import optax
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import star_entries
 from star_jax.core.codes import Index
-from star_jax.core.condition import Condition, Text
+from star_jax.core.condition import Condition, TextCondition
 from star_jax.families import Family
 from star_jax.families.star import Star
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
-from star_jax.verify.report import GRADIENTS, LOGITS, LOSSES, NORMS
+from star_jax.verify.comparison import GRADIENTS, LOGITS, LOSSES, NORMS
 from star_jax.verify.rules import Rule, given
 
 Model = TypeVar('Model', bound=Family)
@@ -69,18 +69,18 @@ class TeacherForced:
         return self.case.given('x_BLCv_wo_first_l')
 
     @functools.cached_property
-    def text(self) -> Text:
+    def text(self) -> TextCondition:
         return text_of(self.case)
 
     def _forward(self, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Input of the first block, features and logits."""
-        forward = forwarding(behave(self.star, mode), self.rows)
+        forward = forwarding(with_cross_attention(self.star, mode), self.rows)
         return forward(self.params, self.inputs, self.text)
 
     def _blocks(self, mode: str) -> list[jax.Array]:
         """The output of each block, by networks of one layer."""
         x_BLD, outputs = self.forward(mode)[0], []
-        whole = dataclasses.replace(behave(self.star, mode), refinement=None)
+        whole = dataclasses.replace(with_cross_attention(self.star, mode), refinement=None)
         for layer in range(self.star.depth):
             star, params = layer_of(whole, self.params, layer)
             x_BLD = layering(star, self.rows)(params, x_BLD, self.text)
@@ -106,13 +106,13 @@ class TeacherForced:
         return loss, optax.tree.norm(gradients), state
 
 
-def text_of(case: Case, prefix: str = '') -> Text:
+def text_of(case: Case, prefix: str = '') -> TextCondition:
     """The recorded text features."""
     names = ('hidden_states', 'attention_mask', 'pool_feat')
-    return Text(*(case.given(f'{prefix}encoder_{name}') for name in names))
+    return TextCondition(*(case.given(f'{prefix}encoder_{name}') for name in names))
 
 
-def behave(star: Star, mode: str) -> Star:
+def with_cross_attention(star: Star, mode: str) -> Star:
     """The model whose cross-attention is that of a recording: 'released' in its name, or not."""
     return dataclasses.replace(star, released_cross_attention='released' in mode)
 
@@ -160,7 +160,7 @@ def layering(config: Family, rows: Rows) -> Callable:
         apply = functools.partial(config.build().apply, {'params': params})
         places = np.asarray(rows)
         text_kv = apply(condition, method='text_kv')
-        seen = config.schedule.sight(places)
-        return apply(x_BLD, places, text_kv, condition, None, seen, method='trunk')[0]
+        visibility = config.schedule.visibility(places)
+        return apply(x_BLD, places, text_kv, condition, None, visibility, method='trunk')[0]
 
     return jax.jit(run)

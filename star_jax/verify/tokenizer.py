@@ -10,12 +10,12 @@ import numpy as np
 
 from star_jax.convert.entries import to_state
 from star_jax.core import resize
-from star_jax.core.codes import Drawn
+from star_jax.core.codes import Sampled
 from star_jax.core.schedule import Step
 from star_jax.tokenizers.residual_vq import VQ, VQTokenizer
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
-from star_jax.verify.report import GRADIENTS, INTEGERS, LATENTS, LOSSES
+from star_jax.verify.comparison import GRADIENTS, INTEGERS, LATENTS, LOSSES
 from star_jax.verify.rules import Rule, given
 
 K = r'(\d+)'
@@ -171,7 +171,7 @@ def folding(vq: VQ) -> Callable:
         canvases, maps = [], []
         for step in range(schedule.steps):
             codes = codes_BL[:, schedule.offsets[step] : schedule.offsets[step + 1]]
-            drawn = Drawn(codes, apply(codes, method='embed'))
+            drawn = Sampled(codes, apply(codes, method='embed'))
             canvas, inputs = apply(canvas, drawn, Step.at(step), method='advance')
             canvases.append(canvas)
             if inputs is not None:

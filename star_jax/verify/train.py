@@ -14,9 +14,9 @@ from star_jax.training.optimizer import AdamW, gradient_norm
 from star_jax.training.schedules import LearningRate
 from star_jax.verify import cases
 from star_jax.verify.cases import AFTER, Case
-from star_jax.verify.report import INTEGERS, LATENTS, LOSSES, NORMS, PARAMETERS, SCHEDULES
+from star_jax.verify.comparison import INTEGERS, LATENTS, LOSSES, NORMS, PARAMETERS, SCHEDULES
 from star_jax.verify.rules import Rule, given
-from star_jax.verify.star import TEXT, behave, mean_nll, text_of
+from star_jax.verify.star import TEXT, mean_nll, text_of, with_cross_attention
 from star_jax.verify.tokenizer import last
 
 STEP = r'step(\d+)\.'
@@ -28,7 +28,7 @@ class Training:
     def __init__(self, case: Case) -> None:
         self.case = case
         mode = case.config.get('cross_attention', 'corrected').partition(':')[0]
-        self.star = behave(cases.star_of(case), mode)
+        self.star = with_cross_attention(cases.star_of(case), mode)
         self.params = cases.star_params(case, self.star)
         self.vq, self.tokenizer = case.tokenizer
         numbers = [int(found[1]) for name in case.arrays if (found := re.match(STEP, name))]

@@ -9,14 +9,14 @@ import optax
 
 from star_jax.convert.entries import to_state
 from star_jax.convert.var import var_entries
-from star_jax.core.condition import Labels
+from star_jax.core.condition import LabelCondition
 from star_jax.core.filters import Filter
-from star_jax.sampling.draw import Plain, choose_largest, guidance_ramp
+from star_jax.sampling.methods import FilteredSampling, choose_largest, guidance_ramp
 from star_jax.sampling.sampler import Sample, Trace
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
+from star_jax.verify.comparison import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
 from star_jax.verify.generate import in_order, map_of, sampling
-from star_jax.verify.report import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
 from star_jax.verify.rules import Rule, given
 from star_jax.verify.star import differentiating, forwarding, layer_of, layering
 from star_jax.verify.tokenizer import first
@@ -93,7 +93,9 @@ class ClassConditional:
         params = {'model': self.params, 'tokenizer': tokenizer}
         keys_B = jax.random.split(jax.random.key(0), len(self.labels))
         guidance_S = guidance_ramp(option('cfg'), self.var.schedule.steps)
-        draw = Plain(Filter(top_k=option('top_k'), top_p=option('top_p') or None), choose_largest)
+        draw = FilteredSampling(
+            Filter(top_k=option('top_k'), top_p=option('top_p') or None), choose_largest
+        )
         condition = _condition(self.labels + self.none)
         return sampling(self.var, vq)(params, keys_B, condition, guidance_S, draw)
 
@@ -113,5 +115,5 @@ class ClassConditional:
         return map_of(self.trace(step), self.var.sides, int(step))
 
 
-def _condition(labels: tuple[int, ...]) -> Labels:
-    return Labels(ids_B=jnp.asarray(labels, jnp.int32))
+def _condition(labels: tuple[int, ...]) -> LabelCondition:
+    return LabelCondition(ids_B=jnp.asarray(labels, jnp.int32))

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from star_jax.plan.report import Report
+from star_jax.plan.plan_report import Report
 
 GIB = 2**30
 LIMITS = {

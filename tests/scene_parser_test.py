@@ -11,7 +11,7 @@ from star_jax.data.scenes import COLOURS, SHAPES, Scene, Thing, scene
 from star_jax.data.shapes import render
 from star_jax.errors import UserError
 from star_jax.evaluation.alignment import aligned, compare, judge
-from star_jax.evaluation.reader import Reading, inspect, read
+from star_jax.evaluation.scene_parser import Reading, inspect, read
 
 COUNT = 300  # of 2,000 at each size, read once, all were right
 

@@ -10,12 +10,12 @@ import jax
 
 from star_jax.errors import UserError
 from star_jax.nn.flash import HALVES, Flash
-from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, InTurn, Kernel, Seen
+from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, Tiled, Visibility
 
 Name = Literal['automatic', 'dense', 'by_scale', 'chunked', 'flash', 'splash']
 PLATFORMS = {'flash': 'gpu', 'splash': 'tpu'}  # which kernels are made for one
 CHUNKED = ByScale(Chunked(), Chunked())
-CACHED = ByScale(InTurn())
+CACHED = ByScale(Tiled())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Automatic:
     most_scores: int = 2**27  # of one image, in bytes, that the formula may keep
     least_rows: int = 128  # for which a platform's own kernel is worth its blocks
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, seen: Seen = None) -> jax.Array:
-        return self.choose(q_BLNH, kv, seen)(q_BLNH, kv, seen)
+    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
+        return self.choose(q_BLNH, kv, visibility)(q_BLNH, kv, visibility)
 
-    def choose(self, q_BLNH: jax.Array, kv: KV, seen: Seen) -> Kernel:
+    def choose(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility) -> Kernel:
         """The kernel for such arrays."""
         _, rows, heads, width = q_BLNH.shape
         keys = kv.keys.shape[1]

@@ -17,8 +17,7 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
-from star_jax.checkpoint import files
-from star_jax.core import pictures
+from star_jax import files, image_io
 from star_jax.training.faults import first_flaw
 
 SAMPLES = 'samples'
@@ -28,7 +27,7 @@ AHEAD = 2  # steps: enough to keep a device busy, and a run stops soon
 Scalars = Mapping[str, jax.Array | np.ndarray]
 
 
-class Window:
+class MetricsWindow:
     """The scalars of every step since the last report at `step`: their means, and the speed.
 
     A run that was stopped between two reports goes on with what was `pending`.
@@ -78,15 +77,15 @@ class Window:
         return self._metrics
 
 
-def begin(out: Path, step: int) -> 'Report | Silence':
+def begin(out: Path, step: int) -> 'RunLogger | NullLogger':
     """The report of this process on a run in the folder `out` that goes on after `step`."""
-    return Report(out, step) if jax.process_index() == 0 else Silence()
+    return RunLogger(out, step) if jax.process_index() == 0 else NullLogger()
 
 
-class Silence:
+class NullLogger:
     """What all processes of a run but the first tell: they would write the same files."""
 
-    def __enter__(self) -> 'Silence':
+    def __enter__(self) -> 'NullLogger':
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,7 +98,7 @@ class Silence:
         pass
 
 
-class Report:
+class RunLogger:
     """Scalars to `metrics.jsonl` and TensorBoard, pictures to `samples/` and TensorBoard.
 
     What an interrupted run reported after `step` is dropped: the run reports it again.
@@ -117,7 +116,7 @@ class Report:
             draft.write_text(''.join(f'{line}\n' for line in kept))
         self._events = Events(out, step)
 
-    def __enter__(self) -> 'Report':
+    def __enter__(self) -> 'RunLogger':
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -133,7 +132,7 @@ class Report:
 
     def picture(self, step: int, picture_hwc: np.ndarray) -> None:
         with files.replacing(self._samples / f'{step:08d}.png') as draft:
-            draft.write_bytes(pictures.encode(picture_hwc))
+            draft.write_bytes(image_io.encode(picture_hwc))
         self._events.add(step, summary.image('samples', picture_hwc, dataformats='HWC'))
         self._events.flush()
 

@@ -13,24 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from star_jax.core import pictures
+from star_jax import image_io
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.evaluation import (
     alignment,
+    bootstrap,
     efficientnet,
     kid,
     prediction,
-    reader,
     reconstruction,
-    statistics,
+    scene_parser,
 )
 from star_jax.evaluation.alignment import Alignment
+from star_jax.evaluation.bootstrap import Score
 from star_jax.evaluation.efficientnet import EfficientNet
+from star_jax.evaluation.eval_context import Subject
 from star_jax.evaluation.groups import SHAPES
 from star_jax.evaluation.reconstruction import Reconstructed
-from star_jax.evaluation.statistics import Score
-from star_jax.evaluation.subject import Subject
 from star_jax.nn.perceptual import LEAST_SIDE, Lpips
 from star_jax.parallel import machine
 from star_jax.tokenizers import perceptual
@@ -49,7 +49,7 @@ Made = tuple[dict[str, Any], list[np.ndarray]]
 
 
 def run(subject: Subject) -> dict[str, Any]:
-    """The report; a score of images is a `statistics.Score`, or None where nothing was asked.
+    """The report; a score of images is a `bootstrap.Score`, or None where nothing was asked.
 
     Raises UserError for parts that the job names and that cannot be scored on this subject. Those
     that it does not name are skipped, and the report says why.
@@ -63,7 +63,7 @@ def run(subject: Subject) -> dict[str, Any]:
         'count': job.count,
         'seed': job.seed,
         'dtype': job.dtype,
-        'behaviour': job.behaviour,
+        'cross_attention': job.cross_attention,
         'environment': machine.describe(),
         'skipped': skipped,
     }
@@ -150,7 +150,7 @@ def tally(verdicts: Sequence[Alignment], seed: int) -> dict[str, Score | None]:
     for field in dataclasses.fields(Alignment):
         said = [getattr(verdict, field.name) for verdict in verdicts]
         held = [one for one in said if one is not None]
-        shares[field.name] = statistics.mean(np.array(held), seed) if held else None
+        shares[field.name] = bootstrap.mean(np.array(held), seed) if held else None
     return shares
 
 
@@ -203,7 +203,7 @@ def grid(subject: Subject, settings: Settings) -> np.ndarray:
     images = subject.pipe(
         captions, subject.job.seed, min(subject.job.batch, SHOWN), **vars(settings)
     )
-    return pictures.grid(images, captions, columns=8)
+    return image_io.grid(images, captions, columns=8)
 
 
 def _prepare_parts(subject: Subject) -> tuple[dict[str, Network], dict[str, str]]:
@@ -240,6 +240,8 @@ def _prepare(part: str, subject: Subject) -> Network:
         raise UserError(f'{place} holds a tokenizer alone: a loss is that of a model, give one')
     if part == ALIGNMENT and subject.job.data != SHAPES:
         raise UserError(f'alignment is read from shapes, not {subject.job.data}: leave it out')
-    if part == ALIGNMENT and size < reader.SIDE:
-        raise UserError(f'alignment is read from {reader.SIDE} px or more, {place} has {size}')
+    if part == ALIGNMENT and size < scene_parser.SIDE:
+        raise UserError(
+            f'alignment is read from {scene_parser.SIDE} px or more, {place} has {size}'
+        )
     return None

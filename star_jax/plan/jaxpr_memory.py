@@ -10,7 +10,7 @@ import jax
 from jax.extend import core as jex
 
 from star_jax.core.flops import inner_jaxprs
-from star_jax.plan.work import Piece
+from star_jax.plan.workload import Piece
 
 # Made where they are used, by any compiler.
 FUSED = {

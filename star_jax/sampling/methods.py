@@ -10,13 +10,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.codes import Drawn, Index
+from star_jax.core.codes import Index, Sampled
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Step
 from star_jax.core.settings import Settings
 
 
-class Tools(NamedTuple):
+class StepFns(NamedTuple):
     """What a draw works with, closed over the parameters.
 
     `head`: features [R, L, D] -> logits [R, L, V]. `embed`: codes -> vectors. `mix`: weights
@@ -31,7 +31,7 @@ class Tools(NamedTuple):
     trace: bool = False
 
 
-class Draw:
+class SamplingMethod:
     """One rule for every step; `kind` says which neighbours may share a loop body."""
 
     def kind(self, step: int) -> Hashable:
@@ -43,8 +43,8 @@ class Draw:
         features_RLD: jax.Array,
         weight: jax.Array,
         step: Step,
-        tools: Tools,
-    ) -> tuple[Drawn, jax.Array]:
+        step_fns: StepFns,
+    ) -> tuple[Sampled, jax.Array]:
         """What was drawn, and the guided logits [B, L, V].
 
         `features_RLD` are B prompted rows, or B prompted and B unprompted ones; `weight` is the
@@ -54,7 +54,7 @@ class Draw:
 
 
 @flax.struct.dataclass
-class Plain(Draw):
+class FilteredSampling(SamplingMethod):
     """Guided, filtered, then chosen by `choose(keys_B, logits_BLV) -> codes_BL`."""
 
     keep: Filter
@@ -66,11 +66,11 @@ class Plain(Draw):
         features_RLD: jax.Array,
         weight: jax.Array,
         step: Step,
-        tools: Tools,
-    ) -> tuple[Drawn, jax.Array]:
-        logits_BLV = guide(tools.head(features_RLD), len(keys_B), weight)
+        step_fns: StepFns,
+    ) -> tuple[Sampled, jax.Array]:
+        logits_BLV = guide(step_fns.head(features_RLD), len(keys_B), weight)
         codes_BL = self.choose(keys_B, self.keep(logits_BLV))
-        return Drawn(codes_BL, tools.embed(codes_BL)), logits_BLV
+        return Sampled(codes_BL, step_fns.embed(codes_BL)), logits_BLV
 
 
 def gumbel_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -79,7 +79,7 @@ def gumbel_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 @flax.struct.dataclass
-class Smooth(Draw):
+class SmoothSampling(SamplingMethod):
     """Soft mixtures of code vectors, sharper with every scale; for pictures only (section 8).
 
     The codes it reports are the heaviest of each mixture. `noise(keys_B, shape)` gives Gumbel
@@ -97,13 +97,15 @@ class Smooth(Draw):
         features_RLD: jax.Array,
         weight: jax.Array,
         step: Step,
-        tools: Tools,
-    ) -> tuple[Drawn, jax.Array]:
-        logits_BLV = guide(tools.head(features_RLD), len(keys_B), weight)
+        step_fns: StepFns,
+    ) -> tuple[Sampled, jax.Array]:
+        logits_BLV = guide(step_fns.head(features_RLD), len(keys_B), weight)
         ratio = step.index / max(self.steps - 1, 1)
         gumbel = self.noise(keys_B, logits_BLV.shape[1:])
         weights_BLV = soften(logits_BLV, gumbel, ratio, softness(ratio))
-        return Drawn(weights_BLV.argmax(-1).astype(jnp.int32), tools.mix(weights_BLV)), logits_BLV
+        return Sampled(
+            weights_BLV.argmax(-1).astype(jnp.int32), step_fns.mix(weights_BLV)
+        ), logits_BLV
 
 
 def softness(ratio: float | jax.Array) -> jax.Array:
@@ -136,12 +138,12 @@ def guidance_ramp(guidance: float, steps: int) -> jax.Array:
     return guidance * jnp.arange(steps, dtype=jnp.float32) / max(steps - 1, 1)
 
 
-def arguments(settings: Settings, steps: int, codes: Index) -> tuple[jax.Array, Draw]:
+def arguments(settings: Settings, steps: int, codes: Index) -> tuple[jax.Array, SamplingMethod]:
     """The guidance of each of `steps` steps, and the draw."""
     ramp_S = guidance_ramp(settings.guidance, steps)
     if settings.smooth:
-        return ramp_S, Smooth(steps=steps)
-    return ramp_S, Plain(keep(settings), codes.draw)
+        return ramp_S, SmoothSampling(steps=steps)
+    return ramp_S, FilteredSampling(keep(settings), codes.draw)
 
 
 def keep(settings: Settings) -> Filter:

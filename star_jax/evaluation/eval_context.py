@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from star_jax.checkpoint import models
-from star_jax.core.condition import Text
+from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.evaluation.groups import SHAPES, Group, groups
 from star_jax.parallel import machine
 from star_jax.sampling import pipeline
-from star_jax.sampling.pipeline import Behaviour, Pipeline
+from star_jax.sampling.pipeline import CrossAttentionMode, Pipeline
 from star_jax.text import TextEncoder
 
 # (bits of work, how many, what is done) -> the same bits, while somebody shows how far it is.
@@ -28,7 +28,7 @@ class Job:
 
     `place`: a model or tokenizer folder. `parts`: names of `report.PARTS` (none: all that place and
     data allow). `count`: images per split and, of shapes, per number of objects. Image i of a group
-    is drawn from the key of `seed` + i, once with each of `settings`. `behaviour`: as of
+    is drawn from the key of `seed` + i, once with each of `settings`. `cross_attention`: as of
     `pipeline.load`.
     """
 
@@ -42,7 +42,7 @@ class Job:
     settings: tuple[Settings, ...] = (Settings(),)
     text: str = ''
     dtype: str = 'float32'
-    behaviour: Behaviour = 'own'
+    cross_attention: CrossAttentionMode = 'as_trained'
 
     def __post_init__(self) -> None:
         if min(self.count, self.batch) < 1:
@@ -59,7 +59,11 @@ class Subject:
     def __init__(self, job: Job, track: Track) -> None:
         self.job = job
         alone = models.holds_tokenizer_alone(job.place)
-        self.model = None if alone else pipeline.behaving(models.read(job.place), job.behaviour)
+        self.model = (
+            None
+            if alone
+            else pipeline.with_cross_attention(models.read(job.place), job.cross_attention)
+        )
         if self.model and self.model.config.PROMPT != 'caption':
             raise UserError(
                 f'{job.place} draws classes, and captions are what is scored: expected a model of '
@@ -106,12 +110,12 @@ class _Remembering:
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._known: dict[tuple[str, ...], Text] = {}
+        self._known: dict[tuple[str, ...], TextCondition] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
-    def encode(self, captions: Sequence[str]) -> Text:
+    def encode(self, captions: Sequence[str]) -> TextCondition:
         key = tuple(captions)
         if key not in self._known:
             self._known[key] = self._encoder.encode(captions)

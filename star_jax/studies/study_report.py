@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from star_jax.checkpoint import config, files
+from star_jax import files
+from star_jax.checkpoint import config
 from star_jax.studies import plot
 from star_jax.studies.results import LOSS
+from star_jax.studies.study_tables import count, tables
 from star_jax.studies.summary import Summary
-from star_jax.studies.tables import count, tables
 
 JSON = 'study.json'
 MARKDOWN = 'study.md'

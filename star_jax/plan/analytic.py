@@ -9,10 +9,10 @@ import functools
 import jax.numpy as jnp
 
 from star_jax.parallel.mesh import MeshShape
-from star_jax.plan import live
+from star_jax.plan import jaxpr_memory
 from star_jax.plan.hlo import Collective
 from star_jax.plan.topologies import Pod
-from star_jax.plan.work import Make, Piece, Work, share
+from star_jax.plan.workload import Make, Piece, Work, share
 from star_jax.training.run import Run
 
 LARGE = (256, 512)  # images of one device
@@ -39,9 +39,11 @@ def local(run: Run, images: int, make: Make) -> dict[str, Local]:
     step = LARGE[1] - LARGE[0]
     return {
         name: Local(
-            live=images * (live.peak(more[name]) - live.peak(piece)) // step,
-            moved=live.traffic(piece)
-            - (LARGE[0] - images) * (live.traffic(more[name]) - live.traffic(piece)) // step,
+            live=images * (jaxpr_memory.peak(more[name]) - jaxpr_memory.peak(piece)) // step,
+            moved=jaxpr_memory.traffic(piece)
+            - (LARGE[0] - images)
+            * (jaxpr_memory.traffic(more[name]) - jaxpr_memory.traffic(piece))
+            // step,
         )
         for name, piece in fewer.items()
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from star_jax.errors import UserError
-from star_jax.sampling.album import Album
+from star_jax.sampling.sample_folder import SampleFolder
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
@@ -17,13 +17,13 @@ def records(**settings) -> list[dict]:
 
 
 def test_a_picture_that_was_removed_is_drawn_again_and_has_one_line(tmp_path):
-    album = Album(tmp_path, records())
+    album = SampleFolder(tmp_path, records())
     for index in album.missing():
         album.add(index, IMAGE)
     before = (tmp_path / 'samples.jsonl').read_text()
     assert [json.loads(line)['prompt'] for line in before.splitlines()] == ['a', 'b']
     (tmp_path / '00000.png').unlink()
-    album = Album(tmp_path, records())
+    album = SampleFolder(tmp_path, records())
     assert album.missing() == [0]
     album.add(0, IMAGE)
     assert album.missing() == []
@@ -40,6 +40,6 @@ def test_a_picture_that_was_removed_is_drawn_again_and_has_one_line(tmp_path):
     ],
 )
 def test_the_setting_that_differs_is_named(tmp_path, settings, said):
-    Album(tmp_path, records()).add(0, IMAGE)
+    SampleFolder(tmp_path, records()).add(0, IMAGE)
     with pytest.raises(UserError, match=said):
-        Album(tmp_path, records(**settings))
+        SampleFolder(tmp_path, records(**settings))

@@ -22,19 +22,19 @@ class Span(NamedTuple):
     first: int
     end: int
     keys: int
-    within: 'Reach | None'
+    within: 'StaticVisibility | None'
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Reach:
+class StaticVisibility:
     """What is known when a program is built: `runs` of neighbouring rows that see equally many
     leading keys, as (rows, keys)."""
 
     runs: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, keys_L: np.ndarray) -> 'Reach':
+    def of(cls, keys_L: np.ndarray) -> 'StaticVisibility':
         """From the number of leading keys that each row sees, at least one."""
         if len(keys_L) and min(keys_L) < 1:
             raise ValueError(f'every row must see a key, not {min(keys_L)} of them')
@@ -52,7 +52,7 @@ class Reach:
 
     def sees_all(self, keys: int) -> bool:
         """Whether every row sees all of so many keys."""
-        return all(seen >= keys for _, seen in self.runs)
+        return all(visibility >= keys for _, visibility in self.runs)
 
     def is_causal(self, keys: int) -> bool:
         """Whether row k sees the first k + 1 of equally many keys."""
@@ -72,16 +72,21 @@ class Reach:
                 piece = []
         if piece:
             pieces.append(piece)
-        reaches = [Reach(tuple(piece)) for piece in pieces]
-        ends = list(itertools.accumulate(reach.rows for reach in reaches))
+        parts = [StaticVisibility(tuple(piece)) for piece in pieces]
+        ends = list(itertools.accumulate(part.rows for part in parts))
         return tuple(
-            Span(end - reach.rows, end, most, None if reach.sees_all(most) else reach)
-            for end, reach in zip(ends, reaches, strict=True)
-            for most in [max(keys for _, keys in reach.runs)]
+            Span(
+                end - part.rows,
+                end,
+                most,
+                None if part.sees_all(most) else part,
+            )
+            for end, part in zip(ends, parts, strict=True)
+            for most in [max(keys for _, keys in part.runs)]
         )
 
 
-class TracedReach(NamedTuple):
+class TracedVisibility(NamedTuple):
     """The same as an array: [rows] int32, how many leading keys each row sees, at least one."""
 
     keys_L: jax.Array

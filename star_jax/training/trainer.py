@@ -20,10 +20,10 @@ from star_jax.checkpoint.training import Checkpoints
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.errors import NotFiniteError, UserError
-from star_jax.parallel import company
-from star_jax.training import report
+from star_jax.parallel import peer_watchdog
+from star_jax.training import logger
 from star_jax.training.faults import Stop, state_flaw
-from star_jax.training.report import Report, Silence, Window
+from star_jax.training.logger import MetricsWindow, NullLogger, RunLogger
 from star_jax.training.run import Run, TokenizerRun, check_kind
 from star_jax.training.state import TrainState
 from star_jax.training.summary import check_state
@@ -32,8 +32,8 @@ CONFIG = 'config.json'
 DATA = 'data.json'  # how many training examples there are, and their fingerprint
 BASE = 'base.json'  # the digest of the model folder that stays frozen, where there is one
 CHECKPOINTS = 'checkpoints'
-METRICS = report.METRICS
-SAMPLES = report.SAMPLES
+METRICS = logger.METRICS
+SAMPLES = logger.SAMPLES
 MODEL = 'model'
 
 ELSEWHERE = ('mesh', 'cache')  # fields that change where a run happens, and not what it makes
@@ -97,9 +97,9 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
         _compare_base(out, job.base, first)
         if first:
             console.print(f'continuing from step {first}')
-        window = Window(job.run.batch, first, checkpoints.notes(first))
-        with report.begin(out, first) as told, _progress(console) as progress:
-            step, state = Course(job, checkpoints, window, told, progress).run(first, state, stop)
+        window = MetricsWindow(job.run.batch, first, checkpoints.notes(first))
+        with logger.begin(out, first) as told, _progress(console) as progress:
+            step, state = Trainer(job, checkpoints, window, told, progress).run(first, state, stop)
     if step < job.run.pace.steps:
         where = f'at step {step}, saved' if step else 'before the first step'
         console.print(f'stopped {where}; the same command goes on')
@@ -109,15 +109,15 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
     return True
 
 
-class Course:
+class Trainer:
     """The steps of a run, and what is due after each."""
 
     def __init__(
         self,
         job: Job,
         checkpoints: Checkpoints,
-        window: Window,
-        told: Report | Silence,
+        window: MetricsWindow,
+        told: RunLogger | NullLogger,
         progress: Progress,
     ) -> None:
         self._job, self._pace = job, job.run.pace
@@ -231,7 +231,7 @@ def _compare_data(out: Path, source: Source, first: int) -> None:
     on how many there are, so one picture more changes every batch.
     """
     if jax.process_count() > 1:
-        company.check_same('training data', pipeline.outline(source))
+        peer_watchdog.check_same('training data', pipeline.outline(source))
     if jax.process_index() != 0:
         return
     path, found = out / DATA, {'examples': len(source), 'fingerprint': source.fingerprint()}

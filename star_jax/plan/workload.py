@@ -20,7 +20,7 @@ from star_jax.core.buckets import Buckets, choose
 from star_jax.core.classes import Classes
 from star_jax.core.flops import count_kinds
 from star_jax.errors import UserError
-from star_jax.nn.door import named
+from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_ways
 from star_jax.sampling import program, stable
@@ -31,7 +31,7 @@ from star_jax.text.published import PUBLISHED
 from star_jax.text.tokens import Tokens
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.programs import HeadPrograms, Programs
-from star_jax.training.run import Run, settle
+from star_jax.training.run import Run, resolve
 
 STEP = 'training step'
 
@@ -135,7 +135,7 @@ def sampling(
 
     def draws(attention: str, buckets: Buckets) -> Piece:
         attend = named(attention, platform)
-        network = run.model.build(run.dtype, attend=attend).on(mesh)
+        network = run.model.build(run.dtype, attend=attend).with_sharding(mesh)
         return Piece(program.compile_program(network, tokenizer, buckets), args)
 
     model = rules.abstract(run.model.abstract(), mesh, ' of the model')
@@ -190,7 +190,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def _tokenizer(run: Run) -> tuple[VQ, str]:
     """The tokenizer that the run names, or the published one, and a note of the latter."""
-    place, model = settle(run).tokenizer, run.model
+    place, model = resolve(run).tokenizer, run.model
     if place == models.SHIPPED or os.path.isdir(place):
         vq = models.read_tokenizer(place).config.at(model.sides)
         for field in ('codes', 'channels'):
@@ -210,7 +210,7 @@ def _encoder(run: Run) -> tuple[TextEncoder | Classes, str]:
         return Classes(run.model.classes), ''
     width, place = run.model.text_width, os.path.expanduser(run.text)
     if os.path.isdir(place):
-        return run.model.reader(lambda: sketch(run.text, locate(run.text).config)), ''
+        return run.model.prompt_encoder(lambda: sketch(run.text, locate(run.text).config)), ''
     if width not in PUBLISHED:
         known = ', '.join(map(str, PUBLISHED))
         raise UserError(

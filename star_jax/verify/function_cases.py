@@ -10,10 +10,10 @@ import numpy as np
 from star_jax.core import positions
 from star_jax.core.filters import Filter
 from star_jax.errors import UserError
-from star_jax.sampling.draw import soften
+from star_jax.sampling.methods import soften
 from star_jax.training.schedules import LearningRate, weight_decay_at
 from star_jax.verify.cases import RAW, Case
-from star_jax.verify.report import INTEGERS, LATENTS, SCHEDULES, TABLES
+from star_jax.verify.comparison import INTEGERS, LATENTS, SCHEDULES, TABLES
 from star_jax.verify.rules import Rule, given
 
 WAVES = {'cos': np.cos, 'sin': np.sin}

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from star_jax.checkpoint import files
-from star_jax.core import pictures
+from star_jax import files, image_io
 from star_jax.errors import UserError
 
 RECORD = 'samples.jsonl'
@@ -28,7 +27,7 @@ PLACES = ('source',)  # what names a place in a record: the same things may lie 
 Record = Mapping[str, Any]
 
 
-class Album:
+class SampleFolder:
     """A folder of pictures, one per record; opened again with the same records, it goes on.
 
     A record says all that made a picture. Raises UserError where the folder cannot be written, or
@@ -53,7 +52,7 @@ class Album:
     def add(self, index: int, image: np.ndarray) -> None:
         """Writes picture `index`, uint8 (h, w, 3), and then its line: a kill loses one at most."""
         record = self._records[index]
-        pictures.save_png(image, self._folder / record['file'])
+        image_io.save_png(image, self._folder / record['file'])
         if record['file'] not in self._recorded:
             with files.writing(self._folder / RECORD), (self._folder / RECORD).open('a') as file:
                 file.write(json.dumps(record) + '\n')
@@ -62,9 +61,9 @@ class Album:
     def grid(self) -> Path:
         """Writes the first pictures, all of which must be there, above their prompts."""
         shown = self._records[:MOST_IN_GRID]
-        images = [pictures.load_image(self._folder / record['file']) for record in shown]
-        sheet = pictures.grid(np.stack(images), [record['prompt'] for record in shown])
-        return pictures.save_png(sheet, self._folder / GRID)
+        images = [image_io.load_image(self._folder / record['file']) for record in shown]
+        sheet = image_io.grid(np.stack(images), [record['prompt'] for record in shown])
+        return image_io.save_png(sheet, self._folder / GRID)
 
     def _known(self) -> set[str]:
         """The files that have a line, of which a torn last one is cut off."""

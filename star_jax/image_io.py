@@ -198,7 +198,7 @@ def _row(
     row = Image.new(
         'RGB', (MARGIN + columns * (width + MARGIN), height + deepest + MARGIN), 'white'
     )
-    draw = ImageDraw.Draw(row)
+    draw = ImageDraw.SamplingMethod(row)
     for column, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         left = MARGIN + column * (width + MARGIN)
         row.paste(picture, (left, 0))
@@ -210,7 +210,7 @@ def _depth(text: str, font: ImageFont.FreeTypeFont) -> int:
     """Height in px of a wrapped caption below its picture."""
     if not text:
         return 0
-    draw = ImageDraw.Draw(Image.new('RGB', (1, 1)))
+    draw = ImageDraw.SamplingMethod(Image.new('RGB', (1, 1)))
     return math.ceil(draw.textbbox((0, 2), text, font=font)[3]) + 2
 
 
@@ -218,7 +218,7 @@ def _heading(title: str, width: int) -> Image.Image:
     font = ImageFont.load_default(TITLE_SIZE)
     text = _wrap(title, font, width - 2 * MARGIN)
     heading = Image.new('RGB', (width, _depth(text, font) + MARGIN), 'white')
-    ImageDraw.Draw(heading).text((MARGIN, 0), text, fill=INK, font=font)
+    ImageDraw.SamplingMethod(heading).text((MARGIN, 0), text, fill=INK, font=font)
     return heading
 
 

@@ -11,10 +11,10 @@ from star_jax.core.codes import Index
 from star_jax.core.filters import Filter
 from star_jax.core.pixels import to_uint8
 from star_jax.core.schedule import Step
-from star_jax.sampling.draw import (
-    Plain,
-    Smooth,
-    Tools,
+from star_jax.sampling.methods import (
+    FilteredSampling,
+    SmoothSampling,
+    StepFns,
     choose_largest,
     guidance_ramp,
     guide,
@@ -25,7 +25,7 @@ from star_jax.sampling.draw import (
 B, L, V, C = 3, 40, 12, 2
 BOOK = np.random.default_rng(9).normal(size=(V, C)).astype(np.float32)
 # Features stand for their own logits here.
-TOOLS = Tools(
+TOOLS = StepFns(
     head=lambda x: x,
     embed=lambda codes: jnp.asarray(BOOK)[codes],
     mix=lambda weights: weights @ BOOK,
@@ -85,15 +85,15 @@ def test_noise_belongs_to_the_code(keep, keys_B, logits_RLV):
 
 def test_a_plain_draw_guides_then_filters_then_chooses(keys_B, logits_RLV):
     keep = Filter(top_k=4, top_p=0.8, temperature=1.3)
-    found, guided = drawn(Plain(keep, Index(V).draw), keys_B, logits_RLV, 0, 0)
+    found, guided = drawn(FilteredSampling(keep, Index(V).draw), keys_B, logits_RLV, 0, 0)
     np.testing.assert_allclose(guided, guide(logits_RLV, B, 1.5), atol=1e-5)
     np.testing.assert_array_equal(found.codes_BL, choose(keys_B, jax.jit(keep)(guided)))
     np.testing.assert_array_equal(found.vectors_BLC, BOOK[found.codes_BL])
 
 
 def test_the_largest_is_what_one_code_leaves(keys_B, logits_RLV):
-    greedy, _ = drawn(Plain(Filter(), choose_largest), keys_B, logits_RLV, 0, 0)
-    single, _ = drawn(Plain(Filter(top_k=1), Index(V).draw), keys_B, logits_RLV, 0, 0)
+    greedy, _ = drawn(FilteredSampling(Filter(), choose_largest), keys_B, logits_RLV, 0, 0)
+    single, _ = drawn(FilteredSampling(Filter(top_k=1), Index(V).draw), keys_B, logits_RLV, 0, 0)
     np.testing.assert_array_equal(greedy.codes_BL, single.codes_BL)
 
 
@@ -115,7 +115,7 @@ def test_mixtures_sharpen_from_scale_to_scale_down_to_a_floor():
 @pytest.mark.parametrize('like', [1, 2])
 def test_a_smooth_draw_mixes_code_vectors(like, keys_B, logits_RLV):
     """At step 2, in a body of its own or in that of an earlier step."""
-    found, guided = drawn(Smooth(steps=4), keys_B, logits_RLV, 2, like)
+    found, guided = drawn(SmoothSampling(steps=4), keys_B, logits_RLV, 2, like)
     np.testing.assert_allclose(guided, guide(logits_RLV, B, 1.5), atol=1e-5)
     gumbel = np.stack([jax.random.gumbel(key, (L, V)) for key in keys_B])
     weights = np.asarray(mix(guided, gumbel, 2 / 3, softness(2 / 3)))

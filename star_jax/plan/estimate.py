@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from star_jax.nn.door import named
+from star_jax.nn.attention_dispatch import named
 from star_jax.parallel.mesh import MeshShape, batch_ways
-from star_jax.plan import accounted, compiled
+from star_jax.plan import analytic, compiled
 from star_jax.plan.hlo import Collective
 from star_jax.plan.topologies import Pod
-from star_jax.plan.work import Make, Work, share
+from star_jax.plan.workload import Make, Work, share
 from star_jax.training.run import Run
 
 
@@ -86,8 +86,8 @@ class Planner:
         sizes = self.sizes
         images = run.batch // batch_ways(mesh)
         self.notice(f'counting the arrays of {images} images')
-        local = accounted.local(self.run, images, self.make)
-        always = accounted.fixed(run, made, sizes)
+        local = analytic.local(self.run, images, self.make)
+        always = analytic.fixed(run, made, sizes)
         main = next(iter(made.pieces))
         return Point(
             images=images,
@@ -96,10 +96,10 @@ class Planner:
                 name: always * (name == main) + local[name].live // sizes[3] for name in made.pieces
             },
             traffic={
-                name: accounted.traffic(made, moved.moved, sizes) if name == main else moved.moved
+                name: analytic.traffic(made, moved.moved, sizes) if name == main else moved.moved
                 for name, moved in local.items()
             },
-            exchanges={main: accounted.collectives(run, made, sizes, self.pod)},
+            exchanges={main: analytic.collectives(run, made, sizes, self.pod)},
             known=True,
             seconds=0.0,
         )

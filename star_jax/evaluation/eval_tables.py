@@ -5,8 +5,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from star_jax.evaluation.report import ALIGNMENT, DRAWN, KID, KID_NAME, LOSS, TOKENIZER
-from star_jax.evaluation.statistics import Score
+from star_jax.evaluation.bootstrap import Score
+from star_jax.evaluation.eval_report import ALIGNMENT, DRAWN, KID, KID_NAME, LOSS, TOKENIZER
 
 HOW = ('split', 'objects', 'pictures', 'settings')  # fields of a row that are no score
 WORDS = ('split', 'pictures')
@@ -42,8 +42,8 @@ def summary(report: dict[str, Any]) -> str:
     if settings:
         same = {n: v for n, v in settings[0].items() if all(s[n] == v for s in settings)}
         lines.append(f'drawn with {_name(same)}')
-    if report['behaviour'] != 'own':
-        lines.append(f'with the {report["behaviour"]} cross-attention')
+    if report['cross_attention'] != 'as_trained':
+        lines.append(f'with the {report["cross_attention"]} cross-attention')
     lines += [f'without {part}: {why}' for part, why in report['skipped'].items()]
     return '\n'.join(lines)
 
