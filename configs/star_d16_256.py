@@ -1,4 +1,4 @@
-"""The published STAR-d16 at 256 px (specification 7), for a pod or a node of GPUs.
+"""The published STAR-d16 at 256 px (STAR specification 7), for a pod or a node of GPUs.
 
 Name your own places: the published tokenizer as a model folder, a 1024 wide text encoder of 77
 tokens, and a set of captioned images. Ten epochs were published; the steps count 12.8M images each.

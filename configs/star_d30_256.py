@@ -1,4 +1,4 @@
-"""The published STAR-d30 at 256 px, first stage (specification 7): 40M images from the web, once.
+"""The published STAR-d30 at 256 px, first stage (STAR specification 7): 40M web images, once.
 
 Name your own places, as in star_d16_256.py. `--mesh.fsdp 8` splits parameters and their averages
 over the GPUs of a node. The second stage is star_d30_256_stage2.py.

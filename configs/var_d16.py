@@ -1,4 +1,4 @@
-"""The published VAR-d16 at 256 px (specification 11): 200 epochs of ImageNet, 1,281,167 images.
+"""The published VAR-d16 at 256 px (STAR specification 11): 200 epochs, 1,281,167 ImageNet images.
 
 Name your own places: the published tokenizer as a model folder, and a set whose labels are the
 numbers of the classes, 0 to 999 (or give their `names`).

@@ -1,4 +1,4 @@
-"""The published VAR-d24 at 256 px (specification 11): 350 epochs of ImageNet, 1,281,167 images.
+"""The published VAR-d24 at 256 px (STAR specification 11): 350 epochs, 1,281,167 ImageNet images.
 
 Places as in var_d16.py.
 """

@@ -558,7 +558,7 @@ def test_a_path_of_zero_removes_its_branch_of_its_image():
 
 
 def test_tokens_that_training_drops_are_not_seen(star):
-    """The kept rows see one another as if the dropped ones had never been (specification 4.1)."""
+    """Kept rows are computed as if dropped rows did not exist (STAR specification 4.1)."""
     model, params, condition = star.model, star.params['model'], star.rows(range(B))
     last = model.schedule.starts[-2]
     kept = np.r_[0:last, last + 1, last + 3]

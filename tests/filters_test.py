@@ -1,4 +1,4 @@
-"""Do filters keep the codes that STAR specification section 8 keeps?"""
+"""Do filters keep the codes that STAR specification 8 keeps?"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A fresh model's tensors are distributed as the original's (specification section 5)."""
+"""A fresh model's tensors are distributed as the original's (STAR specification 5)."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Are codes drawn as STAR specification section 8 says?"""
+"""Are codes drawn as STAR specification 8 says?"""
 
 import functools
 

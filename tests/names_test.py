@@ -1,4 +1,4 @@
-"""The conversion tables hold exactly the published tensors (specification section 10)."""
+"""The conversion tables hold exactly the published tensors (STAR specification 10)."""
 
 import gzip
 import json

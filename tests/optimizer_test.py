@@ -1,4 +1,4 @@
-"""The optimizer decays, clips, warms up and accumulates as specification 6 says."""
+"""The optimizer decays, clips, warms up and accumulates as STAR specification 6 says."""
 
 import jax
 import jax.numpy as jnp

@@ -189,7 +189,7 @@ def test_every_sharing_of_phi_and_the_z_norm(tmp_path, shared, counts, prefix, p
 
 
 def quantise_by_hand(f: np.ndarray, state: dict, names: list[str], znorm: bool) -> dict:
-    """Specification 1.5 and 1.6 in float64, one cell at a time."""
+    """STAR specification 1.5 and 1.6 in float64, one cell at a time."""
     codebook = state['quantize.embedding.weight'].astype(np.float64)
     directions = codebook / np.linalg.norm(codebook, axis=1, keepdims=True)
     rest, canvas, arrays = f[0].astype(np.float64), np.zeros(f.shape[1:]), {}

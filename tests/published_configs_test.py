@@ -15,7 +15,7 @@ from star_jax.training.run import Run
 CONFIGS = Path(__file__).parents[1] / 'configs'
 CLASS_ROWS = 1001  # of the unused class_emb.weight, which counts in STAR's published numbers
 
-# name: parameters (specification 10; those of d20 to d30 by the same sum), tokens, peak, batch.
+# name: parameters (STAR specification 10; those of d20-d30 by the same sum), tokens, peak, batch.
 STAGES = {
     'star_d16_256': (274_934_272, 680, 1e-4, 512),
     'star_d30_256': (1_678_731_016, 680, 1e-4, 480),

@@ -1,4 +1,4 @@
-"""Is a scale drawn in passes as STAR specification section 9 says, and is its head taught so?"""
+"""Is a scale drawn in passes as STAR specification 9 says, and is its head taught so?"""
 
 import dataclasses
 import functools

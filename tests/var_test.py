@@ -122,7 +122,7 @@ def test_a_state_dict_comes_back(shared, qk_norm):
 
 
 def test_what_decays_is_as_published():
-    """Specification 6: matrices and class vectors, but neither biases nor positions nor levels."""
+    """STAR specification 6: matrices and class vectors, not biases, positions or levels."""
     var = dataclasses.replace(VAR, shared_adaln=True)
     flat = flatten(decayed(jax.tree.map(lambda x: x, meta.unbox(var.abstract()))))
     kept = {name for name, decays in flat.items() if not decays}

@@ -1,4 +1,4 @@
-"""Which published STAR and VQ-VAE tensor is which of our parameters? (specification section 10)"""
+"""Which published STAR and VQ-VAE tensor is which of our parameters? (STAR specification 10)"""
 
 import re
 from collections.abc import Iterable

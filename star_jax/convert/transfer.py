@@ -170,7 +170,7 @@ def _model(part: Part, tokenizer: folder.Tokenizer, text: Text | None, where: st
 
 
 def _published_sampling(config: Family) -> Settings:
-    """The settings of the originals' own images (specification 8 and 11)."""
+    """The settings of the originals' own images (STAR specification 8 and 11)."""
     if not isinstance(config, Star):
         return Settings(guidance=1.5, top_k=900, top_p=0.96)
     if config.refinement:

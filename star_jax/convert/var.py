@@ -1,4 +1,4 @@
-"""Which published VAR tensor is which of our parameters? (STAR specification section 11)"""
+"""Which published VAR tensor is which of our parameters? (STAR specification 11)"""
 
 from star_jax.convert.entries import Entry, layer_entries
 from star_jax.convert.star import ADDITIVE, BLOCK, BLOCK_OFFSET, BLOCK_SCALE, LINEAR, SAME

@@ -1,6 +1,6 @@
 """Which codes may a draw choose from?
 
-STAR specification section 8: first top-k (ties at the k-th logit all stay), then top-p inside what
+STAR specification 8: first top-k (ties at the k-th logit all stay), then top-p inside what
 is left. Filters mask logits with -inf and never reorder them.
 """
 

@@ -28,7 +28,7 @@ def share(mode: Mode, r: Any) -> Any:
 
 
 def budgets(tokens: int, passes: int, mode: Mode = 'arccos') -> tuple[int, ...]:
-    """How many of `tokens` each pass fixes, `tokens` in all (specification 9.2).
+    """How many of `tokens` each pass fixes, `tokens` in all (STAR specification 9.2).
 
     As in the original the last pass gets what the rounding of the others leaves, which is nothing
     or less for very few tokens.

@@ -1,6 +1,6 @@
 """Which parts make a STAR model?
 
-Text-conditioned next-scale prediction (STAR specification sections 3, 5 and 7).
+Text-conditioned next-scale prediction (STAR specification 3, 5 and 7).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from star_jax.text import TextEncoder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """The head of causal-driven stable sampling (specification 9).
+    """The head of causal-driven stable sampling (STAR specification 9).
 
     `first` is the first scale that it refines, counted from 0; `blocks` are its layers.
     """
@@ -123,7 +123,7 @@ class Star(Scales):
         )
 
     def _check_refinement(self, refinement: Refinement) -> None:
-        """Raises ValueError where the published code has no such head (specification 9)."""
+        """Raises ValueError where the published code has no such head (STAR specification 9)."""
         if not isinstance(self.positions, NormalisedRotary | RawRotary):
             raise ValueError(
                 f'a refinement head needs rotary positions, not {type(self.positions).__name__}'

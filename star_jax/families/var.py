@@ -1,6 +1,6 @@
 """Which parts make a VAR model?
 
-Class-conditional next-scale prediction (STAR specification section 11): learned positions, and
+Class-conditional next-scale prediction (STAR specification 11): learned positions, and
 modulation of every layer and of the head by the vector of each image's class.
 """
 

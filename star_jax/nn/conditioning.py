@@ -69,7 +69,7 @@ class LabelStart(nn.Module):
 
 
 class LevelModulation(nn.Module):
-    """AdaLN signals from the level embeddings alone, shared by all layers (specification 3.4)."""
+    """AdaLN signals of the level embeddings alone, for all layers (STAR specification 3.4)."""
 
     width: int
     kernel_init: layers.Initializer

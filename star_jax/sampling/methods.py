@@ -134,7 +134,7 @@ def guide(logits_RLV: jax.Array, batch: int, weight: jax.Array) -> jax.Array:
 
 
 def guidance_ramp(guidance: float, steps: int) -> jax.Array:
-    """[S] float32 weights, linear from 0 to `guidance`: STAR's cfg (specification 8)."""
+    """[S] float32 weights, linear from 0 to `guidance`: STAR's cfg (STAR specification 8)."""
     return guidance * jnp.arange(steps, dtype=jnp.float32) / max(steps - 1, 1)
 
 

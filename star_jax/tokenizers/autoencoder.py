@@ -1,6 +1,6 @@
 """How does an image become a small map of features, and back?
 
-The convolutional encoder and decoder of STAR and VAR (specification 1.1-1.3). Images are NHWC
+The convolutional encoder and decoder of STAR and VAR (STAR specification 1.1-1.3). Images are NHWC
 float32 in [-1, 1]. Widths, multipliers, groups and the stem are fields, so that a narrow one
 trains on two cores: a stem of 4 folds 4 x 4 pixels into channels before the first convolution
 (1: as published) and removes the work at full resolution.

@@ -16,7 +16,7 @@ Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Weights of the reconstruction losses, and the quantiser's (specification 1.8).
+    """Weights of the reconstruction losses, and the quantiser's (STAR specification 1.8).
 
     `edges` weighs the L1 distance of neighbouring pixels' differences. `scales` says how the
     quantiser's losses of all scales combine: VAR averages them, STAR's modified file sums.

@@ -1,7 +1,7 @@
 """How does a map of features become codes at growing scales, and back?
 
-The multi-scale residual quantiser of VAR and STAR (specification 1.5-1.8). Each scale quantises
-what the coarser ones left over; its code vectors, brought to full size and passed through a phi
+The multi-scale residual quantiser (STAR specification 1.5-1.8) of VAR and STAR. Each scale
+quantises what the coarser ones left over; its code vectors, brought to full size and passed through a phi
 convolution, add up to the canvas that the decoder turns into an image.
 """
 
@@ -24,7 +24,7 @@ from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
 LARGEST_SIDE = 2**14  # px, of an image
 
 # Which of four phi convolutions serves each of K scales. At K = 10 scales 2 and 7 lie exactly
-# between two; only the rounding of the published float64 code decides (specification 1.5).
+# between two; only the rounding of the published float64 code decides (STAR specification 1.5).
 PHI_OF_FOUR = {
     2: (0, 3),
     3: (0, 2, 3),
@@ -119,7 +119,7 @@ class Quantised:
         return jnp.concatenate([codes.reshape(len(codes), -1) for codes in self.codes], axis=1)
 
     def losses(self, f_BHWC: jax.Array, commitment: float) -> jax.Array:
-        """[K] commitment and codebook loss of each scale (specification 1.8).
+        """[K] commitment and codebook loss of each scale (STAR specification 1.8).
 
         VAR averages over the scales; STAR's modified file sums.
         """
@@ -199,7 +199,7 @@ class ResidualVQ(nn.Module):
         return (1 - self.phi_ratio) * full + self.phi_ratio * (convolved + self.phi_bias[phi])
 
     def quantise(self, f_BHWC: jax.Array) -> Quantised:
-        """Scale by scale: the nearest codes of what is left (specification 1.6)."""
+        """Scale by scale: the nearest codes of what is left (STAR specification 1.6)."""
         codes, targets, canvases = [], [], []
         canvas = jnp.zeros_like(f_BHWC)
         for step, (height, width) in enumerate(self.schedule.grids):
@@ -330,7 +330,7 @@ class VQTokenizer(nn.Module):
 
 
 def phi_of_scale(phis: int, scales: int) -> tuple[int, ...]:
-    """Which phi convolution serves each scale (specification 1.5)."""
+    """Which phi convolution serves each scale (STAR specification 1.5)."""
     if phis == 4 and scales in PHI_OF_FOUR:
         return PHI_OF_FOUR[scales]
     margin = 1 / (3 * phis) if phis == 4 else 1 / (2 * phis)

@@ -1,6 +1,6 @@
 """How do gradients become updates?
 
-AdamW as the published runs use it (STAR specification section 6): clipping by the global norm,
+AdamW as the published runs use it (STAR specification 6): clipping by the global norm,
 weight decay on matrices only, and both schedules counted in micro-iterations.
 """
 

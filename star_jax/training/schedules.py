@@ -1,6 +1,6 @@
 """How large is a step, and how strong the decay, at each iteration?
 
-STAR specification section 6. Iterations are micro-iterations, counted from 0. Every function takes
+STAR specification 6. Iterations are micro-iterations, counted from 0. Every function takes
 a Python, numpy or traced integer and returns float32, within 1e-6 of the peak.
 """
 

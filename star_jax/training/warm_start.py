@@ -1,4 +1,4 @@
-"""How does a model of more scales begin with the weights of one of fewer? (specification 7)
+"""How does a model of more scales begin with the weights of one of fewer? (STAR specification 7)
 
 Level embeddings and learned positions keep their first rows; everything else is the same.
 """

@@ -162,7 +162,7 @@ def overwritten(keep: Filter, first: int) -> Filter:
     """What version 'old' has made of a filter when it comes to its first refined scale.
 
     Each scale before sets the nucleus, and those from 9 and from 12 on the number of codes
-    (specification 8).
+    (STAR specification 8).
     """
     top_k = keep.top_k if first <= 9 else 300 if first <= 12 else 100
     return Filter(top_k=top_k, top_p=0.8)
