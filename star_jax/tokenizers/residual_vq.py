@@ -1,8 +1,8 @@
 """How does a map of features become codes at growing scales, and back?
 
 The multi-scale residual quantiser (STAR specification 1.5-1.8) of VAR and STAR. Each scale
-quantises what the coarser ones left over; its code vectors, brought to full size and passed through a phi
-convolution, add up to the canvas that the decoder turns into an image.
+quantises what the coarser ones left over; its code vectors, brought to full size and passed
+through a phi convolution, add up to the canvas that the decoder turns into an image.
 """
 
 import dataclasses
