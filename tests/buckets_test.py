@@ -127,7 +127,7 @@ def test_padding_changes_no_noise():
     """Noise belongs to the token: it does not depend on how many are drawn behind it."""
     keys_B = program.image_keys([1, 2])
     logits_BLV = jnp.zeros((B, 16, 32))
-    padded, alone = Index.draw(keys_B, logits_BLV), Index.draw(keys_B, logits_BLV[:, :9])
+    padded, alone = Index.sample(keys_B, logits_BLV), Index.sample(keys_B, logits_BLV[:, :9])
     np.testing.assert_array_equal(padded[:, :9], alone)
     padded, alone = (methods.gumbel_noise(keys_B, (size, 32)) for size in (16, 9))
     np.testing.assert_array_equal(padded[:, :9], alone)

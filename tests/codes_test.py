@@ -8,7 +8,7 @@ import pytest
 from star_jax.core.codes import Index
 
 V = 5
-draw = jax.jit(Index.draw)
+draw = jax.jit(Index.sample)
 
 
 @pytest.fixture
@@ -62,5 +62,5 @@ def test_an_image_draws_from_its_own_key():
 
 def test_the_rule_of_drawing_is_one_static_value():
     """It is a static field of a draw: were it new each time, every call would compile again."""
-    assert Index(V).draw == Index(V).draw
-    assert hash(Index(V).draw) == hash(Index(V).draw)
+    assert Index(V).sample == Index(V).sample
+    assert hash(Index(V).sample) == hash(Index(V).sample)

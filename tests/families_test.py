@@ -252,7 +252,7 @@ def keys(*seeds) -> jax.Array:
 
 
 def rule(top_p=0.9, temperature=1.0) -> FilteredSampling:
-    return FilteredSampling(Filter(top_k=20, top_p=top_p, temperature=temperature), Index(V).draw)
+    return FilteredSampling(Filter(top_k=20, top_p=top_p, temperature=temperature), Index(V).sample)
 
 
 def draw_rows(family: Family, which=range(2 * B), seeds=range(B), guidance=2.0, **numbers):
@@ -330,7 +330,7 @@ def test_codes_are_those_that_the_logits_give(family):
     """The filter, the key folded with the step and the order of the codes, as by hand."""
     found = draw_rows(family)
     schedule = family.model.schedule
-    choose = jax.jit(lambda key, logits: Index(V).draw(key[None], rule().keep(logits)[None])[0])
+    choose = jax.jit(lambda key, logits: Index(V).sample(key[None], rule().keep(logits)[None])[0])
     for step, logits_BLV in enumerate(in_order(found.traces, 'logits_BLV')):
         first, end = schedule.offsets[step : step + 2]
         key = jax.random.fold_in(jax.random.key(1), step)

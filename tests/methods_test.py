@@ -30,7 +30,7 @@ TOOLS = StepFns(
     embed=lambda codes: jnp.asarray(BOOK)[codes],
     mix=lambda weights: weights @ BOOK,
 )
-choose = jax.jit(Index.draw)
+choose = jax.jit(Index.sample)
 mix = jax.jit(soften)
 
 
@@ -85,7 +85,7 @@ def test_noise_belongs_to_the_code(keep, keys_B, logits_RLV):
 
 def test_a_plain_draw_guides_then_filters_then_chooses(keys_B, logits_RLV):
     keep = Filter(top_k=4, top_p=0.8, temperature=1.3)
-    found, guided = drawn(FilteredSampling(keep, Index(V).draw), keys_B, logits_RLV, 0, 0)
+    found, guided = drawn(FilteredSampling(keep, Index(V).sample), keys_B, logits_RLV, 0, 0)
     np.testing.assert_allclose(guided, guide(logits_RLV, B, 1.5), atol=1e-5)
     np.testing.assert_array_equal(found.codes_BL, choose(keys_B, jax.jit(keep)(guided)))
     np.testing.assert_array_equal(found.vectors_BLC, BOOK[found.codes_BL])
@@ -93,7 +93,7 @@ def test_a_plain_draw_guides_then_filters_then_chooses(keys_B, logits_RLV):
 
 def test_the_largest_is_what_one_code_leaves(keys_B, logits_RLV):
     greedy, _ = drawn(FilteredSampling(Filter(), choose_largest), keys_B, logits_RLV, 0, 0)
-    single, _ = drawn(FilteredSampling(Filter(top_k=1), Index(V).draw), keys_B, logits_RLV, 0, 0)
+    single, _ = drawn(FilteredSampling(Filter(top_k=1), Index(V).sample), keys_B, logits_RLV, 0, 0)
     np.testing.assert_array_equal(greedy.codes_BL, single.codes_BL)
 
 

@@ -122,8 +122,8 @@ def step_fns(refine) -> StepFns:
 
 def rule(version: str, keep: Filter = ALL, **parts) -> Stable:
     plans = plan(Pyramid.square((1, 4)), VERSIONS[version], 'arccos', 1, 1)
-    plain = FilteredSampling(keep, Index.draw)
-    return Stable(plain=plain, keep=keep, guidance=2.0, choose=Index.draw, plans=plans, **parts)
+    plain = FilteredSampling(keep, Index.sample)
+    return Stable(plain=plain, keep=keep, guidance=2.0, choose=Index.sample, plans=plans, **parts)
 
 
 def another(vectors_RLC, features_RLD, step):

@@ -1,17 +1,25 @@
-"""What is one token?"""
+"""What is one token?
+
+A head gives flat logits; `Codes` says how they are read. `Index` is one of many codes, `Bits` is a
+vector of independent bits.
+"""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
 class Sampled(NamedTuple):
-    """What one step drew: the codes, and the vectors that stand for them on the canvas.
+    """The tokens of one step.
 
-    `passes` is what each of several passes left, where a draw takes them and a trace is asked for.
+    Attributes:
+        codes_BL: codes, [B, L, *codes.shape].
+        vectors_BLC: the vectors that stand for them on the canvas, float32.
+        passes: the trace of each pass, for methods that take several and when a trace is asked for.
     """
 
     codes_BL: jax.Array
@@ -19,30 +27,122 @@ class Sampled(NamedTuple):
     passes: Any = None
 
 
+class Codes(Protocol):
+    """How the flat output of a head becomes codes.
+
+    Logits here are parsed: their last axis is one categorical distribution.
+
+    Attributes:
+        num_logits: the flat width V of a head.
+        shape: the shape of the code of one token: () for an index, (K,) for bits.
+        dtype: the dtype in which codes are stored.
+        num_codes: how many values one number of a code takes.
+    """
+
+    @property
+    def num_logits(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def num_codes(self) -> int: ...
+
+    def parse(self, flat_BLV: jax.Array) -> jax.Array:
+        """[B, L, V] of a head -> logits [B, L, *shape, num_codes]."""
+
+    def nll(self, logits: jax.Array, codes: jax.Array, smoothing: float = 0.0) -> jax.Array:
+        """[B, L] float32 negative log-likelihood (natural logarithm), a mean over bits."""
+
+    def hits(self, logits: jax.Array, codes: jax.Array) -> jax.Array:
+        """[B, L] float32: the share of a token's code that the most probable one gets right."""
+
+    def sample(self, keys_B: jax.Array, logits: jax.Array) -> jax.Array:
+        """[B, L, *shape] codes, with one key per image."""
+
+    def top(self, logits: jax.Array) -> jax.Array:
+        """[B, L, *shape]: the most probable codes."""
+
+
+class Categorical:
+    """Everything that is done with one categorical distribution per number of a code."""
+
+    def nll(self, logits: jax.Array, codes: jax.Array, smoothing: float = 0.0) -> jax.Array:
+        """[B, L] float32: (1 - e) cross-entropy + e mean of -log p over the values, e `smoothing`.
+
+        Several numbers of one code are averaged.
+        """
+        logits = logits.astype(jnp.float32)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, codes.astype(jnp.int32))
+        if smoothing:
+            uniform = -jax.nn.log_softmax(logits).mean(-1)
+            nll = (1 - smoothing) * nll + smoothing * uniform
+        return _mean_of_token(nll)
+
+    def hits(self, logits: jax.Array, codes: jax.Array) -> jax.Array:
+        """[B, L] float32: the share of a code that the most probable one gets right."""
+        return _mean_of_token((logits.argmax(-1) == codes).astype(jnp.float32))
+
+    # Static: as a field of a sampling method, a method bound to a new object would compile anew.
+    @staticmethod
+    def sample(keys_B: jax.Array, logits: jax.Array) -> jax.Array:
+        """Codes, int32, with one key per image.
+
+        Gumbel noise belongs to the code, so a filter's -inf never moves the noise of another code.
+        """
+        return jax.vmap(jax.random.categorical)(keys_B, logits).astype(jnp.int32)
+
+    @staticmethod
+    def top(logits: jax.Array) -> jax.Array:
+        """The most probable codes, int32."""
+        return logits.argmax(-1).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
-class Index:
+class Index(Categorical):
     """One of `size` codes; codes_BL are int32."""
 
     size: int
+
+    shape = ()
+    dtype = np.dtype(np.int32)
 
     @property
     def num_logits(self) -> int:
         return self.size
 
-    def nll(self, logits_BLV: jax.Array, codes_BL: jax.Array) -> jax.Array:
-        """[B, L] float32 negative log-likelihood (natural logarithm) of the codes."""
-        logits_BLV = logits_BLV.astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, codes_BL)
+    @property
+    def num_codes(self) -> int:
+        return self.size
 
-    def hits(self, logits_BLV: jax.Array, codes_BL: jax.Array) -> jax.Array:
-        """[B, L] float32: 1 where the most probable code is the right one."""
-        return (logits_BLV.argmax(-1) == codes_BL).astype(jnp.float32)
+    def parse(self, flat_BLV: jax.Array) -> jax.Array:
+        return flat_BLV
 
-    # Static: as a field of a draw, a method bound to a new `Index` would compile anew each call.
-    @staticmethod
-    def draw(keys_B: jax.Array, logits_BLV: jax.Array) -> jax.Array:
-        """[B, L] int32, one key per image.
 
-        Gumbel noise belongs to the code, so the filters' -inf never moves another code's noise.
-        """
-        return jax.vmap(jax.random.categorical)(keys_B, logits_BLV).astype(jnp.int32)
+@dataclasses.dataclass(frozen=True)
+class Bits(Categorical):
+    """`width` independent bits; codes_BLK are 0 or 1, two neighbouring logits each."""
+
+    width: int
+
+    dtype = np.dtype(np.int8)
+    num_codes = 2
+
+    @property
+    def num_logits(self) -> int:
+        return 2 * self.width
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    def parse(self, flat_BLV: jax.Array) -> jax.Array:
+        return flat_BLV.reshape(*flat_BLV.shape[:-1], self.width, 2)
+
+
+def _mean_of_token(x: jax.Array) -> jax.Array:
+    """[B, L] of [B, L, ...]."""
+    return x.mean(tuple(range(2, x.ndim))) if x.ndim > 2 else x

@@ -143,7 +143,7 @@ def arguments(settings: Settings, steps: int, codes: Index) -> tuple[jax.Array, 
     ramp_S = guidance_ramp(settings.guidance, steps)
     if settings.smooth:
         return ramp_S, SmoothSampling(steps=steps)
-    return ramp_S, FilteredSampling(keep(settings), codes.draw)
+    return ramp_S, FilteredSampling(keep(settings), codes.sample)
 
 
 def keep(settings: Settings) -> Filter:

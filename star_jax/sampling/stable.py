@@ -226,7 +226,7 @@ def arguments(
         plain=plain,
         keep=methods.keep(settings),
         guidance=settings.guidance,
-        choose=codes.draw,
+        choose=codes.sample,
         plans=plan_wanted(schedule, settings.stable, network.refiner.first),
         once=settings.stable.once,
     )
