@@ -32,9 +32,14 @@ Reports = dict[str, dict[str, Any]]
 class Suite:
     """What is measured of every run.
 
-    `resolutions` in px of published scales, with 0 for the run's own; `batches` of images drawn at
-    once, and the `largest` that fits by what those needed; `training` batches at `trained`
-    resolutions.
+    Attributes:
+        resolutions: image sides to sample at, in px of the published scales (0: the model's own).
+        batches: batch sizes of sampling.
+        largest: also sample with the largest batch that fits, estimated from the smaller ones.
+        trained: image sides to train at, in px of the published scales (0: the model's own).
+        training: batch sizes of training.
+        repeats: timed runs of each program.
+        dtype: dtype of the activations; bfloat16 on accelerators.
     """
 
     resolutions: tuple[int, ...] = (256, 512, 1024)

@@ -28,20 +28,20 @@ Forms = Mapping[str, Form]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unsaid:
-    """What a published file does not say, with the values of the published models.
+    """What a published file does not contain; the defaults are those of the published models.
 
     Attributes:
-        size: px of the images, which tells the scales (0: those that the number of scales and of
-            positions allow, the smallest).
-        sides: the scales themselves, of a model that was not published.
-        heads: of attention, where no score scales tell (0: one per 64 channels).
-        theta: of rotary positions.
-        extent: of their coordinates, the originals' rope_norm (-1: they count cells).
-        logit_norm: whether features are normalised before the logits.
-        first_refined: the first scale of a refinement head, counted from 0.
-        groups: of the tokenizer's group norms.
-        normalised: whether the tokenizer compares directions (z-norm).
-        released: whether the model is to be sampled with the originals' cross-attention.
+        size: image side in px, which determines the scales (0: the smallest that fits the number of
+            scales and of positions).
+        sides: side of each scale in tokens, for a model with other scales than the published ones.
+        heads: attention heads, if the file has no score scales (0: one per 64 channels).
+        theta: base of the rotary frequencies.
+        extent: largest rotary coordinate, the published rope_norm (-1: coordinates count cells).
+        logit_norm: normalise features before the projection to logits.
+        first_refined: first scale of the refinement head, counted from 0.
+        groups: groups of the tokenizer's group norms.
+        normalised: the tokenizer looks codes up by direction (z-norm) instead of distance.
+        released: sample the model with the cross-attention of the published code.
     """
 
     size: int = 0

@@ -16,13 +16,14 @@ class Stable:
     """Causal-driven stable sampling, for a model with a refinement head (STAR specification 9).
 
     Attributes:
-        version: off; 'new': eight passes over a scale, all by the head; or '1024': 15 passes from
-            scale 13 on, and before it the first five of eight by the base model.
-        mode: how many tokens each pass fixes, from few to many.
-        first: the first refined scale, counted from 0 (0: the first that the head was made for).
-        last: the last one (0: the last of all).
-        once: the base model's passes keep to their number of tokens; the published code fixes as
-            many again, those that are most certain.
+        version: off; 'new': the head samples a scale in eight passes; '1024': 15 passes from scale
+            13 on, and in earlier scales eight passes, the first five by the base model.
+        mode: schedule of the number of tokens that each pass fixes; all of them start with few.
+        first: first refined scale, counted from 0 (0: the first scale that the head was trained
+            for).
+        last: last refined scale (0: the last scale of the model).
+        once: passes of the base model fix exactly their number of tokens; the published code also
+            fixes as many of the most certain tokens.
     """
 
     version: Version = 'off'
@@ -41,13 +42,18 @@ class Stable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How images are drawn.
+    """How images are sampled.
 
-    `guidance` is STAR's cfg: the weight grows from 0 at the first scale to `guidance` at the last;
-    0 runs the prompts alone. `top_k` codes (0, or more than there are: all) and of those the most
-    probable `top_p` of the mass (0: all) may be drawn, at `temperature`. `smooth` mixes code
-    vectors instead of drawing codes and ignores the filters; pictures look cleaner and mean less.
-    `stable` draws the finer scales in several passes.
+    Attributes:
+        guidance: classifier-free guidance (STAR's cfg); the weight grows from 0 at the first scale
+            to this value at the last (0: off, which halves the work).
+        top_k: sample among this many most probable codes (0, or more than there are: all).
+        top_p: of those, sample among the most probable ones that hold this share of the probability
+            (0: all).
+        temperature: divisor of the logits; below 1 sharpens the distribution.
+        smooth: mix code vectors instead of sampling codes; top_k, top_p and temperature are
+            ignored; images look cleaner and follow the prompt less.
+        stable: stable sampling of the finer scales in several passes, by a refinement head.
     """
 
     guidance: float = 4.0

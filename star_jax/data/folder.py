@@ -37,11 +37,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folder:
-    """Images with captions in a folder and those below it, as `listing` describes.
+    """A folder of images with captions, and the folders below it, as `listing` describes.
 
-    `split`: 'train', 'validation', or 'all'. `held_out` is about the share of the images that is
-    'validation'; the path of an image decides, so that it stays where it is when others come.
-    `caption` names the field of a list that holds the captions ('': text, caption or captions).
+    Attributes:
+        path: folder of the images.
+        split: 'train', 'validation', or 'all'.
+        held_out: approximate share of the images in the split 'validation'; the path of an image
+            decides its split, so that adding images moves no others.
+        caption: field of the list of captions ('': the first of text, caption and captions).
     """
 
     path: str = ''

@@ -44,11 +44,14 @@ class Record(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A set on disk and the names of its fields.
+    """A data set in the format of TensorFlow Datasets.
 
-    `path`: a folder that holds dataset_info.json, or the name of a set in the tfds data folder.
-    `split` may be a slice such as `train[:10%]`. `caption` names a field with one text, several, or
-    a class; `label` may be '' for none.
+    Attributes:
+        path: folder that holds dataset_info.json, or the name of a set in the tfds data folder.
+        split: split of the set, or a slice of one such as train[:10%].
+        image: field that holds the image.
+        caption: field that holds one caption, several captions, or a class.
+        label: field that holds the label ('': none).
     """
 
     path: str

@@ -30,11 +30,14 @@ STAR_NOTCH = 0.45  # of the radius of its tips
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The embedded set: `count` scenes of a split, with one of the given numbers of objects.
+    """The embedded data set: rendered scenes of coloured shapes with captions.
 
-    `split` is 'train', 'validation' (the same pairs of colour and shape, other scenes) or
-    'held_out' (every scene has a pair that 'train' never shows). A scene keeps `phrasings` of its
-    captions (0: all, up to 31), so that the text features of a set can be computed once.
+    Attributes:
+        count: number of scenes.
+        split: 'train', 'validation' (other scenes with the same pairs of colour and shape) or
+            'held_out' (every scene has a pair that is never in 'train').
+        objects: numbers of objects in a scene; one of them is chosen per scene.
+        phrasings: captions per scene (0: all, up to 31); few let text features be computed once.
     """
 
     count: int = 200_000

@@ -32,11 +32,25 @@ HEAD_INIT = 0.02  # shrinks the logits' weights at the start (STAR specification
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scales:
-    """Sizes and parts of a transformer that predicts scale after scale.
+    """Sizes and parts of a transformer that predicts an image scale by scale.
 
-    Widths are in channels, `sides` in tokens. `codes` and `channels` are the tokenizer's.
-    `drop_path` is the rate of the deepest layer, `keep_tokens` how many tokens training keeps (0:
-    all; the rest are dropped from the last scale), `gate_init` the start of a modulation's gates.
+    Attributes:
+        depth: number of transformer blocks.
+        width: channels of a token inside the transformer.
+        heads: attention heads of a block; a divisor of width.
+        mlp_ratio: hidden width of the MLP, as a multiple of width.
+        sides: side of each scale in tokens, from coarse to fine.
+        codes: number of entries of the tokenizer's codebook.
+        channels: channels of the tokenizer's code vectors.
+        positions: position encoding; another kind is chosen in a config file.
+        level_embedding: add a learned vector per scale to its tokens.
+        shared_adaln: share one modulation among all blocks, with a learned offset per block.
+        qk_norm: normalise queries and keys, and learn a temperature per head.
+        drop_path: stochastic depth: probability of skipping the last block; earlier blocks are
+            skipped less often, in proportion to their depth.
+        keep_tokens: tokens of an image that are trained on; the others are dropped at random from
+            the last scale (0: all are kept).
+        gate_init: factor on the initial gates of the modulation.
     """
 
     PROMPT: ClassVar[Literal['caption', 'label']]  # what of an example prompts such a model

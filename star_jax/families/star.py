@@ -28,9 +28,11 @@ from star_jax.text import TextEncoder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """The head of causal-driven stable sampling (STAR specification 9).
+    """The refinement head of causal-driven stable sampling (specification 9).
 
-    `first` is the first scale that it refines, counted from 0; `blocks` are its layers.
+    Attributes:
+        first: first scale that the head refines, counted from 0.
+        blocks: number of transformer blocks of the head.
     """
 
     first: int = 9
@@ -47,9 +49,16 @@ class Refinement:
 class Star(Scales):
     """A STAR transformer; the defaults are the published d16 at 256 px.
 
-    `text_width` is the text encoder's. `released_cross_attention` gives every row the
-    cross-attention of the first one, as the published code does: in training of the first image on
-    the same device, in sampling of the prompted row of the same image (a published batch of one).
+    Attributes:
+        shared_adaln: modulate all blocks by the scale's embedding, with one shared projection and a
+            learned offset per block.
+        text_width: width of the text encoder's features.
+        logit_norm: normalise features before the projection to logits.
+        cross_attention: let every block attend to the text tokens.
+        released_cross_attention: every row uses the cross-attention of the first one, as the
+            published code does: in training that of the first image on the device, in sampling that
+            of the prompted row (a published batch of one).
+        refinement: head of stable sampling; one is added in a config file.
     """
 
     PROMPT = 'caption'

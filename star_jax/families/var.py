@@ -28,10 +28,16 @@ HEAD_MODULATION_INIT = 0.5  # shrinks the weights of the head's modulation at th
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Var(Scales):
-    """A VAR transformer of `classes` classes; the defaults are the published d16 at 256 px.
+    """A class-conditional VAR transformer; the defaults are the published d16 at 256 px.
 
-    `names` are those of the classes in order, as the data's labels say them (none: labels are
-    numbers from 0 on). With `shared_adaln` layers share one modulation and have their own offsets.
+    Attributes:
+        classes: number of classes.
+        names: names of the classes in order, as the labels of the data spell them (none: labels are
+            numbers from 0).
+        positions: position encoding; another kind is chosen in a config file.
+        shared_adaln: share one class modulation among all blocks, with a learned offset per block
+            (VAR-d36), instead of one projection per block.
+        gate_init: factor on the initial gates of the modulation.
     """
 
     PROMPT = 'label'

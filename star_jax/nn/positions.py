@@ -43,7 +43,12 @@ class NoPositions(Positions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormalisedRotary(Positions):
-    """Rotary positions whose coordinates span [0, extent] at every scale; STAR's choice."""
+    """Rotary positions whose coordinates span [0, extent] at every scale; STAR's choice.
+
+    Attributes:
+        theta: base of the rotary frequencies.
+        extent: coordinate of the last cell of every scale, along both axes.
+    """
 
     theta: float = 10000.0
     extent: float = 64.0
@@ -58,7 +63,11 @@ class NormalisedRotary(Positions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RawRotary(Positions):
-    """Rotary positions that count the cells of each scale."""
+    """Rotary positions whose coordinates count the cells of each scale.
+
+    Attributes:
+        theta: base of the rotary frequencies.
+    """
 
     theta: float = 10000.0
 
@@ -79,7 +88,12 @@ class Learned(Positions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SinCos(Positions):
-    """A fixed table of sines and cosines over coordinates that span [0, extent] at every scale."""
+    """A fixed table of sines and cosines over coordinates that span [0, extent] at every scale.
+
+    Attributes:
+        theta: base of the frequencies.
+        extent: coordinate of the last cell of every scale, along both axes.
+    """
 
     theta: float = 10000.0
     extent: float = 64.0

@@ -17,11 +17,14 @@ AXES = ('data', 'fsdp', 'tensor', 'sequence')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
-    """How many devices lie along each axis.
+    """Number of devices along each mesh axis.
 
-    `data` holds replicas (0: all devices that the other axes leave) and goes across slices, `fsdp`
-    splits parameters and batch, `tensor` splits heads and hidden widths, `sequence` the rows of an
-    image.
+    Attributes:
+        data: replicas, which split the batch and go across slices (0: all devices that the other
+            axes leave).
+        fsdp: devices that split parameters, optimizer state and batch.
+        tensor: devices that split attention heads and hidden widths.
+        sequence: devices that split the tokens of an image.
     """
 
     data: int = 0

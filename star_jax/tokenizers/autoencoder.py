@@ -20,7 +20,17 @@ ZEROS = nn.initializers.zeros  # residual branches start as the identity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autoencoder:
-    """Sizes of an encoder and its decoder; the defaults are the published ones."""
+    """Sizes of the encoder and the decoder; the defaults are the published ones.
+
+    Attributes:
+        width: channels of the first level.
+        multipliers: channels of each level, as multiples of width; every level after the first
+            halves the resolution.
+        blocks: residual blocks of a level.
+        groups: groups of the group norms; a divisor of width.
+        stem: side of the squares of pixels that the first layer folds into channels (1: none, as
+            published); removes the work at full resolution.
+    """
 
     width: int = 160
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)

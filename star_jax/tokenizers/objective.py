@@ -16,10 +16,17 @@ Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Weights of the reconstruction losses, and the quantiser's (STAR specification 1.8).
+    """Weights of the reconstruction losses and of the quantiser's (specification 1.8).
 
-    `edges` weighs the L1 distance of neighbouring pixels' differences. `scales` says how the
-    quantiser's losses of all scales combine: VAR averages them, STAR's modified file sums.
+    Attributes:
+        l1: weight of the mean absolute error of the pixels.
+        l2: weight of their mean squared error.
+        edges: weight of the mean absolute error of differences between neighbouring pixels.
+        perceptual: weight of the LPIPS distance (0: off; needs the extra lpips).
+        quantiser: weight of the quantiser's losses, those of codebook and commitment.
+        commitment: weight of the commitment loss within them.
+        scales: how the quantiser's losses of all scales combine: VAR takes the mean, STAR's
+            modified file the sum.
     """
 
     l1: float = 1.0

@@ -46,10 +46,16 @@ PHI_OF_FOUR = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VQ:
-    """A convolutional tokenizer with residual codes; the defaults are the published ones.
+    """An image tokenizer with residual codes per scale; the defaults are the published ones.
 
-    `phis` counts phi convolutions (1: one for all scales, as many as scales: one each), `phi_ratio`
-    is their share in the output. `normalised` compares directions instead of distances (z-norm).
+    Attributes:
+        autoencoder: sizes of the encoder and the decoder.
+        sides: side of each scale in tokens, from coarse to fine.
+        codes: number of entries of the codebook.
+        channels: channels of a code vector.
+        phis: number of phi convolutions (1: shared by all scales; as many as scales: one each).
+        phi_ratio: share of a phi convolution's output in what a scale adds to the canvas.
+        normalised: look codes up by direction (cosine) instead of distance.
     """
 
     autoencoder: Autoencoder = Autoencoder()

@@ -20,10 +20,17 @@ CLIP_EPSILON = 1e-6  # of the published clipping
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Adam with decoupled weight decay, from `weight_decay` to `weight_decay_end` (0: the same).
+    """Adam with decoupled weight decay, clipping and gradient accumulation.
 
-    Gradients longer than `clip` are shortened to it. `accumulate` micro-iterations make one update
-    from the mean of their gradients, at the rates of the last of them.
+    Attributes:
+        learning_rate: schedule of the learning rate.
+        weight_decay: weight decay at the start of the run.
+        weight_decay_end: weight decay at its end, along half a cosine (0: as at the start).
+        beta1: decay of the running mean of the gradients.
+        beta2: decay of the running mean of their squares.
+        epsilon: constant added to the denominator of an update.
+        clip: largest global norm of the gradients; longer ones are scaled to it.
+        accumulate: steps whose mean gradient makes one update, at the rates of the last of them.
     """
 
     learning_rate: LearningRate = LearningRate()

@@ -59,13 +59,14 @@ class ReleasedLoss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unmasking:
-    """How a refinement head is taught.
+    """How a refinement head is trained to predict hidden tokens from shown ones.
 
     Attributes:
-        mode: how many tokens are shown, most often few or most often many.
+        mode: distribution of the share of shown tokens: uniform (linear), mostly small (root), or
+            mostly large (arccos, square, cosine).
         loss: mean cross-entropy of hidden tokens, or the published loss.
-        decay_all: weight decay works on biases and tables too, as published.
-        noisy_base: the frozen model drops paths at random, as published.
+        decay_all: apply weight decay to biases and tables too, as published.
+        noisy_base: apply stochastic depth to the frozen model, as published.
     """
 
     mode: Mode = 'arccos'

@@ -31,14 +31,14 @@ Data = Shapes | Prepared | Folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long a run is and how often it reports, all in steps.
+    """How long a run is, and how often it reports and saves, all in training steps.
 
     Attributes:
-        steps: the whole run.
-        log: from one report of scalars to the next.
-        sample: from one grid of pictures, and held-out scores, to the next.
-        save: from one checkpoint to the next.
-        keep: the newest so many checkpoints stay.
+        steps: training steps of the whole run.
+        log: steps between two reports of the metrics.
+        sample: steps between two sample grids, each with the metrics of the validation set.
+        save: steps between two checkpoints; a multiple of log.
+        keep: number of newest checkpoints that are kept.
     """
 
     steps: int = 10_000
@@ -61,23 +61,25 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRun:
-    """Trains a tokenizer.
+    """The config of a run that trains an image tokenizer.
 
     Attributes:
-        model: its sizes.
-        data: the pictures.
-        validation: the pictures of the held-out scores; without a path, those of data.
-        init: a model folder to go on from ('': none); its codes stay if plain_steps is 0.
-        objective: the weights of the losses.
-        optimizer: the optimizer and its schedules.
-        pace: length, reports and checkpoints.
-        batch: images per step, on all devices.
-        plain_steps: steps without the quantiser; then k-means finds the first codes.
-        restart_every: steps after which unused codes move to vectors that are asked for.
-        restart_until: share of the run after which they no longer do.
-        ema: decay of the averaged parameters (0: none are kept).
-        mesh: how the devices are arranged.
-        seed: of the parameters and the order of the data.
+        model: sizes of the tokenizer.
+        data: training images.
+        validation: images of the validation metrics; without a path, a split of the training set.
+        init: model folder to warm-start from ('': random weights); the codebook is kept if
+            plain_steps is 0.
+        objective: weights of the losses.
+        optimizer: optimizer and its schedules.
+        pace: length of the run, reports and checkpoints.
+        batch: images per step, over all devices.
+        plain_steps: steps without the quantiser at the start; then k-means initialises the
+            codebook.
+        restart_every: steps between two restarts of unused codes at current feature vectors.
+        restart_until: share of the run after which unused codes are no longer restarted.
+        ema: decay of the exponential moving average of the parameters (0: no average).
+        mesh: devices along each mesh axis.
+        seed: seed of the initial parameters and of the order of the data.
     """
 
     model: VQ = VQ()
@@ -108,43 +110,44 @@ class TokenizerRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Trains a transformer on the codes of a frozen tokenizer.
+    """The config of a run that trains a transformer on the codes of a frozen tokenizer.
 
-    Of a model with a refinement head that head alone is trained, on the frozen model of `init`.
+    If the model has a refinement head, only that head is trained, on the frozen model of `init`.
 
     Attributes:
-        model: its sizes and parts.
-        init: a model folder to go on from, perhaps of fewer scales ('': none).
-        tokenizer: a model folder, a hub id, or 'shipped': the one in the package ('': that of
-            init, or else the shipped one).
-        text: the text encoder: package:NAME, a folder, or a hub id (a model of classes has none).
-        features: text from a cache on disk, or computed inside the training program.
-        cache: a folder of `star-jax data cache`, for codes and text features ('': pictures are
-            encoded when they are needed, and features kept in the user's cache folder).
-        data: captioned pictures.
-        enlarge: training pictures are read so many times larger, and a random square of each is
-            shown (VAR's 1.125); 1 shows all.
-        validation: those of the held-out scores and of the sample grids; without a path, of data.
-        optimizer: the optimizer and its schedules.
-        pace: length, reports and checkpoints.
-        batch: images per step, on all devices.
-        caption_drop: probability of the empty caption, or of no class, instead of a picture's own.
-        balance: 0 where every token counts alike in the loss, 1 where every scale does, however
-            few its tokens; coarse scales decide what is where.
-        released_loss_scale: where tokens are dropped (model.keep_tokens), the loss is multiplied by
-            the images of a device, as in the published code; gradients are then clipped more.
-        unmasking: how a refinement head is taught.
-        ema: decay of the averaged parameters (0: none are kept).
-        dtype: of the activations; bfloat16 for accelerators.
-        remat: compute activations again in the backward pass, to save memory.
-        unroll: layers compiled side by side; more is faster where layers are small (CPU), and
-            takes longer to compile.
-        attention: the kernel: what suits platform and shapes (automatic), the plain formula
-            (dense), each scale over the keys it sees (by_scale), a part of the rows at a time
-            (chunked), or a platform's own (flash: NVIDIA, in bfloat16; splash: TPU).
-        sampling: how the sample grids are drawn.
-        mesh: how the devices are arranged.
-        seed: of the parameters and the order of the data.
+        model: family, sizes and parts of the transformer.
+        init: model folder to warm-start from; it may have fewer scales ('': random weights).
+        tokenizer: image tokenizer: a model folder, a hub id, or 'shipped' ('': that of init,
+            otherwise the shipped one).
+        text: text encoder: package:NAME, a folder, or a hub id (class-conditional models use none).
+        features: text features from a cache on disk, or computed inside the training program.
+        cache: folder written by `star-jax data cache`, with codes and text features ('': images are
+            encoded in every step, text features are cached in the user's cache folder).
+        data: training images with captions.
+        enlarge: load training images this many times larger and train on a random crop (VAR: 1.125;
+            1: no crop).
+        validation: images of the validation metrics and sample grids; without a path, a split of
+            the training set.
+        optimizer: optimizer and its schedules.
+        pace: length of the run, reports and checkpoints.
+        batch: images per step, over all devices.
+        caption_drop: probability of training an image without its caption or class, for guidance.
+        balance: weight of a scale in the loss: 0 weights all tokens equally, 1 weights all scales
+            equally, so that the few tokens of coarse scales count more.
+        released_loss_scale: multiply the loss by the images per device when tokens are dropped
+            (model.keep_tokens), as the published code does; gradients are then clipped more.
+        unmasking: training of a refinement head.
+        ema: decay of the exponential moving average of the parameters (0: no average).
+        dtype: dtype of the activations; bfloat16 on accelerators.
+        remat: recompute activations in the backward pass, which saves memory and costs time.
+        unroll: number of blocks compiled per iteration of the loop over blocks; more is faster for
+            small blocks on CPUs, and compiles longer.
+        attention: attention kernel: chosen by platform and shapes (automatic), reference formula
+            (dense), one call per scale (by_scale), rows in chunks (chunked), or the kernel of a
+            platform (flash: NVIDIA GPUs, half precision; splash: TPUs).
+        sampling: sampling settings of the sample grids and of the exported model.
+        mesh: devices along each mesh axis.
+        seed: seed of the initial parameters and of the order of the data.
     """
 
     model: Family = Star()

@@ -18,10 +18,15 @@ BROKEN_LINE = re.compile(r'lin(0?\.\d+)')  # lin0.5: two lines that meet at half
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningRate:
-    """A linear warm-up from `start` to the peak, then a fall to `end`, both as shares of `peak`.
+    """A linear warm-up to the peak, then a decay.
 
-    `shape` is lin0, lin, lin00, cos, exp, or lin<tau> such as lin0.5. The published runs warm up
-    for 2 % of their iterations.
+    Attributes:
+        peak: highest learning rate.
+        warmup_steps: steps from the start to the peak (published runs: 2 % of their steps).
+        start: learning rate of the first step, as a share of peak.
+        end: learning rate of the last step, as a share of peak.
+        shape: shape of the decay: lin0, lin, lin00, cos, exp, or lin<tau> such as lin0.5, two lines
+            that meet at the share tau of the run.
     """
 
     peak: float = 1e-4
