@@ -19,7 +19,7 @@ from star_jax.data import codes
 from star_jax.data.folder import Folder
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
-from star_jax.evaluation import likelihood
+from star_jax.losses import tokens
 from star_jax.text import FeatureCache, TextEncoder
 from star_jax.text import load as load_text
 from star_jax.training import cache, train
@@ -76,7 +76,7 @@ def losses(job: TransformerJob, state: TrainState, steps: int) -> list[float]:
 
 def test_codes_of_a_cache_are_those_of_the_tokenizer(run, images, made):
     cached = job(run, made)
-    encode = jax.jit(functools.partial(likelihood.encode, images.tokenizer))
+    encode = jax.jit(functools.partial(tokens.encode, images.tokenizer))
     for name in ('data', 'validation'):
         coded = cached.source if name == 'data' else cached.validation
         source = images.pictures[name]

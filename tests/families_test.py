@@ -22,9 +22,9 @@ from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import Filter
 from star_jax.core.schedule import Raster
-from star_jax.evaluation import likelihood
 from star_jax.families.star import Star
 from star_jax.families.var import Var
+from star_jax.losses import tokens
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
@@ -679,7 +679,7 @@ def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
     model, tokenizer = family.model, family.tokenizer
     grid = np.random.default_rng(3).integers(0, V, (B, 2, 3, 1))
     images = np.rint(grid.repeat(3, -1) / (V - 1) * 255).astype(np.uint8)
-    codes = likelihood.encode(tokenizer, {}, images)
+    codes = tokens.encode(tokenizer, {}, images)
     prompted, unprompted = family.rows(range(B)), family.rows([B])
     optimizer = AdamW(learning_rate=LearningRate(peak=1e-2, warmup_steps=1)).build(200)
     recipe = training.Recipe(condition_drop=0.1, drop_path=0.1, ema=0.5)

@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 
 from star_jax.core.condition import TextCondition
-from star_jax.evaluation import likelihood
 from star_jax.families.star import Star
+from star_jax.losses import tokens
 from star_jax.nn.transformer import Transformer
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import MeshShape
@@ -48,7 +48,7 @@ def arguments(star: Star, batch: int) -> tuple[Any, jax.Array, jax.Array, TextCo
 def loss(model: Transformer, params: Any, *batch: Any) -> tuple[jax.Array, jax.Array]:
     """The mean loss, and that of every token."""
     codes = model.to_logits.num_logits
-    nll_BL, hit_BL = likelihood.token_losses(model, VQ(codes=codes).build(), params, *batch)
+    nll_BL, hit_BL = tokens.token_losses(model, VQ(codes=codes).build(), params, *batch)
     return nll_BL.mean(), (nll_BL, hit_BL.mean())
 
 

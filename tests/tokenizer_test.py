@@ -13,11 +13,10 @@ from star_jax.checkpoint import models
 from star_jax.core import resize
 from star_jax.core.codes import Sampled
 from star_jax.core.schedule import Pyramid, Step
+from star_jax.losses.tokenizer import Objective, psnr
 from star_jax.nn import layers
 from star_jax.sampling import program
-from star_jax.tokenizers import objective
 from star_jax.tokenizers.autoencoder import Autoencoder, depth_to_space, space_to_depth
-from star_jax.tokenizers.objective import Objective
 from star_jax.tokenizers.residual_vq import VQ, ResidualVQ, phi_of_scale
 
 SIDES, V, C = (1, 2, 4), 64, 3
@@ -351,7 +350,7 @@ def test_a_decoder_in_bfloat16_paints_the_same_picture():
     decode = functools.partial(tokenizer.config.build('bfloat16').apply, method='decode')
     close = decode({'params': params}, canvas)
     assert close.dtype == jnp.float32
-    assert 45 < float(objective.psnr(exact, close).min()) < 70
+    assert 45 < float(psnr(exact, close).min()) < 70
     (traced,) = jax.make_jaxpr(decode)({'params': params}, canvas).out_avals
     convolutions = str(jax.make_jaxpr(decode)({'params': params}, canvas)).count('bf16[3,3,')
     assert traced.dtype == jnp.float32 and convolutions > 10

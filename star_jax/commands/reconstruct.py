@@ -16,8 +16,8 @@ from star_jax.core import pixels
 from star_jax.data.folder import MOST_ENLARGED
 from star_jax.data.photos import MOST_ASPECT
 from star_jax.errors import UserError
+from star_jax.losses.tokenizer import psnr
 from star_jax.parallel import startup
-from star_jax.tokenizers import objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,4 +86,4 @@ def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array
     f_BHWC = tokenizer.apply(variables, signed, method='features')
     canvases = tokenizer.apply(variables, f_BHWC, method='quantise').canvases
     painted = tokenizer.apply(variables, jax.numpy.concatenate(canvases), method='decode')
-    return pixels.to_uint8(painted), objective.psnr(signed, painted[-1:])[0]
+    return pixels.to_uint8(painted), psnr(signed, painted[-1:])[0]

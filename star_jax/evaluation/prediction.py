@@ -11,7 +11,8 @@ from star_jax.core.condition import TextCondition
 from star_jax.core.schedule import Schedule
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
-from star_jax.evaluation import bootstrap, likelihood
+from star_jax.evaluation import bootstrap
+from star_jax.losses import tokens
 from star_jax.text import FeatureCache, TextEncoder
 
 Predict = Callable[[Source], Iterable['Predicted']]
@@ -37,8 +38,8 @@ def compile_model(model: Model, encoder: TextEncoder, dtype: str, batch: int) ->
 
     @jax.jit
     def program(params: Any, frozen: Any, images: jax.Array, text: TextCondition) -> Predicted:
-        codes_BL = likelihood.encode(tokenizer, frozen, images)
-        return Predicted(*likelihood.score(network, tokenizer, params, frozen, codes_BL, text))
+        codes_BL = tokens.encode(tokenizer, frozen, images)
+        return Predicted(*tokens.score(network, tokenizer, params, frozen, codes_BL, text))
 
     def predict(source: Source) -> Iterable[Predicted]:
         for some in pipeline.sequential(source, batch):

@@ -13,8 +13,9 @@ from star_jax.core import pixels
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.evaluation import bootstrap
+from star_jax.losses.tokenizer import psnr
 from star_jax.nn.perceptual import Lpips
-from star_jax.tokenizers import objective
+from star_jax.tokenizers import codebook
 
 Reconstruct = Callable[[Source], Iterable['Reconstructed']]
 
@@ -43,9 +44,9 @@ def compile_tokenizer(tokenizer: Tokenizer, lpips: Lpips | None, batch: int) -> 
         signed = pixels.to_signed(images)
         codes = apply(apply(signed, method='features'), method='quantise')
         painted = apply(codes.canvases[-1], method='decode')
-        usage_KV = objective.usage(codes, network.codes.size, jnp.arange(len(images)) < real)
+        usage_KV = codebook.usage(codes, network.codes.size, jnp.arange(len(images)) < real)
         distance_B = None if lpips is None else lpips(signed, painted)
-        ratio_B = objective.psnr(signed, painted)
+        ratio_B = psnr(signed, painted)
         return Reconstructed(pixels.to_uint8(painted), ratio_B, distance_B, usage_KV)
 
     def reconstruct(source: Source) -> Iterable[Reconstructed]:
@@ -76,7 +77,7 @@ def join(parts: Iterable[Reconstructed]) -> Reconstructed:
 def scores(found: Reconstructed, sides: tuple[int, ...], seed: int) -> dict[str, Any]:
     """PSNR, LPIPS, and per scale the share of codes that is used and their perplexity."""
     usage_KV = found.usage_KV
-    perplexity_K = np.asarray(objective.perplexity(jnp.asarray(usage_KV)))
+    perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(usage_KV)))
     used_K = (usage_KV > 0).mean(1)
     lpips = None if found.lpips_N is None else bootstrap.mean(found.lpips_N, seed)
     return {

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from star_jax.core.classes import Classes
 from star_jax.core.condition import Condition
-from star_jax.evaluation import likelihood
+from star_jax.losses import tokens
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_ways
@@ -87,7 +87,7 @@ class Programs:
     @functools.cached_property
     def encode(self) -> Any:
         """Compiled: the tokenizer's parameters and uint8 images [B, H, W, 3] to codes [B, L]."""
-        encode = functools.partial(likelihood.encode, self.tokenizer)
+        encode = functools.partial(tokens.encode, self.tokenizer)
         return jax.jit(encode, out_shardings=rules.split(self.mesh))
 
     def train(
@@ -103,7 +103,7 @@ class Programs:
     ) -> tuple[jax.Array, jax.Array]:
         """Negative log-likelihood and hit of every token of a batch, [B, L]."""
         args = (params, frozen['tokenizer'], batch['codes'], self.condition(frozen, batch))
-        return likelihood.score(self._taught, self.tokenizer, *args)
+        return tokens.score(self._taught, self.tokenizer, *args)
 
     def condition(self, frozen: dict, batch: dict[str, Any]) -> Condition:
         """What the text of a batch says."""

@@ -18,7 +18,7 @@ from star_jax.core import condition
 from star_jax.core.codes import Index
 from star_jax.core.schedule import Schedule
 from star_jax.core.unmasking import Mode, share
-from star_jax.evaluation.likelihood import Scalars, teach
+from star_jax.losses.tokens import Scalars, teach
 from star_jax.nn.transformer import Transformer, drop_paths
 from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState

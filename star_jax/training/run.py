@@ -14,10 +14,10 @@ from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.families import Family, Star
+from star_jax.losses.tokenizer import Objective
 from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel.mesh import MeshShape
 from star_jax.text import DEFAULT
-from star_jax.tokenizers.objective import Objective
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW
 from star_jax.training.refinement import Unmasking

@@ -15,9 +15,9 @@ from star_jax.checkpoint import folder, models
 from star_jax.core import pixels
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
+from star_jax.losses.tokenizer import Perceptual, psnr
 from star_jax.parallel import rules
-from star_jax.tokenizers import objective, perceptual
-from star_jax.tokenizers.objective import Perceptual
+from star_jax.tokenizers import codebook, perceptual
 from star_jax.training import summary
 from star_jax.training.run import TokenizerRun
 from star_jax.training.state import (
@@ -107,7 +107,7 @@ class TokenizerJob:
             ratios.append(np.asarray(ratio_B)[:count])
             counts += np.asarray(usage_KV)
         used_K = (counts > 0).mean(1)
-        perplexity_K = np.asarray(objective.perplexity(jnp.asarray(counts)))
+        perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(counts)))
         scores = {'validation/psnr': float(np.concatenate(ratios).mean())}
         for scale, (used, spread) in enumerate(zip(used_K, perplexity_K, strict=True)):
             scores |= {
@@ -157,7 +157,7 @@ class TokenizerJob:
         parts = self.run.objective.reconstruction(signed, painted, judge)
         if quantised:
             parts['quantiser'] = self.run.objective.quantisation(f_BHWC, codes)
-        return sum(parts.values()), (parts, objective.psnr(signed, painted), codes)
+        return sum(parts.values()), (parts, psnr(signed, painted), codes)
 
     def _step(
         self, quantised: bool, state: TrainState, images: jax.Array, judge: Perceptual | None
@@ -166,7 +166,7 @@ class TokenizerJob:
         (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         parts, psnr_B, codes = aux
         state = state.update(gradients, self.optimizer, self.run.ema)
-        usage_KV = objective.usage(codes, self.run.model.codes)
+        usage_KV = codebook.usage(codes, self.run.model.codes)
         state = state.replace(usage_KV=state.usage_KV + usage_KV)
         used = (usage_KV.sum(0) > 0).mean()
         return state, {'loss': value, 'psnr': psnr_B.mean(), 'used': used, **parts}
@@ -175,15 +175,17 @@ class TokenizerJob:
     def _start_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
         f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
         sizes = self.run.model
-        codebook = objective.start_codebook(key, f_BHWC, self.tokenizer.schedule.grids, sizes.codes)
-        return _with_codebooks(state, lambda _: codebook)
+        vectors_VC = codebook.start_codebook(
+            key, f_BHWC, self.tokenizer.schedule.grids, sizes.codes
+        )
+        return _with_codebooks(state, lambda _: vectors_VC)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _restart_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
         f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
         quantised = self._apply(state.params, f_BHWC, method='quantise')
         usage_V = state.usage_KV.sum(0)
-        restart = functools.partial(objective.restart_dead, key, usage_V, quantised)
+        restart = functools.partial(codebook.restart_dead, key, usage_V, quantised)
         return _with_codebooks(state, restart)
 
     def _score_on(self, params: Any, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -193,8 +195,8 @@ class TokenizerJob:
         codes = self._apply(params, f_BHWC, method='quantise')
         painted = self._apply(params, codes.canvases[-1], method='decode')
         real_B = jnp.arange(len(images)) < count
-        usage_KV = objective.usage(codes, self.run.model.codes, real_B)
-        return objective.psnr(signed, painted), usage_KV
+        usage_KV = codebook.usage(codes, self.run.model.codes, real_B)
+        return psnr(signed, painted), usage_KV
 
     @functools.partial(jax.jit, static_argnums=0)
     def _reconstruct(self, params: Any, images: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ from star_jax.core.condition import Condition
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.errors import UserError
-from star_jax.evaluation import likelihood
 from star_jax.families import family_name
+from star_jax.losses import tokens
 from star_jax.parallel import peer_watchdog, rules
 from star_jax.sampling import program, stable
 from star_jax.text import FeatureCache
@@ -139,7 +139,7 @@ class TransformerJob:
             losses = self._score(averaged(state), self.frozen, self._batch(batch))
             sums += np.stack([np.asarray(x_BL)[:real].sum(0) for x_BL in losses])
             count += real
-        scalars = likelihood.scales(self.model.schedule, *(sums / count))
+        scalars = tokens.scales(self.model.schedule, *(sums / count))
         return {f'validation/{name}': float(value) for name, value in scalars.items()}
 
     def picture(self, state: TrainState) -> np.ndarray:
