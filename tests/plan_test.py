@@ -187,7 +187,7 @@ def test_a_mesh_for_a_batch_that_the_chips_do_not_divide():
 
 def test_a_published_stage_is_planned_without_its_places():
     run = config.load_run(CONFIGS / 'star_d16_256.py', Run)
-    done = workload.training(run, MeshShape(fsdp=8).sketch(64), 'cpu')
+    done = workload.training(run, MeshShape(fsdp=8).abstract_mesh(64), 'cpu')
     size = {name: workload.share(tree) for name, tree in done.resident.items()}
     count = 274_934_272 - 1001 * 1024  # of tests/published_configs_test.py
     assert size['parameters'] == pytest.approx(4 * count / 8, rel=0.01)
@@ -214,7 +214,7 @@ def planned(run: Run, name: str, memory: float | None = None, **options: Any) ->
 def test_a_plan_counts_what_gpus_hold(run):
     run = dataclasses.replace(run, mesh=MeshShape(fsdp=2))
     made = planned(dataclasses.replace(run, attention='flash'), '8xA100-80G', price=2.0)
-    whole = workload.training(run, MeshShape().sketch(1), 'cpu')
+    whole = workload.training(run, MeshShape().abstract_mesh(1), 'cpu')
     memory = made.memory
     for name, size in memory.resident.items():
         ways = {'tokenizer': 1, 'batch': 8}.get(name, 2)

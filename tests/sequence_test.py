@@ -67,12 +67,12 @@ def test_no_device_holds_the_logits_of_others():
     params, *drawn = jax.eval_shape(lambda: arguments(star, batch))
     where = jax.tree.map(lambda leaf: leaf.sharding, rules.abstract(star.abstract(), mesh))
     gradient = jax.grad(functools.partial(loss, model), has_aux=True)
-    program = jax.jit(gradient, in_shardings=(where, *[rules.split(mesh)] * len(drawn)))
+    program = jax.jit(gradient, in_shardings=(where, *[rules.batch_sharding(mesh)] * len(drawn)))
     written = program.lower(params, *drawn).compile().as_text()
     sizes = [
         math.prod(map(int, shape.split(','))) for shape in re.findall(r'\w\[([\d,]+)\]', written)
     ]
-    rows = model.sharding.rows(star.schedule.length)
+    rows = model.sharding.padded_length(star.schedule.length)
     assert max(sizes) == batch * rows * star.codes // mesh.size
 
 

@@ -72,9 +72,9 @@ def losses(shape: tuple[int, ...], state: TrainState) -> list[list[float]]:
     train = jax.jit(train)
     where = rules.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = jax.device_put(state, where)
-    codes, prompted = rules.place(batch(), mesh)
+    codes, prompted = rules.shard_batch(batch(), mesh)
     frozen = tiny.tokenizer_params(), text(np.random.default_rng(2), 1)
-    frozen, empty = jax.device_put(frozen, rules.whole(mesh))
+    frozen, empty = jax.device_put(frozen, rules.replicated(mesh))
     seen = []
     for step in range(3):
         key = jax.random.fold_in(jax.random.key(7), step)

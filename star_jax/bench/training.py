@@ -53,11 +53,11 @@ class Training:
         state = init_sharded(programs.build, mesh, jax.random.key(run.seed))
         read = functools.partial(condition, run.model, text_tokens=self.text_tokens)
         frozen = {'tokenizer': invent(nn.unbox(vq.abstract())), 'empty': read(1)}
-        frozen = jax.device_put(frozen, rules.whole(mesh))
+        frozen = jax.device_put(frozen, rules.replicated(mesh))
         shape = (run.batch, run.model.schedule.length)
         codes_BL = np.random.default_rng(0).integers(0, run.model.codes, shape, np.int32)
         batch = {'codes': codes_BL, 'text': read(run.batch)}
-        batch = jax.device_put(batch, rules.split(mesh))
+        batch = jax.device_put(batch, rules.batch_sharding(mesh))
         args = (state, frozen, batch, jax.random.key(0))
         # What is computed twice to save memory counts once, what a kernel hides counts too.
         counted = programs.plain

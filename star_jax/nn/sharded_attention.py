@@ -29,7 +29,7 @@ class ShardedAttention:
     def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
         if self.sharding.mesh is None:
             return self.inner(q_BLNH, kv, visibility)
-        count, splits = kv.keys.shape[1], self.sharding.ways('tokens') > 1
+        count, splits = kv.keys.shape[1], self.sharding.num_shards('tokens') > 1
         queries = self.sharding.spec(q_BLNH.shape, 'batch', 'tokens', 'heads', None)
         # The keys of the rows themselves lie where these do, all others on every device.
         rows = 'tokens' if count == q_BLNH.shape[1] or not splits else None

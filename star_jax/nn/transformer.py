@@ -236,7 +236,9 @@ class Transformer(nn.Module):
         branches of each layer (`drop_paths`). Traced `rows` are those of a schedule's `thin`.
         """
         later = np.arange(self.schedule.starts[1], self.schedule.starts[-1])
-        inputs = self.sharding.batch(inputs)  # or the tokenizer's canvases would be split too
+        inputs = self.sharding.constrain_batch(
+            inputs
+        )  # or the tokenizer's canvases would be split too
         x_BLD = jnp.concatenate([self.start(condition), self.embed(inputs, later)], axis=1)
         if rows is None:
             rows = np.arange(self.schedule.starts[-1])
@@ -326,7 +328,7 @@ class Transformer(nn.Module):
         self, x_BLD: jax.Array, rows: Rows, visibility: StaticVisibility
     ) -> tuple[jax.Array, Rows, StaticVisibility]:
         """The same rows, and behind them, where none of them looks, as many more as it takes."""
-        more = (0, self.sharding.rows(len(rows)) - len(rows))
+        more = (0, self.sharding.padded_length(len(rows)) - len(rows))
         if not any(more):
             return x_BLD, rows, visibility
         pad = np.pad if isinstance(rows, np.ndarray) else jnp.pad

@@ -35,50 +35,58 @@ class MeshShape:
     def __post_init__(self) -> None:
         if self.data < 0 or min(self.fsdp, self.tensor, self.sequence) < 1:
             raise ValueError(
-                f'mesh axes need at least one device each (data: 0 for the rest): {self}'
+                'mesh axes need at least one device each (data: 0 is all devices that the other '
+                f'axes leave): {self}'
             )
 
     def sizes(self, devices: int) -> tuple[int, int, int, int]:
-        """The length of each axis over so many devices; a UserError where they do not divide."""
-        data = self.data or max(devices // self._split, 1)
+        """The length of each axis over this number of devices.
+
+        Raises UserError if the product of the axes is another number.
+        """
+        data = self.data or max(devices // self._replica_size, 1)
         shape = (data, self.fsdp, self.tensor, self.sequence)
         if math.prod(shape) != devices:
-            asked = ', '.join(map('{}={}'.format, AXES, shape))
+            axes = ', '.join(map('{}={}'.format, AXES, shape))
             raise UserError(
-                f'a mesh of {asked} needs {math.prod(shape)} devices and there are {devices}; '
+                f'a mesh of {axes} needs {math.prod(shape)} devices and there are {devices}; '
                 f'choose sizes whose product is {devices}'
             )
         return shape
 
-    def sketch(self, devices: int) -> AbstractMesh:
-        """A mesh over so many devices that are not there: for shapes alone."""
+    def abstract_mesh(self, devices: int) -> AbstractMesh:
+        """A mesh of this number of devices without the devices, for shapes and shardings."""
         axis_types = (AxisType.Auto,) * len(AXES)
         return AbstractMesh(self.sizes(devices), AXES, axis_types=axis_types)
 
-    def build(self, over: Sequence[jax.Device] | None = None) -> Mesh:
-        """A mesh over the given devices, or all; a UserError where they do not divide."""
-        devices = jax.devices() if over is None else over
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """A mesh over these devices (None: all); raises UserError as `sizes` does."""
+        devices = jax.devices() if devices is None else devices
         shape = self.sizes(len(devices))
         # Linen's modules need Auto axes; a mesh is Explicit by default in newer versions.
-        return Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        axis_types = (AxisType.Auto,) * len(AXES)
+        return Mesh(arrange_devices(shape, devices), AXES, axis_types=axis_types)
 
     def build_on_first(self) -> Mesh:
-        """A mesh over as many devices as the axes need; a UserError where there are fewer."""
+        """A mesh over the first devices, as many as the axes need.
+
+        Raises UserError if there are fewer.
+        """
         devices = jax.devices()
-        return self.build(devices[: self.data * self._split or len(devices)])
+        return self.build(devices[: self.data * self._replica_size or len(devices)])
 
     @property
-    def _split(self) -> int:
-        """The devices of one replica."""
+    def _replica_size(self) -> int:
+        """The number of devices of one replica."""
         return self.fsdp * self.tensor * self.sequence
 
 
-def arrange(shape: tuple[int, int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as an array of `shape`, those of the last axes nearest to each other.
+def arrange_devices(shape: tuple[int, int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of `shape`; neighbours along its last axes are closest.
 
-    Devices in several slices (TPU slices, GPU nodes), between which the network is slow, are parted
-    by slice along `data` and, where there are more slices than replicas, along `fsdp`. Raises
-    UserError where they cannot be.
+    The network between slices (TPU slices, GPU nodes) is slow. Devices of several slices are
+    therefore divided by slice along `data` and, if there are more slices than replicas, along
+    `fsdp`. Raises UserError if the axes do not allow that.
     """
     sizes = collections.Counter(getattr(device, 'slice_index', 0) for device in devices)
     slices, (data, fsdp, *inner) = len(sizes), shape
@@ -98,6 +106,6 @@ def arrange(shape: tuple[int, int, int, int], devices: Sequence[jax.Device]) -> 
     )
 
 
-def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits a batch."""
+def batch_shards(mesh: Mesh) -> int:
+    """The number of shards that the mesh splits a batch into."""
     return math.prod(mesh.shape[axis] for axis in ('data', 'fsdp'))

@@ -1,8 +1,8 @@
-"""Where on a mesh does each array lie?
+"""How is each array sharded over a mesh?
 
-Parameters and activations name logical axes; this one table turns them into mesh axes. By it are
-placed parameters, optimizer state, averages, the sampler's keys and values, text towers and
-tokenizers, and through `Layout` the arrays inside a program.
+Parameters and activations name logical axes; one table (`RULES`) maps them to mesh axes. It decides
+the shardings of parameters, optimizer state, averages, key/value cache, text encoders and
+tokenizers, and through `ActivationSharding` those of the arrays inside a program.
 """
 
 import dataclasses
@@ -28,154 +28,169 @@ RULES = (
     ('channels', None),
     ('layers', None),
 )
-AXES_OF = dict(RULES)
-BATCH = PartitionSpec(AXES_OF['batch'])
+MESH_AXES = dict(RULES)
+BATCH_SPEC = PartitionSpec(MESH_AXES['batch'])
 
 
-def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of (possibly boxed) abstract arrays."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+def abstract(boxed: Any, mesh: Mesh, owner: str = '') -> Any:
+    """The abstract arrays of a tree with their shardings.
 
+    Args:
+        boxed: abstract arrays, which may be boxed with their logical axes.
+        mesh: the mesh over which they are sharded.
+        owner: the model that the arrays belong to, for the error, as in ' of the tokenizer'.
 
-def abstract(boxed: Any, mesh: Mesh, whose: str = '') -> Any:
-    """The (possibly boxed) abstract arrays of a tree, unboxed, with their shardings.
+    Returns:
+        The tree of `jax.ShapeDtypeStruct`, unboxed.
 
-    Raises UserError naming the first array that the mesh does not divide, `whose` it is, and the
-    sizes of the mesh axis that would fit.
+    Raises:
+        UserError: the mesh does not divide an array; it names the first one and the sizes of the
+            mesh axis that would fit.
     """
-    arrays, where = nn.unbox(boxed), shardings(boxed, mesh)
-    _check(arrays, where, whose)
+    arrays = nn.unbox(boxed)
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    _check_divisible(arrays, shardings, owner)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         arrays,
-        where,
+        shardings,
     )
 
 
-def places(boxed: Any, mesh: Mesh, whose: str = '') -> Any:
-    """The shardings of a tree, as `abstract` has them, and with its errors."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract(boxed, mesh, whose))
+def shardings(boxed: Any, mesh: Mesh, owner: str = '') -> Any:
+    """The `NamedSharding` of every array of a tree; arguments and errors as for `abstract`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract(boxed, mesh, owner))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """Every device holds its part of the batch."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first axis is the batch; its other axes are not split."""
+    return NamedSharding(mesh, BATCH_SPEC)
 
 
-def rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """Numbers of the rows of a global batch that this process's devices hold, ascending.
+def process_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """Indices of the rows of a global batch that this process's devices hold, ascending.
 
     Processes whose devices differ only along axes that do not split the batch hold the same rows.
     """
     held = np.zeros(batch, bool)
-    for span in split(mesh).addressable_devices_indices_map((batch,)).values():
+    for span in batch_sharding(mesh).addressable_devices_indices_map((batch,)).values():
         held[span] = True
     return np.flatnonzero(held)
 
 
-def put(tree: Any, where: Any) -> Any:
-    """Arrays that every process holds whole, on devices of all: a sharding, or one for each."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, where)
-    if isinstance(where, Sharding):
-        where = jax.tree.map(lambda _: where, tree)
+def shard(tree: Any, shardings: Any) -> Any:
+    """Shards arrays that every process holds in full over the devices of all processes.
 
-    def place_parts(x: Any, sharding: Sharding) -> jax.Array:
+    Args:
+        tree: host arrays, or global arrays that are to be sharded otherwise.
+        shardings: one sharding, or a tree with one for every array.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, Sharding):
+        sharding = shardings
+        shardings = jax.tree.map(lambda _: sharding, tree)
+
+    def shard_array(x: Any, sharding: Sharding) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, sharding)
-        whole = np.asarray(x)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+        array = np.asarray(x)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(place_parts, tree, where)
+    return jax.tree.map(shard_array, tree, shardings)
 
 
 def gather(tree: Any) -> Any:
-    """The arrays of a tree whole, on the host of every process; all of them must call it.
+    """The full arrays of a tree, on the host of every process; all processes must call it.
 
-    One after another, so that devices hold no more than one of them whole.
+    Arrays are gathered one after another, so that devices hold at most one full array.
     """
 
-    def take(x: Any) -> np.ndarray:
+    def gather_array(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             return multihost_utils.process_allgather(x, tiled=True)
         return np.asarray(x)
 
-    return jax.tree.map(take, tree)
+    return jax.tree.map(gather_array, tree)
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
-    """The `rows` of this process as its part of global arrays, split over the batch."""
-    where = split(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays, sharded over the batch, from the `process_rows` of every process."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationSharding:
-    """Where the arrays inside a program lie: on `mesh` as the table says, or anywhere (None)."""
+    """Constrains the sharding of arrays inside a program.
+
+    Attributes:
+        mesh: the mesh to which `RULES` map logical axes; None: arrays are not constrained.
+    """
 
     mesh: Mesh | None = None
 
-    def __call__(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """`x`, whose axes have these logical names (None: whole on every device)."""
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """`x` with a sharding constraint; `axes` are its logical axes (None: not split)."""
         if self.mesh is None:
             return x
-        where = NamedSharding(self.mesh, self.spec(x.shape, *names))
-        return jax.lax.with_sharding_constraint(x, where)
+        sharding = NamedSharding(self.mesh, self.spec(x.shape, *axes))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
-    def spec(self, shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
-        """How an array of this shape is split, whose axes have these logical names.
+    def spec(self, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+        """The partition of an array of this shape with these logical axes.
 
-        An axis whose size the mesh does not divide stays whole: the few rows of a coarse scale.
+        An axis whose size the mesh does not divide is not split: the few rows of a coarse scale.
         """
         return PartitionSpec(
             *(
-                AXES_OF[name] if name and size % self.ways(name) == 0 else None
-                for size, name in zip(shape, names, strict=True)
+                MESH_AXES[axis] if axis and size % self.num_shards(axis) == 0 else None
+                for size, axis in zip(shape, axes, strict=True)
             )
         )
 
-    def batch(self, tree: Any) -> Any:
-        """A tree of arrays whose first axis is the batch, and whose others are whole."""
+    def constrain_batch(self, tree: Any) -> Any:
+        """A tree of arrays constrained to be split along their first axis, the batch, only."""
         return jax.tree.map(lambda x: self(x, 'batch', *[None] * (x.ndim - 1)), tree)
 
-    def rows(self, count: int) -> int:
-        """`count`, or the next larger number of rows that the mesh divides."""
-        ways = self.ways('tokens')
-        return -(-count // ways) * ways
+    def padded_length(self, tokens: int) -> int:
+        """`tokens`, or the next larger number of tokens that the mesh divides."""
+        shards = self.num_shards('tokens')
+        return -(-tokens // shards) * shards
 
-    def ways(self, name: str) -> int:
-        """Into how many parts an axis of this name is split."""
-        return 1 if self.mesh is None else _ways(self.mesh, AXES_OF[name])
+    def num_shards(self, axis: str) -> int:
+        """The number of shards that a logical axis is split into."""
+        return 1 if self.mesh is None else _num_shards(self.mesh, MESH_AXES[axis])
 
 
-def _check(arrays: Any, where: Any, whose: str) -> None:
-    """Raises UserError as `abstract` says."""
-    lengths: dict[Any, list[int]] = {}  # of the axes that each mesh axis splits
-    for leaf, sharding in zip(jax.tree.leaves(arrays), jax.tree.leaves(where), strict=True):
+def _check_divisible(arrays: Any, shardings: Any, owner: str) -> None:
+    """Raises the UserError that `abstract` documents."""
+    sizes: dict[Any, list[int]] = {}  # mesh axis -> sizes of the array axes that it splits
+    for leaf, sharding in zip(jax.tree.leaves(arrays), jax.tree.leaves(shardings), strict=True):
         for size, axis in zip(leaf.shape, sharding.spec, strict=False):
-            lengths.setdefault(axis, []).append(size)
+            sizes.setdefault(axis, []).append(size)
     for (path, leaf), sharding in zip(
-        jax.tree.leaves_with_path(arrays), jax.tree.leaves(where), strict=True
+        jax.tree.leaves_with_path(arrays), jax.tree.leaves(shardings), strict=True
     ):
         for size, axis in zip(leaf.shape, sharding.spec, strict=False):
-            ways = _ways(sharding.mesh, axis)
-            if size % ways:
+            shards = _num_shards(sharding.mesh, axis)
+            if size % shards:
                 name = jax.tree_util.keystr(path, simple=True, separator='/')
-                most = math.gcd(*lengths[axis])
-                fits = [str(n) for n in range(1, most + 1) if most % n == 0]
+                largest = math.gcd(*sizes[axis])
+                fits = [str(n) for n in range(1, largest + 1) if largest % n == 0]
                 raise UserError(
-                    f'{name} of shape {leaf.shape}{whose} does not divide over the mesh '
-                    f'{dict(sharding.mesh.shape)}: {axis}={ways} splits its {size:,}; sizes of '
+                    f'{name} of shape {leaf.shape}{owner} does not divide over the mesh '
+                    f'{dict(sharding.mesh.shape)}: {axis}={shards} splits its {size:,}; sizes of '
                     f'{axis} that fit are {", ".join(fits)}'
                 )
 
 
-def _ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Into how many parts a mesh splits what lies along these of its axes."""
+def _num_shards(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """The number of shards of an array axis that these mesh axes split."""
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[axis] for axis in axes)

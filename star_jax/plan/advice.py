@@ -60,7 +60,7 @@ def _divides(planner: Planner, fsdp: int) -> bool:
     """Whether the model can be split so."""
     shape = dataclasses.replace(planner.shape, data=0, fsdp=fsdp)
     try:
-        rules.abstract(planner.run.model.abstract(), shape.sketch(planner.pod.chips))
+        rules.abstract(planner.run.model.abstract(), shape.abstract_mesh(planner.pod.chips))
     except UserError:
         return False
     return True

@@ -52,7 +52,7 @@ def local(run: Run, images: int, make: Make) -> dict[str, Local]:
 def _pieces(run: Run, images: int, make: Make) -> dict[str, Piece]:
     attention = run.attention if run.attention in KEEPS_SCORES else 'chunked'
     alone = dataclasses.replace(run, batch=images, attention=attention, released_loss_scale=False)
-    return make(alone, MeshShape().sketch(1), 'cpu').pieces
+    return make(alone, MeshShape().abstract_mesh(1), 'cpu').pieces
 
 
 def fixed(run: Run, work: Work, sizes: tuple[int, ...]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from star_jax.nn.attention_dispatch import named
-from star_jax.parallel.mesh import MeshShape, batch_ways
+from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.plan import analytic, compiled
 from star_jax.plan.hlo import Collective
 from star_jax.plan.topologies import Pod
@@ -67,7 +67,7 @@ class Planner:
             known, seconds = known and built.text is not None, seconds + built.seconds
             traffic[name] = built.text.traffic() if built.text else 0
             exchanges[name] = built.text.collectives() if built.text else []
-        images = batch // batch_ways(mesh)
+        images = batch // batch_shards(mesh)
         return Point(images, made, beside, traffic, exchanges, known, seconds)
 
     @property
@@ -80,11 +80,11 @@ class Planner:
         return point.total <= self.pod.chip.memory
 
     def _account(self, run: Run) -> Point:
-        mesh = self.shape.sketch(self.pod.chips)
+        mesh = self.shape.abstract_mesh(self.pod.chips)
         named(run.attention, self.pod.platform)  # or a UserError: its kernels cannot be traced here
         made = self.make(dataclasses.replace(run, attention='automatic'), mesh, 'cpu')
         sizes = self.sizes
-        images = run.batch // batch_ways(mesh)
+        images = run.batch // batch_shards(mesh)
         self.notice(f'counting the arrays of {images} images')
         local = analytic.local(self.run, images, self.make)
         always = analytic.fixed(run, made, sizes)

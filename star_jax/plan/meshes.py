@@ -31,7 +31,7 @@ def choose(run: Run, pod: Pod, trains: bool) -> MeshShape:
         fitting = []
         for shape in shapes:
             try:
-                params = rules.abstract(run.model.abstract(), shape.sketch(pod.chips))
+                params = rules.abstract(run.model.abstract(), shape.abstract_mesh(pod.chips))
             except UserError as error:
                 refused = error
                 continue

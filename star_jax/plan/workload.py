@@ -22,7 +22,7 @@ from star_jax.core.flops import count_kinds
 from star_jax.errors import UserError
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
-from star_jax.parallel.mesh import batch_ways
+from star_jax.parallel.mesh import batch_shards
 from star_jax.sampling import program, stable
 from star_jax.text import TextEncoder
 from star_jax.text.encoder import sketch
@@ -166,7 +166,7 @@ def arithmetic(pieces: dict[str, Piece]) -> dict[str, dict[str, int]]:
 
 def check_split(batch: int, mesh: Mesh | AbstractMesh) -> None:
     """A UserError if the mesh cannot split a batch."""
-    ways = batch_ways(mesh)
+    ways = batch_shards(mesh)
     if batch % ways:
         fits = ways * max(round(batch / ways), 1)
         raise UserError(
@@ -244,11 +244,11 @@ def _cast(params: dict, dtype: str) -> dict:
 
 
 def _whole(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    return _placed(tree, rules.whole(mesh))
+    return _placed(tree, rules.replicated(mesh))
 
 
 def _split(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    return _placed(tree, rules.split(mesh))
+    return _placed(tree, rules.batch_sharding(mesh))
 
 
 def _placed(tree: Any, where: NamedSharding) -> Any:

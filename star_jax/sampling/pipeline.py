@@ -21,7 +21,7 @@ from star_jax.core.classes import Classes
 from star_jax.core.settings import Settings, Stable
 from star_jax.errors import UserError
 from star_jax.parallel import rules
-from star_jax.parallel.mesh import MeshShape, batch_ways
+from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.sampling import program, stable
 from star_jax.text import TextEncoder
 from star_jax.text import load as load_text
@@ -55,13 +55,13 @@ class Pipeline:
         shared = choose(buckets, sizes, platform)
         self._program = program.compile_program(self.network, self.tokenizer, shared)
         where = {
-            name: rules.places(one.config.abstract(), self.mesh, f' of the {name}')
+            name: rules.shardings(one.config.abstract(), self.mesh, f' of the {name}')
             for name, one in (('model', model), ('tokenizer', model.tokenizer))
         }
         self._params = jax.device_put(
             program.cast({'model': model.params, 'tokenizer': model.tokenizer.params}, dtype), where
         )
-        self._empty = jax.device_put(encoder.encode(['']), rules.whole(self.mesh))
+        self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 
     def __call__(
         self, prompts: Sequence[str], seed: int = 0, batch: int = BATCH, **settings: Any
@@ -116,13 +116,15 @@ class Pipeline:
         drawn = stable.arguments(settings, self.network, self.tokenizer.codes)
         empty = self._empty if settings.guidance else None
         waiting, first = None, 0
-        for rows in batches(len(prompts), batch, batch_ways(self.mesh)):
+        for rows in batches(len(prompts), batch, batch_shards(self.mesh)):
             some = slice(first, first + rows)
             first += rows
             real = len(prompts[some])
             filled = [*prompts[some], *[''] * (rows - real)]
             keys_B = program.image_keys([*seeds[some], *[0] * (rows - real)])
-            given = jax.device_put((keys_B, self.encoder.encode(filled)), rules.split(self.mesh))
+            given = jax.device_put(
+                (keys_B, self.encoder.encode(filled)), rules.batch_sharding(self.mesh)
+            )
             images = self._program(self._params, *given, empty, *drawn)
             if waiting:
                 yield _fetched(*waiting)

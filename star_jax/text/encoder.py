@@ -146,7 +146,7 @@ class TextEncoder:
 
     @functools.cached_property
     def _run(self) -> Callable[[dict, Tokens], TextCondition]:
-        return jax.jit(self.apply, out_shardings=rules.whole(self.mesh) if self.mesh else None)
+        return jax.jit(self.apply, out_shardings=rules.replicated(self.mesh) if self.mesh else None)
 
 
 def load(

@@ -17,7 +17,7 @@ from star_jax.core.condition import Condition
 from star_jax.losses import tokens
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
-from star_jax.parallel.mesh import batch_ways
+from star_jax.parallel.mesh import batch_shards
 from star_jax.text import TextEncoder
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training import refinement
@@ -54,8 +54,8 @@ class Programs:
         attend = named(run.attention, platform)
         self.model = run.model.build(run.dtype, run.remat, run.unroll, attend).with_sharding(mesh)
         self.optimizer = run.optimizer.build(run.pace.steps)
-        self._recipe = recipe(run, batch_ways(mesh))
-        self._taught = self.model.with_batch_groups(batch_ways(mesh))
+        self._recipe = recipe(run, batch_shards(mesh))
+        self._taught = self.model.with_batch_groups(batch_shards(mesh))
 
     @functools.cached_property
     def plain(self) -> 'Programs':
@@ -88,7 +88,7 @@ class Programs:
     def encode(self) -> Any:
         """Compiled: the tokenizer's parameters and uint8 images [B, H, W, 3] to codes [B, L]."""
         encode = functools.partial(tokens.encode, self.tokenizer)
-        return jax.jit(encode, out_shardings=rules.split(self.mesh))
+        return jax.jit(encode, out_shardings=rules.batch_sharding(self.mesh))
 
     def train(
         self, state: TrainState, frozen: dict, batch: dict[str, Any], key: jax.Array
@@ -109,7 +109,7 @@ class Programs:
         """What the text of a batch says."""
         if self.inside:
             text = self.encoder.apply(frozen['encoder'], batch['text'])
-            return self.model.sharding.batch(text)
+            return self.model.sharding.constrain_batch(text)
         return batch['text']
 
 

@@ -55,7 +55,7 @@ class HeadJob(TransformerJob):
         base = abstract_sharded(self.programs.init_base, self.mesh)
         fit = weights.unflatten(weights.fit(weights.flatten(given), base, run.init))
         where = jax.tree.map(lambda leaf: leaf.sharding, base)
-        self.frozen['base'] = rules.put(fit, where)
+        self.frozen['base'] = rules.shard(fit, where)
 
     @functools.cached_property
     def base(self) -> str:

@@ -78,7 +78,7 @@ def fitted(params: Any, state: TrainState, where: str) -> Any:
 
 def go_on_from(state: TrainState, params: Any) -> TrainState:
     """The state with other, fitted parameters, averages included, on the same devices."""
-    placed = rules.put(params, jax.tree.map(lambda old: old.sharding, state.params))
+    placed = rules.shard(params, jax.tree.map(lambda old: old.sharding, state.params))
     ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
     return state.replace(params=placed, ema=ema)
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
 from star_jax.parallel import machine, rules
-from star_jax.parallel.mesh import batch_ways
+from star_jax.parallel.mesh import batch_shards
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.state import TrainState
 
@@ -47,14 +47,14 @@ def check_batch(batch: int, side: int, mesh: Mesh) -> None:
 
     Only the pictures are counted, in float32, so that a batch which passes may still be too large.
     """
-    ways = batch_ways(mesh)
+    ways = batch_shards(mesh)
     if batch % ways:
         fits = ways * max(round(batch / ways), 1)
         raise UserError(
             f'a batch of {batch} does not divide over {ways} devices: give a multiple of {ways}, '
             f'such as {fits}'
         )
-    held = batch // ways * len(rules.rows(mesh, ways))
+    held = batch // ways * len(rules.process_rows(mesh, ways))
     size = held * 3 * side**2 * np.dtype(np.float32).itemsize
     machine.check_memory(f'a batch of {batch:,} pictures of {side} px', size)
 

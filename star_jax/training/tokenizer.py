@@ -42,17 +42,17 @@ class TokenizerJob:
         self.run = run
         self.mesh = run.mesh.build()
         summary.check_batch(run.batch, run.model.resolution, self.mesh)
-        self._rows = rules.rows(self.mesh, run.batch)
+        self._rows = rules.process_rows(self.mesh, run.batch)
         self.tokenizer = run.model.build()
         self.optimizer = run.optimizer.build(run.pace.steps)
         judge = perceptual.load() if run.objective.perceptual else None
-        self.frozen = rules.put(judge, rules.whole(self.mesh))
+        self.frozen = rules.shard(judge, rules.replicated(self.mesh))
         self.source = run.data.open(run.model.resolution)
         self._steps = {
             quantised: jax.jit(functools.partial(self._step, quantised), donate_argnums=0)
             for quantised in (False, True)
         }
-        self._score = jax.jit(self._score_on, out_shardings=rules.whole(self.mesh))
+        self._score = jax.jit(self._score_on, out_shardings=rules.replicated(self.mesh))
 
     def summary(self) -> dict[str, str]:
         state = jax.eval_shape(self._build, jax.random.key(0))
@@ -81,7 +81,7 @@ class TokenizerJob:
             step=step,
             rows=self._rows,
         ):
-            yield rules.place(batch['image'], self.mesh)
+            yield rules.shard_batch(batch['image'], self.mesh)
 
     def step(
         self, step: int, state: TrainState, images: jax.Array
@@ -102,7 +102,7 @@ class TokenizerJob:
         ratios, counts = [], 0.0
         source = self.run.validation.open(self.run.model.resolution)
         for batch, count in pipeline.padded(source, self.run.batch, self._rows):
-            images = rules.place(batch['image'], self.mesh)
+            images = rules.shard_batch(batch['image'], self.mesh)
             ratio_B, usage_KV = self._score(averaged(state), images, count)
             ratios.append(np.asarray(ratio_B)[:count])
             counts += np.asarray(usage_KV)

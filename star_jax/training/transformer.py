@@ -49,7 +49,7 @@ class TransformerJob:
         vq = self.source_of_codes.config.at(run.model.sides)
         _check_fit(run, vq.codes, vq.channels)
         summary.check_batch(run.batch, vq.resolution, self.mesh)
-        self._rows = rules.rows(self.mesh, run.batch)
+        self._rows = rules.process_rows(self.mesh, run.batch)
         opened = {
             'data': run.data.open(round(run.enlarge * vq.resolution)),
             'validation': run.validation.open(vq.resolution),
@@ -66,11 +66,11 @@ class TransformerJob:
         if cache.keeps_features(run, self.encoder):
             self.texts = FeatureCache(self.encoder, place)
         frozen, whose = self.source_of_codes, f' of the tokenizer {run.tokenizer}'
-        where = rules.places(frozen.config.abstract(), self.mesh, whose)
+        where = rules.shardings(frozen.config.abstract(), self.mesh, whose)
         self.frozen = {
-            'tokenizer': rules.put(frozen.params, where),
+            'tokenizer': rules.shard(frozen.params, where),
             'encoder': self.encoder.params if self.texts is None else {},  # placed when read
-            'empty': rules.put(self.encoder.encode(['']), rules.whole(self.mesh)),
+            'empty': rules.shard(self.encoder.encode(['']), rules.replicated(self.mesh)),
         }
         self.programs = self.PROGRAMS(
             run,
@@ -84,7 +84,7 @@ class TransformerJob:
         self._drawing = stable.arguments(run.sampling, self.model, self.tokenizer.codes)
         self._draw = program.compile_program(self.model, vq.build(run.dtype))
         self._step = jax.jit(self.programs.train, donate_argnums=0)
-        self._score = jax.jit(self.programs.score, out_shardings=rules.whole(self.mesh))
+        self._score = jax.jit(self.programs.score, out_shardings=rules.replicated(self.mesh))
 
     def summary(self) -> dict[str, str]:
         state = jax.eval_shape(self.programs.build, jax.random.key(0))
@@ -157,7 +157,7 @@ class TransformerJob:
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """Codes [B, L] of this process's uint8 images [B, H, W, 3]."""
-        return self.programs.encode(self.frozen['tokenizer'], rules.place(images, self.mesh))
+        return self.programs.encode(self.frozen['tokenizer'], rules.shard_batch(images, self.mesh))
 
     def export(self, state: TrainState, out: Path) -> None:
         params = rules.gather(self._weights(state))
@@ -181,10 +181,13 @@ class TransformerJob:
     def _batch(self, batch: pipeline.Batch) -> dict[str, Any]:
         """Codes [B, L] and text, on the devices."""
         if self.run.cache:
-            codes_BL = rules.place(batch['codes'], self.mesh)
+            codes_BL = rules.shard_batch(batch['codes'], self.mesh)
         else:
             codes_BL = self.encode(batch['image'])
-        return {'codes': codes_BL, 'text': rules.place(self._words(batch['caption']), self.mesh)}
+        return {
+            'codes': codes_BL,
+            'text': rules.shard_batch(self._words(batch['caption']), self.mesh),
+        }
 
     def _words(self, captions: list[str]) -> Condition | Tokens:
         """The host's part of the conditions: features, token ids, or labels."""
