@@ -16,7 +16,7 @@ from pathlib import Path
 
 from star_jax.checkpoint import config
 from star_jax.parallel import startup
-from star_jax.plan import plan_tables
+from star_jax.plan import plan_report
 
 HERE = Path(__file__).parent
 STAGES = (
@@ -97,7 +97,7 @@ def page(rows: dict[str, dict]) -> str:
     ]
     if missing := [name for name in names if name not in rows]:
         lines.append(f'- Not made yet: {", ".join(missing)}')
-    return plan_tables.markdown(found) + '\n' + '\n'.join(lines) + '\n'
+    return plan_report.markdown(found) + '\n' + '\n'.join(lines) + '\n'
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from star_jax.checkpoint import config
 from star_jax.commands import arguments, training
 from star_jax.core.buckets import Buckets
 from star_jax.errors import UserError
-from star_jax.plan import plan_tables, planning, topologies
+from star_jax.plan import plan_report, planning, topologies
 from star_jax.training.run import Run
 
 
@@ -65,7 +65,7 @@ def main(words: Sequence[str]) -> int:
         raise UserError(f'--price must be a number and not negative, not {given.price}')
     if given.buckets and not given.sample:
         raise UserError('buckets are of a program that draws: add --sample, or leave --buckets out')
-    pod = topologies.read(given.topology)
+    pod = topologies.parse_topology(given.topology)
     if given.json is not None:
         files.check_file(given.json)
     jax.config.update('jax_platforms', 'cpu')  # nothing runs, and accelerators may be in use
@@ -81,12 +81,12 @@ def main(words: Sequence[str]) -> int:
             buckets=given.buckets,
             search=given.search,
             price=given.price,
-            notice=status.update,
+            on_progress=status.update,
         )
-    console.print(plan_tables.summary(report), highlight=False)
-    for table in plan_tables.tables(report):
+    console.print(plan_report.summary(report), highlight=False)
+    for table in plan_report.tables(report):
         console.print(table)
-    for sentence in plan_tables.sentences(report):
+    for sentence in plan_report.sentences(report):
         console.print(sentence, highlight=False, soft_wrap=True)
     if given.json is not None:
         with files.writing(given.json):

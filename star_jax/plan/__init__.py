@@ -1,1 +1,1 @@
-"""What will a run need, and take, on machines that are not here yet?"""
+"""What does a run need on machines that it has not started on?"""

@@ -1,6 +1,6 @@
-"""What would a program need on chips for which nothing can be compiled here?
+"""What does a program need on chips for which no program can be compiled here?
 
-Sizes of arrays from the jaxpr of one device's part of the batch, exchanges by formula.
+Memory and traffic come from the jaxpr of one device's part of the batch, collectives from formulas.
 """
 
 import dataclasses
@@ -12,86 +12,103 @@ from star_jax.parallel.mesh import MeshShape
 from star_jax.plan import jaxpr_memory
 from star_jax.plan.hlo import Collective
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import Make, Piece, Work, share
+from star_jax.plan.workload import MakeWorkload, Program, Workload, device_bytes
 from star_jax.training.run import Run
 
-LARGE = (256, 512)  # images of one device
-KEEPS_SCORES = ('dense', 'by_scale')  # kernels; all others remember as little as chunks
-PER_LAYER = 3  # results that tensor parallelism sums: self-attention, cross-attention, MLP
+BATCHES = (256, 512)  # so large that activations outweigh the update of the parameters
+KEEPS_SCORES = (
+    'dense',
+    'by_scale',
+)  # these kernels store scores; others need no more than chunks
+SUMS_PER_LAYER = 3  # results that tensor parallelism sums: self-attention, cross-attention, MLP
 
 
-@dataclasses.dataclass(frozen=True)
-class Local:
-    """Bytes of one device for its images, whole layers counted: what lives because of them, and
-    what products move."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramNeeds:
+    """What a program needs of one device for its images, with whole layers.
+
+    Attributes:
+        live: bytes of intermediate arrays that grow with the batch.
+        traffic: bytes that matrix products read and write.
+    """
 
     live: int
-    moved: int
+    traffic: int
 
 
-@functools.lru_cache(maxsize=4)  # asked for again where a run does not fit
-def local(run: Run, images: int, make: Make) -> dict[str, Local]:
-    """What each piece of the work asks of a device that has so many images to itself.
+@functools.lru_cache(maxsize=4)  # advice for a run that does not fit needs the same values again
+def program_needs(run: Run, images: int, make_workload: MakeWorkload) -> dict[str, ProgramNeeds]:
+    """The needs of each program on one device that has `images` images and no other device.
 
-    Seen on batches so large that their activations outweigh the update of the parameters.
+    The needs per image are the difference between two large batches.
     """
-    fewer, more = (_pieces(run, count, make) for count in LARGE)
-    step = LARGE[1] - LARGE[0]
+    programs, larger = (_programs(run, batch, make_workload) for batch in BATCHES)
+    step = BATCHES[1] - BATCHES[0]
     return {
-        name: Local(
-            live=images * (jaxpr_memory.peak(more[name]) - jaxpr_memory.peak(piece)) // step,
-            moved=jaxpr_memory.traffic(piece)
-            - (LARGE[0] - images)
-            * (jaxpr_memory.traffic(more[name]) - jaxpr_memory.traffic(piece))
+        name: ProgramNeeds(
+            live=images * (jaxpr_memory.peak(larger[name]) - jaxpr_memory.peak(program)) // step,
+            traffic=jaxpr_memory.traffic(program)
+            - (BATCHES[0] - images)
+            * (jaxpr_memory.traffic(larger[name]) - jaxpr_memory.traffic(program))
             // step,
         )
-        for name, piece in fewer.items()
+        for name, program in programs.items()
     }
 
 
-def _pieces(run: Run, images: int, make: Make) -> dict[str, Piece]:
+def _programs(run: Run, images: int, make_workload: MakeWorkload) -> dict[str, Program]:
     attention = run.attention if run.attention in KEEPS_SCORES else 'chunked'
-    alone = dataclasses.replace(run, batch=images, attention=attention, released_loss_scale=False)
-    return make(alone, MeshShape().abstract_mesh(1), 'cpu').pieces
+    run = dataclasses.replace(run, batch=images, attention=attention, released_loss_scale=False)
+    return make_workload(run, MeshShape().abstract_mesh(1), 'cpu').programs
 
 
-def fixed(run: Run, work: Work, sizes: tuple[int, ...]) -> int:
-    """Bytes of one device that do not grow with the batch: gradients, and layers gathered whole."""
-    if work.trained is None:
+def fixed(run: Run, workload: Workload, sizes: tuple[int, ...]) -> int:
+    """Bytes of one device for any batch: gradients, and layers gathered over `fsdp`."""
+    if workload.trained is None:
         return 0
-    _, fsdp, tensor, _ = sizes
-    layers = 2 * fsdp * share(work.trained) // run.model.depth if fsdp > 1 else 0
-    return share(work.trained) + layers
+    _, fsdp, _, _ = sizes
+    gradients = device_bytes(workload.trained)
+    return gradients + (2 * fsdp * gradients // run.model.depth if fsdp > 1 else 0)
 
 
-def traffic(work: Work, moved: int, sizes: tuple[int, ...]) -> int:
-    """Bytes that one device reads and writes at least: products, and once the whole state."""
-    state = sum(share(work.resident.get(name)) for name in ('parameters', 'optimizer', 'averages'))
-    update = 2 * (state + share(work.trained)) if work.trained is not None else 0
-    return moved // (sizes[2] * sizes[3]) + update
+def traffic(workload: Workload, products: int, sizes: tuple[int, ...]) -> int:
+    """A lower bound of the bytes that one device reads and writes.
+
+    Args:
+        workload: what the devices compute.
+        products: bytes that the products of its images move, with whole layers.
+        sizes: the lengths of the mesh axes.
+    """
+    _, _, tensor, sequence = sizes
+    names = ('parameters', 'optimizer', 'averages')
+    state = sum(device_bytes(workload.resident.get(name)) for name in names)
+    trained = workload.trained
+    update = 2 * (state + device_bytes(trained)) if trained is not None else 0
+    return products // (tensor * sequence) + update
 
 
-def collectives(run: Run, work: Work, sizes: tuple[int, ...], pod: Pod) -> list[Collective]:
-    """The exchanges of one training step, or of one batch drawn."""
+def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) -> list[Collective]:
+    """The collectives of one training step, or of generating one batch."""
     data, fsdp, tensor, sequence = sizes
-    images = work.images // (data * fsdp)
-    width = jnp.dtype(run.dtype).itemsize
+    images = workload.images // (data * fsdp)
+    itemsize = jnp.dtype(run.dtype).itemsize
     model, depth = run.model, run.model.depth
     rows = model.schedule.length * images
-    held = {name: share(tree) * fsdp for name, tree in work.resident.items()}
-    trains = work.trained is not None
-    walks = 2 + run.remat if trains else 1
-    if trains:  # float32 parameters are gathered as what they are computed in
-        passes = (2 * held['parameters'] + held.get('frozen model', 0)) * width // 4
-        passes += held.get('text encoder', 0)
+    gathered = {name: device_bytes(tree) * fsdp for name, tree in workload.resident.items()}
+    trains = workload.trained is not None
+    passes = 2 + run.remat if trains else 1  # over the activations of all layers
+    if trains:  # float32 parameters are gathered in the compute dtype, forward and backward
+        weights = (2 * gathered['parameters'] + gathered.get('frozen model', 0)) * itemsize // 4
+        weights += gathered.get('text encoder', 0)
     else:
-        passes = model.schedule.steps * held['parameters']
+        weights = model.schedule.steps * gathered['parameters']
         rows *= 2 if run.sampling.guidance else 1
-    gradients = share(work.trained) * fsdp
-    summed = PER_LAYER * depth * rows * model.width * width // sequence
-    seen = 2 * depth * rows * model.width * width // tensor
-    asked = [
-        ('all-gather', fsdp, tensor * sequence, passes * (fsdp - 1) // fsdp),
+    gradients = device_bytes(workload.trained) * fsdp
+    summed = SUMS_PER_LAYER * depth * rows * model.width * itemsize // sequence
+    keys_and_values = 2 * depth * rows * model.width * itemsize // tensor
+    # kind, group size, distance of a group's neighbours in device numbers, bytes
+    candidates = [
+        ('all-gather', fsdp, tensor * sequence, weights * (fsdp - 1) // fsdp),
         ('reduce-scatter', fsdp, tensor * sequence, gradients * (fsdp - 1) // fsdp),
         (
             'all-reduce',
@@ -99,11 +116,17 @@ def collectives(run: Run, work: Work, sizes: tuple[int, ...], pod: Pod) -> list[
             fsdp * tensor * sequence,
             2 * gradients // fsdp * (data - 1) // data,
         ),
-        ('all-reduce', tensor, sequence, walks * 2 * summed * (tensor - 1) // tensor),
-        ('all-gather', sequence, 1, walks * seen * (sequence - 1) // sequence),
+        ('all-reduce', tensor, sequence, passes * 2 * summed * (tensor - 1) // tensor),
+        ('all-gather', sequence, 1, passes * keys_and_values * (sequence - 1) // sequence),
     ]
     return [
-        Collective(kind, group, max(min(group, pod.near // apart), 1), depth, size)
-        for kind, group, apart, size in asked
-        if group > 1 and size
+        Collective(
+            kind=kind,
+            group_size=group_size,
+            local_size=max(min(group_size, pod.local_chips // distance), 1),
+            count=depth,
+            bytes=size,
+        )
+        for kind, group_size, distance, size in candidates
+        if group_size > 1 and size
     ]

@@ -1,105 +1,204 @@
-"""What does a batch of a run ask of a device of a pod?"""
+"""What memory, traffic and communication does one device need for a batch?
+
+For TPUs the run's own programs are compiled ahead of time; for GPUs `analytic` counts their arrays.
+"""
 
 import dataclasses
+import re
+import time
 from collections.abc import Callable, Sequence
 
 import jax
 
+from star_jax.errors import UserError
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel.mesh import MeshShape, batch_shards
-from star_jax.plan import analytic, compiled
-from star_jax.plan.hlo import Collective
+from star_jax.plan import analytic
+from star_jax.plan.hlo import Collective, HloText
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import Make, Work, share
+from star_jax.plan.workload import MakeWorkload, Program, Workload, device_bytes
 from star_jax.training.run import Run
 
+UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+OUT_OF_MEMORY = re.compile(
+    r'HLO temporaries \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of',
+)
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """What a batch asks of one device. `beside`: bytes beside what is resident, by program."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one device needs for a batch.
+
+    Attributes:
+        images: images of the batch that one device holds.
+        workload: the programs and the resident arrays.
+        temporaries: bytes beside the resident arrays, by program.
+        traffic: bytes read from and written to main memory, by program.
+        collectives: the collectives of each program.
+        complete: whether all programs compiled; otherwise traffic and collectives are missing.
+        compile_seconds: seconds that compilation took.
+    """
 
     images: int
-    work: Work
-    beside: dict[str, int]
+    workload: Workload
+    temporaries: dict[str, int]
     traffic: dict[str, int]
-    exchanges: dict[str, list[Collective]]
-    known: bool
-    seconds: float
+    collectives: dict[str, list[Collective]]
+    complete: bool
+    compile_seconds: float
 
     @property
     def main(self) -> str:
-        """The program that all is about."""
-        return next(iter(self.beside))
+        """The name of the main program."""
+        return next(iter(self.temporaries))
 
     @property
-    def temporaries(self) -> int:
-        return max(self.beside.values())
+    def peak_temporaries(self) -> int:
+        """Bytes of the program that needs most."""
+        return max(self.temporaries.values())
 
     @property
     def total(self) -> int:
         """Bytes of a device in all."""
-        return sum(map(share, self.work.resident.values())) + self.temporaries
+        resident = sum(map(device_bytes, self.workload.resident.values()))
+        return resident + self.peak_temporaries
 
 
-@dataclasses.dataclass(frozen=True)
-class Planner:
-    """A run on a pod. `notice` is told what goes on."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimator:
+    """Estimates batches of a run on a pod.
+
+    Attributes:
+        run: the settings.
+        pod: the machines.
+        make_workload: `workload.training` or `workload.sampling`.
+        shape: the axes of the mesh.
+        devices: TPUs to compile for, from `pod.devices()`.
+        on_progress: receives a line of text before each slow step.
+    """
 
     run: Run
     pod: Pod
-    make: Make
+    make_workload: MakeWorkload
     shape: MeshShape
     devices: Sequence[jax.Device]
-    notice: Callable[[str], None]
+    on_progress: Callable[[str], None]
 
-    def look(self, batch: int, alone: bool = False) -> Point:
-        """The sizes of a batch; `alone` leaves out all programs but the first."""
+    def estimate(self, batch: int, main_only: bool = False) -> Estimate:
+        """The needs of a batch; `main_only` leaves out every program but the first."""
         run, pod = dataclasses.replace(self.run, batch=batch), self.pod
         if pod.platform != 'tpu':
-            return self._account(run)
+            return self._count(run)
         mesh = self.shape.build(self.devices)
-        made = self.make(run, mesh, pod.platform)
-        beside, traffic, exchanges, known, seconds = {}, {}, {}, True, 0.0
-        for name, piece in list(made.pieces.items())[: 1 if alone else None]:
-            self.notice(f'compiling the {name} for a batch of {batch}')
-            built = compiled.build(piece, share(piece.args), pod.chips, pod.slices)
-            beside[name] = built.temporaries
-            known, seconds = known and built.text is not None, seconds + built.seconds
-            traffic[name] = built.text.traffic() if built.text else 0
-            exchanges[name] = built.text.collectives() if built.text else []
-        images = batch // batch_shards(mesh)
-        return Point(images, made, beside, traffic, exchanges, known, seconds)
+        workload = self.make_workload(run, mesh, pod.platform)
+        compiled = {}
+        for name, program in list(workload.programs.items())[: 1 if main_only else None]:
+            self.on_progress(f'compiling the {name} for a batch of {batch}')
+            resident = device_bytes(program.args)
+            compiled[name] = compile_for(program, resident, pod.chips, pod.slices)
+        texts = {name: item.text for name, item in compiled.items()}
+        return Estimate(
+            images=batch // batch_shards(mesh),
+            workload=workload,
+            temporaries={name: item.temporaries for name, item in compiled.items()},
+            traffic={name: text.traffic() if text else 0 for name, text in texts.items()},
+            collectives={name: text.collectives() if text else [] for name, text in texts.items()},
+            complete=all(texts.values()),
+            compile_seconds=sum(item.seconds for item in compiled.values()),
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The length of each axis of the mesh."""
+        """The lengths of the mesh axes."""
         return self.shape.sizes(self.pod.chips)
 
-    def fits(self, point: Point) -> bool:
-        """Whether a device holds it all."""
-        return point.total <= self.pod.chip.memory
+    def fits(self, estimate: Estimate) -> bool:
+        """Whether the memory of a device suffices."""
+        return estimate.total <= self.pod.chip.memory
 
-    def _account(self, run: Run) -> Point:
+    def _count(self, run: Run) -> Estimate:
+        """The estimate for chips for which nothing can be compiled here."""
         mesh = self.shape.abstract_mesh(self.pod.chips)
         named(run.attention, self.pod.platform)  # or a UserError: its kernels cannot be traced here
-        made = self.make(dataclasses.replace(run, attention='automatic'), mesh, 'cpu')
-        sizes = self.sizes
+        run = dataclasses.replace(run, attention='automatic')
+        workload = self.make_workload(run, mesh, 'cpu')
         images = run.batch // batch_shards(mesh)
-        self.notice(f'counting the arrays of {images} images')
-        local = analytic.local(self.run, images, self.make)
-        always = analytic.fixed(run, made, sizes)
-        main = next(iter(made.pieces))
-        return Point(
+        self.on_progress(f'counting the arrays of {images} images')
+        needs = analytic.program_needs(self.run, images, self.make_workload)
+        fixed = analytic.fixed(run, workload, self.sizes)
+        main = next(iter(workload.programs))
+        *_, sequence = self.sizes
+        return Estimate(
             images=images,
-            work=made,
-            beside={
-                name: always * (name == main) + local[name].live // sizes[3] for name in made.pieces
+            workload=workload,
+            temporaries={
+                name: fixed * (name == main) + needs[name].live // sequence
+                for name in workload.programs
             },
             traffic={
-                name: analytic.traffic(made, moved.moved, sizes) if name == main else moved.moved
-                for name, moved in local.items()
+                name: analytic.traffic(workload, item.traffic, self.sizes)
+                if name == main
+                else item.traffic
+                for name, item in needs.items()
             },
-            exchanges={main: analytic.collectives(run, made, sizes, self.pod)},
-            known=True,
-            seconds=0.0,
+            collectives={main: analytic.collectives(run, workload, self.sizes, self.pod)},
+            complete=True,
+            compile_seconds=0.0,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A compiled program, in bytes of one device.
+
+    Attributes:
+        arguments: bytes of its arguments.
+        temporaries: bytes beside the arguments: temporaries, code and results that reuse no
+            argument's memory.
+        text: the program's text; None if it does not fit and compilation stopped.
+        seconds: seconds that compilation took.
+    """
+
+    arguments: int
+    temporaries: int
+    text: HloText | None
+    seconds: float
+
+
+def compile_for(program: Program, arguments: int, devices: int, slices: int) -> Compiled:
+    """Compiles a program for the devices of its arguments' shardings.
+
+    Args:
+        program: the function and its abstract arguments.
+        arguments: bytes of the arguments on one device.
+        devices: devices of all slices.
+        slices: TPU slices.
+
+    Raises:
+        UserError: the compiler refuses the program for a reason other than too little memory.
+    """
+    start = time.monotonic()
+    try:
+        compiled = program.function.lower(*program.args).compile()
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        match = OUT_OF_MEMORY.search(str(error))
+        if match is None:
+            reason = str(error).partition('\n')[0]
+            raise UserError(f'the compiler refuses the program: {reason}') from error
+        temporaries, unit, used, used_unit = match.groups()
+        size = float(temporaries or used) * UNITS[unit or used_unit or '']
+        size -= arguments if used else 0
+        return Compiled(
+            arguments=arguments,
+            temporaries=int(size),
+            text=None,
+            seconds=time.monotonic() - start,
+        )
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes,
+        text=HloText(compiled.as_text(), devices, slices),
+        seconds=time.monotonic() - start,
+    )

@@ -1,7 +1,7 @@
-"""What does a compiled program move, between devices and from and to their memory?
+"""Which bytes does a compiled program move, between devices and to and from their memory?
 
-Read from its text. The body of a loop counts once per iteration, which the compiler's own analysis
-misses. All sizes are those of one device.
+The answer is parsed from the program's HLO text. The body of a loop counts once per iteration,
+which the compiler's own cost analysis does not do. All sizes are bytes of one device.
 """
 
 import dataclasses
@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from star_jax.plan import groups
-
-BITS = re.compile(r'[a-z]+?(\d+)')  # of a number type's name, such as bf16 or f8e4m3fn
+BITS = re.compile(r'[a-z]+?(\d+)')  # in the name of a number type, such as bf16 or f8e4m3fn
 SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
 INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*)$')
 HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
-KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-SCATTERS = 'all-reduce-scatter'  # what the TPU compiler calls the fusion of the two
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-# How the TPU compiler writes what goes from slice to slice, as `send` and `recv`.
-SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-# They name or hand on what others read and write.
-FREE = {
+MESH_GROUPS = re.compile(
+    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}',
+)
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+SCATTER_FUSION = 'all-reduce-scatter'  # the TPU compiler's fusion of an all-reduce and a slice
+TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# The TPU compiler writes a collective between slices as a pair of `send` and `recv`.
+MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+# These operations move nothing themselves: their operands and results count where they are used.
+WITHOUT_TRAFFIC = {
     'after-all',
     'bitcast',
     'conditional',
@@ -42,304 +43,382 @@ FREE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """`bytes` of an array; `near` tells one that lies in a device's own scratch memory."""
+class Buffer:
+    """An array of a program: its `bytes`, and whether it is `on_chip` (not in main memory)."""
 
     bytes: int
-    near: bool
+    on_chip: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """One line: its name, the arrays that it makes, operation, operands, and all that follows."""
+    """One line of HLO text.
+
+    Attributes:
+        name: the name of its result.
+        buffers: the arrays that it produces.
+        operation: the HLO operation, such as fusion or all-gather.
+        operands: names of the instructions whose results it reads.
+        details: the text behind the operation's opening parenthesis: operands and attributes.
+        root: whether its result is that of its computation.
+    """
 
     name: str
-    shapes: tuple[Shape, ...]
+    buffers: tuple[Buffer, ...]
     operation: str
     operands: tuple[str, ...]
-    rest: str
+    details: str
     root: bool
 
     @property
     def size(self) -> int:
-        return sum(shape.bytes for shape in self.shapes)
+        """Bytes of all results."""
+        return sum(buffer.bytes for buffer in self.buffers)
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute names."""
-        found = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.rest)
-        return found and found[1]
+        """The name of the computation in an attribute, such as `body` of a loop."""
+        match = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.details)
+        return match and match[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of exchange within groups of `group` devices, of which `near` lie in one slice.
+    """All collectives of a program that have the same kind and the same groups of devices.
 
-    `times` per run of the program; `bytes` that one device then sends in all.
+    Attributes:
+        kind: the operation, such as all-reduce.
+        group_size: devices that exchange data with each other.
+        local_size: the most devices of a group that belong to one slice or node.
+        count: executions per run of the program.
+        bytes: bytes that one device sends in all executions.
     """
 
     kind: str
-    group: int
-    near: int
-    times: int
+    group_size: int
+    local_size: int
+    count: int
     bytes: int
 
 
-class Text:
-    """The text of a compiled program.
-
-    `slices` into which its devices are parted in order (1: all reach each other fast).
-    """
+class HloText:
+    """The text of a compiled program for `devices` devices, in order of their `slices`."""
 
     def __init__(self, text: str, devices: int = 1, slices: int = 1) -> None:
-        self.computations, self.entry = _read(text)
+        self.computations, self.entry = _parse(text)
         self._devices, self._slices = devices, slices
-        self._slice = max(devices // slices, 1)
+        self._slice_size = max(devices // slices, 1)
 
     @functools.cached_property
-    def executed(self) -> dict[str, int]:
-        """How often each computation runs that is not part of a fusion."""
-        times: dict[str, int] = {}
+    def executions(self) -> dict[str, int]:
+        """How often each computation runs; computations of fusions are left out."""
+        counts: dict[str, int] = {}
 
         def visit(name: str, count: int) -> None:
-            times[name] = times.get(name, 0) + count
-            for one in self.computations.get(name, ()):
-                if one.operation == 'while':
-                    visit(one.called('body'), count * self._trips(one))
-                elif one.operation in ('call', 'async-start'):
-                    visit(one.called('to_apply') or one.called('calls'), count)
-                elif one.operation == 'conditional':
-                    for branch in _branches(one.rest):
+            counts[name] = counts.get(name, 0) + count
+            for line in self.computations.get(name, ()):
+                if line.operation == 'while':
+                    visit(line.called('body'), count * self._trip_count(line))
+                elif line.operation in ('call', 'async-start'):
+                    visit(line.called('to_apply') or line.called('calls'), count)
+                elif line.operation == 'conditional':
+                    for branch in _branches(line.details):
                         visit(branch, count)
 
         visit(self.entry, 1)
-        return times
+        return counts
 
     def collectives(self) -> list[Collective]:
-        """All exchanges, equal ones together, the largest first."""
-        found: dict[tuple, list[int]] = {}
-        for name, times in self.executed.items():
-            seen = set()
-            for one, scatters in self._flat(name):
-                exchange = self._exchange(one, scatters)
-                channel = re.search(r'channel_id=(\d+)', one.rest)
-                label = one.operation, channel[1] if channel else one.name
-                # An exchange that runs beside other work shows in each piece of that work.
-                if exchange is None or label in seen:
+        """All collectives, equal ones summed, the largest first."""
+        sums: dict[tuple, list[int]] = {}
+        for name, executions in self.executions.items():
+            counted = set()
+            for line, scatters in self._with_fusions(name):
+                collective = self._collective(line, scatters)
+                channel = re.search(r'channel_id=(\d+)', line.details)
+                label = line.operation, channel[1] if channel else line.name
+                # A collective that overlaps other work appears in every fusion of that work.
+                if collective is None or label in counted:
                     continue
-                seen.add(label)
-                *key, sent = exchange
-                sums = found.setdefault(tuple(key), [0, 0])
-                sums[0] += times
-                sums[1] += times * sent
-        made = [Collective(*key, *sums) for key, sums in found.items()]
-        return sorted(made, key=lambda one: -one.bytes)
+                counted.add(label)
+                *key, sent = collective
+                count_and_bytes = sums.setdefault(tuple(key), [0, 0])
+                count_and_bytes[0] += executions
+                count_and_bytes[1] += executions * sent
+        totals = [Collective(*key, *count_and_bytes) for key, count_and_bytes in sums.items()]
+        return sorted(totals, key=lambda collective: -collective.bytes)
 
-    def _exchange(self, one: Instruction, scatters: bool) -> tuple[str, int, int, int] | None:
-        """Kind, devices of a group, those of them in one slice, and bytes that a device sends."""
-        if between := SLICES.search(one.rest):
-            if one.operation != 'send':
+    def _collective(self, line: Instruction, scatters: bool) -> tuple[str, int, int, int] | None:
+        """Kind, group size, group members in one slice, and bytes that one device sends."""
+        if transfer := MEGASCALE.search(line.details):
+            if line.operation != 'send':
                 return None
-            kind = between[1].lower().replace('_', '-')
-            size, slices = one.shapes[0].bytes, self._slices
-            made = size * slices if kind == 'all-gather' else size
-            made = size // slices if kind == 'reduce-scatter' else made
-            return kind, slices, 1, _sent(kind, made, slices)
-        kind = _kind(one.operation)
+            kind = transfer[1].lower().replace('_', '-')
+            size, slices = line.buffers[0].bytes, self._slices
+            result = size * slices if kind == 'all-gather' else size
+            result = size // slices if kind == 'reduce-scatter' else result
+            return kind, slices, 1, _sent(kind, result, slices)
+        kind = _collective_kind(line.operation)
         if kind is None:
             return None
-        members = groups.read(one.rest, self._devices)
-        group = members.shape[1]
-        _, near = np.unique(members[0] // self._slice, return_counts=True)
-        made = one.size
-        if one.operation == 'all-gather-start':
-            made = max(shape.bytes for shape in one.shapes)  # beside it stands what goes in
-        if one.operation == 'collective-permute-start':
-            made = one.shapes[0].bytes
+        groups = parse_groups(line.details, self._devices)
+        group_size = groups.shape[1]
+        _, members = np.unique(groups[0] // self._slice_size, return_counts=True)
+        result = line.size
+        if line.operation == 'all-gather-start':  # its results are (operand, gathered)
+            result = max(buffer.bytes for buffer in line.buffers)
+        if line.operation == 'collective-permute-start':
+            result = line.buffers[0].bytes
         if kind == 'all-reduce' and scatters:
-            kind, made = 'reduce-scatter', made // group
-        return (kind, group, int(near.max()), _sent(kind, made, group)) if group > 1 else None
+            kind, result = 'reduce-scatter', result // group_size
+        if group_size == 1:
+            return None
+        return kind, group_size, int(members.max()), _sent(kind, result, group_size)
 
     def traffic(self) -> int:
         """Bytes read from and written to a device's main memory."""
         return sum(
-            times * sum(self._moved(one, name) for one in self.computations.get(name, ()))
-            for name, times in self.executed.items()
+            executions * sum(self._moved(line, name) for line in self.computations.get(name, ()))
+            for name, executions in self.executions.items()
         )
 
-    def _flat(self, name: str, scatters: bool = False) -> Iterator[tuple[Instruction, bool]]:
-        """The instructions of a computation and of its fusions; whether one of them scatters."""
-        for one in self.computations.get(name, ()):
-            yield one, scatters
-            if one.operation == 'fusion':
-                inner = one.called('calls')
-                yield from self._flat(inner, scatters or inner.startswith(SCATTERS))
+    def _with_fusions(
+        self, name: str, scatters: bool = False
+    ) -> Iterator[tuple[Instruction, bool]]:
+        """Instructions of a computation and its fusions; whether each is in a SCATTER_FUSION."""
+        for line in self.computations.get(name, ()):
+            yield line, scatters
+            if line.operation == 'fusion':
+                fused = line.called('calls')
+                yield from self._with_fusions(fused, scatters or fused.startswith(SCATTER_FUSION))
 
-    def _moved(self, one: Instruction, where: str) -> int:
-        if one.operation in FREE or one.operation.endswith('-done'):
+    def _moved(self, line: Instruction, computation: str) -> int:
+        """Bytes of main memory that one instruction reads and writes."""
+        if line.operation in WITHOUT_TRAFFIC or line.operation.endswith('-done'):
             return 0
-        if one.operation in ('copy-start', 'slice-start'):  # (to, from, ...): one of them is far
-            return min((s.bytes for s in one.shapes[:2] if not s.near), default=0)
-        shapes = self._shapes[where]
-        reads = [shapes.get(name, ()) for name in one.operands]
-        writes = [_far(one.shapes)]
-        if one.operation == 'fusion':
-            inner = one.called('calls')
-            read = [
-                _least(_far(arrays), self._touched(inner, place))
-                for place, arrays in enumerate(reads)
-            ]
-            made = self._made(inner, len(one.shapes))
-            wrote = [
-                _least(_far((shape,)), size) for shape, size in zip(one.shapes, made, strict=True)
-            ]
-            return sum(read) + sum(wrote)
-        if one.operation in ('dynamic-slice', 'gather', 'slice'):
-            return 2 * writes[0]
-        if one.operation == 'dynamic-update-slice':
-            return 2 * _far(reads[1])
-        return sum(map(_far, reads)) + writes[0]
+        if line.operation in ('copy-start', 'slice-start'):  # (to, from, ...): one is on the chip
+            return min((buf.bytes for buf in line.buffers[:2] if not buf.on_chip), default=0)
+        results = self._results[computation]
+        operands = [results.get(name, ()) for name in line.operands]
+        if line.operation == 'fusion':
+            fused = line.called('calls')
+            read = sum(
+                _at_most(_off_chip(buffers), self._read_of_operand(fused, index))
+                for index, buffers in enumerate(operands)
+            )
+            written = sum(
+                _at_most(_off_chip((buffer,)), size)
+                for buffer, size in zip(
+                    line.buffers, self._written_by_fusion(fused, len(line.buffers)), strict=True
+                )
+            )
+            return read + written
+        written = _off_chip(line.buffers)
+        if line.operation in ('dynamic-slice', 'gather', 'slice'):
+            return 2 * written
+        if line.operation == 'dynamic-update-slice':
+            return 2 * _off_chip(operands[1])
+        return sum(map(_off_chip, operands)) + written
 
     @functools.cached_property
-    def _shapes(self) -> dict[str, dict[str, tuple[Shape, ...]]]:
+    def _results(self) -> dict[str, dict[str, tuple[Buffer, ...]]]:
+        """Computation -> instruction -> the arrays that it produces."""
         return {
-            name: {one.name: one.shapes for one in lines}
+            name: {line.name: line.buffers for line in lines}
             for name, lines in self.computations.items()
         }
 
-    def _touched(self, fusion: str, place: int) -> int | None:
-        """The bytes of its operand at `place` that a fusion reads, where it is not all of them."""
+    def _read_of_operand(self, fusion: str, index: int) -> int | None:
+        """Bytes that a fusion reads of its operand; None if it reads all of them."""
         lines = self.computations.get(fusion, ())
-        given = [one for one in lines if one.operation == 'parameter']
-        name = next((one.name for one in given if one.rest.startswith(f'{place})')), None)
-        return self._read(lines, name)
+        parameters = [line for line in lines if line.operation == 'parameter']
+        names = (line.name for line in parameters if line.details.startswith(f'{index})'))
+        return self._read_of_array(lines, next(names, None))
 
-    def _read(self, lines: list[Instruction], name: str | None) -> int | None:
-        """Of an array: of a slice its own bytes, and none of what is handed on or sent."""
-        read = 0
-        for one in lines:
-            if name not in one.operands or one.operation == 'tuple' or _kind(one.operation):
+    def _read_of_array(self, lines: list[Instruction], name: str | None) -> int | None:
+        """Bytes actually read of an array; None if all of them are.
+
+        A slice counts its own size, forwarded operands count nothing.
+        """
+        total = 0
+        for line in lines:
+            if name not in line.operands:
                 continue
-            part, first = None, one.operands[0] == name
-            if first and one.operation in ('dynamic-slice', 'gather', 'slice'):
-                part = one.size
-            elif first and one.operation == 'dynamic-update-slice':
-                part = 0
-            elif one.operation == 'bitcast':
-                part = self._read(lines, one.name)
-            elif one.operation == 'fusion':
-                part = self._touched(one.called('calls'), one.operands.index(name))
-            if part is None:
+            if line.operation == 'tuple' or _collective_kind(line.operation):
+                continue
+            size, is_first = None, line.operands[0] == name
+            if is_first and line.operation in ('dynamic-slice', 'gather', 'slice'):
+                size = line.size
+            elif is_first and line.operation == 'dynamic-update-slice':
+                size = 0
+            elif line.operation == 'bitcast':
+                size = self._read_of_array(lines, line.name)
+            elif line.operation == 'fusion':
+                size = self._read_of_operand(line.called('calls'), line.operands.index(name))
+            if size is None:
                 return None
-            read += part
-        return read
+            total += size
+        return total
 
-    def _made(self, fusion: str, count: int) -> list[int | None]:
-        """The bytes that a fusion writes of each of its results, None for all of them."""
-        named = {one.name: one for one in self.computations.get(fusion, ())}
-        root = next((one for one in named.values() if one.root), None)
+    def _written_by_fusion(self, fusion: str, count: int) -> list[int | None]:
+        """Bytes that a fusion writes of each of its `count` results; None for a whole result."""
+        lines = {line.name: line for line in self.computations.get(fusion, ())}
+        root = next((line for line in lines.values() if line.root), None)
         names = () if root is None else (root.name,)
         if root is not None and root.operation == 'tuple':
             names = root.operands
         if len(names) != count:
             return [None] * count
-        return [self._written(named.get(name), named) for name in names]
+        return [self._written(lines.get(name), lines) for name in names]
 
-    def _written(self, one: Instruction | None, named: dict[str, Instruction]) -> int | None:
-        """The bytes of a result that are new: not what was handed on or is being received."""
-        if one is None:
+    def _written(self, line: Instruction | None, lines: dict[str, Instruction]) -> int | None:
+        """Bytes that an instruction writes of its result: forwarded or received bytes are not."""
+        if line is None:
             return None
-        if one.operation == 'parameter' or _kind(one.operation):
+        if line.operation == 'parameter' or _collective_kind(line.operation):
             return 0
-        if one.operation == 'bitcast':
-            return self._written(named.get(one.operands[0]), named)
-        if one.operation == 'dynamic-update-slice' and one.operands[1] in named:
-            return named[one.operands[1]].size
-        if one.operation == 'fusion':
-            return self._made(one.called('calls'), len(one.shapes))[0]
+        if line.operation == 'bitcast':
+            return self._written(lines.get(line.operands[0]), lines)
+        if line.operation == 'dynamic-update-slice' and line.operands[1] in lines:
+            return lines[line.operands[1]].size
+        if line.operation == 'fusion':
+            return self._written_by_fusion(line.called('calls'), len(line.buffers))[0]
         return None
 
-    def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as its line says, or by what its counter is compared with."""
-        if told := TRIPS.search(loop.rest):
-            return int(told[1])
-        lines = {one.name: one for one in self.computations.get(loop.called('condition'), ())}
-        for one in lines.values():
-            if one.operation == 'compare' and one.root:
-                for name in one.operands:
-                    number = re.match(r'(\d+)\)', lines[name].rest) if name in lines else None
+    def _trip_count(self, loop: Instruction) -> int:
+        """Iterations of a loop: its annotation, or the constant its counter is compared with."""
+        if annotation := TRIP_COUNT.search(loop.details):
+            return int(annotation[1])
+        lines = {line.name: line for line in self.computations.get(loop.called('condition'), ())}
+        for line in lines.values():
+            if line.operation == 'compare' and line.root:
+                for name in line.operands:
+                    number = re.match(r'(\d+)\)', lines[name].details) if name in lines else None
                     if number and lines[name].operation == 'constant':
                         return int(number[1])
         return 1
 
 
-def _read(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of every computation, and which of them is the program."""
-    found: dict[str, list[Instruction]] = {}
+def parse_groups(details: str, devices: int) -> np.ndarray:
+    """The groups of a collective, [groups, devices of a group], in any notation that XLA uses.
+
+    Notations that list groups of any size give the first group alone.
+    """
+    if pairs := re.search(r'source_target_pairs=\{\{([\d,{} ]*)\}\}', details):
+        first = [int(number) for number in pairs[1].split('}')[0].split(',')]
+        return np.array([first])
+    if mesh := MESH_GROUPS.search(details):
+        return _mesh_groups(*mesh.groups())
+    if lists := re.search(r'replica_groups=\{\{([\d, ]+)\}', details):
+        return np.array([[int(number) for number in lists[1].split(',')]])
+    if iota := re.search(r'replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)', details):
+        shape, ids = iota[1].split('<=')
+        return _device_ids(ids).reshape(_numbers(shape))
+    return np.arange(devices)[None]
+
+
+def _mesh_groups(axes: str, ids: str | None, group_axes: str) -> np.ndarray:
+    """Groups along axes of a mesh; a part of an axis is written 'name':(outer)size."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    shape, along = [], []
+    parts = {}
+    for name, outer, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", group_axes):
+        parts[name] = (int(outer), int(size)) if size else (1, sizes[name])
+    for name, size in sizes.items():
+        outer, inner = parts.get(name, (1, 1))
+        along += [len(shape) + 1] if name in parts else []
+        shape += [outer, inner, size // (outer * inner)]
+    device_ids = _device_ids(ids) if ids else np.arange(math.prod(shape))
+    device_ids = np.moveaxis(device_ids.reshape(shape), along, range(-len(along), 0))
+    return device_ids.reshape(-1, math.prod(shape[axis] for axis in along))
+
+
+def _device_ids(text: str) -> np.ndarray:
+    """The array that `[2,2]T(1,0)` denotes: numbers from 0 in that shape, transposed."""
+    shape, _, permutation = text.partition('T')
+    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return ids.transpose(_numbers(permutation)) if permutation else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r'\d+', text)]
+
+
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of every computation, and the name of the entry computation."""
+    computations: dict[str, list[Instruction]] = {}
     lines: list[Instruction] = []
     entry = ''
-    for line in text.splitlines():
-        if header := HEADER.match(line):
-            lines = found.setdefault(header[2], [])
+    for text_line in text.splitlines():
+        if header := HEADER.match(text_line):
+            lines = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif match := INSTRUCTION.match(line):
-            root, name, made, operation, rest = match.groups()
-            operands = tuple(re.findall(r'%([\w.\-]+)', rest[: _end(rest)]))
+        elif match := INSTRUCTION.match(text_line):
+            root, name, results, operation, details = match.groups()
+            operands = re.findall(r'%([\w.\-]+)', details[: _end_of_operands(details)])
             lines.append(
-                Instruction(name, _shapes(made), operation, operands, rest, root is not None)
+                Instruction(
+                    name=name,
+                    buffers=_buffers(results),
+                    operation=operation,
+                    operands=tuple(operands),
+                    details=details,
+                    root=root is not None,
+                )
             )
-    return found, entry
+    return computations, entry
 
 
-def _end(rest: str) -> int:
-    """Where the operands end: at the bracket that closes the one before them."""
+def _end_of_operands(details: str) -> int:
+    """The index of the parenthesis that closes the list of operands."""
     depth = 1
-    for place, letter in enumerate(rest):
+    for index, letter in enumerate(details):
         depth += (letter == '(') - (letter == ')')
         if not depth:
-            return place
-    return len(rest)
+            return index
+    return len(details)
 
 
-def _shapes(text: str) -> tuple[Shape, ...]:
+def _buffers(text: str) -> tuple[Buffer, ...]:
+    """The arrays of a type; `S(n)` in a layout is a memory space other than main memory."""
     return tuple(
-        Shape(
+        Buffer(
             bytes=math.prod(map(int, filter(None, sides.split(',')))) * _bits(kind) // 8,
-            near=bool(re.search(r'S\([1-9]', layout or '')),
+            on_chip=bool(re.search(r'S\([1-9]', layout or '')),
         )
         for kind, sides, layout in SHAPE.findall(text)
     )
 
 
 def _bits(kind: str) -> int:
-    found = BITS.match(kind)
-    return 8 if kind == 'pred' or found is None else int(found[1])
+    match = BITS.match(kind)
+    return 8 if kind == 'pred' or match is None else int(match[1])
 
 
-def _kind(operation: str) -> str | None:
+def _collective_kind(operation: str) -> str | None:
     kind = operation.removesuffix('-start')
-    return kind if kind in KINDS else None
+    return kind if kind in COLLECTIVES else None
 
 
-def _sent(kind: str, made: int, group: int) -> int:
-    """Bytes that a device sends for a result of so many, by the algorithm that sends least."""
-    factor: dict[str, Callable[[], int]] = {
-        'all-gather': lambda: made * (group - 1) // group,
-        'all-reduce': lambda: 2 * made * (group - 1) // group,
-        'reduce-scatter': lambda: made * (group - 1),
-        'all-to-all': lambda: made * (group - 1) // group,
+def _sent(kind: str, result: int, group_size: int) -> int:
+    """Bytes that a device sends for a result of `result` bytes, by the cheapest algorithm."""
+    formulas: dict[str, Callable[[], int]] = {
+        'all-gather': lambda: result * (group_size - 1) // group_size,
+        'all-reduce': lambda: 2 * result * (group_size - 1) // group_size,
+        'reduce-scatter': lambda: result * (group_size - 1),
+        'all-to-all': lambda: result * (group_size - 1) // group_size,
     }
-    return factor.get(kind, lambda: made)()
+    return formulas.get(kind, lambda: result)()
 
 
-def _branches(rest: str) -> list[str]:
-    """The computations of a conditional, of which one runs: the first."""
-    found = re.search(r'branch_computations=\{%?([\w.\-]+)', rest)
-    return [found[1]] if found else re.findall(r'true_computation=%?([\w.\-]+)', rest)
+def _branches(details: str) -> list[str]:
+    """The computations of a conditional that count: one branch runs, the first is taken."""
+    match = re.search(r'branch_computations=\{%?([\w.\-]+)', details)
+    return [match[1]] if match else re.findall(r'true_computation=%?([\w.\-]+)', details)
 
 
-def _far(shapes: Sequence[Shape]) -> int:
-    return sum(shape.bytes for shape in shapes if not shape.near)
+def _off_chip(buffers: Sequence[Buffer]) -> int:
+    return sum(buffer.bytes for buffer in buffers if not buffer.on_chip)
 
 
-def _least(size: int, part: int | None) -> int:
-    return size if part is None else min(size, part)
+def _at_most(size: int, limit: int | None) -> int:
+    return size if limit is None else min(size, limit)

@@ -1,7 +1,8 @@
-"""How much memory, and how much traffic, does a function ask for before any compiler saw it?
+"""How much memory and traffic does a function need, by its jaxpr alone?
 
-Read from its jaxpr, where every intermediate array has a size. A compiler fuses many of them away,
-so what lives is an upper bound; and products read and write at least their arrays.
+Every intermediate array of a jaxpr has a size. A compiler fuses many of them away, so live memory
+is an upper bound; matrix products read and write their arrays at least once, so traffic is a lower
+bound.
 """
 
 import math
@@ -10,9 +11,9 @@ import jax
 from jax.extend import core as jex
 
 from star_jax.core.flops import inner_jaxprs
-from star_jax.plan.workload import Piece
+from star_jax.plan.workload import Program
 
-# Made where they are used, by any compiler.
+# Every compiler fuses these into the operation that uses their result.
 FUSED = {
     'broadcast_in_dim',
     'convert_element_type',
@@ -27,48 +28,50 @@ FUSED = {
 PRODUCTS = ('dot_general', 'conv_general_dilated')
 
 
-def peak(piece: Piece) -> int:
-    """The most bytes of intermediate arrays that live at once."""
-    return _peak(jax.make_jaxpr(piece.function)(*piece.args).jaxpr)
+def peak(program: Program) -> int:
+    """The most bytes of intermediate arrays that are live at once."""
+    return _peak(jax.make_jaxpr(program.function)(*program.args).jaxpr)
 
 
-def traffic(piece: Piece) -> int:
-    """Bytes that the products of a function read and write, every iteration of a loop counted."""
-    return _traffic(jax.make_jaxpr(piece.function)(*piece.args).jaxpr)
+def traffic(program: Program) -> int:
+    """Bytes that matrix products and convolutions read and write, in all iterations of loops."""
+    return _traffic(jax.make_jaxpr(program.function)(*program.args).jaxpr)
 
 
 def _peak(jaxpr: jex.Jaxpr) -> int:
-    last = {}
-    for place, equation in enumerate(jaxpr.eqns):
+    last_use = {}
+    for index, equation in enumerate(jaxpr.eqns):
         for var in equation.invars:
             if isinstance(var, jex.Var):
-                last[var] = place
-    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if isinstance(var, jex.Var)}
-    ends: dict[int, list[jex.Var]] = {}
-    for var, place in last.items():
-        ends.setdefault(place, []).append(var)
+                last_use[var] = index
+    last_use |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if isinstance(var, jex.Var)}
+    freed_after: dict[int, list[jex.Var]] = {}
+    for var, index in last_use.items():
+        freed_after.setdefault(index, []).append(var)
     sizes: dict[jex.Var, int] = {}
     live = most = 0
-    for place, equation in enumerate(jaxpr.eqns):
+    for index, equation in enumerate(jaxpr.eqns):
         name = equation.primitive.name
-        inside = max(map(_peak, inner_jaxprs(equation.params)), default=0)
-        made = {var: 0 if name in FUSED else _bytes(var) for var in equation.outvars if var in last}
-        # What a call leaves is among what lives in it; a loop keeps its results beside its body.
-        beside = sum(made.values())
-        most = max(most, live + (beside + inside if name == 'scan' else max(beside, inside)))
-        sizes |= made
-        live += beside - sum(sizes.pop(var, 0) for var in ends.get(place, ()))
+        inner = max(map(_peak, inner_jaxprs(equation.params)), default=0)
+        results = {
+            var: 0 if name in FUSED else _bytes(var) for var in equation.outvars if var in last_use
+        }
+        # The results of a call are part of its inner peak; a loop stores them beside its body.
+        new = sum(results.values())
+        most = max(most, live + (new + inner if name == 'scan' else max(new, inner)))
+        sizes |= results
+        live += new - sum(sizes.pop(var, 0) for var in freed_after.get(index, ()))
     return most
 
 
 def _traffic(jaxpr: jex.Jaxpr) -> int:
-    found = 0
+    total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name in PRODUCTS:
-            found += sum(map(_bytes, (*equation.invars, *equation.outvars)))
-        times = equation.params['length'] if equation.primitive.name == 'scan' else 1
-        found += times * sum(map(_traffic, inner_jaxprs(equation.params)))
-    return found
+            total += sum(map(_bytes, (*equation.invars, *equation.outvars)))
+        iterations = equation.params['length'] if equation.primitive.name == 'scan' else 1
+        total += iterations * sum(map(_traffic, inner_jaxprs(equation.params)))
+    return total
 
 
 def _bytes(var: jex.Var) -> int:

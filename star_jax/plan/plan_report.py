@@ -1,15 +1,52 @@
-"""What is a plan, in numbers?"""
+"""What does a plan contain, and how is it printed?"""
 
 import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from star_jax.plan.chips import Chip
+from rich.table import Table
+
+from star_jax.parallel.chips import GIB, Chip
 from star_jax.plan.hlo import Collective
+
+LIMITS = {
+    'compute': 'arithmetic',
+    'memory': 'memory traffic',
+    'links': 'links between chips',
+    'network': 'network between slices or nodes',
+}
+COLUMNS = (
+    'config',
+    'topology',
+    'mesh (data, fsdp, tensor, sequence)',
+    'batch',
+    'state',
+    'frozen',
+    'activations',
+    'temporaries',
+    'total of available',
+    'fits',
+    'largest batch',
+    'sent, GiB',
+    'step, at least',
+    'bound by',
+    'images/s',
+    'MFU',
+    'chip-hours',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roof:
-    """Seconds that a program takes at least, for each thing that it asks of a chip."""
+    """Lower bounds of the seconds that a program takes, one for each resource of a chip.
+
+    Attributes:
+        compute: arithmetic at the peak rates of matrix products.
+        memory: traffic at the bandwidth of main memory.
+        links: bytes sent within a slice or node.
+        network: bytes sent to other slices or nodes.
+    """
 
     compute: float
     memory: float
@@ -18,31 +55,46 @@ class Roof:
 
     @property
     def seconds(self) -> float:
-        """As if everything went on side by side."""
+        """The lower bound with perfect overlap of all four."""
         return max(self.compute, self.memory, self.links, self.network)
 
     @property
     def limit(self) -> str:
-        """What takes longest."""
+        """The name of the largest bound."""
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
 
 
-def roof(
-    chip: Chip, chips: int, flops: dict[str, int], traffic: int, exchanges: list[Collective]
+def compute_roof(
+    chip: Chip, chips: int, flops: dict[str, int], traffic: int, collectives: list[Collective]
 ) -> Roof:
-    """`flops` are those of all chips by kind, `traffic` and `exchanges` those of one."""
-    far = [one for one in exchanges if one.near < one.group]
+    """The roof of one program.
+
+    Args:
+        chip: the peak rates.
+        chips: the number of chips.
+        flops: floating-point operations of all chips, by kind.
+        traffic: bytes that one chip reads and writes.
+        collectives: what one chip sends.
+    """
+    remote = [item for item in collectives if item.local_size < item.group_size]
     return Roof(
         compute=sum(count / chip.rate(kind) for kind, count in flops.items()) / chips,
         memory=traffic / chip.bandwidth,
-        links=sum(one.bytes for one in exchanges if one.near > 1) / chip.links,
-        network=sum(one.bytes / one.near for one in far) / chip.network,
+        links=sum(item.bytes for item in collectives if item.local_size > 1) / chip.links,
+        network=sum(item.bytes / item.local_size for item in remote) / chip.network,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes of one device. `activations` grow with the batch, `temporaries` do not."""
+class DeviceMemory:
+    """Bytes of one device.
+
+    Attributes:
+        resident: arrays that stay in memory, by what they are.
+        activations: temporaries that grow with the batch.
+        temporaries: temporaries that do not.
+        limit: what a program can use.
+    """
 
     resident: dict[str, int]
     activations: int
@@ -59,13 +111,31 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """A run on machines.
+class PlanReport:
+    """A plan of a run on machines.
 
-    `parted`: whether activations could be told from temporaries (else they count as activations).
-    `largest` batch that fits (0: none does, None: not looked for), `checked` by compiling it.
-    `roofs` by program, which run one after another. `needed`: floating-point operations that
-    must be computed once. `hours` of all chips for the whole run, or for a million images drawn.
+    Attributes:
+        config: the name of the run.
+        topology: the name of the machines.
+        chips: the number of chips.
+        compiled: whether programs were compiled; otherwise their arrays were counted.
+        mesh: the lengths of the mesh axes.
+        batch: the global batch size.
+        memory: bytes of one device.
+        separated: whether activations are known apart from temporaries, not as one sum.
+        largest_batch: the largest batch that fits (0: none does, None: not searched).
+        largest_batch_compiled: whether the largest batch was compiled.
+        collectives: the collectives of the main program.
+        complete: whether the programs compiled; otherwise collectives and traffic are missing.
+        roofs: lower bounds by program; programs run one after another.
+        flops: floating-point operations of a step on all chips.
+        needed_flops: those of them that are needed once (nothing computed twice or padded).
+        peak_flops: bfloat16 FLOP/s of one chip.
+        steps: training steps of the run, or batches of a million generated images.
+        price: price of a chip-hour.
+        compile_seconds: seconds that compilation took.
+        notes: sentences about sizes that were assumed.
+        advice: sentences about what to change.
     """
 
     config: str
@@ -74,16 +144,16 @@ class Report:
     compiled: bool
     mesh: dict[str, int]
     batch: int
-    memory: Memory
-    parted: bool
-    largest: int | None
-    checked: bool
-    exchanges: list[Collective]
-    known: bool
+    memory: DeviceMemory
+    separated: bool
+    largest_batch: int | None
+    largest_batch_compiled: bool
+    collectives: list[Collective]
+    complete: bool
     roofs: dict[str, Roof]
     flops: int
-    needed: int
-    peak: float
+    needed_flops: int
+    peak_flops: float
     steps: int
     price: float
     compile_seconds: float
@@ -92,27 +162,170 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Of a step, at least."""
+        """A lower bound of the seconds of a step."""
         return sum(roof.seconds for roof in self.roofs.values())
 
     @property
     def mfu(self) -> float:
-        """The share of the chips' bfloat16 rate that the needed arithmetic reaches, at most."""
-        return self.needed / (self.seconds * self.chips * self.peak)
+        """An upper bound: the share of the peak rate that the needed arithmetic reaches."""
+        return self.needed_flops / (self.seconds * self.chips * self.peak_flops)
 
     @property
     def images_per_second(self) -> float:
+        """An upper bound."""
         return self.batch / self.seconds
 
     @property
     def hours(self) -> float:
+        """A lower bound of the chip-hours of all steps."""
         return self.seconds * self.steps * self.chips / 3600
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, what follows from other numbers too."""
+        """All fields, and the values that follow from them."""
         derived = ('seconds', 'mfu', 'images_per_second', 'hours')
         memory = {'total': self.memory.total, 'fits': self.memory.fits}
         return dataclasses.asdict(self) | {
-            'predicted': {name: getattr(self, name) for name in derived},
+            'bounds': {name: getattr(self, name) for name in derived},
             'memory': dataclasses.asdict(self.memory) | memory,
         }
+
+
+def summary(report: PlanReport) -> str:
+    """One line: the run, the machines and the mesh."""
+    mesh = ' '.join(f'{axis}={size}' for axis, size in report.mesh.items())
+    how = 'compiled ahead of time' if report.compiled else 'counted, not compiled'
+    return (
+        f'{report.config} on {report.topology}: {report.chips} chips, {mesh}, batch '
+        f'{report.batch}, {how}'
+    )
+
+
+def tables(report: PlanReport) -> list[Table]:
+    """Memory, collectives and time."""
+    return [_memory_table(report), _collectives_table(report), _time_table(report)]
+
+
+def sentences(report: PlanReport) -> list[str]:
+    """What fits, what it costs, what to change, and what was assumed."""
+    return [*_verdict(report), *report.advice, *report.notes]
+
+
+def _memory_table(report: PlanReport) -> Table:
+    memory = report.memory
+    table = _table('Memory of one device', 'GiB', 'of available')
+    growing = 'activations' if report.separated else 'activations and temporaries'
+    sizes = memory.resident | {growing: memory.activations}
+    if report.separated:
+        sizes['temporaries'] = memory.temporaries
+    for name, size in [*sizes.items(), ('total', memory.total), ('available', memory.limit)]:
+        if name == 'total':
+            table.add_section()
+        table.add_row(name, f'{size / GIB:,.2f}', f'{size / memory.limit:.1%}')
+    return table
+
+
+def _collectives_table(report: PlanReport) -> Table:
+    title = 'Sent by one device per run of the main program'
+    table = _table(title, 'devices of a group', 'count', 'GiB', 'of all')
+    total = sum(item.bytes for item in report.collectives)
+    for item in report.collectives:
+        apart = item.local_size < item.group_size
+        local = f' ({item.local_size} in a slice or node)' if apart else ''
+        table.add_row(
+            item.kind,
+            f'{item.group_size}{local}',
+            f'{item.count:,}',
+            f'{item.bytes / GIB:,.3f}',
+            f'{item.bytes / max(total, 1):.1%}',
+        )
+    if not report.complete:
+        table.add_row('unknown: the program does not fit', '', '', '', '')
+    return table
+
+
+def _time_table(report: PlanReport) -> Table:
+    seconds = report.seconds
+    table = _table('Time of a step, at least', 'seconds', 'of the step', 'bound by')
+    for name, roof in report.roofs.items():
+        limit = LIMITS[roof.limit]
+        table.add_row(name, f'{roof.seconds:.4f}', f'{roof.seconds / seconds:.0%}', limit)
+        for resource, label in LIMITS.items():
+            if value := getattr(roof, resource):
+                table.add_row(f'  {label}', f'{value:.4f}', f'{value / seconds:.0%}', '')
+    return table
+
+
+def _verdict(report: PlanReport) -> Iterator[str]:
+    memory = report.memory
+    fits = 'fits' if memory.fits else 'does not fit'
+    verdict = f'it {fits}: {memory.total / GIB:,.2f} of {memory.limit / GIB:,.2f} GiB per device'
+    if report.largest_batch is not None:
+        how = ' (compiled)' if report.largest_batch_compiled else ''
+        verdict += f'; the largest batch that fits is {report.largest_batch:,}{how}'
+    yield verdict
+    yield (
+        f'{report.flops / 1e12:,.1f} TFLOP per step on all chips, '
+        f'{report.needed_flops / 1e12:,.1f} of them needed once; at least {report.seconds:.3f} s, '
+        f'at most {report.images_per_second:,.0f} images/s and {report.mfu:.0%} MFU'
+    )
+    cost = f', {report.hours * report.price:,.0f} at {report.price:g} each' if report.price else ''
+    yield f'{report.steps:,} steps take at least {report.hours:,.0f} chip-hours{cost}'
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of reports as JSON (`PlanReport.to_json`), or of errors."""
+    lines = ['| ' + ' | '.join(COLUMNS) + ' |', '| --- ' * len(COLUMNS) + '|']
+    lines += ['| ' + ' | '.join(_cells(row)) + ' |' for row in rows]
+    return '\n'.join(lines) + '\n'
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if 'error' in row:
+        cells = [row['config'], row['topology'], row['error']]
+        return cells + [''] * (len(COLUMNS) - len(cells))
+    memory, bounds = row['memory'], row['bounds']
+    resident = memory['resident']
+    state = sum(resident.get(name, 0) for name in ('parameters', 'optimizer', 'averages'))
+    frozen = sum(resident.values()) - state
+    main_roof = next(iter(row['roofs'].values()))
+    largest = '' if row['largest_batch'] is None else f'{row["largest_batch"]:,}'
+    return [
+        row['config'],
+        row['topology'] + ('' if row['compiled'] else ' (counted)'),
+        ' '.join(map(str, row['mesh'].values())),
+        f'{row["batch"]:,}',
+        _gib(state),
+        _gib(frozen),
+        _gib(memory['activations']),
+        _gib(memory['temporaries']) if row['separated'] else 'with activations',
+        f'{_gib(memory["total"])} of {_gib(memory["limit"])}',
+        'yes' if memory['fits'] else '**no**',
+        largest + (' (compiled)' if row['largest_batch_compiled'] else ''),
+        ', '.join(f'{_gib(size)} {kind}' for kind, size in _sent_by_kind(row)) or 'none',
+        f'{bounds["seconds"]:.3f} s',
+        max(main_roof, key=main_roof.get),
+        f'{bounds["images_per_second"]:,.0f}',
+        f'{bounds["mfu"]:.0%}',
+        f'{bounds["hours"]:,.0f}',
+    ]
+
+
+def _sent_by_kind(row: dict[str, Any]) -> list[tuple[str, int]]:
+    """Kinds of collectives and their bytes, the largest first."""
+    sums: dict[str, int] = {}
+    for item in row['collectives']:
+        sums[item['kind']] = sums.get(item['kind'], 0) + item['bytes']
+    return sorted(sums.items(), key=lambda item: -item[1])
+
+
+def _gib(size: float) -> str:
+    digits = 2 if size < 10 * GIB else 1
+    return f'{size / GIB:,.{digits}f}' if math.isfinite(size) else '?'
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify='left')
+    table.add_column('')
+    for column in columns:
+        table.add_column(column, justify='right')
+    return table

@@ -1,52 +1,109 @@
-"""What is the largest batch that fits?"""
+"""Which mesh suits a pod, and what is the largest batch that fits?"""
 
+import dataclasses
 from typing import NamedTuple
 
+from star_jax.errors import UserError
+from star_jax.parallel import rules
+from star_jax.parallel.mesh import MeshShape
 from star_jax.plan import analytic
-from star_jax.plan.estimate import Planner, Point
-from star_jax.plan.workload import share
+from star_jax.plan.estimate import Estimate, Estimator
+from star_jax.plan.topologies import Pod
+from star_jax.plan.workload import device_bytes
+from star_jax.training.run import Run
 
-CHECKS = 2  # compilations that may check the largest batch
-STEP = 0.9  # from one of them to the next
-
-
-class Found(NamedTuple):
-    """Bytes per image of a device, the largest batch (0: none), and whether it was compiled."""
-
-    slope: float
-    largest: int
-    checked: bool
+STATE_FRACTION = 0.25  # of the memory, for parameters, optimizer and averages
+MAX_CHECKS = 2  # compilations that check the largest batch
+CHECK_FACTOR = 0.9  # from one checked batch to the next
 
 
-def search(planner: Planner, point: Point) -> Found:
-    """From what one batch asks: two make a line, and a compilation more checks what it says."""
-    ways, images = planner.run.batch // point.images, point.images
-    slope = max(_slope(planner, point), 1.0)
-    fixed = max(point.beside[point.main] - slope * images, 0.0)
-    each = slope + share(point.work.resident.get('batch')) / images
-    others = [size for name, size in point.beside.items() if name != point.main]
-    each = max(each, max(others, default=0) / images)
-    state = sum(share(tree) for name, tree in point.work.resident.items() if name != 'batch')
-    most = max(int((planner.pod.chip.memory - state - fixed) / each), 0)
-    if planner.pod.platform != 'tpu':
-        return Found(slope, most * ways, False)
-    for _ in range(CHECKS):
+class LargestBatch(NamedTuple):
+    """The result of `largest_batch`.
+
+    Attributes:
+        bytes_per_image: temporaries of a device that grow with the batch, per image.
+        batch: the largest global batch that fits (0: none does).
+        compiled: whether that batch was compiled, not only computed.
+    """
+
+    bytes_per_image: float
+    batch: int
+    compiled: bool
+
+
+def largest_batch(estimator: Estimator, estimate: Estimate) -> LargestBatch:
+    """The largest batch that fits, by the line through two batches and a check of the result."""
+    ways, images = estimator.run.batch // estimate.images, estimate.images
+    slope = max(_bytes_per_image(estimator, estimate), 1.0)
+    resident, main = estimate.workload.resident, estimate.main
+    fixed = max(estimate.temporaries[main] - slope * images, 0.0)
+    per_image = slope + device_bytes(resident.get('batch')) / images
+    others = [size for name, size in estimate.temporaries.items() if name != main]
+    per_image = max(per_image, max(others, default=0) / images)
+    state = sum(device_bytes(tree) for name, tree in resident.items() if name != 'batch')
+    most = max(int((estimator.pod.chip.memory - state - fixed) / per_image), 0)
+    if estimator.pod.platform != 'tpu':
+        return LargestBatch(slope, most * ways, False)
+    for _ in range(MAX_CHECKS):
         if not most:
             break
-        if planner.fits(point if most == images else planner.look(most * ways, alone=True)):
-            return Found(slope, most * ways, True)
-        most = int(most * STEP)
-    return Found(slope, most * ways, False)
+        same = most == images
+        checked = estimate if same else estimator.estimate(most * ways, main_only=True)
+        if estimator.fits(checked):
+            return LargestBatch(slope, most * ways, True)
+        most = int(most * CHECK_FACTOR)
+    return LargestBatch(slope, most * ways, False)
 
 
-def _slope(planner: Planner, point: Point) -> float:
-    """Bytes per image of the main program."""
-    images, main = point.images, point.main
-    if planner.pod.platform != 'tpu':
-        return (
-            point.beside[main] - analytic.fixed(planner.run, point.work, planner.sizes)
-        ) / images
-    other = 2 * images if planner.fits(point) or images == 1 else images // 2
-    ways = planner.run.batch // images
-    second = planner.look(other * ways, alone=True)
-    return (second.beside[main] - point.beside[main]) / (other - images)
+def _bytes_per_image(estimator: Estimator, estimate: Estimate) -> float:
+    """Temporaries of the main program that each image of a device adds."""
+    images, main = estimate.images, estimate.main
+    if estimator.pod.platform != 'tpu':
+        fixed = analytic.fixed(estimator.run, estimate.workload, estimator.sizes)
+        return (estimate.temporaries[main] - fixed) / images
+    other = 2 * images if estimator.fits(estimate) or images == 1 else images // 2
+    ways = estimator.run.batch // images
+    second = estimator.estimate(other * ways, main_only=True)
+    return (second.temporaries[main] - estimate.temporaries[main]) / (other - images)
+
+
+def choose_mesh(run: Run, pod: Pod, trains: bool) -> MeshShape:
+    """A mesh that splits the batch as far as it divides; heads, then rows, take the other chips.
+
+    Parameters are split over `fsdp` as little as memory allows, because every split is gathered
+    again. Raises UserError if no such mesh divides the model.
+    """
+    ways = max(n for n in _divisors(pod.chips) if run.batch % n == 0)
+    copies = 3 + (run.ema > 0) if trains else 1
+    refused = None
+    for tensor in sorted(_divisors(pod.chips // ways), reverse=True):
+        if run.model.heads % tensor:
+            continue
+        shapes = [
+            MeshShape(fsdp=fsdp, tensor=tensor, sequence=pod.chips // ways // tensor)
+            for fsdp in _divisors(ways)
+        ]
+        possible = []
+        for shape in shapes:
+            try:
+                params = rules.abstract(run.model.abstract(), shape.abstract_mesh(pod.chips))
+            except UserError as error:
+                refused = error
+                continue
+            possible.append(shape)
+            if copies * device_bytes(params) <= STATE_FRACTION * pod.chip.memory:
+                return shape
+        if possible:
+            return possible[-1]
+    raise refused or UserError(f'no mesh of {pod.chips} chips divides this model')
+
+
+def mesh_options(shape: MeshShape) -> str:
+    """The options of a command line that select a mesh."""
+    sizes = dataclasses.asdict(shape).items()
+    options = [f'--mesh.{axis} {size}' for axis, size in sizes if size > 1]
+    return ' '.join(options) or '--mesh.fsdp 1'
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]

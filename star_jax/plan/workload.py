@@ -1,11 +1,12 @@
-"""What does a run compute, as far as its sizes tell?
+"""Which programs does a run execute, and on which arrays?
 
-No weights, words or pictures are needed: what a config names and this machine has not counts with
-its published sizes.
+No weights, text or images are needed: the published sizes stand for a tokenizer or a text encoder
+that a config names and this machine does not have.
 """
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,74 +34,80 @@ from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.programs import HeadPrograms, Programs
 from star_jax.training.run import Run, resolve
 
-STEP = 'training step'
+TRAINING_STEP = 'training step'
 
 
-class Piece(NamedTuple):
-    """A jitted program and its arguments, by shape, type and sharding."""
+class Program(NamedTuple):
+    """A jitted function and its abstract arguments (shapes, dtypes and shardings)."""
 
     function: Any
     args: tuple
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What is done with a batch of `images`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What devices compute for one batch, and what they store.
 
-    `pieces` run one after another, the longest first. `resident` lies in memory all the time, by
-    what it is; of that `trained` has gradients. `seen`: the same arithmetic in a form that can be
-    counted; `needed`: with nothing computed twice. `notes` say what was taken for what.
+    Attributes:
+        images: images of the batch.
+        programs: the programs by name; they run one after another, the main one is first.
+        resident: abstract arrays that stay in memory, by what they are.
+        trained: the resident parameters that have gradients; None without training.
+        counted_programs: the same arithmetic, without kernels that hide it from a count of FLOPs.
+        needed_programs: the same results, with nothing computed twice and nothing padded.
+        notes: sentences about sizes that were assumed.
     """
 
     images: int
-    pieces: dict[str, Piece]
+    programs: dict[str, Program]
     resident: dict[str, Any]
     trained: Any
-    seen: dict[str, Piece]
-    needed: dict[str, Piece]
+    counted_programs: dict[str, Program]
+    needed_programs: dict[str, Program]
     notes: tuple[str, ...]
 
 
-Make = Callable[[Run, Mesh | AbstractMesh, str], Work]
+MakeWorkload = Callable[[Run, Mesh | AbstractMesh, str], Workload]
 
 
-def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Work:
-    """A training step, with whatever the run computes beside it.
+def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
+    """A training step, and every program that the run executes beside it.
 
-    Raises UserErrors as building the run does, but not for places that are not on this machine.
+    Raises UserErrors as building the run does, except for paths that this machine does not have.
     """
-    check_split(run.batch, mesh)
-    vq, about_tokenizer = _tokenizer(run)
-    encoder, about_text = _encoder(run)
-    label = isinstance(encoder, Classes)
-    inside = label or run.features == 'inside'
+    check_batch(run.batch, mesh)
+    vq, tokenizer_note = _tokenizer(run)
+    encoder, text_note = _encoder(run)
+    has_labels = isinstance(encoder, Classes)
+    inside = has_labels or run.features == 'inside'
     kind = HeadPrograms if run.model.refinement else Programs
 
-    def programs(**changes: Any) -> Programs:
+    def build(**changes: Any) -> Programs:
         changed = dataclasses.replace(run, **changes)
         return kind(changed, mesh, vq, encoder, inside=inside, platform=platform)
 
-    made, counted = programs(), programs(attention='by_scale')
-    state = made.abstract()
-    words, features = _condition(encoder, run.batch)
+    programs, countable = build(), build(attention='by_scale')
+    state = programs.abstract()
+    prompts, features = _prompts_and_condition(encoder, run.batch)
     frozen = {
         'tokenizer': rules.abstract(vq.abstract(), mesh, ' of the tokenizer'),
         'encoder': {},
-        'empty': _whole(_condition(encoder, 1)[1], mesh),
+        'empty': _replicated(_prompts_and_condition(encoder, 1)[1], mesh),
     }
-    if inside and not label:
+    if inside and not has_labels:
         frozen['encoder'] = rules.abstract(encoder.abstract_params(), mesh, ' of the text encoder')
-    if isinstance(made, HeadPrograms):
-        frozen['base'] = rules.abstract(jax.eval_shape(made.init_base, jax.random.key(0)), mesh)
-    codes_BL = jax.ShapeDtypeStruct((run.batch, made.model.schedule.length), jnp.int32)
-    batch = _split({'codes': codes_BL, 'text': words if inside else features}, mesh)
-    args = (state, frozen, batch, _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh))
-    pieces = {STEP: Piece(jax.jit(made.train, donate_argnums=0), args)}
+    if isinstance(programs, HeadPrograms):
+        base = jax.eval_shape(programs.init_base, jax.random.key(0))
+        frozen['base'] = rules.abstract(base, mesh)
+    codes_BL = jax.ShapeDtypeStruct((run.batch, programs.model.schedule.length), jnp.int32)
+    batch = _split_batch({'codes': codes_BL, 'text': prompts if inside else features}, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    args = (state, frozen, batch, _replicated(key, mesh))
     encoding = {}
     if not run.cache:
         shape = (run.batch, vq.resolution, vq.resolution, 3)
-        images = _split(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
-        encoding = {'tokenizer': Piece(made.encode, (frozen['tokenizer'], images))}
+        images = _split_batch(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
+        encoding = {'tokenizer': Program(programs.encode, (frozen['tokenizer'], images))}
     resident = {
         'parameters': state.params,
         'optimizer': state.opt,
@@ -110,120 +117,120 @@ def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Work:
         'tokenizer': frozen['tokenizer'],
         'batch': batch,
     }
-    return Work(
+    step = Program(jax.jit(programs.train, donate_argnums=0), args)
+    return Workload(
         images=run.batch,
-        pieces=pieces | encoding,
+        programs={TRAINING_STEP: step} | encoding,
         resident={name: tree for name, tree in resident.items() if jax.tree.leaves(tree)},
         trained=state.params,
-        seen={STEP: Piece(counted.train, args)} | encoding,
-        needed={STEP: Piece(made.plain.train, args)} | encoding,
-        notes=tuple(filter(None, (about_tokenizer, about_text))),
+        counted_programs={TRAINING_STEP: Program(countable.train, args)} | encoding,
+        needed_programs={TRAINING_STEP: Program(programs.plain.train, args)} | encoding,
+        notes=tuple(filter(None, (tokenizer_note, text_note))),
     )
 
 
 def sampling(
     run: Run, mesh: Mesh | AbstractMesh, platform: str, buckets: Buckets | None = None
-) -> Work:
-    """Drawing a batch of images from encoded text, as the run's `sampling` says.
+) -> Workload:
+    """Generating a batch of images from encoded text, with the settings of `run.sampling`.
 
-    Scales share `buckets` (by default those that suit the platform), whose padding is not needed.
+    Scales of one of the `buckets` share a program body (None: the default of the platform); the
+    arithmetic of padded rows is not needed.
     """
-    check_split(run.batch, mesh)
-    vq, about_tokenizer = _tokenizer(run)
-    encoder, about_text = _encoder(run)
+    check_batch(run.batch, mesh)
+    vq, tokenizer_note = _tokenizer(run)
+    encoder, text_note = _encoder(run)
     tokenizer, sizes = vq.build(run.dtype), run.model.schedule.sizes
 
-    def draws(attention: str, buckets: Buckets) -> Piece:
+    def build(attention: str, buckets: Buckets) -> Program:
         attend = named(attention, platform)
         network = run.model.build(run.dtype, attend=attend).with_sharding(mesh)
-        return Piece(program.compile_program(network, tokenizer, buckets), args)
+        return Program(program.compile_program(network, tokenizer, buckets), args)
 
-    model = rules.abstract(run.model.abstract(), mesh, ' of the model')
-    own = rules.abstract(vq.abstract(), mesh, ' of the tokenizer')
-    params = _cast({'model': model, 'tokenizer': own}, run.dtype)
+    model_params = rules.abstract(run.model.abstract(), mesh, ' of the model')
+    tokenizer_params = rules.abstract(vq.abstract(), mesh, ' of the tokenizer')
+    params = _cast({'model': model_params, 'tokenizer': tokenizer_params}, run.dtype)
     keys_B = jax.eval_shape(lambda: program.image_keys(range(run.batch)))
-    text = _condition(encoder, run.batch)[1]
-    empty = _whole(_condition(encoder, 1)[1], mesh) if run.sampling.guidance else None
-    drawn = stable.arguments(run.sampling, run.model.build(), tokenizer.codes)
-    drawn = _whole(jax.eval_shape(lambda: drawn), mesh)
-    args = (params, *_split((keys_B, text), mesh), empty, *drawn)
-    shared = choose(buckets, sizes, platform)
-    return Work(
+    condition = _prompts_and_condition(encoder, run.batch)[1]
+    empty = None
+    if run.sampling.guidance:
+        empty = _replicated(_prompts_and_condition(encoder, 1)[1], mesh)
+    method_args = stable.arguments(run.sampling, run.model.build(), tokenizer.codes)
+    method_args = _replicated(jax.eval_shape(lambda: method_args), mesh)
+    args = (params, *_split_batch((keys_B, condition), mesh), empty, *method_args)
+    chosen_buckets = choose(buckets, sizes, platform)
+    return Workload(
         images=run.batch,
-        pieces={'sampling': draws(run.attention, shared)},
+        programs={'sampling': build(run.attention, chosen_buckets)},
         resident={'parameters': params['model'], 'tokenizer': params['tokenizer']},
         trained=None,
-        seen={'sampling': draws('by_scale', shared)},
-        needed={'sampling': draws('by_scale', ())},
-        notes=tuple(filter(None, (about_tokenizer, about_text))),
+        counted_programs={'sampling': build('by_scale', chosen_buckets)},
+        needed_programs={'sampling': build('by_scale', ())},
+        notes=tuple(filter(None, (tokenizer_note, text_note))),
     )
 
 
-def arithmetic(pieces: dict[str, Piece]) -> dict[str, dict[str, int]]:
-    """Floating-point operations of each piece on all chips, by kind (`core.flops`)."""
-    return {name: count_kinds(piece.function, *piece.args) for name, piece in pieces.items()}
+def count_flops(programs: dict[str, Program]) -> dict[str, dict[str, int]]:
+    """Floating-point operations of each program on all chips, by kind (`core.flops`)."""
+    return {name: count_kinds(item.function, *item.args) for name, item in programs.items()}
 
 
-def check_split(batch: int, mesh: Mesh | AbstractMesh) -> None:
-    """A UserError if the mesh cannot split a batch."""
+def check_batch(batch: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError if the mesh does not divide a batch."""
     ways = batch_shards(mesh)
     if batch % ways:
-        fits = ways * max(round(batch / ways), 1)
+        nearest = ways * max(round(batch / ways), 1)
         raise UserError(
             f'a batch of {batch} does not divide over data x fsdp = {ways} chips: give a multiple '
-            f'of {ways}, such as {fits}, or put more chips on --mesh.tensor and --mesh.sequence'
+            f'of {ways}, such as {nearest}, or put more chips on --mesh.tensor and --mesh.sequence'
         )
 
 
-def share(tree: Any) -> int:
-    """Bytes of abstract, placed arrays that one device holds."""
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device stores of abstract arrays with shardings (random keys are left out)."""
     return sum(
-        leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape))
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(tree)
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda size, side: size * side, shape, 1)
-
-
 def _tokenizer(run: Run) -> tuple[VQ, str]:
-    """The tokenizer that the run names, or the published one, and a note of the latter."""
-    place, model = resolve(run).tokenizer, run.model
-    if place == models.SHIPPED or os.path.isdir(place):
-        vq = models.read_tokenizer(place).config.at(model.sides)
+    """The tokenizer that the run names; otherwise the published one, and a note that says so."""
+    path, model = resolve(run).tokenizer, run.model
+    if path == models.SHIPPED or os.path.isdir(path):
+        vq = models.read_tokenizer(path).config.at(model.sides)
         for field in ('codes', 'channels'):
             if getattr(model, field) != getattr(vq, field):
                 raise UserError(
-                    f'model.{field} is {getattr(model, field)}, but the tokenizer {place} has '
-                    f'{getattr(vq, field)}: set it so'
+                    f'model.{field} is {getattr(model, field)}, but the tokenizer {path} has '
+                    f'{getattr(vq, field)}: set model.{field} to that'
                 )
         return vq, ''
     vq = VQ(sides=model.sides, codes=model.codes, channels=model.channels)
-    return vq, f'{place} is not here: the published tokenizer is counted'
+    return vq, f'tokenizer {path} is not on this machine: the published sizes are used'
 
 
 def _encoder(run: Run) -> tuple[TextEncoder | Classes, str]:
-    """What reads prompts, and a note where its sizes are those of a published one."""
+    """The encoder of prompts, and a note if its sizes are those of a published one."""
     if run.model.PROMPT == 'label':
         return Classes(run.model.classes), ''
-    width, place = run.model.text_width, os.path.expanduser(run.text)
-    if os.path.isdir(place):
+    width, path = run.model.text_width, os.path.expanduser(run.text)
+    if os.path.isdir(path):
         return run.model.prompt_encoder(lambda: sketch(run.text, locate(run.text).config)), ''
     if width not in PUBLISHED:
         known = ', '.join(map(str, PUBLISHED))
         raise UserError(
-            f'the text encoder {run.text} is not on this machine, and of width {width} none is '
-            f'known (only {known}): name a folder with --text'
+            f'the text encoder {run.text} is not on this machine, and no published encoder has '
+            f'width {width} (only {known}): give the path of a folder with --text'
         )
-    found = sketch(run.text, PUBLISHED[width])
+    encoder = sketch(run.text, PUBLISHED[width])
     kind = PUBLISHED[width]['model_type']
-    return found, f'text encoder: the published {kind} of width {width}, {found.length} tokens'
+    return encoder, f'text encoder: the published {kind} of width {width}, {encoder.length} tokens'
 
 
-def _condition(encoder: TextEncoder | Classes, rows: int) -> tuple[Any, Any]:
-    """What a host and what an encoder make of so many prompts, abstract."""
+def _prompts_and_condition(encoder: TextEncoder | Classes, rows: int) -> tuple[Any, Any]:
+    """Abstract prompts as a host prepares them, and the condition that an encoder makes of them."""
     if isinstance(encoder, Classes):
         labels = jax.eval_shape(lambda: encoder.encode([''] * rows))
         return labels, labels
@@ -234,7 +241,7 @@ def _condition(encoder: TextEncoder | Classes, rows: int) -> tuple[Any, Any]:
 
 
 def _cast(params: dict, dtype: str) -> dict:
-    """`program.cast`, of what has a place."""
+    """`program.cast` of abstract arrays; they keep their shardings."""
     types = jax.eval_shape(functools.partial(program.cast, dtype=dtype), params)
     return jax.tree.map(
         lambda leaf, new: jax.ShapeDtypeStruct(leaf.shape, new.dtype, sharding=leaf.sharding),
@@ -243,15 +250,16 @@ def _cast(params: dict, dtype: str) -> dict:
     )
 
 
-def _whole(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    return _placed(tree, rules.replicated(mesh))
+def _replicated(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    return _with_sharding(tree, rules.replicated(mesh))
 
 
-def _split(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    return _placed(tree, rules.batch_sharding(mesh))
+def _split_batch(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    return _with_sharding(tree, rules.batch_sharding(mesh))
 
 
-def _placed(tree: Any, where: NamedSharding) -> Any:
+def _with_sharding(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), nn.unbox(tree)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(tree),
     )

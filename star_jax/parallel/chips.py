@@ -1,4 +1,4 @@
-"""What can one accelerator do?"""
+"""What are the peak rates and the memory of one accelerator?"""
 
 import dataclasses
 
@@ -10,12 +10,18 @@ TERA, GIGA = 1e12, 1e9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """The peak rates of its maker, and the memory that a program finds free.
+    """Peak rates of an accelerator as its vendor publishes them, and the memory a program can use.
 
-    FLOP/s of dense products: in `bfloat16`, in `float32` as JAX computes them by default, and
-    `exact`, with every bit of float32 (precision 'highest'). `memory` in bytes, `bandwidth` of it
-    in bytes/s. `links`: bytes/s that a chip sends to those near it, over all its links. `network`:
-    bytes/s that it sends to another slice or node. `near`: chips of a node (0: a slice is near).
+    Attributes:
+        name: the name in topologies, such as v5p or A100-80G.
+        bfloat16: FLOP/s of dense matrix products in bfloat16.
+        float32: FLOP/s of dense products of float32 arrays with JAX's default precision.
+        exact: FLOP/s of dense products with every bit of float32 (precision 'highest').
+        memory: bytes that a program can use.
+        bandwidth: bytes/s of that memory.
+        links: bytes/s that the chip sends to chips of its slice or node, over all its links.
+        network: bytes/s that the chip sends to another slice or node.
+        chips_per_node: chips that share fast links (0: all chips of a slice do).
     """
 
     name: str
@@ -26,24 +32,24 @@ class Chip:
     bandwidth: float
     links: float
     network: float
-    near: int = 0
+    chips_per_node: int = 0
 
     def rate(self, kind: str) -> float:
-        """FLOP/s of products of a kind, as `core.flops.count_kinds` names them."""
+        """FLOP/s of products of one kind, as `core.flops.count_kinds` names the kinds."""
         return getattr(self, kind)
 
 
 def _tpu(name: str, bfloat16: float, **fields: float) -> Chip:
-    """The matrix unit multiplies bfloat16; float32 takes one pass of it by default, exactly six."""
+    """A TPU, which multiplies bfloat16: float32 takes one pass by default and six for all bits."""
     return Chip(name=name, bfloat16=bfloat16, float32=bfloat16, exact=bfloat16 / 6, **fields)
 
 
 # TPUs: cloud.google.com/tpu/docs/v5e, /v5p, /v6e (peak bf16, HBM bandwidth, interchip interconnect:
-# 1,600, 4,800 and 3,584 Gbit/s per chip), memory as their compiler says it ("exceeds available HBM
-# (15.75G)"), network of a chip to other slices from jax-ml.github.io/scaling-book (part 2, "TPU
-# networking"). GPUs: the data sheets of A100, H100 and H200 in SXM (dense rates; float32 is TF32 by
-# default), NVLink in one direction, of the memory that CUDA finds what the launch scripts give XLA,
-# and one network card of 200 Gbit/s (A100) or 400 Gbit/s per GPU, as in their DGX systems.
+# 1,600, 4,800 and 3,584 Gbit/s per chip); memory as their compiler reports it ("exceeds available
+# HBM (15.75G)"); network of a chip to other slices from jax-ml.github.io/scaling-book (part 2, "TPU
+# networking"). GPUs: data sheets of A100, H100 and H200 in SXM (dense rates; float32 is TF32 by
+# default); NVLink in one direction; the fraction of the memory CUDA reports that the launch scripts
+# give XLA; one network card of 200 Gbit/s (A100) or 400 Gbit/s per GPU, as in the DGX systems.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -80,7 +86,7 @@ CHIPS = {
             bandwidth=1_555 * GIGA,
             links=300 * GIGA,
             network=25 * GIGA,
-            near=8,
+            chips_per_node=8,
         ),
         Chip(
             name='A100-80G',
@@ -91,7 +97,7 @@ CHIPS = {
             bandwidth=2_039 * GIGA,
             links=300 * GIGA,
             network=25 * GIGA,
-            near=8,
+            chips_per_node=8,
         ),
         Chip(
             name='H100',
@@ -102,7 +108,7 @@ CHIPS = {
             bandwidth=3_350 * GIGA,
             links=450 * GIGA,
             network=50 * GIGA,
-            near=8,
+            chips_per_node=8,
         ),
         Chip(
             name='H200',
@@ -113,7 +119,7 @@ CHIPS = {
             bandwidth=4_800 * GIGA,
             links=450 * GIGA,
             network=50 * GIGA,
-            near=8,
+            chips_per_node=8,
         ),
     )
 }
