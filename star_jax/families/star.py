@@ -28,7 +28,7 @@ from star_jax.text import TextEncoder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """The refinement head of causal-driven stable sampling (specification 9).
+    """The refinement head of causal-driven stable sampling (STAR specification 9).
 
     Attributes:
         first: first scale that the head refines, counted from 0.
