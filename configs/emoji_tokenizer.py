@@ -1,5 +1,6 @@
 """A tokenizer of emoji at 64 px; `star-jax data prepare emoji sets/emoji` makes the set."""
 
+from star_jax.core.schedule import square_grids
 from star_jax.data.prepared import Prepared
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
@@ -10,7 +11,7 @@ from star_jax.training.schedules import LearningRate
 run = TokenizerRun(
     model=VQ(
         autoencoder=Autoencoder(width=48, multipliers=(1, 2), blocks=1, groups=16, stem=4),
-        sides=(1, 2, 3, 4, 6, 8),
+        grids=square_grids((1, 2, 3, 4, 6, 8)),
         codes=1024,
         channels=16,
     ),

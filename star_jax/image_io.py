@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from star_jax.core.sizes import height_and_width
 from star_jax.errors import UserError
 
 LEGIBLE = 128  # px: a cell narrower than this cannot hold a caption
@@ -22,8 +23,8 @@ TITLE_SIZE = 18
 INK = (32, 32, 32)
 
 
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of a picture, (size, size, 3) RGB.
+def crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """The centre of an image at the aspect ratio of `size` (a side, or height and width), RGB.
 
     `image` is (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) uint8; transparency lies on white.
     """
@@ -32,11 +33,11 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
     return fit(Image.fromarray(image), size)
 
 
-def fit(picture: Image.Image, size: int) -> np.ndarray:
-    """The centre square of a picture of any mode, by Lanczos: (size, size, 3) RGB, on white."""
-    picture = _on_white(picture)
-    if picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+def fit(picture: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """The same for an image of any mode, by Lanczos: (height, width, 3) RGB, on white."""
+    picture, (height, width) = _on_white(picture), height_and_width(size)
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return np.array(picture)
 
 
@@ -198,7 +199,7 @@ def _row(
     row = Image.new(
         'RGB', (MARGIN + columns * (width + MARGIN), height + deepest + MARGIN), 'white'
     )
-    draw = ImageDraw.SamplingMethod(row)
+    draw = ImageDraw.Draw(row)
     for column, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         left = MARGIN + column * (width + MARGIN)
         row.paste(picture, (left, 0))
@@ -210,7 +211,7 @@ def _depth(text: str, font: ImageFont.FreeTypeFont) -> int:
     """Height in px of a wrapped caption below its picture."""
     if not text:
         return 0
-    draw = ImageDraw.SamplingMethod(Image.new('RGB', (1, 1)))
+    draw = ImageDraw.Draw(Image.new('RGB', (1, 1)))
     return math.ceil(draw.textbbox((0, 2), text, font=font)[3]) + 2
 
 
@@ -218,7 +219,7 @@ def _heading(title: str, width: int) -> Image.Image:
     font = ImageFont.load_default(TITLE_SIZE)
     text = _wrap(title, font, width - 2 * MARGIN)
     heading = Image.new('RGB', (width, _depth(text, font) + MARGIN), 'white')
-    ImageDraw.SamplingMethod(heading).text((MARGIN, 0), text, fill=INK, font=font)
+    ImageDraw.Draw(heading).text((MARGIN, 0), text, fill=INK, font=font)
     return heading
 
 

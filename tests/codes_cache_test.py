@@ -265,7 +265,7 @@ def test_random_crops_have_no_codes_to_keep(run, tmp_path):
 
 def test_training_sees_crops_and_validation_whole_pictures(run):
     job = TransformerJob(dataclasses.replace(run, enlarge=1.5))
-    side = job.tokenizer.resolution
+    side, _ = job.tokenizer.resolution
     assert job.source[0]['image'].shape[0] == round(1.5 * side)
     assert job.validation[0]['image'].shape[0] == side
     assert next(job.batches(0))['codes'].shape == (run.batch, job.model.schedule.length)

@@ -28,6 +28,7 @@ from star_jax.convert.infer import SIDES, Unsaid
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.convert.table import Table
 from star_jax.convert.var import var_entries
+from star_jax.core.schedule import square_grids
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
@@ -41,7 +42,7 @@ SMALL = {'depth': 3, 'width': 16, 'heads': 2, 'codes': 32, 'channels': 4}
 STAR = Star(**SMALL, sides=(1, 2, 4), text_width=32)
 VQ_SMALL = VQ(
     autoencoder=Autoencoder(width=8, multipliers=(1, 2), blocks=1, groups=4),
-    sides=(1, 2, 4),
+    grids=square_grids((1, 2, 4)),
     codes=32,
     channels=4,
 )

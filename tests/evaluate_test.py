@@ -310,7 +310,7 @@ def scored(model, tmp_path_factory) -> dict:
 
 
 def test_a_report_says_what_was_asked(scored):
-    assert (scored['count'], scored['seed'], scored['resolution']) == (3, 0, SIDE)
+    assert (scored['count'], scored['seed'], scored['resolution']) == (3, 0, [SIDE, SIDE])
     assert scored['skipped'] == {} and not scored.keys() & {'alignment', 'kid'}
     assert scored['environment']['jax'] == jax.__version__
     for part in ('tokenizer', 'loss'):
@@ -322,7 +322,7 @@ def test_a_tokenizer_is_scored_scale_by_scale(scored):
     for row in scored['tokenizer']:
         check_score(row['psnr'], 9)
         assert row['lpips'] is None and 0 < row['used'] <= 1
-        assert [scale['side'] for scale in row['scales']] == [1, 2, 4]
+        assert [scale['grid'] for scale in row['scales']] == [[1, 1], [2, 2], [4, 4]]
         for scale in row['scales']:
             assert 0 < scale['used'] <= 1 and 1 <= scale['perplexity'] <= 32
 

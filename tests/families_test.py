@@ -21,7 +21,7 @@ from star_jax.convert.star import star_entries, vq_entries
 from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import Filter
-from star_jax.core.schedule import Raster
+from star_jax.core.schedule import Raster, square_grids
 from star_jax.families.star import Star
 from star_jax.families.var import Var
 from star_jax.losses import tokens
@@ -140,9 +140,9 @@ def star_family(**options) -> Family:
     options = {'sides': SIDES, **options}
     star = Star(depth=DEPTH, width=WIDTH, heads=HEADS, codes=V, channels=3, text_width=E, **options)
     sizes = Autoencoder(width=2, multipliers=(1,), blocks=1, groups=1)
-    vq = VQ(autoencoder=sizes, sides=star.sides, codes=V, channels=3, phis=2)
+    vq = VQ(autoencoder=sizes, grids=star.schedule.grids, codes=V, channels=3, phis=2)
     model, tokenizer = star.build(), vq.build()
-    images = jnp.zeros((1, vq.resolution, vq.resolution, 3))
+    images = jnp.zeros((1, *vq.resolution, 3))
     inputs = jnp.zeros((1, star.schedule.length - star.schedule.sizes[0], star.channels))
     params = {
         'model': fill(model, inputs, texts(1)),
@@ -587,10 +587,10 @@ OPTIONS = [
     {'positions': NormalisedRotary(theta=100.0, extent=32.0), 'released_cross_attention': True},
 ]
 TOKENIZERS = [
-    VQ(autoencoder=Autoencoder(width=4, groups=2), sides=(1, 2), codes=V, channels=3),
+    VQ(autoencoder=Autoencoder(width=4, groups=2), grids=square_grids((1, 2)), codes=V, channels=3),
     VQ(
         autoencoder=Autoencoder(width=4, multipliers=(1, 2), blocks=1, groups=4, stem=4),
-        sides=(1, 2),
+        grids=square_grids((1, 2)),
         codes=V,
         channels=3,
         phis=1,
@@ -615,7 +615,7 @@ def abstract_star(options: dict) -> tuple[Star, Any]:
 
 
 def abstract_vq(vq: VQ) -> Any:
-    images = jnp.zeros((1, vq.resolution, vq.resolution, 3))
+    images = jnp.zeros((1, *vq.resolution, 3))
     return jax.eval_shape(vq.build().init, jax.random.key(0), images)['params']
 
 

@@ -13,21 +13,21 @@ from star_jax.errors import UserError
 def test_square_keeps_the_centre():
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, 4:8] = 200
-    np.testing.assert_array_equal(image_io.square(wide, 4), np.full((4, 4, 3), 200))
+    np.testing.assert_array_equal(image_io.crop(wide, 4), np.full((4, 4, 3), 200))
     np.testing.assert_array_equal(
-        image_io.square(wide.transpose(1, 0, 2), 4), np.full((4, 4, 3), 200)
+        image_io.crop(wide.transpose(1, 0, 2), 4), np.full((4, 4, 3), 200)
     )
 
 
 def test_square_leaves_a_picture_of_that_size_alone():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(image_io.square(image, 16), image)
+    np.testing.assert_array_equal(image_io.crop(image, 16), image)
 
 
 def test_transparency_lies_on_white():
     image = np.zeros((8, 8, 4), np.uint8)
     image[:4, :, 3] = 255
-    squared = image_io.square(image, 8)
+    squared = image_io.crop(image, 8)
     assert (squared[:4] == 0).all() and (squared[4:] == 255).all()
 
 
@@ -46,7 +46,7 @@ def test_every_kind_of_picture_becomes_rgb(mode):
 
 @pytest.mark.parametrize('shape', [(5, 7), (5, 7, 1)])
 def test_grey_arrays_become_rgb(shape):
-    assert (image_io.square(np.full(shape, 9, np.uint8), 3) == 9).all()
+    assert (image_io.crop(np.full(shape, 9, np.uint8), 3) == 9).all()
 
 
 def test_a_saved_picture_is_read_back(tmp_path):

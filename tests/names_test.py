@@ -62,7 +62,7 @@ def test_the_transformers(golden, name, star, parameters):
 def test_the_tokenizer(golden):
     vq = VQ()
     names = published(golden, 'vae_ch160v4096z32')
-    pixels = jax.ShapeDtypeStruct((1, vq.resolution, vq.resolution, 3), jnp.float32)
+    pixels = jax.ShapeDtypeStruct((1, *vq.resolution, 3), jnp.float32)
     params = hollow(jax.eval_shape(vq.build().init, jax.random.key(0), pixels)['params'])
     assert shapes(to_state(vq_entries(vq, names), params)) == names
     assert count(params) == 108_948_355

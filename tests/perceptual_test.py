@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from star_jax.core.schedule import square_grids
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.losses.tokenizer import Objective
@@ -137,7 +138,7 @@ def test_a_tokenizer_trains_against_it(monkeypatch):
     monkeypatch.setattr(perceptual, 'load', tiny)
     model = VQ(
         autoencoder=Autoencoder(width=8, multipliers=(1,), blocks=1, groups=2, stem=8),
-        sides=(1, 2),
+        grids=square_grids((1, 2)),
         codes=16,
         channels=4,
     )

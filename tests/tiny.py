@@ -7,6 +7,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.checkpoint import folder
+from star_jax.core.schedule import square_grids
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Star
 from star_jax.text import load as load_text
@@ -24,7 +25,7 @@ VALIDATION = Shapes(count=12, objects=(1,), split='validation')
 TOKENIZER = TokenizerRun(
     model=VQ(
         autoencoder=Autoencoder(width=8, multipliers=(1,), blocks=1, groups=4, stem=4),
-        sides=(1, 2, 4),
+        grids=square_grids((1, 2, 4)),
         codes=32,
         channels=4,
     ),

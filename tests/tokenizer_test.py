@@ -12,7 +12,7 @@ from flax import linen as nn
 from star_jax.checkpoint import models
 from star_jax.core import resize
 from star_jax.core.codes import Sampled
-from star_jax.core.schedule import Pyramid, Step
+from star_jax.core.schedule import Pyramid, Step, square_grids
 from star_jax.losses.tokenizer import Objective, psnr
 from star_jax.nn import layers
 from star_jax.sampling import program
@@ -98,8 +98,8 @@ def refine(params, vectors, step, phis=2):
 def narrow():
     """A tokenizer of two levels whose stem folds 2 x 2 pixels, and its parameters."""
     sizes = Autoencoder(width=4, multipliers=(1, 2), blocks=1, groups=2, stem=2)
-    vq = VQ(autoencoder=sizes, sides=SIDES, codes=V, channels=C, phis=1)
-    images = np.random.default_rng(2).uniform(-1, 1, (2, vq.resolution, vq.resolution, 3))
+    vq = VQ(autoencoder=sizes, grids=square_grids(SIDES), codes=V, channels=C, phis=1)
+    images = np.random.default_rng(2).uniform(-1, 1, (2, *vq.resolution, 3))
     images = images.astype(np.float32)
     params = drawn(vq.build().init, images)
     return vq, params, images
@@ -277,7 +277,7 @@ def test_pixels_fold_into_channels_and_back():
 
 def test_a_stem_is_part_of_the_downsampling(narrow):
     vq, params, images = narrow
-    assert (vq.autoencoder.downsampling, vq.resolution) == (4, 16)
+    assert (vq.autoencoder.downsampling, vq.resolution) == (4, (16, 16))
     apply = functools.partial(vq.build().apply, params)
 
     @jax.jit
@@ -291,7 +291,7 @@ def test_a_stem_is_part_of_the_downsampling(narrow):
             canvas,
             found.codes_BL,
             codes,
-            *(apply(canvas, method=way) for way in ('paint', 'decode')),
+            *(apply(canvas, method=way) for way in ('decode_unclamped', 'decode')),
         )
 
     f, canvas, codes, encoded, painted, decoded = there_and_back(images)
@@ -333,8 +333,8 @@ def test_groups_of_channels_are_normalised_together(groups):
         lambda: Autoencoder(multipliers=(1, 0)),
         lambda: VQ(codes=0),
         lambda: VQ(phi_ratio=1.5),
-        lambda: VQ(sides=(0, 1)),
-        lambda: VQ(sides=(4, 2)).build().schedule,
+        lambda: VQ(grids=square_grids((0, 1))),
+        lambda: VQ(grids=square_grids((4, 2))).build().schedule,
     ],
 )
 def test_sizes_that_cannot_be_built_are_refused(make):

@@ -59,7 +59,7 @@ class Sampling:
         """The tokenizer whose weights are random."""
         return VQ(
             autoencoder=self.autoencoder,
-            sides=self.model.sides,
+            grids=self.model.schedule.grids,
             codes=self.model.codes,
             channels=self.model.channels,
         )
@@ -81,8 +81,7 @@ class Sampling:
             *drawn,
         )
         shared = choose(self.buckets, network.schedule.sizes, jax.default_backend())
-        side = self.model.sides[-1]
-        canvas = jnp.zeros((self.batch, side, side, self.model.channels))
+        canvas = jnp.zeros((self.batch, *self.model.schedule.grids[-1], self.model.channels))
         decode = jax.jit(lambda params, canvas: tokenizer.apply(params, canvas, method='decode'))
         return Case(
             whole=Piece(
@@ -95,14 +94,16 @@ class Sampling:
             before=self._encoder,
             weights=params,
             images=self.batch,
-            pixels=tokenizer.resolution,
+            pixels=max(tokenizer.resolution),
         )
 
     def _load(self) -> tuple[VQTokenizer, dict[str, Any]]:
         """The tokenizer of a model folder, and the weights of both."""
         model = models.read(self.folder)
         params = {'model': model.params, 'tokenizer': model.tokenizer.params}
-        return model.tokenizer.config.at(self.model.sides).build(self.dtype), jax.device_put(params)
+        return model.tokenizer.config.at(self.model.schedule).build(self.dtype), jax.device_put(
+            params
+        )
 
     def _invent(self) -> tuple[VQTokenizer, dict[str, Any]]:
         """The published tokenizer at the sizes of the job, and random weights of both."""

@@ -47,7 +47,7 @@ class Training:
     def prepare(self) -> Case:
         """Everything on the devices of the run's mesh."""
         run, mesh = self.run, self.run.mesh.build()
-        vq = VQ(sides=run.model.sides, codes=run.model.codes, channels=run.model.channels)
+        vq = VQ(grids=run.model.schedule.grids, codes=run.model.codes, channels=run.model.channels)
         summary.check_batch(run.batch, vq.resolution, mesh)
         programs = self._programs(run, mesh, vq)
         state = init_sharded(programs.build, mesh, jax.random.key(run.seed))
@@ -73,7 +73,7 @@ class Training:
             rest='backward and update',
             weights=jax.eval_shape(lambda state: state.params, state),
             images=run.batch,
-            pixels=vq.resolution,
+            pixels=max(vq.resolution),
             again=_go_on,
         )
 

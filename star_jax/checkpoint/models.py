@@ -67,7 +67,7 @@ def _check_fit(where: Path, model: folder.Model) -> None:
                 f'{where / folder.CONFIG}: model.{name} is {wanted}, but tokenizer.{name} is '
                 f'{given}; expected the same, export the model again from its run'
             )
-    tokenizer.at(config.sides)
+    tokenizer.at(config.schedule)
 
 
 def _fitted(part: Part, where: Path) -> Part:

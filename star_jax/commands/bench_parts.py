@@ -113,9 +113,9 @@ def _run(place: str) -> Run:
     return training.load(Path(place), Run) if place else Run()
 
 
-def _resolution(run: Run) -> int:
+def _resolution(run: Run) -> tuple[int, int]:
     tokenizer = models.read_tokenizer(resolve(run).tokenizer)
-    return tokenizer.config.at(run.model.sides).resolution
+    return tokenizer.config.at(run.model.schedule).resolution
 
 
 def _check(path: Path | None) -> None:

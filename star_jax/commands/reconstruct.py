@@ -47,36 +47,36 @@ def main(words: Sequence[str]) -> int:
     files.check_folder(given.out)
     startup.start()
     folder = models.read_tokenizer(given.model)
-    size = folder.config.resolution
-    images = [_load(path, size) for path in given.images]
+    images = [_load(path, folder.config.resolution) for path in given.images]
     reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
-    sides = folder.config.sides
+    grids = folder.config.grids
     rows, captions = [], []
     for index, (path, image) in enumerate(zip(given.images, images, strict=True)):
         painted, psnr = reconstruct(folder.params, image[None])
         row = [image, *np.asarray(painted)]
-        words = [path.name, *(f'up to {side} x {side}' for side in sides)]
+        words = [path.name, *(f'up to {height} x {width}' for height, width in grids)]
         words[-1] += f', {float(psnr):.1f} dB'
         image_io.save_png(
             image_io.grid(row, words, columns=len(row)), given.out / f'{index:03d}-{path.stem}.png'
         )
         rows, captions = rows + row, captions + words
-    grid = image_io.grid(rows, captions, columns=1 + len(sides))
+    grid = image_io.grid(rows, captions, columns=1 + len(grids))
     sys.stdout.write(f'{image_io.save_png(grid, given.out / "grid.png")}\n')
     return 0
 
 
-def _load(path: Path, size: int) -> np.ndarray:
-    """The centre square of a picture file; UserError where its sides are such as no set has."""
+def _load(path: Path, resolution: tuple[int, int]) -> np.ndarray:
+    """The centre of an image file; UserError for an image too small or too long for any set."""
     image = image_io.load_image(path)
     height, width = image.shape[:2]
+    size = max(resolution)
     short, least = min(height, width), -(-size // MOST_ENLARGED)
     if short < least or max(height, width) > MOST_ASPECT * short:
         raise UserError(
             f'{path} has {width} x {height} pixels, expected a shorter side of at least {least} '
             f'for {size} px, and sides of at most {MOST_ASPECT} : 1: give another picture'
         )
-    return image_io.square(image, size)
+    return image_io.crop(image, resolution)
 
 
 def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from star_jax.checkpoint.stored import Form
+from star_jax.core.schedule import Grids, square_grids
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
@@ -81,8 +82,8 @@ def transformer(forms: Forms, unsaid: Unsaid) -> Star | Var:
     return _valid(family, **fields, **more)
 
 
-def tokenizer(forms: Forms, unsaid: Unsaid, sides: tuple[int, ...] = ()) -> VQ:
-    """The config of a tokenizer's state dict, for these `sides` if any are given."""
+def tokenizer(forms: Forms, unsaid: Unsaid, grids: Grids = ()) -> VQ:
+    """The config of a tokenizer's state dict, for these `grids` if any are given."""
     _require(forms, 4, 'encoder.conv_in.weight')
     _require(forms, 2, 'quantize.embedding.weight')
     width = forms['encoder.conv_in.weight'].shape[0]
@@ -101,7 +102,7 @@ def tokenizer(forms: Forms, unsaid: Unsaid, sides: tuple[int, ...] = ()) -> VQ:
     return _valid(
         VQ,
         autoencoder=autoencoder,
-        sides=sides or unsaid.sides or SIDES[unsaid.size or 256],
+        grids=grids or square_grids(unsaid.sides or SIDES[unsaid.size or 256]),
         codes=codes,
         channels=channels,
         phis=phis or 1,

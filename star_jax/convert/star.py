@@ -101,8 +101,8 @@ def vq_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
 
     Without them they are called as the originals do for so many phis of so many scales.
     """
-    names, usual = set(names), {len(vq.sides): '{}', 1: 'qresi'}.get(vq.phis, 'qresi_ls.{}')
-    pixels = jax.ShapeDtypeStruct((1, vq.resolution, vq.resolution, 3), jnp.float32)
+    names, usual = set(names), {len(vq.grids): '{}', 1: 'qresi'}.get(vq.phis, 'qresi_ls.{}')
+    pixels = jax.ShapeDtypeStruct((1, *vq.resolution, 3), jnp.float32)
     abstract = nn.unbox(jax.eval_shape(vq.build().init, jax.random.key(0), pixels))['params']
     entries = [Entry('quantize.embedding.weight', 'quantiser/codebook', 'code width -> code width')]
     for phi in range(vq.phis):

@@ -18,6 +18,7 @@ from star_jax.checkpoint.stored import Form, Stored, Streamed, Tensors, write
 from star_jax.convert import infer, published
 from star_jax.convert.infer import Unsaid
 from star_jax.convert.table import Table
+from star_jax.core.schedule import Grids
 from star_jax.core.settings import Settings, Stable
 from star_jax.errors import UserError
 from star_jax.families import FAMILIES, TOKENIZERS, Family, family_name
@@ -76,13 +77,13 @@ def to_folder(
     elif tokenizer:
         other = models.read_tokenizer(tokenizer)
         carried = models.locate(tokenizer) / folder.IGNORED
-    parts, sides = {}, ()
+    parts, grids = {}, ()
     if 'transformer' in found:
         parts['transformer'] = part = _part(found['transformer'], unsaid, str(file))
-        sides = part.config.sides
+        grids = part.config.schedule.grids
     if 'tokenizer' in found and other is None:
         where = tokenizer or str(file)
-        parts['tokenizer'] = _part(found['tokenizer'], unsaid, where, sides)
+        parts['tokenizer'] = _part(found['tokenizer'], unsaid, where, grids)
         other = _tokenizer(parts['tokenizer'])
     if other is None:
         raise UserError(
@@ -131,11 +132,11 @@ def to_files(place: Path, out: Path) -> list[Path]:
     return written
 
 
-def _part(tensors: Tensors, unsaid: Unsaid, where: str, sides: tuple[int, ...] = ()) -> Part:
+def _part(tensors: Tensors, unsaid: Unsaid, where: str, grids: Grids = ()) -> Part:
     forms = tensors.forms()
     try:
         if published.OF_TOKENIZER in forms:
-            config = infer.tokenizer(forms, unsaid, sides)
+            config = infer.tokenizer(forms, unsaid, grids)
         else:
             config = infer.transformer(forms, unsaid)
     except UserError as error:
@@ -163,7 +164,7 @@ def _model(part: Part, tokenizer: folder.Tokenizer, text: Text | None, where: st
         family=family_name(part.config),
         config=part.config,
         params=part.table.params(part.tensors),
-        tokenizer=dataclasses.replace(tokenizer, config=tokenizer.config.at(part.config.sides)),
+        tokenizer=dataclasses.replace(tokenizer, config=tokenizer.config.at(part.config.schedule)),
         text=_reference(text) if text else None,
         sampling=_published_sampling(part.config),
     )

@@ -27,6 +27,18 @@ class Sampled(NamedTuple):
     passes: Any = None
 
 
+class Targets(NamedTuple):
+    """What a network is trained on.
+
+    Attributes:
+        inputs_BLC: inputs of all steps but the first, as sampling would compute them, float32.
+        codes_BL: labels of all tokens, [B, L, *codes.shape].
+    """
+
+    inputs_BLC: jax.Array
+    codes_BL: jax.Array
+
+
 class Codes(Protocol):
     """How the flat output of a head becomes codes.
 

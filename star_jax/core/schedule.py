@@ -22,6 +22,14 @@ from star_jax.errors import UserError
 MOST_TOKENS = 2**20  # of one image: a hundred times those of 1024 px
 
 
+Grids = tuple[tuple[int, int], ...]  # (height, width) of every scale, in tokens
+
+
+def square_grids(sides: tuple[int, ...]) -> Grids:
+    """Square grids of these sides."""
+    return tuple((side, side) for side in sides)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """Step `index` of a schedule with the shapes of step `like`.
@@ -169,7 +177,8 @@ class Schedule:
 class Pyramid(Schedule):
     """Next-scale prediction: step k draws a whole grid (height, width), coarse to fine."""
 
-    grids: tuple[tuple[int, int], ...]
+    grids: Grids
+    reference: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if not self.grids or any(h < 1 or w < 1 for h, w in self.grids):
@@ -185,7 +194,12 @@ class Pyramid(Schedule):
 
     @classmethod
     def square(cls, sides: tuple[int, ...]) -> 'Pyramid':
-        return cls(tuple((side, side) for side in sides))
+        return cls(square_grids(sides))
+
+    @property
+    def reference_grid(self) -> tuple[int, int]:
+        """The grid that positions of all scales refer to: `reference`, or the last grid."""
+        return self.reference if all(self.reference) else self.grids[-1]
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -294,12 +294,12 @@ def draw(icons: Sequence[Icon], folder: Path, size: int) -> list[tuple[Icon, Pat
 def render(icon: Icon, size: int) -> np.ndarray:
     """The (size, size, 3) picture of an icon, on white."""
     if not icon.svg:
-        return image_io.square(image_io.load_image(icon.file), size)
+        return image_io.crop(image_io.load_image(icon.file), size)
     # Without dpi, sizes in mm fail; without system fonts, every machine draws the same.
     png = _renderer().svg_to_bytes(
         svg_string=icon.svg, width=size, height=size, dpi=96, skip_system_fonts=True
     )
-    return image_io.square(image_io.decode(png), size)
+    return image_io.crop(image_io.decode(png), size)
 
 
 def distinct(drawn: Iterable[tuple[Icon, Path]]) -> list[tuple[Icon, Path]]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from star_jax import image_io
+from star_jax.core.sizes import height_and_width
 from star_jax.data import listing, photos, pipeline, prepared, splits, verdicts
 from star_jax.data.listing import Fault
 from star_jax.data.pipeline import Example
@@ -60,8 +61,8 @@ class Folder:
         if not 0 <= self.held_out < 1:
             raise UserError(f'held_out is a share in [0, 1), not {self.held_out}')
 
-    def open(self, size: int) -> 'Source':
-        """Its images as (size, size, 3) squares.
+    def open(self, size: int | tuple[int, int]) -> 'Source':
+        """Its images as crops of `size`: a side, or height and width, in pixels.
 
         The first time every image is decoded, to know which can be used. Faults of this split are
         in the log. Raises UserError where there is no such folder, or nothing in it can be used.
@@ -73,7 +74,7 @@ class Folder:
                 f'{self.path} holds no image: expected PNG, JPEG or WebP files with captions in '
                 f'{" or ".join(listing.LISTS)}, or in a {listing.TEXT} file beside each'
             )
-        entries, faults = _judged(root, listed, size)
+        entries, faults = _judged(root, listed, max(height_and_width(size)))
         if not entries:
             raise UserError(
                 f'{self.path} holds no image that can be used, skipped: {_counts(faults)}; '
@@ -119,14 +120,14 @@ class Source:
     """Random access to the images; `faults` are the records that were left out."""
 
     root: Path
-    size: int
+    size: int | tuple[int, int]
     entries: tuple[Entry, ...]
     faults: tuple[Fault, ...]
 
     @property
     def enlarged(self) -> int:
         """How many images have a shorter side below the wanted one."""
-        return sum(entry.shorter < self.size for entry in self.entries)
+        return sum(entry.shorter < max(height_and_width(self.size)) for entry in self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -273,5 +274,5 @@ def _report(path: str, source: Source) -> None:
         counts = _counts(source.faults)
         log.warning('%s: skipped %d of %d records: %s', path, len(source.faults), given, counts)
     if source.enlarged:
-        sizes = f'{source.size} px and are enlarged'
+        sizes = f'{max(height_and_width(source.size))} px and are enlarged'
         log.warning('%s: %d of %d images are below %s', path, source.enlarged, len(source), sizes)

@@ -22,6 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from star_jax import image_io
+from star_jax.core.sizes import height_and_width
 
 SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
 # Pictures that somebody may take for readable: told as such rather than overlooked.
@@ -66,12 +67,14 @@ def shorter_side(path: Path) -> int:
         return shorter
 
 
-def read(path: Path, size: int) -> np.ndarray:
-    """The centre square of the upright picture in a file, by Lanczos: (size, size, 3) uint8 RGB.
+def read(path: Path, size: int | tuple[int, int]) -> np.ndarray:
+    """The centre of the upright image in a file, by Lanczos: (height, width, 3) uint8 RGB.
+
+    `size` is a side, or height and width, in pixels.
 
     Raises UnfitError as `shorter_side` does.
     """
-    with _decoded(path, size) as (picture, _):
+    with _decoded(path, max(height_and_width(size))) as (picture, _):
         return image_io.fit(picture, size)
 
 

@@ -92,11 +92,12 @@ def batches(
     step: int = 0,
     rows: Sequence[int] | None = None,
     threads: int = 4,
-    crop: int = 0,
+    crop: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Batches without end from `step` on: each epoch in a new order, one caption drawn per image.
 
-    Of every image a square of `crop` pixels is cut out at random, each time anew (0: all of it).
+    A random part of `crop` (height, width) pixels of every image is used, each time anew (None: all
+    of it).
     `batch` counts the images of all processes; this process gets the `rows` of it with these
     numbers, by default all. `threads` read ahead, 0 reads in the caller's; `close()` of the
     iterator stops them. Raises UserError for an empty source.
@@ -185,10 +186,11 @@ def _read_options(threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
 
 
-def _crop(side: int, example: Example, rng: np.random.Generator) -> Example:
+def _crop(size: tuple[int, int], example: Example, rng: np.random.Generator) -> Example:
     image = example['image']
-    top, left = rng.integers(0, np.array(image.shape[:2]) - side + 1)
-    return Example(**(example | {'image': image[top : top + side, left : left + side]}))
+    height, width = size
+    top, left = rng.integers(0, np.array(image.shape[:2]) - size + 1)
+    return Example(**(example | {'image': image[top : top + height, left : left + width]}))
 
 
 def _draw_caption(example: Example, rng: np.random.Generator) -> dict[str, np.ndarray | str]:

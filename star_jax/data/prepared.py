@@ -60,8 +60,8 @@ class Prepared:
     caption: str = 'captions'
     label: str = 'label'
 
-    def open(self, size: int) -> Source:
-        """Its examples as (size, size, 3) squares.
+    def open(self, size: int | tuple[int, int]) -> Source:
+        """Its examples as crops of `size`: a side, or height and width, in pixels.
 
         Raises UserError where the set, its split or a field is missing, or where only TensorFlow
         could read it.
@@ -115,7 +115,7 @@ class Prepared:
 class _Records:
     config: Prepared
     folder: Path
-    size: int
+    size: int | tuple[int, int]
     records: Any
     features: Mapping[str, Any]
 
@@ -125,7 +125,7 @@ class _Records:
     def __getitem__(self, index: int) -> Example:
         record = self._record(index)
         # Pillow decodes faster than tfds and lets go of the interpreter lock.
-        image = image_io.square(image_io.decode(record[self.config.image]), self.size)
+        image = image_io.crop(image_io.decode(record[self.config.image]), self.size)
         captions = self._texts(record, self.config.caption)
         return Example(image=image, captions=captions, label=self._label(record))
 

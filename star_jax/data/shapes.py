@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from star_jax.core.sizes import height_and_width
 from star_jax.data import pipeline
 from star_jax.data.captions import captions
 from star_jax.data.pipeline import Example
@@ -60,9 +61,14 @@ class Shapes:
                 f'give one or more of 1 to {MAX_THINGS}'
             )
 
-    def open(self, size: int) -> 'Source':
-        """The set at `size` pixels a side."""
-        return Source(shapes=self, size=size)
+    def open(self, size: int | tuple[int, int]) -> 'Source':
+        """The set at `size` pixels a side; UserError for an image that is not square."""
+        height, width = height_and_width(size)
+        if height != width:
+            raise UserError(
+                f'scenes of shapes are square, not {height} x {width} px: train on another set'
+            )
+        return Source(shapes=self, size=height)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ def load() -> EfficientNet:
 
 def resize(images: np.ndarray) -> np.ndarray:
     """uint8 pictures [B, h, w, 3] at the side that the network was trained on (Lanczos)."""
-    return np.stack([image_io.square(image, SIDE) for image in images])
+    return np.stack([image_io.crop(image, SIDE) for image in images])
 
 
 def build(arrays: Mapping[str, np.ndarray]) -> EfficientNet:

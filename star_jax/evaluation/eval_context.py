@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -70,12 +71,12 @@ class Subject:
                 'text; `star-jax sample --class` shows what it draws'
             )
         tokenizer = models.read_tokenizer(job.place) if alone else self.model.tokenizer
-        sides = tokenizer.config.sides if alone else self.model.config.sides
-        self.tokenizer = dataclasses.replace(tokenizer, config=tokenizer.config.at(sides))
+        schedule = (tokenizer if alone else self.model).config.schedule
+        self.tokenizer = dataclasses.replace(tokenizer, config=tokenizer.config.at(schedule))
         self.resolution = self.tokenizer.config.resolution
         self.groups = groups(job.data, job.splits, job.count, self.resolution)
         count = sum(len(group.source) for group in self.groups)
-        machine.check_memory(f'{count:,} pictures', count * 3 * self.resolution**2)
+        machine.check_memory(f'{count:,} pictures', count * 3 * math.prod(self.resolution))
         self._track = track
 
     @functools.cached_property

@@ -59,7 +59,7 @@ def run(subject: Subject) -> dict[str, Any]:
     report = {
         'model': job.place,
         'data': job.data,
-        'resolution': subject.resolution,
+        'resolution': list(subject.resolution),
         'count': job.count,
         'seed': job.seed,
         'dtype': job.dtype,
@@ -104,9 +104,9 @@ def make(subject: Subject, kept: Sequence[Reconstructed]) -> Iterator[Made]:
 
 def tokenizer_rows(subject: Subject, kept: Sequence[Reconstructed]) -> Rows:
     """PSNR, LPIPS and use of codes on each split."""
-    sides, seed = subject.tokenizer.config.sides, subject.job.seed
+    grids, seed = subject.tokenizer.config.grids, subject.job.seed
     return [
-        {'split': split, **reconstruction.scores(reconstruction.join(some), sides, seed)}
+        {'split': split, **reconstruction.scores(reconstruction.join(some), grids, seed)}
         for split, some in subject.by_split(kept).items()
     ]
 
@@ -227,7 +227,7 @@ def _suitable(subject: Subject) -> list[str]:
 
 def _prepare(part: str, subject: Subject) -> Network:
     """The network of a part, if it needs one. Raises UserError where it cannot be scored."""
-    size, place = subject.resolution, subject.job.place
+    size, place = min(subject.resolution), subject.job.place
     if part == LPIPS:
         if size < LEAST_SIDE:
             raise UserError(f'LPIPS needs images of at least {LEAST_SIDE} px, {place} has {size}')

@@ -67,11 +67,11 @@ def _tokenizer(rows: list[Row]) -> Table:
 
 
 def _codes(rows: list[Row]) -> Table:
-    table = _table('Codes of each scale', 'split', 'side', 'used', 'perplexity')
+    table = _table('Codes of each scale', 'split', 'grid', 'used', 'perplexity')
     for row in rows:
         for scale in row['scales']:
             cells = (f'{scale["used"]:.1%}', f'{scale["perplexity"]:.1f}')
-            table.add_row(row['split'], str(scale['side']), *cells)
+            table.add_row(row['split'], ' x '.join(map(str, scale['grid'])), *cells)
         table.add_section()
     return table
 

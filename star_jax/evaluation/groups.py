@@ -40,7 +40,9 @@ class Group:
         return np.stack([self.source[index]['image'] for index in range(len(self.source))])
 
 
-def groups(data: str, splits: Sequence[str], count: int, size: int) -> list[Group]:
+def groups(
+    data: str, splits: Sequence[str], count: int, size: int | tuple[int, int]
+) -> list[Group]:
     """`count` images for each split and, of shapes, for each number of objects.
 
     `data` is 'shapes', a prepared set or a folder of captioned images, which may hold fewer;

@@ -32,7 +32,7 @@ def compile_model(model: Model, encoder: TextEncoder, dtype: str, batch: int) ->
     Captions are read through the cache that training uses, so a validation loss is the same here.
     """
     network = model.config.build(dtype)
-    tokenizer = model.tokenizer.config.at(model.config.sides).build()
+    tokenizer = model.tokenizer.config.at(model.config.schedule).build()
     params, frozen = jax.device_put((model.params, model.tokenizer.params))
     texts = FeatureCache(encoder)
 

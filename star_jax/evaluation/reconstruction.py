@@ -10,6 +10,7 @@ import numpy as np
 
 from star_jax.checkpoint.folder import Tokenizer
 from star_jax.core import pixels
+from star_jax.core.schedule import Grids
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.evaluation import bootstrap
@@ -74,7 +75,7 @@ def join(parts: Iterable[Reconstructed]) -> Reconstructed:
     )
 
 
-def scores(found: Reconstructed, sides: tuple[int, ...], seed: int) -> dict[str, Any]:
+def scores(found: Reconstructed, grids: Grids, seed: int) -> dict[str, Any]:
     """PSNR, LPIPS, and per scale the share of codes that is used and their perplexity."""
     usage_KV = found.usage_KV
     perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(usage_KV)))
@@ -86,7 +87,7 @@ def scores(found: Reconstructed, sides: tuple[int, ...], seed: int) -> dict[str,
         'lpips': lpips,
         'used': float((usage_KV.sum(0) > 0).mean()),
         'scales': [
-            {'side': side, 'used': float(used), 'perplexity': float(perplexity)}
-            for side, used, perplexity in zip(sides, used_K, perplexity_K, strict=True)
+            {'grid': list(grid), 'used': float(used), 'perplexity': float(perplexity)}
+            for grid, used, perplexity in zip(grids, used_K, perplexity_K, strict=True)
         ],
     }

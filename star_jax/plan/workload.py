@@ -105,7 +105,7 @@ def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
     args = (state, frozen, batch, _replicated(key, mesh))
     encoding = {}
     if not run.cache:
-        shape = (run.batch, vq.resolution, vq.resolution, 3)
+        shape = (run.batch, *vq.resolution, 3)
         images = _split_batch(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
         encoding = {'tokenizer': Program(programs.encode, (frozen['tokenizer'], images))}
     resident = {
@@ -199,7 +199,7 @@ def _tokenizer(run: Run) -> tuple[VQ, str]:
     """The tokenizer that the run names; otherwise the published one, and a note that says so."""
     path, model = resolve(run).tokenizer, run.model
     if path == models.SHIPPED or os.path.isdir(path):
-        vq = models.read_tokenizer(path).config.at(model.sides)
+        vq = models.read_tokenizer(path).config.at(model.schedule)
         for field in ('codes', 'channels'):
             if getattr(model, field) != getattr(vq, field):
                 raise UserError(
@@ -207,7 +207,7 @@ def _tokenizer(run: Run) -> tuple[VQ, str]:
                     f'{getattr(vq, field)}: set model.{field} to that'
                 )
         return vq, ''
-    vq = VQ(sides=model.sides, codes=model.codes, channels=model.channels)
+    vq = VQ(grids=model.schedule.grids, codes=model.codes, channels=model.channels)
     return vq, f'tokenizer {path} is not on this machine: the published sizes are used'
 
 

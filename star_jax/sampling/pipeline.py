@@ -50,7 +50,7 @@ class Pipeline:
         self.recommended = model.sampling
         self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
         self.network = model.config.build(dtype).with_sharding(self.mesh)
-        self.tokenizer = model.tokenizer.config.at(model.config.sides).build(dtype)
+        self.tokenizer = model.tokenizer.config.at(model.config.schedule).build(dtype)
         platform, sizes = self.mesh.devices.flat[0].platform, self.network.schedule.sizes
         shared = choose(buckets, sizes, platform)
         self._program = program.compile_program(self.network, self.tokenizer, shared)

@@ -30,6 +30,8 @@ class Autoencoder:
         groups: groups of the group norms; a divisor of width.
         stem: side of the squares of pixels that the first layer folds into channels (1: none, as
             published); removes the work at full resolution.
+        attention: self-attention at the coarsest level and in the middle.
+        latent: channels between encoder and quantiser (0: the channels of the codebook).
     """
 
     width: int = 160
@@ -37,10 +39,14 @@ class Autoencoder:
     blocks: int = 2
     groups: int = 32
     stem: int = 1
+    attention: bool = True
+    latent: int = 0
 
     def __post_init__(self) -> None:
         check_sizes(width=self.width, blocks=self.blocks, groups=self.groups, stem=self.stem)
         check_sizes(multipliers=self.multipliers, widths=self.widths)
+        if self.latent < 0:
+            raise ValueError(f'latent must not be negative (0: the codebook), not {self.latent}')
         if not self.multipliers:
             raise ValueError('an autoencoder needs at least one of the multipliers of its width')
         if self.width % self.groups:
@@ -105,7 +111,7 @@ class Encoder(nn.Module):
         for level, width in enumerate(sizes.widths):
             for block in range(sizes.blocks):
                 h = ResBlock(width, sizes.groups, name=f'down_{level}_block_{block}')(h)
-                if level == last:
+                if level == last and sizes.attention:
                     h = AttnBlock(sizes.groups, name=f'down_{level}_attn_{block}')(h)
             if level < last:
                 # One zero row below and one zero column to the right, none above or to the left.
@@ -132,7 +138,7 @@ class Decoder(nn.Module):
         for level in reversed(range(len(sizes.widths))):
             for block in range(sizes.blocks + 1):
                 h = ResBlock(sizes.widths[level], sizes.groups, name=f'up_{level}_block_{block}')(h)
-                if level == last:
+                if level == last and sizes.attention:
                     h = AttnBlock(sizes.groups, name=f'up_{level}_attn_{block}')(h)
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
@@ -157,5 +163,6 @@ def depth_to_space(x_BhwC: jax.Array, factor: int) -> jax.Array:
 
 def _middle(sizes: Autoencoder, h: jax.Array) -> jax.Array:
     h = ResBlock(sizes.widths[-1], sizes.groups, name='mid_block_1')(h)
-    h = AttnBlock(sizes.groups, name='mid_attn_1')(h)
+    if sizes.attention:
+        h = AttnBlock(sizes.groups, name='mid_attn_1')(h)
     return ResBlock(sizes.widths[-1], sizes.groups, name='mid_block_2')(h)

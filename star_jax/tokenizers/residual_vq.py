@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from star_jax.core import padding, resize
-from star_jax.core.codes import Index, Sampled
-from star_jax.core.schedule import Pyramid, Step
+from star_jax.core import padding, pixels, resize
+from star_jax.core.codes import Index, Sampled, Targets
+from star_jax.core.schedule import Grids, Pyramid, Step, square_grids
 from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
 from star_jax.nn import layers
@@ -59,7 +59,7 @@ class VQ:
     """
 
     autoencoder: Autoencoder = Autoencoder()
-    sides: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    grids: Grids = square_grids((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
     codes: int = 4096
     channels: int = 32
     phis: int = 4
@@ -67,30 +67,45 @@ class VQ:
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(codes=self.codes, channels=self.channels, phis=self.phis, sides=self.sides)
-        Pyramid.square(self.sides)  # refuses sides that shrink, or none
-        if self.resolution > LARGEST_SIDE:
+        check_sizes(codes=self.codes, channels=self.channels, phis=self.phis)
+        Pyramid(self.grids)  # refuses grids that shrink, or none
+        if max(self.resolution) > LARGEST_SIDE:
+            height, width = self.resolution
             raise ValueError(
-                f'a last side of {self.sides[-1]} and a downsampling of '
-                f'{self.autoencoder.downsampling} make images of {self.resolution} px, expected at '
-                f'most {LARGEST_SIDE}'
+                f'a last grid of {self.grids[-1]} and a downsampling of '
+                f'{self.autoencoder.downsampling} make images of {height} x {width} px, expected '
+                f'at most {LARGEST_SIDE} px a side'
             )
         if not 0 <= self.phi_ratio <= 1:
             raise ValueError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
 
     @property
-    def resolution(self) -> int:
-        """Side of the images in pixels."""
-        return self.sides[-1] * self.autoencoder.downsampling
+    def schedule(self) -> Pyramid:
+        return Pyramid(self.grids)
 
-    def at(self, sides: tuple[int, ...]) -> 'VQ':
-        """This tokenizer with other scales, as one published file serves 10 and 14 of them."""
-        if self.phis == len(self.sides) != len(sides) and self.phis not in (1, 4):
+    @property
+    def vocabulary(self) -> Index:
+        """The codes of one token."""
+        return Index(self.codes)
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        height, width = self.grids[-1]
+        return height * self.autoencoder.downsampling, width * self.autoencoder.downsampling
+
+    def at(self, schedule: Pyramid) -> 'VQ':
+        """This tokenizer with other scales, as one published file serves 10 and 14 of them.
+
+        Raises UserError where each scale has a phi convolution of its own and their number differs.
+        """
+        scales = len(schedule.grids)
+        if self.phis == len(self.grids) != scales and self.phis not in (1, 4):
             raise UserError(
                 f'this tokenizer has one phi convolution for each of its {self.phis} scales '
-                f'and cannot serve {len(sides)}: choose as many sides'
+                f'and cannot serve {scales}: choose as many scales'
             )
-        return dataclasses.replace(self, sides=tuple(sides))
+        return dataclasses.replace(self, grids=schedule.grids)
 
     def build(self, dtype: str = 'float32') -> 'VQTokenizer':
         """The tokenizer, whose decoder has activations of `dtype` if its parameters have."""
@@ -103,7 +118,7 @@ class VQ:
 
 @functools.lru_cache(maxsize=16)  # traced again for every reader, it takes longer than the reading
 def _abstract(config: VQ) -> dict:
-    images = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *config.resolution, 3), jnp.float32)
     return jax.eval_shape(config.build().init, jax.random.key(0), images)['params']
 
 
@@ -265,29 +280,30 @@ class VQTokenizer(nn.Module):
 
     @property
     def schedule(self) -> Pyramid:
-        return Pyramid.square(self.config.sides)
+        return self.config.schedule
 
     @property
     def codes(self) -> Index:
-        return Index(self.config.codes)
+        return self.config.vocabulary
 
     @property
-    def resolution(self) -> int:
+    def resolution(self) -> tuple[int, int]:
         return self.config.resolution
 
     def setup(self) -> None:
         config = self.config
-        self.encoder = Encoder(config.autoencoder, config.channels)
+        latent = config.autoencoder.latent or config.channels
+        self.encoder = Encoder(config.autoencoder, latent)
         self.quant_conv = layers.conv(config.channels)
         self.quantiser = ResidualVQ(
-            self.schedule,
-            config.codes,
-            config.channels,
-            config.phis,
-            config.phi_ratio,
-            config.normalised,
+            schedule=self.schedule,
+            codes=config.codes,
+            channels=config.channels,
+            phis=config.phis,
+            phi_ratio=config.phi_ratio,
+            normalised=config.normalised,
         )
-        self.post_quant_conv = layers.conv(config.channels)
+        self.post_quant_conv = layers.conv(latent)
         self.decoder = Decoder(config.autoencoder)
 
     def __call__(self, images_BHWc: jax.Array) -> jax.Array:
@@ -306,13 +322,21 @@ class VQTokenizer(nn.Module):
         """[B, L] int32 codes of images in [-1, 1]."""
         return self.quantise(self.features(images_BHWc)).codes_BL
 
-    def paint(self, canvas_BHWC: jax.Array) -> jax.Array:
-        """The decoder's image, not yet clamped, float32."""
+    def training_targets(self, encoded_BL: jax.Array, key: jax.Array) -> Targets:
+        """Inputs and labels of teacher forcing, from the codes [B, L] of `encode`."""
+        return Targets(self.inputs(encoded_BL), encoded_BL)
+
+    def decode_unclamped(self, canvas_BHWC: jax.Array) -> jax.Array:
+        """The decoder's image, float32, not clamped."""
         return self.decoder(self.post_quant_conv(canvas_BHWC).astype(self.dtype))
 
     def decode(self, canvas_BHWC: jax.Array) -> jax.Array:
         """[B, H, W, 3] images in [-1, 1]."""
-        return self.paint(canvas_BHWC).clip(-1, 1)
+        return self.decode_unclamped(canvas_BHWC).clip(-1, 1)
+
+    def to_uint8(self, images_BHWc: jax.Array) -> jax.Array:
+        """uint8 images of images in [-1, 1], as the published code rounds them."""
+        return pixels.to_uint8(images_BHWc)
 
     def embed(self, codes_BL: jax.Array) -> jax.Array:
         return self.quantiser.embed(codes_BL)

@@ -51,7 +51,7 @@ class Origin:
         """All that the codes of the set `name` ('data' or 'validation') depend on."""
         return {
             'tokenizer': _digest(self.tokenizer),
-            'sides': list(self.run.model.sides),
+            'grids': list(map(list, self.run.model.schedule.grids)),
             'text': self.encoder.identity[:DIGITS],
             name: _settings(getattr(self.run, name)),
             'pictures': source.fingerprint()[:DIGITS],
@@ -116,7 +116,9 @@ def place(run: Run) -> Path:
     if path.name and path.is_dir():
         return path.with_name(f'{path.name}.codes')
     settings = [config.to_json(part) for part in (run.data, run.validation)]
-    named = hashlib.sha256(repr((settings, run.tokenizer, run.model.sides)).encode()).hexdigest()
+    named = hashlib.sha256(
+        repr((settings, run.tokenizer, run.model.schedule.grids)).encode()
+    ).hexdigest()
     return startup.cache_folder() / 'codes' / f'{type(run.data).__name__.lower()}-{named[:DIGITS]}'
 
 
@@ -129,7 +131,7 @@ def check_free(folder: Path) -> None:
 
 def _digest(tokenizer: Tokenizer) -> str:
     """Of a tokenizer's weights and config, but for its scales: one serves several."""
-    sizes = {k: v for k, v in config.to_json(tokenizer.config).items() if k != 'sides'}
+    sizes = {k: v for k, v in config.to_json(tokenizer.config).items() if k != 'grids'}
     digest = hashlib.sha256(repr(sizes).encode())
     for name, array in weights.flatten(tokenizer.params).items():
         array = np.ascontiguousarray(array)

@@ -177,10 +177,10 @@ class Run:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        if len(self.model.sides) < 2:
+        if self.model.schedule.steps < 2:
             raise ValueError(
-                f'model.sides {self.model.sides} is one scale, and training predicts scales from '
-                'those before: give two or more'
+                f'the model has {self.model.schedule.steps} scale, and training predicts scales '
+                'from earlier scales: give two or more'
             )
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')

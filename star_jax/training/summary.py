@@ -42,8 +42,8 @@ def _processes() -> str:
     return f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
 
 
-def check_batch(batch: int, side: int, mesh: Mesh) -> None:
-    """A UserError if the mesh cannot split a batch of pictures of `side` px, or no memory holds it.
+def check_batch(batch: int, resolution: tuple[int, int], mesh: Mesh) -> None:
+    """A UserError if the mesh cannot split a batch of images, or if no memory holds it.
 
     Only the pictures are counted, in float32, so that a batch which passes may still be too large.
     """
@@ -55,8 +55,10 @@ def check_batch(batch: int, side: int, mesh: Mesh) -> None:
             f'such as {fits}'
         )
     held = batch // ways * len(rules.process_rows(mesh, ways))
-    size = held * 3 * side**2 * np.dtype(np.float32).itemsize
-    machine.check_memory(f'a batch of {batch:,} pictures of {side} px', size)
+    size = held * 3 * math.prod(resolution) * np.dtype(np.float32).itemsize
+    machine.check_memory(
+        f'a batch of {batch:,} images of {" x ".join(map(str, resolution))} px', size
+    )
 
 
 def check_state(state: TrainState) -> None:

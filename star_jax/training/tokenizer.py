@@ -138,8 +138,7 @@ class TokenizerJob:
         return self.tokenizer.init(key, pixels.to_signed(self._pixels(1)))['params']
 
     def _pixels(self, batch: int) -> jax.Array:
-        side = self.run.model.resolution
-        return jnp.zeros((batch, side, side, 3), jnp.uint8)
+        return jnp.zeros((batch, *self.run.model.resolution, 3), jnp.uint8)
 
     def _apply(self, params: Any, *args: Any, method: str | None = None) -> Any:
         return self.tokenizer.apply({'params': params}, *args, method=method)
@@ -153,7 +152,7 @@ class TokenizerJob:
         f_BHWC = self._apply(params, signed, method='features')
         codes = self._apply(params, f_BHWC, method='quantise')
         canvas = codes.straight_through(f_BHWC) if quantised else f_BHWC
-        painted = self._apply(params, canvas, method='paint')
+        painted = self._apply(params, canvas, method='decode_unclamped')
         parts = self.run.objective.reconstruction(signed, painted, judge)
         if quantised:
             parts['quantiser'] = self.run.objective.quantisation(f_BHWC, codes)

@@ -46,12 +46,12 @@ class TransformerJob:
         inside = self.mesh if run.features == 'inside' else None
         self.encoder = run.model.prompt_encoder(functools.partial(load_text, run.text, mesh=inside))
         self.source_of_codes = models.read_tokenizer(run.tokenizer)
-        vq = self.source_of_codes.config.at(run.model.sides)
+        vq = self.source_of_codes.config.at(run.model.schedule)
         _check_fit(run, vq.codes, vq.channels)
         summary.check_batch(run.batch, vq.resolution, self.mesh)
         self._rows = rules.process_rows(self.mesh, run.batch)
         opened = {
-            'data': run.data.open(round(run.enlarge * vq.resolution)),
+            'data': run.data.open(_enlarged(vq.resolution, run.enlarge)),
             'validation': run.validation.open(vq.resolution),
         }
         self.pictures = {
@@ -88,14 +88,14 @@ class TransformerJob:
 
     def summary(self) -> dict[str, str]:
         state = jax.eval_shape(self.programs.build, jax.random.key(0))
-        rows, side = self.run.batch, self.tokenizer.resolution
+        rows = self.run.batch
         codes_BL = np.zeros((rows, self.model.schedule.length), np.int32)
         batch = {'codes': codes_BL, 'text': self._words([''] * rows)}
         flops = count_flops(
             self.programs.plain.train, nn.unbox(state), self.frozen, batch, jax.random.key(0)
         )
         if not self.run.cache:
-            images = np.zeros((rows, side, side, 3), np.uint8)
+            images = np.zeros((rows, *self.tokenizer.resolution, 3), np.uint8)
             flops += count_flops(self.programs.encode, self.frozen['tokenizer'], images)
         return summary.describe(state, self.model.schedule, flops, self.run, len(self.source))
 
@@ -122,7 +122,7 @@ class TransformerJob:
             seed=self.run.seed,
             step=step,
             rows=self._rows,
-            crop=self.tokenizer.resolution if self.run.enlarge > 1 else 0,
+            crop=self.tokenizer.resolution if self.run.enlarge > 1 else None,
         ):
             yield self._batch(batch)
 
@@ -193,6 +193,11 @@ class TransformerJob:
         """The host's part of the conditions: features, token ids, or labels."""
         read = self.encoder.tokenize if self.texts is None else self.texts.features
         return read(captions)
+
+
+def _enlarged(resolution: tuple[int, int], factor: float) -> tuple[int, int]:
+    height, width = resolution
+    return round(factor * height), round(factor * width)
 
 
 def _check_fit(run: Run, codes: int, channels: int) -> None:

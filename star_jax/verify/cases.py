@@ -23,6 +23,7 @@ from star_jax.checkpoint import weights
 from star_jax.convert.entries import Entry, to_params
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
 from star_jax.convert.var import BUFFERS, var_entries
+from star_jax.core.schedule import square_grids
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
@@ -75,7 +76,7 @@ class Case:
         """Config and parameters of the tokenizer that this case refers to, at this case's sides."""
         path = self.folder / self.option('vae_config')
         other = Case(path.parent, _read_config(path), {})
-        vq = dataclasses.replace(vq_of(other), sides=tuple(self.option('patch_nums')))
+        vq = dataclasses.replace(vq_of(other), grids=square_grids(self.option('patch_nums')))
         state = read_arrays(self.folder / self.option('vae_state_dict'))
         return vq, convert(self, vq_entries(vq, state), state)
 
@@ -203,16 +204,16 @@ def vq_of(case: Case) -> VQ:
 def quantiser_of(case: Case) -> VQ:
     """The quantiser alone; its autoencoder is the smallest there is, and not used."""
     option = case.option
-    sides = tuple(option('v_patch_nums'))
+    grids = square_grids(option('v_patch_nums'))
     shared = option('share_quant_resi')  # 0: one phi per scale, or default_qresi_counts of them
     return _valid(
         case,
         VQ,
         autoencoder=Autoencoder(width=1, multipliers=(1,), blocks=1, groups=1),
-        sides=sides,
+        grids=grids,
         codes=option('vocab_size'),
         channels=option('Cvae'),
-        phis=shared or case.config.get('default_qresi_counts') or len(sides),
+        phis=shared or case.config.get('default_qresi_counts') or len(grids),
         phi_ratio=option('quant_resi'),
         normalised=option('using_znorm'),
     )

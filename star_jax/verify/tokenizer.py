@@ -150,7 +150,9 @@ def encoding(vq: VQ) -> Callable:
 @functools.cache
 def painting(vq: VQ) -> Callable:
     """Canvas -> unclamped image."""
-    return jax.jit(lambda params, x: vq.build().apply({'params': params}, x, method='paint'))
+    return jax.jit(
+        lambda params, x: vq.build().apply({'params': params}, x, method='decode_unclamped')
+    )
 
 
 @functools.cache
@@ -188,13 +190,13 @@ def growing(vq: VQ) -> Callable:
 
     def grow(params, codes):
         canvas = None
-        for step, (side, codes_Bhw) in enumerate(zip(vq.sides, codes, strict=True)):
+        for step, (grid, codes_Bhw) in enumerate(zip(vq.grids, codes, strict=True)):
             # Sides that are all alike keep the step's phi and leave out the resizing.
-            small = replace(vq, sides=(side,) * len(vq.sides)).build()
+            small = replace(vq, grids=(grid,) * len(vq.grids)).build()
             apply = functools.partial(small.apply, {'params': params})
             vectors = apply(codes_Bhw, method='embed')
             added = apply(vectors, Step.at(step), method=_refine)
-            canvas = added if canvas is None else resize.bicubic(canvas, side, side) + added
+            canvas = added if canvas is None else resize.bicubic(canvas, *grid) + added
         return canvas
 
     return jax.jit(grow)
