@@ -49,10 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = stopped.code
     if error := terminal.flush():
         status = _tell('', f'what it says cannot be written ({error.strerror})', 1)
-    if company := sys.modules.get(
-        'star_jax.parallel.peer_watchdog'
-    ):  # it takes JAX, as few commands do
-        company.leave(status)
+    if watchdog := sys.modules.get('star_jax.parallel.peer_watchdog'):  # its import takes JAX
+        watchdog.exit_if_failed(status)
     return status
 
 

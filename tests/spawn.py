@@ -1,4 +1,4 @@
-"""Several real processes of one run on this machine, which meet at an address of their own."""
+"""Several real processes of one run on this machine, at an address of their own."""
 
 import os
 import signal
@@ -12,21 +12,22 @@ from pathlib import Path
 import jax
 
 ROOT = Path(__file__).parents[1]
-# Compiles in two fifths of the time; newer versions do not know it.
+# Reduces compilation to two fifths of the time; newer versions do not have it.
 QUICK = '--xla_cpu_use_fusion_emitters=false' if jax.__version_info__ < (0, 11) else ''
-PATIENCE = 900  # seconds until processes are taken for hung, on a busy machine
+TIMEOUT = 900  # seconds until processes count as hung, on a busy machine
 
 
-class Crew:
-    """`count` processes of `star-jax ARGUMENTS`, one CPU device each; leaving it ends them all.
+class Processes:
+    """`count` processes of `star-jax ARGUMENTS`, one CPU device each; leaving it kills all.
 
-    What they say goes to `folder/0`, `folder/1`, ...
+    Their output goes to `folder/0`, `folder/1`, ... `variables` are set in the environment of
+    each.
     """
 
     def __init__(
         self, arguments: Sequence[str], count: int, folder: Path, **variables: str
     ) -> None:
-        self._names = [folder / str(number) for number in range(count)]
+        self._outputs = [folder / str(number) for number in range(count)]
         command = [sys.executable, '-m', 'star_jax', *arguments]
         common = dict(os.environ) | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
         common['XLA_FLAGS'] = (
@@ -37,14 +38,14 @@ class Crew:
         common['STAR_JAX_COORDINATOR'] = f'127.0.0.1:{free_port()}'
         common['STAR_JAX_PROCESSES'] = str(count)
         self.processes = []
-        for number, name in enumerate(self._names):
-            own = common | {'STAR_JAX_PROCESS': str(number)} | variables
-            with name.open('w') as said:
+        for number, path in enumerate(self._outputs):
+            env = common | {'STAR_JAX_PROCESS': str(number)} | variables
+            with path.open('w') as file:
                 self.processes.append(
-                    subprocess.Popen(command, env=own, stdout=said, stderr=said, cwd=folder)
+                    subprocess.Popen(command, env=env, stdout=file, stderr=file, cwd=folder)
                 )
 
-    def __enter__(self) -> 'Crew':
+    def __enter__(self) -> 'Processes':
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,30 +53,30 @@ class Crew:
             process.kill()
             process.wait()
 
-    def said(self, number: int) -> str:
-        return self._names[number].read_text()
+    def output(self, number: int) -> str:
+        return self._outputs[number].read_text()
 
-    def wait_for(self, happens: Callable[[], bool]) -> None:
-        """Returns when something has come about; fails where the processes end before."""
-        deadline = time.monotonic() + PATIENCE
-        while not happens():
-            assert all(process.poll() is None for process in self.processes), self._story()
-            assert time.monotonic() < deadline, self._story()
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Returns when the condition is true; fails if a process ends before."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            assert all(process.poll() is None for process in self.processes), self._outputs_text()
+            assert time.monotonic() < deadline, self._outputs_text()
             time.sleep(0.1)
 
-    def signal(self, number: int, which: signal.Signals) -> None:
-        self.processes[number].send_signal(which)
+    def signal(self, number: int, sent: signal.Signals) -> None:
+        self.processes[number].send_signal(sent)
 
-    def end(self, seconds: float = PATIENCE) -> list[int]:
-        """The exit statuses, of processes that all end within some seconds."""
+    def wait(self, seconds: float = TIMEOUT) -> list[int]:
+        """The exit statuses; fails if a process does not end within `seconds`."""
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.processes):
-            assert time.monotonic() < deadline, self._story()
+            assert time.monotonic() < deadline, self._outputs_text()
             time.sleep(0.1)
         return [process.returncode for process in self.processes]
 
-    def _story(self) -> str:
-        return '\n'.join(f'--- {name.name}\n{name.read_text()}' for name in self._names)
+    def _outputs_text(self) -> str:
+        return '\n'.join(f'--- {path.name}\n{path.read_text()}' for path in self._outputs)
 
 
 def free_port() -> int:

@@ -1,52 +1,95 @@
-"""Are all processes of a run there, each once, before JAX joins them?
+"""Are all processes of a run started, each number once, before JAX connects them?
 
-JAX itself waits for minutes and then aborts with a stack trace. Here process 0 listens at the
-address that it will give to JAX; the others tell their number, wait until everybody is there, and
-learn in a sentence if that does not come about.
+JAX itself waits for minutes and then aborts with a stack trace. Here process 0 first listens at the
+address that JAX will use. Every other process reports its number there and waits until all have
+reported. If that fails, every process that can be reached gets the reason in one sentence.
+
+Process 0 also connects to that address itself. If another process answers, two processes are
+number 0, on one machine or on two.
 """
 
 import contextlib
+import dataclasses
+import secrets
 import socket
+import threading
 import time
 
 from star_jax.errors import UserError
 
 GO = 'go'
-PAUSE = 0.2  # seconds between two attempts to reach process 0
-LINE = 4096  # bytes that anybody may say
-HEARING = 5  # seconds for somebody who has connected to say who he is
+RETRY = 0.2  # seconds between two attempts to reach process 0
+MAX_LINE = 4096  # bytes of a message
+MESSAGE_TIMEOUT = 5  # seconds for a message to arrive after a connection
 
 
-def hold(host: str, port: int, processes: int, process: int, patience: float) -> None:
-    """Returns in all processes once all are there; a UserError in each that hears why not.
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a process reports to process 0.
 
-    `patience` in seconds.
+    Attributes:
+        process: its number.
+        processes: the number of processes of the run, as it was started.
+        token: distinguishes processes of one number.
     """
+
+    process: int
+    processes: int
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+
+    def encode(self) -> bytes:
+        return f'{self.process} {self.processes} {self.token}\n'.encode()
+
+
+def meet(host: str, port: int, processes: int, process: int, timeout: float) -> None:
+    """Returns in all processes once all have been started.
+
+    Args:
+        host, port: address of process 0.
+        processes: number of processes of the run.
+        process: number of this process, from 0.
+        timeout: seconds until processes that have not reported count as missing.
+
+    Raises:
+        UserError: a process is missing, two have the same number, the counts differ, or the port
+            is in use. Every process that process 0 has reached raises it.
+    """
+    report, deadline = Report(process, processes), time.monotonic() + timeout
     if process == 0:
-        _gather(port, processes, time.monotonic() + patience)
+        _collect(host, port, report, deadline)
     else:
-        _report(host, port, processes, process, time.monotonic() + patience)
+        _report(host, port, report, deadline)
 
 
-def _gather(port: int, processes: int, deadline: float) -> None:
-    """Hears all others, and tells them to go on or what is wrong."""
+def _collect(host: str, port: int, own: Report, deadline: float) -> None:
+    """Process 0: receives the reports of all others and answers each with `GO` or an error."""
     try:
         listener = _listen(port)
     except OSError as error:
+        answer = _exchange(host, port, own, time.monotonic() + 1)
         raise UserError(
-            f'process 0 cannot listen at port {port} ({error.strerror}): choose another one'
+            answer
+            or f'process 0 cannot listen at port {port} ({error.strerror}): choose another one'
         ) from error
+    answers: list[str | None] = []  # to process 0 itself, if another process has its address
+    over = threading.Event()
+    threading.Thread(
+        target=lambda: answers.append(_exchange(host, port, own, deadline, over)), daemon=True
+    ).start()
     links: list[socket.socket] = []
     with listener, contextlib.ExitStack() as stack:
+        stack.callback(over.set)
         answer = GO
         try:
-            numbers: list[int] = []
-            while len(numbers) < processes - 1:
-                link = stack.enter_context(_accept(listener, numbers, processes, deadline))
-                if heard := _hear(link):
-                    links.append(link)
-                    _check(*heard, numbers, processes)
-                    numbers.append(heard[0])
+            reported = [own.process]
+            while len(reported) < own.processes:
+                link = stack.enter_context(_accept(listener, reported, own, answers, deadline))
+                report = _receive(link)
+                if report is None or report == own:
+                    continue
+                links.append(link)
+                _check(report, reported, own.processes)
+                reported.append(report.process)
         except UserError as error:
             answer = str(error)
             raise
@@ -63,75 +106,104 @@ def _listen(port: int) -> socket.socket:
 
 
 def _accept(
-    listener: socket.socket, numbers: list[int], processes: int, deadline: float
+    listener: socket.socket,
+    reported: list[int],
+    own: Report,
+    answers: list[str | None],
+    deadline: float,
 ) -> socket.socket:
-    """The next who connects; a UserError naming who has not been heard where nobody does."""
-    listener.settimeout(max(deadline - time.monotonic(), 0.01))
-    try:
-        return listener.accept()[0]
-    except TimeoutError:
-        missing = [str(number) for number in range(1, processes) if number not in numbers]
-        raise UserError(
-            f'of {processes} processes number {", ".join(missing)} did not come in time: start '
-            'all of them, with the same address of process 0'
-        ) from None
+    """The next connection.
+
+    Raises UserError at the deadline, naming the missing processes, or if another process has
+    answered this one.
+    """
+    listener.settimeout(RETRY)
+    while time.monotonic() < deadline:
+        if any(answers):
+            raise UserError(answers[0])
+        with contextlib.suppress(TimeoutError):
+            return listener.accept()[0]
+    missing = [str(number) for number in range(own.processes) if number not in reported]
+    raise UserError(
+        f'of {own.processes} processes number {", ".join(missing)} did not come in time: start '
+        'all of them, with the same address of process 0'
+    )
 
 
-def _hear(link: socket.socket) -> tuple[int, int] | None:
-    """Which of how many processes somebody says to be; None of who is no process of a run."""
+def _receive(link: socket.socket) -> Report | None:
+    """The report of a connection; None if it comes from another program."""
     try:
-        link.settimeout(HEARING)
-        number, count = map(int, _read_line(link).split())
+        link.settimeout(MESSAGE_TIMEOUT)
+        process, processes, token = _read_line(link).decode().split()
+        return Report(int(process), int(processes), token)
     except (OSError, ValueError):
         return None
-    return number, count
 
 
-def _check(number: int, count: int, numbers: list[int], processes: int) -> None:
-    """Raises UserError where a process does not fit those that have been heard."""
-    if count != processes:
+def _check(report: Report, reported: list[int], processes: int) -> None:
+    """Raises UserError if a report contradicts process 0 or an earlier one."""
+    if report.processes != processes:
         raise UserError(
-            f'process {number} was told that there are {count} processes, and process 0 that '
-            f'there are {processes}: tell all the same'
+            f'process {report.process} was started as one of {report.processes} processes, and '
+            f'process 0 as one of {processes}: start all with the same number'
         )
-    if number in numbers:
+    if report.process in reported:
         raise UserError(
-            f'two processes are number {number}: every one of the {processes} needs its own, from 0'
+            f'two processes are number {report.process}: every one of the {processes} needs its '
+            'own number, from 0'
         )
 
 
-def _report(host: str, port: int, processes: int, process: int, deadline: float) -> None:
-    """Tells process 0 that this one is there, and waits for its answer."""
-    where = f'process 0 at {host}:{port}'
-    with _connect(host, port, process, deadline) as link:
+def _report(host: str, port: int, own: Report, deadline: float) -> None:
+    """Every other process: reports itself and waits for the answer."""
+    answer = _exchange(host, port, own, deadline)
+    if answer is None:
+        raise UserError(
+            f'process {own.process} cannot reach process 0 at {host}:{port}: start process 0 '
+            'there, and let its port through'
+        )
+    if not answer:
+        raise UserError(
+            f'process 0 at {host}:{port} ended before all processes had started: start all of them'
+        )
+    if answer != GO:
+        raise UserError(f'process 0 at {host}:{port} reports: {answer}')
+
+
+def _exchange(
+    host: str, port: int, own: Report, deadline: float, over: threading.Event | None = None
+) -> str | None:
+    """Sends a report to process 0 and returns its answer.
+
+    Returns '' if the connection ends without an answer, None if there was no connection by the
+    deadline, or until the event `over`.
+    """
+    over = over or threading.Event()
+    while True:
+        timeout = max(deadline - time.monotonic(), RETRY)
         try:
-            link.sendall(f'{process} {processes}\n'.encode())
-            link.settimeout(max(deadline - time.monotonic(), HEARING))
+            link = socket.create_connection((host, port), timeout)
+            break
+        except OSError:
+            if time.monotonic() + RETRY > deadline or over.wait(RETRY):
+                return None
+    with link:
+        try:
+            link.sendall(own.encode())
+            link.settimeout(max(deadline - time.monotonic(), 0) + MESSAGE_TIMEOUT)
             answer = _read_line(link).decode(errors='replace')
         except OSError:
-            answer = ''
-    if not answer:
-        raise UserError(f'{where} went away before all processes were there: start all of them')
-    if answer != GO:
-        raise UserError(f'{where} says: {answer}')
-
-
-def _connect(host: str, port: int, process: int, deadline: float) -> socket.socket:
-    while True:
-        try:
-            return socket.create_connection((host, port), max(deadline - time.monotonic(), 0.01))
-        except OSError as error:
-            if time.monotonic() + PAUSE > deadline:
-                raise UserError(
-                    f'process {process} cannot reach process 0 at {host}:{port} '
-                    f'({error.strerror or error}): start process 0 there, and let its port through'
-                ) from error
-        time.sleep(PAUSE)
+            return ''
+    if answer.isprintable():
+        return answer
+    return (
+        f'another program answers at {host}:{port}: give the address of process 0 and a free port'
+    )
 
 
 def _read_line(link: socket.socket) -> bytes:
-    """Up to the end of the line, or of what is said."""
-    said = b''
-    while not said.endswith(b'\n') and len(said) < LINE and (more := link.recv(LINE)):
-        said += more
-    return said.strip()
+    """The bytes up to the end of the line or of the connection."""
+    line = b''
+    while not line.endswith(b'\n') and len(line) < MAX_LINE and (more := link.recv(MAX_LINE)):
+        line += more
+    return line.strip()

@@ -129,7 +129,7 @@ def lock(out: Path) -> Iterator[None]:
     another one does not see it. A file system without locks is warned of.
     """
     if jax.process_index() != 0:
-        _check_shared(out, peer_watchdog.of_first(''))
+        _check_shared(out, peer_watchdog.broadcast_text(''))
         yield
         return
     try:
@@ -152,7 +152,7 @@ def lock(out: Path) -> Iterator[None]:
         file.write(holder)
         file.flush()
         os.fsync(file.fileno())
-        peer_watchdog.of_first(holder)
+        peer_watchdog.broadcast_text(holder)
         yield
 
 

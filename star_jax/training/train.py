@@ -40,7 +40,7 @@ def main(
         logging.getLogger('absl').setLevel(logging.WARNING)
         if jax.process_index() != 0:  # the first warns for all
             logging.getLogger(star_jax.__name__).setLevel(logging.ERROR)
-        with peer_watchdog.Watch(), faults.disk_watched(out / trainer.CHECKPOINTS):
+        with peer_watchdog.PeerWatchdog(), faults.disk_watched(out / trainer.CHECKPOINTS):
             peer_watchdog.check_same('settings', json.dumps(config.to_json(run), sort_keys=True))
             work = (build or job)(run)
             trainer.check(out, work.run)

@@ -115,7 +115,7 @@ class TransformerJob:
         if self.texts is not None and not self.run.cache:
             captions = map(self.source.captions, range(len(self.source)))
             captions, shown = list(itertools.chain.from_iterable(captions)), not jax.process_index()
-            peer_watchdog.first_alone(lambda: self.texts.warm(captions, progress=shown))
+            peer_watchdog.first_then_others(lambda: self.texts.warm(captions, progress=shown))
         for batch in pipeline.batches(
             self.source,
             batch=self.run.batch,
