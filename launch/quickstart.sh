@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The first ten minutes, on two cores and without an accelerator: installs, draws with the shipped
-# weights, trains a small transformer for some minutes, draws with that.
-#   bash launch/quickstart.sh [OUT]      by default runs/quickstart
-# Interrupted or run again it goes on where it stopped. PYTHON chooses the interpreter (3.11+).
+# The first ten minutes, on two cores without an accelerator: installs, samples from the shipped
+# weights, trains a small transformer for some minutes, samples from it.
+#   bash launch/quickstart.sh [OUT]      default: runs/quickstart
+# Run it again after an interruption and it continues. PYTHON selects the interpreter (3.11+).
 # For an accelerator afterwards: .venv/bin/pip install -e '.[gpu]' (or '.[tpu]').
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,16 +22,16 @@ prompts=(
   "a gray square below an orange cross on a white background"
 )
 bash launch/install.sh
-echo "1/3 drawing with the shipped weights"
-.venv/bin/star-jax sample "${prompts[@]}" --out "$out/drawn"
+echo "1/3 sampling from the shipped weights"
+.venv/bin/star-jax sample "${prompts[@]}" --out "$out/samples_shipped"
 echo "2/3 training a small transformer"
 .venv/bin/star-jax train configs/quickstart.py --out "$out/train"
-echo "3/3 drawing with it"
-.venv/bin/star-jax sample "${prompts[@]}" --model "$out/train/model" --out "$out/drawn_by_yours"
+echo "3/3 sampling from it"
+.venv/bin/star-jax sample "${prompts[@]}" --model "$out/train/model" --out "$out/samples_trained"
 cat <<END
 
-drawn by the shipped weights   $out/drawn/grid.png
-drawn by yours, minutes old    $out/drawn_by_yours/grid.png
-your model                     $out/train/model
-curves                         $out/train/metrics.jsonl, or: pip install tensorboard; tensorboard --logdir $out/train
+samples of the shipped weights      $out/samples_shipped/grid.png
+samples of the new model            $out/samples_trained/grid.png
+the new model                       $out/train/model
+loss curves                         $out/train/metrics.jsonl, or: pip install tensorboard; tensorboard --logdir $out/train
 END

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A TPU pod slice, or several slices as one (multislice), by queued resources of Google Cloud.
+# Trains on a TPU pod slice, or on several slices (multislice), by queued resources of Google Cloud.
 #   bash launch/tpu.sh [--dry-run] ACTION NAME ZONE [...]
 #   create NAME ZONE TYPE [--OPTION=VALUE ... of gcloud]   v5p-128 is 64 chips, 2xv5e-256 two slices
-#   install NAME ZONE                                      copies this project to all VMs
-#   start NAME ZONE CONFIG --out SHARED/RUN [...]          star-jax train on all VMs
-#   state | logs | last | stop | delete NAME ZONE          how it stands; what the first VM says
+#   install NAME ZONE                                      copies this project to all VMs, installs
+#   start NAME ZONE CONFIG --out SHARED/RUN [...]          runs star-jax train on all VMs
+#   state | logs | last | stop | delete NAME ZONE          logs and last are those of the first VM
 # For example:
-#   bash launch/tpu.sh create d30 us-east5-a v5p-128 --spot         until `state` says ACTIVE, then
+#   bash launch/tpu.sh create d30 us-east5-a v5p-128 --spot       until `state` prints ACTIVE, then
 #   bash launch/tpu.sh install d30 us-east5-a
 #   bash launch/tpu.sh start d30 us-east5-a configs/star_d30_256.py --out /mnt/shared/d30
-# You pay from ACTIVE to delete. launch/tpu_watch.sh does all of it, and again after a preemption.
+# You pay from ACTIVE to delete. launch/tpu_watch.sh does all of this, again after each preemption.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/shell.sh && source launch/machines.sh
@@ -24,17 +24,17 @@ case $action in
     ((count == 1)) || nodes=(--node-count="$count" --node-prefix="$name")
     tpus create "$name" --accelerator-type="$type" --runtime-version="$runtime" \
       "${nodes[@]}" "${@:5}" ;;
-  install) pack=$(mktemp) && trap 'rm -f "$pack"' EXIT # what git lists twice was deleted
-    git ls-files -cod --exclude-standard ':!tests' ':!docs' | sort | uniq -u | tar -czf "$pack" -T -
-    tpus scp "$pack" "$name:star_jax.tar.gz" --node=all --worker=all
+  install) archive=$(mktemp) && trap 'rm -f "$archive"' EXIT # git lists deleted files twice
+    git ls-files -cod --exclude-standard ':!tests' ':!docs' | sort | uniq -u | tar -czf "$archive" -T-
+    tpus scp "$archive" "$name:star_jax.tar.gz" --node=all --worker=all
     on all "mkdir -p star_jax && tar -xzf star_jax.tar.gz -C star_jax" && worker all install ;;
   start) check_run "${@:4}" && check_shared && worker all start "${@:4}" ;;
-  state) seen=$(tpus list --filter="name~/$name\$" --format="value(state.state)")
-    [[ $seen != ACTIVE ]] || seen+=" $(worker 0 state || echo absent)"
-    echo "$seen" ;;
+  state) state=$(tpus list --filter="name~/$name\$" --format="value(state.state)")
+    [[ $state != ACTIVE ]] || state+=" $(worker 0 state || echo absent)"
+    echo "$state" ;;
   logs) on 0 "tail -n 50 -F star_jax/run.log" ;;
   last) on 0 "tail -n 50 star_jax/run.log" ;;
   stop) worker all stop ;;
   delete) tpus delete "$name" --force --quiet ;;
-  *) fail "'$action' is none of create, install, start, state, logs, last, stop and delete" ;;
+  *) fail "'$action' is not an action: give create, install, start, state, logs, last, stop or delete" ;;
 esac

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On one TPU VM: a run that outlives the connection. launch/tpu.sh calls this on every VM.
-#   bash launch/worker.sh install | start CONFIG --out PLACE [...] | stop | state
+#   bash launch/worker.sh install | start CONFIG --out FOLDER [...] | stop | state
 #   bash launch/worker.sh start configs/star_d30_256.py --out /mnt/shared/d30
-# state says: absent (not installed), nothing (no run), running, or "ended N" with the exit status
-# of launch/node.sh. What the run says is in run.log.
+# state prints absent (not installed), nothing (no run), running, or "ended N" with the exit status
+# of launch/node.sh. The output of the run is in run.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/shell.sh
@@ -25,7 +25,7 @@ case $action in
     python3 -m uv python install --quiet 3.12
     PYTHON="$(python3 -m uv python find 3.12)" bash launch/install.sh tpu ;;
   start)
-    [[ $(state) != running ]] || fail "a run goes on here: stop it first"
+    [[ $(state) != running ]] || fail "a run is active on this machine: stop it first"
     rm -f run.pid run.status
     # shellcheck disable=SC2016 # the inner shell expands them
     nohup bash -c 'bash launch/node.sh tpu "$@" & echo $! >run.pid; wait $!; echo $? >run.status' \
@@ -35,5 +35,5 @@ case $action in
     if [[ $(state) == running ]]; then kill -TERM "$(<run.pid)"; fi
     while [[ $(state) == running ]]; do sleep 1; done ;;
   state) state ;;
-  *) fail "'$action' is no action: give install, start, stop or state" ;;
+  *) fail "'$action' is not an action: give install, start, stop or state" ;;
 esac

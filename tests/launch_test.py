@@ -1,7 +1,7 @@
-"""What do the launch scripts run, and do they bring a run to its end?
+"""What do the launch scripts run, and do they complete a run?
 
-`gcloud`, `kubectl`, `sbatch`, `srun` and `scontrol` are stubs on the PATH that write down their
-words. The one for TPUs also plays the cloud: it copies to and runs in a folder.
+`gcloud`, `kubectl`, `sbatch`, `srun` and `scontrol` are stubs on the PATH that log their arguments.
+The stub for TPUs also simulates the cloud: it copies to a folder and runs commands there.
 """
 
 import os
@@ -36,7 +36,7 @@ exit "${STATUS:-0}"
 
 
 class Machine:
-    """A PATH with stubs, and what was called."""
+    """A PATH with stubs, and the log of their calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.log = folder, folder / 'bin', folder / 'calls'
@@ -55,10 +55,10 @@ class Machine:
         path.chmod(0o755)
 
     def bash(
-        self, *words: object, cwd: Path = ROOT, **environment: str
+        self, *arguments: object, cwd: Path = ROOT, **environment: str
     ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ['bash', *map(str, words)],
+            ['bash', *map(str, arguments)],
             cwd=cwd,
             env=self.environment | environment,
             capture_output=True,
@@ -67,7 +67,7 @@ class Machine:
         )
 
     def calls(self) -> list[list[str]]:
-        """The words of every call so far."""
+        """The arguments of every call so far."""
         text = self.log.read_text() if self.log.exists() else ''
         return [line.split(WORD)[:-1] for line in text.split(NEW_LINE)[:-1]]
 
@@ -77,17 +77,17 @@ def machine(tmp_path) -> Machine:
     return Machine(tmp_path / 'machine')
 
 
-def complaint(done: subprocess.CompletedProcess) -> str:
-    """The one sentence of a script that was given something wrong."""
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The single line that a script prints for a user's mistake."""
     assert done.returncode == 2, done
     assert done.stderr.count('\n') == 1 and not done.stdout, done
     return done.stderr
 
 
-# As they are written.
+# The text of the scripts.
 
 
-def test_scripts_are_clean_and_short():
+def test_scripts_pass_shellcheck_and_are_short():
     scripts = [path.relative_to(ROOT) for path in sorted(LAUNCH.glob('*.sh'))]
     checker = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
     assert checker, "shellcheck is missing: pip install -e '.[test]'"
@@ -97,58 +97,61 @@ def test_scripts_are_clean_and_short():
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_help_teaches_with_an_example(machine, name):
+def test_help_has_an_example(machine, name):
     done = machine.bash(LAUNCH / f'{name}.sh', '--help')
     assert done.returncode == 0 and not done.stderr
     assert f'bash launch/{name}.sh' in done.stdout and 'configs/star_' in done.stdout
     assert 'set -euo' not in done.stdout and '#' not in done.stdout
 
 
-# Given something wrong: one sentence, 2, and nothing is called.
+# A mistake: one sentence, status 2, and no command is called.
 
 
 @pytest.mark.parametrize(
-    ('words', 'said'),
+    ('arguments', 'sentence'),
     [
         (('tpu',), 'give ACTION NAME ZONE'),
         (('tpu', 'create', 'd16'), 'give ACTION NAME ZONE'),
-        (('tpu', 'create', 'd16', 'us-east5-a', 'h100-8'), "'h100-8' is no TPU"),
-        (('tpu', 'explode', 'd16', 'us-east5-a'), "'explode' is none of"),
-        (('tpu', 'start', 'd16', 'us-east5-a', 'configs/none.py'), "'configs/none.py' is no file"),
+        (('tpu', 'create', 'd16', 'us-east5-a', 'h100-8'), "'h100-8' is not a TPU"),
+        (('tpu', 'explode', 'd16', 'us-east5-a'), "'explode' is not an action"),
+        (
+            ('tpu', 'start', 'd16', 'us-east5-a', 'configs/none.py'),
+            "'configs/none.py' is not a file",
+        ),
         (('tpu', 'start', 'd16', 'us-east5-a', CONFIG), 'needs --out'),
         (
             ('tpu', 'start', 'd16', 'us-east5-a', CONFIG, '--out', 'runs/x'),
-            'is no place that all machines share',
+            'is not a folder that all machines share',
         ),
-        (('tpu', 'start', 'd16', 'us-east5-a', CONFIG, '--out', 'gs://b/x'), 'is no place'),
+        (('tpu', 'start', 'd16', 'us-east5-a', CONFIG, '--out', 'gs://b/x'), 'is not a folder'),
         (('tpu_watch', 'd16'), 'give NAME ZONE TYPE'),
-        (('tpu_watch', 'd16', 'us-east5-a', 'v5p'), "'v5p' is no TPU"),
-        (('tpu_watch', 'd16', 'us-east5-a', 'v5p-8', '--spot'), 'begins with its config'),
-        (('slurm',), 'begins with its config'),
+        (('tpu_watch', 'd16', 'us-east5-a', 'v5p'), "'v5p' is not a TPU"),
+        (('tpu_watch', 'd16', 'us-east5-a', 'v5p-8', '--spot'), 'the first argument is the config'),
+        (('slurm',), 'the first argument is the config'),
         (('slurm', '--nodes=2', CONFIG), 'needs --out'),
         (('slurm', '--nodes=2', CONFIG, '--out='), 'needs --out'),
         (('gke', 'start'), 'give an action and a name'),
-        (('gke', 'start', 'd16', 'image', 'h100'), "'h100' is no pool"),
-        (('gke', 'start', 'd16', 'image', 'v5e:1x1', 'runs', *RUN), "'v5e:1x1' is no pool"),
+        (('gke', 'start', 'd16', 'image', 'h100'), "'h100' is not a pool"),
+        (('gke', 'start', 'd16', 'image', 'v5e:1x1', 'runs', *RUN), "'v5e:1x1' is not a pool"),
         (('gke', 'start', 'd16', 'image', 'v5e:4x4', 'runs', CONFIG), 'needs --out'),
-        (('gke', 'explode', 'd16'), "'explode' is no action"),
-        (('node', 'h100'), "'h100' is no platform"),
+        (('gke', 'explode', 'd16'), "'explode' is not an action"),
+        (('node', 'h100'), "'h100' is not a platform"),
         (('node', 'gpu', CONFIG), 'needs --out'),
-        (('worker', 'explode'), "'explode' is no action"),
+        (('worker', 'explode'), "'explode' is not an action"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(machine, words, said):
-    name, *rest = words
-    error = complaint(machine.bash(LAUNCH / f'{name}.sh', *rest))
-    assert error.startswith(f'{name}.sh: ') and said in error
+def test_scripts_report_a_mistake_in_one_sentence(machine, arguments, sentence):
+    name, *rest = arguments
+    error = error_line(machine.bash(LAUNCH / f'{name}.sh', *rest))
+    assert error.startswith(f'{name}.sh: ') and sentence in error
     assert machine.calls() == []
 
 
 # TPUs by queued resources.
 
 
-def tpu(machine, *words, **environment):
-    return machine.bash(LAUNCH / 'tpu.sh', *words, **environment)
+def tpu(machine, *arguments, **environment):
+    return machine.bash(LAUNCH / 'tpu.sh', *arguments, **environment)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def tpu(machine, *words, **environment):
         ),
     ],
 )
-def test_a_slice_or_several_are_asked_for(machine, kind, accelerator, runtime, nodes):
+def test_tpu_create_requests_one_slice_or_several(machine, kind, accelerator, runtime, nodes):
     done = tpu(machine, 'create', 'd30', 'us-east5-a', kind, '--spot', '--labels=a=b c')
     assert done.returncode == 0, done.stderr
     assert machine.calls() == [
@@ -183,7 +186,7 @@ def test_a_slice_or_several_are_asked_for(machine, kind, accelerator, runtime, n
     ]
 
 
-def test_a_run_starts_on_all_workers_with_its_words_intact(machine):
+def test_tpu_start_runs_on_all_workers_with_the_same_arguments(machine):
     assert tpu(machine, 'start', 'd16', 'us-east5-a', *RUN).returncode == 0
     ((*before, command, zone),) = machine.calls()
     assert before == [
@@ -196,11 +199,11 @@ def test_a_run_starts_on_all_workers_with_its_words_intact(machine):
     assert zone == '--zone=us-east5-a'
     remote = command.removeprefix('--command=')
     assert remote.startswith('bash star_jax/launch/worker.sh start ')
-    said = machine.bash('-c', f"printf '%s\\x1f' {remote}").stdout
-    assert said.split(WORD)[3:-1] == list(RUN)
+    printed = machine.bash('-c', f"printf '%s\\x1f' {remote}").stdout
+    assert printed.split(WORD)[3:-1] == list(RUN)
 
 
-def test_the_other_actions_on_tpus(machine):
+def test_tpu_runs_its_other_actions(machine):
     for action in ('stop', 'logs', 'last', 'delete'):
         assert tpu(machine, action, 'd16', 'us-east5-a').returncode == 0
     stop, logs, last, delete = (call[4:] for call in machine.calls())
@@ -210,7 +213,7 @@ def test_the_other_actions_on_tpus(machine):
     assert delete == ['delete', 'd16', '--force', '--quiet', '--zone=us-east5-a']
 
 
-def test_the_status_of_gcloud_is_passed_on(machine):
+def test_tpu_returns_the_status_of_gcloud(machine):
     for words in (
         ('create', 'd16', 'z', 'v5p-8'),
         ('start', 'd16', 'z', *RUN),
@@ -219,7 +222,7 @@ def test_the_status_of_gcloud_is_passed_on(machine):
         assert tpu(machine, *words, STATUS='7').returncode == 7
 
 
-def test_install_takes_what_is_there_not_what_was_deleted(machine, tmp_path):
+def test_tpu_install_copies_existing_files_but_no_deleted_ones(machine, tmp_path):
     project = tmp_path / 'project'
     shutil.copytree(LAUNCH, project / 'launch')
     (project / '.gitignore').write_text('runs\n')
@@ -236,7 +239,7 @@ def test_install_takes_what_is_there_not_what_was_deleted(machine, tmp_path):
     assert [name for name in packed if '/' not in name] == ['.gitignore', 'kept', 'new']
 
 
-def test_a_dry_run_prints_what_would_run_and_runs_nothing(machine):
+def test_dry_run_prints_the_commands_and_runs_none(machine):
     for script, *words in (
         ('tpu', 'create', 'd16', 'z', 'v5p-8'),
         ('tpu', 'install', 'd16', 'z'),
@@ -253,12 +256,12 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(machine):
     assert machine.calls() == []
     line = machine.bash(LAUNCH / 'tpu.sh', '--dry-run', 'start', 'd16', 'z', *RUN).stdout
     assert tpu(machine, 'start', 'd16', 'z', *RUN).returncode == 0
-    machine.bash('-c', line)  # what was printed does the same
+    machine.bash('-c', line)  # the printed line has the same effect
     ran, printed = machine.calls()
     assert ran == printed
 
 
-# A cloud in a folder: `home` is the VM's, `state` says how the resource stands.
+# A simulated cloud in a folder: `vm` is the home of the VM, `state` the state of the resource.
 
 CLOUD = """#!/usr/bin/env bash
 { printf '%s\\x1f' gcloud "$@"; printf '\\x1e'; } >>"$CALLS"
@@ -273,7 +276,7 @@ case $4 in
     done ;;
 esac
 """
-# Python on the VM: makes environments in which star-jax is PROGRAM.
+# Python on the VM: creates environments in which star-jax is PROGRAM.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   '-m uv python find 3.12') echo "$HOME/bin/python3" ;;
@@ -282,7 +285,7 @@ case "$*" in
     cp "$HOME/program" .venv/bin/python ;;
 esac
 """
-# Taken away the first time, stopped the second, then it comes to its end.
+# Preempted the first time, stopped the second, complete the third.
 PROGRAM = """#!/usr/bin/env bash
 echo "$*" >>"$HOME/runs"
 while (($#)); do [[ $1 == --out ]] && out="$2"; shift; done
@@ -309,17 +312,17 @@ def watch(cloud: Machine, *words: str) -> subprocess.CompletedProcess:
 
 
 def actions(cloud: Machine) -> list[str]:
-    """What was asked of the cloud, other than how it stands."""
-    asked = []
+    """The requests to the cloud, without those for its state."""
+    requests = []
     for _, _, _, _, verb, *words in cloud.calls():
         if verb == 'ssh':
             found = re.search(r'worker\.sh (\w+)', ' '.join(words))
             verb = found.group(1) if found else 'unpack'
-        asked.append(verb)
-    return [verb for verb in asked if verb not in ('list', 'state')]
+        requests.append(verb)
+    return [verb for verb in requests if verb not in ('list', 'state')]
 
 
-def test_a_watched_run_comes_to_its_end_through_a_preemption(cloud):
+def test_tpu_watch_completes_a_run_through_a_preemption(cloud):
     out = cloud.folder / 'shared' / 'd 16'
     done = watch(cloud, '--out', str(out), '--note', 'a "b"')
     assert done.returncode == 0, done
@@ -327,11 +330,11 @@ def test_a_watched_run_comes_to_its_end_through_a_preemption(cloud):
     assert ran == [f'-m star_jax.parallel.flags tpu train {CONFIG} --out {out} --note a "b"'] * 3
     begin = ['scp', 'unpack', 'install', 'stop', 'start']
     assert actions(cloud) == ['create', *begin, 'delete', 'create', *begin, *begin, 'delete']
-    assert not (cloud.folder / 'state').exists()  # nothing is left to pay for
+    assert not (cloud.folder / 'state').exists()  # no resource is left that costs money
 
 
 @pytest.mark.parametrize(('status', 'starts'), [(2, 1), (1, 5)])
-def test_a_watch_gives_up_a_run_that_fails(cloud, status, starts):
+def test_tpu_watch_ends_after_repeated_failures(cloud, status, starts):
     cloud.stub('../program', f'#!/bin/bash\necho >>"$HOME/runs"; echo why; exit {status}\n')
     done = watch(cloud, '--out', str(cloud.folder / 'out'))
     assert done.returncode == 2 and f'(ended {status})' in done.stderr and 'why' in done.stderr
@@ -339,33 +342,33 @@ def test_a_watch_gives_up_a_run_that_fails(cloud, status, starts):
     assert not (cloud.folder / 'state').exists()
 
 
-def test_a_worker_stops_its_run_which_saves(cloud):
-    """And a second run is refused while one goes on."""
+def test_worker_stop_lets_the_run_save(cloud):
+    """While a run is active, a second one is refused."""
     out = cloud.folder / 'out'
     saves = 'trap "echo saved; exit 0" TERM; touch "$HOME/ready"; while :; do /bin/sleep 0.1; done'
     cloud.stub('../program', f'#!/usr/bin/env bash\n{saves}\n')
 
-    def say(*words: str) -> subprocess.CompletedProcess:
+    def call(*words: str) -> subprocess.CompletedProcess:
         return tpu(cloud, *words[:1], 'd16', 'z', *words[1:])
 
     for words in (('create', 'v6e-8'), ('install',), ('start', CONFIG, '--out', str(out))):
-        done = say(*words)
+        done = call(*words)
         assert done.returncode == 0, done
     for _ in range(300):
         if (cloud.folder / 'ready').exists():
             break
         time.sleep(0.1)
-    assert say('state').stdout == 'ACTIVE running\n'
-    assert 'stop it first' in complaint(say('start', CONFIG, '--out', str(out)))
-    assert say('stop').returncode == 0
-    assert say('state').stdout == 'ACTIVE ended 143\n'
-    assert say('last').stdout == 'saved\n'
+    assert call('state').stdout == 'ACTIVE running\n'
+    assert 'stop it first' in error_line(call('start', CONFIG, '--out', str(out)))
+    assert call('stop').returncode == 0
+    assert call('state').stdout == 'ACTIVE ended 143\n'
+    assert call('last').stdout == 'saved\n'
 
 
 # SLURM.
 
 
-def test_a_job_is_submitted(machine):
+def test_slurm_submits_a_job(machine):
     words = ('--nodes=4', '--comment=a b', CONFIG, '--out', '/shared/d16', *AWKWARD)
     assert machine.bash(LAUNCH / 'slurm.sh', *words).returncode == 0
     assert machine.calls() == [
@@ -378,7 +381,7 @@ def test_a_job_is_submitted(machine):
 
 
 @pytest.mark.parametrize(('status', 'requeued'), [('0', False), ('143', True), ('1', False)])
-def test_a_job_that_was_stopped_before_its_end_is_queued_again(machine, status, requeued):
+def test_slurm_requeues_a_job_that_was_stopped(machine, status, requeued):
     machine.stub('scontrol', STUB.replace('exit "${STATUS:-0}"', 'exit 0'))
     spooled = shutil.copy(LAUNCH / 'slurm.sh', machine.folder / 'slurm_script')  # as SLURM does
     run = (CONFIG, '--out', '/shared/d16', *AWKWARD)
@@ -411,19 +414,21 @@ def manifest(machine: Machine, pool: str) -> dict:
         ('4xnvidia-h100-80gb:8', 1, 4, ('nvidia-h100-80gb',), {'nvidia.com/gpu': 8}, 'gpu'),
     ],
 )
-def test_a_jobset_asks_for_its_machines(machine, pool, slices, nodes, selector, limits, platform):
-    asked = manifest(machine, pool)
-    assert (asked['apiVersion'], asked['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
-    assert asked['metadata']['name'] == 'd16'
-    (replicated,) = asked['spec']['replicatedJobs']
+def test_gke_requests_the_machines_of_a_pool(
+    machine, pool, slices, nodes, selector, limits, platform
+):
+    jobset = manifest(machine, pool)
+    assert (jobset['apiVersion'], jobset['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
+    assert jobset['metadata']['name'] == 'd16'
+    (replicated,) = jobset['spec']['replicatedJobs']
     job = replicated['template']['spec']
     assert (replicated['replicas'], job['parallelism'], job['completions']) == (
         slices,
         nodes,
         nodes,
     )
-    taken, _ = job['podFailurePolicy']['rules']
-    assert taken['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
+    preempted, _ = job['podFailurePolicy']['rules']
+    assert preempted['onPodConditions'] == [{'type': 'DisruptionTarget', 'status': 'True'}]
     pod = job['template']['spec']
     assert tuple(pod['nodeSelector'].values()) == selector
     (container,) = pod['containers']
@@ -431,7 +436,7 @@ def test_a_jobset_asks_for_its_machines(machine, pool, slices, nodes, selector, 
     assert container['resources']['limits'] == limits
     assert {each['name'] for each in pod['volumes']} == {'shared', 'shm'}
     assert pod['volumes'][0]['persistentVolumeClaim'] == {'claimName': 'runs'}
-    words = [word.replace('$$(', '$(') for word in container['command']]  # as Kubernetes reads it
+    words = [word.replace('$$(', '$(') for word in container['command']]  # as Kubernetes parses it
     assert words == ['bash', 'launch/node.sh', platform, *RUN]
     processes = {each['name']: each for each in container['env']}
     if platform == 'tpu':
@@ -442,7 +447,7 @@ def test_a_jobset_asks_for_its_machines(machine, pool, slices, nodes, selector, 
     assert 'completion-index' in str(processes['STAR_JAX_PROCESS']['valueFrom'])
 
 
-def test_a_jobset_is_followed_and_stopped(machine):
+def test_gke_follows_and_stops_a_jobset(machine):
     assert machine.bash(LAUNCH / 'gke.sh', 'logs', 'd16').returncode == 0
     assert machine.bash(LAUNCH / 'gke.sh', 'stop', 'd16').returncode == 0
     logs, stop = machine.calls()
@@ -456,7 +461,7 @@ def test_a_jobset_is_followed_and_stopped(machine):
 
 @pytest.fixture
 def clone(machine) -> Path:
-    """The scripts beside a Python that is `program`."""
+    """A folder with the scripts and a stub of Python, which `program` writes."""
     clone = machine.folder / 'clone'
     shutil.copytree(LAUNCH, clone / 'launch')
     (clone / '.venv/bin').mkdir(parents=True)
@@ -474,7 +479,7 @@ def program(clone: Path, text: str) -> None:
     ('does', 'status'),
     [('mkdir -p out/model', 0), ('mkdir -p out', 143), ('exit 2', 2), ('exit 1', 1)],
 )
-def test_the_status_tells_a_finished_run_from_a_stopped_one(machine, clone, does, status):
+def test_node_status_distinguishes_complete_from_stopped_runs(machine, clone, does, status):
     program(clone, f'{{ printf "%s\\x1f" "$@"; printf "\\x1e"; }} >>"$CALLS"; {does}')
     done = machine.bash('launch/node.sh', 'gpu', 'config.py', '--out=out', *AWKWARD, cwd=clone)
     assert done.returncode == status, done
@@ -483,7 +488,17 @@ def test_the_status_tells_a_finished_run_from_a_stopped_one(machine, clone, does
     ]
 
 
-def test_a_notice_reaches_the_run_which_saves(machine, clone):
+def test_node_explains_an_abort_by_jax(machine, clone):
+    """JAX aborts the other processes, with status 134, if process 0 is lost."""
+    program(clone, 'echo "Check failure stack trace" >&2; kill -ABRT $$')
+    done = machine.bash('launch/node.sh', 'gpu', 'config.py', '--out=out', cwd=clone)
+    assert done.returncode == 1, done
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith('node.sh: the run was aborted') and 'process 0' in last
+    assert 'Start all of them again' in last and last.endswith('from its last checkpoint')
+
+
+def test_node_passes_sigterm_to_the_run(machine, clone):
     program(clone, 'trap "echo saved; exit 0" TERM; echo ready; while :; do sleep 0.1; done')
     run = subprocess.Popen(
         ['bash', 'launch/node.sh', 'gpu', 'config.py', '--out', 'out'],
@@ -498,10 +513,10 @@ def test_a_notice_reaches_the_run_which_saves(machine, clone):
     assert run.returncode == 143
 
 
-# The flags of XLA.
+# XLA flags.
 
 
-def test_what_a_user_sets_decides():
+def test_flags_of_the_user_take_precedence():
     given = {'XLA_FLAGS': '--xla_gpu_enable_triton_gemm=true', 'HOME': '/home'}
     both = flags.environment('gpu', given)
     assert both['XLA_FLAGS'].endswith(given['XLA_FLAGS']) and both['HOME'] == '/home'
@@ -518,15 +533,15 @@ def test_what_a_user_sets_decides():
         flags.environment('npu', {})
 
 
-def test_xla_knows_every_flag_and_star_jax_starts_with_them():
-    """An unknown one would end the process."""
+def test_xla_accepts_every_flag():
+    """XLA ends a process at a flag that does not exist."""
     probe = 'import jax; jax.devices()'
     settings = flags.environment('gpu', os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'})
     subprocess.run([sys.executable, '-c', probe], env=settings, check=True, capture_output=True)
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, '-m', 'star_jax.parallel.flags', 'cpu', 'frain'],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert said.returncode == 2 and "did you mean 'train'" in said.stderr
+    assert done.returncode == 2 and "did you mean 'train'" in done.stderr
