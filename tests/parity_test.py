@@ -5,6 +5,7 @@ The cases are those under $STAR_JAX_GOLDEN, by default the small ones that trave
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,17 @@ from star_jax.core import resize
 from star_jax.core.filters import Filter
 from star_jax.errors import UserError
 from star_jax.nn.positions import RawRotary
-from star_jax.verify import cases, check, comparison, sampler
+from star_jax.verify import cases, check, comparison, sampler, star_options
 
 SMALL = Path(__file__).parent / 'golden'
 ROOT = Path(os.environ.get('STAR_JAX_GOLDEN', SMALL))
 TOO_LARGE = {('star', 'var'), ('star', 'star_sampler')}  # of these a clone has the laws alone
 QUANTISER = SMALL / 'star' / 'dev_quant_256scales'
 TRAINING = SMALL / 'star' / 'dev_star_train'
+GENERATION = SMALL / 'star' / 'dev_star_generate'
+ROPE = SMALL / 'star' / 'dev_rope'
+TOKENDROP = SMALL / 'star' / 'dev_star_tokendrop'
+VQVAE = SMALL / 'star' / 'dev_vqvae'
 
 
 def kind_of(folder: Path) -> tuple[str, str]:
@@ -48,6 +53,28 @@ def folder_of(tmp_path: Path, like: Path, arrays=None, state=None, config=None, 
     config = config or json.loads((like / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(config))
     return tmp_path
+
+
+def with_changes(tmp_path: Path, like: Path, changes: dict) -> Path:
+    """A copy of a case with some of its options changed."""
+    shutil.copytree(like, tmp_path, dirs_exist_ok=True)
+    config = changed(json.loads((like / 'config.json').read_text()), changes)
+    for key in ('vae_config', 'vae_state_dict'):
+        if key in config:
+            config[key] = str((like / config[key]).resolve())
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    return tmp_path
+
+
+def changed(config: dict, changes: dict) -> dict:
+    """The config with some values replaced, also inside its objects and lists of objects."""
+    config = dict(config)
+    for name, value in changes.items():
+        old = config.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            value = changed(old, value)
+        config[name] = value
+    return config
 
 
 def failing(folder: Path) -> list[str]:
@@ -143,6 +170,74 @@ def test_a_damaged_case_is_a_users_mistake(tmp_path, file, content, message):
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         check.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ('case', 'changes', 'field'),
+    [
+        (QUANTISER, {'codebook_dropout': 0.5}, 'codebook_dropout'),
+        (QUANTISER, {'label_smoothing': 0.1}, 'label_smoothing'),
+        (TRAINING, {'optimizer': {'amsgrad': True}}, r'optimizer\.amsgrad'),
+        (TRAINING, {'optimizer': {'lookahead': {'steps': 5}}}, r'optimizer\.lookahead\.steps'),
+        (TRAINING, {'loss_weights': [1, 2]}, 'loss_weights'),
+        (GENERATION, {'temperature': 0.5}, 'temperature'),
+        (GENERATION, {'runs': [{'name': 'hot', 'temperature': 0.5}]}, r'runs\.0\.temperature'),
+        (ROPE, {'tables': [{'table': 0, 'mode': None}]}, r'tables\.0\.mode'),
+    ],
+)
+def test_verify_refuses_an_unknown_option_by_name(tmp_path, case, changes, field):
+    with pytest.raises(UserError, match=f'{field} is an option that verify does not know'):
+        check.verify(with_changes(tmp_path, case, changes))
+
+
+@pytest.mark.parametrize(
+    ('case', 'field', 'value'),
+    [
+        (TRAINING, 'drop_rate', 0.1),
+        (TRAINING, 'attn_drop_rate', 0.1),
+        (TRAINING, 'drop_path_rate', 0.05),
+        (TRAINING, 'norm_eps', 1e-5),
+        (TRAINING, 'parameters_with_weight_decay', ['word_embed.weight']),
+        (TRAINING, 'cross_attention', 'mixed: sometimes'),
+        (TRAINING, 'optimizer', {'name': 'SGD'}),
+        (TRAINING, 'refine_from_scale_index', 2),
+        (GENERATION, 'sample_version', '2048'),
+        (QUANTISER, 'phi_index_per_scale', [0, 1, 2, 3]),
+        (VQVAE, 'dropout', 0.1),
+        (VQVAE, 'groupnorm_eps', 1e-5),
+        (VQVAE, 'quant_conv_ks', 1),
+        (VQVAE, 'downsample', 8),
+        (TOKENDROP, 'token_dropping', None),
+        (TOKENDROP, 'token_dropping', {'drop_scale_length': 23}),
+        (TOKENDROP, 'token_dropping', {'drop_start_idx': 4}),
+    ],
+)
+def test_verify_refuses_a_value_that_it_does_not_compute(tmp_path, case, field, value):
+    with pytest.raises(UserError, match=field):
+        check.verify(with_changes(tmp_path, case, {field: value}))
+
+
+def test_verify_accepts_remarks_and_inert_options(tmp_path):
+    config = json.loads((QUANTISER / 'config.json').read_text())
+    config |= {'noteworthy': 3, 'origin': 'a sentence with spaces', 'io': {'idx_0': [1]}}
+    arrays = {'f': cases.read_arrays(QUANTISER / 'io.safetensors')['f']}
+    assert not failing(folder_of(tmp_path, QUANTISER, arrays, config=config))
+    config = json.loads((TOKENDROP / 'config.json').read_text())
+    star_options.OPTIONS['star'].check(config | {'drop_path_rate': 0.5}, tmp_path)
+
+
+def test_every_kind_lists_its_options():
+    listed = {(family, kind) for family, kinds in check.OPTIONS.items() for kind in kinds}
+    assert listed == set(check.KINDS)
+
+
+@pytest.mark.parametrize('kind', star_options.OPTIONS)
+def test_options_listed_as_read_are_named_in_the_code_that_reads_them(kind):
+    folder = Path(star_options.__file__).parent
+    sources = [path.read_text() for path in folder.glob('*.py') if path.stem != 'star_options']
+    for name in star_options.OPTIONS[kind].read:
+        key = name.rpartition('.')[2]
+        assert any(f"'{key}'" in source for source in sources), name
 
 
 def test_raw_rotary_positions_are_read():

@@ -29,7 +29,9 @@ from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
 from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
 from star_jax.tokenizers.autoencoder import Autoencoder
-from star_jax.tokenizers.residual_vq import VQ
+from star_jax.tokenizers.residual_vq import VQ, phi_of_scale
+from star_jax.verify import options
+from star_jax.verify.star_options import OPTIONS
 
 AFTER = 'state_dict_after'
 QUANTISER = 'quantize.'  # how the quantiser's tensors begin
@@ -44,14 +46,28 @@ class Case:
     config: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
 
+    @property
+    def path(self) -> Path:
+        """The file of the config."""
+        return self.folder / 'config.json'
+
     def option(self, *path: str) -> Any:
         """An option of the config, by the keys that lead to it; UserError if it is missing."""
         value = self.config
         for key in path:
             if not isinstance(value, Mapping) or key not in value:
-                raise UserError(f'{self.folder / "config.json"}: misses {".".join(path)}')
+                raise UserError(f'{self.path}: misses {".".join(path)}')
             value = value[key]
         return value
+
+    def optional(self, name: str, default: Any = None) -> Any:
+        """An option that a config may lack."""
+        return self.config.get(name, default)
+
+    def check(self, name: str, implemented: Any) -> None:
+        """Raises UserError if an option is there and has another value than the one implemented."""
+        if self.config.get(name) is not None:
+            options.check_value(self.path, name, self.config[name], implemented)
 
     def given(self, name: str) -> np.ndarray:
         """A recorded input; UserError if it is missing."""
@@ -76,6 +92,7 @@ class Case:
         """Config and parameters of the tokenizer that this case refers to, at this case's sides."""
         path = self.folder / self.option('vae_config')
         other = Case(path.parent, _read_config(path), {})
+        OPTIONS['vqvae'].check(other.config, path)
         vq = dataclasses.replace(vq_of(other), grids=square_grids(self.option('patch_nums')))
         state = read_arrays(self.folder / self.option('vae_state_dict'))
         return vq, convert(self, vq_entries(vq, state), state)
@@ -143,8 +160,10 @@ def star_of(case: Case) -> Star:
         raw = extent == RAW
         positions = RawRotary(theta=theta) if raw else NormalisedRotary(theta=theta, extent=extent)
     refinement = None
-    if case.config.get('enable_adaptive_norm'):  # which is how the reference calls the head
-        refinement = _valid(case, Refinement, first=option('sample_from_idx'))
+    if case.optional('enable_adaptive_norm'):  # which is how the reference calls the head
+        first, blocks = option('sample_from_idx'), case.optional('feat_extract_blocks', 3)
+        case.check('refine_from_scale_index', first)
+        refinement = _valid(case, Refinement, first=first, blocks=blocks)
     return _valid(
         case,
         Star,
@@ -188,8 +207,6 @@ def var_of(case: Case) -> Var:
 def vq_of(case: Case) -> VQ:
     """The tokenizer that the reference's options describe, with its autoencoder."""
     option = case.option
-    if case.config.get('quant_conv_ks', 3) != 3:
-        raise UserError(f'{case.folder}: quant_conv_ks must be 3, as in every published tokenizer')
     autoencoder = _valid(
         case,
         Autoencoder,
@@ -198,6 +215,7 @@ def vq_of(case: Case) -> VQ:
         blocks=option('num_res_blocks'),
         groups=option('groupnorm_groups'),
     )
+    case.check('downsample', autoencoder.downsampling)
     return dataclasses.replace(quantiser_of(case), autoencoder=autoencoder)
 
 
@@ -206,24 +224,26 @@ def quantiser_of(case: Case) -> VQ:
     option = case.option
     grids = square_grids(option('v_patch_nums'))
     shared = option('share_quant_resi')  # 0: one phi per scale, or default_qresi_counts of them
-    return _valid(
+    vq = _valid(
         case,
         VQ,
         autoencoder=Autoencoder(width=1, multipliers=(1,), blocks=1, groups=1),
         grids=grids,
         codes=option('vocab_size'),
         channels=option('Cvae'),
-        phis=shared or case.config.get('default_qresi_counts') or len(grids),
+        phis=shared or case.optional('default_qresi_counts') or len(grids),
         phi_ratio=option('quant_resi'),
         normalised=option('using_znorm'),
     )
+    case.check('phi_index_per_scale', list(phi_of_scale(vq.phis, len(grids))))
+    return vq
 
 
 def _valid(case: Case, make: Callable[..., Any], **fields: Any) -> Any:
     try:
         return make(**fields)
     except (TypeError, ValueError) as error:
-        raise UserError(f'{case.folder / "config.json"}: {error}') from error
+        raise UserError(f'{case.path}: {error}') from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 
 from star_jax.errors import UserError
-from star_jax.verify import comparison, rules
+from star_jax.verify import comparison, rules, star_options
 from star_jax.verify.cases import Case, read_case
 from star_jax.verify.comparison import Report
 from star_jax.verify.function_cases import Rope, Sampling, Schedules
@@ -37,12 +37,14 @@ KINDS = {
     ('star', 'sampling'): Sampling,
     ('star', 'schedule'): Schedules,
 }
+OPTIONS = {'star': star_options.OPTIONS}
 
 
 def verify(folder: Path) -> Report:
     """A line for every array that the case in `folder` records.
 
-    Raises UserError for a folder that is no case, or a case of a family or kind not known here.
+    Raises UserError for a folder that is no case, a case of an unknown family or kind, and a config
+    with an option that is unknown or not implemented.
     """
     case = read_case(folder)
     kind = (case.option('family'), case.option('kind'))
@@ -51,6 +53,7 @@ def verify(folder: Path) -> Report:
             f'{folder}: family {kind[0]!r} with kind {kind[1]!r} is not known; '
             f'known are {", ".join(map(" ".join, KINDS))}'
         )
+    OPTIONS[kind[0]][kind[1]].check(case.config, case.path)
     with jax.default_matmul_precision('highest'):
         return Report(folder.resolve().name, _lines(case, KINDS[kind]))
 

@@ -90,6 +90,8 @@ class Schedules:
         self.total = case.option('max_it')
         self.steps = np.arange(self.total)
         self.peak = case.option('peak_lr')
+        self.warmup_steps = round(case.option('wp_it'))
+        case.check('wp_it_rounded', self.warmup_steps)
 
     def rules(self) -> tuple[Rule, ...]:
         return (
@@ -102,7 +104,7 @@ class Schedules:
         try:
             rate = LearningRate(
                 peak=self.peak,
-                warmup_steps=round(self.case.option('wp_it')),
+                warmup_steps=self.warmup_steps,
                 start=ends['wp0'],
                 end=ends['wpe'],
                 shape=shape,

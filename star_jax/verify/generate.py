@@ -22,6 +22,7 @@ from star_jax.sampling.methods import (
     guidance_ramp,
 )
 from star_jax.sampling.sampler import Trace, sample
+from star_jax.sampling.stable import VERSIONS
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
@@ -31,6 +32,8 @@ from star_jax.verify.star import TEXT, text_of, with_cross_attention
 from star_jax.verify.tokenizer import first
 
 RUN = r'([^.]+)'
+OLD = 'old'  # a version that refines like 'new', with filters that scales before have overwritten
+KNOWN_VERSIONS = VERSIONS | {OLD: VERSIONS['new']}
 
 
 class Generations:
@@ -69,8 +72,8 @@ class Generations:
         star = with_cross_attention(self.star, run['cross_attention'])
         text = jax.tree.map(lambda x: x[rows], text_of(self.case))
         keys_B = jax.random.split(jax.random.key(0), len(rows) // 2)  # largest codes need no luck
-        guidance_S = guidance_ramp(self.case.option('cfg'), star.schedule.steps)
-        draw = self._draw({**self.case.config, **run})
+        guidance_S = guidance_ramp(self.run_option(run, 'cfg'), star.schedule.steps)
+        draw = self._draw(run)
         images, codes_BL, traces = sampling(star, self.vq)(
             self.params, keys_B, text, guidance_S, draw
         )
@@ -79,17 +82,32 @@ class Generations:
 
     def _draw(self, run: dict[str, Any]) -> SamplingMethod:
         """The draw of a run. Recorded draws take the largest code, so that no noise enters."""
-        if run.get('refine') and run.get('enable_adaptive_norm'):
+        if (run['refine'] or self.case.optional('w_mask')) and self.star.refinement:
             raise UserError(
                 f'{self.case.folder}: refined runs belong to a case of the kind star_sampler'
             )
+        # Without refinement a version changes filters alone, which keep the largest code.
+        if self.case.optional('sample_version', 'new') not in KNOWN_VERSIONS:
+            raise UserError(
+                f'{self.case.path}: sample_version must be one of {", ".join(KNOWN_VERSIONS)}'
+            )
+        return self._unrefined(run)
+
+    def _unrefined(self, run: dict[str, Any]) -> SamplingMethod:
+        option = functools.partial(self.run_option, run)
         if run['draw'] != 'argmax':
             raise UserError(f"{self.case.folder}: a run must draw 'argmax', not {run['draw']!r}")
-        if run.get('more_smooth'):
+        if option('more_smooth', False):
             return SmoothSampling(len(self.star.sides), _no_noise)
         return FilteredSampling(
-            Filter(top_k=run['top_k'], top_p=run['top_p'] or None), choose_largest
+            Filter(top_k=option('top_k'), top_p=option('top_p') or None), choose_largest
         )
+
+    def run_option(self, run: dict[str, Any], name: str, *default: Any) -> Any:
+        """An option of a run, or that of the whole case."""
+        if name in run:
+            return run[name]
+        return self.case.optional(name, *default) if default else self.case.option(name)
 
 
 @functools.cache

@@ -20,16 +20,15 @@ from star_jax.core.filters import Filter
 from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.sampling.methods import SamplingMethod
-from star_jax.sampling.stable import LUCKY, VERSIONS, RecordedRanking, Stable, plan
+from star_jax.sampling.stable import LUCKY, RecordedRanking, Stable, plan
 from star_jax.training import refinement
 from star_jax.training.refinement import ReleasedLoss, Unmasking
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
-from star_jax.verify.generate import RUN, Generations
+from star_jax.verify.generate import KNOWN_VERSIONS, OLD, RUN, Generations
 from star_jax.verify.rules import Rule, given
 from star_jax.verify.star import MODE, text_of, with_cross_attention
 
-OLD = 'old'  # a version that refines like 'new', with filters that scales before have overwritten
 PASS = rf'{RUN}\.scale(\d+)\.step(\d+)'
 
 
@@ -66,15 +65,14 @@ class Refinements(Generations):
     @functools.cached_property
     def plans(self):
         """The passes over every scale, of the version that was recorded."""
-        known = VERSIONS | {OLD: VERSIONS['new']}
         version = self.case.option('sample_version')
-        if version not in known:
+        if version not in KNOWN_VERSIONS:
             raise UserError(
-                f'{self.case.folder}: sample_version must be one of {", ".join(known)}, '
+                f'{self.case.path}: sample_version must be one of {", ".join(KNOWN_VERSIONS)}, '
                 f'not {version!r}'
             )
         schedule, first = self.star.schedule, self.star.refinement.first
-        return plan(schedule, known[version], 'arccos', first, schedule.steps - 1)
+        return plan(schedule, KNOWN_VERSIONS[version], 'arccos', first, schedule.steps - 1)
 
     @functools.cached_property
     def ranking(self) -> RecordedRanking:
@@ -89,16 +87,16 @@ class Refinements(Generations):
         return RecordedRanking(jnp.asarray(uniform_SPBL))
 
     def _draw(self, run: dict[str, Any]) -> SamplingMethod:
-        plain = super()._draw(run | {'refine': False})
+        plain = self._unrefined(run)
         if not run['refine']:
             return plain
-        if run.get('more_smooth'):
+        if self.run_option(run, 'more_smooth', False):
             raise UserError(f'{self.case.folder}: a run cannot be smooth and refined')
         old = self.case.option('sample_version') == OLD
         return Stable(
             plain=plain,
             keep=overwritten(plain.keep, self.star.refinement.first) if old else plain.keep,
-            guidance=self.case.option('cfg'),
+            guidance=self.run_option(run, 'cfg'),
             choose=plain.choose,
             plans=self.plans,
             rank=self.ranking,

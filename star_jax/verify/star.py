@@ -14,6 +14,7 @@ from star_jax.convert.entries import to_state
 from star_jax.convert.star import star_entries
 from star_jax.core.codes import Index
 from star_jax.core.condition import Condition, TextCondition
+from star_jax.errors import UserError
 from star_jax.families import Family
 from star_jax.families.star import Star
 from star_jax.verify import cases
@@ -25,6 +26,7 @@ Model = TypeVar('Model', bound=Family)
 Rows = tuple[int, ...]
 TEXT = r'encoder_(?:hidden_states|attention_mask|pool_feat)'
 MODE = '(as_released|per_sample)'
+RELEASED = {'as_released': True, 'released': True, 'per_sample': False, 'corrected': False}
 
 
 class TeacherForced:
@@ -55,10 +57,20 @@ class TeacherForced:
 
     @functools.cached_property
     def rows(self) -> Rows:
-        """The rows that take part; all unless some are dropped."""
-        kept = self.case.arrays.get('keep_mask')
-        rows = np.arange(self.star.schedule.length) if kept is None else np.flatnonzero(kept)
-        return tuple(rows.tolist())
+        """The rows that take part: all, unless `token_dropping` says that a mask drops some."""
+        schedule = self.star.schedule
+        if not self.case.optional('token_dropping'):
+            if 'keep_mask' in self.case.arrays:
+                raise UserError(f'{self.case.path}: a case with a keep_mask needs token_dropping')
+            return tuple(range(schedule.length))
+        kept = np.flatnonzero(self.case.given('keep_mask'))
+        dropped = np.setdiff1d(np.arange(schedule.length), kept)
+        dropping = functools.partial(self.case.option, 'token_dropping')
+        if len(kept) != dropping('drop_scale_length') or np.any(
+            dropped < schedule.starts[dropping('drop_start_idx')]
+        ):
+            raise UserError(f'{self.case.path}: token_dropping describes another keep_mask')
+        return tuple(kept.tolist())
 
     @property
     def codes_BL(self) -> np.ndarray:
@@ -113,8 +125,10 @@ def text_of(case: Case, prefix: str = '') -> TextCondition:
 
 
 def with_cross_attention(star: Star, mode: str) -> Star:
-    """The model whose cross-attention is that of a recording: 'released' in its name, or not."""
-    return dataclasses.replace(star, released_cross_attention='released' in mode)
+    """The model with the cross-attention of a recording: of the release, or per sample."""
+    if mode not in RELEASED:
+        raise ValueError(f'cross_attention is one of {", ".join(RELEASED)}, not {mode!r}')
+    return dataclasses.replace(star, released_cross_attention=RELEASED[mode])
 
 
 def layer_of(config: Model, params: dict, layer: int) -> tuple[Model, dict]:
@@ -124,11 +138,17 @@ def layer_of(config: Model, params: dict, layer: int) -> tuple[Model, dict]:
 
 
 def mean_nll(
-    config: Family, rows: Rows, params: dict, inputs, condition: Condition, codes_BL
+    config: Family,
+    rows: Rows,
+    params: dict,
+    inputs: np.ndarray,
+    condition: Condition,
+    codes_BL: np.ndarray,
+    smoothing: float = 0.0,
 ) -> jax.Array:
-    """The training objective on given inputs and codes of `rows`."""
+    """The training loss on recorded inputs and codes of `rows`, with label smoothing."""
     logits_BLV = _forward(config, rows, params, inputs, condition)[2]
-    return Index(config.codes).nll(logits_BLV, codes_BL).mean()
+    return Index(config.codes).nll(logits_BLV, codes_BL, smoothing).mean()
 
 
 def _forward(config: Family, rows: Rows, params: dict, inputs, condition: Condition):

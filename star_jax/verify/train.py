@@ -10,7 +10,7 @@ import optax
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import IGNORED, star_entries
 from star_jax.errors import UserError
-from star_jax.training.optimizer import AdamW, gradient_norm
+from star_jax.training.optimizer import AdamW, decayed, gradient_norm
 from star_jax.training.schedules import LearningRate
 from star_jax.verify import cases
 from star_jax.verify.cases import AFTER, Case
@@ -27,7 +27,7 @@ class Training:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        mode = case.config.get('cross_attention', 'corrected').partition(':')[0]
+        mode = case.optional('cross_attention', 'corrected').partition(':')[0]
         self.star = with_cross_attention(cases.star_of(case), mode)
         self.params = cases.star_params(case, self.star)
         self.vq, self.tokenizer = case.tokenizer
@@ -35,6 +35,7 @@ class Training:
         self.steps = np.arange(max(numbers, default=-1) + 1)
         self.total = case.option('optimizer', 'max_iterations')
         self.optimizer = optimizer_of(case)
+        self._check_decay()
         self.encoded = functools.cache(self._encoded)
 
     def rules(self) -> tuple[Rule, ...]:
@@ -50,6 +51,21 @@ class Training:
             Rule('grad_norm_before_clip', NORMS, lambda: self.trained[1]),
             Rule(rf'{AFTER}\.(.+)', PARAMETERS, lambda name: self.trained[2][name]),
         )
+
+    def _check_decay(self) -> None:
+        """Raises UserError if the config lists other parameters as decaying than ours."""
+        masks = jax.tree.map(
+            lambda leaf, decays: np.full(leaf.shape, decays), self.params, decayed(self.params)
+        )
+        state = to_state(star_entries(self.star), masks)
+        for option, decays in (
+            ('parameters_with_weight_decay', True),
+            ('parameters_without_weight_decay', False),
+        ):
+            listed = self.case.optional(option)
+            ours = {name for name, mask in state.items() if mask.all() == decays}
+            if listed is not None and ours != {n for n in listed if not n.endswith(IGNORED)}:
+                raise UserError(f'{self.case.path}: {option} lists other parameters than ours')
 
     def rates(self) -> jax.Array:
         return self.optimizer.learning_rate.at(self.steps, self.total)
@@ -74,7 +90,8 @@ class Training:
     def trained(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Losses, gradient norms, and the state dict after the last step."""
         rows = tuple(range(self.star.schedule.length))
-        loss = functools.partial(mean_nll, self.star, rows)
+        smoothing = self.case.optional('label_smoothing', 0.0)
+        loss = functools.partial(mean_nll, self.star, rows, smoothing=smoothing)
         optimizer = self.optimizer.build(self.total)
 
         @jax.jit
@@ -100,6 +117,8 @@ class Training:
 def optimizer_of(case: Case) -> AdamW:
     """The optimizer that the reference's options describe."""
     option = functools.partial(case.option, 'optimizer')
+    if not option('name').startswith('AdamW'):
+        raise UserError(f'{case.path}: optimizer.name must begin with AdamW')
     beta1, beta2 = option('betas')
     try:
         return AdamW(
