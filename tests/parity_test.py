@@ -276,6 +276,7 @@ def test_every_sharing_of_phi_and_the_z_norm(tmp_path, shared, counts, prefix, p
         'vocab_size': 9,
         'Cvae': 3,
         'share_quant_resi': shared,
+        'phi_index_per_scale': list(phis),
         'default_qresi_counts': counts,
         'using_znorm': znorm,
     }
