@@ -1,7 +1,7 @@
 """How far is a computed array from a recorded one, and is that close enough?
 
-The classes of arrays and their pass marks are those at the end of `golden/star/README.md`: a mark
-comes from the case, and a class says what it is multiplied by.
+The classes of arrays and their tolerances are those of docs/recorded_cases.md: a tolerance comes
+from the case, and a class says what it is multiplied by.
 """
 
 import dataclasses
