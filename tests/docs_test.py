@@ -114,6 +114,16 @@ def test_paths_in_backticks_exist(page):
     assert [name for name in PATH.findall(text) if not (ROOT / name).exists()] == []
 
 
+def test_documents_named_in_code_exist():
+    scripts = [*(ROOT / 'launch').glob('*.sh'), ROOT / 'setup.py']
+    named = {
+        (relative(path), name)
+        for path in [*SOURCES, *scripts]
+        for name in re.findall(r'\bdocs/[\w/]+\.(?:md|png|json)\b', path.read_text('utf-8'))
+    }
+    assert [pair for pair in sorted(named) if not (ROOT / pair[1]).exists()] == []
+
+
 def test_index_links_every_page():
     linked = {
         (DOCS / link.partition('#')[0]).resolve()
