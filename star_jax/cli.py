@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Without arguments it takes those of the process."""
     if arguments is not None:
         return _run(list(arguments), _load)
-    malloc.keep()  # where the process is one command, and never in somebody else's
-    terminal.outlive_readers()
+    malloc.keep_freed_memory()  # where the process is one command, and never in somebody else's
+    terminal.ignore_broken_pipes()
     try:
         status = _run(sys.argv[1:], _load_quietly)
     except SystemExit as stopped:  # after a --help
@@ -65,12 +65,12 @@ def _load_quietly(command: str) -> types.ModuleType:
     in one line, too.
     """
     name = f'star-jax {command}'
-    terminal.hear_warnings(lambda warning: _tell(command, f'warning: {warning}', 0))
+    terminal.redirect_warnings(lambda warning: _tell(command, f'warning: {warning}', 0))
     if command in RESUMED:
         at_once = dict.fromkeys((signal.SIGTERM, signal.SIGINT), 0)
-        terminal.end_at(at_once, f'{name}: stopped; the same command goes on')
+        terminal.exit_on_signals(at_once, f'{name}: stopped; the same command goes on')
         return _load(command)
-    undo = terminal.end_at({signal.SIGINT: STOPPED}, f'{name}: stopped')
+    undo = terminal.exit_on_signals({signal.SIGINT: STOPPED}, f'{name}: stopped')
     try:
         return _load(command)
     finally:

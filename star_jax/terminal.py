@@ -1,8 +1,7 @@
-"""How does a command end well though its reader has left, or a signal comes while it loads?
+"""How does a command handle closed pipes, signals while it loads, and warnings?
 
-And how does it tell what is not as it should be, and go on? For a process that is one command and
-nothing else. Only small modules are imported here: whatever comes before these settings is in force
-may end in a traceback.
+For a process that runs one command. This module imports only small ones: an error or signal during
+imports that precede these settings may end in a traceback.
 """
 
 import contextlib
@@ -16,50 +15,50 @@ import types
 from collections.abc import Callable, Mapping
 
 
-class _Warnings(logging.Handler):
-    """What this package warns of, as a sentence for whoever tells it."""
+class _WarningHandler(logging.Handler):
+    """Passes every warning of this package to a function."""
 
-    def __init__(self, tell: Callable[[str], object]) -> None:
+    def __init__(self, write: Callable[[str], object]) -> None:
         super().__init__(logging.WARNING)
-        self._tell = tell
+        self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._tell(record.getMessage())
+            self._write(record.getMessage())
         except Exception:
             self.handleError(record)
 
 
-def hear_warnings(tell: Callable[[str], object]) -> None:
-    """From now on every warning of this package goes to `tell`, and nowhere else."""
+def redirect_warnings(write: Callable[[str], object]) -> None:
+    """Passes every warning of this package to `write`, and to no other handler."""
     log = logging.getLogger(__package__)
-    log.addHandler(_Warnings(tell))
-    log.propagate = False  # libraries give the root logger handlers of their own
+    log.addHandler(_WarningHandler(write))
+    log.propagate = False  # libraries add handlers to the root logger
 
 
 class _Stream(io.FileIO):
-    """Bytes to a file or pipe; where nobody reads them any more, to nobody."""
+    """A file or pipe; bytes that are written after the reader has closed it are discarded."""
 
-    deaf = False
+    closed_by_reader = False
 
     def write(self, content: bytes | memoryview) -> int:
-        if self.deaf:
+        if self.closed_by_reader:
             return len(content)
         try:
             return super().write(content)
         except BrokenPipeError:
-            self.deaf = True
+            self.closed_by_reader = True
             return len(content)
 
 
-def outlive_readers() -> None:
-    """From now on, output that nobody reads (`| head -1`) is dropped, and the work goes on.
+def ignore_broken_pipes() -> None:
+    """Discards output after its reader has closed the pipe (`| head -1`), and continues.
 
-    A run shall not lose its model because somebody has seen enough of its log.
+    A run must not lose its model because the reader of its log has exited.
     """
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):  # closed, or somebody's own
+        if not isinstance(stream, io.TextIOWrapper):  # closed, or replaced by the caller
             continue
         stream.flush()
         raw = _Stream(stream.fileno(), 'wb', closefd=False)
@@ -69,9 +68,9 @@ def outlive_readers() -> None:
 
 
 def flush() -> OSError | None:
-    """Writes what stdout still holds; an error if it could not, and then drops it.
+    """Flushes stdout; if that fails, returns the error and discards the rest.
 
-    Left to the interpreter's end, it would be a traceback there.
+    Without this, the interpreter prints a traceback at exit.
     """
     stream = sys.stdout
     try:
@@ -80,24 +79,27 @@ def flush() -> OSError | None:
     except OSError as error:
         raw = getattr(getattr(stream, 'buffer', None), 'raw', None)
         if isinstance(raw, _Stream):
-            raw.deaf = True
+            raw.closed_by_reader = True
         return error
     return None
 
 
-def end_at(statuses: Mapping[signal.Signals, int], said: str) -> Callable[[], None]:
-    """From now on each of these signals says one line and ends the process with its status.
+def exit_on_signals(statuses: Mapping[signal.Signals, int], line: str) -> Callable[[], None]:
+    """Makes each of these signals print one line and exit with its status.
 
-    Python's own handler of ctrl-c raises wherever the process is, and half-loaded modules make of
-    it what they will. A signal that is ignored stays ignored; called by another thread than the
-    main one, which alone may set handlers, this does nothing. Returns what undoes it.
+    Python's own handler of ctrl-c raises at any point, and half-imported modules turn that into
+    other errors. An ignored signal stays ignored. Outside the main thread, which alone may set
+    handlers, this does nothing.
+
+    Returns:
+        A function that restores the previous handlers.
     """
 
     def end(number: int, _: types.FrameType | None) -> None:
-        with contextlib.suppress(RuntimeError):  # it came in the midst of writing
+        with contextlib.suppress(RuntimeError):  # the signal interrupted a write
             flush()
         with contextlib.suppress(OSError):
-            os.write(2, f'{said}\n'.encode())
+            os.write(2, f'{line}\n'.encode())
         os._exit(statuses[signal.Signals(number)])
 
     undo = contextlib.ExitStack()

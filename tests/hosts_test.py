@@ -204,7 +204,7 @@ def test_read_address_parses_the_variables():
 
 
 @pytest.mark.parametrize('tasks, devices', [('1(x4)', [0, 1, 2]), ('1', [0, 1, 2]), ('3', None)])
-def test_join_gives_all_gpus_to_a_task_alone_on_its_node(monkeypatch, tasks, devices):
+def test_connect_gives_all_gpus_to_a_task_alone_on_its_node(monkeypatch, tasks, devices):
     settings = {}
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **given: settings.update(given))
     for name, value in {
@@ -214,7 +214,7 @@ def test_join_gives_all_gpus_to_a_task_alone_on_its_node(monkeypatch, tasks, dev
         'SLURM_GPUS_ON_NODE': '3',
     }.items():
         monkeypatch.setenv(name, value)
-    hosts.join()
+    hosts.connect()
     assert settings['cluster_detection_method'] == 'slurm'
     assert settings['local_device_ids'] == devices
 

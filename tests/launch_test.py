@@ -328,8 +328,8 @@ def test_tpu_watch_completes_a_run_through_a_preemption(cloud):
     assert done.returncode == 0, done
     ran = (cloud.folder / 'runs').read_text().splitlines()
     assert ran == [f'-m star_jax.parallel.flags tpu train {CONFIG} --out {out} --note a "b"'] * 3
-    begin = ['scp', 'unpack', 'install', 'stop', 'start']
-    assert actions(cloud) == ['create', *begin, 'delete', 'create', *begin, *begin, 'delete']
+    start = ['scp', 'unpack', 'install', 'stop', 'start']
+    assert actions(cloud) == ['create', *start, 'delete', 'create', *start, *start, 'delete']
     assert not (cloud.folder / 'state').exists()  # no resource is left that costs money
 
 
@@ -434,17 +434,17 @@ def test_gke_requests_the_machines_of_a_pool(
     (container,) = pod['containers']
     assert container['image'] == 'here/star_jax:1'
     assert container['resources']['limits'] == limits
-    assert {each['name'] for each in pod['volumes']} == {'shared', 'shm'}
+    assert {volume['name'] for volume in pod['volumes']} == {'shared', 'shm'}
     assert pod['volumes'][0]['persistentVolumeClaim'] == {'claimName': 'runs'}
     words = [word.replace('$$(', '$(') for word in container['command']]  # as Kubernetes parses it
     assert words == ['bash', 'launch/node.sh', platform, *RUN]
-    processes = {each['name']: each for each in container['env']}
+    variables = {variable['name']: variable for variable in container['env']}
     if platform == 'tpu':
-        assert not processes
+        assert not variables
         return
-    assert processes['STAR_JAX_COORDINATOR']['value'] == 'd16-slice-0-0.d16:8476'
-    assert processes['STAR_JAX_PROCESSES']['value'] == str(nodes)
-    assert 'completion-index' in str(processes['STAR_JAX_PROCESS']['valueFrom'])
+    assert variables['STAR_JAX_COORDINATOR']['value'] == 'd16-slice-0-0.d16:8476'
+    assert variables['STAR_JAX_PROCESSES']['value'] == str(nodes)
+    assert 'completion-index' in str(variables['STAR_JAX_PROCESS']['valueFrom'])
 
 
 def test_gke_follows_and_stops_a_jobset(machine):
@@ -517,16 +517,16 @@ def test_node_passes_sigterm_to_the_run(machine, clone):
 
 
 def test_flags_of_the_user_take_precedence():
-    given = {'XLA_FLAGS': '--xla_gpu_enable_triton_gemm=true', 'HOME': '/home'}
-    both = flags.environment('gpu', given)
-    assert both['XLA_FLAGS'].endswith(given['XLA_FLAGS']) and both['HOME'] == '/home'
-    assert both['XLA_FLAGS'].startswith(flags.GPU[0])
-    assert both['XLA_CLIENT_MEM_FRACTION'] == '0.92'
+    variables = {'XLA_FLAGS': '--xla_gpu_enable_triton_gemm=true', 'HOME': '/home'}
+    merged = flags.environment('gpu', variables)
+    assert merged['XLA_FLAGS'].endswith(variables['XLA_FLAGS']) and merged['HOME'] == '/home'
+    assert merged['XLA_FLAGS'].startswith(flags.GPU[0])
+    assert merged['XLA_CLIENT_MEM_FRACTION'] == '0.92'
     assert flags.environment('tpu', {}) == {'LIBTPU_INIT_ARGS': ' '.join(flags.TPU)}
     for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
-        given = {name: '0.5'}
-        kept = flags.environment('gpu', given)
-        assert {n: v for n, v in kept.items() if 'FRACTION' in n} == given
+        variables = {name: '0.5'}
+        merged = flags.environment('gpu', variables)
+        assert {n: v for n, v in merged.items() if 'FRACTION' in n} == variables
     assert flags.environment('cpu', {}) == flags.ENVIRONMENT['cpu']
     assert flags.environment('cpu', {'GLIBC_TUNABLES': 'x'}) == {'GLIBC_TUNABLES': 'x'}
     with pytest.raises(UserError, match='tpu'):

@@ -10,7 +10,7 @@ from star_jax.parallel import malloc
 
 
 def main(path: str, task: str) -> None:
-    malloc.keep()
+    malloc.keep_freed_memory()
     from star_jax.bench import worker  # JAX starts threads, and memory is kept before
 
     try:

@@ -163,7 +163,7 @@ def _memory(case: Case, compiled: Any) -> dict[str, float]:
     if analysis is not None:
         found['temporaries'] = analysis.temp_size_in_bytes / 2**20
     device = jax.devices()[0].memory_stats() or {}
-    found['limit'] = device.get('bytes_limit', machine.memory()) / 2**20
+    found['limit'] = device.get('bytes_limit', machine.host_memory()) / 2**20
     if 'peak_bytes_in_use' in device:
         return found | {'device_peak': device['peak_bytes_in_use'] / 2**20}
     unit = 1 if sys.platform == 'darwin' else 1024

@@ -52,7 +52,7 @@ class ProcessAddress:
         return f'[{self.host}]:{self.port}' if ':' in self.host else f'{self.host}:{self.port}'
 
 
-def join() -> None:
+def connect() -> None:
     """Connects this process to the others that its environment names; without them does nothing.
 
     Call it before JAX uses a device. Raises UserError if the environment is invalid, or if not all

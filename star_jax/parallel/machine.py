@@ -1,4 +1,4 @@
-"""On what does a program run?"""
+"""What machine does a program run on?"""
 
 import os
 import sys
@@ -12,22 +12,22 @@ from star_jax.errors import UserError
 from star_jax.parallel import flags, startup
 
 
-def memory() -> int:
-    """Bytes of this machine's own memory, not of its accelerators."""
+def host_memory() -> int:
+    """Bytes of the machine's main memory, without its accelerators."""
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def check_memory(what: str, size: int) -> None:
-    """Raises UserError where `what`, of `size` bytes, cannot be held by this machine."""
-    if size > memory():
+def check_memory(name: str, size: int) -> None:
+    """Raises UserError if `name`, which takes `size` bytes, does not fit into main memory."""
+    if size > host_memory():
         raise UserError(
-            f'{what} would take {size / 2**30:,.0f} GiB, and this machine has '
-            f'{memory() / 2**30:,.0f}: ask for less'
+            f'{name} would take {size / 2**30:,.0f} GiB, and this machine has '
+            f'{host_memory() / 2**30:,.0f}: ask for less'
         )
 
 
 def describe() -> dict[str, Any]:
-    """Versions, devices and settings of the environment: what a measured figure belongs to."""
+    """Versions, devices and environment settings, to be stored with every measurement."""
     device = jax.devices()[0]
     return {
         'jax': jax.__version__,

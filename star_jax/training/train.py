@@ -36,7 +36,7 @@ def main(
     """
     with faults.Stop() as stop:
         check_places(out)
-        startup.start(together=True)
+        startup.start(distributed=True)
         logging.getLogger('absl').setLevel(logging.WARNING)
         if jax.process_index() != 0:  # the first warns for all
             logging.getLogger(star_jax.__name__).setLevel(logging.ERROR)
