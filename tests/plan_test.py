@@ -180,7 +180,7 @@ def test_roof_is_the_largest_of_its_bounds():
     assert (roof.seconds, roof.limit) == (2.0, 'links')
 
 
-def test_choose_mesh_splits_heads_and_rows_where_the_batch_does_not_divide():
+def test_choose_mesh_splits_heads_and_tokens_where_the_batch_does_not_divide():
     run = config.load_run(CONFIGS / 'star_d30_256.py', Run)
     for name in ('v5e-256', 'v5p-128', '64xH100'):
         pod = topologies.parse_topology(name)

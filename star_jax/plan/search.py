@@ -68,7 +68,7 @@ def _bytes_per_image(estimator: Estimator, estimate: Estimate) -> float:
 
 
 def choose_mesh(run: Run, pod: Pod, trains: bool) -> MeshShape:
-    """A mesh that splits the batch as far as it divides; heads, then rows, take the other chips.
+    """A mesh that splits the batch as far as it divides; heads, then tokens, take the other chips.
 
     Parameters are split over `fsdp` as little as memory allows, because every split is gathered
     again. Raises UserError if no such mesh divides the model.
