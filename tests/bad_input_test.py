@@ -715,7 +715,7 @@ def surroundings(monkeypatch, tmp_path_factory) -> None:
     monkeypatch.setattr(
         trainer, '_print_summary', lambda *_: None
     )  # traces a step to count its work
-    monkeypatch.setattr(benchmark, 'observe', pass_by)
+    monkeypatch.setattr(benchmark, 'run_worker', pass_by)
     for work in ('reconstruct', 'loss_rows'):
         monkeypatch.setattr(eval_report, work, pass_by)
 

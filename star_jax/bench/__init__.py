@@ -1,0 +1,1 @@
+"""How long do sampling, training, attention and data reading take, beside the machine's limits?"""

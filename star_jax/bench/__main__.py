@@ -1,6 +1,6 @@
-"""`python -m star_jax.bench ORDER.json start|measure` is a process of a benchmark.
+"""The worker process of a benchmark: `python -m star_jax.bench JOB.json start|measure`.
 
-Nothing stands before its work but what stands before a user's.
+Only what a user's own process does first comes before the measured work.
 """
 
 import sys
@@ -10,8 +10,8 @@ from star_jax.parallel import malloc
 
 
 def main(path: str, task: str) -> None:
-    malloc.keep_freed_memory()
-    from star_jax.bench import worker  # JAX starts threads, and memory is kept before
+    malloc.keep_freed_memory()  # before JAX starts threads
+    from star_jax.bench import worker
 
     try:
         worker.main(path, task)

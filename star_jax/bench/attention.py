@@ -1,8 +1,8 @@
-"""What does attention cost in training, each way of computing it beside the formula?
+"""How long does training attention take, for each kernel and for the masked formula?
 
-Self-attention of one layer over all rows of an image, forward alone and with its gradient. Work is
-what must be done: 2 multiply-adds per pair of a row and a key that it sees, and of head channels;
-with the gradient three times that.
+Self-attention of one layer over all rows of an image, forward alone and with its gradient. Its
+floating-point operations are those of the visible pairs of a row and a key: 2 multiply-adds per
+pair and head channel, and three times as many with the gradient.
 """
 
 import dataclasses
@@ -21,12 +21,20 @@ from star_jax.nn.kernels import KV, Kernel
 from star_jax.parallel import machine
 
 KERNELS: tuple[Name, ...] = ('dense', 'by_scale', 'chunked', 'automatic')  # of every platform
-GRADIENT = 3  # times the work of the forward pass, with it
+GRADIENT_FACTOR = 3  # operations with the gradient, relative to the forward pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attention:
-    """The layer of a model, `batch` images at once, `repeats` timed runs of each kernel."""
+class AttentionJob:
+    """What is timed.
+
+    Attributes:
+        model: the sizes of the layer.
+        batch: images at once.
+        repeats: timed runs of each kernel.
+        dtype: the dtype of queries, keys and values.
+        kernels: names of kernels; 'dense' is the masked formula.
+    """
 
     model: Family
     batch: int = 1
@@ -41,8 +49,8 @@ class Attention:
             )
 
 
-def run(job: Attention) -> dict[str, Any]:
-    """For every kernel seconds, GFLOP/s, share of the matrix rate and MiB of temporaries."""
+def run(job: AttentionJob) -> dict[str, Any]:
+    """For every kernel: seconds, GFLOP/s, share of the matrix rate and MiB of temporaries."""
     schedule, heads = job.model.schedule, job.model.heads
     rows = schedule.starts[-1]
     shape = (3, job.batch, rows, heads, job.model.width // heads)
@@ -58,29 +66,29 @@ def run(job: Attention) -> dict[str, Any]:
         for name in job.kernels
         for passes in ('forward', 'with gradient')
     }
-    product, product_flops = timing.matrix_work(job.dtype)
-    works = {key: (lambda program=program: program(*args)) for key, program in compiled.items()}
-    seconds = timing.take_turns({**works, 'product': product}, job.repeats)
+    product, product_flops = timing.matrix_product(job.dtype)
+    calls = {key: (lambda program=program: program(*args)) for key, program in compiled.items()}
+    seconds = timing.time_in_turn({**calls, 'product': product}, job.repeats)
     rate = product_flops / float(np.median(seconds.pop('product'))) / 1e9
-    found = []
-    for (name, passes), taken in seconds.items():
-        p50 = float(np.median(taken))
-        gflop = flops / 1e9 * (GRADIENT if passes == 'with gradient' else 1)
-        found.append(
+    kernels = []
+    for (name, passes), times in seconds.items():
+        p50 = float(np.median(times))
+        gflop = flops / 1e9 * (GRADIENT_FACTOR if passes == 'with gradient' else 1)
+        kernels.append(
             {
                 'kernel': name,
                 'passes': passes,
                 'p50_seconds': p50,
-                'p95_seconds': float(np.percentile(taken, 95)),
+                'p95_seconds': float(np.percentile(times, 95)),
                 'gflops': gflop / p50,
-                'share': gflop / p50 / rate,
+                'matrix_rate_share': gflop / p50 / rate,
                 'temporaries': compiled[name, passes].memory_analysis().temp_size_in_bytes / 2**20,
             }
         )
     return {
         'rows': rows,
-        'seen': pairs / rows**2,
-        'kernels': found,
+        'visible_share': pairs / rows**2,
+        'kernels': kernels,
         'matrix_rate_gflops': rate,
         'environment': machine.describe(),
     }

@@ -1,4 +1,4 @@
-"""How fast do batches come, beside what reads the same pictures one after another?"""
+"""How fast does the data pipeline deliver batches, compared with one thread that reads alone?"""
 
 import dataclasses
 import itertools
@@ -12,8 +12,14 @@ from star_jax.parallel import machine, startup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """`batches` batches of `batch` examples each, read ahead by `threads`."""
+class ReadingJob:
+    """What is read.
+
+    Attributes:
+        batch: examples of a batch.
+        batches: batches that are timed.
+        threads: threads of the pipeline that read ahead.
+    """
 
     batch: int
     batches: int = 20
@@ -22,35 +28,35 @@ class Reading:
     def __post_init__(self) -> None:
         if min(self.batch, self.batches) < 1 or self.threads < 0:
             raise ValueError(
-                'batch and batches must be at least 1 and threads not negative, not '
+                'batch and batches must be at least 1 and threads at least 0, not '
                 f'{self.batch}, {self.batches} and {self.threads}'
             )
 
 
-def run(source: Source, reading: Reading) -> dict[str, Any]:
-    """Images per second of the pipeline, of one thread alone, and their ratio.
+def run(source: Source, job: ReadingJob) -> dict[str, Any]:
+    """Images per second of the pipeline and of one thread alone, and their ratio.
 
-    One thread reads as many examples as the pipeline gives, evenly spread over the source.
+    The single thread reads as many examples as the pipeline, evenly spread over the source.
     """
-    count = reading.batch * reading.batches
+    count = job.batch * job.batches
     if not len(source):
         raise UserError('the data set is empty: expected at least one example')
-    begin = time.perf_counter()
+    start = time.perf_counter()
     for index in range(count):
         source[index * len(source) // count]
-    alone = count / (time.perf_counter() - begin)
-    batches = pipeline.batches(source, batch=reading.batch, seed=0, threads=reading.threads)
-    next(batches)  # its threads run
-    begin = time.perf_counter()
-    for _ in itertools.islice(batches, reading.batches):
+    one_thread = count / (time.perf_counter() - start)
+    batches = pipeline.batches(source, batch=job.batch, seed=0, threads=job.threads)
+    next(batches)  # starts the threads
+    start = time.perf_counter()
+    for _ in itertools.islice(batches, job.batches):
         pass
-    together = count / (time.perf_counter() - begin)
+    pipelined = count / (time.perf_counter() - start)
     batches.close()
     return {
         'examples': len(source),
-        'images_per_second': together,
-        'one_thread_images_per_second': alone,
-        'ratio': together / alone,
-        'of_cores': together / alone / startup.cores(),
+        'images_per_second': pipelined,
+        'one_thread_images_per_second': one_thread,
+        'speedup': pipelined / one_thread,
+        'speedup_per_core': pipelined / one_thread / startup.cores(),
         'environment': machine.describe(),
     }

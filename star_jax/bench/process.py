@@ -1,7 +1,7 @@
-"""What does a job cost, from a fresh process on?
+"""What does a job cost in a fresh process, with and without a cache of compiled programs?
 
-Two processes of the same job: the first finds no compiled program and then takes the times, the
-second finds the first one's. Both say when they reached what; nothing else runs in them.
+Two worker processes run the same job: the first starts with an empty cache and measures, the second
+starts with the programs of the first. Both report when they completed each stage.
 """
 
 import dataclasses
@@ -13,88 +13,110 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from star_jax.bench.sampling import Sampling
-from star_jax.bench.training import Training
+from star_jax.bench.sampling import SamplingJob
+from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
 from star_jax.errors import UserError
 
 WORKER = 'star_jax.bench'
 
-Job = Sampling | Training
+Job = SamplingJob | TrainingJob
+Task = Literal['start', 'measure']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a process is asked to do: a job, and the folder of a profiler's trace ('': none)."""
+class JobFile:
+    """What a worker process reads.
+
+    Attributes:
+        job: what to run.
+        profile: a folder for a profiler's trace ('': none).
+    """
 
     job: Job
     profile: str = ''
 
 
-def run(
+def measure(
     job: Job,
-    notice: Callable[[str], None],
+    on_progress: Callable[[str], None],
     cache: Path | None = None,
     profile: Path | None = None,
 ) -> dict[str, Any]:
-    """The report of a job (`worker` says what is in it), with its config.
+    """The report of a job: its config, a cold start, a warm start, and all that `worker` measures.
 
-    `notice` is told what goes on. Compiled programs go to the new folder `cache` and stay there (by
-    default they are thrown away). Raises UserError if it exists, or if a process fails.
+    Args:
+        job: what to measure.
+        on_progress: receives a line of text before each slow step.
+        cache: a new folder that keeps compiled programs; by default they are deleted.
+        profile: a folder for a profiler's trace.
+
+    Raises:
+        UserError: the folder `cache` exists, or a process fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = cache or Path(temporary) / 'cache'
         if folder.exists():
             raise UserError(f'{folder} exists and may hold compiled programs: name a new folder')
-        first = observe(job, 'measure', folder, notice, profile)
-        second = observe(job, 'start', folder, notice)
-    start = {'cold_start': first.pop('start'), 'warm_start': second['start']}
-    return {'kind': type(job).__name__, 'job': config.to_json(job), **start, **first}
+        cold = run_worker(job, 'measure', folder, on_progress, profile)
+        warm = run_worker(job, 'start', folder, on_progress)
+    starts = {'cold_start': cold.pop('start'), 'warm_start': warm['start']}
+    return {'kind': type(job).__name__, 'job': config.to_json(job), **starts, **cold}
 
 
-def observe(
+def run_worker(
     job: Job,
-    task: str,
+    task: Task,
     cache: Path,
-    notice: Callable[[str], None],
+    on_progress: Callable[[str], None],
     profile: Path | None = None,
 ) -> dict[str, Any]:
-    """What one process reports, its start in seconds since it was asked for.
+    """The report of one worker process, with its stages in seconds since it was started.
 
-    Its `task` is to 'start' alone or to 'measure', too. Raises UserError if it fails.
+    Args:
+        job: what to run.
+        task: 'start' ends after the first result, 'measure' goes on to measure.
+        cache: the folder of compiled programs.
+        on_progress: receives a line of text for each stage.
+        profile: a folder for a profiler's trace.
+
+    Raises:
+        UserError: the process fails.
     """
     environment = os.environ | {'STAR_JAX_CACHE': str(cache)}
     environment.pop('JAX_COMPILATION_CACHE_DIR', None)
     with tempfile.TemporaryDirectory() as temporary:
-        order = Path(temporary) / 'order.json'
-        config.write(order, Order(job=job, profile=str(profile or '')))
-        asked = time.time()
-        command = [sys.executable, '-m', WORKER, str(order), task]
-        lines, status = _follow(command, environment, lambda words: notice(f'to {task}: {words}'))
-    if status or not lines:
-        raise UserError(f'the process to {task} ended with status {status}; its words stand above')
-    report = lines[-1]
-    at = {stage: moment - asked for stage, moment in report['start']['reached'].items()}
+        path = Path(temporary) / 'job.json'
+        config.write(path, JobFile(job=job, profile=str(profile or '')))
+        started = time.time()
+        command = [sys.executable, '-m', WORKER, str(path), task]
+        reports, status = _run(command, environment, lambda line: on_progress(f'{task}: {line}'))
+    if status or not reports:
+        raise UserError(
+            f'the benchmark process ({task}) ended with status {status}: its messages are above'
+        )
+    report = reports[-1]
+    stages = {name: moment - started for name, moment in report['start']['stages'].items()}
     report['start'] |= {
-        'reached': at,
-        'compile_seconds': at['compiled'] - at['lowered'],
-        'since_jax': at['dispatch'] - at['imports'],
-        'since_weights': at['dispatch'] - at['weights'],
+        'stages': stages,
+        'compile_seconds': stages['compiled'] - stages['lowered'],
+        'jax_to_dispatch_seconds': stages['dispatch'] - stages['imports'],
+        'weights_to_dispatch_seconds': stages['dispatch'] - stages['weights'],
     }
     return report
 
 
-def _follow(
-    command: Sequence[str], environment: Mapping[str, str], notice: Callable[[str], None]
+def _run(
+    command: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The JSON lines of a command, whose others `notice` is told, and its exit status."""
-    found = []
+    """The JSON lines that a command prints and its exit status; `on_line` gets the other lines."""
+    reports = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith('{'):
-                found.append(json.loads(line))
+                reports.append(json.loads(line))
             else:
-                notice(line.strip())
-    return found, process.returncode
+                on_line(line.strip())
+    return reports, process.returncode

@@ -1,6 +1,6 @@
-"""What does drawing an image cost?
+"""How long does sampling an image take?
 
-One program from encoded text to pixels, as the pipeline has it, and before it the text encoder.
+The pipeline's one program from encoded text to pixels is timed, and apart from it the text encoder.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from star_jax.bench.case import Case, Piece, invent
+from star_jax.bench.benchmark import Benchmark, TimedProgram, random_arrays
 from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.condition import Condition, TextCondition
 from star_jax.core.flops import count_flops
 from star_jax.core.settings import Dtype, Settings
 from star_jax.families import Family
+from star_jax.nn.bind import bind
 from star_jax.nn.kernels import ByScale
 from star_jax.sampling import program, stable
 from star_jax.text import TextEncoder
@@ -29,12 +30,19 @@ from star_jax.tokenizers.residual_vq import VQ, VQTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What is drawn: random weights of these sizes, or those of a model `folder`.
+class SamplingJob:
+    """A model whose sampling is timed, with random text.
 
-    Text is random too: `text_tokens` states of the model's text width, as that encoder of
-    `PUBLISHED` makes them that has it. `batch` images per run of the program, whose scales share
-    `buckets` (by default those that suit the platform), `repeats` timed runs.
+    Attributes:
+        model: the sizes of the transformer.
+        autoencoder: the sizes of the tokenizer's encoder and decoder.
+        folder: a model folder whose weights are used ('': random weights).
+        settings: guidance, filters and sampling method.
+        batch: images per run of the program.
+        repeats: timed runs.
+        dtype: the compute dtype.
+        buckets: scales that share a program body (None: the default of the platform).
+        text_tokens: tokens of a prompt.
     """
 
     model: Family
@@ -56,7 +64,7 @@ class Sampling:
 
     @property
     def tokenizer(self) -> VQ:
-        """The tokenizer whose weights are random."""
+        """The tokenizer of random weights, at the sizes of the model."""
         return VQ(
             autoencoder=self.autoencoder,
             grids=self.model.schedule.grids,
@@ -64,34 +72,34 @@ class Sampling:
             channels=self.model.channels,
         )
 
-    def prepare(self) -> Case:
-        """Everything on the default device."""
+    def prepare(self) -> Benchmark:
+        """The programs and their arguments, on the default device."""
         network = self.model.build(self.dtype)
-        counted = self.model.build(self.dtype, attend=ByScale())  # no kernel hides its work
-        tokenizer, params = self._load() if self.folder else self._invent()
+        counted = self.model.build(self.dtype, attend=ByScale())  # its FLOPs can be counted
+        tokenizer, params = self._load() if self.folder else self._random()
         params = program.cast(params, self.dtype)
         unprompted = condition(self.model, 1, self.text_tokens) if self.settings.guidance else None
         keys_B = program.image_keys(range(self.batch))
-        drawn = stable.arguments(self.settings, network, tokenizer.codes)
+        method_args = stable.arguments(self.settings, network, tokenizer.codes)
         args = (
             params,
             keys_B,
             condition(self.model, self.batch, self.text_tokens),
             unprompted,
-            *drawn,
+            *method_args,
         )
-        shared = choose(self.buckets, network.schedule.sizes, jax.default_backend())
+        buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
         canvas = jnp.zeros((self.batch, *self.model.schedule.grids[-1], self.model.channels))
-        decode = jax.jit(lambda params, canvas: tokenizer.apply(params, canvas, method='decode'))
-        return Case(
-            whole=Piece(
-                program.compile_program(network, tokenizer, shared),
+        decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))
+        return Benchmark(
+            main=TimedProgram(
+                program.compile_program(network, tokenizer, buckets),
                 args,
                 count_flops(program.compile_program(counted, tokenizer), *args),
             ),
-            parts={'decoder': Piece.counted(decode, {'params': params['tokenizer']}, canvas)},
-            rest='scales',
-            before=self._encoder,
+            parts={'decoder': TimedProgram.count(decode, params['tokenizer'], canvas)},
+            remainder='scales',
+            make_preceding=self._text_encoder,
             weights=params,
             images=self.batch,
             pixels=max(tokenizer.resolution),
@@ -105,25 +113,25 @@ class Sampling:
             params
         )
 
-    def _invent(self) -> tuple[VQTokenizer, dict[str, Any]]:
-        """The published tokenizer at the sizes of the job, and random weights of both."""
+    def _random(self) -> tuple[VQTokenizer, dict[str, Any]]:
+        """The published tokenizer at the sizes of the model, and random weights of both."""
         params = {'model': self.model.abstract(), 'tokenizer': self.tokenizer.abstract()}
-        return self.tokenizer.build(self.dtype), invent(nn.unbox(params))
+        return self.tokenizer.build(self.dtype), random_arrays(nn.unbox(params))
 
-    def _encoder(self) -> dict[str, Piece]:
-        """What turns the captions of a batch into features, where a known encoder has the width."""
+    def _text_encoder(self) -> dict[str, TimedProgram]:
+        """The encoder of a batch of prompts, if a published one has the model's text width."""
         if self.model.PROMPT == 'label' or self.model.text_width not in PUBLISHED:
             return {}
-        fields = PUBLISHED[self.model.text_width]
-        tower = TOWERS[fields['model_type']](fields)
+        encoder_config = PUBLISHED[self.model.text_width]
+        tower = TOWERS[encoder_config['model_type']](encoder_config)
         tokens = pad([[1] * self.text_tokens] * self.batch, self.batch, self.text_tokens, 0)
         shapes = jax.eval_shape(tower.module.init, jax.random.key(0), tokens)['params']
         encode = jax.jit(lambda params, tokens: read_states(tower, tower.pool, params, tokens))
-        return {'text': Piece.counted(encode, invent(nn.unbox(shapes)), tokens)}
+        return {'text': TimedProgram.count(encode, random_arrays(nn.unbox(shapes)), tokens)}
 
 
 def condition(model: Family, rows: int, text_tokens: int) -> Condition:
-    """Classes, or random features of captions that use all of their tokens."""
+    """Class labels, or random features of `rows` prompts of exactly `text_tokens` tokens."""
     if model.PROMPT == 'label':
         return model.prompt_encoder(_no_text).encode(['0'] * rows)
     shape = (rows, text_tokens, model.text_width)

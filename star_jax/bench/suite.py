@@ -1,7 +1,7 @@
-"""What does a machine do with the published sizes, in one go?
+"""How fast is a machine at the published sizes?
 
-Job after job, each in a process of its own, so that one which does not fit ends nothing. What was
-measured stays in a folder, a file each: stopped, or out of time, the same call goes on.
+Each job runs in its own process, so a job that does not fit in memory does not end the others. Each
+report is a file in a folder, so the same call continues after an interruption.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any
 
 from star_jax.bench import process
 from star_jax.bench.process import Job
-from star_jax.bench.sampling import Sampling
-from star_jax.bench.training import Training
+from star_jax.bench.sampling import SamplingJob
+from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
 from star_jax.convert.infer import SIDES
 from star_jax.core.settings import Dtype
@@ -21,25 +21,25 @@ from star_jax.errors import UserError
 from star_jax.families import Family
 from star_jax.training.run import Run
 
-PROGRAMS = 'programs'  # the folder of compiled ones
-FITS = 0.85  # of the memory that may be filled
-MULTIPLE = 4  # that the largest batch is of
+PROGRAMS = 'programs'  # the folder of compiled programs
+MEMORY_FRACTION = 0.85  # that the largest batch may fill
+BATCH_MULTIPLE = 4  # the largest batch is a multiple of it
 
 Reports = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Suite:
-    """What is measured of every run.
+class SuiteSettings:
+    """What is measured of every model.
 
     Attributes:
-        resolutions: image sides to sample at, in px of the published scales (0: the model's own).
+        resolutions: px of published scales at which images are sampled (0: the run's own scales).
         batches: batch sizes of sampling.
-        largest: also sample with the largest batch that fits, estimated from the smaller ones.
-        trained: image sides to train at, in px of the published scales (0: the model's own).
+        largest: also sample the largest batch that fits, by the memory that two batches needed.
+        trained: px of published scales at which training is measured (0: the run's own scales).
         training: batch sizes of training.
-        repeats: timed runs of each program.
-        dtype: dtype of the activations; bfloat16 on accelerators.
+        repeats: timed runs.
+        dtype: the compute dtype.
     """
 
     resolutions: tuple[int, ...] = (256, 512, 1024)
@@ -58,11 +58,12 @@ class Suite:
             raise ValueError(f'repeats must be at least 1, not {self.repeats}')
         for size in self.resolutions + self.trained:
             if size and size not in SIDES:
-                raise ValueError(f'there are no published scales of {size} px: choose of {SIDES}')
+                known = ', '.join(map(str, SIDES))
+                raise ValueError(f'no published scales of {size} px: expected {known} or 0')
 
 
-def sized(model: Family, resolution: int) -> Family:
-    """The model with the published scales of a resolution (0: its own), all tokens kept."""
+def with_resolution(model: Family, resolution: int) -> Family:
+    """The model with the published scales of a resolution (0: its own) and all tokens kept."""
     if not resolution:
         return model
     return dataclasses.replace(model, sides=SIDES[resolution], keep_tokens=0)
@@ -70,86 +71,96 @@ def sized(model: Family, resolution: int) -> Family:
 
 def measure(
     runs: Mapping[str, Run],
-    suite: Suite,
+    settings: SuiteSettings,
     out: Path,
     minutes: float,
-    notice: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> Reports:
-    """The reports of all jobs that there was time for, by name; what failed says `failed`.
+    """The reports of all jobs by name; the report of a job that failed has the key `failed`.
 
-    No job begins after so many `minutes`. `notice` is told what goes on. Raises UserError where the
-    folder `out` holds what was measured of another job of the same name.
+    Args:
+        runs: the runs whose models are measured, by name.
+        settings: what is measured.
+        out: the folder of the reports.
+        minutes: no job starts after this time.
+        on_progress: receives a line of text before each slow step.
+
+    Raises:
+        UserError: the folder holds the report of a job with the same name and other settings.
     """
     end = time.monotonic() + 60 * minutes
     reports: Reports = {}
 
-    def observe(name: str, job: Job) -> None:
+    def report_job(name: str, job: Job) -> None:
         path = out / f'{name.replace(" ", "_")}.json'
         if path.exists():
-            reports[name] = _kept(path, job)
+            reports[name] = _read_report(path, job)
         elif time.monotonic() < end:
-            reports[name] = _observe(job, out, lambda words: notice(f'{name}, {words}'))
+            reports[name] = _measure_job(job, out, lambda line: on_progress(f'{name}, {line}'))
             config.write_json(path, reports[name])
 
-    for name, job in _jobs(runs, suite):
-        observe(name, job)
-    for name, job in list(_largest(runs, suite, reports)):
-        observe(name, job)
+    for name, job in _jobs(runs, settings):
+        report_job(name, job)
+    for name, job in list(_largest_jobs(runs, settings, reports)):
+        report_job(name, job)
     return reports
 
 
-def _jobs(runs: Mapping[str, Run], suite: Suite) -> Iterator[tuple[str, Job]]:
-    """The jobs, those that most are curious about first."""
-    for batch in sorted(suite.batches):
-        for resolution in suite.resolutions:
+def _jobs(runs: Mapping[str, Run], settings: SuiteSettings) -> Iterator[tuple[str, Job]]:
+    """The jobs by name, the most informative first."""
+    for batch in sorted(settings.batches):
+        for resolution in settings.resolutions:
             for name, run in runs.items():
                 yield (
                     _name('sample', name, resolution, batch),
-                    _sampling(run, suite, resolution, batch),
+                    _sampling_job(run, settings, resolution, batch),
                 )
-    for batch in suite.training:
-        for resolution in suite.trained:
+    for batch in settings.training:
+        for resolution in settings.trained:
             for name, run in runs.items():
                 changed = dataclasses.replace(
-                    run, model=sized(run.model, resolution), batch=batch, dtype=suite.dtype
+                    run,
+                    model=with_resolution(run.model, resolution),
+                    batch=batch,
+                    dtype=settings.dtype,
                 )
-                job = Training(run=changed, repeats=suite.repeats)
+                job = TrainingJob(run=changed, repeats=settings.repeats)
                 yield _name('train', name, resolution, batch), job
 
 
-def _largest(
-    runs: Mapping[str, Run], suite: Suite, reports: Reports
-) -> Iterator[tuple[str, Sampling]]:
-    """A job with the largest batch that fits, wherever two smaller ones tell what one takes."""
-    two = sorted(set(suite.batches))[-2:]
-    if not suite.largest or len(two) < 2:
+def _largest_jobs(
+    runs: Mapping[str, Run], settings: SuiteSettings, reports: Reports
+) -> Iterator[tuple[str, SamplingJob]]:
+    """Jobs with the largest batch that fits, where two smaller batches were measured."""
+    two = sorted(set(settings.batches))[-2:]
+    if not settings.largest or len(two) < 2:
         return
-    for resolution in suite.resolutions:
+    for resolution in settings.resolutions:
         for name, run in runs.items():
             pair = [reports.get(_name('sample', name, resolution, batch), {}) for batch in two]
             if all('memory' in report for report in pair):
                 batch = largest_batch(*pair)
-                if batch > max(suite.batches):
-                    job = _sampling(run, suite, resolution, batch)
+                if batch > max(settings.batches):
+                    job = _sampling_job(run, settings, resolution, batch)
                     yield _name('sample', name, resolution, batch), job
 
 
 def largest_batch(small: Mapping[str, Any], large: Mapping[str, Any]) -> int:
-    """Images that fit into the memory, if what two batches needed grows by the image."""
-    (first, second), (least, most) = (
-        [report[part][key] for report in (small, large)]
-        for part, key in (('job', 'batch'), ('memory', 'temporaries'))
-    )
-    each = max((most - least) / (second - first), 1e-3)
-    room = FITS * large['memory']['limit'] - large['memory']['weights'] - most
-    return max(second + int(room / each), 1) // MULTIPLE * MULTIPLE
+    """The batch that fills the memory, on the line through the temporaries of two batches."""
+    small_batch, large_batch = (report['job']['batch'] for report in (small, large))
+    small_size, large_size = (report['memory']['temporaries'] for report in (small, large))
+    per_image = max((large_size - small_size) / (large_batch - small_batch), 1e-3)
+    memory = large['memory']
+    available = MEMORY_FRACTION * memory['limit'] - memory['weights'] - large_size
+    batch = max(large_batch + int(available / per_image), 1)
+    return batch // BATCH_MULTIPLE * BATCH_MULTIPLE
 
 
-def _kept(path: Path, job: Job) -> dict[str, Any]:
-    """The report of a job in its file; UserError where that tells of another one."""
+def _read_report(path: Path, job: Job) -> dict[str, Any]:
+    """The report in a file; UserError if it is the report of another job."""
     report = config.read_json(path)
-    given = config.from_json(type(job), report.get('job'), where=str(path))
-    if changed := config.differences(given, job):
+    measured = config.from_json(type(job), report.get('job'), where=str(path))
+    if changed := config.differences(measured, job):
         raise UserError(
             f'{path} was measured with other settings ({"; ".join(changed)}): give another --out, '
             'or remove it'
@@ -157,29 +168,29 @@ def _kept(path: Path, job: Job) -> dict[str, Any]:
     return report
 
 
-def _sampling(run: Run, suite: Suite, resolution: int, batch: int) -> Sampling:
-    return Sampling(
-        model=sized(run.model, resolution),
+def _sampling_job(run: Run, settings: SuiteSettings, resolution: int, batch: int) -> SamplingJob:
+    return SamplingJob(
+        model=with_resolution(run.model, resolution),
         settings=run.sampling,
         batch=batch,
-        repeats=suite.repeats,
-        dtype=suite.dtype,
+        repeats=settings.repeats,
+        dtype=settings.dtype,
     )
 
 
-def _name(what: str, run: str, resolution: int, batch: int) -> str:
-    return f'{what} {run} {f"{resolution} px " if resolution else ""}batch {batch}'
+def _name(kind: str, run: str, resolution: int, batch: int) -> str:
+    return f'{kind} {run} {f"{resolution} px " if resolution else ""}batch {batch}'
 
 
-def _observe(job: Job, out: Path, notice: Callable[[str], None]) -> dict[str, Any]:
-    """The report of a job; of one that draws a single image with its start from a warm cache."""
+def _measure_job(job: Job, out: Path, on_progress: Callable[[str], None]) -> dict[str, Any]:
+    """The report of a job; a job that samples one image is also started from a warm cache."""
     described = {'kind': type(job).__name__, 'job': config.to_json(job)}
     try:
-        report = process.observe(job, 'measure', out / PROGRAMS, notice)
-        start = {'cold_start': report.pop('start')}
-        if isinstance(job, Sampling) and job.batch == 1:
-            second = process.observe(job, 'start', out / PROGRAMS, notice)
-            start['warm_start'] = second['start']
+        report = process.run_worker(job, 'measure', out / PROGRAMS, on_progress)
+        starts = {'cold_start': report.pop('start')}
+        if isinstance(job, SamplingJob) and job.batch == 1:
+            warm = process.run_worker(job, 'start', out / PROGRAMS, on_progress)
+            starts['warm_start'] = warm['start']
     except UserError as error:
         return described | {'failed': str(error)}
-    return described | start | report
+    return described | starts | report

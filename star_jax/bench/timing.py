@@ -1,7 +1,6 @@
-"""How long does work take, beside what the machine could do at that moment?
+"""How long does work take, compared with what the machine can do at that moment?
 
-A machine that others share changes its speed within minutes, so everything that is compared is
-timed in turn.
+The speed of a shared machine changes within minutes, so calls that are compared are timed in turn.
 """
 
 import math
@@ -12,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of the matrices whose product tells the machine's matrix rate: large enough to be at it.
+# Sides of the square matrices whose product measures the matrix rate: large enough to reach it.
 SIDE = 2048
 SIDE_ON_ACCELERATORS = 8192
-LEAST_SECONDS = 0.05  # a shorter piece of work is run several times in a row
+MIN_SECONDS = 0.05  # shorter calls are timed several times in a row
 
-Work = Callable[[], jax.Array]
+Call = Callable[[], jax.Array]
 
 
-def matrix_work(dtype: str = 'float32') -> tuple[Work, int]:
-    """A product of two square matrices, compiled, and its floating-point operations.
+def matrix_product(dtype: str = 'float32') -> tuple[Call, int]:
+    """A compiled product of two square matrices, and its floating-point operations.
 
-    One of float32 is as exact as JAX makes the work's own by default: TF32 on NVIDIA GPUs.
+    Its precision is JAX's default for the dtype, as in the measured programs: TF32 for float32 on
+    NVIDIA GPUs.
     """
     side = SIDE if jax.default_backend() == 'cpu' else SIDE_ON_ACCELERATORS
     matrix = jnp.ones((side, side), dtype)
@@ -31,27 +31,27 @@ def matrix_work(dtype: str = 'float32') -> tuple[Work, int]:
     return lambda: product(matrix), 2 * side**3
 
 
-def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of one run of each piece of work, [repeats], after one that warms it up.
+def time_in_turn(calls: Mapping[str, Call], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of one run of each call, [repeats], after a run that warms it up.
 
-    A run ends when its result is there.
+    A run ends when its result is ready. Every round runs all calls one after another.
     """
-    counts = {name: _count(work) for name, work in works.items()}
+    counts = {name: _runs_per_measurement(call) for name, call in calls.items()}
     rounds = [
-        {name: _seconds(work, counts[name]) for name, work in works.items()} for _ in range(repeats)
+        {name: _seconds(call, counts[name]) for name, call in calls.items()} for _ in range(repeats)
     ]
-    return {name: np.array([seconds[name] for seconds in rounds]) for name in works}
+    return {name: np.array([seconds[name] for seconds in rounds]) for name in calls}
 
 
-def _count(work: Work) -> int:
-    """How many runs in a row last long enough for the clock."""
-    jax.block_until_ready(work())
-    return math.ceil(LEAST_SECONDS / max(_seconds(work, 1), 1e-6))
+def _runs_per_measurement(call: Call) -> int:
+    """How many runs in a row take at least MIN_SECONDS."""
+    jax.block_until_ready(call())
+    return math.ceil(MIN_SECONDS / max(_seconds(call, 1), 1e-6))
 
 
-def _seconds(work: Work, count: int) -> float:
-    begin = time.perf_counter()
+def _seconds(call: Call, count: int) -> float:
+    start = time.perf_counter()
     for _ in range(count):
-        result = work()
+        result = call()
     jax.block_until_ready(result)
-    return (time.perf_counter() - begin) / count
+    return (time.perf_counter() - start) / count

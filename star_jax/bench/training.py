@@ -1,10 +1,9 @@
-"""What does a training step cost?
+"""How long does a training step take?
 
-The step of a transformer on codes and features from a cache, on the devices of its mesh.
+The step of a transformer, on random codes and text features, over the devices of the run's mesh.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from star_jax.bench.case import Args, Case, Piece, invent
+from star_jax.bench.benchmark import Args, Benchmark, TimedProgram, random_arrays
 from star_jax.bench.sampling import condition
 from star_jax.core.flops import count_flops
 from star_jax.parallel import rules
@@ -25,9 +24,14 @@ from star_jax.training.state import init_sharded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """The step of `run`, with random codes, random features of `text_tokens` tokens and random
-    weights. `repeats` timed steps."""
+class TrainingJob:
+    """A run whose training step is timed, with random weights, codes and text features.
+
+    Attributes:
+        run: the settings.
+        repeats: timed steps.
+        text_tokens: tokens of a caption.
+    """
 
     run: Run
     repeats: int = 10
@@ -44,37 +48,39 @@ class Training:
     def dtype(self) -> str:
         return self.run.dtype
 
-    def prepare(self) -> Case:
-        """Everything on the devices of the run's mesh."""
+    def prepare(self) -> Benchmark:
+        """The programs and their arguments, on the devices of the run's mesh."""
         run, mesh = self.run, self.run.mesh.build()
         vq = VQ(grids=run.model.schedule.grids, codes=run.model.codes, channels=run.model.channels)
         summary.check_batch(run.batch, vq.resolution, mesh)
         programs = self._programs(run, mesh, vq)
         state = init_sharded(programs.build, mesh, jax.random.key(run.seed))
-        read = functools.partial(condition, run.model, text_tokens=self.text_tokens)
-        frozen = {'tokenizer': invent(nn.unbox(vq.abstract())), 'empty': read(1)}
+        frozen = {
+            'tokenizer': random_arrays(nn.unbox(vq.abstract())),
+            'empty': condition(run.model, 1, self.text_tokens),
+        }
         frozen = jax.device_put(frozen, rules.replicated(mesh))
         shape = (run.batch, run.model.schedule.length)
         codes_BL = np.random.default_rng(0).integers(0, run.model.codes, shape, np.int32)
-        batch = {'codes': codes_BL, 'text': read(run.batch)}
+        batch = {'codes': codes_BL, 'text': condition(run.model, run.batch, self.text_tokens)}
         batch = jax.device_put(batch, rules.batch_sharding(mesh))
         args = (state, frozen, batch, jax.random.key(0))
-        # What is computed twice to save memory counts once, what a kernel hides counts too.
+        # Operations that remat repeats count once, and those inside of kernels count, too.
         counted = programs.plain
-        return Case(
-            whole=Piece(
+        return Benchmark(
+            main=TimedProgram(
                 jax.jit(programs.train, donate_argnums=0), args, count_flops(counted.train, *args)
             ),
             parts={
-                'forward': Piece(
+                'forward': TimedProgram(
                     jax.jit(_forward(programs)), None, count_flops(_forward(counted), *args)
                 )
             },
-            rest='backward and update',
+            remainder='backward and update',
             weights=jax.eval_shape(lambda state: state.params, state),
             images=run.batch,
             pixels=max(vq.resolution),
-            again=_go_on,
+            next_args=_next_args,
         )
 
     def _programs(self, run: Run, mesh: Mesh, vq: VQ) -> Programs:
@@ -83,7 +89,7 @@ class Training:
 
 
 def _forward(programs: Programs) -> Callable[..., Any]:
-    """The loss of the state that a step begins with, called as the step is."""
+    """The loss at the state before a step, with the arguments of the step."""
 
     def forward(state: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         return programs.score(state.params, frozen, batch)
@@ -91,5 +97,5 @@ def _forward(programs: Programs) -> Callable[..., Any]:
     return forward
 
 
-def _go_on(args: Args, result: Any) -> Args:
+def _next_args(args: Args, result: Any) -> Args:
     return (result[0], *args[1:])

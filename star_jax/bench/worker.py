@@ -1,11 +1,11 @@
-"""What does one process of a benchmark see?
+"""What does one benchmark process measure?
 
-`python -m star_jax.bench ORDER.json start|measure` prints what it is doing, and at the end its
+`python -m star_jax.bench JOB.json start|measure` prints a line per stage, and at the end its
 report, one line of JSON:
 
-    start        when it reached what (seconds since the epoch), processor seconds of compiling and
-                 of all up to the first dispatch, programs found in the persistent cache
-    and, if it measures: time, matrix rate, parts, memory, environment
+    start        when each stage was complete (seconds since the epoch), processor seconds of
+                 compilation and of all work up to the first dispatch, hits of the persistent cache
+    with `measure` also: time, matrix rate, parts, memory, environment
 """
 
 import json
@@ -20,113 +20,117 @@ import jax
 import numpy as np
 
 from star_jax.bench import timing
-from star_jax.bench.case import Args, Case, Piece
-from star_jax.bench.process import Order
+from star_jax.bench.benchmark import Args, Benchmark, TimedProgram
+from star_jax.bench.process import JobFile
 from star_jax.checkpoint import config
 from star_jax.parallel import machine, startup
 
 CACHE_HIT = '/jax/compilation_cache/cache_hits'
-TRACED = 2  # runs in a profiler's trace
+PROFILED_RUNS = 2
 
 
-class Diary:
-    """When was which stage over?"""
+class StageTimes:
+    """When was each stage complete?"""
 
     def __init__(self) -> None:
-        self.reached: dict[str, float] = {}
+        self.stages: dict[str, float] = {}
 
-    def note(self, stage: str) -> None:
-        self.reached[stage] = time.time()
+    def record(self, stage: str) -> None:
+        self.stages[stage] = time.time()
         sys.stdout.write(f'{stage}\n')
         sys.stdout.flush()
 
 
-class Runs:
-    """A compiled program, called over and over."""
+class RepeatedProgram:
+    """A compiled program that is called again and again, each time with the next arguments."""
 
-    def __init__(self, compiled: Any, args: Args, again: Callable[[Args, Any], Args]) -> None:
-        self._compiled, self.args, self._again = compiled, args, again
+    def __init__(self, compiled: Any, args: Args, next_args: Callable[[Args, Any], Args]) -> None:
+        self._compiled, self.args, self._next_args = compiled, args, next_args
 
     def __call__(self) -> Any:
         result = self._compiled(*self.args)
-        self.args = self._again(self.args, result)
+        self.args = self._next_args(self.args, result)
         return result
 
 
 def main(path: str, task: str) -> None:
-    diary = Diary()
-    diary.note('imports')
-    order = config.read(path, Order)
+    times = StageTimes()
+    times.record('imports')
+    content = config.read(path, JobFile)
     startup.start()
     jax.devices()
-    diary.note('JAX')
-    case = order.job.prepare()
-    jax.block_until_ready(case.whole.args)
-    diary.note('weights')
-    compiled, start = _compile(case.whole, diary)
+    times.record('JAX')
+    benchmark = content.job.prepare()
+    jax.block_until_ready(benchmark.main.args)
+    times.record('weights')
+    compiled, start = _compile(benchmark.main, times)
     start['processor_seconds_to_dispatch'] = time.process_time()
-    runs = Runs(compiled, case.whole.args, case.again)
-    result = runs()
-    diary.note('dispatch')
+    repeated = RepeatedProgram(compiled, benchmark.main.args, benchmark.next_args)
+    result = repeated()
+    times.record('dispatch')
     jax.block_until_ready(result)
-    diary.note('first result')
-    report = {'start': {'reached': diary.reached, **start}}
+    times.record('first result')
+    report = {'start': {'stages': times.stages, **start}}
     if task == 'measure':
-        report |= _measure(order, case, compiled, runs)
+        report |= _measure(content, benchmark, compiled, repeated)
     sys.stdout.write(json.dumps(report) + '\n')
 
 
-def _compile(piece: Piece, diary: Diary) -> tuple[Any, dict[str, float]]:
-    """The compiled program, the processor seconds of its compilation and whether it was found."""
-    found = []
+def _compile(program: TimedProgram, times: StageTimes) -> tuple[Any, dict[str, float]]:
+    """The compiled program, processor seconds of its compilation, and hits of the cache."""
+    hits = []
     jax.monitoring.register_event_listener(
-        lambda event, **_: found.append(event) if event == CACHE_HIT else None
+        lambda event, **_: hits.append(event) if event == CACHE_HIT else None
     )
-    lowered = piece.program.lower(*piece.args)
-    diary.note('lowered')
-    found.clear()
-    begin = time.process_time()
+    lowered = program.program.lower(*program.args)
+    times.record('lowered')
+    hits.clear()
+    start = time.process_time()
     compiled = lowered.compile()
-    seconds = time.process_time() - begin
-    diary.note('compiled')
-    return compiled, {'processor_seconds': seconds, 'found': len(found)}
+    seconds = time.process_time() - start
+    times.record('compiled')
+    return compiled, {'processor_seconds': seconds, 'cache_hits': len(hits)}
 
 
-def _measure(order: Order, case: Case, compiled: Any, runs: Runs) -> dict[str, Any]:
-    """Times of the program, of its parts alone and of the matrix product, in turn."""
-    memory = _memory(case, compiled)
+def _measure(
+    content: JobFile, benchmark: Benchmark, compiled: Any, repeated: RepeatedProgram
+) -> dict[str, Any]:
+    """Times of the main program, of its parts alone and of the matrix product, in turn."""
+    memory = _memory(benchmark, compiled)
     load = _load_average()
-    pieces = {**case.parts, **case.before()}
-    product, product_flops = timing.matrix_work(order.job.dtype)
-    works = {'program': runs, 'product': product}
-    works |= {name: _work(piece, runs) for name, piece in pieces.items()}
-    seconds = timing.take_turns(works, order.job.repeats)
-    if order.profile:
-        with jax.profiler.trace(order.profile):
-            for _ in range(TRACED):
-                jax.block_until_ready(runs())
-    p50 = {name: float(np.median(taken)) for name, taken in seconds.items()}
+    programs = {**benchmark.parts, **benchmark.make_preceding()}
+    product, product_flops = timing.matrix_product(content.job.dtype)
+    calls = {'program': repeated, 'product': product}
+    calls |= {name: _call(program, repeated) for name, program in programs.items()}
+    seconds = timing.time_in_turn(calls, content.job.repeats)
+    if content.profile:
+        with jax.profiler.trace(content.profile):
+            for _ in range(PROFILED_RUNS):
+                jax.block_until_ready(repeated())
+    p50 = {name: float(np.median(times)) for name, times in seconds.items()}
     matrix_rate = product_flops / p50['product'] / 1e9
-    flops = {name: piece.flops for name, piece in pieces.items()} | {'program': case.whole.flops}
-    for told in (flops, p50):
-        told[case.rest] = told['program'] - sum(told[name] for name in case.parts)
+    flops = {name: program.flops for name, program in programs.items()}
+    flops['program'] = benchmark.main.flops
+    for costs in (flops, p50):
+        parts = sum(costs[name] for name in benchmark.parts)
+        costs[benchmark.remainder] = costs['program'] - parts
     return {
-        'pixels': case.pixels,
-        'time': _times(seconds['program'], case.images),
+        'pixels': benchmark.pixels,
+        'time': _times(seconds['program'], benchmark.images),
         'matrix_rate_gflops': matrix_rate,
         'parts': {
             name: _part(flops[name], p50[name], p50['program'], matrix_rate)
-            for name in ('program', case.rest, *pieces)
+            for name in ('program', benchmark.remainder, *programs)
         },
-        'inside': [case.rest, *case.parts],
+        'parts_of_program': [benchmark.remainder, *benchmark.parts],
         'memory': memory,
         'environment': machine.describe() | {'load': [load, _load_average()]},
     }
 
 
-def _work(piece: Piece, runs: Runs) -> timing.Work:
-    compiled = piece.program.lower(*(piece.args or runs.args)).compile()
-    return lambda: compiled(*(piece.args or runs.args))
+def _call(program: TimedProgram, repeated: RepeatedProgram) -> timing.Call:
+    compiled = program.program.lower(*(program.args or repeated.args)).compile()
+    return lambda: compiled(*(program.args or repeated.args))
 
 
 def _times(seconds: np.ndarray, images: int) -> dict[str, Any]:
@@ -140,37 +144,38 @@ def _times(seconds: np.ndarray, images: int) -> dict[str, Any]:
     }
 
 
-def _part(flops: int, seconds: float, whole: float, matrix_rate: float) -> dict[str, float]:
-    """`share` is that of the machine's matrix rate, `of_time` that of the program's time."""
+def _part(
+    flops: int, seconds: float, program_seconds: float, matrix_rate: float
+) -> dict[str, float]:
     rate = flops / seconds / 1e9
     return {
         'gflop': flops / 1e9,
         'seconds': seconds,
-        'of_time': seconds / whole,
+        'time_share': seconds / program_seconds,
         'gflops': rate,
-        'share': rate / matrix_rate,
+        'matrix_rate_share': rate / matrix_rate,
     }
 
 
-def _memory(case: Case, compiled: Any) -> dict[str, float]:
-    """MiB of the weights, of what the program needs beside its arguments, all there is, the peak.
+def _memory(benchmark: Benchmark, compiled: Any) -> dict[str, float]:
+    """MiB of the weights, of the program's temporaries, of all memory, and of the peak.
 
-    The peak is the device's where it keeps one, otherwise that of the whole process.
+    The peak is that of the device if it counts one, otherwise that of the process.
     """
     analysis = compiled.memory_analysis()
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(case.weights))
-    found = {'weights': weights / 2**20}
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(benchmark.weights))
+    memory = {'weights': weights / 2**20}
     if analysis is not None:
-        found['temporaries'] = analysis.temp_size_in_bytes / 2**20
+        memory['temporaries'] = analysis.temp_size_in_bytes / 2**20
     device = jax.devices()[0].memory_stats() or {}
-    found['limit'] = device.get('bytes_limit', machine.host_memory()) / 2**20
+    memory['limit'] = device.get('bytes_limit', machine.host_memory()) / 2**20
     if 'peak_bytes_in_use' in device:
-        return found | {'device_peak': device['peak_bytes_in_use'] / 2**20}
+        return memory | {'device_peak': device['peak_bytes_in_use'] / 2**20}
     unit = 1 if sys.platform == 'darwin' else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return found | {'process_peak': peak / 2**20}
+    return memory | {'process_peak': peak / 2**20}
 
 
 def _load_average() -> float:
-    """How many processes wanted a core over the last minute."""
+    """The mean number of runnable processes over the last minute."""
     return os.getloadavg()[0]

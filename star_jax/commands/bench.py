@@ -14,8 +14,8 @@ from rich.console import Console
 
 from star_jax import files
 from star_jax.bench import bench_tables, process
-from star_jax.bench.sampling import Sampling
-from star_jax.bench.training import Training
+from star_jax.bench.sampling import SamplingJob
+from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, bench_parts, bench_suite, training
 from star_jax.convert.infer import SIDES
@@ -124,7 +124,7 @@ class Given(Protocol):
 
 
 # A CONFIG and the arguments after it -> the parsed ones and the job that they describe.
-Read = Callable[[str, Sequence[str]], tuple[Given, Sampling | Training]]
+Read = Callable[[str, Sequence[str]], tuple[Given, SamplingJob | TrainingJob]]
 
 
 def main(words: Sequence[str]) -> int:
@@ -152,7 +152,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def read_sampling(place: str, words: Sequence[str]) -> tuple[Sample, Sampling]:
+def read_sampling(place: str, words: Sequence[str]) -> tuple[Sample, SamplingJob]:
     """The arguments for a CONFIG or a model FOLDER, and their job."""
     command = 'bench sample CONFIG|FOLDER'
     if not place or Path(place).suffix in ('.py', '.json'):
@@ -173,12 +173,14 @@ def read_sampling(place: str, words: Sequence[str]) -> tuple[Sample, Sampling]:
     return _sampling(given, folder=place)
 
 
-def read_training(place: str, words: Sequence[str]) -> tuple[Train, Training]:
+def read_training(place: str, words: Sequence[str]) -> tuple[Train, TrainingJob]:
     """The arguments for a CONFIG, and their job."""
     run = training.load(Path(place), Run) if place else Run()
     given = arguments.parse(Train, words, 'bench train CONFIG', Train(run=run))
     try:
-        return given, Training(run=given.run, text_tokens=given.text_tokens, repeats=given.repeats)
+        return given, TrainingJob(
+            run=given.run, text_tokens=given.text_tokens, repeats=given.repeats
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -240,7 +242,7 @@ def _measure(read: Read, place: str, words: Sequence[str], sweep: tuple[str, ...
     for name, job in jobs.items():
         with console.status('starting') as status:
             cache, profile = (path and path / name for path in (given.programs, given.profile))
-            reports[name] = process.run(job, status.update, cache, profile)
+            reports[name] = process.measure(job, status.update, cache, profile)
         console.print(bench_tables.summary(reports[name]), highlight=False)
         for table in bench_tables.tables(reports[name]):
             console.print(table)
@@ -257,11 +259,11 @@ def _keep(path: Path | None, reports: list[dict[str, Any]]) -> None:
             config.write_json(path, reports)
 
 
-def _sampling(given: Sample, folder: str) -> tuple[Sample, Sampling]:
-    same = {field.name for field in dataclasses.fields(Sampling)} - {'model', 'folder'}
+def _sampling(given: Sample, folder: str) -> tuple[Sample, SamplingJob]:
+    same = {field.name for field in dataclasses.fields(SamplingJob)} - {'model', 'folder'}
     try:
         fields = {name: getattr(given, name) for name in same}
-        return given, Sampling(model=_sized(given), folder=folder, **fields)
+        return given, SamplingJob(model=_sized(given), folder=folder, **fields)
     except ValueError as error:
         raise UserError(str(error)) from error
 

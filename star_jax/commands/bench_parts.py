@@ -79,7 +79,7 @@ def measure_attention(place: str, words: Sequence[str]) -> None:
     fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     path = fields.pop('json')
     try:
-        job = attention.Attention(**fields)
+        job = attention.AttentionJob(**fields)
     except ValueError as error:
         raise UserError(str(error)) from error
     _check(path)
@@ -96,7 +96,7 @@ def measure_data(place: str, words: Sequence[str]) -> None:
     default = Reading(data=run.data, batch=run.batch)
     given = arguments.parse(Reading, words, 'bench data CONFIG', default)
     try:
-        reading = data.Reading(batch=given.batch, batches=given.batches, threads=given.threads)
+        reading = data.ReadingJob(batch=given.batch, batches=given.batches, threads=given.threads)
     except ValueError as error:
         raise UserError(str(error)) from error
     _check(given.json)

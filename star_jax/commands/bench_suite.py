@@ -34,7 +34,7 @@ class Suite:
         out: the folder of the reports, with a table of all of them in report.md.
     """
 
-    measured: Annotated[suite.Suite, tyro.conf.arg(name='')] = suite.Suite()
+    measured: Annotated[suite.SuiteSettings, tyro.conf.arg(name='')] = suite.SuiteSettings()
     minutes: float = 60.0
     out: Path = Path('runs/bench')
 
