@@ -1,23 +1,28 @@
-"""How does what goes wrong reach the user?"""
+"""Which errors does the command line print as one sentence, without a traceback?"""
 
 
 class UserError(Exception):
-    """A mistake of the user's: one sentence saying what was given, what was expected, what to do.
+    """A mistake of the user, such as an unknown option or a missing file.
 
-    The command line prints the sentence and exits with 2; it never shows a traceback for it.
+    The message is one sentence: the given value, the expected value, and what to do. The command
+    line prints it and exits with status 2.
     """
 
 
 class RunError(Exception):
-    """Why a run cannot go on though nothing wrong was asked for: a full disk, a loss that is nan.
+    """The reason why a run cannot continue: a full disk, a loss that is not a number.
 
-    One sentence: what happened, what is safe, what to do. The command line prints it and exits
-    with 1; it never shows a traceback for it.
+    The message is one sentence: what happened, what is safe, and what to do. The command line
+    prints it and exits with status 1.
     """
 
 
 class NotFiniteError(RunError):
-    """A loss, or what is trained, is no number any more; `flaw` says which, and at what step."""
+    """A loss or a parameter became non-finite.
+
+    Attributes:
+        flaw: which array, and at which step.
+    """
 
     def __init__(self, sentence: str, flaw: str) -> None:
         super().__init__(sentence)

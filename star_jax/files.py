@@ -1,6 +1,6 @@
-"""How is a file or a folder replaced so that a reader never meets half of it, and can it be at all?
+"""How is a file or a folder replaced so that no reader ever opens half of it? Can it be written?
 
-What a kill leaves beside them, the next one who writes there clears away.
+A killed process may leave temporary files and folders behind; the next writer removes them.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from pathlib import Path
 
 from star_jax.errors import UserError
 
-DRAFT = re.compile(r'\.(.+)\.[0-9a-f]{8}')  # a file on its way to its place
+TEMPORARY = re.compile(r'\.(.+)\.[0-9a-f]{8}')  # the name of a file that is not yet complete
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when all went well.
+    """Yields a temporary path beside `path`; on success the file written there replaces `path`.
 
-    The folder must exist. Whatever fails inside leaves an earlier `path` as it was.
+    The folder must exist. On an error an earlier file at `path` stays as it was.
     """
     temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
     try:
@@ -37,64 +37,73 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def drop_drafts(folder: Path, name: str) -> None:
-    """Removes what `replacing` left of the files called `name` (`*.png`) when it was killed.
+def remove_temporary_files(folder: Path, pattern: str) -> None:
+    """Removes the temporary files that a killed `replacing` left.
 
-    Only for who alone writes them.
+    No other process may be writing these files.
+
+    Args:
+        folder: the folder of the files.
+        pattern: which file names they were to get, such as '*.png'.
     """
     for path in folder.iterdir():
-        draft = DRAFT.fullmatch(path.name)
-        if draft and fnmatch.fnmatchcase(draft[1], name) and path.is_file():
+        match = TEMPORARY.fullmatch(path.name)
+        if match and fnmatch.fnmatchcase(match[1], pattern) and path.is_file():
             path.unlink()
 
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path, is_replaced: Callable[[str], bool]) -> Iterator[Path]:
-    """An empty folder beside `folder` to fill; it takes its place when all went well.
+    """Yields an empty folder beside `folder`; on success the filled folder replaces `folder`.
 
-    What `folder` held stays in it, unless `is_replaced` says of its name that it goes. A folder has
-    no atomic exchange: a kill between two renames leaves nothing at `folder`, and both beside it.
-    The next call there ends what such a one began, and clears away what no living process holds.
+    Folders have no atomic exchange: a kill between the two renames leaves nothing at `folder` and
+    both folders beside it. The next call for the same folder completes such an exchange and
+    removes temporary folders that no running process has locked.
+
+    Args:
+        folder: the folder to write; it need not exist.
+        is_replaced: whether an entry of that name in an earlier `folder` is removed. All others
+            move to the new folder.
     """
-    _clear(folder, is_replaced)
-    new = _beside(folder, 'new')
+    _clean_up(folder, is_replaced)
+    new = _temporary(folder, 'new')
     try:
         new.mkdir(parents=True)
-        with _held(new):
+        with _locked(new):
             yield new
             if folder.exists():
-                old = _beside(folder, 'old')
-                with _held(folder):
+                old = _temporary(folder, 'old')
+                with _locked(folder):
                     folder.rename(old)
                     new.rename(folder)
-                    _empty_into(old, folder, is_replaced)
+                    _remove_old(old, folder, is_replaced)
             else:
                 new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _clear(folder: Path, is_replaced: Callable[[str], bool]) -> None:
-    """Ends what killed processes began beside `folder`."""
+def _clean_up(folder: Path, is_replaced: Callable[[str], bool]) -> None:
+    """Completes or removes the temporary folders that killed processes left beside `folder`."""
     if not folder.parent.is_dir():
         return
-    for place in sorted(folder.parent.iterdir()):
-        kind = re.fullmatch(rf'\.{re.escape(folder.name)}\.(new|old)\.[0-9a-f]{{8}}', place.name)
-        if kind is None:
+    for path in sorted(folder.parent.iterdir()):
+        match = re.fullmatch(rf'\.{re.escape(folder.name)}\.(new|old)\.[0-9a-f]{{8}}', path.name)
+        if match is None:
             continue
-        with contextlib.suppress(OSError), _held(place) as is_mine:
-            if not is_mine:
+        with contextlib.suppress(OSError), _locked(path) as has_lock:
+            if not has_lock:
                 continue
-            if kind[1] == 'new':
-                shutil.rmtree(place)
+            if match[1] == 'new':
+                shutil.rmtree(path)
             elif folder.exists():
-                _empty_into(place, folder, is_replaced)
+                _remove_old(path, folder, is_replaced)
             else:
-                place.rename(folder)
+                path.rename(folder)
 
 
-def _empty_into(old: Path, folder: Path, is_replaced: Callable[[str], bool]) -> None:
-    """Removes an earlier folder when what stays of it has moved to the one in its place."""
+def _remove_old(old: Path, folder: Path, is_replaced: Callable[[str], bool]) -> None:
+    """Removes an earlier folder after moving the entries that stay to the new `folder`."""
     for entry in old.iterdir():
         if not is_replaced(entry.name) and not (folder / entry.name).exists():
             entry.rename(folder / entry.name)
@@ -102,30 +111,30 @@ def _empty_into(old: Path, folder: Path, is_replaced: Callable[[str], bool]) -> 
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Locks a folder, under whatever name, while this process lives; whether nobody else has it.
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder, which survives renaming; yields whether the lock was obtained.
 
-    False, too, where the file system has no locks.
+    It is not where another process holds the lock, or where the file system has no locks.
     """
-    place = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_mine = True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_lock = True
     except OSError:
-        is_mine = False
+        has_lock = False
     try:
-        yield is_mine
+        yield has_lock
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
-def _beside(folder: Path, kind: str) -> Path:
+def _temporary(folder: Path, kind: str) -> Path:
     return folder.with_name(f'.{folder.name}.{kind}.{uuid.uuid4().hex[:8]}')
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says against writing at `path` into a UserError."""
+    """Turns an OSError into the UserError that `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -133,49 +142,56 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError where no file can be written at `path`; nothing is made, nothing changes.
+    """Checks, before work whose result goes to a file, that the file can be written.
 
-    For the beginning of work whose result goes there. Folders above it may be missing.
+    Changes nothing on disk. Parent folders may be missing.
+
+    Raises:
+        UserError: names `path` and the reason.
     """
     mode = _mode(path)
     if mode is not None and stat.S_ISDIR(mode):
-        raise UserError(f'{path} is a folder, expected the name of a file: choose another place')
-    _check_takes_files(path, path.absolute().parents)
+        raise UserError(f'{path} is a folder, expected the name of a file: choose another path')
+    _check_writable(path, path.absolute().parents)
 
 
 def check_folder(path: Path) -> None:
-    """Raises UserError where no file can be written in a folder `path`; as `check_file`."""
+    """Checks that files can be written in a folder, which may be missing; otherwise `check_file`.
+
+    Raises:
+        UserError: names `path` and the reason.
+    """
     mode = _mode(path)
     if mode is not None and not stat.S_ISDIR(mode):
-        raise UserError(f'{path} is a file, expected the name of a folder: choose another place')
-    place = path.absolute()
-    _check_takes_files(path, (place, *place.parents))
+        raise UserError(f'{path} is a file, expected the name of a folder: choose another path')
+    absolute = path.absolute()
+    _check_writable(path, (absolute, *absolute.parents))
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What a user is told where the system refuses to write."""
-    return UserError(f'{path} cannot be written ({error.strerror or error}): choose another place')
+    """The UserError for a path that the operating system refuses to write."""
+    return UserError(f'{path} cannot be written ({error.strerror or error}): choose another path')
 
 
 def _mode(path: Path) -> int | None:
-    """What lies at `path`, None for nothing."""
+    """The mode of the file or folder at `path`; None if nothing is there."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise UserError(
-                f'{path} is a link to a place that is not there: choose another place'
+                f'{path} is a link to a missing file or folder: choose another path'
             ) from None
         return None
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def _check_takes_files(path: Path, folders: Iterable[Path]) -> None:
-    """Raises UserError about `path` unless the first of `folders` that is there takes files."""
-    above = next(folder for folder in folders if _mode(folder) is not None)
+def _check_writable(path: Path, folders: Iterable[Path]) -> None:
+    """Raises UserError about `path` unless the first existing one of `folders` takes files."""
+    existing = next(folder for folder in folders if _mode(folder) is not None)
     try:
-        with tempfile.TemporaryFile(dir=above):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise unwritable(path, error) from error

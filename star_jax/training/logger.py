@@ -108,8 +108,8 @@ class RunLogger:
         self._path = out / METRICS
         self._samples = out / SAMPLES
         self._samples.mkdir(exist_ok=True)
-        files.drop_drafts(out, METRICS)
-        files.drop_drafts(self._samples, '*.png')
+        files.remove_temporary_files(out, METRICS)
+        files.remove_temporary_files(self._samples, '*.png')
         lines = self._path.read_text(errors='replace') if self._path.exists() else ''
         kept = [line for line in lines.splitlines() if _step_of(line) <= step]
         with files.replacing(self._path) as draft:
