@@ -4,7 +4,7 @@
 the folder that it names as --cache.
 """
 
-from star_jax.core.settings import Settings, Stable
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Refinement, Star
 from star_jax.nn.positions import NormalisedRotary
@@ -32,5 +32,5 @@ run = Run(
     batch=16,
     ema=0.999,
     unroll=4,
-    sampling=Settings(guidance=1.0, top_k=3, top_p=0.9, stable=Stable(version='new')),
+    sampling=Settings(guidance=1.0, top_k=3, top_p=0.9, stable=StableSettings(version='new')),
 )

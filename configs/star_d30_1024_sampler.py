@@ -4,7 +4,7 @@ The published loss and weight decay; leave `unmasking` out for the plain ones. T
 12.8M images in each epoch.
 """
 
-from star_jax.core.settings import Settings, Stable
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.data.prepared import Prepared
 from star_jax.families.star import Refinement, Star
 from star_jax.training.optimizer import AdamW
@@ -35,5 +35,5 @@ run = Run(
     features='inside',
     remat=True,
     unmasking=Unmasking(loss=ReleasedLoss(), decay_all=True, noisy_base=True),
-    sampling=Settings(guidance=4.0, top_k=4096, top_p=0.8, stable=Stable(version='1024')),
+    sampling=Settings(guidance=4.0, top_k=4096, top_p=0.8, stable=StableSettings(version='1024')),
 )

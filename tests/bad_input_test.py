@@ -37,7 +37,7 @@ import star_jax
 from star_jax import cli, image_io
 from star_jax.bench import process as benchmark
 from star_jax.checkpoint import config, models, weights
-from star_jax.core.filters import Filter
+from star_jax.core.filters import NucleusFilter
 from star_jax.data import codes, listing, prepared
 from star_jax.errors import UserError
 from star_jax.evaluation import eval_report
@@ -857,7 +857,7 @@ def test_as_many_codes_as_there_are_and_more_are_all_of_them(spoil):
     """top_k has a default larger than small codebooks, so that this is no mistake."""
     logits = jax.random.normal(jax.random.key(0), (5, 32))
     for top_k in (0, 32, 33, TOO_MANY):
-        np.testing.assert_array_equal(Filter(top_k=top_k)(logits), logits)
+        np.testing.assert_array_equal(NucleusFilter(top_k=top_k)(logits), logits)
 
 
 def test_a_failed_drawing_leaves_an_earlier_one(capfd, monkeypatch, spoil, tmp_path):

@@ -1,4 +1,4 @@
-"""Scales that share one body of the program draw the same images as scales with their own."""
+"""Do scales that share one body of the program give the same images as scales with their own?"""
 
 import dataclasses
 import functools
@@ -16,21 +16,21 @@ from star_jax.core import buckets, padding, resize
 from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.schedule import Group, Pyramid, Raster, Step
-from star_jax.core.settings import Settings, Stable
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
 from star_jax.nn.positions import Learned
 from star_jax.sampling import methods, program, stable
-from star_jax.sampling.sampler import sample
+from star_jax.sampling.sampler import GivenCodes, sample
 
 SIDES = (1, 2, 3, 4)
 SIZES = (1, 4, 9, 16)
 ONE, TWO = ((0, 3),), ((0, 1), (2, 3))
 STAR = dataclasses.replace(tiny.STAR.model, sides=SIDES)
 SMALL = dataclasses.replace(STAR, depth=1, sides=(1, 2, 3))
-VQ = dataclasses.replace(tiny.TOKENIZER.model, sides=SIDES)
-LED = Settings(guidance=2.0, top_k=20, top_p=0.9)
+VQ = tiny.TOKENIZER.model.at(STAR.schedule)
+GUIDED = Settings(guidance=2.0, top_k=20, top_p=0.9)
 B = 2
 
 
@@ -50,42 +50,88 @@ def labels(rows: int) -> LabelCondition:
 @functools.cache
 def params_of(model) -> dict:
     """Those of a model and of the tokenizer."""
-    vq = dataclasses.replace(VQ, sides=model.sides)
+    vq = VQ.at(model.schedule)
     random = {'model': model.abstract(), 'tokenizer': vq.abstract()}
     return {name: tiny.random_params(abstract) for name, abstract in random.items()}
 
 
-def drawing(model, shared, dtype='float32', how=LED, trace=False) -> tuple:
-    """What draws B images, and its arguments."""
-    network, vq = model.build(dtype), dataclasses.replace(VQ, sides=model.sides)
-    rows = (texts if isinstance(model, Star) else labels)(2 * B)
+def sampling(model, shared, dtype='float32', settings=GUIDED, trace=False) -> tuple:
+    """A function that samples B images, and its arguments."""
+    network, vq = model.build(dtype), VQ.at(model.schedule)
     run = functools.partial(sample, network, vq.build(), trace=trace, buckets=shared)
-    parts = stable.arguments(how, network, Index(model.codes))
-    return run, (params_of(model), program.image_keys([3, 5]), rows, *parts)
+    inputs = {
+        'keys_B': program.image_keys([3, 5]),
+        'condition': (texts if isinstance(model, Star) else labels)(2 * B),
+        'settings': program.step_settings(model, settings),
+        'method': program.sampling_method(model, settings),
+    }
+    return lambda params, inputs: run(params, **inputs), (params_of(model), inputs)
 
 
-def traced(shared):
-    """B images, and what lies behind them."""
-    run, given = drawing(SMALL, shared, trace=True)
-    return jax.device_get(jax.jit(run)(*given))
+@functools.cache
+def sample_traced(shared):
+    """B images and their trace."""
+    run, args = sampling(SMALL, shared, trace=True)
+    return jax.device_get(jax.jit(run)(*args))
 
 
-def steps(traces, field: str) -> list:
-    """One field of every step's trace."""
-    found = (getattr(trace, field) for trace in traces)
-    return [step for group in found if group is not None for step in group]
+@functools.cache
+def compile_given(shared):
+    """A jitted function of given codes and keys, and its other arguments."""
+    run, (params, inputs) = sampling(SMALL, shared, trace=True)
+    return jax.jit(run), params, inputs
+
+
+def sample_given(shared, given: GivenCodes, seeds=(3, 5)):
+    run, params, inputs = compile_given(shared)
+    inputs = inputs | {'given': given, 'keys_B': program.image_keys(seeds)}
+    return jax.device_get(run(params, inputs))
 
 
 def test_images_do_not_depend_on_buckets():
-    alone, together = traced(()), traced(((0, 1),))
-    assert len({code for image in alone.codes_BL for code in image}) > 4
-    np.testing.assert_array_equal(together.codes_BL, alone.codes_BL)
+    alone, together = sample_traced(()), sample_traced(((0, 1),))
+    assert len({code for image in alone.codes for code in image}) > 4
+    np.testing.assert_array_equal(together.codes, alone.codes)
     np.testing.assert_allclose(together.images, alone.images, atol=1e-5)
-    for field in ('logits_BLV', 'canvas', 'inputs'):
-        expected = steps(alone.traces, field)
-        assert len(expected) == (2 if field == 'inputs' else 3)
-        for ours, theirs in zip(steps(together.traces, field), expected, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    np.testing.assert_array_equal(together.trace.start, alone.trace.start)
+    steps = list(zip(together.trace.steps(), alone.trace.steps(), strict=True))
+    assert len(steps) == 3
+    for ours, theirs in steps:
+        np.testing.assert_array_equal(ours.sampled, theirs.sampled)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), ours, theirs)
+    assert [step.inputs is None for step, _ in steps] == [False, False, True]
+
+
+def test_given_codes_are_fed_back_in_any_buckets():
+    """Two of three steps are given; the codes that the method samples there stay in the trace."""
+    free = sample_traced(())
+    steps = {0: np.array([[3], [4]]), 1: np.array([[5, 6, 7, 8], [8, 7, 6, 5]])}
+    given = GivenCodes.of_steps(steps, SMALL.schedule, Index(SMALL.codes))
+    alone, together = (sample_given(shared, given) for shared in ((), ((0, 2),)))
+    np.testing.assert_array_equal(together.codes, alone.codes)
+    np.testing.assert_allclose(together.images, alone.images, atol=1e-5)
+    np.testing.assert_array_equal(alone.codes[:, :5], np.concatenate([*steps.values()], 1))
+    first, _, last = alone.trace.steps()
+    np.testing.assert_array_equal(first.sampled, free.codes[:, :1])
+    assert np.abs(last.method.logits - free.trace.steps()[2].method.logits).max() > 1e-3
+    np.testing.assert_array_equal(last.sampled, alone.codes[:, 5:])
+
+
+def test_codes_that_are_fed_back_give_the_image_they_came_from():
+    """Under other keys and without any sampled code."""
+    free = sample_traced(())
+    steps = dict(enumerate(np.split(free.codes, SMALL.schedule.offsets[1:-1], axis=1)))
+    given = GivenCodes.of_steps(steps, SMALL.schedule, Index(SMALL.codes))
+    again = sample_given((), given, seeds=(8, 9))
+    np.testing.assert_array_equal(again.codes, free.codes)
+    np.testing.assert_allclose(again.images, free.images, atol=1e-6)
+    assert any(
+        (ours.sampled != theirs.sampled).any()
+        for ours, theirs in zip(again.trace.steps(), free.trace.steps(), strict=True)
+    )
+    for ours, theirs in zip(again.trace.steps(), free.trace.steps(), strict=True):
+        np.testing.assert_allclose(ours.method.logits, theirs.method.logits, atol=1e-6)
 
 
 OTHER = {'positions': Learned(), 'shared_adaln': True, 'cross_attention': False}
@@ -98,33 +144,33 @@ CASES = {
     'classes, equal sides, mixtures': (
         Var(depth=1, width=32, heads=2, sides=(2, 2, 3), codes=32, channels=4, classes=5),
         ((0, 1),),
-        {'how': dataclasses.replace(LED, smooth=True)},
+        {'settings': dataclasses.replace(GUIDED, smooth=True)},
     ),
 }
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_every_kind_of_model_and_draw_knows_buckets(case):
-    model, shared, how = CASES[case]
+def test_codes_do_not_depend_on_buckets(case):
+    model, shared, options = CASES[case]
     codes = []
     for choice in ((), shared):
-        run, given = drawing(model, choice, **how)
-        codes.append(jax.jit(lambda *given, run=run: run(*given).codes_BL)(*given))
+        run, args = sampling(model, choice, **options)
+        codes.append(jax.jit(lambda *args, run=run: run(*args).codes)(*args))
     np.testing.assert_array_equal(*codes)
 
 
 def test_refined_scales_stand_beside_a_bucket():
     star = dataclasses.replace(SMALL, sides=(1, 2, 4), refinement=Refinement(first=2, blocks=1))
-    stably = {'how': dataclasses.replace(LED, stable=Stable(version='new'))}
-    run, given = drawing(star, ((0, 1),), **stably)
-    assert jax.eval_shape(run, *given).codes_BL.shape == (B, 21)
-    run, given = drawing(star, ((0, 2),), **stably)
+    settings = dataclasses.replace(GUIDED, stable=StableSettings(version='new'))
+    run, args = sampling(star, ((0, 1),), settings=settings)
+    assert jax.eval_shape(run, *args).codes.shape == (B, 21)
+    run, args = sampling(star, ((0, 2),), settings=settings)
     with pytest.raises(UserError, match='leave the scales that it refines out'):
-        jax.eval_shape(run, *given)
+        jax.eval_shape(run, *args)
 
 
 def test_padding_changes_no_noise():
-    """Noise belongs to the token: it does not depend on how many are drawn behind it."""
+    """Noise belongs to the token: it does not depend on how many tokens follow."""
     keys_B = program.image_keys([1, 2])
     logits_BLV = jnp.zeros((B, 16, 32))
     padded, alone = Index.sample(keys_B, logits_BLV), Index.sample(keys_B, logits_BLV[:, :9])
@@ -173,8 +219,8 @@ def test_a_bucket_is_one_group_of_steps():
 def test_one_body_serves_all_scales_of_a_bucket():
     bodies = []
     for shared in ((), ((1, 2),), ((0, 2),)):
-        run, given = drawing(SMALL, shared)
-        bodies.append(str(jax.make_jaxpr(run)(*given)).count('top_k['))
+        run, args = sampling(SMALL, shared)
+        bodies.append(str(jax.make_jaxpr(run)(*args)).count('top_k['))
     assert bodies == [3, 2, 1]
 
 
@@ -210,7 +256,7 @@ def test_a_raster_needs_no_buckets():
 
 
 def test_a_user_chooses_buckets(tmp_path):
-    """Here with rows that mix, so that each image is drawn alone."""
+    """Here with rows that mix, so that each image is sampled alone."""
     load = functools.partial(star_jax.load, tiny.write_model(tmp_path / 'model'))
     alone, together = (
         load(cross_attention='released', buckets=shared) for shared in (None, [[0, 2]])

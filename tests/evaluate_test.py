@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from star_jax import cli, image_io
 from star_jax.checkpoint import folder, models
 from star_jax.commands.evaluate import Evaluate, _settings
-from star_jax.core.settings import Settings, Stable
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.data import prepared
 from star_jax.errors import UserError
 from star_jax.evaluation import bootstrap, efficientnet, eval_report, kid
@@ -353,7 +353,7 @@ def test_the_cross_attention_asked_for_predicts_and_is_told(model, scored, tmp_p
 
 
 def test_what_is_not_swept_is_as_the_maker_recommends(tmp_path):
-    usual = Settings(temperature=0.7, stable=Stable(version='new', once=True))
+    usual = Settings(temperature=0.7, stable=StableSettings(version='new', once=True))
     place = tmp_path / 'model'
     folder.write(place, dataclasses.replace(models.read(tiny.write_model(place)), sampling=usual))
     swept = _settings(Evaluate(model=str(place), guidance=(1.0, 2.0)))

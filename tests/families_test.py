@@ -20,7 +20,8 @@ from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
-from star_jax.core.filters import Filter
+from star_jax.core.filters import NucleusFilter
+from star_jax.core.guidance import StepSettings, guide
 from star_jax.core.schedule import Raster, square_grids
 from star_jax.families.star import Star
 from star_jax.families.var import Var
@@ -29,8 +30,8 @@ from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
 from star_jax.nn.transformer import Head, Mlp, Parts, Transformer, drop_paths
-from star_jax.sampling.methods import FilteredSampling, choose_largest, guide
-from star_jax.sampling.program import compile_program, image_keys
+from star_jax.sampling.methods import FilteredSampling
+from star_jax.sampling.program import SamplingInputs, compile_program, image_keys
 from star_jax.sampling.sampler import sample
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
@@ -236,13 +237,13 @@ def star() -> Family:
 
 
 @functools.cache
-def drawing(model: Transformer, tokenizer: nn.Module):
+def sampling(model: Transformer, tokenizer: nn.Module):
     """The whole sampler as one program, and how often it was traced."""
     count = []
 
-    def run(params, keys_B, condition, guidance_S, draw):
+    def run(params, **inputs):
         count.append(None)
-        return sample(model, tokenizer, params, keys_B, condition, guidance_S, draw, trace=True)
+        return sample(model, tokenizer, params, trace=True, **inputs)
 
     return jax.jit(run), count
 
@@ -251,16 +252,37 @@ def keys(*seeds) -> jax.Array:
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
-def rule(top_p=0.9, temperature=1.0) -> FilteredSampling:
-    return FilteredSampling(Filter(top_k=20, top_p=top_p, temperature=temperature), Index(V).sample)
+def filtered(top_p=0.9) -> FilteredSampling:
+    return FilteredSampling(NucleusFilter(top_k=20, top_p=top_p))
 
 
-def draw_rows(family: Family, which=range(2 * B), seeds=range(B), guidance=2.0, **numbers):
+def settings_of(family: Family, guidance: float, temperature: float = 1.0) -> StepSettings:
+    """Guidance that falls from step to step."""
+    steps = family.model.schedule.steps
+    return StepSettings(
+        guidance=np.float32(guidance) * falling(family),
+        temperature=np.full(steps, temperature, np.float32),
+    )
+
+
+def sample_rows(
+    family: Family,
+    which=range(2 * B),
+    seeds=range(B),
+    guidance=2.0,
+    temperature=1.0,
+    top_p=0.9,
+):
     """Images of some rows, their `guidance` falling from step to step."""
-    run, _ = drawing(family.model, family.tokenizer)
-    weights = np.float32(guidance) * falling(family)
-    found = run(family.params, keys(*seeds), family.rows(which), weights, rule(**numbers))
-    return jax.device_get(found)
+    run, _ = sampling(family.model, family.tokenizer)
+    sampled = run(
+        family.params,
+        keys_B=keys(*seeds),
+        condition=family.rows(which),
+        settings=settings_of(family, guidance, temperature),
+        method=filtered(top_p),
+    )
+    return jax.device_get(sampled)
 
 
 def falling(family: Family) -> np.ndarray:
@@ -285,10 +307,9 @@ def forced(family: Family, codes_BL, condition):
     return jax.device_get(run(family.params, codes_BL, condition))
 
 
-def in_order(traces, field: str) -> list:
-    """One field of every step's trace, in the order of the steps."""
-    found = (getattr(trace, field) for trace in traces)
-    return [step for steps in found if steps is not None for step in steps]
+def guided_logits(sampled) -> np.ndarray:
+    """[B, L, V] of all steps."""
+    return np.concatenate([step.method.guided for step in sampled.trace.steps()], axis=1)
 
 
 def test_the_families_walk_known_and_traced_steps():
@@ -303,73 +324,79 @@ def test_the_families_walk_known_and_traced_steps():
 def test_sampling_sees_what_training_sees(family):
     """Step by step through the cache or all at once through the mask, known or traced steps."""
     prompted, unprompted = family.rows(range(B)), family.rows(range(B, 2 * B))
-    free, led = draw_rows(family, guidance=0.0), draw_rows(family, guidance=1.0)
-    logits = np.concatenate(in_order(free.traces, 'logits_BLV'), axis=1)
-    expected, _ = forced(family, free.codes_BL, prompted)
+    free, guided = sample_rows(family, guidance=0.0), sample_rows(family, guidance=1.0)
+    logits = guided_logits(free)
+    expected, _ = forced(family, free.codes, prompted)
     assert expected.std() > 0.3  # otherwise agreement would mean little
     np.testing.assert_allclose(logits, expected, atol=2e-5)
     both = np.concatenate(
-        [forced(family, led.codes_BL, rows)[0] for rows in (prompted, unprompted)]
+        [forced(family, guided.codes, rows)[0] for rows in (prompted, unprompted)]
     )
     if family.star and family.star.released_cross_attention:
         return  # its unprompted rows see the first prompted one, and only in a batch with it
-    logits = np.concatenate(in_order(led.traces, 'logits_BLV'), axis=1)
     weights = falling(family)[family.model.schedule.step_of_token][:, None]
-    np.testing.assert_allclose(logits, guide(both, B, weights), atol=6e-5)
+    np.testing.assert_allclose(guided_logits(guided), guide(both, B, weights), atol=6e-5)
+    rows = np.concatenate([step.method.logits for step in guided.trace.steps()], axis=1)
+    np.testing.assert_allclose(rows, both, atol=2e-5)
 
 
 def test_inputs_of_training_are_folded_advances(family):
-    found = draw_rows(family)
-    _, inputs = forced(family, found.codes_BL, family.rows(range(B)))
-    stepwise = np.concatenate(in_order(found.traces, 'inputs'), axis=1)
+    sampled = sample_rows(family)
+    _, inputs = forced(family, sampled.codes, family.rows(range(B)))
+    steps = sampled.trace.steps()
+    stepwise = np.concatenate([step.inputs for step in steps[:-1]], axis=1)
     np.testing.assert_allclose(stepwise, inputs, atol=2e-5)
-    assert len(in_order(found.traces, 'canvas')) == family.model.schedule.steps
+    assert len(steps) == family.model.schedule.steps and steps[-1].inputs is None
 
 
 def test_codes_are_those_that_the_logits_give(family):
     """The filter, the key folded with the step and the order of the codes, as by hand."""
-    found = draw_rows(family)
+    sampled = sample_rows(family)
     schedule = family.model.schedule
-    choose = jax.jit(lambda key, logits: Index(V).sample(key[None], rule().keep(logits)[None])[0])
-    for step, logits_BLV in enumerate(in_order(found.traces, 'logits_BLV')):
+    keep = filtered().filter
+    choose = jax.jit(lambda key, logits: Index(V).sample(key[None], keep(logits)[None])[0])
+    for step, trace in enumerate(sampled.trace.steps()):
         first, end = schedule.offsets[step : step + 2]
         key = jax.random.fold_in(jax.random.key(1), step)
-        np.testing.assert_array_equal(found.codes_BL[1, first:end], choose(key, logits_BLV[1]))
+        codes = choose(key, trace.method.guided[1])
+        np.testing.assert_array_equal(sampled.codes[1, first:end], codes)
+        probs = jax.nn.softmax(keep(trace.method.guided))
+        np.testing.assert_allclose(trace.method.probs, probs, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['star', 'raster'])
 def test_an_image_alone_is_the_image_in_a_batch(name):
     family = FAMILIES[name]()
-    together = draw_rows(family)
+    together = sample_rows(family)
     for image in range(B):
-        alone = draw_rows(family, which=[image, B + image], seeds=[image])
-        np.testing.assert_array_equal(alone.codes_BL[0], together.codes_BL[image])
+        alone = sample_rows(family, which=[image, B + image], seeds=[image])
+        np.testing.assert_array_equal(alone.codes[0], together.codes[image])
         np.testing.assert_allclose(alone.images[0], together.images[image], atol=1e-5)
 
 
 def test_an_image_depends_on_its_own_key_only(family):
-    first, second = draw_rows(family, seeds=[0, 1, 2]), draw_rows(family, seeds=[0, 7, 2])
-    np.testing.assert_array_equal(first.codes_BL[::2], second.codes_BL[::2])
-    assert (first.codes_BL[1] != second.codes_BL[1]).any()
+    first, second = sample_rows(family, seeds=[0, 1, 2]), sample_rows(family, seeds=[0, 7, 2])
+    np.testing.assert_array_equal(first.codes[::2], second.codes[::2])
+    assert (first.codes[1] != second.codes[1]).any()
 
 
 def test_no_guidance_needs_no_unprompted_rows():
     family = FAMILIES['sin_cos_without_norm']()
-    both, half = (draw_rows(family, which=range(n), guidance=0.0) for n in (2 * B, B))
-    np.testing.assert_array_equal(both.codes_BL, half.codes_BL)
+    both, half = (sample_rows(family, which=range(n), guidance=0.0) for n in (2 * B, B))
+    np.testing.assert_array_equal(both.codes, half.codes)
     np.testing.assert_allclose(both.images, half.images, atol=1e-5)
-    led = draw_rows(family, guidance=2.0)
-    assert (led.codes_BL != both.codes_BL).any()
+    guided = sample_rows(family, guidance=2.0)
+    assert (guided.codes != both.codes).any()
 
 
 def test_numbers_do_not_compile_the_sampler_again(star):
-    _, count = drawing(star.model, star.tokenizer)
-    draw_rows(star)
+    _, count = sampling(star.model, star.tokenizer)
+    sample_rows(star)
     before = len(count)
     codes = [
-        draw_rows(star, guidance=0.5).codes_BL,
-        draw_rows(star, top_p=0.3).codes_BL,
-        draw_rows(star, temperature=3.0).codes_BL,
+        sample_rows(star, guidance=0.5).codes,
+        sample_rows(star, top_p=0.3).codes,
+        sample_rows(star, temperature=3.0).codes,
     ]
     assert len(count) == before
     assert len({c.tobytes() for c in codes}) == 3
@@ -393,8 +420,13 @@ def test_the_sampler_is_one_program_that_writes_its_cache_once_a_step(name):
     family = FAMILIES[name]()
     schedule = family.model.schedule
     run = functools.partial(sample, family.model, family.tokenizer)
-    weights = jnp.zeros(schedule.steps)
-    program = jax.make_jaxpr(run)(family.params, keys(0, 1, 2), family.conditions, weights, rule())
+    program = jax.make_jaxpr(run)(
+        family.params,
+        keys_B=keys(0, 1, 2),
+        condition=family.conditions,
+        settings=settings_of(family, 0.0),
+        method=filtered(),
+    )
     found = equations(program.jaxpr)
     assert not [eqn for eqn in found if 'callback' in eqn.primitive.name]
     cache = (DEPTH, 2 * B, schedule.starts[-1], HEADS, WIDTH // HEADS)
@@ -448,13 +480,18 @@ def test_each_group_of_released_images_sees_its_own_first_text():
 
 def test_a_released_image_is_the_same_alone_and_in_a_batch():
     family = FAMILIES['raw_adaln_without_level']()
-    draws = compile_program(family.model, family.tokenizer)
-    args = 2 * falling(family), rule()
-    unprompted, keys_B = family.rows([B]), image_keys(range(B))
-    together = draws(family.params, keys_B, family.rows(range(B)), unprompted, *args)
+    run = compile_program(family.model, family.tokenizer)
+    inputs = SamplingInputs(
+        keys_B=image_keys(range(B)),
+        prompted=family.rows(range(B)),
+        empty=family.rows([B]),
+        settings=settings_of(family, 2.0),
+        method=filtered(),
+    )
+    together = run(family.params, inputs)
     for b in range(B):
-        alone = draws(family.params, keys_B[b : b + 1], family.rows([b]), unprompted, *args)
-        np.testing.assert_array_equal(alone[0], together[b])
+        single = inputs.replace(keys_B=inputs.keys_B[b : b + 1], prompted=family.rows([b]))
+        np.testing.assert_array_equal(run(family.params, single)[0], together[b])
 
 
 def test_padding_of_text_does_not_matter(star):
@@ -475,13 +512,13 @@ def test_half_precision_ends_at_the_logits():
     """Activations and cache are bfloat16; logits, canvas and images float32."""
     full = FAMILIES['raw_adaln_without_level']()
     half = dataclasses.replace(full, model=full.star.build(dtype='bfloat16'))
-    found = draw_rows(half, guidance=0.0)
-    assert found.images.dtype == jnp.float32
-    assert {trace.canvas.dtype for trace in found.traces} == {jnp.dtype('float32')}
-    logits = np.concatenate(in_order(found.traces, 'logits_BLV'), axis=1)
+    sampled = sample_rows(half, guidance=0.0)
+    assert sampled.images.dtype == jnp.float32
+    assert {step.canvas.dtype for step in sampled.trace.steps()} == {jnp.dtype('float32')}
+    logits = guided_logits(sampled)
     assert logits.dtype == np.float32
     prompted = half.rows(range(B))
-    coarse, fine = (forced(one, found.codes_BL, prompted)[0] for one in (half, full))
+    coarse, fine = (forced(one, sampled.codes, prompted)[0] for one in (half, full))
     assert coarse.dtype == jnp.float32
     spread = fine.std()
     assert 0 < np.abs(coarse - fine).mean() < 0.05 * spread
@@ -692,9 +729,12 @@ def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
         state, scalars = train(state, {}, codes, prompted, unprompted, key)
         losses.append(float(scalars['loss']))
     assert losses[-1] < losses[0] / 4
-    drawn, _ = drawing(model, tokenizer)
-    params = {'model': state.ema, 'tokenizer': {}}
-    ramp = np.zeros(model.schedule.steps, np.float32)
-    draw = FilteredSampling(Filter(top_k=1), choose_largest)
-    found = drawn(params, keys(*range(B)), prompted, ramp, draw)
-    np.testing.assert_array_equal(found.codes_BL, grid.reshape(B, -1))
+    run, _ = sampling(model, tokenizer)
+    sampled = run(
+        {'model': state.ema, 'tokenizer': {}},
+        keys_B=keys(*range(B)),
+        condition=prompted,
+        settings=settings_of(family, 0.0),
+        method=FilteredSampling(NucleusFilter(top_k=1), greedy=True),
+    )
+    np.testing.assert_array_equal(sampled.codes, grid.reshape(B, -1))

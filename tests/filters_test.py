@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from star_jax.core.filters import Filter
+from star_jax.core.filters import NucleusFilter
 
 V = 12
-keep = jax.jit(lambda rule, logits: rule(logits))
+keep = jax.jit(lambda rule, logits, temperature=1.0: rule(logits, temperature))
 
 
 def kept(logits, top_k, top_p):
-    """The specification, row by row: the set of codes that may be drawn.
+    """The specification, row by row: the set of codes that may be sampled.
 
     Where equal logits meet the edge of the nucleus, sorting decides by position; here they all
     stay, so a batch may not change them.
@@ -41,7 +41,7 @@ def mixed_rows(ties):
 def test_filters_keep_what_the_specification_keeps(ties, top_k, top_p):
     logits = mixed_rows(ties)
     expected = np.stack([kept(row.astype(np.float64), top_k, top_p) for row in logits])
-    masked = np.asarray(keep(Filter(top_k=top_k, top_p=top_p), logits))
+    masked = np.asarray(keep(NucleusFilter(top_k=top_k, top_p=top_p), logits))
     np.testing.assert_array_equal(np.isfinite(masked), expected)
     np.testing.assert_array_equal(masked[expected], logits[expected])
 
@@ -49,16 +49,16 @@ def test_filters_keep_what_the_specification_keeps(ties, top_k, top_p):
 def test_a_known_row():
     logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
     stays = [
-        (Filter(), [1, 1, 1, 1]),
-        (Filter(top_k=2), [0, 1, 0, 1]),
-        (Filter(top_p=0.39), [0, 1, 0, 0]),
-        (Filter(top_p=0.41), [0, 1, 0, 1]),
-        (Filter(top_p=0.69), [0, 1, 0, 1]),
-        (Filter(top_p=0.71), [0, 1, 1, 1]),
+        (NucleusFilter(), [1, 1, 1, 1]),
+        (NucleusFilter(top_k=2), [0, 1, 0, 1]),
+        (NucleusFilter(top_p=0.39), [0, 1, 0, 0]),
+        (NucleusFilter(top_p=0.41), [0, 1, 0, 1]),
+        (NucleusFilter(top_p=0.69), [0, 1, 0, 1]),
+        (NucleusFilter(top_p=0.71), [0, 1, 1, 1]),
         # The nucleus is taken inside the top-k: 0.4 is 4/7 of what two codes hold.
-        (Filter(top_k=2, top_p=0.56), [0, 1, 0, 0]),
-        (Filter(top_k=2, top_p=0.58), [0, 1, 0, 1]),
-        (Filter(top_p=0.0), [0, 1, 0, 0]),
+        (NucleusFilter(top_k=2, top_p=0.56), [0, 1, 0, 0]),
+        (NucleusFilter(top_k=2, top_p=0.58), [0, 1, 0, 1]),
+        (NucleusFilter(top_p=0.0), [0, 1, 0, 0]),
     ]
     for rule, expected in stays:
         assert np.isfinite(keep(rule, logits)).astype(int).tolist() == expected, rule
@@ -66,37 +66,41 @@ def test_a_known_row():
 
 def test_equal_logits_stay_or_go_together():
     logits = jnp.array([1.0, 3.0, 1.0, 1.0, 2.0])
-    assert np.isfinite(keep(Filter(top_k=3), logits)).all()
-    assert np.isfinite(keep(Filter(top_k=2), logits)).tolist() == [0, 1, 0, 0, 1]
-    assert np.isfinite(keep(Filter(top_k=3, top_p=0.99), logits)).all()
-    assert np.isfinite(keep(Filter(top_p=0.1), jnp.zeros(5))).all()
+    assert np.isfinite(keep(NucleusFilter(top_k=3), logits)).all()
+    assert np.isfinite(keep(NucleusFilter(top_k=2), logits)).tolist() == [0, 1, 0, 0, 1]
+    assert np.isfinite(keep(NucleusFilter(top_k=3, top_p=0.99), logits)).all()
+    assert np.isfinite(keep(NucleusFilter(top_p=0.1), jnp.zeros(5))).all()
 
 
 def test_a_nucleus_of_everything_keeps_the_rarest_codes():
     logits = 6 * np.random.default_rng(0).normal(size=(32, 128)).astype(np.float32)
     for top_k in (0, 100):  # what lies above the last of them holds all but 1e-10
-        everything = np.isfinite(keep(Filter(top_k=top_k), logits))
-        np.testing.assert_array_equal(np.isfinite(keep(Filter(top_k, 1.0), logits)), everything)
+        everything = np.isfinite(keep(NucleusFilter(top_k=top_k), logits))
+        np.testing.assert_array_equal(
+            np.isfinite(keep(NucleusFilter(top_k, 1.0), logits)), everything
+        )
 
 
 def test_more_codes_than_there_are_is_off():
     logits = mixed_rows(ties=False)
     for top_p in (None, 0.6):
-        off = keep(Filter(top_p=top_p), logits)
-        np.testing.assert_array_equal(keep(Filter(top_k=V, top_p=top_p), logits), off)
-        np.testing.assert_array_equal(keep(Filter(top_k=V + 5, top_p=top_p), logits), off)
+        off = keep(NucleusFilter(top_p=top_p), logits)
+        np.testing.assert_array_equal(keep(NucleusFilter(top_k=V, top_p=top_p), logits), off)
+        np.testing.assert_array_equal(keep(NucleusFilter(top_k=V + 5, top_p=top_p), logits), off)
 
 
 def test_temperature_divides_before_the_nucleus_is_taken():
     logits = mixed_rows(ties=False)
-    warm = keep(Filter(top_k=4, top_p=0.8, temperature=2.0), logits)
-    np.testing.assert_array_equal(warm, keep(Filter(top_k=4, top_p=0.8), logits / 2))
-    assert np.isfinite(warm).sum() > np.isfinite(keep(Filter(top_k=4, top_p=0.8), logits)).sum()
+    warm = keep(NucleusFilter(top_k=4, top_p=0.8), logits, 2.0)
+    np.testing.assert_array_equal(warm, keep(NucleusFilter(top_k=4, top_p=0.8), logits / 2))
+    assert (
+        np.isfinite(warm).sum() > np.isfinite(keep(NucleusFilter(top_k=4, top_p=0.8), logits)).sum()
+    )
 
 
 def test_a_row_alone_keeps_what_it_keeps_in_a_batch():
     logits = mixed_rows(ties=True)
-    rule = Filter(top_k=4, top_p=0.7)
+    rule = NucleusFilter(top_k=4, top_p=0.7)
     whole = np.asarray(keep(rule, logits))
     alone = np.concatenate([keep(rule, row[None]) for row in logits[:8]])
     np.testing.assert_array_equal(alone, whole[:8])
@@ -107,23 +111,23 @@ def test_numbers_do_not_recompile():
     traces = []
 
     @jax.jit
-    def count(rule, logits):
+    def count(rule, logits, temperature=1.0):
         traces.append(rule.top_k)
-        return jnp.isfinite(rule(logits)).sum()
+        return jnp.isfinite(rule(logits, temperature)).sum()
 
     logits = mixed_rows(ties=False)
     numbers = ((0.2, 1.0), (0.9, 1.0), (0.9, 0.2))
     counts = [
-        int(count(Filter(top_k=5, top_p=top_p, temperature=temperature), logits))
+        int(count(NucleusFilter(top_k=5, top_p=top_p), logits, temperature))
         for top_p, temperature in numbers
     ]
     assert len(set(counts)) == 3
     assert traces == [5]
-    count(Filter(top_k=6, top_p=0.5), logits)
+    count(NucleusFilter(top_k=6, top_p=0.5), logits)
     assert traces == [5, 6]
 
 
 def test_logits_leave_in_float32():
-    for rule in (Filter(), Filter(top_k=2), Filter(top_p=0.5)):
+    for rule in (NucleusFilter(), NucleusFilter(top_k=2), NucleusFilter(top_p=0.5)):
         logits = jax.ShapeDtypeStruct((1, V), jnp.bfloat16)
         assert jax.eval_shape(rule, logits).dtype == jnp.float32

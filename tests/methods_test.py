@@ -1,4 +1,4 @@
-"""Are codes drawn as STAR specification 8 says?"""
+"""Are codes sampled as STAR specification 8 says?"""
 
 import functools
 
@@ -7,28 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from star_jax.core.codes import Index
-from star_jax.core.filters import Filter
+from star_jax.core.codes import Bits, Index
+from star_jax.core.filters import NucleusFilter
+from star_jax.core.guidance import StepSettings, guide, linear_ramp
 from star_jax.core.pixels import to_uint8
 from star_jax.core.schedule import Step
-from star_jax.sampling.methods import (
-    FilteredSampling,
-    SmoothSampling,
-    StepFns,
-    choose_largest,
-    guidance_ramp,
-    guide,
-    soften,
-    softness,
-)
+from star_jax.protocols import StepFns
+from star_jax.sampling.methods import FilteredSampling, SmoothSampling, soften, softness
 
 B, L, V, C = 3, 40, 12, 2
 BOOK = np.random.default_rng(9).normal(size=(V, C)).astype(np.float32)
-# Features stand for their own logits here.
-TOOLS = StepFns(
+# The features of these tests are their own logits.
+STEP_FNS = StepFns(
+    codes=Index(V),
     head=lambda x: x,
     embed=lambda codes: jnp.asarray(BOOK)[codes],
     mix=lambda weights: weights @ BOOK,
+    trace=True,
 )
 choose = jax.jit(Index.sample)
 mix = jax.jit(soften)
@@ -44,13 +39,14 @@ def keys_B():
     return jax.random.split(jax.random.key(1), B)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def drawn(rule, keys_B, logits_RLV, index, like):
-    """One step's draw at guidance 1.5."""
-    return rule(keys_B, logits_RLV, jnp.float32(1.5), Step(index, like), TOOLS)
+@functools.partial(jax.jit, static_argnames=('like', 'step_fns'))
+def sample(method, keys_B, logits, index, like, step_fns=STEP_FNS, temperature=1.0):
+    """One step at guidance 1.5."""
+    settings = StepSettings(guidance=jnp.float32(1.5), temperature=jnp.float32(temperature))
+    return method(keys_B, logits, settings, Step(index, like), step_fns)
 
 
-def test_guidance_goes_beyond_the_prompted_logits(logits_RLV):
+def test_guidance_extrapolates_from_unprompted_to_prompted_logits(logits_RLV):
     prompted, unprompted = np.split(logits_RLV, 2)
     expected = (1 + 2.5) * prompted - 2.5 * unprompted
     np.testing.assert_allclose(guide(logits_RLV, B, 2.5), expected, atol=1e-5)
@@ -58,21 +54,29 @@ def test_guidance_goes_beyond_the_prompted_logits(logits_RLV):
     np.testing.assert_allclose(guide(logits_RLV, B, -1.0), unprompted, atol=1e-5)
 
 
-def test_prompted_rows_alone_know_no_guidance(logits_RLV):
+def test_guidance_leaves_prompted_rows_alone_as_they_are(logits_RLV):
     np.testing.assert_array_equal(guide(logits_RLV[:B], B, 7.0), logits_RLV[:B])
 
 
-def test_guidance_rises_linearly_from_nothing():
-    np.testing.assert_allclose(guidance_ramp(4.0, 5), [0, 1, 2, 3, 4])
-    assert guidance_ramp(4.0, 10).dtype == jnp.float32
-    np.testing.assert_allclose(guidance_ramp(4.0, 1), [0])
+def test_guidance_ramp_rises_linearly_from_zero():
+    np.testing.assert_allclose(linear_ramp(4.0, 5), [0, 1, 2, 3, 4])
+    assert linear_ramp(4.0, 10).dtype == np.float32
+    np.testing.assert_allclose(linear_ramp(4.0, 1), [0])
+
+
+def test_step_settings_select_the_numbers_of_a_step():
+    settings = StepSettings(guidance=linear_ramp(2.0, 3), temperature=np.float32([1, 2, 3]))
+    assert settings.guided
+    assert not settings.replace(guidance=np.zeros(3, np.float32)).guided
+    for step in (1, jnp.int32(1)):
+        assert jax.tree.leaves(settings.at(step)) == [1, 2]
 
 
 @pytest.mark.parametrize(
-    'keep', [Filter(top_k=2), Filter(top_k=6, top_p=0.8), Filter(top_k=6, top_p=0.5)]
+    'keep', [NucleusFilter(top_k=2), NucleusFilter(6, top_p=0.8), NucleusFilter(6, top_p=0.5)]
 )
 def test_noise_belongs_to_the_code(keep, keys_B, logits_RLV):
-    """Removing other codes never changes a draw; a removed code is never drawn."""
+    """Removing other codes never changes a sample; a removed code is never sampled."""
     logits = logits_RLV[:B]
     free = np.asarray(choose(keys_B, logits))
     masked = np.asarray(jax.jit(keep)(logits))
@@ -83,18 +87,41 @@ def test_noise_belongs_to_the_code(keep, keys_B, logits_RLV):
     assert np.isfinite(np.take_along_axis(masked, codes[..., None], -1)).all()
 
 
-def test_a_plain_draw_guides_then_filters_then_chooses(keys_B, logits_RLV):
-    keep = Filter(top_k=4, top_p=0.8, temperature=1.3)
-    found, guided = drawn(FilteredSampling(keep, Index(V).sample), keys_B, logits_RLV, 0, 0)
-    np.testing.assert_allclose(guided, guide(logits_RLV, B, 1.5), atol=1e-5)
-    np.testing.assert_array_equal(found.codes_BL, choose(keys_B, jax.jit(keep)(guided)))
-    np.testing.assert_array_equal(found.vectors_BLC, BOOK[found.codes_BL])
+def test_filtered_sampling_guides_then_filters_then_samples(keys_B, logits_RLV):
+    keep = NucleusFilter(top_k=4, top_p=0.8)
+    sampled, trace = sample(FilteredSampling(keep), keys_B, logits_RLV, 0, 0, temperature=1.3)
+    np.testing.assert_array_equal(trace.logits, logits_RLV)
+    np.testing.assert_allclose(trace.guided, guide(logits_RLV, B, 1.5), atol=1e-5)
+    filtered = jax.jit(keep)(trace.guided, 1.3)
+    np.testing.assert_array_equal(sampled.codes_BL, choose(keys_B, filtered))
+    np.testing.assert_array_equal(sampled.vectors_BLC, BOOK[sampled.codes_BL])
+    np.testing.assert_allclose(trace.probs, jax.nn.softmax(filtered), atol=1e-6)
+    assert ((trace.probs > 0) == np.isfinite(filtered)).all()
 
 
-def test_the_largest_is_what_one_code_leaves(keys_B, logits_RLV):
-    greedy, _ = drawn(FilteredSampling(Filter(), choose_largest), keys_B, logits_RLV, 0, 0)
-    single, _ = drawn(FilteredSampling(Filter(top_k=1), Index(V).sample), keys_B, logits_RLV, 0, 0)
+def test_greedy_sampling_takes_the_code_that_top_1_leaves(keys_B, logits_RLV):
+    greedy, _ = sample(FilteredSampling(NucleusFilter(), greedy=True), keys_B, logits_RLV, 0, 0)
+    single, _ = sample(FilteredSampling(NucleusFilter(top_k=1)), keys_B, logits_RLV, 0, 0)
     np.testing.assert_array_equal(greedy.codes_BL, single.codes_BL)
+
+
+def test_bits_are_filtered_and_sampled_one_by_one(keys_B):
+    """Codes are [B, L, K], logits [B, L, K, 2]; a nucleus removes the less likely bit."""
+    bits = Bits(5)
+    flat = 2 * np.random.default_rng(0).normal(size=(2 * B, L, 10)).astype(np.float32)
+    step_fns = StepFns(
+        codes=bits, head=bits.parse, embed=lambda codes: 2.0 * codes - 1, mix=None, trace=True
+    )
+    method = FilteredSampling(NucleusFilter(top_p=0.7))
+    sampled, trace = sample(method, keys_B, flat, 0, 0, step_fns)
+    assert sampled.codes_BL.shape == (B, L, 5) and trace.logits.shape == (2 * B, L, 5, 2)
+    np.testing.assert_array_equal(sampled.vectors_BLC, 2.0 * sampled.codes_BL - 1)
+    probs = np.asarray(jax.nn.softmax(trace.guided))
+    sure = probs.max(-1) >= 0.7
+    assert 0 < sure.mean() < 1
+    np.testing.assert_array_equal(trace.probs.max(-1) == 1, sure)
+    np.testing.assert_array_equal(sampled.codes_BL[sure], probs.argmax(-1)[sure])
+    assert (np.asarray(sampled.codes_BL) != probs.argmax(-1)).any()
 
 
 def test_mixtures_are_softmaxes_of_noisy_logits(logits_RLV):
@@ -113,14 +140,15 @@ def test_mixtures_sharpen_from_scale_to_scale_down_to_a_floor():
 
 
 @pytest.mark.parametrize('like', [1, 2])
-def test_a_smooth_draw_mixes_code_vectors(like, keys_B, logits_RLV):
+def test_smooth_sampling_mixes_code_vectors(like, keys_B, logits_RLV):
     """At step 2, in a body of its own or in that of an earlier step."""
-    found, guided = drawn(SmoothSampling(steps=4), keys_B, logits_RLV, 2, like)
-    np.testing.assert_allclose(guided, guide(logits_RLV, B, 1.5), atol=1e-5)
+    sampled, trace = sample(SmoothSampling(steps=4), keys_B, logits_RLV, 2, like)
+    np.testing.assert_allclose(trace.guided, guide(logits_RLV, B, 1.5), atol=1e-5)
     gumbel = np.stack([jax.random.gumbel(key, (L, V)) for key in keys_B])
-    weights = np.asarray(mix(guided, gumbel, 2 / 3, softness(2 / 3)))
-    np.testing.assert_allclose(found.vectors_BLC, weights @ BOOK, atol=1e-5)
-    np.testing.assert_array_equal(found.codes_BL, weights.argmax(-1))
+    weights = np.asarray(mix(trace.guided, gumbel, 2 / 3, softness(2 / 3)))
+    np.testing.assert_allclose(sampled.vectors_BLC, weights @ BOOK, atol=1e-5)
+    np.testing.assert_allclose(trace.probs, weights, atol=1e-5)
+    np.testing.assert_array_equal(sampled.codes_BL, weights.argmax(-1))
 
 
 def test_pixels_are_truncated():

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from star_jax.core import resize
-from star_jax.core.filters import Filter
+from star_jax.core.filters import NucleusFilter
 from star_jax.errors import UserError
 from star_jax.nn.positions import RawRotary
 from star_jax.verify import cases, check, comparison, sampler, star_options
@@ -249,8 +249,8 @@ def test_raw_rotary_positions_are_read():
 def test_the_old_version_overwrites_filters_before_it_refines():
     wanted = {1: 50, 9: 50, 10: 300, 12: 300, 13: 100}
     for first, top_k in wanted.items():
-        found = sampler.overwritten(Filter(top_k=50, top_p=0.5), first)
-        assert found == Filter(top_k=top_k, top_p=0.8)
+        found = sampler.overwritten(NucleusFilter(top_k=50, top_p=0.5), first)
+        assert found == NucleusFilter(top_k=top_k, top_p=0.8)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import star_jax
-from star_jax.core.settings import Stable
+from star_jax.core.settings import StableSettings
 from star_jax.errors import UserError
 from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling.pipeline import Pipeline, batches
@@ -61,8 +61,8 @@ def test_no_guidance_is_guidance_of_nothing(pipe):
 def test_settings_left_out_are_those_of_the_maker(pipe):
     assert pipe.resolve() == pipe.recommended
     assert pipe.resolve(top_k=3) == dataclasses.replace(pipe.recommended, top_k=3)
-    assert pipe.resolve(stable=True).stable == Stable(version='1024')
-    assert pipe.resolve(stable=False).stable == Stable()
+    assert pipe.resolve(stable=True).stable == StableSettings(version='1024')
+    assert pipe.resolve(stable=False).stable == StableSettings()
 
 
 def test_released_and_corrected_differ_where_there_is_guidance(place, pipe):

@@ -1,4 +1,4 @@
-"""Is a scale drawn in passes as STAR specification 9 says, and is its head taught so?"""
+"""Is a scale sampled in passes, and its head trained, as STAR specification 9 says?"""
 
 import dataclasses
 import functools
@@ -15,18 +15,25 @@ from rich.console import Console
 from star_jax.checkpoint import folder, models, weights
 from star_jax.checkpoint.training import Checkpoints
 from star_jax.core.codes import Index
-from star_jax.core.filters import Filter
+from star_jax.core.filters import NucleusFilter
+from star_jax.core.guidance import StepSettings, guide
 from star_jax.core.schedule import Pyramid, Step
-from star_jax.core.settings import Settings
-from star_jax.core.settings import Stable as Wanted
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.core.unmasking import SHARES, budgets
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
-from star_jax.sampling import program, stable
-from star_jax.sampling.methods import FilteredSampling, StepFns, guide
+from star_jax.protocols import StepFns
+from star_jax.sampling import program
+from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.sampler import sample
-from star_jax.sampling.stable import VERSIONS, RecordedRanking, Stable, plan, plan_wanted
+from star_jax.sampling.stable import (
+    VERSIONS,
+    RecordedRanking,
+    StableSampling,
+    plan_of_settings,
+    plan_passes,
+)
 from star_jax.text import load as load_text
 from star_jax.training import faults, trainer
 from star_jax.training import train as story
@@ -38,7 +45,7 @@ B, L, V, C = 2, 16, 12, 3
 BOOK = np.random.default_rng(9).normal(size=(V, C)).astype(np.float32)
 PUBLISHED = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 MODEL = dataclasses.replace(tiny.STAR.model, refinement=Refinement(first=2, blocks=2))
-ALL = Filter()
+ALL = NucleusFilter()
 CAPTIONS = ('a red circle', 'a small blue star')
 # Compiling these small programs well takes longer than running them does.
 
@@ -59,10 +66,10 @@ def test_published_budgets():
 
 def test_published_passes():
     schedule = Pyramid.square(PUBLISHED)
-    plans = plan_wanted(schedule, Wanted(version='1024'), made_for=9)
+    plans = plan_of_settings(schedule, StableSettings(version='1024'), 9)
     assert plans[:9] == (None,) * 9
     assert [(len(one.budgets), one.base) for one in plans[9:]] == [(8, 5)] * 4 + [(15, 0)]
-    plans = plan_wanted(schedule, Wanted(version='new', first=10, last=11), made_for=9)
+    plans = plan_of_settings(schedule, StableSettings(version='new', first=10, last=11), 9)
     assert [one and (len(one.budgets), one.base) for one in plans[9:]] == [
         None,
         *[(8, 0)] * 2,
@@ -72,19 +79,19 @@ def test_published_passes():
 
 def test_what_cannot_be_refined_is_refused():
     schedule = Pyramid.square((1, 2, 3, 4))
-    for wanted, message in (
-        (Wanted(version='new', first=2), 'scale 2 has 9 tokens, too few for 8 passes'),
-        (Wanted(version='new', first=4), 'scales 4 to 3'),
-        (Wanted(version='new', last=4), 'scales 3 to 4'),
+    for settings, message in (
+        (StableSettings(version='new', first=2), 'scale 2 has 9 tokens, too few for 8 passes'),
+        (StableSettings(version='new', first=4), 'scales 4 to 3'),
+        (StableSettings(version='new', last=4), 'scales 3 to 4'),
     ):
         with pytest.raises(UserError, match=message):
-            plan_wanted(schedule, wanted, made_for=3)
-    assert plan_wanted(schedule, Wanted(version='new'), made_for=3)[3]
-    network = tiny.STAR.model.build()
+            plan_of_settings(schedule, settings, 3)
+    assert plan_of_settings(schedule, StableSettings(version='new'), 3)[3]
     with pytest.raises(UserError, match='has not'):
-        stable.arguments(Settings(stable=Wanted(version='new')), network, Index(32))
+        settings = Settings(stable=StableSettings(version='new'))
+        program.sampling_method(tiny.STAR.model, settings)
     with pytest.raises(ValueError, match='count scales from 0'):
-        Wanted(first=-1)
+        StableSettings(first=-1)
 
 
 @pytest.mark.parametrize(
@@ -115,40 +122,41 @@ def step_fns(refine) -> StepFns:
         head=lambda x: x,
         embed=lambda codes: jnp.asarray(BOOK)[codes],
         mix=lambda weights: weights @ BOOK,
+        codes=Index(V),
         refine=refine,
         trace=True,
     )
 
 
-def rule(version: str, keep: Filter = ALL, **parts) -> Stable:
-    plans = plan(Pyramid.square((1, 4)), VERSIONS[version], 'arccos', 1, 1)
-    plain = FilteredSampling(keep, Index.sample)
-    return Stable(plain=plain, keep=keep, guidance=2.0, choose=Index.sample, plans=plans, **parts)
+def build_method(version: str, keep: NucleusFilter = ALL, **parts) -> StableSampling:
+    plan = plan_passes(Pyramid.square((1, 4)), VERSIONS[version], 'arccos', 1, 1)
+    plain = FilteredSampling(keep)
+    return StableSampling(plain=plain, in_passes=plain, guidance=2.0, plan=plan, **parts)
 
 
-def another(vectors_RLC, features_RLD, step):
-    """A head whose logits depend on what is fixed."""
+def toy_head(vectors_RLC, features_RLD, step):
+    """A head whose logits depend on the fixed tokens."""
     return features_RLD[..., ::-1] + vectors_RLC.sum((1, 2), keepdims=True) * np.arange(V) / 8
 
 
-@functools.partial(jax.jit, static_argnums=(3,))
-def drawn(draw, keys_B, logits_RLV, refine=another):
-    found, base = draw(keys_B, logits_RLV, jnp.float32(0.5), Step.at(1), step_fns(refine))
-    return found, base
+@functools.partial(jax.jit, static_argnames='refine')
+def sample_step(method, keys_B, logits_RLV, refine=toy_head, temperature=1.0):
+    settings = StepSettings(guidance=jnp.float32(0.5), temperature=jnp.float32(temperature))
+    return method(keys_B, logits_RLV, settings, Step.at(1), step_fns(refine))
 
 
 CASES = {
-    'head': rule('new'),
-    'both': rule('1024'),
-    'once': rule('1024', once=True),
-    'filtered': rule('1024', Filter(top_k=3, top_p=0.9, temperature=1.3)),
+    'head': build_method('new'),
+    'both': build_method('1024'),
+    'once': build_method('1024', once=True),
+    'filtered': build_method('1024', NucleusFilter(top_k=3, top_p=0.9)),
 }
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_every_token_is_fixed_once(name, keys_B, logits_RLV):
-    found, _ = drawn(CASES[name], keys_B, logits_RLV)
-    passes, plan_ = found.passes, CASES[name].plans[1]
+    found, trace = sample_step(CASES[name], keys_B, logits_RLV)
+    passes, plan = trace.passes, CASES[name].plan[1]
     fixed_PBL = np.asarray(passes.fixed_BL)
     before_PBL = np.concatenate([np.zeros_like(fixed_PBL[:1]), fixed_PBL[:-1]])
     assert (before_PBL <= fixed_PBL).all() and fixed_PBL[-1].all()
@@ -158,7 +166,7 @@ def test_every_token_is_fixed_once(name, keys_B, logits_RLV):
     np.testing.assert_array_equal(found.vectors_BLC, BOOK[codes_BL])
     shown = np.where(fixed_PBL[..., None], BOOK[codes_BL], 0)
     np.testing.assert_array_equal(passes.vectors_BLC, shown)
-    counts_PB, due_P = fixed_PBL.sum(-1), np.cumsum(plan_.budgets)
+    counts_PB, due_P = fixed_PBL.sum(-1), np.cumsum(plan.budgets)
     if name in ('head', 'once'):
         np.testing.assert_array_equal(counts_PB, np.repeat(due_P[:, None], B, 1))
     else:
@@ -167,21 +175,26 @@ def test_every_token_is_fixed_once(name, keys_B, logits_RLV):
 
 
 @pytest.mark.parametrize('name', ['head', 'both'])
-def test_the_base_model_is_led_by_its_step_and_the_head_fully(name, keys_B, logits_RLV):
-    found, base_BLV = drawn(CASES[name], keys_B, logits_RLV)
+def test_step_weight_guides_the_base_model_and_full_guidance_the_head(name, keys_B, logits_RLV):
+    _, trace = sample_step(CASES[name], keys_B, logits_RLV)
+    base_BLV = trace.guided
+    np.testing.assert_array_equal(trace.logits, logits_RLV)
+    np.testing.assert_allclose(trace.probs, jax.nn.softmax(base_BLV), atol=1e-6)
     np.testing.assert_allclose(base_BLV, guide(logits_RLV, B, 0.5), atol=1e-5)
-    logits_PBLV, shown_PBLC = np.asarray(found.passes.logits_BLV), found.passes.vectors_BLC
+    logits_PBLV, shown_PBLC = np.asarray(trace.passes.logits_BLV), trace.passes.vectors_BLC
     for index in range(8):
         earlier = shown_PBLC[index - 1] if index else np.zeros_like(shown_PBLC[0])
-        of_head = another(np.concatenate([earlier] * 2), logits_RLV, None)
-        by_base = index < CASES[name].plans[1].base
+        of_head = toy_head(np.concatenate([earlier] * 2), logits_RLV, None)
+        by_base = index < CASES[name].plan[1].base
         expected = base_BLV if by_base else guide(of_head, B, 2.0)
         np.testing.assert_allclose(logits_PBLV[index], expected, atol=1e-4)
 
 
-def test_confidence_is_the_probability_among_what_the_filter_leaves(keys_B, logits_RLV):
-    passes = drawn(CASES['filtered'], keys_B, logits_RLV)[0].passes
-    kept = np.asarray(jax.jit(CASES['filtered'].keep)(passes.logits_BLV), np.float64)
+def test_confidence_is_the_probability_after_the_filter(keys_B, logits_RLV):
+    method = CASES['filtered']
+    passes = sample_step(method, keys_B, logits_RLV, temperature=1.3)[1].passes
+    keep = jax.jit(method.in_passes.filter)
+    kept = np.asarray(keep(passes.logits_BLV, 1.3), np.float64)
     probs = np.exp(kept - kept.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
     sure = np.take_along_axis(probs, np.asarray(passes.codes_BL)[..., None], -1)[..., 0]
@@ -189,14 +202,14 @@ def test_confidence_is_the_probability_among_what_the_filter_leaves(keys_B, logi
     assert (sure > 0).all() and sure.max() > 1 / 3
 
 
-def test_lucky_tokens_come_first_and_then_certain_ones(keys_B, logits_RLV):
+def test_random_tokens_are_fixed_first_and_then_those_of_high_confidence(keys_B, logits_RLV):
     uniform_SPBL = np.random.default_rng(4).uniform(size=(2, 5, B, L)).astype(np.float32)
-    ruled = rule('new', rank=RecordedRanking(jnp.asarray(uniform_SPBL)))
-    passes = drawn(ruled, keys_B, logits_RLV)[0].passes
-    fixed_PBL, sure_PBL = np.asarray(passes.fixed_BL), np.asarray(passes.confidence_BL)
+    method = build_method('new', rank=RecordedRanking(jnp.asarray(uniform_SPBL)))
+    passes = sample_step(method, keys_B, logits_RLV)[1].passes
+    fixed_PBL, confidence_PBL = np.asarray(passes.fixed_BL), np.asarray(passes.confidence_BL)
     before_BL = np.zeros((B, L), bool)
-    for index, budget in enumerate(ruled.plans[1].budgets):
-        order_BL = uniform_SPBL[1, index] if index < 5 else sure_PBL[index]
+    for index, budget in enumerate(method.plan[1].budgets):
+        order_BL = uniform_SPBL[1, index] if index < 5 else confidence_PBL[index]
         for image in range(B):
             open_ = np.flatnonzero(~before_BL[image])
             best = open_[np.argsort(-order_BL[image, open_], kind='stable')][:budget]
@@ -205,20 +218,20 @@ def test_lucky_tokens_come_first_and_then_certain_ones(keys_B, logits_RLV):
         before_BL = fixed_PBL[index]
 
 
-def test_a_certain_head_says_what_is_drawn(keys_B, logits_RLV):
-    wanted_BL = np.random.default_rng(5).integers(0, V, (B, L))
-    certain = 1e3 * np.eye(V, dtype=np.float32)[np.concatenate([wanted_BL] * 2)]
-    found, _ = drawn(CASES['head'], keys_B, logits_RLV, lambda *_: jnp.asarray(certain))
-    np.testing.assert_array_equal(found.codes_BL, wanted_BL)
+def test_codes_are_those_of_a_head_with_full_confidence(keys_B, logits_RLV):
+    expected_BL = np.random.default_rng(5).integers(0, V, (B, L))
+    certain = 1e3 * np.eye(V, dtype=np.float32)[np.concatenate([expected_BL] * 2)]
+    found, _ = sample_step(CASES['head'], keys_B, logits_RLV, lambda *_: jnp.asarray(certain))
+    np.testing.assert_array_equal(found.codes_BL, expected_BL)
 
 
 def test_a_stable_image_depends_on_its_own_key_only(keys_B, logits_RLV):
-    together = drawn(CASES['both'], keys_B, logits_RLV)[0].codes_BL
+    together = sample_step(CASES['both'], keys_B, logits_RLV)[0].codes_BL
     for image in range(B):
         key, rows = keys_B[image : image + 1], logits_RLV[[image, B + image]]
-        alone, _ = drawn(CASES['both'], key, rows)
+        alone, _ = sample_step(CASES['both'], key, rows)
         np.testing.assert_array_equal(alone.codes_BL[0], together[image])
-    other = drawn(CASES['both'], keys_B[::-1], logits_RLV)[0].codes_BL
+    other = sample_step(CASES['both'], keys_B[::-1], logits_RLV)[0].codes_BL
     assert (other != together).any()
 
 
@@ -227,30 +240,44 @@ def text(*captions: str):
 
 
 def parts_of(star: Star) -> tuple:
-    """Network, tokenizer, parameters, and guidance and draw of a sampler with a head."""
+    """Network, tokenizer, parameters, and the sampling settings of a model with a head."""
     network, tokenizer = star.build(), tiny.TOKENIZER.model.build()
     params = {'model': tiny.random_params(star.abstract()), 'tokenizer': tiny.tokenizer_params()}
-    settings = Settings(guidance=1.5, top_k=20, stable=Wanted(version='1024'))
-    return network, tokenizer, params, stable.arguments(settings, network, Index(star.codes))
+    settings = Settings(guidance=1.5, top_k=20, stable=StableSettings(version='1024'))
+    return network, tokenizer, params, settings
 
 
 def test_an_image_alone_is_the_image_in_a_batch():
-    network, tokenizer, params, parts = parts_of(MODEL)
-    draws = jax.jit(functools.partial(sample, network, tokenizer))
+    network, tokenizer, params, settings = parts_of(MODEL)
+    run = jax.jit(
+        functools.partial(
+            sample,
+            network,
+            tokenizer,
+            settings=program.step_settings(MODEL, settings),
+            method=program.sampling_method(MODEL, settings),
+        )
+    )
     keys_B, texts = program.image_keys([3, 4]), text(*CAPTIONS, '', '')
-    together = draws(params, keys_B, texts, *parts)
+    together = run(params, keys_B=keys_B, condition=texts)
     for image in range(B):
         rows = jax.tree.map(lambda x, image=image: x[np.array([image, B + image])], texts)
-        alone = draws(params, keys_B[image : image + 1], rows, *parts)
-        np.testing.assert_array_equal(alone.codes_BL[0], together.codes_BL[image])
+        alone = run(params, keys_B=keys_B[image : image + 1], condition=rows)
+        np.testing.assert_array_equal(alone.codes[0], together.codes[image])
         np.testing.assert_allclose(alone.images[0], together.images[image], atol=1e-5)
 
 
-def test_released_images_are_drawn_in_passes_one_by_one():
+def test_released_images_are_sampled_in_passes_one_by_one():
     released = dataclasses.replace(MODEL, released_cross_attention=True)
-    network, tokenizer, params, parts = parts_of(released)
-    draws, keys_B = program.compile_program(network, tokenizer), program.image_keys(range(B))
-    images = jax.eval_shape(draws, params, keys_B, text(*CAPTIONS), text(''), *parts)
+    network, tokenizer, params, settings = parts_of(released)
+    inputs = program.inputs(
+        released,
+        settings,
+        keys_B=program.image_keys(range(B)),
+        prompted=text(*CAPTIONS),
+        empty=text(''),
+    )
+    images = jax.eval_shape(program.compile_program(network, tokenizer), params, inputs)
     assert images.shape == (B, 16, 16, 3) and images.dtype == np.uint8
 
 
@@ -313,7 +340,7 @@ def job(tmp_path_factory) -> HeadJob:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
         place = tiny.write_model(tmp_path_factory.mktemp('base') / 'model')
-        sampling = Settings(guidance=1.0, top_k=8, stable=Wanted(version='new'))
+        sampling = Settings(guidance=1.0, top_k=8, stable=StableSettings(version='new'))
         changes = {'init': place, 'sampling': sampling, 'pace': Pace(steps=1000)}
         run = dataclasses.replace(tiny.STAR, model=MODEL, **changes)
         made = story.job(run)

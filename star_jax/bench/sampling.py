@@ -20,7 +20,7 @@ from star_jax.core.settings import Dtype, Settings
 from star_jax.families import Family
 from star_jax.nn.bind import bind
 from star_jax.nn.kernels import ByScale
-from star_jax.sampling import program, stable
+from star_jax.sampling import program
 from star_jax.text import TextEncoder
 from star_jax.text.encoder import TOWERS, read_states
 from star_jax.text.published import PUBLISHED
@@ -78,16 +78,14 @@ class SamplingJob:
         counted = self.model.build(self.dtype, attend=ByScale())  # its FLOPs can be counted
         tokenizer, params = self._load() if self.folder else self._random()
         params = program.cast(params, self.dtype)
-        unprompted = condition(self.model, 1, self.text_tokens) if self.settings.guidance else None
-        keys_B = program.image_keys(range(self.batch))
-        method_args = stable.arguments(self.settings, network, tokenizer.codes)
-        args = (
-            params,
-            keys_B,
-            condition(self.model, self.batch, self.text_tokens),
-            unprompted,
-            *method_args,
+        inputs = program.inputs(
+            self.model,
+            self.settings,
+            keys_B=program.image_keys(range(self.batch)),
+            prompted=condition(self.model, self.batch, self.text_tokens),
+            empty=condition(self.model, 1, self.text_tokens),
         )
+        args = (params, inputs)
         buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
         canvas = jnp.zeros((self.batch, *self.model.schedule.grids[-1], self.model.channels))
         decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))

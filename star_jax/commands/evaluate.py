@@ -14,7 +14,7 @@ from rich.progress import track
 from star_jax import files, image_io
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments
-from star_jax.core.settings import Dtype, Settings, Version
+from star_jax.core.settings import Dtype, Settings, StableVersion
 from star_jax.errors import UserError
 from star_jax.evaluation import eval_report, eval_tables
 from star_jax.evaluation.eval_context import Job, Subject
@@ -75,7 +75,7 @@ class Evaluate:
     top_p: tuple[float, ...] = ()
     temperature: tuple[float, ...] = ()
     smooth: bool = False
-    stable: Version | None = None
+    stable: StableVersion | None = None
     out: Path | None = None
     grid: Path | None = None
     text: str = ''

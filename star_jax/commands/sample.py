@@ -85,8 +85,14 @@ def main(words: Sequence[str]) -> int:
     startup.start()
     model = {'source': given.model, 'sha256': models.digest(given.model)}
     mesh = given.mesh.build_on_first()
-    how = (given.text, given.dtype, mesh, given.cross_attention, given.buckets)
-    pipe = pipeline.load(given.model, *how)
+    pipe = pipeline.load(
+        given.model,
+        text=given.text,
+        dtype=given.dtype,
+        mesh=mesh,
+        cross_attention=given.cross_attention,
+        buckets=given.buckets,
+    )
     if given.classes and not isinstance(pipe.encoder, Classes):
         raise UserError(f'{given.model} draws from text and knows no classes: give prompts')
     if isinstance(pipe.encoder, Classes):

@@ -19,7 +19,7 @@ from star_jax.convert import infer, published
 from star_jax.convert.infer import Unsaid
 from star_jax.convert.table import Table
 from star_jax.core.schedule import Grids
-from star_jax.core.settings import Settings, Stable
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families import FAMILIES, TOKENIZERS, Family, family_name
 from star_jax.families.star import Star
@@ -175,7 +175,7 @@ def _published_sampling(config: Family) -> Settings:
     if not isinstance(config, Star):
         return Settings(guidance=1.5, top_k=900, top_p=0.96)
     if config.refinement:
-        stable = Stable(version='1024')
+        stable = StableSettings(version='1024')
         return Settings(guidance=4.0, top_k=config.codes, top_p=0.8, stable=stable)
     return Settings(guidance=4.0, top_k=600, top_p=0.8)
 

@@ -5,7 +5,7 @@ vector of independent bits.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,10 @@ class Sampled(NamedTuple):
     Attributes:
         codes_BL: codes, [B, L, *codes.shape].
         vectors_BLC: the vectors that stand for them on the canvas, float32.
-        passes: the trace of each pass, for methods that take several and when a trace is asked for.
     """
 
     codes_BL: jax.Array
     vectors_BLC: jax.Array
-    passes: Any = None
 
 
 class Targets(NamedTuple):

@@ -1,7 +1,7 @@
-"""Which codes may a draw choose from?
+"""Which codes may be sampled, given their logits?
 
-STAR specification 8: first top-k (ties at the k-th logit all stay), then top-p inside what
-is left. Filters mask logits with -inf and never reorder them.
+STAR specification 8: first top-k (all ties at the k-th logit stay), then top-p inside what is
+left. A filter sets logits to -inf and never reorders them.
 """
 
 import flax.struct
@@ -10,20 +10,20 @@ import jax.numpy as jnp
 
 
 @flax.struct.dataclass
-class Filter:
+class NucleusFilter:
     """Temperature, then top-k, then top-p.
 
-    `top_k` is static (0, or as many as there are codes: off); `temperature` and `top_p` are traced
-    numbers, and `top_p=None` compiles without a nucleus.
+    Attributes:
+        top_k: how many codes stay, static (0, or at least as many as there are codes: off).
+        top_p: the mass that stays, a traced number in [0, 1]; None compiles without this filter.
     """
 
     top_k: int = flax.struct.field(pytree_node=False, default=0)
     top_p: float | jax.Array | None = None
-    temperature: float | jax.Array = 1.0
 
-    def __call__(self, logits: jax.Array) -> jax.Array:
-        """[..., V] float32 logits with -inf where a code may not be drawn."""
-        logits = logits.astype(jnp.float32) / self.temperature
+    def __call__(self, logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+        """Logits [..., V] -> float32 logits over `temperature`, -inf where a code is removed."""
+        logits = logits.astype(jnp.float32) / temperature
         size = logits.shape[-1]
         k = min(self.top_k, size) or size
         if k == size and self.top_p is None:
@@ -39,13 +39,13 @@ class Filter:
 def _nucleus(highest: jax.Array, logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
     """[..., 1]: the smallest logit of the nucleus.
 
-    A code stays while it and the codes below it hold more than 1 - `top_p`; the largest always
-    stays.
+    A code stays while it and the less probable codes hold more than 1 - `top_p`; the most probable
+    code always stays.
     """
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     probs = jnp.exp(highest - total)
-    # Summed from the smallest on: the mass above a rare code rounds to 1, and it would be lost.
+    # Summed from the smallest on: the mass above a rare code rounds to 1, and the code would go.
     below = jax.lax.cumsum(probs, axis=probs.ndim - 1, reverse=True)
-    equals = jnp.isfinite(logits).sum(-1, keepdims=True) - highest.shape[-1]  # beyond the k-th
-    stays = (below + equals * probs[..., -1:] > 1 - top_p).at[..., 0].set(True)
+    ties = jnp.isfinite(logits).sum(-1, keepdims=True) - highest.shape[-1]  # beyond the k-th
+    stays = (below + ties * probs[..., -1:] > 1 - top_p).at[..., 0].set(True)
     return jnp.where(stays, highest, jnp.inf).min(-1, keepdims=True)

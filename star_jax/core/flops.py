@@ -1,8 +1,8 @@
-"""How much arithmetic is in a function?
+"""How many floating-point operations does a function take?
 
-Counted in its jaxpr: multiply-adds of matmuls and convolutions, times two. The body of a scan
-counts once per iteration, which the compiler's own analysis misses, and what each device of a mesh
-does counts for all of them.
+They are counted in its jaxpr: two per multiply-add of matrix products and convolutions. The body of
+a scan counts once per iteration (the compiler's own analysis counts it once), and the body of a
+shard_map once per device of its mesh.
 """
 
 import collections
@@ -22,24 +22,25 @@ def count_flops(function: Callable, *args: Any) -> int:
 
 
 def count_kinds(function: Callable, *args: Any) -> collections.Counter[str]:
-    """The same by how an accelerator computes them.
+    """The same by kind of arithmetic.
 
-    'bfloat16' (or any other short type), 'float32' as JAX does it by default, and 'exact', float32
-    that keeps every bit.
+    Returns:
+        Operations of each kind that occurs: 'bfloat16' (operands below 32 bits), 'float32' (at
+        JAX's default precision) and 'exact' (float32 at the highest precision).
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def inner_jaxprs(params: dict) -> list[jex.Jaxpr]:
     """The jaxprs that an equation carries in its parameters."""
-    found = []
+    jaxprs = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, jex.ClosedJaxpr):
-                found.append(item.jaxpr)
+                jaxprs.append(item.jaxpr)
             elif isinstance(item, jex.Jaxpr):
-                found.append(item)
-    return found
+                jaxprs.append(item)
+    return jaxprs
 
 
 def _count(jaxpr: jex.Jaxpr) -> collections.Counter[str]:
@@ -65,7 +66,7 @@ def _count_equation(equation: jex.JaxprEqn) -> collections.Counter[str]:
 
 
 def _products(equation: jex.JaxprEqn, inner: int) -> collections.Counter[str]:
-    """Those of an equation whose outputs are each a sum of `inner` products."""
+    """The operations of an equation, each of whose outputs is a sum of `inner` products."""
     flops = 2 * inner * math.prod(equation.outvars[0].aval.shape)
     if min(v.aval.dtype.itemsize for v in equation.invars) < 4:
         return collections.Counter(bfloat16=flops)

@@ -1,11 +1,11 @@
-"""How do bytes and the numbers of a network meet?"""
+"""How do uint8 images become the numbers of a network?"""
 
 import jax
 import jax.numpy as jnp
 
 
 def to_signed(images: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]."""
+    """uint8 in [0, 255] -> float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 

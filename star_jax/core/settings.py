@@ -1,4 +1,4 @@
-"""With what settings is an image drawn?"""
+"""Which settings does a user choose for sampling?"""
 
 import dataclasses
 from typing import Literal
@@ -6,13 +6,13 @@ from typing import Literal
 from star_jax.core.unmasking import Mode
 
 Dtype = Literal['float32', 'bfloat16']  # of activations
-Version = Literal['off', 'new', '1024']  # of stable sampling
+StableVersion = Literal['off', 'new', '1024']
 
-EXTREME = 1e6  # beyond, logits are no float32 numbers any more
+LIMIT = 1e6  # logits that are scaled by more overflow float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stable:
+class StableSettings:
     """Causal-driven stable sampling, for a model with a refinement head (STAR specification 9).
 
     Attributes:
@@ -26,7 +26,7 @@ class Stable:
             fixes as many of the most certain tokens.
     """
 
-    version: Version = 'off'
+    version: StableVersion = 'off'
     mode: Mode = 'arccos'
     first: int = 0
     last: int = 0
@@ -45,8 +45,9 @@ class Settings:
     """How images are sampled.
 
     Attributes:
-        guidance: classifier-free guidance (STAR's cfg); the weight grows from 0 at the first scale
-            to this value at the last (0: off, which halves the work).
+        guidance: classifier-free guidance, as the model's family publishes it; of STAR and VAR the
+            weight grows from 0 at the first scale to this value at the last (0: off, which halves
+            the work).
         top_k: sample among this many most probable codes (0, or more than there are: all).
         top_p: of those, sample among the most probable ones that hold this share of the probability
             (0: all).
@@ -61,16 +62,16 @@ class Settings:
     top_p: float = 0.8
     temperature: float = 1.0
     smooth: bool = False
-    stable: Stable = Stable()
+    stable: StableSettings = StableSettings()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance <= EXTREME:
-            raise ValueError(f'guidance must lie in [0, {EXTREME:g}], not {self.guidance}')
+        if not 0 <= self.guidance <= LIMIT:
+            raise ValueError(f'guidance must lie in [0, {LIMIT:g}], not {self.guidance}')
         if self.top_k < 0:
             raise ValueError(f'top_k must not be negative (0: all), not {self.top_k}')
         if not 0 <= self.top_p <= 1:
             raise ValueError(f'top_p must lie in [0, 1], not {self.top_p}')
-        if not 1 / EXTREME <= self.temperature <= EXTREME:
+        if not 1 / LIMIT <= self.temperature <= LIMIT:
             raise ValueError(
-                f'temperature must lie in [{1 / EXTREME:g}, {EXTREME:g}], not {self.temperature}'
+                f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {self.temperature}'
             )

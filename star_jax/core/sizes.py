@@ -1,6 +1,6 @@
 """How large may a part of a network be?"""
 
-LARGEST = 2**20  # more than anyone trains, and small enough for the products of three of them
+LARGEST = 2**20  # larger than any size in use, and the product of three fits 64 bits
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -9,9 +9,8 @@ def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_sizes(**sizes: float | tuple[float, ...]) -> None:
-    """Raises ValueError that names a size which does not lie, or not always, in [1, LARGEST]."""
-    for name, given in sizes.items():
-        if not all(
-            1 <= size <= LARGEST for size in (given if isinstance(given, tuple) else [given])
-        ):
-            raise ValueError(f'{name} must lie in [1, {LARGEST}], not {given}')
+    """Raises a ValueError that names the first size, or tuple of sizes, outside [1, LARGEST]."""
+    for name, size in sizes.items():
+        values = size if isinstance(size, tuple) else (size,)
+        if not all(1 <= value <= LARGEST for value in values):
+            raise ValueError(f'{name} must lie in [1, {LARGEST}], not {size}')

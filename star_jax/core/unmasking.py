@@ -1,7 +1,7 @@
-"""How many tokens of a scale are fixed in each pass, and how many are shown in training?
+"""How many tokens of a scale does each pass fix, and how many does training show?
 
-Causal-driven stable sampling draws a scale in several passes, few tokens first (STAR specification
-9). A mode says how the share of fixed tokens goes with a number r, which falls from 1 to 0.
+Causal-driven stable sampling fixes the tokens of a scale in several passes, few tokens first (STAR
+specification 9). A mode maps a number r, which falls from 1 to 0, to the share of fixed tokens.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 
 Mode = Literal['arccos', 'root', 'linear', 'square', 'cosine']
 
-# Of numpy and JAX arrays alike: the array's own library does the work.
+# (array namespace, r) -> share: numpy arrays are computed by numpy, JAX arrays by JAX.
 SHARES: dict[str, Callable[[Any, Any], Any]] = {
     'arccos': lambda xp, r: xp.acos(r) / (math.pi / 2),
     'root': lambda xp, r: 1 - xp.sqrt(r),
@@ -23,15 +23,15 @@ SHARES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def share(mode: Mode, r: Any) -> Any:
-    """The share of fixed tokens at `r`, an array in [0, 1], in its dtype."""
+    """The share of fixed tokens at `r`, an array in [0, 1], in the dtype of `r`."""
     return SHARES[mode](r.__array_namespace__(), r)
 
 
 def budgets(tokens: int, passes: int, mode: Mode = 'arccos') -> tuple[int, ...]:
-    """How many of `tokens` each pass fixes, `tokens` in all (STAR specification 9.2).
+    """How many tokens each pass fixes, in all `tokens` (STAR specification 9.2).
 
-    As in the original the last pass gets what the rounding of the others leaves, which is nothing
-    or less for very few tokens.
+    As in the original, the last pass gets what the rounding of the others leaves: 0 or less where
+    a scale has very few tokens.
     """
     r_S = 1 - np.arange(passes, dtype=np.float32) / np.float32(max(passes - 1, 1))
     shares_S = share(mode, r_S)

@@ -83,7 +83,7 @@ class Subject:
     def pipe(self) -> Pipeline:
         """Raises UserError where there is no model that draws."""
         job = self.job
-        pipe = pipeline.prepare(self.model, job.place, job.text, job.dtype)
+        pipe = pipeline.prepare(self.model, job.place, text=job.text, dtype=job.dtype)
         pipe.encoder = _Remembering(pipe.encoder)
         return pipe
 

@@ -7,10 +7,14 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from star_jax.core.classes import Classes
+from star_jax.core.filters import NucleusFilter
+from star_jax.core.guidance import linear_ramp
 from star_jax.core.schedule import Pyramid
+from star_jax.core.settings import Settings
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, Scaled, SelfAttention
@@ -150,6 +154,18 @@ class Scales:
         """N(0, 1 / C); gates shrink to almost nothing, scales and shifts to a half."""
         offset_6D = nn.initializers.normal(self.width**-0.5)(key, shape, dtype)
         return offset_6D.at[:2].multiply(self.gate_init).at[2:].multiply(0.5)
+
+    def guidance_weights(self, guidance: float) -> np.ndarray:
+        """[S] float32: a ramp from 0 to the published number (STAR specification 8)."""
+        return linear_ramp(guidance, self.schedule.steps)
+
+    def temperatures(self, temperature: float) -> np.ndarray:
+        """[S] float32: the same temperature at every scale."""
+        return np.full(self.schedule.steps, temperature, np.float32)
+
+    def filter(self, settings: Settings) -> NucleusFilter:
+        """Top-k, and the nucleus inside it (STAR specification 8)."""
+        return NucleusFilter(top_k=settings.top_k, top_p=settings.top_p or None)
 
     def with_cross_attention(self, released: bool) -> 'Scales':
         """The same model with the published code's cross-attention, or the corrected one."""

@@ -24,7 +24,7 @@ from star_jax.errors import UserError
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
-from star_jax.sampling import program, stable
+from star_jax.sampling import program
 from star_jax.text import TextEncoder
 from star_jax.text.encoder import sketch
 from star_jax.text.folder import locate
@@ -152,12 +152,17 @@ def sampling(
     params = _cast({'model': model_params, 'tokenizer': tokenizer_params}, run.dtype)
     keys_B = jax.eval_shape(lambda: program.image_keys(range(run.batch)))
     condition = _prompts_and_condition(encoder, run.batch)[1]
-    empty = None
-    if run.sampling.guidance:
-        empty = _replicated(_prompts_and_condition(encoder, 1)[1], mesh)
-    method_args = stable.arguments(run.sampling, run.model.build(), tokenizer.codes)
-    method_args = _replicated(jax.eval_shape(lambda: method_args), mesh)
-    args = (params, *_split_batch((keys_B, condition), mesh), empty, *method_args)
+    keys_B, prompted = _split_batch((keys_B, condition), mesh)
+    inputs = program.inputs(
+        run.model,
+        run.sampling,
+        keys_B=keys_B,
+        prompted=prompted,
+        empty=_replicated(_prompts_and_condition(encoder, 1)[1], mesh),
+    )
+    numbers = (inputs.settings, inputs.method)
+    settings, method = _replicated(jax.eval_shape(lambda: numbers), mesh)
+    args = (params, inputs.replace(settings=settings, method=method))
     chosen_buckets = choose(buckets, sizes, platform)
     return Workload(
         images=run.batch,

@@ -1,9 +1,9 @@
-"""Prompts in, images out: what does a user hold?
+"""Prompts in, images out: which object does a user hold?
 
     pipe = star_jax.load('runs/shapes/model')
     images = pipe(['a red circle'], seed=0, guidance=1.0, top_k=5)  # uint8 [1, H, W, 3]
 
-The same keys draw the same images, however many are drawn together.
+Equal seeds give equal images, however many are sampled together.
 """
 
 import dataclasses
@@ -18,24 +18,31 @@ from jax.sharding import Mesh
 from star_jax.checkpoint import folder, models
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.classes import Classes
-from star_jax.core.settings import Settings, Stable
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import MeshShape, batch_shards
-from star_jax.sampling import program, stable
+from star_jax.sampling import program
 from star_jax.text import TextEncoder
 from star_jax.text import load as load_text
 
 CrossAttentionMode = Literal['as_trained', 'released', 'corrected']
 
-BATCH = 16  # images per run of the program, unless a caller says otherwise
+BATCH = 16  # images per run of the program by default
 
 
 class Pipeline:
-    """A model on the devices of a mesh. Calling it draws one image per prompt.
+    """A model on the devices of a mesh; calling it samples one image per prompt.
 
-    One program per number of images and kind of settings is compiled; the last, smaller batch of a
-    call is filled up to a power of two, so that there are few of them.
+    One program is compiled per number of images and kind of settings. The last, smaller batch of a
+    call is filled up to a power of two, so that few programs are compiled.
+
+    Attributes:
+        encoder: encodes prompts.
+        recommended: the settings that the model's maker recommends.
+        mesh: the devices.
+        network: the transformer.
+        tokenizer: its tokenizer.
     """
 
     def __init__(
@@ -53,24 +60,33 @@ class Pipeline:
         self.tokenizer = model.tokenizer.config.at(model.config.schedule).build(dtype)
         platform, sizes = self.mesh.devices.flat[0].platform, self.network.schedule.sizes
         shared = choose(buckets, sizes, platform)
+        self._config = model.config
         self._program = program.compile_program(self.network, self.tokenizer, shared)
-        where = {
-            name: rules.shardings(one.config.abstract(), self.mesh, f' of the {name}')
-            for name, one in (('model', model), ('tokenizer', model.tokenizer))
+        shardings = {
+            name: rules.shardings(part.config.abstract(), self.mesh, f' of the {name}')
+            for name, part in (('model', model), ('tokenizer', model.tokenizer))
         }
-        self._params = jax.device_put(
-            program.cast({'model': model.params, 'tokenizer': model.tokenizer.params}, dtype), where
-        )
+        params = {'model': model.params, 'tokenizer': model.tokenizer.params}
+        self._params = jax.device_put(program.cast(params, dtype), shardings)
         self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 
     def __call__(
         self, prompts: Sequence[str], seed: int = 0, batch: int = BATCH, **settings: Any
     ) -> np.ndarray:
-        """uint8 images [N, H, W, 3]; image i draws from the key of `seed + i`.
+        """Samples one image per prompt.
 
-        `settings` are fields of `Settings`; those left out are what the model's maker recommends.
-        `stable=True` means as recommended, or as the originals' demo has it.
-        Raises UserError for settings that are none, and where there is no prompt.
+        Args:
+            prompts: the prompts, a list of N.
+            seed: image i uses the key of `seed + i`.
+            batch: images per run of the program.
+            **settings: fields of `Settings`; those left out are as recommended. `stable=True`
+                means as recommended, or as in the originals' demo.
+
+        Returns:
+            uint8 images [N, H, W, 3].
+
+        Raises:
+            UserError: an invalid argument, or no prompt.
         """
         if isinstance(prompts, str):
             raise UserError(f'prompts come as a list, not as one text: give [{prompts[:30]!r}]')
@@ -87,7 +103,7 @@ class Pipeline:
         return np.concatenate(list(self.stream(prompts, seeds, self.resolve(**settings), batch)))
 
     def resolve(self, **settings: Any) -> Settings:
-        """The recommended settings with some replaced; a UserError for what is no setting."""
+        """The recommended settings with some replaced; a UserError for unknown or invalid ones."""
         known = [field.name for field in dataclasses.fields(Settings)]
         if unknown := sorted(set(settings) - set(known)):
             raise UserError(
@@ -100,43 +116,45 @@ class Pipeline:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def _stable(self, wanted: bool) -> Stable:
+    def _stable(self, on: bool) -> StableSettings:
         recommended = self.recommended.stable
-        if not wanted:
-            return Stable()
-        return Stable(version='1024') if recommended == Stable() else recommended
+        if not on:
+            return StableSettings()
+        return StableSettings(version='1024') if recommended == StableSettings() else recommended
 
     def stream(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, batch: int
     ) -> Iterator[np.ndarray]:
         """The images of prompts and seeds, batch by batch, uint8 [b, H, W, 3].
 
-        The next batch is on its way while the caller has one in hand.
+        The next batch is computed while the caller handles the one before.
         """
-        drawn = stable.arguments(settings, self.network, self.tokenizer.codes)
-        empty = self._empty if settings.guidance else None
-        waiting, first = None, 0
-        for rows in batches(len(prompts), batch, batch_shards(self.mesh)):
-            some = slice(first, first + rows)
-            first += rows
-            real = len(prompts[some])
-            filled = [*prompts[some], *[''] * (rows - real)]
-            keys_B = program.image_keys([*seeds[some], *[0] * (rows - real)])
-            given = jax.device_put(
-                (keys_B, self.encoder.encode(filled)), rules.batch_sharding(self.mesh)
+        pending, first = None, 0
+        for size in batches(len(prompts), batch, batch_shards(self.mesh)):
+            part = slice(first, first + size)
+            first += size
+            real = len(prompts[part])
+            padded = [*prompts[part], *[''] * (size - real)]
+            keys_B = program.image_keys([*seeds[part], *[0] * (size - real)])
+            keys_B, prompted = jax.device_put(
+                (keys_B, self.encoder.encode(padded)), rules.batch_sharding(self.mesh)
             )
-            images = self._program(self._params, *given, empty, *drawn)
-            if waiting:
-                yield _fetched(*waiting)
-            waiting = images, real
-        if waiting:
-            yield _fetched(*waiting)
+            inputs = program.inputs(
+                self._config, settings, keys_B=keys_B, prompted=prompted, empty=self._empty
+            )
+            images = self._program(self._params, inputs)
+            if pending:
+                yield _fetch(*pending)
+            pending = images, real
+        if pending:
+            yield _fetch(*pending)
 
 
 def batches(count: int, most: int, ways: int) -> list[int]:
-    """How many images each run of the program draws: `most`, and for the rest 1, 2, 4, ...
+    """The number of images of each run of the program, for `count` images in all.
 
-    All of them times what it takes to divide by `ways` (of which `most` holds at least one).
+    Full batches are of `most` images, the last of 1, 2, 4, ... Both are rounded up to multiples of
+    `ways`, over which a batch is split.
 
     >>> batches(37, 16, 1)
     [16, 16, 8]
@@ -152,45 +170,51 @@ def batches(count: int, most: int, ways: int) -> list[int]:
 
 
 def load(
-    place: str | Path,
+    source: str | Path,
     text: str = '',
     dtype: str = 'float32',
     mesh: Mesh | None = None,
     cross_attention: CrossAttentionMode = 'as_trained',
     buckets: Buckets | None = None,
 ) -> Pipeline:
-    """A pipeline from a model folder, a hub id, or 'shipped'.
+    """Loads a pipeline.
 
-    The text encoder is the one that the model names, wherever `text` says it lies. `dtype` is that
-    of the activations. Parameters are placed on `mesh` (by default the first device alone) by the
-    rules of training, and batches split over it. The `cross_attention` is the model's
-    own, 'corrected', or 'released', where an image's unprompted row sees what its prompted one
-    does. `buckets` are the first and the last of scales that share a part of the program (by
-    default those that suit the platform): images are the same, compiling takes less and drawing
-    more. Raises UserErrors for folders that cannot be read, for an encoder that is not the one that
-    the model was trained with and for buckets beyond its scales.
+    Args:
+        source: a model folder, a hub id, or 'shipped'.
+        text: a path or hub id of the model's text encoder; by default the one that the model names.
+        dtype: of activations.
+        mesh: the devices, over which parameters are sharded as in training and batches are split;
+            by default the first device alone.
+        cross_attention: as the model was trained; 'corrected'; or 'released', where the unprompted
+            row of an image attends to the text of its prompted row.
+        buckets: the first and the last of scales that share a part of the program (by default
+            those that suit the platform): equal images, faster to compile, slower to run.
+
+    Raises:
+        UserError: a folder that cannot be read, a text encoder that the model was not trained with,
+            or invalid buckets.
     """
-    read = with_cross_attention(models.read(place), cross_attention)
-    return prepare(read, str(place), text, dtype, mesh, buckets)
+    model = with_cross_attention(models.read(source), cross_attention)
+    return prepare(model, str(source), text=text, dtype=dtype, mesh=mesh, buckets=buckets)
 
 
 def prepare(
     model: folder.Model,
-    place: str,
+    source: str,
+    *,
     text: str = '',
     dtype: str = 'float32',
     mesh: Mesh | None = None,
     buckets: Buckets | None = None,
 ) -> Pipeline:
-    """A pipeline of a model that was read from `place`; all else as in `load`."""
+    """A pipeline of a model that was read from `source`; other arguments as of `load`."""
 
     def load_encoder() -> TextEncoder:
         if model.text:
-            named = text or model.text.source
-            return load_text(named, sha256=model.text.sha256, mesh=mesh)
+            return load_text(text or model.text.source, sha256=model.text.sha256, mesh=mesh)
         if not text:
             raise UserError(
-                f'{place}: the model names no text encoder, and it draws from prompts: name the '
+                f'{source}: the model names no text encoder, and it samples from prompts: name the '
                 'one that it was trained with (--text FOLDER)'
             )
         return load_text(text, mesh=mesh)
@@ -198,16 +222,17 @@ def prepare(
     return Pipeline(model, model.config.prompt_encoder(load_encoder), dtype, mesh, buckets)
 
 
-def with_cross_attention(model: folder.Model, cross_attention: CrossAttentionMode) -> folder.Model:
-    """The model with the cross-attention asked for; a UserError where it has none."""
-    if cross_attention == 'as_trained':
+def with_cross_attention(model: folder.Model, mode: CrossAttentionMode) -> folder.Model:
+    """The model with another cross-attention; a UserError where it has none."""
+    if mode == 'as_trained':
         return model
     try:
-        config = model.config.with_cross_attention(released=cross_attention == 'released')
+        config = model.config.with_cross_attention(released=mode == 'released')
     except ValueError as error:
         raise UserError(str(error)) from error
     return dataclasses.replace(model, config=config)
 
 
-def _fetched(images: jax.Array, real: int) -> np.ndarray:
+def _fetch(images: jax.Array, real: int) -> np.ndarray:
+    """The first `real` images, on the host."""
     return np.asarray(images)[:real]

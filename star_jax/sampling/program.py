@@ -1,62 +1,141 @@
-"""Which one jitted program draws images?"""
+"""Which one jitted program samples images?"""
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from star_jax.core import condition, pixels
+from star_jax.core import condition
 from star_jax.core.buckets import Buckets
-from star_jax.core.condition import TextCondition
+from star_jax.core.guidance import StepSettings
+from star_jax.core.settings import Settings
+from star_jax.errors import UserError
 from star_jax.nn.transformer import Transformer
-from star_jax.sampling.methods import SamplingMethod
-from star_jax.sampling.sampler import sample
+from star_jax.protocols import Family, SamplingMethod
+from star_jax.sampling.methods import FilteredSampling, SmoothSampling
+from star_jax.sampling.sampler import GivenCodes, sample
+from star_jax.sampling.stable import StableSampling, plan_of_settings
 
-SEEDS = 2**32  # below which they lie
-HEAVY = ('blocks', 'to_logits', 'merge')  # parts whose products are in the compute dtype
-EXACT = ('norm_out', 'conv_out')  # of the decoder: eight bits of a pixel are all of bfloat16's
-
-# (params, keys_B, prompted, unprompted or None, guidance_S, draw) -> uint8 [B, H, W, 3]
-Program = Callable[..., jax.Array]
+SEEDS = 2**32  # seeds lie below
+HEAVY = ('blocks', 'to_logits', 'merge')  # parts with products in the compute dtype
+# Of the decoder, the layers that make the pixels: bfloat16 has no more bits than a pixel.
+EXACT = ('norm_out', 'conv_out')
 
 
-def compile_program(model: Transformer, tokenizer: nn.Module, buckets: Buckets = ()) -> Program:
-    """From encoded text to pixels; compiled once per batch size, top-k and kind of draw.
+@flax.struct.dataclass
+class SamplingInputs:
+    """What a run of the program samples.
 
-    The scales of each bucket share one body. Raises UserError for buckets that there cannot be,
-    the program where its draw tells the scales of a bucket apart.
-
-    Without `unprompted` (one row) only the prompted rows are run and there is no guidance. Where a
-    model mixes the rows of a batch, every image is a batch of its own, and what splits a batch over
-    devices has no say inside it.
+    Attributes:
+        keys_B: one key per image.
+        prompted: conditions of B prompts.
+        empty: the condition of the empty prompt, one row; None: no guidance, prompted rows alone.
+        settings: guidance and temperature of every step.
+        method: how codes are sampled.
+        given: codes that are fed back instead of the sampled ones.
     """
-    model.schedule.groups(shared=buckets)
-    if model.mixes_rows:
-        return jax.jit(
-            functools.partial(_draw_one_by_one, model.with_sharding(None), tokenizer, buckets)
+
+    keys_B: jax.Array
+    prompted: Any
+    empty: Any
+    settings: StepSettings
+    method: SamplingMethod
+    given: GivenCodes | None = None
+
+
+Program = Callable[[Any, SamplingInputs], jax.Array]  # with params; returns uint8 [B, H, W, 3]
+
+
+def inputs(
+    config: Family, settings: Settings, *, keys_B: jax.Array, prompted: Any, empty: Any
+) -> SamplingInputs:
+    """The inputs for a model of `config` under a user's settings.
+
+    Raises:
+        UserError: stable sampling of a model without a refinement head, or of scales that it
+            cannot refine.
+    """
+    steps = step_settings(config, settings)
+    return SamplingInputs(
+        keys_B=keys_B,
+        prompted=prompted,
+        empty=empty if steps.guided else None,
+        settings=steps,
+        method=sampling_method(config, settings),
+    )
+
+
+def step_settings(config: Family, settings: Settings) -> StepSettings:
+    """Guidance and temperature of every step, as the family derives them."""
+    return StepSettings(
+        guidance=config.guidance_weights(settings.guidance),
+        temperature=config.temperatures(settings.temperature),
+    )
+
+
+def sampling_method(config: Family, settings: Settings) -> SamplingMethod:
+    """How codes are sampled under a user's settings; UserErrors as of `inputs`."""
+    filtered = FilteredSampling(config.filter(settings))
+    plain = SmoothSampling(steps=config.schedule.steps) if settings.smooth else filtered
+    if settings.stable.version == 'off':
+        return plain
+    if config.refinement is None:
+        raise UserError(
+            'stable sampling needs a model with a refinement head, which this one has not: train '
+            'one on it (a config whose model has a refinement, and --init), or leave it off'
         )
-    return jax.jit(functools.partial(_draw_images, model, tokenizer, buckets))
+    return StableSampling(
+        plain=plain,
+        in_passes=filtered,
+        guidance=settings.guidance,
+        plan=plan_of_settings(config.schedule, settings.stable, config.refinement.first),
+        once=settings.stable.once,
+    )
+
+
+def compile_program(network: Transformer, tokenizer: nn.Module, buckets: Buckets = ()) -> Program:
+    """From encoded prompts to pixels; compiled once per batch size, top-k and kind of method.
+
+    Where a network mixes the rows of a batch, every image is a batch of its own, and no sharding of
+    a batch applies inside it.
+
+    Args:
+        network: the transformer.
+        tokenizer: its tokenizer.
+        buckets: the scales of each share one loop body.
+
+    Raises:
+        UserError: invalid buckets. The program raises it for buckets of scales that its method
+            samples in different ways.
+    """
+    network.schedule.groups(shared=buckets)
+    if network.mixes_rows:
+        network = network.with_sharding(None)
+        return jax.jit(functools.partial(_sample_one_by_one, network, tokenizer, buckets))
+    return jax.jit(functools.partial(_sample_images, network, tokenizer, buckets))
 
 
 def image_keys(seeds: Sequence[int]) -> jax.Array:
-    """One key per image: a seed (modulo 2^32) draws its image again, alone or in any batch."""
+    """[B] keys: a seed (modulo 2^32) samples the same image, alone or in any batch."""
     return jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds) % SEEDS, jnp.uint32))
 
 
 def cast(params: dict, dtype: str) -> dict:
-    """Those of 'model' and 'tokenizer' in the compute dtype, once, before the program.
+    """The parameters 'model' and 'tokenizer' in the compute dtype, once, before the program.
 
-    Of the network the kernels of layers and head, of the tokenizer its decoder but for the layers
-    that make the pixels. Everything else works in float32 and stays so: embeddings, positions,
-    score scales, codes, the canvas.
+    Cast are the kernels of the network's layers and head, and the tokenizer's decoder without the
+    layers that make the pixels. Everything else is computed in float32 and stays in it: embeddings,
+    positions, score scales, codes, the canvas.
     """
 
     def convert(path: tuple, x: jax.Array) -> jax.Array:
-        whose, *names = [key.key for key in path]
-        if whose == 'tokenizer':
+        part, *names = [key.key for key in path]
+        if part == 'tokenizer':
             heavy = names[0] == 'decoder' and names[1] not in EXACT
         else:
             inside = any(name in HEAVY for name in names[:2])  # of the network or its refiner
@@ -66,36 +145,44 @@ def cast(params: dict, dtype: str) -> dict:
     return jax.tree_util.tree_map_with_path(convert, params)
 
 
-def _draw_images(
-    model: Transformer,
+def _sample_images(
+    network: Transformer,
     tokenizer: nn.Module,
     buckets: Buckets,
     params: dict,
-    keys_B: jax.Array,
-    prompted: TextCondition,
-    unprompted: TextCondition | None,
-    guidance_S: jax.Array,
-    draw: SamplingMethod,
+    inputs: SamplingInputs,
 ) -> jax.Array:
-    rows = prompted if unprompted is None else condition.stack(prompted, unprompted)
-    drawn = sample(model, tokenizer, params, keys_B, rows, guidance_S, draw, buckets=buckets)
-    return pixels.to_uint8(drawn.images)
+    rows = inputs.prompted
+    if inputs.empty is not None:
+        rows = condition.stack(inputs.prompted, inputs.empty)
+    sampled = sample(
+        network,
+        tokenizer,
+        params,
+        keys_B=inputs.keys_B,
+        condition=rows,
+        settings=inputs.settings,
+        method=inputs.method,
+        given=inputs.given,
+        buckets=buckets,
+    )
+    return tokenizer.to_uint8(sampled.images)
 
 
-def _draw_one_by_one(
-    model: Transformer,
+def _sample_one_by_one(
+    network: Transformer,
     tokenizer: nn.Module,
     buckets: Buckets,
     params: dict,
-    keys_B: jax.Array,
-    prompted: TextCondition,
-    unprompted: TextCondition | None,
-    guidance_S: jax.Array,
-    draw: SamplingMethod,
+    inputs: SamplingInputs,
 ) -> jax.Array:
-    def draw_one(key: jax.Array, text: TextCondition) -> jax.Array:
-        text = jax.tree.map(lambda x: x[None], text)
-        own = (params, key[None], text, unprompted, guidance_S, draw)
-        return _draw_images(model, tokenizer, buckets, *own)[0]
+    codes = None if inputs.given is None else inputs.given.codes
 
-    return jax.vmap(draw_one)(keys_B, prompted)
+    def sample_one(key: jax.Array, prompted: Any, codes: jax.Array | None) -> jax.Array:
+        given = None if codes is None else inputs.given.replace(codes=codes[None])
+        single = inputs.replace(
+            keys_B=key[None], prompted=jax.tree.map(lambda x: x[None], prompted), given=given
+        )
+        return _sample_images(network, tokenizer, buckets, params, single)[0]
+
+    return jax.vmap(sample_one)(inputs.keys_B, inputs.prompted, codes)

@@ -1,12 +1,12 @@
-"""How does a prompt become an image?
+"""How do the conditions of images become their codes and pixels?
 
-One program from encoded text to uint8 pixels. The same walk serves a pyramid, whose steps grow
-and are unrolled or padded to share a scanned body, and a raster, whose equal steps share one as
-they are.
+One program from encoded prompts to images. The same loop over steps serves a pyramid, whose steps
+grow and are unrolled or padded to share a scanned body, and a raster, whose equal steps share one
+as they are.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,39 +16,105 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core.buckets import Buckets
+from star_jax.core.codes import Codes, Sampled
+from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.core.visibility import StaticVisibility
+from star_jax.nn.bind import bind
 from star_jax.nn.kernels import KV, Visibility
 from star_jax.nn.transformer import Transformer
-from star_jax.sampling.methods import SamplingMethod, StepFns
+from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
+
+
+class StepTrace(NamedTuple):
+    """What a step, or a stack of steps along a new first axis, computed.
+
+    Attributes:
+        method: logits before and after guidance, and filtered probabilities.
+        sampled: [B, L, *codes.shape] codes that the method sampled, given ones notwithstanding.
+        canvas: the tokenizer's canvas after the step.
+        inputs: the tokenizer's inputs of the next step; None after the last.
+    """
+
+    method: MethodTrace
+    sampled: jax.Array
+    canvas: jax.Array
+    inputs: jax.Array | None
 
 
 class Trace(NamedTuple):
-    """What a step left behind; `inputs` are those of the next step, None after the last.
+    """What the sampler computed.
 
-    `passes` are those of a draw that takes several, stacked, or None.
+    Attributes:
+        start: [R, rows of step 0, D], the rows of the first step.
+        groups: the steps, stacked where they share a loop body; `steps` unstacks them.
+        cache: keys and values of every layer, after the last step.
     """
 
-    logits_BLV: jax.Array
-    canvas: jax.Array
-    inputs: jax.Array | None
-    passes: Any = None
+    start: jax.Array
+    groups: tuple[StepTrace, ...]
+    cache: KV
+
+    def steps(self) -> list[StepTrace]:
+        """The trace of every step, in order."""
+        return [
+            jax.tree.map(lambda x, i=i: x[i], group)
+            for group in self.groups
+            for i in range(len(group.canvas))
+        ]
 
 
 class StepOutput(NamedTuple):
-    """What a step, or a stack of steps, leaves to the caller."""
+    """What a step, or a stack of steps, returns to the caller."""
 
-    codes_BL: jax.Array
-    trace: Trace | None
+    codes: jax.Array
+    trace: StepTrace | None
 
 
 class Sample(NamedTuple):
-    """`images` [B, H, W, 3] float32 in [-1, 1], `codes_BL`, and per group of steps its traces,
-    stacked (empty unless asked for)."""
+    """Images and how they were made.
+
+    Attributes:
+        images: [B, H, W, 3] float32 in [-1, 1].
+        codes: [B, L, *codes.shape] of all steps.
+        trace: None unless asked for.
+    """
 
     images: jax.Array
-    codes_BL: jax.Array
-    traces: tuple[Trace, ...]
+    codes: jax.Array
+    trace: Trace | None
+
+
+@flax.struct.dataclass
+class GivenCodes:
+    """Codes that are fed back instead of the sampled ones.
+
+    Attributes:
+        codes: [B, L, *codes.shape] of all steps; those of steps that are not given mean nothing.
+        mask_S: [S] bool, True for the steps that are given.
+    """
+
+    codes: jax.Array
+    mask_S: jax.Array
+
+    @classmethod
+    def of_steps(
+        cls, steps: Mapping[int, jax.Array], schedule: Schedule, codes: Codes
+    ) -> 'GivenCodes':
+        """From the codes [B, L of the step, *codes.shape] of at least one step."""
+        batch = len(next(iter(steps.values())))
+        values = np.zeros((batch, schedule.length, *codes.shape), np.int32)
+        for step, given in steps.items():
+            values[:, schedule.offsets[step] : schedule.offsets[step + 1]] = given
+        return cls(values, np.isin(np.arange(schedule.steps), list(steps)))
+
+    def replace_codes(self, sampled: jax.Array, schedule: Schedule, step: Step) -> jax.Array:
+        """The given codes of `step` where it is given, otherwise the `sampled` ones."""
+        size = sampled.shape[1]
+        after = [(0, 0), (0, size), *[(0, 0)] * (sampled.ndim - 2)]  # a slice must not be moved
+        first = jnp.asarray(schedule.offsets)[step.index]
+        given = jax.lax.dynamic_slice_in_dim(jnp.pad(self.codes, after), first, size, axis=1)
+        return jnp.where(jnp.asarray(self.mask_S)[step.index], given.astype(sampled.dtype), sampled)
 
 
 @flax.struct.dataclass
@@ -80,127 +146,185 @@ class Cache:
 
 
 def sample(
-    model: Transformer,
+    network: Transformer,
     tokenizer: nn.Module,
-    params: dict,
+    params: Mapping[str, Any],
+    *,
     keys_B: jax.Array,
     condition: Any,
-    guidance_S: jax.Array,
-    draw: SamplingMethod,
+    settings: StepSettings,
+    method: SamplingMethod,
+    given: GivenCodes | None = None,
     trace: bool = False,
     buckets: Buckets = (),
 ) -> Sample:
-    """One image per key.
+    """Samples one image per key.
 
-    `params` holds those of `model` and of `tokenizer`. `condition` stacks prompted over unprompted
-    rows, or holds prompted rows alone (no guidance). Image b draws from its own key, folded with
-    the step. `trace` (static) also returns guided logits, canvas and next inputs of every step.
-    The scales of each of the `buckets` (static) share one scanned body, which changes no image.
+    Args:
+        network: the transformer.
+        tokenizer: its tokenizer.
+        params: parameters of both, as 'model' and 'tokenizer'.
+        keys_B: one key per image, which is folded with each step.
+        condition: prompted over unprompted rows, one of each per image, or prompted rows alone (no
+            guidance).
+        settings: guidance and temperature of every step.
+        method: how codes are sampled.
+        given: codes that are fed back instead of the sampled ones.
+        trace: also return what every step computed (static).
+        buckets: the scales of each share one scanned body (static); no image depends on them.
     """
-    apply = functools.partial(model.apply, {'params': params['model']})
-    token = functools.partial(tokenizer.apply, {'params': params['tokenizer']})
-    schedule = model.schedule
+    schedule = network.schedule
+
+    # Bound anew at each use: a bound module must not cross into the body of a scan.
+    def net() -> Transformer:
+        return bind(network, params['model'])
+
+    def tok() -> nn.Module:
+        return bind(tokenizer, params['tokenizer'])
+
+    parse = tokenizer.codes.parse
     step_fns = StepFns(
-        head=lambda features: apply(features, condition, method='head'),
-        embed=lambda codes: token(codes, method='embed'),
-        mix=lambda weights: token(weights, method='mix'),
-        refine=lambda vectors, features, step: apply(
-            vectors, features, schedule.rows(step), condition, method='refine'
+        codes=tokenizer.codes,
+        head=lambda features: parse(net().head(features, condition)),
+        embed=lambda codes: tok().embed(codes),
+        mix=lambda weights: tok().mix(weights),
+        refine=lambda vectors, features, step: parse(
+            net().refine(vectors, features, schedule.rows(step), condition)
         ),
         trace=trace,
     )
-    text_kv = apply(condition, method='text_kv')  # once, not per step
-    x_RLD = apply(condition, method='start')
-    both = len(x_RLD) // len(keys_B)
-    cache = _empty_cache(model, len(x_RLD))
-    canvas = token(len(keys_B), method='blank')
+    text_kv = net().text_kv(condition)  # once, not per step
+    x_RLD = start_RLD = net().start(condition)
+    copies = len(x_RLD) // len(keys_B)
+    cache = _empty_cache(network, len(x_RLD))
+    canvas = tok().blank(len(keys_B))
 
-    def enter(inputs: jax.Array, step: Step) -> jax.Array:
-        x = apply(inputs, schedule.rows(step), method='embed')
-        return jnp.concatenate([x] * both)
+    def embed(inputs: jax.Array, step: Step) -> jax.Array:
+        return jnp.concatenate([net().embed(inputs, schedule.rows(step))] * copies)
 
-    def visit(carry: tuple, step: Step) -> tuple[tuple, StepOutput]:
+    def run_step(carry: tuple, step: Step) -> tuple[tuple, StepOutput]:
         x_RLD, cache, canvas = carry
         rows = schedule.rows(step)
         written = cache.until(schedule.starts[step.like]) if step.padded else cache
         past, visibility = written.past(schedule, rows)
-        features_RLD, new = apply(x_RLD, rows, text_kv, condition, past, visibility, method='trunk')
-        cache = Cache(model.place(cache.write(new, rows[0]).kv))
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step.index)
-        drawing = features_RLD[:, -schedule.sizes[step.like] :]
-        drawn, logits = draw(keys, drawing, guidance_S[step.index], step, step_fns)
-        canvas, inputs = token(canvas, drawn, step, method='advance')
-        left = StepOutput(
-            drawn.codes_BL, Trace(logits, canvas, inputs, drawn.passes) if trace else None
+        features_RLD, new = net().trunk(
+            x_RLD, rows, text_kv, condition, past=past, visibility=visibility
         )
+        cache = Cache(network.place(cache.write(new, rows[0]).kv))
+        sampled, method_trace = method(
+            jax.vmap(jax.random.fold_in, (0, None))(keys_B, step.index),
+            features_RLD[:, -schedule.sizes[step.like] :],
+            settings.at(step.index),
+            step,
+            step_fns,
+        )
+        own_codes = sampled.codes_BL
+        if given is not None:
+            codes = given.replace_codes(own_codes, schedule, step)
+            is_given = jnp.asarray(given.mask_S)[step.index]
+            vectors = jnp.where(is_given, tok().embed(codes), sampled.vectors_BLC)
+            sampled = Sampled(codes, vectors)
+        canvas, inputs = tok().advance(canvas, sampled, step)
+        step_trace = StepTrace(method_trace, own_codes, canvas, inputs) if trace else None
         if inputs is not None:
-            x_RLD = enter(inputs, step.next())
-        return (x_RLD, cache, canvas), left
+            x_RLD = embed(inputs, step.next())
+        return (x_RLD, cache, canvas), StepOutput(sampled.codes_BL, step_trace)
 
-    def visit_bucket(carry: tuple, group: Group) -> tuple[tuple, list[StepOutput]]:
+    def run_bucket(carry: tuple, group: Group) -> tuple[tuple, list[StepOutput]]:
         last = Step.at(group.members[-1])
         x_RLD, cache, canvas = carry
-        behind = schedule.reads[last.like] - x_RLD.shape[1]
-        x_RLD = jnp.pad(x_RLD, ((0, 0), (0, behind), (0, 0)))
-        carry, padded = scan(visit, group, (x_RLD, cache, canvas))
+        padding = schedule.reads[last.like] - x_RLD.shape[1]
+        x_RLD = jnp.pad(x_RLD, ((0, 0), (0, padding), (0, 0)))
+        carry, outputs = scan(run_step, group, (x_RLD, cache, canvas))
         x_RLD, cache, canvas = carry
-        inputs = token(canvas, last, method='following')  # at full size, for who comes behind
+        inputs = tok().following(canvas, last)  # of the step after the bucket, at its own size
         if inputs is not None:
-            x_RLD = enter(inputs, last.next())
-        return (x_RLD, cache, canvas), cut(padded, schedule, group, inputs)
+            x_RLD = embed(inputs, last.next())
+        return (x_RLD, cache, canvas), cut(outputs, schedule, group, inputs)
 
-    carry, left = (x_RLD, cache, canvas), []
-    for group in schedule.groups(tuple(map(draw.kind, range(schedule.steps))), buckets):
-        carry, some = visit_bucket(carry, group) if group.padded else walk(visit, group, carry)
-        left += some
-    canvas = carry[-1]
-    codes = [jnp.moveaxis(one.codes_BL, 0, 1).reshape(len(keys_B), -1) for one in left]
-    images = token(canvas, method='decode')
-    return Sample(images, jnp.concatenate(codes, 1), tuple(one.trace for one in left if one.trace))
+    carry, outputs = (x_RLD, cache, canvas), []
+    for group in schedule.groups(tuple(map(method.kind, range(schedule.steps))), buckets):
+        run = run_bucket if group.padded else functools.partial(run_group, run_step)
+        carry, of_group = run(carry, group)
+        outputs += of_group
+    _, cache, canvas = carry
+    codes = [_flatten_steps(output.codes) for output in outputs]
+    return Sample(
+        images=tok().decode(canvas),
+        codes=jnp.concatenate(codes, axis=1),
+        trace=Trace(start_RLD, tuple(output.trace for output in outputs), cache.kv)
+        if trace
+        else None,
+    )
 
 
-def walk(visit: Callable, group: Group, carry: Any) -> tuple[Any, list]:
-    """Folds `visit(carry, step) -> (carry, left)` over the steps of a group.
+def run_group(
+    run_step: Callable[[Any, Step], tuple[Any, StepOutput]], carry: Any, group: Group
+) -> tuple[Any, list[StepOutput]]:
+    """Folds `run_step(carry, step) -> (carry, output)` over the steps of a group.
 
-    Returns what they left, stacked along a new first axis, in a list.
+    Returns the carry, and the outputs stacked along a new first axis, in a list.
     """
     if group.count > 1:
-        carry, many = scan(visit, group, carry)
-        return carry, [many]
-    carry, one = visit(carry, Step.at(group.first))
-    return carry, [jax.tree.map(lambda x: x[None], one)]
+        carry, outputs = scan(run_step, group, carry)
+        return carry, [outputs]
+    carry, output = run_step(carry, Step.at(group.first))
+    return carry, [jax.tree.map(lambda x: x[None], output)]
 
 
-def scan(visit: Callable, group: Group, carry: Any) -> tuple[Any, Any]:
+def scan(
+    run_step: Callable[[Any, Step], tuple[Any, StepOutput]], group: Group, carry: Any
+) -> tuple[Any, StepOutput]:
     """The same with one body for all steps of the group."""
     like = group.members[-1 if group.padded else 0]
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
-        return visit(carry, Step(index, like, group.padded))
+    def body(carry: Any, index: jax.Array) -> tuple[Any, StepOutput]:
+        return run_step(carry, Step(index, like, group.padded))
 
     return jax.lax.scan(body, carry, jnp.asarray(group.members))
 
 
 def cut(
-    padded: StepOutput, schedule: Schedule, group: Group, inputs: jax.Array | None
+    outputs: StepOutput, schedule: Schedule, group: Group, inputs: jax.Array | None
 ) -> list[StepOutput]:
-    """What each step of a bucket left, without its padding.
+    """The outputs of each step of a bucket without their padding.
 
-    `inputs` are those of the step behind the bucket.
+    `inputs` are those of the step after the bucket.
     """
-    left = []
-    for place, step in enumerate(group.members):
-        one = jax.tree.map(lambda x, at=place: x[at : at + 1], padded)
-        size, trace = schedule.sizes[step], one.trace
+    steps = []
+    for position, step in enumerate(group.members):
+        output = jax.tree.map(lambda x, at=position: x[at : at + 1], outputs)
+        cut_tokens = functools.partial(_cut_tokens, schedule.sizes[step])
+        trace = output.trace
         if trace is not None:
             following = trace.inputs[:, :, : schedule.reads[min(step + 1, schedule.steps - 1)]]
             if step == group.members[-1]:
                 following = None if inputs is None else inputs[None]
-            trace = trace._replace(logits_BLV=trace.logits_BLV[:, :, :size], inputs=following)
-        left.append(StepOutput(one.codes_BL[:, :, :size], trace))
-    return left
+            method, sampled = jax.tree.map(cut_tokens, (trace.method, trace.sampled))
+            trace = StepTrace(method, sampled, trace.canvas, following)
+        steps.append(StepOutput(cut_tokens(output.codes), trace))
+    return steps
 
 
-def _empty_cache(model: Transformer, rows: int) -> Cache:
-    shape = (model.depth, rows, model.schedule.starts[-1], model.heads, model.width // model.heads)
-    return Cache(model.place(KV(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))))
+def _cut_tokens(size: int, x: jax.Array) -> jax.Array:
+    """The first tokens of arrays [1, B, L, ...]."""
+    return x[:, :, :size]
+
+
+def _flatten_steps(codes: jax.Array) -> jax.Array:
+    """[steps, B, L, ...] -> [B, steps * L, ...]."""
+    codes = jnp.moveaxis(codes, 0, 1)
+    return codes.reshape(len(codes), -1, *codes.shape[3:])
+
+
+def _empty_cache(network: Transformer, rows: int) -> Cache:
+    shape = (
+        network.depth,
+        rows,
+        network.schedule.starts[-1],
+        network.heads,
+        network.width // network.heads,
+    )
+    return Cache(
+        network.place(KV(jnp.zeros(shape, network.dtype), jnp.zeros(shape, network.dtype)))
+    )

@@ -1,12 +1,13 @@
-"""How is a scale drawn in several passes, each looking at what the earlier ones fixed?
+"""How is a scale sampled in several passes, each conditioned on the tokens fixed before?
 
-Causal-driven stable sampling (STAR specification 9.2). Every pass draws a code for every token,
-and fixes some of them; in the end each token was fixed once. The refinement head sees the fixed
-ones; the base model does not, so that its passes differ only in luck.
+Causal-driven stable sampling (STAR specification 9.2). Every pass samples a code for every token
+and fixes some of them; after the last pass each token was fixed once. The refinement head reads the
+fixed tokens. The base model does not, so its passes differ in their random numbers only.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import flax.struct
@@ -14,25 +15,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from star_jax.core.codes import Index, Sampled
-from star_jax.core.filters import Filter
+from star_jax.core.codes import Sampled
+from star_jax.core.guidance import StepSettings, guide
 from star_jax.core.schedule import Schedule, Step
-from star_jax.core.settings import Settings
-from star_jax.core.settings import Stable as Wanted
+from star_jax.core.settings import StableSettings
 from star_jax.core.unmasking import Mode, budgets
 from star_jax.errors import UserError
-from star_jax.nn.transformer import Transformer
-from star_jax.sampling import methods
-from star_jax.sampling.methods import SamplingMethod, StepFns, guide
+from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
+from star_jax.sampling.methods import FilteredSampling
 
-LUCKY = 5  # passes of a scale that fix tokens at random, whatever their confidence
+RANDOM_PASSES = 5  # the first passes over a scale fix tokens at random, whatever their confidence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Version:
-    """One of the published ways: `passes` over a scale, the first `base` of them by the base model.
+    """A published number of passes.
 
-    Scales from `late` on take `late_passes`, all by the head.
+    Attributes:
+        passes: passes over a scale.
+        base: how many of them, the first ones, the base model makes.
+        late: the first scale with `late_passes`; None: there is none.
+        late_passes: passes over each scale from `late` on, all by the head.
     """
 
     passes: int
@@ -41,7 +44,7 @@ class Version:
     late_passes: int = 0
 
     def of_scale(self, scale: int) -> tuple[int, int]:
-        """How many passes it takes, and how many of them are the base model's."""
+        """The passes over a scale, and how many of them the base model makes."""
         if self.late is not None and scale >= self.late:
             return self.late_passes, 0
         return self.passes, self.base
@@ -54,19 +57,31 @@ VERSIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Budgets of every pass over a scale, and how many passes are the base model's."""
+class ScalePasses:
+    """The passes over one scale.
+
+    Attributes:
+        budgets: how many tokens each pass fixes.
+        base: how many passes, the first ones, the base model makes.
+    """
 
     budgets: tuple[int, ...]
     base: int
 
 
-Plans = tuple[Plan | None, ...]  # of every step; None: drawn at once
+PassPlan = tuple[ScalePasses | None, ...]  # of every step; None: sampled at once
 
 
-class Pass(NamedTuple):
-    """What one pass left: codes and confidence of every token, and the tokens fixed by then with
-    their vectors (zero for the others)."""
+class PassTrace(NamedTuple):
+    """What one pass computed; stacked along a new first axis, all passes over a scale.
+
+    Attributes:
+        logits_BLV: guided logits.
+        codes_BL: the codes that it sampled for every token.
+        confidence_BL: their probabilities after the filter.
+        fixed_BL: bool, the tokens fixed by the end of the pass.
+        vectors_BLC: the vectors of the fixed tokens, 0 for the others.
+    """
 
     logits_BLV: jax.Array
     codes_BL: jax.Array
@@ -76,122 +91,143 @@ class Pass(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Which tokens are fixed, and with which code; other codes mean nothing."""
+    """Which tokens are fixed, and their codes; codes of other tokens mean nothing."""
 
     mask_BL: jax.Array
     codes_BL: jax.Array
 
     def fix(self, chosen_BL: jax.Array, codes_BL: jax.Array) -> 'Fixed':
-        """With the chosen tokens fixed too; those that were already keep their codes."""
+        """The same with the chosen tokens fixed, too; fixed tokens keep their codes."""
         new_BL = chosen_BL & ~self.mask_BL
         return Fixed(self.mask_BL | new_BL, jnp.where(new_BL, codes_BL, self.codes_BL))
+
+    def vectors(self, step_fns: StepFns) -> jax.Array:
+        """[B, L, C]: the vectors of fixed tokens, 0 for the others."""
+        return step_fns.embed(self.codes_BL) * self.mask_BL[..., None]
 
 
 @flax.struct.dataclass
 class RandomRanking:
-    """Fresh uniform numbers."""
+    """Ranks tokens by fresh uniform numbers."""
 
     def __call__(self, keys_B: jax.Array, step: Step, index: jax.Array, tokens: int) -> jax.Array:
-        """[B, tokens] float32 in [0, 1): the larger, the sooner pass `index` fixes a token."""
+        """[B, tokens] float32 in [0, 1): pass `index` fixes the tokens with the largest first."""
         return jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys_B)
 
 
 @flax.struct.dataclass
 class RecordedRanking:
-    """Given numbers [S, passes, B, widest step], as of the original's first five passes."""
+    """Ranks tokens by recorded numbers.
+
+    Attributes:
+        uniform_SPBL: [S, passes, B, tokens of the widest step] numbers of the original.
+    """
 
     uniform_SPBL: jax.Array
 
     def __call__(self, keys_B: jax.Array, step: Step, index: jax.Array, tokens: int) -> jax.Array:
-        """Of later passes, which rank by confidence, those of the last recorded one."""
+        """The same; an index after the last recorded pass gives the last recorded numbers."""
         return self.uniform_SPBL[step.index, index, : len(keys_B), :tokens]
 
 
 @flax.struct.dataclass
-class Stable(SamplingMethod):
-    """`plans` says which steps are drawn in passes; the others are drawn by `plain`.
+class StableSampling:
+    """Samples some steps in passes, and the others at once.
 
-    In a pass, codes are guided, filtered by `keep`, and chosen by `choose(keys_B, logits_BLV)`. The
-    base model is guided by the step's weight, the head by `guidance` at every step. The first five
-    passes fix the tokens that `rank` puts first, later ones those whose code is most probable. A
-    base model's pass first fixes as many by confidence alone, as published, unless `once` is set.
+    The base model is guided by the weight of the step, the head by `guidance` at every step. The
+    first `RANDOM_PASSES` passes fix the tokens that `rank` puts first, later ones those with the
+    highest confidence. A pass of the base model first fixes as many tokens by confidence alone, as
+    published, unless `once` is set.
+
+    Attributes:
+        plain: samples the steps without passes.
+        in_passes: its filter and its choice of codes serve every pass.
+        guidance: the head's guidance weight.
+        plan: the passes over every step (static).
+        once: a base model's pass fixes its number of tokens only (static).
+        rank: the order in which the first passes fix tokens.
     """
 
     plain: SamplingMethod
-    keep: Filter
+    in_passes: FilteredSampling
     guidance: float | jax.Array
-    choose: Callable[[jax.Array, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
-    plans: Plans = flax.struct.field(pytree_node=False)
+    plan: PassPlan = flax.struct.field(pytree_node=False)
     once: bool = flax.struct.field(pytree_node=False, default=False)
     rank: RandomRanking | RecordedRanking = RandomRanking()
 
     def kind(self, step: int) -> Hashable:
-        return self.plans[step] or self.plain.kind(step)
+        return self.plan[step] or self.plain.kind(step)
 
     def __call__(
         self,
         keys_B: jax.Array,
         features_RLD: jax.Array,
-        weight: jax.Array,
+        settings: StepSettings,
         step: Step,
         step_fns: StepFns,
-    ) -> tuple[Sampled, jax.Array]:
-        """The guided logits that it returns are those of the base model."""
-        plan = self.plans[step.like]
-        if plan is None:
-            return self.plain(keys_B, features_RLD, weight, step, step_fns)
+    ) -> tuple[Sampled, MethodTrace | None]:
+        """The traced logits and probabilities are those of the base model."""
+        passes = self.plan[step.like]
+        if passes is None:
+            return self.plain(keys_B, features_RLD, settings, step, step_fns)
         batch, tokens = len(keys_B), features_RLD.shape[1]
-        base_BLV = guide(step_fns.head(features_RLD), batch, weight)
-        kept_BLV = self.keep(base_BLV)  # once: the base model says the same in every pass
-        rows = len(features_RLD) // batch
+        base_logits = step_fns.head(features_RLD)
+        base_BLV = guide(base_logits, batch, settings.guidance)
+        # Once for all passes: the logits of the base model don't depend on the fixed tokens.
+        base_filtered = self.in_passes.filter(base_BLV, settings.temperature)
+        copies = len(features_RLD) // batch
 
-        def refined(fixed: Fixed) -> tuple[jax.Array, jax.Array]:
-            vectors_RLC = jnp.concatenate([_vectors(fixed, step_fns)] * rows)
+        def refine(fixed: Fixed) -> tuple[jax.Array, jax.Array]:
+            vectors_RLC = jnp.concatenate([fixed.vectors(step_fns)] * copies)
             logits_RLV = step_fns.refine(vectors_RLC, features_RLD, step)
             logits_BLV = guide(logits_RLV, batch, self.guidance)
-            return logits_BLV, self.keep(logits_BLV)
+            return logits_BLV, self.in_passes.filter(logits_BLV, settings.temperature)
 
-        def visit(by_base: bool, fixed: Fixed, turn: tuple) -> tuple[Fixed, Pass | None]:
-            index, budget = turn
+        def run_pass(
+            by_base: bool, fixed: Fixed, xs: tuple[jax.Array, jax.Array]
+        ) -> tuple[Fixed, PassTrace | None]:
+            index, budget = xs
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-            draw_keys, rank_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-            logits = (base_BLV, kept_BLV) if by_base else refined(fixed)
-            codes_BL, sure_BL = self._draw(draw_keys, logits[1])
+            code_keys, rank_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+            logits_BLV, filtered_BLV = (base_BLV, base_filtered) if by_base else refine(fixed)
+            codes_BL = self.in_passes.choose(code_keys, filtered_BLV, step_fns)
+            confidence_BL = _probability(filtered_BLV, codes_BL)
             if by_base and not self.once:
-                fixed = fixed.fix(_largest(sure_BL, budget), codes_BL)
-            lucky_BL = self.rank(rank_keys, step, index, tokens)
-            order_BL = jnp.where(index < LUCKY, lucky_BL, sure_BL)
+                fixed = fixed.fix(_largest(confidence_BL, budget), codes_BL)
+            random_BL = self.rank(rank_keys, step, index, tokens)
+            order_BL = jnp.where(index < RANDOM_PASSES, random_BL, confidence_BL)
             open_BL = jnp.where(fixed.mask_BL, -1.0, order_BL)
             fixed = fixed.fix(_largest(open_BL, budget), codes_BL)
-            left = (logits[0], codes_BL, sure_BL, fixed.mask_BL, _vectors(fixed, step_fns))
-            return fixed, Pass(*left) if step_fns.trace else None
+            if not step_fns.trace:
+                return fixed, None
+            vectors_BLC = fixed.vectors(step_fns)
+            return fixed, PassTrace(logits_BLV, codes_BL, confidence_BL, fixed.mask_BL, vectors_BLC)
 
         fixed = Fixed(jnp.zeros((batch, tokens), bool), jnp.zeros((batch, tokens), jnp.int32))
-        turns = (np.arange(len(plan.budgets)), np.asarray(plan.budgets))
-        left = []
-        for by_base, part in ((True, slice(plan.base)), (False, slice(plan.base, None))):
-            xs = tuple(x[part] for x in turns)
-            if len(xs[0]):
-                fixed, passes = jax.lax.scan(lambda *at, b=by_base: visit(b, *at), fixed, xs)
-                left.append(passes)
-        passes = jax.tree.map(lambda *x: jnp.concatenate(x), *left)
-        vectors_BLC = step_fns.embed(fixed.codes_BL)
-        return Sampled(fixed.codes_BL, vectors_BLC, passes), base_BLV
-
-    def _draw(self, keys_B: jax.Array, kept_BLV: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes, and their probabilities among those that the filter has left."""
-        codes_BL = self.choose(keys_B, kept_BLV)
-        probs_BLV = jax.nn.softmax(kept_BLV)
-        sure_BL1 = jnp.take_along_axis(probs_BLV, codes_BL[..., None], axis=-1)
-        return codes_BL, sure_BL1[..., 0]
+        indices, counts = np.arange(len(passes.budgets)), np.asarray(passes.budgets)
+        traces = []
+        for by_base, part in ((True, slice(passes.base)), (False, slice(passes.base, None))):
+            if len(indices[part]):
+                body = functools.partial(run_pass, by_base)
+                fixed, trace = jax.lax.scan(body, fixed, (indices[part], counts[part]))
+                traces.append(trace)
+        sampled = Sampled(fixed.codes_BL, step_fns.embed(fixed.codes_BL))
+        if not step_fns.trace:
+            return sampled, None
+        pass_traces = jax.tree.map(lambda *x: jnp.concatenate(x), *traces)
+        probs = jax.nn.softmax(base_filtered)
+        return sampled, MethodTrace(base_logits, base_BLV, probs, pass_traces)
 
 
-def plan(schedule: Schedule, version: Version, mode: Mode, first: int, last: int) -> Plans:
-    """The passes over each step; the steps from `first` to `last` are drawn in passes.
+def plan_passes(
+    schedule: Schedule, version: Version, mode: Mode, first: int, last: int
+) -> PassPlan:
+    """The passes over each step; the steps from `first` to `last` are sampled in passes.
 
-    Raises UserError where a scale has too few tokens for them, as the original crashes there.
+    Raises:
+        UserError: a scale has too few tokens for its passes (the original crashes there).
     """
-    plans: list[Plan | None] = [None] * schedule.steps
+    plan: list[ScalePasses | None] = [None] * schedule.steps
     for step in range(first, last + 1):
         passes, base = version.of_scale(step)
         of_passes = budgets(schedule.sizes[step], passes, mode)
@@ -201,54 +237,29 @@ def plan(schedule: Schedule, version: Version, mode: Mode, first: int, last: int
                 f'stable sampling in mode {mode} (the last would fix {of_passes[-1]}): refine '
                 'later scales, with stable.first'
             )
-        plans[step] = Plan(of_passes, base)
-    return tuple(plans)
+        plan[step] = ScalePasses(of_passes, base)
+    return tuple(plan)
 
 
-def arguments(
-    settings: Settings, network: Transformer, codes: Index
-) -> tuple[jax.Array, SamplingMethod]:
-    """The guidance of each step, and the draw, plain or stable.
+def plan_of_settings(schedule: Schedule, settings: StableSettings, first_of_head: int) -> PassPlan:
+    """The passes that the settings name, for a head of the scales from `first_of_head` on.
 
-    Raises UserError where the network has no refinement head for stable sampling, and as
-    `plan_wanted` does.
+    Raises:
+        UserError: as of `plan_passes`, and for scales that the schedule does not have.
     """
-    schedule = network.schedule
-    ramp_S, plain = methods.arguments(settings, schedule.steps, codes)
-    if settings.stable.version == 'off':
-        return ramp_S, plain
-    if network.refiner is None:
-        raise UserError(
-            'stable sampling needs a model with a refinement head, which this one has not: train '
-            'one on it (a config whose model has a refinement, and --init), or leave it off'
-        )
-    return ramp_S, Stable(
-        plain=plain,
-        keep=methods.keep(settings),
-        guidance=settings.guidance,
-        choose=codes.sample,
-        plans=plan_wanted(schedule, settings.stable, network.refiner.first),
-        once=settings.stable.once,
-    )
-
-
-def plan_wanted(schedule: Schedule, wanted: Wanted, made_for: int) -> Plans:
-    """The passes that settings ask for, of a head made for the scales from `made_for` on.
-
-    Raises UserErrors as `plan` does, and for scales that there are not.
-    """
-    first, last = wanted.first or made_for, wanted.last or schedule.steps - 1
+    first, last = settings.first or first_of_head, settings.last or schedule.steps - 1
     if not first <= last < schedule.steps:
         raise UserError(
-            f'stable.first and stable.last ask for the scales {first} to {last}, expected scales '
-            f'in order below {schedule.steps}'
+            f'stable.first and stable.last name the scales {first} to {last}, expected scales in '
+            f'order below {schedule.steps}'
         )
-    return plan(schedule, VERSIONS[wanted.version], wanted.mode, first, last)
+    return plan_passes(schedule, VERSIONS[settings.version], settings.mode, first, last)
 
 
-def _vectors(fixed: Fixed, step_fns: StepFns) -> jax.Array:
-    """[B, L, C]: zero where nothing is fixed."""
-    return step_fns.embed(fixed.codes_BL) * fixed.mask_BL[..., None]
+def _probability(filtered_BLV: jax.Array, codes_BL: jax.Array) -> jax.Array:
+    """[B, L]: the probability of each code after the filter."""
+    probs_BLV = jax.nn.softmax(filtered_BLV)
+    return jnp.take_along_axis(probs_BLV, codes_BL[..., None], axis=-1)[..., 0]
 
 
 def _largest(x_BL: jax.Array, count: jax.Array) -> jax.Array:

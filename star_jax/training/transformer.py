@@ -19,7 +19,7 @@ from star_jax.errors import UserError
 from star_jax.families import family_name
 from star_jax.losses import tokens
 from star_jax.parallel import peer_watchdog, rules
-from star_jax.sampling import program, stable
+from star_jax.sampling import program
 from star_jax.text import FeatureCache
 from star_jax.text import load as load_text
 from star_jax.text.tokens import Tokens
@@ -81,8 +81,8 @@ class TransformerJob:
             platform=self.mesh.devices.flat[0].platform,
         )
         self.model, self.tokenizer = self.programs.model, self.programs.tokenizer
-        self._drawing = stable.arguments(run.sampling, self.model, self.tokenizer.codes)
-        self._draw = program.compile_program(self.model, vq.build(run.dtype))
+        program.sampling_method(run.model, run.sampling)  # a UserError before anything is computed
+        self._sample = program.compile_program(self.model, vq.build(run.dtype))
         self._step = jax.jit(self.programs.train, donate_argnums=0)
         self._score = jax.jit(self.programs.score, out_shardings=rules.replicated(self.mesh))
 
@@ -151,8 +151,8 @@ class TransformerJob:
         read = self.encoder.encode if self.texts is None else self.texts.features
         text, empty = read(captions), self.frozen['empty']
         keys_B = program.image_keys(range(len(captions)))
-        unprompted = empty if run.sampling.guidance else None
-        images = self._draw(params, keys_B, text, unprompted, *self._drawing)
+        inputs = program.inputs(run.model, run.sampling, keys_B=keys_B, prompted=text, empty=empty)
+        images = self._sample(params, inputs)
         return image_io.compare(shown['image'], rules.gather(images), captions, 'drawn')
 
     def encode(self, images: np.ndarray) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from star_jax.core import positions
-from star_jax.core.filters import Filter
+from star_jax.core.filters import NucleusFilter
 from star_jax.errors import UserError
 from star_jax.sampling.methods import soften
 from star_jax.training.schedules import LearningRate, weight_decay_at
@@ -73,7 +73,7 @@ class Sampling:
 
     def _filtered(self, index: str) -> jax.Array:
         given = numbered(self.case, 'filters', 'filter', index)
-        keep = Filter(top_k=given['top_k'], top_p=given['top_p'] or None)
+        keep = NucleusFilter(top_k=given['top_k'], top_p=given['top_p'] or None)
         return jax.jit(keep)(self.case.given('logits'))
 
     def mixed(self, index: str) -> jax.Array:

@@ -16,11 +16,16 @@ import optax
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import star_entries
 from star_jax.core import unmasking
-from star_jax.core.filters import Filter
+from star_jax.core.filters import NucleusFilter
 from star_jax.errors import UserError
 from star_jax.families.star import Star
-from star_jax.sampling.methods import SamplingMethod
-from star_jax.sampling.stable import LUCKY, RecordedRanking, Stable, plan
+from star_jax.protocols import SamplingMethod
+from star_jax.sampling.stable import (
+    RANDOM_PASSES,
+    RecordedRanking,
+    StableSampling,
+    plan_passes,
+)
 from star_jax.training import refinement
 from star_jax.training.refinement import ReleasedLoss, Unmasking
 from star_jax.verify.cases import Case
@@ -72,39 +77,39 @@ class Refinements(Generations):
                 f'not {version!r}'
             )
         schedule, first = self.star.schedule, self.star.refinement.first
-        return plan(schedule, KNOWN_VERSIONS[version], 'arccos', first, schedule.steps - 1)
+        return plan_passes(schedule, KNOWN_VERSIONS[version], 'arccos', first, schedule.steps - 1)
 
     @functools.cached_property
     def ranking(self) -> RecordedRanking:
         """The recorded uniform numbers, padded to one array."""
         sizes = self.star.schedule.sizes
         rows = len(self.case.given('encoder_attention_mask')) // 2
-        uniform_SPBL = np.zeros((len(sizes), LUCKY, rows, max(sizes)), np.float32)
+        uniform_SPBL = np.zeros((len(sizes), RANDOM_PASSES, rows, max(sizes)), np.float32)
         for scale, planned in enumerate(self.plans):
-            for index in range(min(LUCKY, len(planned.budgets)) if planned else 0):
+            for index in range(min(RANDOM_PASSES, len(planned.budgets)) if planned else 0):
                 numbers_BL = self.case.given(f'rand.scale{scale}.step{index}')
                 uniform_SPBL[scale, index, :, : sizes[scale]] = numbers_BL
         return RecordedRanking(jnp.asarray(uniform_SPBL))
 
-    def _draw(self, run: dict[str, Any]) -> SamplingMethod:
+    def _method(self, run: dict[str, Any]) -> SamplingMethod:
         plain = self._unrefined(run)
         if not run['refine']:
             return plain
         if self.run_option(run, 'more_smooth', False):
             raise UserError(f'{self.case.folder}: a run cannot be smooth and refined')
         old = self.case.option('sample_version') == OLD
-        return Stable(
+        first = self.star.refinement.first
+        return StableSampling(
             plain=plain,
-            keep=overwritten(plain.keep, self.star.refinement.first) if old else plain.keep,
+            in_passes=plain.replace(filter=overwritten(plain.filter, first)) if old else plain,
             guidance=self.run_option(run, 'cfg'),
-            choose=plain.choose,
-            plans=self.plans,
+            plan=self.plans,
             rank=self.ranking,
         )
 
     def left(self, what: str, run: str, scale: str, index: str) -> jax.Array:
         """What a pass over a scale left."""
-        passes = self.trace(run, scale).passes
+        passes = self.trace(run, scale).method.passes
         if passes is None or int(index) >= len(passes.codes_BL):
             raise LookupError(f'scale {scale} takes no pass {index}')
         return getattr(passes, what)[int(index)]
@@ -156,14 +161,14 @@ class Refinements(Generations):
         return loss, optax.tree.norm(head), to_state(entries, {'refiner': head})
 
 
-def overwritten(keep: Filter, first: int) -> Filter:
+def overwritten(keep: NucleusFilter, first: int) -> NucleusFilter:
     """What version 'old' has made of a filter when it comes to its first refined scale.
 
     Each scale before sets the nucleus, and those from 9 and from 12 on the number of codes
     (STAR specification 8).
     """
     top_k = keep.top_k if first <= 9 else 300 if first <= 12 else 100
-    return Filter(top_k=top_k, top_p=0.8)
+    return NucleusFilter(top_k=top_k, top_p=0.8)
 
 
 def budgets_of_side(mode: str, passes: str, side: str) -> np.ndarray:

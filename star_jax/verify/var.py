@@ -10,13 +10,13 @@ import optax
 from star_jax.convert.entries import to_state
 from star_jax.convert.var import var_entries
 from star_jax.core.condition import LabelCondition
-from star_jax.core.filters import Filter
-from star_jax.sampling.methods import FilteredSampling, choose_largest, guidance_ramp
-from star_jax.sampling.sampler import Sample, Trace
+from star_jax.core.filters import NucleusFilter
+from star_jax.sampling.methods import FilteredSampling
+from star_jax.sampling.sampler import Sample, StepTrace
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
-from star_jax.verify.generate import in_order, map_of, sampling
+from star_jax.verify.generate import map_of, sample_greedily, split_codes
 from star_jax.verify.rules import Rule, given
 from star_jax.verify.star import differentiating, forwarding, layer_of, layering
 from star_jax.verify.tokenizer import first
@@ -44,7 +44,7 @@ class ClassConditional:
             Rule('grad_norm', NORMS, lambda: self.differentiated[1]),
             Rule(r'grad\.(.+)', GRADIENTS, lambda name: self.differentiated[2][name]),
             Rule(r'generate\.idx_(\d+)', INTEGERS, lambda step: self.codes[int(step)]),
-            Rule(r'generate\.logits_(\d+)', LOGITS, lambda step: self.trace(step).logits_BLV),
+            Rule(r'generate\.logits_(\d+)', LOGITS, lambda step: self.trace(step).method.guided),
             Rule(r'generate\.fhat_(\d+)', LATENTS, lambda step: first(self.trace(step).canvas)),
             Rule(r'generate\.next_token_map_(\d+)', LATENTS, self.next_map),
             Rule(r'generate\.image', LATENTS, lambda: first(self.generated.images + 1) / 2),
@@ -91,24 +91,20 @@ class ClassConditional:
         option = self.case.option
         vq, tokenizer = self.case.tokenizer
         params = {'model': self.params, 'tokenizer': tokenizer}
-        keys_B = jax.random.split(jax.random.key(0), len(self.labels))
-        guidance_S = guidance_ramp(option('cfg'), self.var.schedule.steps)
-        draw = FilteredSampling(
-            Filter(top_k=option('top_k'), top_p=option('top_p') or None), choose_largest
-        )
+        keep = NucleusFilter(top_k=option('top_k'), top_p=option('top_p') or None)
         condition = _condition(self.labels + self.none)
-        return sampling(self.var, vq)(params, keys_B, condition, guidance_S, draw)
+        method = FilteredSampling(keep, greedy=True)
+        return sample_greedily(self.var, vq, params, condition, option('cfg'), method)
 
     @functools.cached_property
     def codes(self) -> list[np.ndarray]:
-        codes_BL = np.asarray(self.generated.codes_BL)
-        return np.split(codes_BL, self.var.schedule.offsets[1:-1], axis=1)
+        return split_codes(self.generated, self.var.schedule)
 
     @functools.cached_property
-    def traces(self) -> list[Trace]:
-        return in_order(self.generated.traces)
+    def traces(self) -> list[StepTrace]:
+        return self.generated.trace.steps()
 
-    def trace(self, step: str) -> Trace:
+    def trace(self, step: str) -> StepTrace:
         return self.traces[int(step)]
 
     def next_map(self, step: str) -> np.ndarray:
