@@ -231,8 +231,13 @@ def _collectives_table(report: PlanReport) -> Table:
     for item in report.collectives:
         apart = item.local_size < item.group_size
         local = f' ({item.local_size} in a slice or node)' if apart else ''
-        sent = (f'{item.bytes / GIB:,.3f}', f'{item.bytes / max(total, 1):.1%}')
-        table.add_row(item.kind, f'{item.group_size}{local}', f'{item.count:,}', *sent)
+        cells = (
+            f'{item.group_size}{local}',
+            f'{item.count:,}',
+            f'{item.bytes / GIB:,.3f}',
+            f'{item.bytes / max(total, 1):.1%}',
+        )
+        table.add_row(item.kind, *cells)
     if not report.complete:
         table.add_row('unknown: the program does not fit', '', '', '', '')
     return table
