@@ -300,7 +300,7 @@ PLACES: dict[str, Write] = {
     'cut_set': copied('set', lambda path: cut(next(path.glob('*.array_record*')))),
     'nameless_set': copied('set', lambda path: (path / 'features.json').unlink()),
     # Recorded cases.
-    'untold_case': with_file('config.json', '{}'),
+    'empty_config_case': with_file('config.json', '{}'),
     'foreign_case': copied(
         'case', lambda path: change_json(path / 'config.json', family='other')
     ),
@@ -656,8 +656,8 @@ CASES: list[tuple[str, str, str]] = [
     ('a model to convert to a file', 'convert {home}/model --out {words}', 'is a file, expected'),
     ('no case', 'verify {nothing}', 'config.json: there is no such file'),
     ('a folder of no case', 'verify {bare}', 'config.json: there is no such file'),
-    ('a case that says nothing', 'verify {untold_case}', 'there is no such file'),
-    ('a case of another family', 'verify {foreign_case}', "family 'other'.*known are star"),
+    ('a case with an empty config', 'verify {empty_config_case}', 'there is no such file'),
+    ('a case of another family', 'verify {foreign_case}', "family 'other'.*expected one of star"),
     ('a case cut short', 'verify {cut_case}', 'cannot be read as gzipped safetensors'),
     ('a case of wrong types', 'verify {typed_case}', 'does not describe a case of its kind'),
     ('a pickled case', 'verify {pickled_case}', 'cannot be read as gzipped safetensors'),

@@ -1,8 +1,8 @@
-"""What does a case folder hold?
+"""What does a case folder contain, and how does it become our configs and parameters?
 
-`config.json` with the reference's own option names, `io.safetensors` with the recorded arrays, and
-mostly a state dict in the reference's names. Here options become our configs and state dicts our
-parameters, through the project's own conversion tables.
+`config.json` with the option names of the original code, `io.safetensors` with the recorded arrays,
+and in most kinds a state dict with the original tensor names. The conversion tables of `convert`
+turn state dicts into parameters.
 """
 
 import dataclasses
@@ -34,13 +34,19 @@ from star_jax.verify import options
 from star_jax.verify.star_options import OPTIONS
 
 AFTER = 'state_dict_after'
-QUANTISER = 'quantize.'  # how the quantiser's tensors begin
-RAW = -1  # rope_norm of coordinates that count cells
+QUANTISER = 'quantize.'  # prefix of the quantiser's tensors
+RAW = -1  # the rope_norm of coordinates in cells
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A recorded case. `arrays` also holds the tensors of `state_dict_after`, if there are any."""
+    """A recorded case.
+
+    Attributes:
+        folder: folder of the case.
+        config: content of its `config.json`.
+        arrays: recorded arrays by name, and the tensors of `state_dict_after` under this prefix.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -52,27 +58,35 @@ class Case:
         return self.folder / 'config.json'
 
     def option(self, *path: str) -> Any:
-        """An option of the config, by the keys that lead to it; UserError if it is missing."""
+        """The option at the end of a path of keys.
+
+        Raises:
+            UserError: the config lacks it.
+        """
         value = self.config
         for key in path:
             if not isinstance(value, Mapping) or key not in value:
-                raise UserError(f'{self.path}: misses {".".join(path)}')
+                raise UserError(f'{self.path}: {".".join(path)} is missing')
             value = value[key]
         return value
 
     def optional(self, name: str, default: Any = None) -> Any:
-        """An option that a config may lack."""
+        """A top-level option, or the default if the config lacks it."""
         return self.config.get(name, default)
 
     def check(self, name: str, implemented: Any) -> None:
-        """Raises UserError if an option is there and has another value than the one implemented."""
+        """Raises UserError if the config has the option with a value that is not implemented."""
         if self.config.get(name) is not None:
             options.check_value(self.path, name, self.config[name], implemented)
 
-    def given(self, name: str) -> np.ndarray:
-        """A recorded input; UserError if it is missing."""
+    def input(self, name: str) -> np.ndarray:
+        """A recorded input.
+
+        Raises:
+            UserError: the case lacks it.
+        """
         if name not in self.arrays:
-            raise UserError(f'{self.folder}: misses the recorded input {name!r}')
+            raise UserError(f'{self.folder}: the recorded input {name!r} is missing')
         return self.arrays[name]
 
     @property
@@ -81,7 +95,7 @@ class Case:
 
     @functools.cached_property
     def state(self) -> dict[str, np.ndarray]:
-        """The state dict, in the reference's names."""
+        """The state dict, in the original names."""
         file = self.option('state_dict_file')
         if not isinstance(file, str):
             raise UserError(f'{self.folder}: this kind of case needs a state_dict_file')
@@ -89,22 +103,26 @@ class Case:
 
     @functools.cached_property
     def tokenizer(self) -> tuple[VQ, dict]:
-        """Config and parameters of the tokenizer that this case refers to, at this case's sides."""
+        """Config and parameters of the tokenizer that this case names, at its own scales."""
         path = self.folder / self.option('vae_config')
         other = Case(path.parent, _read_config(path), {})
         OPTIONS['vqvae'].check(other.config, path)
-        vq = dataclasses.replace(vq_of(other), grids=square_grids(self.option('patch_nums')))
+        vq = dataclasses.replace(vq_config(other), grids=square_grids(self.option('patch_nums')))
         state = read_arrays(self.folder / self.option('vae_state_dict'))
         return vq, convert(self, vq_entries(vq, state), state)
 
 
 def read_case(folder: Path) -> Case:
-    """The case in `folder`; UserError if something is missing or damaged."""
+    """Reads the case in `folder`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     config = _read_config(folder / 'config.json')
     arrays = read_arrays(folder / 'io.safetensors')
     for name in config.get('files') or ():
         if not _exists(folder / name):
-            raise UserError(f'{folder / name}: there is no such file, but config.json names it')
+            raise UserError(f'{folder / name}: there is no such file, but config.json lists it')
     after = folder / f'{AFTER}.safetensors'
     if _exists(after):
         arrays |= {f'{AFTER}.{name}': array for name, array in read_arrays(after).items()}
@@ -112,18 +130,26 @@ def read_case(folder: Path) -> Case:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, which may also lie gzipped, `.gz` added to its name."""
-    packed = path if path.suffix == '.gz' else _packed(path)
-    if packed != path and (path.exists() or not packed.exists()):
+    """Reads a safetensors file, or the gzipped file beside it whose name ends with `.gz`.
+
+    Raises:
+        UserError: both are missing, or the file is damaged.
+    """
+    gzipped = path if path.suffix == '.gz' else _gzipped(path)
+    if gzipped != path and (path.exists() or not gzipped.exists()):
         return weights.load(path)
     try:
-        return safetensors.numpy.load(gzip.decompress(packed.read_bytes()))
+        return safetensors.numpy.load(gzip.decompress(gzipped.read_bytes()))
     except (OSError, EOFError, zlib.error, safetensors.SafetensorError) as error:
-        raise UserError(f'{packed}: cannot be read as gzipped safetensors ({error})') from error
+        raise UserError(f'{gzipped}: cannot be read as gzipped safetensors ({error})') from error
 
 
 def convert(case: Case, entries: Sequence[Entry], state: Mapping[str, np.ndarray]) -> dict:
-    """Our parameters from a state dict that must hold what the table wants, and nothing unknown."""
+    """Converts a state dict to parameters.
+
+    Raises:
+        UserError: names the tensors that the state dict lacks or that no table lists.
+    """
     try:
         conversion = to_params(entries, state, IGNORED + BUFFERS)
     except einops.EinopsError as error:
@@ -132,8 +158,8 @@ def convert(case: Case, entries: Sequence[Entry], state: Mapping[str, np.ndarray
         ) from error
     if conversion.missing or conversion.unknown:
         raise UserError(
-            f'{case.folder}: the state dict misses {_listed(conversion.missing)} and holds '
-            f'{_listed(conversion.unknown)}, which no conversion table knows'
+            f'{case.folder}: the state dict does not fit the config: it lacks '
+            f'{_listed(conversion.missing)} and has the unknown {_listed(conversion.unknown)}'
         )
     return conversion.params
 
@@ -147,12 +173,12 @@ def var_params(case: Case, var: Var) -> dict:
 
 
 def quantiser_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
-    """The part of a tokenizer's table that concerns codebook and phi."""
+    """The entries of a tokenizer's table for codebook and phi."""
     return [entry for entry in vq_entries(vq, names) if entry.theirs.startswith(QUANTISER)]
 
 
-def star_of(case: Case) -> Star:
-    """The transformer that the reference's options describe."""
+def star_config(case: Case) -> Star:
+    """The STAR transformer of the original options."""
     option = case.option
     positions = Learned()
     if option('rotary_pos_emb'):
@@ -160,11 +186,11 @@ def star_of(case: Case) -> Star:
         raw = extent == RAW
         positions = RawRotary(theta=theta) if raw else NormalisedRotary(theta=theta, extent=extent)
     refinement = None
-    if case.optional('enable_adaptive_norm'):  # which is how the reference calls the head
+    if case.optional('enable_adaptive_norm'):  # the original name of the refinement head
         first, blocks = option('sample_from_idx'), case.optional('feat_extract_blocks', 3)
         case.check('refine_from_scale_index', first)
-        refinement = _valid(case, Refinement, first=first, blocks=blocks)
-    return _valid(
+        refinement = _build(case, Refinement, first=first, blocks=blocks)
+    return _build(
         case,
         Star,
         depth=option('depth'),
@@ -185,10 +211,10 @@ def star_of(case: Case) -> Star:
     )
 
 
-def var_of(case: Case) -> Var:
-    """The class-conditional transformer that the reference's options describe."""
+def var_config(case: Case) -> Var:
+    """The class-conditional transformer of the original options."""
     option = case.option
-    return _valid(
+    return _build(
         case,
         Var,
         depth=option('depth'),
@@ -204,10 +230,10 @@ def var_of(case: Case) -> Var:
     )
 
 
-def vq_of(case: Case) -> VQ:
-    """The tokenizer that the reference's options describe, with its autoencoder."""
+def vq_config(case: Case) -> VQ:
+    """The tokenizer of the original options, with its autoencoder."""
     option = case.option
-    autoencoder = _valid(
+    autoencoder = _build(
         case,
         Autoencoder,
         width=option('ch'),
@@ -216,15 +242,15 @@ def vq_of(case: Case) -> VQ:
         groups=option('groupnorm_groups'),
     )
     case.check('downsample', autoencoder.downsampling)
-    return dataclasses.replace(quantiser_of(case), autoencoder=autoencoder)
+    return dataclasses.replace(quantiser_config(case), autoencoder=autoencoder)
 
 
-def quantiser_of(case: Case) -> VQ:
-    """The quantiser alone; its autoencoder is the smallest there is, and not used."""
+def quantiser_config(case: Case) -> VQ:
+    """A tokenizer for its quantiser alone; the autoencoder is as small as possible and unused."""
     option = case.option
     grids = square_grids(option('v_patch_nums'))
     shared = option('share_quant_resi')  # 0: one phi per scale, or default_qresi_counts of them
-    vq = _valid(
+    vq = _build(
         case,
         VQ,
         autoencoder=Autoencoder(width=1, multipliers=(1,), blocks=1, groups=1),
@@ -239,7 +265,7 @@ def quantiser_of(case: Case) -> VQ:
     return vq
 
 
-def _valid(case: Case, make: Callable[..., Any], **fields: Any) -> Any:
+def _build(case: Case, make: Callable[..., Any], **fields: Any) -> Any:
     try:
         return make(**fields)
     except (TypeError, ValueError) as error:
@@ -253,12 +279,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _packed(path: Path) -> Path:
+def _gzipped(path: Path) -> Path:
     return path.with_name(f'{path.name}.gz')
 
 
 def _exists(path: Path) -> bool:
-    return path.exists() or _packed(path).exists()
+    return path.exists() or _gzipped(path).exists()
 
 
 def _listed(names: Sequence[str]) -> str:

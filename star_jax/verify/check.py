@@ -1,7 +1,7 @@
-"""Does this code compute what the reference recorded?
+"""Does this code compute the arrays that the original code recorded?
 
-`verify` checks one case folder, `main` several, for the command line. Everything is computed at
-full float32 matmul precision, whatever the platform.
+`verify` checks one case folder; `main` checks several for the command line. Matmuls run at full
+float32 precision on every platform.
 """
 
 import time
@@ -16,19 +16,19 @@ from rich.console import Console
 from star_jax.errors import UserError
 from star_jax.verify import comparison, rules, star_options
 from star_jax.verify.cases import Case, read_case
-from star_jax.verify.comparison import Report
+from star_jax.verify.comparison import CaseReport
 from star_jax.verify.function_cases import Rope, Sampling, Schedules
 from star_jax.verify.generate import Generations
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
-from star_jax.verify.tokenizer import Quantising, Vqvae
+from star_jax.verify.tokenizer import Quantiser, Vqvae
 from star_jax.verify.train import Training
 from star_jax.verify.var import ClassConditional
 
 KINDS = {
     ('star', 'rope'): Rope,
     ('star', 'vqvae'): Vqvae,
-    ('star', 'quantizer'): Quantising,
+    ('star', 'quantizer'): Quantiser,
     ('star', 'star'): TeacherForced,
     ('star', 'star_generate'): Generations,
     ('star', 'star_sampler'): Refinements,
@@ -40,47 +40,50 @@ KINDS = {
 OPTIONS = {'star': star_options.OPTIONS}
 
 
-def verify(folder: Path) -> Report:
-    """A line for every array that the case in `folder` records.
+def verify(folder: Path) -> CaseReport:
+    """Compares every array that the case in `folder` records.
 
-    Raises UserError for a folder that is no case, a case of an unknown family or kind, and a config
-    with an option that is unknown or not implemented.
+    Raises:
+        UserError: the folder is no case, its family or kind is unknown, or its config has an option
+            that is unknown or not implemented.
     """
     case = read_case(folder)
     kind = (case.option('family'), case.option('kind'))
     if kind not in KINDS:
         raise UserError(
-            f'{folder}: family {kind[0]!r} with kind {kind[1]!r} is not known; '
-            f'known are {", ".join(map(" ".join, KINDS))}'
+            f'{folder}: family {kind[0]!r} with kind {kind[1]!r} is unknown, expected one of '
+            f'{", ".join(map(" ".join, KINDS))}'
         )
     OPTIONS[kind[0]][kind[1]].check(case.config, case.path)
     with jax.default_matmul_precision('highest'):
-        return Report(folder.resolve().name, _lines(case, KINDS[kind]))
+        return CaseReport(folder.resolve().name, _lines(case, KINDS[kind]))
 
 
 def main(folders: Sequence[Path]) -> int:
-    """Verifies and prints; 1 if any array fails or is known to no rule, else 0."""
+    """Verifies cases and prints their reports.
+
+    Returns:
+        The exit status: 1 if an array fails or no rule computes it, else 0.
+    """
     if not folders:
         raise UserError('verify needs the folder of at least one recorded case')
     console = Console()
     failed = False
     for folder in folders:
         start = time.monotonic()
-        found = verify(folder)
-        comparison.write(found, time.monotonic() - start, console)
-        failed |= found.failed
+        report = verify(folder)
+        comparison.write(report, time.monotonic() - start, console)
+        failed |= report.failed
     return int(failed)
 
 
 def _lines(case: Case, kind: type) -> tuple[comparison.Line, ...]:
     try:
-        return rules.judge(case, kind(case).rules())
+        return rules.compare_case(case, kind(case).rules())
     except (flax.errors.FlaxError, einops.EinopsError) as error:
-        raise UserError(
-            f'{case.folder}: weights and config do not fit together: {error}'
-        ) from error
+        raise UserError(f'{case.folder}: the weights do not fit the config: {error}') from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f'{case.folder / "config.json"} does not describe a case of its kind '
+            f'{case.path} does not describe a case of its kind '
             f'({type(error).__name__}: {error}): record it again'
         ) from error

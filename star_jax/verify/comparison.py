@@ -1,7 +1,7 @@
-"""How far is a computed array from a recorded one, and is that close enough?
+"""How far is a computed array from a recorded one, and is that within the tolerance?
 
-The classes of arrays and their tolerances are those of docs/recorded_cases.md: a tolerance comes
-from the case, and a class says what it is multiplied by.
+Each array belongs to a tolerance class of `golden/star/README.md`. The case gives the tolerance of
+the class; the class says which factor it gets.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ GRADIENTS = 'gradients_relative_to_max'
 PARAMETERS = 'trained_parameters'
 SCHEDULES = 'schedules_relative_to_peak'
 
-# What the case's mark of a class is multiplied by, given the recorded array; 1 for all others.
-SCALES: Mapping[str, Callable[[np.ndarray], np.ndarray | float]] = {
+# Factors of the tolerances, as functions of the recorded array; 1 for the other classes.
+FACTORS: Mapping[str, Callable[[np.ndarray], np.ndarray | float]] = {
     LATENTS: lambda recorded: max(1.0, np.abs(recorded).max(initial=0)),
     GRADIENTS: lambda recorded: np.abs(recorded).max(initial=0),
     LOSSES: np.abs,
@@ -35,7 +35,15 @@ OK, FAIL, SKIPPED, INPUT = 'ok', 'FAIL', 'SKIPPED', 'input'
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One array: its largest error beside what is allowed there, a verdict, and perhaps why."""
+    """The result of one array.
+
+    Attributes:
+        name: name of the array.
+        error: absolute error of the element whose error is largest relative to its tolerance.
+        tolerance: absolute tolerance of that element; both are NaN if nothing was compared.
+        verdict: OK, FAIL, SKIPPED or INPUT.
+        note: the reason of the verdict, may be empty.
+    """
 
     name: str
     error: float
@@ -45,8 +53,13 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """One case: a line per recorded array."""
+class CaseReport:
+    """The result of one case.
+
+    Attributes:
+        case: name of its folder.
+        lines: one per recorded array.
+    """
 
     case: str
     lines: tuple[Line, ...]
@@ -59,41 +72,47 @@ class Report:
         return sum(line.verdict == verdict for line in self.lines)
 
 
-def without_number(name: str, verdict: str, note: str = '') -> Line:
-    """The line of an array that was compared with nothing."""
+def uncompared(name: str, verdict: str, note: str = '') -> Line:
+    """The line of an array without numbers."""
     return Line(name, np.nan, np.nan, verdict, note)
 
 
 def compare(
     name: str,
+    *,
     computed: np.ndarray,
     recorded: np.ndarray,
-    measure: str,
+    tolerance_class: str,
     tolerances: Mapping[str, float | str],
     unit: float = 1.0,
 ) -> Line:
-    """The line of a compared array: the place where the error is largest for what is allowed there.
+    """Compares one array; integers must be equal, whatever their class.
 
-    `measure` is the array's class; integers must be equal whatever it says. `unit` multiplies the
-    tolerance (the peak of a learning rate).
+    Args:
+        name: name of the array.
+        computed: our array.
+        recorded: the array of the case.
+        tolerance_class: its class.
+        tolerances: the tolerance of each class, from the config.
+        unit: factor of the tolerance, such as the peak of a learning rate.
     """
     computed, recorded = np.asarray(computed), np.asarray(recorded)
     if computed.shape != recorded.shape:
-        return without_number(name, FAIL, f'shape {computed.shape}, recorded {recorded.shape}')
-    exact = measure == INTEGERS or recorded.dtype.kind in 'iub'
+        return uncompared(name, FAIL, f'shape {computed.shape}, recorded {recorded.shape}')
+    exact = tolerance_class == INTEGERS or recorded.dtype.kind in 'iub'
     computed, recorded = computed.astype(np.float64), recorded.astype(np.float64)
-    mark = 0.0 if exact else _mark(tolerances, measure) * unit
-    scale = 1.0 if exact else SCALES.get(measure, np.ones_like)(recorded)
+    tolerance = 0.0 if exact else _tolerance(tolerances, tolerance_class) * unit
+    factor = 1.0 if exact else FACTORS.get(tolerance_class, np.ones_like)(recorded)
     errors = np.abs(computed - recorded).ravel()
-    allowed = np.broadcast_to(mark * scale, recorded.shape).ravel()
+    allowed = np.broadcast_to(tolerance * factor, recorded.shape).ravel()
     if not errors.size:
-        return Line(name, 0.0, mark, OK)
-    worst = np.argmax(errors / np.maximum(allowed, 1e-30))  # NaN is the largest
-    good = bool(np.all(errors <= allowed))
-    return Line(name, errors[worst], allowed[worst], OK if good else FAIL)
+        return Line(name, 0.0, tolerance, OK)
+    worst = np.argmax(errors / np.maximum(allowed, 1e-30))  # NaN counts as the largest
+    passes = bool(np.all(errors <= allowed))
+    return Line(name, errors[worst], allowed[worst], OK if passes else FAIL)
 
 
-def write(report: Report, seconds: float, console: Console) -> None:
+def write(report: CaseReport, seconds: float, console: Console) -> None:
     """Prints one line per array and a summary."""
     width = max([len(line.name) for line in report.lines], default=0)
     for line in report.lines:
@@ -107,13 +126,15 @@ def write(report: Report, seconds: float, console: Console) -> None:
     _print(console, f'{report.case}: {verdict} ({counts}; {seconds:.1f} s)\n', report.failed)
 
 
-def _mark(tolerances: Mapping[str, float | str], measure: str) -> float:
-    mark = tolerances.get(measure)
-    if isinstance(mark, bool) or not isinstance(mark, int | float):
-        raise UserError(f'the tolerances of a case must hold a number for {measure}, not {mark!r}')
-    return float(mark)
+def _tolerance(tolerances: Mapping[str, float | str], tolerance_class: str) -> float:
+    value = tolerances.get(tolerance_class)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(
+            f'the tolerances of a case must hold a number for {tolerance_class}, not {value!r}'
+        )
+    return float(value)
 
 
-def _print(console: Console, text: str, alarming: bool) -> None:
-    style = 'red' if alarming else None
+def _print(console: Console, text: str, failed: bool) -> None:
+    style = 'red' if failed else None
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,5 +1,7 @@
-"""How are recorded tables, filters and schedules computed? (kinds without weights: `rope`,
-`sampling`, `schedule`)"""
+"""How are recorded tables, filters and schedules computed? (kinds `rope`, `sampling`, `schedule`)
+
+These kinds have no weights.
+"""
 
 import functools
 
@@ -14,23 +16,23 @@ from star_jax.sampling.methods import soften
 from star_jax.training.schedules import LearningRate, weight_decay_at
 from star_jax.verify.cases import RAW, Case
 from star_jax.verify.comparison import INTEGERS, LATENTS, SCHEDULES, TABLES
-from star_jax.verify.rules import Rule, given
+from star_jax.verify.rules import Rule, inputs
 
 WAVES = {'cos': np.cos, 'sin': np.sin}
 
 
 class Rope:
-    """Rotary tables of single grids, and their application to queries and keys."""
+    """Rotary tables of grids and pyramids, and rotated queries and keys."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
 
     def rules(self) -> tuple[Rule, ...]:
         return (
-            given(r'apply\d+_[qk]'),
+            inputs(r'apply\d+_[qk]'),
             Rule(r'table(\d+)_(cos|sin)', TABLES, lambda i, wave: WAVES[wave](self.grid_angles(i))),
             Rule(r'apply(\d+)_(cos|sin)', TABLES, lambda i, wave: WAVES[wave](self.angles(i))),
-            Rule(r'apply(\d+)_([qk])_out', TABLES, self.turned),
+            Rule(r'apply(\d+)_([qk])_out', TABLES, self.rotated),
         )
 
     def grid_angles(self, index: str) -> np.ndarray:
@@ -44,13 +46,13 @@ class Rope:
         xy = positions.pyramid_xy(grids, extent(apply))
         return positions.rotary_table(xy, apply['head_dim'], apply['theta'])
 
-    def turned(self, index: str, which: str) -> jax.Array:
-        x_BNLH = self.case.given(f'apply{index}_{which}')
+    def rotated(self, index: str, which: str) -> jax.Array:
+        x_BNLH = self.case.input(f'apply{index}_{which}')
         return jax.jit(positions.rotate)(x_BNLH.swapaxes(1, 2), self.angles(index)).swapaxes(1, 2)
 
 
 class Sampling:
-    """Filters of logits, and their soft mixtures."""
+    """Filtered logits, and the soft mixtures of smooth sampling."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -58,8 +60,8 @@ class Sampling:
 
     def rules(self) -> tuple[Rule, ...]:
         return (
-            given('logits'),
-            given(r'gumbel\d+\.exponential_noise'),
+            inputs('logits'),
+            inputs(r'gumbel\d+\.exponential_noise'),
             Rule(r'filter(\d+)\.kept', INTEGERS, lambda i: np.isfinite(self.filtered(i))),
             Rule(r'filter(\d+)\.probs', LATENTS, lambda i: jax.nn.softmax(self.filtered(i))),
             Rule(r'filter(\d+)\.argmax_idx', INTEGERS, lambda i: self.filtered(i).argmax(-1)),
@@ -72,18 +74,18 @@ class Sampling:
         )
 
     def _filtered(self, index: str) -> jax.Array:
-        given = numbered(self.case, 'filters', 'filter', index)
-        keep = NucleusFilter(top_k=given['top_k'], top_p=given['top_p'] or None)
-        return jax.jit(keep)(self.case.given('logits'))
+        options = numbered(self.case, 'filters', 'filter', index)
+        keep = NucleusFilter(top_k=options['top_k'], top_p=options['top_p'] or None)
+        return jax.jit(keep)(self.case.input('logits'))
 
     def mixed(self, index: str) -> jax.Array:
         gumbel = numbered(self.case, 'gumbel', 'gumbel', index)
-        noise = -jnp.log(self.case.given(f'gumbel{index}.exponential_noise'))
-        return soften(self.case.given('logits'), noise, gumbel['ratio'], gumbel['tau'])
+        noise = -jnp.log(self.case.input(f'gumbel{index}.exponential_noise'))
+        return soften(self.case.input('logits'), noise, gumbel['ratio'], gumbel['tau'])
 
 
 class Schedules:
-    """Learning rates and weight decay of a whole run."""
+    """Learning rates and weight decay of every step of a run."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -100,13 +102,13 @@ class Schedules:
         )
 
     def rate(self, shape: str, variant: str) -> jax.Array:
-        ends = self.case.option('variants')[variant]
+        shares = self.case.option('variants')[variant]
         try:
             rate = LearningRate(
                 peak=self.peak,
                 warmup_steps=self.warmup_steps,
-                start=ends['wp0'],
-                end=ends['wpe'],
+                start=shares['wp0'],
+                end=shares['wpe'],
                 shape=shape,
             )
         except ValueError as error:
@@ -119,11 +121,11 @@ class Schedules:
 
 
 def numbered(case: Case, section: str, key: str, index: str) -> dict:
-    """The entry of a section of the config whose `key` is the number in an array's name."""
-    found = [entry for entry in case.option(section) if entry.get(key) == int(index)]
-    if not found:
+    """The entry of a list of the config in which `key` is the number from an array's name."""
+    entries = [entry for entry in case.option(section) if entry.get(key) == int(index)]
+    if not entries:
         raise LookupError(f'{section} holds no {key} {index}')
-    return found[0]
+    return entries[0]
 
 
 def extent(entry: dict) -> float | None:

@@ -1,6 +1,6 @@
 """How are recorded generations computed? (kind `star_generate`)
 
-By the project's one sampler, whose trace returns what a case records.
+The library's sampler runs with its trace, which holds the recorded arrays.
 """
 
 import functools
@@ -24,12 +24,12 @@ from star_jax.tokenizers.residual_vq import VQ
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import INTEGERS, LATENTS, LOGITS
-from star_jax.verify.rules import Rule, given
+from star_jax.verify.rules import Rule, inputs
 from star_jax.verify.star import TEXT, text_of, with_cross_attention
-from star_jax.verify.tokenizer import first
+from star_jax.verify.tokenizer import to_nchw
 
 RUN = r'([^.]+)'
-OLD = 'old'  # a version that refines like 'new', with filters that scales before have overwritten
+OLD = 'old'  # refines like 'new', but earlier scales have overwritten the filters
 KNOWN_VERSIONS = VERSIONS | {OLD: VERSIONS['new']}
 
 
@@ -38,7 +38,7 @@ class Generations:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.star = cases.star_of(case)
+        self.star = cases.star_config(case)
         self.vq, tokenizer = case.tokenizer
         self.params = {'model': cases.star_params(case, self.star), 'tokenizer': tokenizer}
         self.run = functools.cache(self._run)
@@ -46,12 +46,12 @@ class Generations:
 
     def rules(self) -> tuple[Rule, ...]:
         return (
-            given(TEXT),
+            inputs(TEXT),
             Rule(rf'{RUN}\.idx_(\d+)', INTEGERS, lambda run, k: self.codes(run)[int(k)]),
             Rule(rf'{RUN}\.logits_(\d+)', LOGITS, lambda run, k: self.trace(run, k).method.guided),
-            Rule(rf'{RUN}\.fhat_(\d+)', LATENTS, lambda run, k: first(self.trace(run, k).canvas)),
+            Rule(rf'{RUN}\.fhat_(\d+)', LATENTS, lambda run, k: to_nchw(self.trace(run, k).canvas)),
             Rule(rf'{RUN}\.next_token_map_(\d+)', LATENTS, self.next_map),
-            Rule(rf'{RUN}\.image', LATENTS, lambda run: first(self.run(run).images + 1) / 2),
+            Rule(rf'{RUN}\.image', LATENTS, lambda run: to_nchw(self.run(run).images + 1) / 2),
         )
 
     def codes(self, run: str) -> list[np.ndarray]:
@@ -62,11 +62,11 @@ class Generations:
         return self.traces(run)[int(step)]
 
     def next_map(self, run: str, step: str) -> np.ndarray:
-        """The inputs of the next scale as a map; the canvas after the last."""
-        return map_of(self.trace(run, step), self.star.sides, int(step))
+        """The inputs of the next scale as a map; the canvas after the last scale."""
+        return next_inputs_map(self.trace(run, step), self.star.sides, int(step))
 
     def _run(self, name: str) -> Sample:
-        """Images, codes and the trace."""
+        """Images, codes and the trace of a run."""
         run = next((run for run in self.case.option('runs') if run.get('name') == name), None)
         if run is None:
             raise LookupError(f'runs holds no {name}')
@@ -82,7 +82,7 @@ class Generations:
             raise UserError(
                 f'{self.case.folder}: refined runs belong to a case of the kind star_sampler'
             )
-        # Without refinement a version changes filters alone, which keep the largest code.
+        # Without refinement a version changes only filters, which keep the most probable code.
         if self.case.optional('sample_version', 'new') not in KNOWN_VERSIONS:
             raise UserError(
                 f'{self.case.path}: sample_version must be one of {", ".join(KNOWN_VERSIONS)}'
@@ -94,21 +94,21 @@ class Generations:
         if run['draw'] != 'argmax':
             raise UserError(f"{self.case.folder}: a run must draw 'argmax', not {run['draw']!r}")
         if option('more_smooth', False):
-            return SmoothSampling(self.star.schedule.steps, _no_noise)
+            return SmoothSampling(self.star.schedule.steps, _zero_noise)
         return FilteredSampling(
             NucleusFilter(top_k=option('top_k'), top_p=option('top_p') or None), greedy=True
         )
 
     def run_option(self, run: dict[str, Any], name: str, *default: Any) -> Any:
-        """An option of a run, or that of the whole case."""
+        """An option of a run; by default that of the case."""
         if name in run:
             return run[name]
         return self.case.optional(name, *default) if default else self.case.option(name)
 
 
 @functools.cache
-def sampling(config: Family, vq: VQ) -> Callable:
-    """The sampling program of a model, with its trace."""
+def sample_fn(config: Family, vq: VQ) -> Callable:
+    """The jitted sampling program of a model, with its trace."""
     return jax.jit(functools.partial(sample, config.build(), vq.build(), trace=True))
 
 
@@ -118,7 +118,7 @@ def sample_greedily(
     """Samples from B prompted over B unprompted rows by a method that uses no random numbers."""
     batch = len(jax.tree.leaves(condition)[0]) // 2
     steps = config.schedule.steps
-    return sampling(config, vq)(
+    return sample_fn(config, vq)(
         params,
         keys_B=jax.random.split(jax.random.key(0), batch),
         condition=condition,
@@ -132,13 +132,13 @@ def split_codes(sampled: Sample, schedule: Schedule) -> list[np.ndarray]:
     return np.split(np.asarray(sampled.codes), schedule.offsets[1:-1], axis=1)
 
 
-def map_of(trace: StepTrace, sides: tuple[int, ...], step: int) -> np.ndarray:
-    """The inputs of the next scale as a map in the recorded layout; the canvas after the last."""
+def next_inputs_map(trace: StepTrace, sides: tuple[int, ...], step: int) -> np.ndarray:
+    """The inputs of the scale after `step` in the recorded layout; the canvas after the last."""
     if trace.inputs is None:
-        return first(trace.canvas)
+        return to_nchw(trace.canvas)
     side = sides[step + 1]
-    return first(trace.inputs.reshape(len(trace.inputs), side, side, -1))
+    return to_nchw(trace.inputs.reshape(len(trace.inputs), side, side, -1))
 
 
-def _no_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _zero_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.zeros((len(keys_B), *shape))

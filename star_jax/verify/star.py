@@ -17,10 +17,11 @@ from star_jax.core.condition import Condition, TextCondition
 from star_jax.errors import UserError
 from star_jax.families import Family
 from star_jax.families.star import Star
+from star_jax.nn.bind import bind
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import GRADIENTS, LOGITS, LOSSES, NORMS
-from star_jax.verify.rules import Rule, given
+from star_jax.verify.rules import Rule, inputs
 
 Model = TypeVar('Model', bound=Family)
 Rows = tuple[int, ...]
@@ -30,11 +31,11 @@ RELEASED = {'as_released': True, 'released': True, 'per_sample': False, 'correct
 
 
 class TeacherForced:
-    """Logits, everything on the way to them, losses and gradients."""
+    """Logits, hidden states, losses and gradients under teacher forcing."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.star = cases.star_of(case)
+        self.star = cases.star_config(case)
         self.params = cases.star_params(case, self.star)
         self.forward = functools.cache(self._forward)
         self.blocks = functools.cache(self._blocks)
@@ -42,8 +43,8 @@ class TeacherForced:
 
     def rules(self) -> tuple[Rule, ...]:
         return (
-            given('gt_idx|x_BLCv_wo_first_l|keep_mask'),
-            given(TEXT),
+            inputs('gt_idx|x_BLCv_wo_first_l|keep_mask'),
+            inputs(TEXT),
             Rule(f'logits_{MODE}', LOGITS, lambda mode: self.forward(mode)[2]),
             Rule(f'features_{MODE}', LOGITS, lambda mode: self.forward(mode)[1]),
             Rule(f'block_input_{MODE}', LOGITS, lambda mode: self.forward(mode)[0]),
@@ -57,13 +58,13 @@ class TeacherForced:
 
     @functools.cached_property
     def rows(self) -> Rows:
-        """The rows that take part: all, unless `token_dropping` says that a mask drops some."""
+        """The rows that are computed: all, or those of `keep_mask` in a case that drops tokens."""
         schedule = self.star.schedule
         if not self.case.optional('token_dropping'):
             if 'keep_mask' in self.case.arrays:
                 raise UserError(f'{self.case.path}: a case with a keep_mask needs token_dropping')
             return tuple(range(schedule.length))
-        kept = np.flatnonzero(self.case.given('keep_mask'))
+        kept = np.flatnonzero(self.case.input('keep_mask'))
         dropped = np.setdiff1d(np.arange(schedule.length), kept)
         dropping = functools.partial(self.case.option, 'token_dropping')
         if len(kept) != dropping('drop_scale_length') or np.any(
@@ -74,28 +75,28 @@ class TeacherForced:
 
     @property
     def codes_BL(self) -> np.ndarray:
-        return self.case.given('gt_idx')[:, self.rows]
+        return self.case.input('gt_idx')[:, self.rows]
 
     @property
     def inputs(self) -> np.ndarray:
-        return self.case.given('x_BLCv_wo_first_l')
+        return self.case.input('x_BLCv_wo_first_l')
 
     @functools.cached_property
     def text(self) -> TextCondition:
         return text_of(self.case)
 
     def _forward(self, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Input of the first block, features and logits."""
-        forward = forwarding(with_cross_attention(self.star, mode), self.rows)
+        """Input of the first block, features, logits."""
+        forward = forward_fn(with_cross_attention(self.star, mode), self.rows)
         return forward(self.params, self.inputs, self.text)
 
     def _blocks(self, mode: str) -> list[jax.Array]:
-        """The output of each block, by networks of one layer."""
+        """The output of each block, computed by networks of one layer."""
         x_BLD, outputs = self.forward(mode)[0], []
-        whole = dataclasses.replace(with_cross_attention(self.star, mode), refinement=None)
+        star = dataclasses.replace(with_cross_attention(self.star, mode), refinement=None)
         for layer in range(self.star.depth):
-            star, params = layer_of(whole, self.params, layer)
-            x_BLD = layering(star, self.rows)(params, x_BLD, self.text)
+            config, params = one_layer(star, self.params, layer)
+            x_BLD = layer_fn(config, self.rows)(params, x_BLD, self.text)
             outputs.append(x_BLD)
         return outputs
 
@@ -106,14 +107,14 @@ class TeacherForced:
         nll_BL = Index(self.star.codes).nll(self.forward(mode)[2], self.codes_BL)
         return nll_BL.mean(-1)
 
-    def _sample(self, b: int) -> tuple[jax.Array, jax.Array, dict[str, np.ndarray]]:
-        """Loss, gradient norm and gradients, in the reference's names, of one sample alone."""
-        if b >= len(self.codes_BL):
-            raise LookupError(f'sample {b}')
-        one = slice(b, b + 1)
-        text = jax.tree.map(lambda x: x[one], self.text)
-        differentiate = differentiating(self.star, self.rows)
-        loss, gradients = differentiate(self.params, self.inputs[one], text, self.codes_BL[one])
+    def _sample(self, index: int) -> tuple[jax.Array, jax.Array, dict[str, np.ndarray]]:
+        """Loss, gradient norm and gradients, in the original names, of one sample alone."""
+        if index >= len(self.codes_BL):
+            raise LookupError(f'sample {index}')
+        row = slice(index, index + 1)
+        text = jax.tree.map(lambda x: x[row], self.text)
+        differentiate = gradient_fn(self.star, self.rows)
+        loss, gradients = differentiate(self.params, self.inputs[row], text, self.codes_BL[row])
         state = to_state(star_entries(self.star), gradients)
         return loss, optax.tree.norm(gradients), state
 
@@ -121,18 +122,22 @@ class TeacherForced:
 def text_of(case: Case, prefix: str = '') -> TextCondition:
     """The recorded text features."""
     names = ('hidden_states', 'attention_mask', 'pool_feat')
-    return TextCondition(*(case.given(f'{prefix}encoder_{name}') for name in names))
+    return TextCondition(*(case.input(f'{prefix}encoder_{name}') for name in names))
 
 
 def with_cross_attention(star: Star, mode: str) -> Star:
-    """The model with the cross-attention of a recording: of the release, or per sample."""
+    """The model with the cross-attention mode of a recording.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
     if mode not in RELEASED:
-        raise ValueError(f'cross_attention is one of {", ".join(RELEASED)}, not {mode!r}')
+        raise ValueError(f'cross_attention must be one of {", ".join(RELEASED)}, not {mode!r}')
     return dataclasses.replace(star, released_cross_attention=RELEASED[mode])
 
 
-def layer_of(config: Model, params: dict, layer: int) -> tuple[Model, dict]:
-    """Config and parameters of a network that has one layer of another."""
+def one_layer(config: Model, params: dict, layer: int) -> tuple[Model, dict]:
+    """Config and parameters of a network that has only layer `layer` of the given one."""
     block = jax.tree.map(lambda stacked: stacked[layer : layer + 1], params['blocks'])
     return dataclasses.replace(config, depth=1), params | {'blocks': block}
 
@@ -151,36 +156,38 @@ def mean_nll(
     return Index(config.codes).nll(logits_BLV, codes_BL, smoothing).mean()
 
 
-def _forward(config: Family, rows: Rows, params: dict, inputs, condition: Condition):
-    apply = functools.partial(config.build().apply, {'params': params})
+def _forward(
+    config: Family, rows: Rows, params: dict, inputs: np.ndarray, condition: Condition
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    network = bind(config.build(), params)
     later = np.arange(config.schedule.starts[1], config.schedule.starts[-1])
-    start, rest = apply(condition, method='start'), apply(inputs, later, method='embed')
-    x_BLD = jnp.concatenate([start, rest], axis=1)[:, np.asarray(rows)]
-    features_BLD = apply(inputs, condition, np.asarray(rows), method='features')
-    return x_BLD, features_BLD, apply(features_BLD, condition, method='head')
+    x_BLD = jnp.concatenate([network.start(condition), network.embed(inputs, later)], axis=1)
+    features_BLD = network.features(inputs, condition, np.asarray(rows))
+    return x_BLD[:, np.asarray(rows)], features_BLD, network.head(features_BLD, condition)
 
 
 @functools.cache
-def forwarding(config: Family, rows: Rows) -> Callable:
-    """Inputs and condition -> input of the first block, features and logits."""
+def forward_fn(config: Family, rows: Rows) -> Callable:
+    """(params, inputs, condition) -> (input of the first block, features, logits), jitted."""
     return jax.jit(functools.partial(_forward, config, rows))
 
 
 @functools.cache
-def differentiating(config: Family, rows: Rows) -> Callable:
-    """Inputs, condition and codes -> loss and gradients to the parameters."""
+def gradient_fn(config: Family, rows: Rows) -> Callable:
+    """(params, inputs, condition, codes) -> (loss, gradients of the parameters), jitted."""
     return jax.jit(jax.value_and_grad(functools.partial(mean_nll, config, rows)))
 
 
 @functools.cache
-def layering(config: Family, rows: Rows) -> Callable:
-    """Rows -> rows, through a network of one layer."""
+def layer_fn(config: Family, rows: Rows) -> Callable:
+    """(params, x_BLD, condition) -> x_BLD after a network of one layer, jitted."""
 
     def run(params, x_BLD, condition):
-        apply = functools.partial(config.build().apply, {'params': params})
-        places = np.asarray(rows)
-        text_kv = apply(condition, method='text_kv')
-        visibility = config.schedule.visibility(places)
-        return apply(x_BLD, places, text_kv, condition, None, visibility, method='trunk')[0]
+        network = bind(config.build(), params)
+        positions = np.asarray(rows)
+        text_kv = network.text_kv(condition)
+        visibility = config.schedule.visibility(positions)
+        past = None
+        return network.trunk(x_BLD, positions, text_kv, condition, past, visibility=visibility)[0]
 
     return jax.jit(run)

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from star_jax.verify.options import Options
 
 
-def _below(parent: str, *names: str) -> tuple[str, ...]:
-    return tuple(f'{parent}.{name}' for name in names)
+def _below(parent: str, names: str) -> tuple[str, ...]:
+    """The paths of space-separated names below a field."""
+    return tuple(f'{parent}.{name}' for name in names.split())
 
 
 # Sizes and names of the recorded arrays, and what the recording measured, in any kind of case.
@@ -78,24 +79,24 @@ INERT_IN_STAR = ('num_classes',)  # rows of class_emb.weight, which STAR never r
 INERT_IN_EVALUATION = ('drop_path_rate',)  # stochastic depth acts in training steps alone
 
 SAMPLING = ('cfg', 'more_smooth', 'top_k', 'top_p')  # of a run, or of all that have none of it
-RUN = ('cross_attention', 'draw', 'name', 'refine', 'text_rows')
 GENERATION = (
     *STAR,
     *ITS_TOKENIZER,
     *SAMPLING,
     'sample_version',
     'w_mask',
-    *_below('runs.*', *RUN, *SAMPLING),
+    *_below('runs.*', 'cross_attention draw name refine text_rows'),
+    *_below('runs.*', ' '.join(SAMPLING)),
 )
 
 OPTIONS: Mapping[str, Options] = {
     'rope': Options(
         read=(
             *ANY,
-            *_below('tables.*', 'table', 'head_dim', 'end_x', 'end_y', 'theta', 'normalize'),
-            *_below('applies.*', 'apply', 'head_dim', 'patch_nums', 'theta', 'normalize'),
+            *_below('tables.*', 'table head_dim end_x end_y theta normalize'),
+            *_below('applies.*', 'apply head_dim patch_nums theta normalize'),
         ),
-        descriptive=(*DESCRIPTIVE, *_below('applies.*', 'batch', 'heads', 'length')),
+        descriptive=(*DESCRIPTIVE, *_below('applies.*', 'batch heads length')),
     ),
     'vqvae': Options(
         read=(*ANY, *QUANTISER, *AUTOENCODER),
@@ -104,7 +105,7 @@ OPTIONS: Mapping[str, Options] = {
     ),
     'quantizer': Options(read=(*ANY, *QUANTISER), descriptive=DESCRIPTIVE),
     'star': Options(
-        read=(*ANY, *STAR, *_below('token_dropping', 'drop_start_idx', 'drop_scale_length')),
+        read=(*ANY, *STAR, *_below('token_dropping', 'drop_start_idx drop_scale_length')),
         checked=NO_DROPOUT,
         descriptive=(*DESCRIPTIVE, *ITS_TOKENIZER, *INERT_IN_STAR, *INERT_IN_EVALUATION),
     ),
@@ -135,9 +136,9 @@ OPTIONS: Mapping[str, Options] = {
             'label_smoothing',
             'parameters_with_weight_decay',
             'parameters_without_weight_decay',
-            *_below('optimizer', 'name', 'betas', 'eps', 'grad_clip_global_norm'),
-            *_below('optimizer', 'max_iterations', 'peak_lr', 'schedule', 'warmup_iterations'),
-            *_below('optimizer', 'weight_decay', 'weight_decay_end', 'wp0', 'wpe'),
+            *_below('optimizer', 'name betas eps grad_clip_global_norm'),
+            *_below('optimizer', 'max_iterations peak_lr schedule warmup_iterations'),
+            *_below('optimizer', 'weight_decay weight_decay_end wp0 wpe'),
         ),
         checked=NO_DROPOUT | {'drop_path_rate': 0},
         descriptive=(*DESCRIPTIVE, *INERT_IN_STAR, 'log', 'steps', 'unchanged_entries'),
@@ -150,8 +151,8 @@ OPTIONS: Mapping[str, Options] = {
     'sampling': Options(
         read=(
             *ANY,
-            *_below('filters.*', 'filter', 'top_k', 'top_p'),
-            *_below('gumbel.*', 'gumbel', 'ratio', 'tau'),
+            *_below('filters.*', 'filter top_k top_p'),
+            *_below('gumbel.*', 'gumbel ratio tau'),
         ),
         descriptive=(*DESCRIPTIVE, 'gumbel.*.formula'),
     ),
@@ -159,7 +160,7 @@ OPTIONS: Mapping[str, Options] = {
         read=(
             *ANY,
             *('max_it', 'peak_lr', 'wd', 'wd_end', 'wp_it', 'wp_it_rounded'),
-            *_below('variants.*', 'wp0', 'wpe'),
+            *_below('variants.*', 'wp0 wpe'),
         ),
         descriptive=(*DESCRIPTIVE, 'schedules'),
     ),

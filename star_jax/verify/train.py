@@ -10,28 +10,29 @@ import optax
 from star_jax.convert.entries import to_state
 from star_jax.convert.star import IGNORED, star_entries
 from star_jax.errors import UserError
+from star_jax.nn.bind import bind
 from star_jax.training.optimizer import AdamW, decayed, gradient_norm
 from star_jax.training.schedules import LearningRate
 from star_jax.verify import cases
 from star_jax.verify.cases import AFTER, Case
 from star_jax.verify.comparison import INTEGERS, LATENTS, LOSSES, NORMS, PARAMETERS, SCHEDULES
-from star_jax.verify.rules import Rule, given
+from star_jax.verify.rules import Rule, inputs
 from star_jax.verify.star import TEXT, mean_nll, text_of, with_cross_attention
-from star_jax.verify.tokenizer import last
+from star_jax.verify.tokenizer import to_nhwc
 
 STEP = r'step(\d+)\.'
 
 
 class Training:
-    """Images and text through the frozen tokenizer, the objective and the optimizer."""
+    """Training steps: frozen tokenizer, loss, gradients and optimizer."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         mode = case.optional('cross_attention', 'corrected').partition(':')[0]
-        self.star = with_cross_attention(cases.star_of(case), mode)
+        self.star = with_cross_attention(cases.star_config(case), mode)
         self.params = cases.star_params(case, self.star)
         self.vq, self.tokenizer = case.tokenizer
-        numbers = [int(found[1]) for name in case.arrays if (found := re.match(STEP, name))]
+        numbers = [int(match[1]) for name in case.arrays if (match := re.match(STEP, name))]
         self.steps = np.arange(max(numbers, default=-1) + 1)
         self.total = case.option('optimizer', 'max_iterations')
         self.optimizer = optimizer_of(case)
@@ -41,8 +42,8 @@ class Training:
     def rules(self) -> tuple[Rule, ...]:
         peak = self.optimizer.learning_rate.peak
         return (
-            given(f'{STEP}image'),
-            given(STEP + TEXT),
+            inputs(f'{STEP}image'),
+            inputs(STEP + TEXT),
             Rule(f'{STEP}gt_idx', INTEGERS, lambda step: self.encoded(int(step))[0]),
             Rule(f'{STEP}x_BLCv_wo_first_l', LATENTS, lambda step: self.encoded(int(step))[1]),
             Rule('lr', SCHEDULES, self.rates, peak),
@@ -74,15 +75,15 @@ class Training:
         return self.optimizer.decay_at(self.steps, self.total)
 
     def _encoded(self, step: int) -> tuple[jax.Array, jax.Array]:
-        """Codes of a step's images and the transformer's inputs."""
-        return self._encode(self.tokenizer, last(self.case.given(f'step{step}.image')))
+        """Codes of the images of a step, and the inputs of the transformer."""
+        return self._encode(self.tokenizer, to_nhwc(self.case.input(f'step{step}.image')))
 
     @functools.cached_property
     def _encode(self):
         def encode(params, images):
-            apply = functools.partial(self.vq.build().apply, {'params': params})
-            codes_BL = apply(images, method='encode')
-            return codes_BL, apply(codes_BL, method='inputs')
+            tokenizer = bind(self.vq.build(), params)
+            codes_BL = tokenizer.encode(images)
+            return codes_BL, tokenizer.inputs(codes_BL)
 
         return jax.jit(encode)
 
@@ -115,7 +116,7 @@ class Training:
 
 
 def optimizer_of(case: Case) -> AdamW:
-    """The optimizer that the reference's options describe."""
+    """The optimizer of the original options."""
     option = functools.partial(case.option, 'optimizer')
     if not option('name').startswith('AdamW'):
         raise UserError(f'{case.path}: optimizer.name must begin with AdamW')
