@@ -6,6 +6,7 @@ The stub for TPUs also simulates the cloud: it copies to a folder and runs comma
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from spawn import free_port
 
 from star_jax.errors import UserError
 from star_jax.parallel import flags
@@ -496,6 +498,39 @@ def test_node_explains_an_abort_by_jax(machine, clone):
     last = done.stderr.splitlines()[-1]
     assert last.startswith('node.sh: the run was aborted') and 'process 0' in last
     assert 'Start all of them again' in last and last.endswith('from its last checkpoint')
+
+
+PEER = """
+import sys, time, jax
+jax.distributed.initialize(
+    sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=10,
+    cluster_detection_method='deactivate',
+)
+print('connected', flush=True)
+time.sleep(600)
+"""
+
+
+def test_node_explains_the_loss_of_process_0(machine, clone):
+    """With JAX itself: no public setting keeps it from aborting process 1."""
+    command = [sys.executable, '-c', PEER, f'127.0.0.1:{free_port()}']
+    environment = machine.environment | {'JAX_PLATFORMS': 'cpu'}
+    program(clone, f'exec {shlex.join([*command, "1"])}')
+    with (
+        subprocess.Popen([*command, '0'], env=environment, stdout=subprocess.PIPE) as first,
+        subprocess.Popen(
+            ['bash', 'launch/node.sh', 'cpu', 'config.py', '--out=out'],
+            cwd=clone,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as node,
+    ):
+        assert first.stdout.readline() and node.stdout.readline()
+        first.kill()
+        log = node.communicate(timeout=60)[1]
+    assert node.returncode == 1 and log.splitlines()[-1].startswith('node.sh: the run was aborted')
 
 
 def test_node_passes_sigterm_to_the_run(machine, clone):

@@ -58,15 +58,15 @@ def meet(host: str, port: int, processes: int, process: int, timeout: float) -> 
     if process == 0:
         _collect(host, port, report, deadline)
     else:
-        _report(host, port, report, deadline)
+        _register(host, port, report, deadline)
 
 
-def _collect(host: str, port: int, own: Report, deadline: float) -> None:
+def _collect(host: str, port: int, report: Report, deadline: float) -> None:
     """Process 0: receives the reports of all others and answers each with `GO` or an error."""
     try:
         listener = _listen(port)
     except OSError as error:
-        answer = _exchange(host, port, own, time.monotonic() + 1)
+        answer = _exchange(host, port, report, time.monotonic() + 1)
         raise UserError(
             answer
             or f'process 0 cannot listen at port {port} ({error.strerror}): choose another one'
@@ -74,22 +74,22 @@ def _collect(host: str, port: int, own: Report, deadline: float) -> None:
     answers: list[str | None] = []  # to process 0 itself, if another process has its address
     over = threading.Event()
     threading.Thread(
-        target=lambda: answers.append(_exchange(host, port, own, deadline, over)), daemon=True
+        target=lambda: answers.append(_exchange(host, port, report, deadline, over)), daemon=True
     ).start()
     links: list[socket.socket] = []
     with listener, contextlib.ExitStack() as stack:
         stack.callback(over.set)
         answer = GO
         try:
-            reported = [own.process]
-            while len(reported) < own.processes:
-                link = stack.enter_context(_accept(listener, reported, own, answers, deadline))
-                report = _receive(link)
-                if report is None or report == own:
+            reported = [report.process]
+            while len(reported) < report.processes:
+                link = stack.enter_context(_accept(listener, reported, report, answers, deadline))
+                peer = _receive(link)
+                if peer is None or peer == report:
                     continue
                 links.append(link)
-                _check(report, reported, own.processes)
-                reported.append(report.process)
+                _check(peer, reported, report.processes)
+                reported.append(peer.process)
         except UserError as error:
             answer = str(error)
             raise
@@ -108,7 +108,7 @@ def _listen(port: int) -> socket.socket:
 def _accept(
     listener: socket.socket,
     reported: list[int],
-    own: Report,
+    report: Report,
     answers: list[str | None],
     deadline: float,
 ) -> socket.socket:
@@ -123,9 +123,9 @@ def _accept(
             raise UserError(answers[0])
         with contextlib.suppress(TimeoutError):
             return listener.accept()[0]
-    missing = [str(number) for number in range(own.processes) if number not in reported]
+    missing = [str(number) for number in range(report.processes) if number not in reported]
     raise UserError(
-        f'of {own.processes} processes number {", ".join(missing)} did not come in time: start '
+        f'of {report.processes} processes number {", ".join(missing)} did not come in time: start '
         'all of them, with the same address of process 0'
     )
 
@@ -140,26 +140,26 @@ def _receive(link: socket.socket) -> Report | None:
         return None
 
 
-def _check(report: Report, reported: list[int], processes: int) -> None:
-    """Raises UserError if a report contradicts process 0 or an earlier one."""
-    if report.processes != processes:
+def _check(peer: Report, reported: list[int], processes: int) -> None:
+    """Raises UserError if a report contradicts process 0 or an earlier report."""
+    if peer.processes != processes:
         raise UserError(
-            f'process {report.process} was started as one of {report.processes} processes, and '
+            f'process {peer.process} was started as one of {peer.processes} processes, and '
             f'process 0 as one of {processes}: start all with the same number'
         )
-    if report.process in reported:
+    if peer.process in reported:
         raise UserError(
-            f'two processes are number {report.process}: every one of the {processes} needs its '
+            f'two processes are number {peer.process}: every one of the {processes} needs its '
             'own number, from 0'
         )
 
 
-def _report(host: str, port: int, own: Report, deadline: float) -> None:
+def _register(host: str, port: int, report: Report, deadline: float) -> None:
     """Every other process: reports itself and waits for the answer."""
-    answer = _exchange(host, port, own, deadline)
+    answer = _exchange(host, port, report, deadline)
     if answer is None:
         raise UserError(
-            f'process {own.process} cannot reach process 0 at {host}:{port}: start process 0 '
+            f'process {report.process} cannot reach process 0 at {host}:{port}: start process 0 '
             'there, and let its port through'
         )
     if not answer:
@@ -171,7 +171,7 @@ def _report(host: str, port: int, own: Report, deadline: float) -> None:
 
 
 def _exchange(
-    host: str, port: int, own: Report, deadline: float, over: threading.Event | None = None
+    host: str, port: int, report: Report, deadline: float, over: threading.Event | None = None
 ) -> str | None:
     """Sends a report to process 0 and returns its answer.
 
@@ -189,7 +189,7 @@ def _exchange(
                 return None
     with link:
         try:
-            link.sendall(own.encode())
+            link.sendall(report.encode())
             link.settimeout(max(deadline - time.monotonic(), 0) + MESSAGE_TIMEOUT)
             answer = _read_line(link).decode(errors='replace')
         except OSError:
