@@ -281,7 +281,7 @@ def test_an_interrupted_drawing_goes_on(drawn, trained, tmp_path):
     for name in ('00001.png', '00002.png', 'grid.png'):
         assert (out / name).read_bytes() == (drawn / name).read_bytes()
     said = complaint(*command, '--top-p', '0.5')
-    assert 'holds other pictures' in said and 'settings' in said
+    assert 'holds other images' in said and 'settings' in said
     assert (out / 'samples.jsonl').read_text() == record
 
 

@@ -1,4 +1,4 @@
-"""Does what a user holds draw the same images in every way of asking?"""
+"""Does a pipeline give the same images in every batch and on every mesh?"""
 
 import dataclasses
 
@@ -17,13 +17,13 @@ PROMPTS = ['a red circle', 'a small blue star', 'a green ring', 'two crosses', '
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory) -> str:
+def folder(tmp_path_factory) -> str:
     return tiny.write_model(tmp_path_factory.mktemp('pipe') / 'model')
 
 
 @pytest.fixture(scope='module')
-def pipe(place) -> Pipeline:
-    return star_jax.load(place)
+def pipe(folder) -> Pipeline:
+    return star_jax.load(folder)
 
 
 @pytest.fixture(scope='module')
@@ -36,14 +36,14 @@ def test_images_are_bytes_and_differ(images):
     assert all((images[0] != image).any() for image in images[1:])
 
 
-def test_an_image_is_the_same_in_smaller_batches_and_alone(pipe, images):
+def test_image_does_not_depend_on_the_batch(pipe, images):
     again = pipe(PROMPTS, seed=7, batch=2, guidance=2.0, top_k=8, top_p=0.8)  # of 2, 2 and 1
     np.testing.assert_array_equal(again, images)
 
 
-def test_an_image_is_the_same_on_a_mesh_that_splits_the_parameters(place, images):
+def test_image_does_not_depend_on_a_mesh_that_shards_parameters(folder, images):
     pipe = star_jax.load(
-        place, mesh=MeshShape(data=1, fsdp=2, tensor=2, sequence=2).build_on_first()
+        folder, mesh=MeshShape(data=1, fsdp=2, tensor=2, sequence=2).build_on_first()
     )
     again = pipe(PROMPTS, seed=7, guidance=2.0, top_k=8, top_p=0.8)
     np.testing.assert_array_equal(again, images)
@@ -51,30 +51,30 @@ def test_an_image_is_the_same_on_a_mesh_that_splits_the_parameters(place, images
     assert kernel.sharding.shard_shape(kernel.shape)[1:] == tuple(n // 2 for n in kernel.shape[1:])
 
 
-def test_no_guidance_is_guidance_of_nothing(pipe):
-    """Prompted rows alone draw what they draw beside unprompted ones of no weight."""
+def test_guidance_off_equals_guidance_of_almost_zero(pipe):
+    """Prompted rows alone give the images that they give beside unprompted ones of no weight."""
     alone = pipe(PROMPTS[:2], guidance=0.0, top_k=8)
     beside = pipe(PROMPTS[:2], guidance=1e-12, top_k=8)
     np.testing.assert_array_equal(alone, beside)
 
 
-def test_settings_left_out_are_those_of_the_maker(pipe):
+def test_settings_left_out_are_the_recommended_ones(pipe):
     assert pipe.resolve() == pipe.recommended
     assert pipe.resolve(top_k=3) == dataclasses.replace(pipe.recommended, top_k=3)
     assert pipe.resolve(stable=True).stable == StableSettings(version='1024')
     assert pipe.resolve(stable=False).stable == StableSettings()
 
 
-def test_released_and_corrected_differ_where_there_is_guidance(place, pipe):
-    released = star_jax.load(place, cross_attention='released')
+def test_released_and_corrected_images_differ_under_guidance(folder, pipe):
+    released = star_jax.load(folder, cross_attention='released')
     prompts, settings = PROMPTS[:2], {'guidance': 3.0, 'top_k': 8}
     assert (released(prompts, **settings) != pipe(prompts, **settings)).any()
     plain = settings | {'guidance': 0.0}
     np.testing.assert_array_equal(released(prompts, **plain), pipe(prompts, **plain))
-    assert not star_jax.load(place, cross_attention='corrected').network.mixes_rows
+    assert not star_jax.load(folder, cross_attention='corrected').network.mixes_rows
 
 
-def test_few_programs_are_compiled():
+def test_batches_need_few_programs():
     assert batches(37, 16, 1) == [16, 16, 8]
     assert batches(3, 16, 1) == [4]
     assert batches(16, 16, 4) == [16]
@@ -95,16 +95,16 @@ def test_few_programs_are_compiled():
         (['a'], {'stable': True}, 'refinement head'),
     ],
 )
-def test_mistakes_are_told(pipe, prompts, settings, sentence):
+def test_mistake_raises_a_sentence(pipe, prompts, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         pipe(prompts, **settings)
 
 
-def test_a_mesh_that_does_not_divide_the_model_is_refused(place):
+def test_mesh_that_does_not_divide_the_model_is_refused(folder):
     with pytest.raises(UserError, match='of the model does not divide over the mesh'):
-        star_jax.load(place, mesh=MeshShape(data=1, tensor=4).build_on_first())  # two heads
+        star_jax.load(folder, mesh=MeshShape(data=1, tensor=4).build_on_first())  # two heads
 
 
-def test_a_mesh_of_more_devices_than_there_are_is_refused():
+def test_mesh_of_too_many_devices_is_refused():
     with pytest.raises(UserError, match=f'there are {jax.device_count()}'):
         MeshShape(data=64).build_on_first()

@@ -1,4 +1,4 @@
-"""Does a folder of drawn pictures know what is in it?"""
+"""Does a folder of sampled images continue, and refuse other images?"""
 
 import json
 
@@ -13,33 +13,34 @@ IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 def records(**settings) -> list[dict]:
     settings = {'top_k': 5, 'stable': {'version': 'off'}} | settings
-    return [{'prompt': one, 'seed': seed, 'settings': settings} for seed, one in enumerate('ab')]
+    prompts = enumerate('ab')
+    return [{'prompt': text, 'seed': seed, 'settings': settings} for seed, text in prompts]
 
 
-def test_a_picture_that_was_removed_is_drawn_again_and_has_one_line(tmp_path):
-    album = SampleFolder(tmp_path, records())
-    for index in album.missing():
-        album.add(index, IMAGE)
+def test_removed_image_is_written_again_and_keeps_one_line(tmp_path):
+    folder = SampleFolder(tmp_path, records())
+    for index in folder.missing():
+        folder.add(index, IMAGE)
     before = (tmp_path / 'samples.jsonl').read_text()
     assert [json.loads(line)['prompt'] for line in before.splitlines()] == ['a', 'b']
     (tmp_path / '00000.png').unlink()
-    album = SampleFolder(tmp_path, records())
-    assert album.missing() == [0]
-    album.add(0, IMAGE)
-    assert album.missing() == []
+    folder = SampleFolder(tmp_path, records())
+    assert folder.missing() == [0]
+    folder.add(0, IMAGE)
+    assert folder.missing() == []
     assert (tmp_path / '00000.png').exists()
     assert (tmp_path / 'samples.jsonl').read_text() == before
 
 
 @pytest.mark.parametrize(
-    ('settings', 'said'),
+    ('settings', 'message'),
     [
         ({'top_k': 6}, "its settings.top_k was '5' and would be '6'"),
         ({'stable': {'version': 'new'}}, "its settings.stable.version was 'off' and would be"),
         ({'smooth': None}, 'its settings.smooth was'),
     ],
 )
-def test_the_setting_that_differs_is_named(tmp_path, settings, said):
+def test_error_names_the_setting_that_differs(tmp_path, settings, message):
     SampleFolder(tmp_path, records()).add(0, IMAGE)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         SampleFolder(tmp_path, records(**settings))
