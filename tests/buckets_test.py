@@ -159,7 +159,7 @@ def test_codes_do_not_depend_on_buckets(case):
     np.testing.assert_array_equal(*codes)
 
 
-def test_refined_scales_stand_beside_a_bucket():
+def test_bucket_excludes_refined_scales():
     star = dataclasses.replace(SMALL, sides=(1, 2, 4), refinement=Refinement(first=2, blocks=1))
     settings = dataclasses.replace(GUIDED, stable=StableSettings(version='new'))
     run, args = sampling(star, ((0, 1),), settings=settings)
@@ -169,7 +169,7 @@ def test_refined_scales_stand_beside_a_bucket():
         jax.eval_shape(run, *args)
 
 
-def test_padding_changes_no_noise():
+def test_noise_does_not_depend_on_padding():
     """Noise belongs to the token: it does not depend on how many tokens follow."""
     keys_B = program.image_keys([1, 2])
     logits_BLV = jnp.zeros((B, 16, 32))
@@ -182,7 +182,7 @@ def test_padding_changes_no_noise():
     np.testing.assert_array_equal(padded[:, :9], alone)
 
 
-def test_padded_maps_are_resized_as_alone():
+def test_padded_maps_are_resized_like_single_ones():
     grids = ((1, 2), (3, 2), (4, 5))
     rng = np.random.default_rng(0)
     tokens, canvas = (jnp.float32(rng.normal(size=(2, *of, 3))) for of in ((20,), (6, 5)))
@@ -206,7 +206,7 @@ def test_padded_maps_are_resized_as_alone():
     np.testing.assert_array_equal(padded(3)[1], padded(2)[1])  # nothing comes behind the last
 
 
-def test_a_bucket_is_one_group_of_steps():
+def test_bucket_is_one_group_of_steps():
     schedule = Pyramid.square((1, 2, 2, 2, 4))
     assert schedule.groups(shared=((0, 2),)) == (Group(0, 3, True), Group(3, 1), Group(4, 1))
     assert schedule.groups(shared=((0, 0), (4, 4)))[1] == Group(1, 2)
@@ -224,7 +224,7 @@ def test_one_body_serves_all_scales_of_a_bucket():
     assert bodies == [3, 2, 1]
 
 
-def test_scales_are_divided_where_padding_costs_least():
+def test_divide_minimises_padding():
     assert buckets.divide(SIZES, 0) == () == buckets.divide(SIZES, 4)
     assert buckets.divide(SIZES, 1) == ONE
     assert buckets.divide(SIZES, 2) == TWO
@@ -239,23 +239,23 @@ def test_scales_are_divided_where_padding_costs_least():
     'shared',
     [((0, 4),), ((2, 1),), ((-1, 2),), ((0, 1), (1, 2)), ((2, 3), (0, 1))],
 )
-def test_buckets_lie_in_order_within_the_scales(shared):
+def test_buckets_out_of_order_are_refused(shared):
     with pytest.raises(UserError, match='scales in order below 4'):
         program.compile_program(STAR.build(), VQ.build(), shared)
 
 
 @pytest.mark.parametrize('wanted', [((0, 1, 2),), (3,), 3, (('a', 'b'),)])
-def test_buckets_are_pairs(wanted):
+def test_buckets_other_than_pairs_are_refused(wanted):
     with pytest.raises(UserError, match='pairs of the first and the last scale'):
         buckets.choose(wanted, SIZES, 'cpu')
 
 
-def test_a_raster_needs_no_buckets():
+def test_raster_refuses_buckets():
     with pytest.raises(UserError, match='share one body as they are'):
         Raster(2, 2).groups(shared=((0, 1),))
 
 
-def test_a_user_chooses_buckets(tmp_path):
+def test_pipeline_takes_buckets(tmp_path):
     """Here with rows that mix, so that each image is sampled alone."""
     load = functools.partial(star_jax.load, tiny.write_model(tmp_path / 'model'))
     alone, together = (
@@ -267,13 +267,13 @@ def test_a_user_chooses_buckets(tmp_path):
         load(buckets=((0, 3),))
 
 
-def test_pairs_are_given_as_words():
+def test_command_line_takes_buckets_as_pairs():
     given = arguments.parse(Sample, ['a', '--buckets', '0', '2', '5', '6'], 'sample')
     assert given.buckets == ((0, 2), (5, 6))
     assert arguments.parse(Sample, ['a'], 'sample').buckets is None
 
 
-def test_a_sweep_over_buckets_has_each_choice():
+def test_sweep_of_buckets_has_each_choice():
     sides = ['--sides', *map(str, SIDES)]
     expanded = bench.expand([bench.sweep_of_buckets(SIZES)])
     jobs = [bench.read_sampling('', [*sides, *words])[1] for _, words in expanded]

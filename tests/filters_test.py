@@ -46,7 +46,7 @@ def test_filters_keep_what_the_specification_keeps(ties, top_k, top_p):
     np.testing.assert_array_equal(masked[expected], logits[expected])
 
 
-def test_a_known_row():
+def test_filters_keep_the_known_codes_of_a_row():
     logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
     stays = [
         (NucleusFilter(), [1, 1, 1, 1]),
@@ -72,7 +72,7 @@ def test_equal_logits_stay_or_go_together():
     assert np.isfinite(keep(NucleusFilter(top_p=0.1), jnp.zeros(5))).all()
 
 
-def test_a_nucleus_of_everything_keeps_the_rarest_codes():
+def test_nucleus_of_all_mass_keeps_the_rarest_codes():
     logits = 6 * np.random.default_rng(0).normal(size=(32, 128)).astype(np.float32)
     for top_k in (0, 100):  # what lies above the last of them holds all but 1e-10
         everything = np.isfinite(keep(NucleusFilter(top_k=top_k), logits))
@@ -81,7 +81,7 @@ def test_a_nucleus_of_everything_keeps_the_rarest_codes():
         )
 
 
-def test_more_codes_than_there_are_is_off():
+def test_top_k_of_all_codes_is_off():
     logits = mixed_rows(ties=False)
     for top_p in (None, 0.6):
         off = keep(NucleusFilter(top_p=top_p), logits)
@@ -89,7 +89,7 @@ def test_more_codes_than_there_are_is_off():
         np.testing.assert_array_equal(keep(NucleusFilter(top_k=V + 5, top_p=top_p), logits), off)
 
 
-def test_temperature_divides_before_the_nucleus_is_taken():
+def test_temperature_divides_before_the_nucleus():
     logits = mixed_rows(ties=False)
     warm = keep(NucleusFilter(top_k=4, top_p=0.8), logits, 2.0)
     np.testing.assert_array_equal(warm, keep(NucleusFilter(top_k=4, top_p=0.8), logits / 2))
@@ -98,7 +98,7 @@ def test_temperature_divides_before_the_nucleus_is_taken():
     )
 
 
-def test_a_row_alone_keeps_what_it_keeps_in_a_batch():
+def test_row_does_not_depend_on_its_batch():
     logits = mixed_rows(ties=True)
     rule = NucleusFilter(top_k=4, top_p=0.7)
     whole = np.asarray(keep(rule, logits))
@@ -127,7 +127,7 @@ def test_numbers_do_not_recompile():
     assert traces == [5, 6]
 
 
-def test_logits_leave_in_float32():
+def test_filtered_logits_are_float32():
     for rule in (NucleusFilter(), NucleusFilter(top_k=2), NucleusFilter(top_p=0.5)):
         logits = jax.ShapeDtypeStruct((1, V), jnp.bfloat16)
         assert jax.eval_shape(rule, logits).dtype == jnp.float32

@@ -51,20 +51,20 @@ CAPTIONS = ('a red circle', 'a small blue star')
 
 
 @pytest.mark.parametrize('mode', SHARES)
-def test_budgets_are_all_tokens_from_few_to_many(mode):
+def test_budgets_sum_to_all_tokens_and_rise(mode):
     for passes, side in itertools.product((8, 15), range(6, 65)):
         of_passes = budgets(side**2, passes, mode)
         assert sum(of_passes) == side**2 and min(of_passes) >= 1
         assert list(of_passes[:-1]) == sorted(of_passes[:-1]) and of_passes[0] == 1
 
 
-def test_published_budgets():
+def test_budgets_equal_the_published_ones():
     assert budgets(16**2, 8) == (1, 18, 26, 32, 38, 43, 48, 50)
     assert budgets(64**2, 8) == (1, 288, 413, 513, 601, 683, 761, 836)
     assert budgets(9, 8)[-1] == 0 and budgets(9, 15)[-1] == -5  # where the original crashes
 
 
-def test_published_passes():
+def test_passes_equal_the_published_ones():
     schedule = Pyramid.square(PUBLISHED)
     plans = plan_of_settings(schedule, StableSettings(version='1024'), 9)
     assert plans[:9] == (None,) * 9
@@ -77,7 +77,7 @@ def test_published_passes():
     ]
 
 
-def test_what_cannot_be_refined_is_refused():
+def test_plan_of_scales_without_enough_tokens_is_refused():
     schedule = Pyramid.square((1, 2, 3, 4))
     for settings, message in (
         (StableSettings(version='new', first=2), 'scale 2 has 9 tokens, too few for 8 passes'),
@@ -102,7 +102,7 @@ def test_what_cannot_be_refined_is_refused():
         ({'refinement': Refinement(first=3, blocks=2)}, 'a scale after the first of 3'),
     ],
 )
-def test_a_head_that_cannot_be_is_refused(options, message):
+def test_invalid_head_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(MODEL, **options)
 
@@ -154,7 +154,7 @@ CASES = {
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_every_token_is_fixed_once(name, keys_B, logits_RLV):
+def test_passes_fix_every_token_once(name, keys_B, logits_RLV):
     found, trace = sample_step(CASES[name], keys_B, logits_RLV)
     passes, plan = trace.passes, CASES[name].plan[1]
     fixed_PBL = np.asarray(passes.fixed_BL)
@@ -225,7 +225,7 @@ def test_codes_are_those_of_a_head_with_full_confidence(keys_B, logits_RLV):
     np.testing.assert_array_equal(found.codes_BL, expected_BL)
 
 
-def test_a_stable_image_depends_on_its_own_key_only(keys_B, logits_RLV):
+def test_stable_image_depends_on_its_own_key_only(keys_B, logits_RLV):
     together = sample_step(CASES['both'], keys_B, logits_RLV)[0].codes_BL
     for image in range(B):
         key, rows = keys_B[image : image + 1], logits_RLV[[image, B + image]]
@@ -247,7 +247,7 @@ def parts_of(star: Star) -> tuple:
     return network, tokenizer, params, settings
 
 
-def test_an_image_alone_is_the_image_in_a_batch():
+def test_stable_image_does_not_depend_on_its_batch():
     network, tokenizer, params, settings = parts_of(MODEL)
     run = jax.jit(
         functools.partial(
@@ -281,7 +281,7 @@ def test_released_images_are_sampled_in_passes_one_by_one():
     assert images.shape == (B, 16, 16, 3) and images.dtype == np.uint8
 
 
-def test_the_head_reads_one_scale_and_what_is_fixed_there():
+def test_head_reads_one_scale_and_its_fixed_tokens():
     """With one block nothing goes from scale to scale through the text's row."""
     star = dataclasses.replace(MODEL, refinement=Refinement(first=1, blocks=1))
     params = tiny.random_params(star.abstract())
@@ -305,7 +305,7 @@ def test_the_head_reads_one_scale_and_what_is_fixed_there():
     assert (moved[:4] == 0).all() and (moved[4:] > 1e-4).all()
 
 
-def test_head_losses():
+def test_head_losses_equal_their_formulas():
     logits_BLV = np.random.default_rng(3).normal(size=(B, L, V)).astype(np.float32)
     codes_BL = np.random.default_rng(4).integers(0, V, (B, L))
     shown_BL = np.arange(L) < np.array([[L], [4]])
@@ -326,7 +326,7 @@ def test_head_losses():
     assert released == pytest.approx((more.sum() + constant * (L + 4)) / B / 20, rel=1e-5)
 
 
-def test_modes_show_more_or_less(keys_B):
+def test_modes_show_their_share_of_tokens(keys_B):
     shares = {
         mode: float(Unmasking(mode=mode).draw(keys_B[0], (500, 20)).mean()) for mode in SHARES
     }
@@ -349,7 +349,7 @@ def job(tmp_path_factory) -> HeadJob:
         yield made
 
 
-def test_only_the_head_learns(job, tmp_path):
+def test_training_changes_the_head_alone(job, tmp_path):
     state, batch = job.init(), next(job.batches(0))
     head = weights.flatten(jax.device_get(state.params))
     assert {name.partition('/')[0] for name in head} == set(MODEL.abstract()['refiner'])
@@ -379,7 +379,7 @@ def test_only_the_head_learns(job, tmp_path):
     assert all(jax.tree.leaves(same))
 
 
-def test_a_head_needs_a_trained_model(job):
+def test_head_needs_a_trained_model(job):
     with pytest.raises(UserError, match='--init'):
         HeadJob(dataclasses.replace(job.run, init=''))
 
@@ -395,12 +395,12 @@ def test_a_head_needs_a_trained_model(job):
         ('sides', {'sides': (1, 3, 4)}),
     ],
 )
-def test_a_head_needs_the_model_that_was_trained(job, field, options):
+def test_head_needs_the_model_that_was_trained(job, field, options):
     with pytest.raises(UserError, match=f'model.{field}: '):
         HeadJob(dataclasses.replace(job.run, model=dataclasses.replace(MODEL, **options)))
 
 
-def test_a_head_needs_the_text_encoder_that_was_trained_with(job, tmp_path):
+def test_head_needs_the_text_encoder_of_training(job, tmp_path):
     shutil.copytree(tiny.TEXT, tmp_path / 'text')
     config = tmp_path / 'text' / 'config.json'
     config.write_text(config.read_text() + '\n')
@@ -408,7 +408,7 @@ def test_a_head_needs_the_text_encoder_that_was_trained_with(job, tmp_path):
         HeadJob(dataclasses.replace(job.run, text=str(tmp_path / 'text')))
 
 
-def test_a_head_goes_on_with_the_model_that_it_began_on(job, tmp_path):
+def test_head_continues_on_the_model_that_it_started_from(job, tmp_path):
     place, out = tmp_path / 'base', tmp_path / 'run'
     shutil.copytree(job.run.init, place)
     begun = story.job(dataclasses.replace(job.run, init=str(place)))
