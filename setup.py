@@ -1,12 +1,15 @@
 """star_jax: scale-wise autoregressive text-to-image generation in JAX."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.search("__version__ = '(.+)'", Path('star_jax/__init__.py').read_text('utf-8'))[1]
+
 setup(
     name='star_jax',
-    version='0.1.0',
+    version=VERSION,
     description='Scale-wise autoregressive text-to-image generation (STAR, VAR) in JAX and Flax',
     long_description=Path('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',

@@ -6,9 +6,11 @@ images = pipe(['a red circle'])  # uint8 [1, 64, 64, 3]
 
 from typing import Any
 
+__version__ = '0.1.0'
+
 
 def __getattr__(name: str) -> Any:
-    # The command line begins here too, and must hear of ctrl-c before JAX is imported.
+    # The command line starts here too, and handles ctrl-c before JAX is imported.
     if name == 'load':
         from star_jax.sampling.pipeline import load
 

@@ -1,55 +1,109 @@
-"""`star-jax COMMAND`: where does a command line go?
+"""`star-jax COMMAND`: which module runs a command line, and how does it end?
 
-Every command is a module of `star_jax/commands` with `main(arguments) -> exit status`. A user's
-mistake ends in one sentence and exit status 2, a run that cannot go on in one and exit status 1.
+Every command is a module of `star_jax/commands` with `main(words) -> exit status`. A user's mistake
+ends with one sentence and exit status 2, a run that cannot continue with one and exit status 1.
 """
 
 import difflib
 import importlib
+import importlib.metadata
 import os
+import platform
 import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
 
-from star_jax import terminal
+from star_jax import __version__, terminal
 from star_jax.errors import RunError, UserError
 from star_jax.parallel import malloc
 
-COMMANDS = {
-    'train': 'train a transformer on captioned images',
-    'train-tokenizer': 'train an image tokenizer',
-    'sample': 'draw images from prompts',
-    'reconstruct': 'show what a tokenizer keeps of images, scale by scale',
-    'convert': 'make a model folder of a published file, and the other way round',
-    'export': 'write the model folder of a run at any time',
-    'data': 'prepare a data set, or look at one',
-    'verify': 'compare recorded cases of the originals with this code',
-    'evaluate': 'score a model or a tokenizer on images that it never saw',
-    'plan': 'say what a run needs and takes on a TPU pod or GPUs, before paying',
-    'bench': 'measure drawing, training, attention and reading',
-    'study': 'train configs under equal conditions and compare them',
+# What somebody comes for -> the commands that serve it, each with a summary and an example.
+JOURNEYS: dict[str, dict[str, tuple[str, str]]] = {
+    'Sample images': {
+        'sample': (
+            'generate images from prompts or classes',
+            'star-jax sample "a red circle" "a small blue star" --out samples',
+        ),
+        'reconstruct': (
+            'reconstruct images with a tokenizer, scale by scale',
+            'star-jax reconstruct cat.png dog.jpg --out reconstructed',
+        ),
+    },
+    'Train': {
+        'train-tokenizer': (
+            'train an image tokenizer',
+            'star-jax train-tokenizer configs/shapes_tokenizer.py',
+        ),
+        'train': (
+            'train a transformer on captioned images',
+            'star-jax train configs/shapes.py --out runs/mine',
+        ),
+        'export': (
+            'write a model folder from a checkpoint of a run',
+            'star-jax export runs/mine --out models/mine',
+        ),
+        'study': (
+            'train several configs under equal conditions and compare them',
+            'star-jax study configs/study/*.py --seeds 0 1 2',
+        ),
+    },
+    'Use your own images': {
+        'data': (
+            'prepare, show or encode a data set',
+            'star-jax data prepare folder my_images sets/own',
+        ),
+    },
+    'Use published weights': {
+        'convert': (
+            'convert a published file to a model folder, or back',
+            'star-jax convert star_d30_512.pth --tokenizer vae.pth --size 512 --out models/d30',
+        ),
+        'verify': (
+            'compare recorded cases of the original code with this code',
+            'star-jax verify tests/golden/star/*',
+        ),
+    },
+    'Evaluate': {
+        'evaluate': (
+            'compute metrics of a model or a tokenizer on unseen images',
+            'star-jax evaluate shipped --metrics alignment --guidance 1 2 4',
+        ),
+    },
+    'Pods and benchmarks': {
+        'plan': (
+            'estimate memory, time and cost of a run on TPU pods or GPUs',
+            'star-jax plan configs/star_d30_256.py --topology v5p-128',
+        ),
+        'bench': (
+            'measure sampling, training, attention and data reading',
+            'star-jax bench sample configs/star_d16_256.py --batch 4',
+        ),
+    },
 }
+COMMANDS = {name: text for commands in JOURNEYS.values() for name, text in commands.items()}
 MODULES = {'train-tokenizer': 'train_tokenizer'}
-RESUMED = ('train', 'train-tokenizer')  # the same command goes on: to be stopped is no failure
-STOPPED = 130  # by ctrl-c, as shells have it
-NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in what JAX raises
+RESUMABLE = ('train', 'train-tokenizer')  # stopping one is no failure: the same command continues
+DEPENDENCIES = ('jax', 'flax')  # whose versions --version prints
+INTERRUPTED = 130  # exit status after ctrl-c, as in shells
+NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in JAX's errors
 SMALLER = 'give a smaller batch or model, or split the model over more devices'
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status. Without arguments it takes those of the process."""
-    if arguments is not None:
-        return _run(list(arguments), _load)
-    malloc.keep_freed_memory()  # where the process is one command, and never in somebody else's
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command line, by default that of the process. Returns the exit status."""
+    if words is not None:
+        return _run(list(words), _load)
+    malloc.keep_freed_memory()  # only if the process runs one command, never in another program
     terminal.ignore_broken_pipes()
     try:
-        status = _run(sys.argv[1:], _load_quietly)
-    except SystemExit as stopped:  # after a --help
+        status = _run(sys.argv[1:], _load_with_handlers)
+    except SystemExit as stopped:  # after --help
         status = stopped.code
     if error := terminal.flush():
-        status = _tell('', f'what it says cannot be written ({error.strerror})', 1)
-    if watchdog := sys.modules.get('star_jax.parallel.peer_watchdog'):  # its import takes JAX
+        status = _report('', f'the output cannot be written ({error.strerror})', 1)
+    # The watchdog imports JAX, which few commands need.
+    if watchdog := sys.modules.get('star_jax.parallel.peer_watchdog'):
         watchdog.exit_if_failed(status)
     return status
 
@@ -58,62 +112,79 @@ def _load(command: str) -> types.ModuleType:
     return importlib.import_module(f'star_jax.commands.{MODULES.get(command, command)}')
 
 
-def _load_quietly(command: str) -> types.ModuleType:
-    """Signals that come while the command loads, before it is ready for them, end it in one line.
+def _load_with_handlers(command: str) -> types.ModuleType:
+    """Loads a command, with handlers that end the process in one line if a signal arrives.
 
-    A run's own handlers take their place while it trains, and then give it back. Warnings are told
-    in one line, too.
+    A run replaces them with its own handlers while it trains, and restores them afterwards.
+    Warnings are printed in one line, too.
     """
     name = f'star-jax {command}'
-    terminal.redirect_warnings(lambda warning: _tell(command, f'warning: {warning}', 0))
-    if command in RESUMED:
-        at_once = dict.fromkeys((signal.SIGTERM, signal.SIGINT), 0)
-        terminal.exit_on_signals(at_once, f'{name}: stopped; the same command goes on')
+    terminal.redirect_warnings(lambda warning: _report(command, f'warning: {warning}', 0))
+    if command in RESUMABLE:
+        statuses = dict.fromkeys((signal.SIGTERM, signal.SIGINT), 0)
+        terminal.exit_on_signals(statuses, f'{name}: stopped; the same command continues the run')
         return _load(command)
-    undo = terminal.exit_on_signals({signal.SIGINT: STOPPED}, f'{name}: stopped')
+    restore = terminal.exit_on_signals({signal.SIGINT: INTERRUPTED}, f'{name}: stopped')
     try:
         return _load(command)
     finally:
-        undo()
+        restore()
 
 
-def _run(arguments: list[str], load: Callable[[str], types.ModuleType]) -> int:
-    command = arguments[0] if arguments else '--help'
-    if command in ('-h', '--help'):
+def _run(words: list[str], load: Callable[[str], types.ModuleType]) -> int:
+    command = words[0] if words else '--help'
+    if command in ('-h', '--help', '--help-all'):
         sys.stdout.write(_usage())
-        return 0 if arguments else 2
+        return 0 if words else 2
+    if command == '--version':
+        sys.stdout.write(_versions())
+        return 0
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        guess = f", did you mean '{close[0]}'" if close else ''
-        return _tell('', f'there is no command {command!r}{guess}; star-jax --help lists them', 2)
+        similar = difflib.get_close_matches(command, COMMANDS, n=1)
+        suggestion = f", did you mean '{similar[0]}'" if similar else ''
+        error = f'there is no command {command!r}{suggestion}; star-jax --help lists them'
+        return _report('', error, 2)
     try:
-        return load(command).main(arguments[1:])
+        return load(command).main(words[1:])
     except UserError as error:
-        return _tell(command, error, 2)
+        return _report(command, error, 2)
     except RunError as error:
-        return _tell(command, error, 1)
+        return _report(command, error, 1)
     except OSError as error:
         if error.filename is None:
             raise
-        # A place is looked at in so many ways that not each asks first whether it may.
+        # Too many functions access files for each of them to check permissions first.
         name, reason = os.fspath(error.filename), error.strerror or error
-        return _tell(command, f'{name} cannot be used ({reason}): allow it, or name another', 2)
+        sentence = f'{name} cannot be used ({reason}): change its permissions, or name another'
+        return _report(command, sentence, 2)
     except KeyboardInterrupt:
-        return _tell(command, 'stopped', STOPPED)
+        return _report(command, 'stopped', INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
             raise
-        return _tell(command, f'the memory is too small ({error}): {SMALLER}', 1)
+        return _report(command, f'the memory is too small ({error}): {SMALLER}', 1)
 
 
-def _tell(command: str, error: object, status: int) -> int:
-    """Writes one line and gives back the exit status; what cannot be printed is escaped."""
+def _report(command: str, error: object, status: int) -> int:
+    """Writes one line to stderr, escaping what cannot be printed. Returns `status`."""
     text = f'star-jax {command}'.rstrip() + ': ' + ' '.join(str(error).splitlines())
     sys.stderr.write(text.encode(errors='backslashreplace').decode() + '\n')
     return status
 
 
 def _usage() -> str:
-    lines = [f'  {name:<16} {says}' for name, says in COMMANDS.items()]
-    head = 'usage: star-jax COMMAND [...]   (star-jax COMMAND --help explains one)'
-    return '\n'.join([head, '', *lines, ''])
+    """All commands by what they serve."""
+    lines = ['usage: star-jax COMMAND [...]   (star-jax COMMAND --help describes its options)']
+    for title, commands in JOURNEYS.items():
+        lines += ['', title]
+        for name, (summary, example) in commands.items():
+            lines += [f'  {name:<16} {summary}', f'{"":<19}  {example}']
+    return '\n'.join([*lines, ''])
+
+
+def _versions() -> str:
+    """The versions of this package, of Python and of the main dependencies, none imported."""
+    versions = {'Python': platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in DEPENDENCIES}
+    environment = ', '.join(f'{name} {version}' for name, version in versions.items())
+    return f'star-jax {__version__} ({environment})\n'

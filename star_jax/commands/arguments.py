@@ -1,4 +1,4 @@
-"""How do arguments become a dataclass?"""
+"""How do the words of a command line become a dataclass?"""
 
 import contextlib
 import io
@@ -10,34 +10,53 @@ from typing import TypeVar
 
 import tyro
 
+from star_jax.commands import help_text
+from star_jax.commands.help_text import HELP, HELP_ALL, Sections
 from star_jax.errors import UserError
 
 Arguments = TypeVar('Arguments')
 
 _types = tyro.constructors.ConstructorRegistry()
 
-USAGE = 2  # the exit status of every command line that cannot be meant
-GUESSES = 3  # of what was meant, in one sentence
+USAGE_ERROR = 2  # exit status of an invalid command line
+MAX_SUGGESTIONS = 3  # options that one error message suggests
 
 
 def parse(
     cls: type[Arguments],
-    arguments: Sequence[str],
+    words: Sequence[str],
     command: str,
     default: Arguments | None = None,
+    common: Sections = help_text.ALL,
 ) -> Arguments:
-    """The dataclass that the arguments fill; `default` supplies what they leave out.
+    """The dataclass that a command line describes.
 
-    Raises UserError for unknown or ill-typed arguments, and for values that a config refuses.
+    With --help or --help-all among the words it prints the help and exits instead.
+
+    Args:
+        cls: dataclass of the arguments.
+        words: the command line after the command.
+        command: its name, and what precedes the options, such as 'train [CONFIG]'.
+        default: instance with the values of arguments that are not given.
+        common: sections of options that --help describes besides the fields of `cls` itself (none:
+            it describes all options).
+
+    Raises:
+        UserError: an argument is unknown or ill-typed, or a config refuses its value.
     """
+    if asks_for_help(words):
+        everything = HELP_ALL in words
+        sys.stdout.write(help_text.render(cls, command, default, common, everything))
+        raise SystemExit(0)
     options = {} if default is None else {'default': default}
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return tyro.cli(
                 cls,
-                args=list(arguments),
+                args=list(words),
                 prog=f'star-jax {command}',
+                add_help=False,
                 config=(tyro.conf.AvoidSubcommands,),
                 registry=_types,
                 **options,
@@ -45,17 +64,22 @@ def parse(
     except ValueError as error:
         raise UserError(str(error)) from error
     except SystemExit as stopped:
-        if stopped.code != USAGE:
-            sys.stderr.write(said.getvalue())
+        if stopped.code != USAGE_ERROR:
+            sys.stderr.write(errors.getvalue())
             raise
-        raise UserError(_sentence(said.getvalue(), command)) from stopped
+        raise UserError(_sentence(errors.getvalue(), command)) from stopped
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether one of the words is -h, --help or --help-all."""
+    return not {*HELP, HELP_ALL}.isdisjoint(words)
 
 
 @_types.primitive_rule
 def _path(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Of a path; nothing, such as an unset variable of a shell, names none."""
+    """The rule for paths: an empty word, such as an unset variable of a shell, is refused."""
 
     def read(words: list[str]) -> Path:
         if not words[0] or '\0' in words[0]:
@@ -74,18 +98,17 @@ def _path(
 
 
 def _sentence(box: str, command: str) -> str:
-    """What tyro says in a box, as one sentence.
+    """tyro's error message, a titled box, as one sentence.
 
-    Under the title stand paragraphs with lines between them: what is wrong, mostly a guess of what
-    was meant or the help of the argument, and where more is said.
+    Lines divide the box into paragraphs: the error, then similar options or the help of the
+    argument.
     """
     lines = [line.strip(' │') for line in box.splitlines() if line.strip()]
-    found = re.split('^[-─╰╯]+$', '\n'.join(lines[1:]), flags=re.MULTILINE)
-    paragraphs = [' '.join(paragraph.split()) for paragraph in found if paragraph.strip()]
-    wrong, *others = paragraphs or [' '.join(lines)]
-    wrong = re.sub('^Error parsing ', '', wrong).rstrip('.')
-    guessed = next((other for other in others if other.startswith('Perhaps')), '')
-    meant = [word for word in guessed.split() if word.startswith('--')]
-    guess = f', did you mean {" or ".join(meant[:GUESSES])}' if meant else ''
-    words = ' '.join(word for word in command.split() if word.islower())
-    return f'{wrong}{guess}; star-jax {words} --help explains'
+    blocks = re.split('^[-─╰╯]+$', '\n'.join(lines[1:]), flags=re.MULTILINE)
+    paragraphs = [' '.join(block.split()) for block in blocks if block.strip()]
+    error, *others = paragraphs or [' '.join(lines)]
+    error = re.sub('^Error parsing ', '', error).rstrip('.')
+    similar = next((other for other in others if other.startswith('Perhaps')), '')
+    names = [word for word in similar.split() if word.startswith('--')]
+    suggestion = f', did you mean {" or ".join(names[:MAX_SUGGESTIONS])}' if names else ''
+    return f'{error}{suggestion}; star-jax {help_text.command_words(command)} --help explains'

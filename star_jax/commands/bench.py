@@ -17,7 +17,7 @@ from star_jax.bench import bench_tables, process
 from star_jax.bench.sampling import SamplingJob
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config, models
-from star_jax.commands import arguments, bench_parts, bench_suite, training
+from star_jax.commands import arguments, bench_parts, bench_suite, run_config
 from star_jax.convert.infer import SIDES
 from star_jax.core.buckets import Buckets, divide
 from star_jax.core.settings import Dtype, Settings
@@ -28,45 +28,51 @@ from star_jax.training.run import Run
 
 USAGE = """usage: star-jax bench sample|train|buckets|attention|data|suite [...]   (each has --help)
 
-  star-jax bench sample configs/star_d16_256.py      drawing images, from a cold start on
-  star-jax bench train configs/star_d16_256.py       a training step
-  star-jax bench buckets configs/star_d16_256.py     drawing with scales that share their programs
-  star-jax bench attention configs/star_d16_256.py   every kernel of attention beside the formula
+  star-jax bench sample configs/star_d16_256.py      sampling, from a cold start
+  star-jax bench train configs/star_d16_256.py       a training step, from a cold start
+  star-jax bench buckets configs/star_d16_256.py     sampling with scales that share a program body
+  star-jax bench attention configs/star_d16_256.py   attention kernels against the formula
   star-jax bench data configs/shapes.py              reading batches
-  star-jax bench suite configs/star_d16_256.py       many sizes in one go, resumable
+  star-jax bench suite configs/star_d16_256.py       sampling and training at many sizes, resumable
 """
 
-SWITCHES = {'True': '', 'False': 'no-'}  # how a switch is called for each of its values
+FLAG_PREFIXES = {'True': '', 'False': 'no-'}  # of the option that gives a switch this value
+COMMON = {
+    'model': ('depth', 'width', 'heads', 'sides'),
+    'sampling': ('guidance', 'top-k', 'top-p', 'stable.version'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Measures sampling, from a cold start on, beside the matrix rate of this machine.
+class BenchSample:
+    """Measures sampling from a cold start, compared with the matrix rate of this machine.
 
-    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
-    config.json: the model's sizes and how to sample, every field of which can be changed by an
-    option; weights, text and tokenizer (the published one, at the model's sides) are random. Or it
-    is a model FOLDER, whose weights are used; text is random.
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run: the sizes
+    of the model and the sampling settings, which options replace; weights, text and tokenizer (the
+    published one, at the sides of the model) are random. Or it is a model FOLDER, whose weights are
+    used with random text.
 
     Example: star-jax bench sample configs/star_d16_256.py --batch 4 --json d16.json
+
     Example: star-jax bench sample configs/star_d30_256.py --sweep batch=1,8 resolution=256,512
-    Example: star-jax bench buckets configs/star_d16_256.py (none, that is 0 0, three and one)
+
+    Example: star-jax bench buckets configs/star_d16_256.py (compares none, three and one)
 
     Attributes:
-        model: the sizes of the transformer.
-        settings: how images are drawn.
-        autoencoder: the sizes of the tokenizer.
-        resolution: px of published scales, instead of the model's (0: those).
+        model: sizes of the transformer.
+        settings: how images are sampled.
+        autoencoder: sizes of the tokenizer.
+        resolution: image side in px, with the published scales (0: the scales of the model).
         text_tokens: tokens of a caption.
-        batch: images per run of the program.
-        repeats: timed runs.
-        dtype: float32, or bfloat16 for accelerators.
-        buckets: the first and the last of scales that share a part of the program, in pairs (by
-            default what suits the platform).
-        sweep: options and their values, OPTION=A,B,...: every combination is measured.
-        programs: a folder in which to leave compiled programs (by default they are thrown away).
-        profile: a folder for a profiler's trace, which TensorBoard and Perfetto show.
-        json: a file for a list of the whole reports.
+        batch: images per batch.
+        repeats: timed runs of the program.
+        dtype: dtype of the activations; bfloat16 on accelerators.
+        buckets: pairs of the first and the last scale that share a program body (none: chosen by
+            platform).
+        sweep: options with their values, as OPTION=A,B,...; every combination is measured.
+        compilation_cache: new folder in which the compiled programs stay (none: they are deleted).
+        profile: folder of a profiler trace, for TensorBoard and Perfetto.
+        json: JSON file of the reports.
     """
 
     model: Annotated[Family, tyro.conf.arg(name='')]
@@ -79,137 +85,140 @@ class Sample:
     dtype: Dtype = 'float32'
     buckets: Buckets | None = None
     sweep: tuple[str, ...] = ()
-    programs: Path | None = None
+    compilation_cache: Path | None = None
     profile: Path | None = None
     json: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
-    """Measures a training step, from a cold start on, beside the matrix rate of this machine.
+class BenchTrain:
+    """Measures a training step from a cold start, compared with the matrix rate of this machine.
 
-    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
-    config.json; every field can be changed by an option. Weights, codes and text are random, as
-    they come from a cache: neither data nor tokenizer need to be there.
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; options
+    replace its fields. Weights, codes and text features are random, so data and tokenizer are not
+    needed.
 
     Example: star-jax bench train configs/star_d16_256.py --batch 4 --dtype float32
+
     Example: star-jax bench train configs/star_d30_256.py --sweep batch=8,16,32 remat=True,False
 
     Attributes:
-        run: the run whose step is measured.
+        run: config of the run whose step is measured.
         text_tokens: tokens of a caption.
         repeats: timed steps.
-        sweep: options and their values, OPTION=A,B,...: every combination is measured.
-        programs: a folder in which to leave compiled programs (by default they are thrown away).
-        profile: a folder for a profiler's trace, which TensorBoard and Perfetto show.
-        json: a file for a list of the whole reports.
+        sweep: options with their values, as OPTION=A,B,...; every combination is measured.
+        compilation_cache: new folder in which the compiled programs stay (none: they are deleted).
+        profile: folder of a profiler trace, for TensorBoard and Perfetto.
+        json: JSON file of the reports.
     """
 
     run: Annotated[Run, tyro.conf.arg(name='')]
     text_tokens: int = 77
     repeats: int = 10
     sweep: tuple[str, ...] = ()
-    programs: Path | None = None
+    compilation_cache: Path | None = None
     profile: Path | None = None
     json: Path | None = None
 
 
-class Given(Protocol):
-    """What the benchmarks of a process have in common."""
+class Options(Protocol):
+    """The options that BenchSample and BenchTrain share."""
 
     sweep: tuple[str, ...]
-    programs: Path | None
+    compilation_cache: Path | None
     profile: Path | None
     json: Path | None
 
 
-# A CONFIG and the arguments after it -> the parsed ones and the job that they describe.
-Read = Callable[[str, Sequence[str]], tuple[Given, SamplingJob | TrainingJob]]
+# A CONFIG and the words after it -> the options and the job that they describe.
+Read = Callable[[str, Sequence[str]], tuple[Options, SamplingJob | TrainingJob]]
 
 
 def main(words: Sequence[str]) -> int:
-    measures = {
+    benchmarks = {
         'sample': functools.partial(_measure, read_sampling),
         'train': functools.partial(_measure, read_training),
         'buckets': _measure_buckets,
         'attention': bench_parts.measure_attention,
         'data': bench_parts.measure_data,
     }
-    kinds = f'{", ".join(measures)} or suite'
+    names = f'{", ".join(benchmarks)} or suite'
     words = list(words)
-    if words[:1] in (['-h'], ['--help']):
+    if arguments.asks_for_help(words[:1]):
         sys.stdout.write(USAGE)
         return 0
     if not words:
-        raise UserError(f'expected {kinds} after bench: --help says what each measures')
+        raise UserError(f'expected {names} after bench: --help describes each')
     if words[0] == 'suite':
         bench_suite.measure(words[1:])
         return 0
-    if words[0] not in measures:
-        raise UserError(f'expected {kinds} after bench, not {words[0]!r}')
-    place = words[1] if words[1:] and not words[1].startswith('-') else ''
-    measures[words[0]](place, words[2:] if place else words[1:])
+    if words[0] not in benchmarks:
+        raise UserError(f'expected {names} after bench, not {words[0]!r}')
+    source = words[1] if words[1:] and not words[1].startswith('-') else ''
+    benchmarks[words[0]](source, words[2:] if source else words[1:])
     return 0
 
 
-def read_sampling(place: str, words: Sequence[str]) -> tuple[Sample, SamplingJob]:
-    """The arguments for a CONFIG or a model FOLDER, and their job."""
+def read_sampling(source: str, words: Sequence[str]) -> tuple[BenchSample, SamplingJob]:
+    """The options for a CONFIG or a model FOLDER, and their job."""
     command = 'bench sample CONFIG|FOLDER'
-    if not place or Path(place).suffix in ('.py', '.json'):
-        run = training.load(Path(place), Run) if place else Run()
-        default = Sample(model=run.model, settings=run.sampling)
-        return _sampling(arguments.parse(Sample, words, command, default), folder='')
-    model = models.read(place)
-    default = Sample(
+    if not source or Path(source).suffix in ('.py', '.json'):
+        run = run_config.load(Path(source), Run) if source else Run()
+        default = BenchSample(model=run.model, settings=run.sampling)
+        options = arguments.parse(BenchSample, words, command, default, common=COMMON)
+        return options, _sampling_job(options)
+    model = models.read(source)
+    default = BenchSample(
         model=model.config,
         settings=model.sampling,
         autoencoder=model.tokenizer.config.autoencoder,
     )
-    given = arguments.parse(Sample, words, command, default)
-    changed = config.differences(default.model, _sized(given))
-    changed += config.differences(default.autoencoder, given.autoencoder)
+    options = arguments.parse(BenchSample, words, command, default, common=COMMON)
+    changed = config.differences(default.model, _at_resolution(options))
+    changed += config.differences(default.autoencoder, options.autoencoder)
     if changed:
-        raise UserError(f'the weights of {place} have their sizes: leave out {"; ".join(changed)}')
-    return _sampling(given, folder=place)
+        raise UserError(f'the weights of {source} have their sizes: leave out {"; ".join(changed)}')
+    return options, _sampling_job(options, folder=source)
 
 
-def read_training(place: str, words: Sequence[str]) -> tuple[Train, TrainingJob]:
-    """The arguments for a CONFIG, and their job."""
-    run = training.load(Path(place), Run) if place else Run()
-    given = arguments.parse(Train, words, 'bench train CONFIG', Train(run=run))
+def read_training(source: str, words: Sequence[str]) -> tuple[BenchTrain, TrainingJob]:
+    """The options for a CONFIG, and their job."""
+    run = run_config.load(Path(source), Run) if source else Run()
+    default = BenchTrain(run=run)
+    common = run_config.COMMON[Run]
+    options = arguments.parse(BenchTrain, words, 'bench train CONFIG', default, common)
     try:
-        return given, TrainingJob(
-            run=given.run, text_tokens=given.text_tokens, repeats=given.repeats
-        )
+        job = TrainingJob(run=options.run, text_tokens=options.text_tokens, repeats=options.repeats)
     except ValueError as error:
         raise UserError(str(error)) from error
+    return options, job
 
 
 def expand(sweep: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The name and the arguments of every combination of OPTION=A,B,... with another.
+    """The name and the words of every combination of values of OPTION=A,B,... .
 
     >>> list(expand(['batch=1,8', 'dtype=bfloat16']))
     [('batch 1, dtype bfloat16', ['--batch', '1', '--dtype', 'bfloat16']),
      ('batch 8, dtype bfloat16', ['--batch', '8', '--dtype', 'bfloat16'])]
 
-    Raises UserError for what is no such sweep.
+    Raises UserError for an invalid sweep.
     """
     columns = []
-    for one in sweep:
-        option, found, values = one.partition('=')
-        if not found or not option or not all(values.split(',')):
-            raise UserError(f'--sweep takes OPTION=A,B,..., such as batch=1,8, not {one!r}')
+    for text in sweep:
+        option, equals, values = text.partition('=')
+        if not equals or not option or not all(values.split(',')):
+            raise UserError(f'--sweep takes OPTION=A,B,..., such as batch=1,8, not {text!r}')
         columns.append([(option.lstrip('-'), value) for value in values.split(',')])
-    for some in itertools.product(*columns):
-        words = [_option(option, value) for option, value in some]
-        yield ', '.join(f'{option} {value}' for option, value in some), sum(words, [])
+    for combination in itertools.product(*columns):
+        words = [_option_words(option, value) for option, value in combination]
+        yield ', '.join(f'{option} {value}' for option, value in combination), sum(words, [])
 
 
-def _option(option: str, value: str) -> list[str]:
-    """The arguments that give an option a value; a switch is given by its name alone."""
-    if value in SWITCHES:
-        *parts, name = option.split('.')
-        return ['--' + '.'.join([*parts, SWITCHES[value] + name])]
+def _option_words(option: str, value: str) -> list[str]:
+    """The words that give an option a value; a switch has no value, but a prefix."""
+    if value in FLAG_PREFIXES:
+        *parents, name = option.split('.')
+        return ['--' + '.'.join([*parents, FLAG_PREFIXES[value] + name])]
     try:
         return [f'--{option}', *shlex.split(value)]
     except ValueError as error:
@@ -217,62 +226,66 @@ def _option(option: str, value: str) -> list[str]:
 
 
 def sweep_of_buckets(sizes: Sequence[int]) -> str:
-    """A sweep over a program body for each scale of so many tokens, three buckets, and one."""
+    """The sweep that compares no bucket, three buckets and one, for scales of these sizes."""
     choices = (divide(sizes, count) or ((0, 0),) for count in (0, 3, 1))
-    pairs = (' '.join(map(str, itertools.chain(*shared))) for shared in choices)
-    return f'buckets={",".join(pairs)}'
+    values = (' '.join(map(str, itertools.chain(*buckets))) for buckets in choices)
+    return f'buckets={",".join(values)}'
 
 
-def _measure_buckets(place: str, words: Sequence[str]) -> None:
-    """Sampling, with each choice of them."""
-    _, job = read_sampling(place, words)
-    _measure(read_sampling, place, words, sweep=(sweep_of_buckets(job.model.schedule.sizes),))
+def _measure_buckets(source: str, words: Sequence[str]) -> None:
+    _, job = read_sampling(source, words)
+    sweep = (sweep_of_buckets(job.model.schedule.sizes),)
+    _measure(read_sampling, source, words, sweep=sweep)
 
 
-def _measure(read: Read, place: str, words: Sequence[str], sweep: tuple[str, ...] = ()) -> None:
-    """Measures a job, or those of the options' sweep and of this one."""
-    given, _ = read(place, words)
-    for path in (given.programs, given.profile):
+def _measure(read: Read, source: str, words: Sequence[str], sweep: tuple[str, ...] = ()) -> None:
+    """Measures a job with every combination of `sweep` and of the option --sweep."""
+    options, _ = read(source, words)
+    for path in (options.compilation_cache, options.profile):
         if path is not None:
             files.check_folder(path)
-    if given.json is not None:
-        files.check_file(given.json)
-    jobs = {name: read(place, [*words, *more])[1] for name, more in expand([*given.sweep, *sweep])}
+    if options.json is not None:
+        files.check_file(options.json)
+    combinations = expand([*options.sweep, *sweep])
+    jobs = {name: read(source, [*words, *more])[1] for name, more in combinations}
     console, reports = Console(), {}
     for name, job in jobs.items():
         with console.status('starting') as status:
-            cache, profile = (path and path / name for path in (given.programs, given.profile))
+            cache, profile = (
+                path and path / name for path in (options.compilation_cache, options.profile)
+            )
             reports[name] = process.measure(job, status.update, cache, profile)
         console.print(bench_tables.summary(reports[name]), highlight=False)
         for table in bench_tables.tables(reports[name]):
             console.print(table)
-        _keep(given.json, list(reports.values()))
+        _write(options.json, list(reports.values()))
     if len(reports) > 1:
         console.print(bench_tables.sweep(reports))
 
 
-def _keep(path: Path | None, reports: list[dict[str, Any]]) -> None:
-    """Writes what is there so far: a long sweep may be stopped."""
+def _write(path: Path | None, reports: list[dict[str, Any]]) -> None:
+    """Writes the reports so far, because a long sweep may be interrupted."""
     if path is not None:
         with files.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             config.write_json(path, reports)
 
 
-def _sampling(given: Sample, folder: str) -> tuple[Sample, SamplingJob]:
-    same = {field.name for field in dataclasses.fields(SamplingJob)} - {'model', 'folder'}
+def _sampling_job(options: BenchSample, folder: str = '') -> SamplingJob:
+    """The job of the options, with the weights of a model folder ('': random ones)."""
+    shared = {field.name for field in dataclasses.fields(SamplingJob)} - {'model', 'folder'}
+    fields = {name: getattr(options, name) for name in shared}
     try:
-        fields = {name: getattr(given, name) for name in same}
-        return given, SamplingJob(model=_sized(given), folder=folder, **fields)
+        return SamplingJob(model=_at_resolution(options), folder=folder, **fields)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _sized(given: Sample) -> Family:
-    """The model at the resolution asked for."""
-    if not given.resolution:
-        return given.model
-    if given.resolution not in SIDES:
+def _at_resolution(options: BenchSample) -> Family:
+    """The model with the published scales of the resolution, if the options give one."""
+    if not options.resolution:
+        return options.model
+    if options.resolution not in SIDES:
         known = ', '.join(map(str, SIDES))
-        raise UserError(f'resolution must be one of {known} px, not {given.resolution}')
-    return dataclasses.replace(given.model, sides=SIDES[given.resolution], keep_tokens=0)
+        raise UserError(f'resolution must be one of {known} px, not {options.resolution}')
+    return dataclasses.replace(options.model, sides=SIDES[options.resolution], keep_tokens=0)

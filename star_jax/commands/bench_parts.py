@@ -1,4 +1,4 @@
-"""`star-jax bench attention|data CONFIG`: what is measured in this process, and in parts."""
+"""`star-jax bench attention|data CONFIG`: the benchmarks that run in this process."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from rich.console import Console
 from star_jax import files
 from star_jax.bench import attention, bench_tables, data
 from star_jax.checkpoint import config, models
-from star_jax.commands import arguments, training
+from star_jax.commands import arguments, run_config
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.families import Family
@@ -19,24 +19,26 @@ from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel import startup
 from star_jax.training.run import Data, Run, resolve
 
+COMMON = {'model': ('depth', 'width', 'heads', 'sides')}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attention:
-    """Measures self-attention in training, every way of computing it beside the formula.
+class BenchAttention:
+    """Measures self-attention in training: every kernel, compared with the reference formula.
 
-    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
-    config.json: one layer of its model, over all rows of an image.
+    It measures one layer over all tokens of an image. CONFIG is a Python file that defines `run`
+    (see configs/) or the config.json of a run; options replace the sizes of its model.
 
     Example: star-jax bench attention configs/star_d16_256.py --batch 4
 
     Attributes:
-        model: the sizes of the transformer.
-        batch: images at once.
-        repeats: timed runs of each.
-        dtype: float32, or bfloat16 for accelerators.
-        kernels: which of them, also flash on GPUs and splash on TPUs (dense, the formula, keeps
-            all scores of all rows in memory).
-        json: a file for the whole report.
+        model: sizes of the transformer.
+        batch: images per call.
+        repeats: timed runs of each kernel.
+        dtype: dtype of queries, keys and values; bfloat16 on accelerators.
+        kernels: kernels to measure, on GPUs also flash, on TPUs also splash (dense, the formula,
+            keeps the scores of all tokens in memory).
+        json: JSON file of the report.
     """
 
     model: Annotated[Family, tyro.conf.arg(name='')]
@@ -48,21 +50,21 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Measures how fast batches come from a data set, beside one thread that reads alone.
+class BenchData:
+    """Measures how fast batches are read from a data set, compared with a single thread.
 
-    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
-    config.json: its training data, at the size that its tokenizer wants.
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; its
+    training data are read.
 
     Example: star-jax bench data configs/shapes.py --threads 8
 
     Attributes:
-        data: the pictures.
-        size: of their sides, in px (0: that of the run's tokenizer).
-        batch: images of a batch.
-        batches: how many are read.
-        threads: that read ahead.
-        json: a file for the whole report.
+        data: data set to read.
+        size: side of the images in px (0: that of the run's tokenizer).
+        batch: images per batch.
+        batches: number of batches.
+        threads: threads that read ahead.
+        json: JSON file of the report.
     """
 
     data: Data
@@ -73,10 +75,13 @@ class Reading:
     json: Path | None = None
 
 
-def measure_attention(place: str, words: Sequence[str]) -> None:
-    run = _run(place)
-    given = arguments.parse(Attention, words, 'bench attention CONFIG', Attention(model=run.model))
-    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+def measure_attention(source: str, words: Sequence[str]) -> None:
+    """Runs `bench attention` with the config `source` ('': the default run)."""
+    default = BenchAttention(model=_run(source).model)
+    options = arguments.parse(
+        BenchAttention, words, 'bench attention CONFIG', default, common=COMMON
+    )
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     path = fields.pop('json')
     try:
         job = attention.AttentionJob(**fields)
@@ -88,29 +93,32 @@ def measure_attention(place: str, words: Sequence[str]) -> None:
     with console.status('compiling and measuring'):
         report = attention.run(job)
     console.print(bench_tables.attention(report))
-    _keep(path, {'job': config.to_json(job), **report})
+    _write(path, {'job': config.to_json(job), **report})
 
 
-def measure_data(place: str, words: Sequence[str]) -> None:
-    run = _run(place)
-    default = Reading(data=run.data, batch=run.batch)
-    given = arguments.parse(Reading, words, 'bench data CONFIG', default)
+def measure_data(source: str, words: Sequence[str]) -> None:
+    """Runs `bench data` with the config `source` ('': the default run)."""
+    run = _run(source)
+    default = BenchData(data=run.data, batch=run.batch)
+    options = arguments.parse(BenchData, words, 'bench data CONFIG', default)
     try:
-        reading = data.ReadingJob(batch=given.batch, batches=given.batches, threads=given.threads)
+        reading = data.ReadingJob(
+            batch=options.batch, batches=options.batches, threads=options.threads
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
-    _check(given.json)
+    _check(options.json)
     startup.start()
-    source = given.data.open(given.size or _resolution(run))
+    images = options.data.open(options.size or _resolution(run))
     console = Console()
     with console.status('reading'):
-        report = data.run(source, reading)
+        report = data.run(images, reading)
     console.print(bench_tables.data(report))
-    _keep(given.json, {'data': config.to_json(given.data), **report})
+    _write(options.json, {'data': config.to_json(options.data), **report})
 
 
-def _run(place: str) -> Run:
-    return training.load(Path(place), Run) if place else Run()
+def _run(source: str) -> Run:
+    return run_config.load(Path(source), Run) if source else Run()
 
 
 def _resolution(run: Run) -> tuple[int, int]:
@@ -123,7 +131,7 @@ def _check(path: Path | None) -> None:
         files.check_file(path)
 
 
-def _keep(path: Path | None, report: dict[str, Any]) -> None:
+def _write(path: Path | None, report: dict[str, Any]) -> None:
     if path is not None:
         with files.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

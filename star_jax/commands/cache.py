@@ -9,21 +9,23 @@ from typing import Annotated
 import tyro
 
 from star_jax.checkpoint import config
-from star_jax.commands import arguments, training
+from star_jax.commands import arguments, run_config
 from star_jax.training.run import Run
+
+COMMON = {'run': ('cache', 'tokenizer', 'text', 'init', 'model.sides', *run_config.DATA)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Encodes the pictures and captions of a run once, for `train --cache FOLDER`.
+    """Encodes the images and captions of a run once, for `train --cache FOLDER`.
 
-    CONFIG, the first word, is what `train` is given; --cache names the folder, by default one
-    beside the set. Interrupted, the same command goes on.
+    CONFIG is the config that `train` is given. --cache names the folder; the default is one beside
+    the data set. An interrupted command continues when it is given again.
 
     Example: star-jax data cache configs/shapes.py --cache sets/shapes.codes
 
     Attributes:
-        run: the settings of the run.
+        run: config of the run.
     """
 
     run: Annotated[Run, tyro.conf.arg(name='')]
@@ -32,11 +34,11 @@ class Cache:
 def main(words: Sequence[str]) -> int:
     words, run = list(words), Run()
     if words and not words[0].startswith('-'):
-        run = training.load(Path(words.pop(0)), Run)
-    given = arguments.parse(Cache, words, 'data cache [CONFIG]', Cache(run=run))
-    config.check(given.run, where='the settings of the run')
-    from star_jax.training import train  # waits for the arguments to be right
+        run = run_config.load(Path(words.pop(0)), Run)
+    options = arguments.parse(Cache, words, 'data cache [CONFIG]', Cache(run=run), COMMON)
+    config.check(options.run, where='the settings of the run')
+    from star_jax.training import train  # only after the arguments are checked
 
-    folder = train.cache(given.run)
+    folder = train.cache(options.run)
     sys.stdout.write(f'{folder}: train with --cache {folder}\n')
     return 0

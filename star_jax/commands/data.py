@@ -1,4 +1,4 @@
-"""`star-jax data prepare emoji OUT`, `star-jax data prepare folder IMAGES OUT`, `data show SET`"""
+"""`star-jax data prepare emoji OUT`, `data prepare folder IMAGES OUT`, `data show SET`"""
 
 import dataclasses
 import os
@@ -16,36 +16,35 @@ from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 
-USAGE = """usage: star-jax data prepare|show|cache [...]   (each explains itself with --help)
+USAGE = """usage: star-jax data prepare|show|cache [...]   (each has --help)
 
-  star-jax data prepare emoji sets/emoji          fetches and writes a captioned data set
-  star-jax data prepare folder my_images sets/me  writes one of your own captioned images
-  star-jax data show my_images                    draws a captioned grid of any of them
-  star-jax data cache configs/shapes.py           encodes the sets of a run once for all training
+  star-jax data prepare emoji sets/emoji          downloads and writes a set of captioned emoji
+  star-jax data prepare folder my_images sets/me  writes a set of your own images with captions
+  star-jax data show my_images                    writes a captioned grid of any set
+  star-jax data cache configs/shapes.py           encodes the images and captions of a run once
 """
-PREPARE_USAGE = """usage: star-jax data prepare emoji|folder [...]   (--help explains each)
+PREPARE_USAGE = """usage: star-jax data prepare emoji|folder [...]   (each has --help)
 
   star-jax data prepare emoji sets/emoji --size 128          open emoji in seven styles
-  star-jax data prepare folder my_images sets/me --size 128  your own captioned images
+  star-jax data prepare folder my_images sets/me --size 128  your own images with captions
 """
 
-
-LARGEST = 4096  # pixels a side of a picture in a set
-MOST_SHOWN = 1024  # pictures of a grid
+MAX_SIZE = 4096  # px, of the side of an image in a set
+MAX_SHOWN = 1024  # images of a grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareEmoji:
-    """Fetches and writes some 10,600 captioned emoji in seven styles; needs npm and '.[emoji]'.
+    """Downloads about 10,600 captioned emoji in seven styles; needs npm and the extra emoji.
 
-    Interrupted, the same command goes on.
+    An interrupted command continues when it is given again.
 
     Example: star-jax data prepare emoji sets/emoji --size 128
 
     Attributes:
-        out: the folder of the set.
-        size: side of the pictures in pixels.
-        limit: only so many pictures, for a trial (0: all).
+        out: folder of the set.
+        size: side of the images in px.
+        limit: number of images, for a trial (0: all).
     """
 
     out: tyro.conf.Positional[Path]
@@ -60,19 +59,20 @@ class PrepareEmoji:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareFolder:
-    """Writes your own captioned images as squares of one size into a prepared set.
+    """Writes a prepared set of your own images with captions, as squares of one size.
 
-    A caption stands in cat.txt beside cat.png, or in a metadata.jsonl or captions.jsonl with lines
-    such as {"file_name": "cat.png", "text": "a cat"}. What cannot be used is named and left out.
+    The caption of cat.png is in cat.txt beside it, or in a metadata.jsonl or captions.jsonl with
+    lines such as {"file_name": "cat.png", "text": "a cat"}. Unusable images are named and left out.
 
     Example: star-jax data prepare folder my_images sets/me --size 128
 
     Attributes:
-        images: the folder of the images.
-        out: the folder of the set.
-        size: side of the pictures in pixels: the centre square, by Lanczos.
-        held_out: about this share of the images is the split 'validation' (0: none).
-        caption: the field of the list with the captions (by default text, caption or captions).
+        images: folder of the images.
+        out: folder of the set.
+        size: side of the images in px: the centre square, resized with a Lanczos filter.
+        held_out: approximate share of the images in the split 'validation' (0: no such split).
+        caption: field of the captions in the .jsonl file ('': the first of text, caption and
+            captions).
     """
 
     images: tyro.conf.Positional[Path]
@@ -87,23 +87,23 @@ class PrepareFolder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Show:
-    """Draws a captioned grid of a data set.
+    """Writes a captioned grid of images of a data set.
 
     Example: star-jax data show shapes --split held_out
 
     Attributes:
-        name: shapes, a folder of images or of a prepared set, or the name of a tfds set.
-        split: which part of it (by default train, or all of a folder of images).
-        size: side of the pictures in pixels.
-        count: how many pictures.
-        columns: how many in a row.
-        seed: another seed shows others.
-        image: the field of a prepared set that holds the image.
-        caption: the field that holds the captions (by default captions; not for shapes).
-        out: the picture file.
+        source: shapes, a folder of images or of a prepared set, or the name of a tfds set.
+        split: split of the set ('': train; all images of a folder).
+        size: side of the images in px.
+        count: number of images.
+        columns: number of images in a row.
+        seed: seed of the choice of images.
+        image: field of a prepared set that holds the image.
+        caption: field that holds the captions ('': captions; shapes has none).
+        out: image file to write.
     """
 
-    name: tyro.conf.Positional[str]
+    source: tyro.conf.Positional[str]
     split: str = ''
     size: int = 128
     count: int = 36
@@ -115,9 +115,9 @@ class Show:
 
     def __post_init__(self) -> None:
         _check_size(self.size)
-        if not 1 <= self.count <= MOST_SHOWN or not 1 <= self.columns <= MOST_SHOWN:
+        if not 1 <= self.count <= MAX_SHOWN or not 1 <= self.columns <= MAX_SHOWN:
             raise ValueError(
-                f'count and columns must lie in [1, {MOST_SHOWN}], not {self.count} and '
+                f'count and columns must lie in [1, {MAX_SHOWN}], not {self.count} and '
                 f'{self.columns}'
             )
         if self.seed < 0:
@@ -125,9 +125,9 @@ class Show:
 
 
 def _check_size(size: int) -> None:
-    """Raises ValueError for a side, in pixels, that no picture of a set has."""
-    if not 1 <= size <= LARGEST:
-        raise ValueError(f'size must lie in [1, {LARGEST}] pixels, not {size}')
+    """Raises ValueError for an invalid side of the images, in px."""
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f'size must lie in [1, {MAX_SIZE}] pixels, not {size}')
 
 
 def main(words: Sequence[str]) -> int:
@@ -146,59 +146,62 @@ def _choose(
     command: str,
     usage: str,
 ) -> int:
-    """Does what the first word says with the others."""
-    if words and words[0] in ('-h', '--help'):
+    """Runs the action that the first word names, with the other words."""
+    if arguments.asks_for_help(words[:1]):
         sys.stdout.write(usage)
         return 0
     if not words or words[0] not in actions:
-        given = f'not {words[0]!r}' if words else 'not nothing'
-        raise UserError(f'expected one of {", ".join(actions)} after {command}, {given}')
+        found = f', not {words[0]!r}' if words else ''
+        raise UserError(f'expected one of {", ".join(actions)} after {command}{found}')
     return actions[words[0]](words[1:])
 
 
 def _prepare_emoji(words: Sequence[str]) -> int:
-    given = arguments.parse(PrepareEmoji, words, 'data prepare emoji')
-    from star_jax.data import emoji  # needs the renderer only here
+    options = arguments.parse(PrepareEmoji, words, 'data prepare emoji')
+    from star_jax.data import emoji  # needs the renderer
 
-    done = emoji.prepare(given.out, given.size, limit=given.limit or None)
-    of = f'pictures of {done.labels:,} labels'
-    return _tell(given.out, done.images, of, done.megabytes, done.seconds)
+    result = emoji.prepare(options.out, options.size, limit=options.limit or None)
+    description = f'images of {result.labels:,} labels'
+    return _print(options.out, result.images, description, result.megabytes, result.seconds)
 
 
 def _prepare_folder(words: Sequence[str]) -> int:
-    given = arguments.parse(PrepareFolder, words, 'data prepare folder')
-    source = Folder(path=str(given.images), held_out=given.held_out, caption=given.caption)
-    done = folder.prepare(source, given.out, given.size)
-    of = f'pictures, {done.skipped:,} records skipped'
-    return _tell(given.out, done.images, of, done.megabytes, done.seconds)
+    options = arguments.parse(PrepareFolder, words, 'data prepare folder')
+    source = Folder(path=str(options.images), held_out=options.held_out, caption=options.caption)
+    result = folder.prepare(source, options.out, options.size)
+    description = f'images, {result.skipped:,} records skipped'
+    return _print(options.out, result.images, description, result.megabytes, result.seconds)
 
 
-def _tell(out: Path, images: Mapping[str, int], of: str, megabytes: float, seconds: float) -> int:
-    counts = ', '.join(f'{name} {count:,}' for name, count in images.items())
-    sys.stdout.write(f'{out}: {counts} {of}, {megabytes:.1f} MB, {seconds:.0f} s\n')
+def _print(
+    out: Path, counts: Mapping[str, int], description: str, megabytes: float, seconds: float
+) -> int:
+    splits = ', '.join(f'{name} {count:,}' for name, count in counts.items())
+    sys.stdout.write(f'{out}: {splits} {description}, {megabytes:.1f} MB, {seconds:.0f} s\n')
     return 0
 
 
 def _show(words: Sequence[str]) -> int:
-    given = arguments.parse(Show, words, 'data show')
-    files.check_file(given.out)
-    source = _named(given).open(given.size)
-    path = show.show(source, given.out, given.count, given.columns, given.seed)
+    options = arguments.parse(Show, words, 'data show')
+    files.check_file(options.out)
+    source = _data_set(options).open(options.size)
+    path = show.show(source, options.out, options.count, options.columns, options.seed)
     sys.stdout.write(f'{path}\n')
     return 0
 
 
 def _cache(words: Sequence[str]) -> int:
-    from star_jax.commands import cache  # all of training, which the other actions do without
+    from star_jax.commands import cache  # imports all of training
 
     return cache.main(words)
 
 
-def _named(given: Show) -> Shapes | Prepared | Folder:
-    """The set that a word means: a folder tells by itself whether it is a prepared one."""
-    if given.name == 'shapes':
-        return Shapes(split=given.split or 'train')
-    if os.path.isdir(os.path.expanduser(given.name)) and not prepared.is_prepared(given.name):
-        return Folder(path=given.name, split=given.split or 'all', caption=given.caption)
-    fields = {'image': given.image, 'caption': given.caption or 'captions', 'label': ''}
-    return Prepared(path=given.name, split=given.split or 'train', **fields)
+def _data_set(options: Show) -> Shapes | Prepared | Folder:
+    """The set that `source` names; a folder is a prepared set if it holds a description of one."""
+    name, split = options.source, options.split
+    if name == 'shapes':
+        return Shapes(split=split or 'train')
+    if os.path.isdir(os.path.expanduser(name)) and not prepared.is_prepared(name):
+        return Folder(path=name, split=split or 'all', caption=options.caption)
+    fields = {'image': options.image, 'caption': options.caption or 'captions', 'label': ''}
+    return Prepared(path=name, split=split or 'train', **fields)

@@ -22,51 +22,52 @@ from star_jax.evaluation.groups import SHAPES
 from star_jax.parallel import startup
 from star_jax.sampling.pipeline import CrossAttentionMode
 
-SWEPT = ('guidance', 'top_k', 'top_p', 'temperature')
+SWEPT = ('guidance', 'top_k', 'top_p', 'temperature')  # options that take several values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Scores a model or a tokenizer on images that training never saw.
+    """Computes metrics of a model or a tokenizer on images that were not trained on.
 
-    Of the tokenizer: PSNR, LPIPS (needs the extra lpips), how many codes each scale uses and how
-    evenly. Of the model: loss and accuracy of each scale. Of shapes: the share of pictures in which
-    everything that the caption says holds, read by rules; beside what is drawn stand the true
-    pictures and their reconstructions, which are the ceiling of any model. Of other sets:
-    KID-EffLite0 (needs the extra kid). A score of images has its 95 % interval. Of several values
-    of guidance, top-k, top-p or temperature every combination is drawn.
+    Tokenizer: PSNR, LPIPS (needs the extra lpips), used codes and perplexity per scale. Model: loss
+    and accuracy per scale. On shapes also alignment: the share of sampled images that show all that
+    their caption says, decided by rules; the scores of the true images and of their reconstructions
+    are printed beside it as upper bounds. On other data KID-EffLite0 (needs the extra kid). Metrics
+    of images have 95 % intervals.
 
-    Drawn as the model folder recommends, where no option says otherwise.
+    The model folder recommends sampling settings; options replace them. With several values of
+    guidance, top-k, top-p or temperature, every combination is evaluated.
 
-    Example: star-jax evaluate shipped --only alignment --guidance 1 2 4 --out scores.json
+    Example: star-jax evaluate shipped --metrics alignment --guidance 1 2 4 --out scores.json
 
     Attributes:
-        model: a model or tokenizer folder, a hub id, or 'shipped'.
-        data: shapes, the folder of a prepared set, or a folder of captioned images.
-        splits: which parts of the set (by default all but those of training).
-        only: the parts of the report (by default all that fit model and set).
-        count: images per split and, of shapes, per number of objects.
-        seed: image i is drawn from seed + i; the intervals depend on it, too.
-        batch: images per run of a program.
-        guidance: STAR's cfg.
-        top_k: codes of which one is drawn (0: all).
-        top_p: share of their mass (0: all).
-        temperature: of the draws.
-        smooth: mix code vectors instead of drawing codes.
-        stable: draw finer scales in several passes, by a refinement head ('off': at once).
-        out: a file for the whole report, in JSON.
-        grid: a picture file for what is drawn from the first 16 captions.
-        text: another place of the model's text encoder, if it is not where the model says.
-        dtype: float32, or bfloat16 for accelerators.
-        cross_attention: STAR's cross-attention: as trained, or 'released', where the unprompted
-            row of an image (in a loss: every image of a batch) sees what the first one does, or
-            'corrected'.
+        model: model or tokenizer folder, hub id, or 'shipped'.
+        data: shapes, the folder of a prepared set, or a folder of images with captions.
+        splits: splits of the data (none: all that are not for training).
+        metrics: metrics to compute (none: all that the model and the data allow).
+        count: images per split, and on shapes per number of objects.
+        seed: seed of the first image; image i uses seed + i, and the intervals depend on it, too.
+        batch: images per batch.
+        guidance: classifier-free guidance (STAR's cfg); 0 is off.
+        top_k: sample among this many most probable codes (0: all).
+        top_p: sample among the most probable codes that hold this share of the probability (0:
+            all).
+        temperature: divisor of the logits.
+        smooth: mix code vectors instead of sampling codes.
+        stable: version of stable sampling by a refinement head ('off': without it).
+        out: JSON file of the report.
+        grid: image file with the samples of the first 16 captions.
+        text: path of the model's text encoder ('': the path or hub id in the model folder).
+        dtype: dtype of the activations; bfloat16 on accelerators.
+        cross_attention: cross-attention of a STAR model: 'as_trained', 'corrected', or 'released',
+            in which the unprompted row of an image (for the loss: every image of a batch) uses that
+            of the first row.
     """
 
     model: tyro.conf.Positional[str]
     data: str = SHAPES
     splits: tuple[str, ...] = ()
-    only: tuple[Literal['tokenizer', 'lpips', 'loss', 'alignment', 'kid'], ...] = ()
+    metrics: tuple[Literal['tokenizer', 'lpips', 'loss', 'alignment', 'kid'], ...] = ()
     count: int = 250
     seed: int = 0
     batch: int = 16
@@ -84,79 +85,77 @@ class Evaluate:
 
 
 def main(words: Sequence[str]) -> int:
-    given = arguments.parse(Evaluate, words, 'evaluate')
-    job = _job(given)
-    for path in (given.out, given.grid):
-        _check_place(path)
+    options = arguments.parse(Evaluate, words, 'evaluate')
+    job = _job(options)
+    for path in (options.out, options.grid):
+        _check_writable(path)
     startup.start()
-    subject = Subject(job, _track)
-    if given.grid is not None and subject.model is None:
-        raise UserError(f'{given.model} holds a tokenizer alone: --grid needs a model')
-    found = eval_report.run(subject)
-    if given.grid is not None:
-        image_io.save_png(eval_report.grid(subject, job.settings[0]), given.grid)
-    if given.out is not None:
-        config.write_json(given.out, config.to_json(found))
+    subject = Subject(job, _with_progress)
+    if options.grid is not None and subject.model is None:
+        raise UserError(f'{options.model} holds only a tokenizer: --grid needs a model')
+    report = eval_report.run(subject)
+    if options.grid is not None:
+        image_io.save_png(eval_report.grid(subject, job.settings[0]), options.grid)
+    if options.out is not None:
+        config.write_json(options.out, config.to_json(report))
     console = Console()
-    console.print(eval_tables.summary(found), highlight=False, soft_wrap=True)
-    for table in eval_tables.tables(found):
+    console.print(eval_tables.summary(report), highlight=False, soft_wrap=True)
+    for table in eval_tables.tables(report):
         console.print(table)
     return 0
 
 
-def _job(given: Evaluate) -> Job:
+def _job(options: Evaluate) -> Job:
     try:
         return Job(
-            place=given.model,
-            data=given.data,
-            splits=given.splits,
-            parts=given.only,
-            count=given.count,
-            seed=given.seed,
-            batch=min(given.batch, given.count),
-            settings=_settings(given),
-            text=given.text,
-            dtype=given.dtype,
-            cross_attention=given.cross_attention,
+            place=options.model,
+            data=options.data,
+            splits=options.splits,
+            parts=options.metrics,
+            count=options.count,
+            seed=options.seed,
+            batch=min(options.batch, options.count),
+            settings=_settings(options),
+            text=options.text,
+            dtype=options.dtype,
+            cross_attention=options.cross_attention,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _settings(given: Evaluate) -> tuple[Settings, ...]:
-    """Every combination of the given values, with what the model recommends where none is given."""
-    if models.holds_tokenizer_alone(given.model):
+def _settings(options: Evaluate) -> tuple[Settings, ...]:
+    """Every combination of the option values; the model's settings where there are none."""
+    if models.holds_tokenizer_alone(options.model):
         return (Settings(),)
-    usual = models.read_sampling(given.model)
-    values = [getattr(given, name) or (getattr(usual, name),) for name in SWEPT]
-    smooth = given.smooth or usual.smooth
-    stable = usual.stable
-    if given.stable is not None:
-        stable = dataclasses.replace(stable, version=given.stable)
+    recommended = models.read_sampling(options.model)
+    values = [getattr(options, name) or (getattr(recommended, name),) for name in SWEPT]
+    stable = recommended.stable
+    if options.stable is not None:
+        stable = dataclasses.replace(stable, version=options.stable)
+    fixed = {'smooth': options.smooth or recommended.smooth, 'stable': stable}
     return tuple(
-        dataclasses.replace(
-            usual, smooth=smooth, stable=stable, **dict(zip(SWEPT, some, strict=True))
-        )
-        for some in itertools.product(*values)
+        dataclasses.replace(recommended, **fixed, **dict(zip(SWEPT, combination, strict=True)))
+        for combination in itertools.product(*values)
     )
 
 
-def _check_place(path: Path | None) -> None:
-    """A UserError before the work begins, where its result could not be written."""
+def _check_writable(path: Path | None) -> None:
+    """Raises UserError, before the work starts, if a result file could not be written."""
     if path is None:
         return
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f'{path} cannot be written: give a file in a folder that is there')
+        raise UserError(f'{path} cannot be written: give a file in an existing folder')
     files.check_file(path)
 
 
-def _track(bits: Iterable, count: int, what: str) -> Iterable:
-    """The bits, with a bar on stderr that goes away."""
+def _with_progress(items: Iterable, count: int, description: str) -> Iterable:
+    """The items, with a progress bar on stderr that disappears at the end."""
     console = Console(stderr=True)
     return track(
-        bits,
+        items,
         total=count,
-        description=what,
+        description=description,
         console=console,
         transient=True,
         disable=not console.is_terminal,

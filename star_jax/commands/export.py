@@ -1,4 +1,4 @@
-"""`star-jax export DIR`"""
+"""`star-jax export RUN`"""
 
 import dataclasses
 import sys
@@ -17,8 +17,8 @@ class Export:
     Example: star-jax export runs/shapes --out models/shapes
 
     Attributes:
-        run: the folder of the run.
-        out: the model folder (by default `model` in the run's folder).
+        run: folder of the run.
+        out: model folder to write (none: `model` in the folder of the run).
     """
 
     run: tyro.conf.Positional[Path]
@@ -26,8 +26,9 @@ class Export:
 
 
 def main(words: Sequence[str]) -> int:
-    given = arguments.parse(Export, words, 'export')
+    options = arguments.parse(Export, words, 'export')
     from star_jax.training import train
 
-    sys.stdout.write(f'{train.export(given.run, given.out or given.run / "model")}\n')
+    out = options.out or options.run / 'model'
+    sys.stdout.write(f'{train.export(options.run, out)}\n')
     return 0

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from star_jax import files
 from star_jax.checkpoint import config
-from star_jax.commands import arguments, training
+from star_jax.commands import arguments, run_config
 from star_jax.core.buckets import Buckets
 from star_jax.errors import UserError
 from star_jax.plan import plan_report, planning, topologies
@@ -21,24 +21,25 @@ from star_jax.training.run import Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Says what a run will need and take on machines that are not here, before anybody pays.
+    """Estimates memory, traffic, time and cost of a run on machines that are not available here.
 
-    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
-    config.json; every field can be changed by an option. Its data, weights and text encoder need
-    not be here. For TPUs the real program is compiled (pip install -e '.[plan]'; minutes), for GPUs
-    its arrays are counted. Times are what the chips' peak rates allow at best.
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; options
+    replace its fields. Data, weights and text encoder of the run are not needed. For TPUs the
+    program is compiled (pip install -e '.[plan]'; takes minutes), for GPUs its arrays are counted.
+    Times are lower bounds from the peak rates of the chips.
 
     Example: star-jax plan configs/star_d30_256.py --topology v5p-128 --price 4.2
 
     Attributes:
-        run: the settings.
-        topology: v5p:4x4x4 by shape, v5p-128 or v5e-256 by name, 2xv5e-256 two of them, 8xA100-80G.
-        sample: plan the drawing of a batch instead of its training.
-        buckets: of sampling, the first and the last of scales that share a part of the program, in
-            pairs (by default what suits the platform).
-        search: find the largest batch that fits, too (two compilations more).
-        price: of a chip for an hour.
-        json: a file for the whole plan.
+        run: config of the run.
+        topology: accelerators: a TPU slice by shape (v5p:4x4x4) or by name (v5p-128, v5e-256),
+            several slices (2xv5e-256), or GPUs (8xA100-80G).
+        sample: plan the sampling of a batch instead of its training.
+        buckets: for --sample, pairs of the first and the last scale that share a program body
+            (none: chosen by platform).
+        search: also find the largest batch that fits, which takes two more compilations.
+        price: price of one chip for one hour (0: no costs are printed).
+        json: JSON file of the plan.
     """
 
     run: Annotated[Run, tyro.conf.arg(name='')]
@@ -55,32 +56,32 @@ def main(words: Sequence[str]) -> int:
     run, name = Run(), 'the default run'
     if words and not words[0].startswith('-'):
         path = Path(words.pop(0))
-        run, name = training.load(path, Run), path.stem
+        run, name = run_config.load(path, Run), path.stem
     default = Plan(run=run, topology='')
-    given = arguments.parse(Plan, words, 'plan [CONFIG]', default)
-    config.check(given.run, where='the settings of the run')
-    if not given.topology:
-        raise UserError(f'where? give --topology, such as {topologies.EXAMPLES}')
-    if not 0 <= given.price < math.inf:
-        raise UserError(f'--price must be a number and not negative, not {given.price}')
-    if given.buckets and not given.sample:
-        raise UserError('buckets are of a program that draws: add --sample, or leave --buckets out')
-    pod = topologies.parse_topology(given.topology)
-    if given.json is not None:
-        files.check_file(given.json)
+    options = arguments.parse(Plan, words, 'plan [CONFIG]', default, run_config.COMMON[Run])
+    config.check(options.run, where='the settings of the run')
+    if not options.topology:
+        raise UserError(f'no --topology is given: name one, such as {topologies.EXAMPLES}')
+    if not 0 <= options.price < math.inf:
+        raise UserError(f'--price must be a number and not negative, not {options.price}')
+    if options.buckets and not options.sample:
+        raise UserError('--buckets are for sampling: add --sample, or leave --buckets out')
+    pod = topologies.parse_topology(options.topology)
+    if options.json is not None:
+        files.check_file(options.json)
     jax.config.update('jax_platforms', 'cpu')  # nothing runs, and accelerators may be in use
-    # A program for a chip that is not here can be written to a cache, but not read.
+    # The cache stores programs for other chips, but cannot load them here.
     jax.config.update('jax_enable_compilation_cache', False)
     console = Console()
     with console.status('counting') as status:
         report = planning.plan(
-            given.run,
+            options.run,
             pod,
             config=name,
-            samples=given.sample,
-            buckets=given.buckets,
-            search=given.search,
-            price=given.price,
+            samples=options.sample,
+            buckets=options.buckets,
+            search=options.search,
+            price=options.price,
             on_progress=status.update,
         )
     console.print(plan_report.summary(report), highlight=False)
@@ -88,8 +89,8 @@ def main(words: Sequence[str]) -> int:
         console.print(table)
     for sentence in plan_report.sentences(report):
         console.print(sentence, highlight=False, soft_wrap=True)
-    if given.json is not None:
-        with files.writing(given.json):
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            config.write_json(given.json, report.to_json())
+    if options.json is not None:
+        with files.writing(options.json):
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            config.write_json(options.json, report.to_json())
     return 0

@@ -22,17 +22,18 @@ from star_jax.parallel import startup
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruct:
-    """Shows images beside what a tokenizer keeps of them, scale by scale.
+    """Reconstructs images with a tokenizer, scale by scale.
 
-    Writes one picture per image (original, then the reconstruction from ever more scales) and
-    grid.png with all of them. Images are cropped to their centre square and resized.
+    For each image it writes a row (the original, then the reconstructions from the first scale, the
+    first two, and so on), and grid.png with all rows. Images are cropped to their centre square and
+    resized.
 
     Example: star-jax reconstruct cat.png dog.jpg --out reconstructed
 
     Attributes:
-        images: picture files.
-        model: a model or tokenizer folder, a hub id, or 'shipped'.
-        out: where the pictures go.
+        images: image files.
+        model: model or tokenizer folder, hub id, or 'shipped'.
+        out: folder of the reconstructions.
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
@@ -41,32 +42,31 @@ class Reconstruct:
 
 
 def main(words: Sequence[str]) -> int:
-    given = arguments.parse(Reconstruct, words, 'reconstruct')
-    if not given.images:
-        raise UserError('there is no image: give the paths of some picture files')
-    files.check_folder(given.out)
+    options = arguments.parse(Reconstruct, words, 'reconstruct')
+    if not options.images:
+        raise UserError('there is no image: give the paths of some image files')
+    files.check_folder(options.out)
     startup.start()
-    folder = models.read_tokenizer(given.model)
-    images = [_load(path, folder.config.resolution) for path in given.images]
+    folder = models.read_tokenizer(options.model)
+    images = [_load(path, folder.config.resolution) for path in options.images]
     reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
     grids = folder.config.grids
     rows, captions = [], []
-    for index, (path, image) in enumerate(zip(given.images, images, strict=True)):
-        painted, psnr = reconstruct(folder.params, image[None])
-        row = [image, *np.asarray(painted)]
-        words = [path.name, *(f'up to {height} x {width}' for height, width in grids)]
-        words[-1] += f', {float(psnr):.1f} dB'
-        image_io.save_png(
-            image_io.grid(row, words, columns=len(row)), given.out / f'{index:03d}-{path.stem}.png'
-        )
-        rows, captions = rows + row, captions + words
+    for index, (path, image) in enumerate(zip(options.images, images, strict=True)):
+        reconstructions, decibels = reconstruct(folder.params, image[None])
+        row = [image, *np.asarray(reconstructions)]
+        titles = [path.name, *(f'up to {height} x {width}' for height, width in grids)]
+        titles[-1] += f', {float(decibels):.1f} dB'
+        row_image = image_io.grid(row, titles, columns=len(row))
+        image_io.save_png(row_image, options.out / f'{index:03d}-{path.stem}.png')
+        rows, captions = rows + row, captions + titles
     grid = image_io.grid(rows, captions, columns=1 + len(grids))
-    sys.stdout.write(f'{image_io.save_png(grid, given.out / "grid.png")}\n')
+    sys.stdout.write(f'{image_io.save_png(grid, options.out / "grid.png")}\n')
     return 0
 
 
 def _load(path: Path, resolution: tuple[int, int]) -> np.ndarray:
-    """The centre of an image file; UserError for an image too small or too long for any set."""
+    """The centre of an image file. Raises UserError for too small or too long sides."""
     image = image_io.load_image(path)
     height, width = image.shape[:2]
     size = max(resolution)
@@ -74,7 +74,7 @@ def _load(path: Path, resolution: tuple[int, int]) -> np.ndarray:
     if short < least or max(height, width) > MOST_ASPECT * short:
         raise UserError(
             f'{path} has {width} x {height} pixels, expected a shorter side of at least {least} '
-            f'for {size} px, and sides of at most {MOST_ASPECT} : 1: give another picture'
+            f'for {size} px, and sides of at most {MOST_ASPECT} : 1: give another image'
         )
     return image_io.crop(image, resolution)
 
@@ -85,5 +85,5 @@ def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array
     signed = pixels.to_signed(image_1HWc)
     f_BHWC = tokenizer.apply(variables, signed, method='features')
     canvases = tokenizer.apply(variables, f_BHWC, method='quantise').canvases
-    painted = tokenizer.apply(variables, jax.numpy.concatenate(canvases), method='decode')
-    return pixels.to_uint8(painted), psnr(signed, painted[-1:])[0]
+    decoded = tokenizer.apply(variables, jax.numpy.concatenate(canvases), method='decode')
+    return pixels.to_uint8(decoded), psnr(signed, decoded[-1:])[0]

@@ -24,42 +24,44 @@ from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling import pipeline, program
 from star_jax.sampling.sample_folder import SampleFolder
 
-NO_TEXT = ('Cc', 'Cs')  # Unicode's control characters, and halves of characters
-LONGEST = 2_000  # characters of a prompt; encoders read some hundred at most
+NO_TEXT = ('Cc', 'Cs')  # categories of Unicode: control characters, surrogates
+MAX_CHARACTERS = 2_000  # of a prompt; text encoders read a few hundred at most
+COMMON = {'sampling': ('guidance', 'top-k', 'top-p', 'temperature')}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Draws one image per prompt into numbered PNG files, samples.jsonl and grid.png.
+    """Generates one image per prompt or class: numbered PNG files, samples.jsonl and grid.png.
 
-    Interrupted, the same command goes on.
+    The model folder recommends sampling settings; options replace them. An interrupted command
+    continues when it is given again.
 
-    Example: star-jax sample "a red circle" "a small blue star on a white background" --out drawn
+    Example: star-jax sample "a red circle" "a small blue star on a white background" --out samples
 
     Attributes:
-        words: the prompts.
-        prompts: a text file with one prompt per line, instead.
-        classes: the numbers or names of classes instead, for a model that draws classes.
-        model: a model folder, a hub id, or 'shipped'.
-        text: another place of the model's text encoder, if it is not where the model says.
-        out: where the files go.
-        seed: image i draws from seed + i; its line in samples.jsonl says which.
-        batch: images per run of the program.
-        dtype: float32, or bfloat16 for accelerators.
-        cross_attention: STAR's cross-attention: as trained, or 'released', where the unprompted
-            row of an image sees what the prompted one does, or 'corrected'.
-        buckets: the first and the last of scales that share a part of the program, in pairs: less
-            to compile, slower to draw, the same images (by default what suits the platform).
-        mesh: over how many devices parameters and batches are split (data: 0 for all the others).
-        settings: how they are drawn, by default as the model folder recommends.
+        prompt: the prompts, each in quotes.
+        prompts: text file with one prompt per line.
+        classes: numbers or names of classes, for a class-conditional model.
+        model: model folder, hub id, or 'shipped'.
+        text: path of the model's text encoder ('': the path or hub id in the model folder).
+        out: folder of the images.
+        seed: seed of the first image; image i uses seed + i, and samples.jsonl records it.
+        batch: images per batch.
+        dtype: dtype of the activations; bfloat16 on accelerators.
+        cross_attention: cross-attention of a STAR model: 'as_trained', 'corrected', or 'released',
+            in which the unprompted row of an image uses that of the prompted row.
+        buckets: pairs of the first and the last scale that share a program body: compiles faster,
+            samples slower, the same images (none: chosen by platform).
+        mesh: devices along each mesh axis, which split parameters and batches.
+        settings: how images are sampled.
     """
 
-    words: tyro.conf.Positional[tuple[str, ...]] = ()
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     prompts: Path | None = None
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name='class')] = ()
     model: str = models.SHIPPED
     text: str = ''
-    out: Path = Path('drawn')
+    out: Path = Path('samples')
     seed: int = 0
     batch: int = pipeline.BATCH
     dtype: Dtype = 'float32'
@@ -71,115 +73,123 @@ class Sample:
     def __post_init__(self) -> None:
         if self.batch < 1 or not 0 <= self.seed < program.SEEDS:
             raise ValueError(
-                f'batch must be at least 1 and seed lie in [0, 2^32), not {self.batch} and '
+                f'batch must be at least 1 and seed must lie in [0, 2^32), not {self.batch} and '
                 f'{self.seed}'
             )
 
 
 def main(words: Sequence[str]) -> int:
-    given = arguments.parse(Sample, words, 'sample')
-    recommended = Sample(settings=models.read_sampling(given.model))
-    given = arguments.parse(Sample, words, 'sample', recommended)
-    prompts = _prompts(given)
-    files.check_folder(given.out)
+    options = arguments.parse(Sample, words, 'sample', common=COMMON)
+    recommended = Sample(settings=models.read_sampling(options.model))
+    options = arguments.parse(Sample, words, 'sample', recommended)
+    prompts = _prompts(options)
+    files.check_folder(options.out)
     startup.start()
-    model = {'source': given.model, 'sha256': models.digest(given.model)}
-    mesh = given.mesh.build_on_first()
+    model = {'source': options.model, 'sha256': models.digest(options.model)}
     pipe = pipeline.load(
-        given.model,
-        text=given.text,
-        dtype=given.dtype,
-        mesh=mesh,
-        cross_attention=given.cross_attention,
-        buckets=given.buckets,
+        options.model,
+        text=options.text,
+        dtype=options.dtype,
+        mesh=options.mesh.build_on_first(),
+        cross_attention=options.cross_attention,
+        buckets=options.buckets,
     )
-    if given.classes and not isinstance(pipe.encoder, Classes):
-        raise UserError(f'{given.model} draws from text and knows no classes: give prompts')
+    if options.classes and not isinstance(pipe.encoder, Classes):
+        raise UserError(f'{options.model} samples from text and has no classes: give prompts')
     if isinstance(pipe.encoder, Classes):
-        pipe.encoder.encode(prompts)  # tells of one that is none before anything is written
+        pipe.encoder.encode(prompts)  # refuses unknown classes before anything is written
     same = {
-        'settings': dataclasses.asdict(given.settings),
+        'settings': dataclasses.asdict(options.settings),
         'model': model,
         'text': pipe.encoder.reference(),
-        'dtype': given.dtype,
-        'cross_attention': given.cross_attention,
+        'dtype': options.dtype,
+        'cross_attention': options.cross_attention,
     }
-    numbered = enumerate(prompts, given.seed)
-    album = SampleFolder(
-        given.out, [{'prompt': one, 'seed': seed} | same for seed, one in numbered]
+    records = [
+        {'prompt': prompt, 'seed': seed} | same for seed, prompt in enumerate(prompts, options.seed)
+    ]
+    folder = SampleFolder(options.out, records)
+    missing = folder.missing()
+    images = pipe.stream(
+        [prompts[index] for index in missing],
+        [options.seed + index for index in missing],
+        options.settings,
+        options.batch,
     )
-    missing = album.missing()
-    wanted = [prompts[i] for i in missing], [given.seed + i for i in missing]
-    images = pipe.stream(*wanted, given.settings, given.batch)
-    for index, image in zip(missing, _counted(images, len(missing)), strict=True):
-        album.add(index, image)
-    sys.stdout.write(f'{album.grid()}\n')
+    for index, image in zip(missing, _with_progress(images, len(missing)), strict=True):
+        folder.add(index, image)
+    sys.stdout.write(f'{folder.grid()}\n')
     return 0
 
 
-def _counted(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
-    """The images of all batches, under a bar."""
+def _with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
+    """The images of all batches, with a progress bar."""
     with Progress() as progress:
-        task = progress.add_task('drawing', total=total)
+        task = progress.add_task('sampling', total=total)
         for image in itertools.chain.from_iterable(batches):
             yield image
             progress.advance(task)
 
 
-def _prompts(given: Sample) -> list[str]:
-    prompts = _given_prompts(given)
+def _prompts(options: Sample) -> list[str]:
+    """The prompts or classes of all images, checked."""
+    prompts = _read_prompts(options)
     for prompt in prompts:
         _check(prompt)
-    if given.seed + len(prompts) > program.SEEDS:
+    if options.seed + len(prompts) > program.SEEDS:
         raise UserError(
-            f'image {len(prompts) - 1} would draw from seed {given.seed + len(prompts) - 1}, and '
-            'seeds lie below 2^32: give a smaller --seed'
+            f'image {len(prompts) - 1} would have the seed {options.seed + len(prompts) - 1}, '
+            'expected a seed below 2^32: give a smaller --seed'
         )
     return prompts
 
 
 def _check(prompt: str) -> None:
     if not prompt.strip():
-        raise UserError('a prompt is empty: say what to draw, or leave it out')
-    if len(prompt) > LONGEST:
+        raise UserError('a prompt is empty: write one, or leave it out')
+    if len(prompt) > MAX_CHARACTERS:
         raise UserError(
             f'a prompt has {len(prompt):,} characters ({prompt[:30]!r}...), expected at most '
-            f'{LONGEST:,}, of which a text encoder reads the beginning alone: make it shorter'
+            f'{MAX_CHARACTERS:,}, of which a text encoder reads only the first: make it shorter'
         )
-    strange = (one for one in prompt if unicodedata.category(one) in NO_TEXT and not one.isspace())
-    if one := next(strange, None):
+    invalid = (
+        character
+        for character in prompt
+        if unicodedata.category(character) in NO_TEXT and not character.isspace()
+    )
+    if character := next(invalid, None):
         raise UserError(
-            f'the prompt {ascii(prompt[:30])} holds {ascii(one)}, which is no text: expected UTF-8 '
-            'without control characters'
+            f'the prompt {ascii(prompt[:30])} holds {ascii(character)}, which is no text: expected '
+            'UTF-8 without control characters'
         )
 
 
-def _given_prompts(given: Sample) -> list[str]:
-    if given.classes:
-        if given.words or given.prompts:
-            raise UserError('a picture is drawn from a prompt or from a class: leave one out')
-        return list(given.classes)
-    if given.prompts is None:
-        if not given.words:
+def _read_prompts(options: Sample) -> list[str]:
+    if options.classes:
+        if options.prompt or options.prompts:
+            raise UserError('an image is sampled from a prompt or from a class: leave one out')
+        return list(options.classes)
+    if options.prompts is None:
+        if not options.prompt:
             raise UserError(
                 'there is no prompt: give some in quotes, or a file with --prompts FILE'
             )
-        return list(given.words)
-    if given.words:
-        raise UserError('prompts come either as words or from --prompts FILE: leave one out')
+        return list(options.prompt)
+    if options.prompt:
+        raise UserError('prompts are given in quotes or in --prompts FILE: leave one out')
     try:
-        lines = given.prompts.read_text(encoding='utf-8-sig').splitlines()
+        lines = options.prompts.read_text(encoding='utf-8-sig').splitlines()
     except OSError as error:
         raise UserError(
-            f'{given.prompts} cannot be read ({error.strerror}): give a text file with one prompt '
-            'per line'
+            f'{options.prompts} cannot be read ({error.strerror}): give a text file with one '
+            'prompt per line'
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f'{given.prompts} is no text in UTF-8 (byte {error.start}): save it as such, one '
+            f'{options.prompts} is no text in UTF-8 (byte {error.start}): save it in UTF-8, one '
             'prompt per line'
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f'{given.prompts} holds no prompt: write one per line')
+        raise UserError(f'{options.prompts} holds no prompt: write one per line')
     return prompts

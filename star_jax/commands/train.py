@@ -7,23 +7,22 @@ from typing import Annotated
 
 import tyro
 
-from star_jax.commands import training
+from star_jax.commands import run_config
 from star_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """Trains a transformer on captioned images.
+    """Trains a transformer on images with captions or classes.
 
-    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
-    config.json; every field can be changed by an option. Stop it at any time: the same command
-    goes on.
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; options
+    replace its fields. An interrupted run continues when the same command is given again.
 
     Example: star-jax train configs/shapes.py --out runs/mine --batch 32 --pace.steps 2000
 
     Attributes:
-        run: the settings.
-        out: the run's folder: config, checkpoints, samples, scalars, and at the end the model.
+        run: config of the run.
+        out: folder of the run: config, checkpoints, samples, metrics, and the trained model.
     """
 
     run: Annotated[Run, tyro.conf.arg(name='')]
@@ -31,4 +30,4 @@ class Train:
 
 
 def main(words: Sequence[str]) -> int:
-    return training.train(words, 'train', Train, Run)
+    return run_config.train(words, 'train', Train, Run)

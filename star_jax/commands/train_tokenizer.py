@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from star_jax.commands import training
+from star_jax.commands import run_config
 from star_jax.training.run import TokenizerRun
 
 
@@ -15,15 +15,14 @@ from star_jax.training.run import TokenizerRun
 class TrainTokenizer:
     """Trains an image tokenizer.
 
-    CONFIG, the first word, is a Python file that defines `run` (see configs/) or a run's
-    config.json; every field can be changed by an option. Stop it at any time: the same command
-    goes on.
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; options
+    replace its fields. An interrupted run continues when the same command is given again.
 
     Example: star-jax train-tokenizer configs/shapes_tokenizer.py --pace.steps 2000
 
     Attributes:
-        run: the settings.
-        out: the run's folder: config, checkpoints, samples, scalars, and at the end the tokenizer.
+        run: config of the run.
+        out: folder of the run: config, checkpoints, samples, metrics, and the trained tokenizer.
     """
 
     run: Annotated[TokenizerRun, tyro.conf.arg(name='')]
@@ -31,4 +30,4 @@ class TrainTokenizer:
 
 
 def main(words: Sequence[str]) -> int:
-    return training.train(words, 'train-tokenizer', TrainTokenizer, TokenizerRun)
+    return run_config.train(words, 'train-tokenizer', TrainTokenizer, TokenizerRun)

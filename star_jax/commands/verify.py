@@ -15,22 +15,23 @@ from star_jax.parallel import startup
 class Verify:
     """Compares recorded cases of the original implementations with this code, array by array.
 
-    Exits with 1 if an array differs by more than its case allows, or if no rule knows it.
+    The exit status is 1 if an array differs by more than its case allows, or if no rule computes
+    it.
 
     Example: star-jax verify tests/golden/star/*
 
     Attributes:
-        folders: case folders, each with config.json and safetensors.
+        folders: folders of recorded cases, each with config.json and safetensors files.
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
 
 
 def main(words: Sequence[str]) -> int:
-    given = arguments.parse(Verify, words, 'verify')
-    if not given.folders:
+    options = arguments.parse(Verify, words, 'verify')
+    if not options.folders:
         raise UserError('there is no case to verify: give one or more case folders')
     startup.start()
     from star_jax.verify import check
 
-    return check.main(given.folders)
+    return check.main(options.folders)

@@ -1,0 +1,107 @@
+"""What do the commands share whose first argument is the config of a run?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from star_jax.checkpoint import config
+from star_jax.commands import arguments
+from star_jax.commands.help_text import Sections
+from star_jax.training.run import Run, TokenizerRun, check_kind
+
+Runs = TypeVar('Runs', Run, TokenizerRun)
+
+DATA = (
+    'data.path',
+    'data.split',
+    'data.count',
+)
+SCHEDULE = (
+    'pace.steps',
+    'batch',
+    'optimizer.learning-rate.peak',
+    'optimizer.learning-rate.warmup-steps',
+    'optimizer.weight-decay',
+    'optimizer.clip',
+    'optimizer.accumulate',
+    'ema',
+    'seed',
+)
+REPORTS = ('pace.log', 'pace.sample', 'pace.save', 'pace.keep')
+MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.sequence')
+
+# The options of a run that --help describes.
+COMMON: dict[type, Sections] = {
+    Run: {
+        'model': (
+            'init',
+            'tokenizer',
+            'text',
+            'model.depth',
+            'model.width',
+            'model.heads',
+            'model.sides',
+        ),
+        'data': (*DATA, 'cache', 'features', 'caption-drop'),
+        'training': SCHEDULE,
+        'reports and checkpoints': REPORTS,
+        'sample grids': (
+            'sampling.guidance',
+            'sampling.top-k',
+            'sampling.top-p',
+            'sampling.temperature',
+        ),
+        'devices and memory': (*MESH, 'dtype', 'remat', 'attention'),
+    },
+    TokenizerRun: {
+        'model': (
+            'init',
+            'model.sides',
+            'model.codes',
+            'model.channels',
+            'model.autoencoder.width',
+            'model.autoencoder.multipliers',
+        ),
+        'data': DATA,
+        'losses': ('objective.l1', 'objective.l2', 'objective.edges', 'objective.perceptual'),
+        'training': (*SCHEDULE, 'plain-steps'),
+        'reports and checkpoints': REPORTS,
+        'devices': MESH,
+    },
+}
+
+
+def train(words: Sequence[str], command: str, arguments_type: type, run_type: type) -> int:
+    """`star-jax COMMAND [CONFIG] [--out DIR] [--field value ...]`.
+
+    `arguments_type` is the dataclass of the arguments: a `run` of `run_type`, and `out`.
+    """
+    words = list(words)
+    run, out = run_type(), Path('runs') / command
+    if words and not words[0].startswith('-'):
+        path = Path(words.pop(0))
+        run = load(path, run_type)
+        out = Path('runs') / (path.stem if path.suffix == '.py' else path.parent.name)
+    options = arguments.parse(
+        arguments_type,
+        words,
+        f'{command} [CONFIG]',
+        default=arguments_type(run=run, out=out),
+        common=COMMON[run_type],
+    )
+    config.check(options.run, where='the settings of the run')
+    from star_jax.training import train as program  # only after the arguments are checked
+
+    program.main(options.run, options.out)
+    return 0
+
+
+def load(path: Path, run_type: type[Runs]) -> Runs:
+    """The run in a config file.
+
+    Raises:
+        UserError: as `config.load_run`, or the config is one of another type.
+    """
+    if path.suffix == '.json':
+        check_kind(config.read_json(path), run_type, str(path))
+    return config.load_run(path, run_type)
