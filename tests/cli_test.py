@@ -2,19 +2,30 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import tyro
 
 from star_jax import cli, image_io
 from star_jax.checkpoint import config
+from star_jax.commands import arguments, help_text, run_config
+from star_jax.data.folder import Folder
+from star_jax.data.prepared import Prepared
+from star_jax.data.shapes import Shapes
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = ('a red circle', 'a small blue star on a white background', 'a green ring')
 
 
@@ -41,7 +52,8 @@ def complaint(*words: object) -> str:
 def caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
-        patch.setenv('COLUMNS', '100')
+        patch.setenv('COLUMNS', '120')
+        patch.chdir(ROOT)
         yield
 
 
@@ -82,49 +94,131 @@ def drawn(home, trained) -> Path:
     return out
 
 
-# What the commands say of themselves.
+# Help and versions.
+
+# Every command line that describes options, with a file or folder that decides their defaults.
+HELP_OF = [
+    ('train',),
+    ('train', 'configs/star_d30_1024_sampler.py'),
+    ('train', 'configs/own_images.py'),
+    ('train', 'configs/var_d16.py'),
+    ('train', 'configs/study/table_sincos.py'),
+    ('train-tokenizer',),
+    ('train-tokenizer', 'configs/own_images_tokenizer.py'),
+    ('sample',),
+    ('reconstruct',),
+    ('convert',),
+    ('export',),
+    ('data', 'prepare', 'emoji'),
+    ('data', 'prepare', 'folder'),
+    ('data', 'show'),
+    ('data', 'cache'),
+    ('verify',),
+    ('evaluate',),
+    ('plan',),
+    ('study',),
+    ('bench', 'sample'),
+    ('bench', 'train'),
+    ('bench', 'buckets'),
+    ('bench', 'attention'),
+    ('bench', 'data'),
+    ('bench', 'suite'),
+]
+LISTS = [('data',), ('data', 'prepare'), ('bench',)]  # commands of commands
 
 
-def test_help_lists_every_command():
-    status, out, _ = star_jax('--help')
-    assert status == 0
-    assert all(f'\n  {command} ' in out for command in cli.COMMANDS)
-    assert star_jax()[0] == 2
+def run_module(*words: str) -> subprocess.CompletedProcess:
+    """A command line in a process of its own."""
+    command = [sys.executable, '-X', 'importtime', '-m', 'star_jax', *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    'words',
-    [
-        ('train',),
-        ('train-tokenizer',),
-        ('sample',),
-        ('reconstruct',),
-        ('export',),
-        ('data',),
-        ('data', 'prepare'),
-        ('data', 'show'),
-        ('verify',),
-        ('bench',),
-        ('bench', 'sample'),
-        ('bench', 'train'),
-        ('bench', 'attention'),
-        ('bench', 'data'),
-        ('bench', 'suite'),
-    ],
-)
-def test_help_teaches(words):
+@pytest.mark.parametrize('words', [(), ('--help',)])
+def test_help_lists_every_command_with_an_example(words):
+    status, out, _ = star_jax(*words)
+    assert status == (0 if words else 2)
+    for command in cli.COMMANDS:
+        assert re.search(rf'^  {command} +\w.*\n +star-jax {command} ', out, re.MULTILINE), command
+    assert out.index('\nSample images\n') < out.index('\nTrain\n') < out.index('\nEvaluate\n')
+
+
+@pytest.mark.parametrize('words', ['--help', '--version'])
+def test_help_and_version_start_without_jax(words):
+    done = run_module(words)
+    assert done.returncode == 0 and done.stdout
+    assert not re.search(r'\| +(jax|numpy|tyro)$', done.stderr, re.MULTILINE)
+
+
+def test_version_prints_the_versions_of_the_package_and_of_jax():
+    status, out, _ = star_jax('--version')
+    assert status == 0 and re.fullmatch(
+        r'star-jax [\d.]+ \(Python .*, jax [\d.]+, flax .*\)\n', out
+    )
+
+
+@pytest.mark.parametrize('words', HELP_OF + LISTS, ids=' '.join)
+def test_help_fits_two_screens_and_has_an_example(words):
     status, out, _ = star_jax(*words, '--help')
-    assert status == 0
-    assert out.startswith(f'usage: star-jax {" ".join(words)}')
-    assert 'star-jax ' + ' '.join(words) in out.split('\n', 1)[1], 'an example'
+    assert status == 0 and out.startswith(f'usage: star-jax {words[0]}')
+    assert f'star-jax {words[0]}' in out.split('\n', 1)[1], 'an example'
+    assert len(out.splitlines()) <= 100 and max(map(len, out.splitlines())) <= 120
 
 
-@pytest.mark.parametrize('command', ['train', 'train-tokenizer'])
-def test_every_setting_of_a_run_is_explained(command):
-    _, out, _ = star_jax(command, '--help')
-    # Of the run itself: its parts explain theirs in a paragraph. Text stands before the default.
-    unexplained = re.findall(r'^ +(--[\w-]+)(?: \S+)?\s+\(default', out, re.MULTILINE)
-    assert unexplained == []
+@pytest.fixture
+def described(monkeypatch) -> Callable[[Sequence[str]], tuple[type, Any]]:
+    """From a command line to the dataclass whose options its --help prints, and their defaults."""
+
+    def read(words: Sequence[str]) -> tuple[type, Any]:
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(help_text, 'render', lambda *args: calls.append(args) or '')
+            assert star_jax(*words, '--help')[0] == 0
+        ((cls, _, default, *_),) = calls
+        return cls, default
+
+    return read
+
+
+@pytest.mark.parametrize('words', HELP_OF, ids=' '.join)
+def test_every_option_has_a_description(words, described):
+    options = list(help_text.options(*described(words)))
+    assert options and [option.name for option in options if not option.description] == []
+
+
+@pytest.mark.parametrize('words', HELP_OF, ids=' '.join)
+def test_help_names_every_option_that_the_parser_takes(words, described):
+    """The parser is tyro's, help is not."""
+    cls, default = described(words)
+    text = io.StringIO()
+    with redirect_stdout(text), pytest.raises(SystemExit):
+        tyro.cli(
+            cls,
+            args=['--help'],
+            config=(tyro.conf.AvoidSubcommands,),
+            registry=arguments._types,
+            **({} if default is None else {'default': default}),
+        )
+    parsed = set(re.findall(r'^. --([a-z][\w.-]*)', text.getvalue(), re.MULTILINE))
+    options = [option for option in help_text.options(cls, default) if not option.positional]
+    assert {option.name for option in options} == parsed
+    for flag in ('--help', '--help-all'):
+        _, out, _ = star_jax(*words, flag)
+        names = re.findall(r'--([\w.-]+)', out.replace('[no-]', ''))
+        assert parsed <= set(names)
+
+
+def test_help_of_every_command_is_tested():
+    assert {words[0] for words in HELP_OF} == cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize('run_type', run_config.COMMON)
+def test_common_options_exist(run_type):
+    """Those of the data depend on the kind of data set."""
+    kinds = (Shapes(), Folder(), Prepared(path='sets/any'))
+    runs = [run_type(data=data) for data in kinds]
+    names = {option.name for run in runs for option in help_text.options(run_type, run)}
+    common = itertools.chain.from_iterable(run_config.COMMON[run_type].values())
+    assert set(common) <= names
 
 
 @pytest.mark.parametrize(

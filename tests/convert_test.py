@@ -400,7 +400,7 @@ def test_text_travels_by_name_or_inside(tmp_path):
     there_and_back(tmp_path, state, vae, '--text', tiny.TEXT)
     named = models.read(tmp_path / 'folder').text
     assert named.source == tiny.TEXT
-    there_and_back(tmp_path, state, vae, '--text', tiny.TEXT, '--text-inside')
+    there_and_back(tmp_path, state, vae, '--text', tiny.TEXT, '--copy-text')
     (tmp_path / 'folder').rename(tmp_path / 'moved')
     inside = models.read(tmp_path / 'moved').text
     assert inside == folder.Text(source=str(tmp_path / 'moved' / 'text'), sha256=named.sha256)

@@ -304,7 +304,7 @@ def scored(model, tmp_path_factory) -> dict:
     reads, read = [], folder.read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder, 'read', lambda *words: reads.append(words) or read(*words))
-        found = evaluate(out, model, '--only', 'tokenizer', 'loss', '--count', 3, '--batch', 4)
+        found = evaluate(out, model, '--metrics', 'tokenizer', 'loss', '--count', 3, '--batch', 4)
     assert len(reads) == 1, 'a large model takes long to read'
     return found
 
@@ -338,7 +338,7 @@ def test_the_loss_is_the_mean_of_all_tokens(scored):
 
 
 def test_scores_do_not_depend_on_the_batch(model, scored, tmp_path):
-    options = ('--only', 'loss', 'tokenizer', '--splits', 'held_out')
+    options = ('--metrics', 'loss', 'tokenizer', '--splits', 'held_out')
     other = evaluate(tmp_path, model, *options, '--count', 3, '--batch', 2)
     for part, name in (('tokenizer', 'psnr'), ('loss', 'loss'), ('loss', 'accuracy')):
         assert other[part][0][name] == pytest.approx(scored[part][0][name], rel=1e-5)
@@ -346,7 +346,7 @@ def test_scores_do_not_depend_on_the_batch(model, scored, tmp_path):
 
 
 def test_the_cross_attention_asked_for_predicts_and_is_told(model, scored, tmp_path):
-    options = ('--only', 'loss', '--splits', 'held_out', '--count', 3, '--batch', 4)
+    options = ('--metrics', 'loss', '--splits', 'held_out', '--count', 3, '--batch', 4)
     other = evaluate(tmp_path, model, *options, '--cross-attention', 'released')
     assert other['loss'][0]['loss'] != scored['loss'][0]['loss']
     assert other['cross_attention'] == 'released' and 'released cross-attention' in other['said']
@@ -363,7 +363,7 @@ def test_what_is_not_swept_is_as_the_maker_recommends(tmp_path):
 
 
 def test_every_setting_of_a_sweep_is_drawn_and_read(model, tmp_path):
-    options = ('--only', 'alignment', '--splits', 'held_out', '--guidance', 0.5, 2, '--top-k', 4)
+    options = ('--metrics', 'alignment', '--splits', 'held_out', '--guidance', 0.5, 2, '--top-k', 4)
     grid = tmp_path / 'grid.png'
     report = evaluate(tmp_path, model, *options, '--count', 3, '--seed', 7, '--grid', grid)
     kinds = [(row['pictures'], (row['settings'] or {}).get('guidance')) for row in rows_of(report)]
@@ -396,7 +396,7 @@ class Quarters:
 
 def test_other_pictures_have_a_distance(model, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(efficientnet, 'load', Quarters)
-    options = ('--data', photos, '--only', 'kid', '--count', 4, '--batch', 4)
+    options = ('--data', photos, '--metrics', 'kid', '--count', 4, '--batch', 4)
     report = evaluate(tmp_path, model, *options)
     kept, drawn = report['kid']
     assert (kept['pictures'], drawn['pictures']) == ('reconstructed', 'drawn')
@@ -446,9 +446,9 @@ def test_what_is_not_there_is_told(model, tmp_path):
 
 
 def test_a_tokenizer_is_no_model(tokenizer, tmp_path):
-    assert 'tokenizer alone' in complaint(tokenizer, '--only', 'loss')
+    assert 'tokenizer alone' in complaint(tokenizer, '--metrics', 'loss')
     assert 'tokenizer alone' in complaint(tokenizer, '--grid', tmp_path / 'grid.png')
-    assert '64 px' in complaint(tokenizer, '--only', 'alignment')
+    assert '64 px' in complaint(tokenizer, '--metrics', 'alignment')
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_a_tokenizer_is_no_model(tokenizer, tmp_path):
         (('--seed', -1), 'seed'),
         (('--guidance', -1), 'guidance'),
         (('--guidance', 1, '--top-p', 2), 'top_p'),
-        (('--only', 'kid', '--count', 1), 'at least two'),
+        (('--metrics', 'kid', '--count', 1), 'at least two'),
     ],
 )
 def test_settings_that_cannot_be_meant_are_told(model, options, named):
@@ -467,9 +467,9 @@ def test_settings_that_cannot_be_meant_are_told(model, options, named):
 
 
 def test_captions_are_read_in_shapes_only(model, photos):
-    assert 'shapes' in complaint(model, '--data', photos, '--only', 'alignment')
+    assert 'shapes' in complaint(model, '--data', photos, '--metrics', 'alignment')
 
 
 def test_an_unknown_part_is_refused():
-    status, _, err = star_jax('evaluate', 'shipped', '--only', 'fid')
+    status, _, err = star_jax('evaluate', 'shipped', '--metrics', 'fid')
     assert status == 2 and 'fid' in err and 'Traceback' not in err

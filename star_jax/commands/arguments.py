@@ -20,6 +20,11 @@ _types = tyro.constructors.ConstructorRegistry()
 
 USAGE_ERROR = 2  # exit status of an invalid command line
 MAX_SUGGESTIONS = 3  # options that one error message suggests
+MISSING = re.compile(r'((?:--\S+ )?[A-Z]+) (.*?)\.? \(required\)')  # of a message by tyro
+PLAIN = {  # Python's errors -> the same in plain words
+    r'invalid literal for int\(\) with base 10: (.*)': r'\1 is no whole number',
+    r'could not convert string to float: (.*)': r'\1 is no number',
+}
 
 
 def parse(
@@ -57,7 +62,7 @@ def parse(
                 args=list(words),
                 prog=f'star-jax {command}',
                 add_help=False,
-                config=(tyro.conf.AvoidSubcommands,),
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName),
                 registry=_types,
                 **options,
             )
@@ -108,6 +113,10 @@ def _sentence(box: str, command: str) -> str:
     paragraphs = [' '.join(block.split()) for block in blocks if block.strip()]
     error, *others = paragraphs or [' '.join(lines)]
     error = re.sub('^Error parsing ', '', error).rstrip('.')
+    for pattern, plain in PLAIN.items():
+        error = re.sub(pattern, plain, error)
+    if missing := MISSING.findall(error):
+        error = f'expected {" and ".join(f"{name} ({text})" for name, text in missing)}'
     similar = next((other for other in others if other.startswith('Perhaps')), '')
     names = [word for word in similar.split() if word.startswith('--')]
     suggestion = f', did you mean {" or ".join(names[:MAX_SUGGESTIONS])}' if names else ''
