@@ -229,5 +229,9 @@ def _default_words(value: Any) -> str:
         return f'(default: {"on" if value else "off"})'
     if value is None or value in ('', ()):
         return ''
-    words = value if isinstance(value, tuple) else (value,)
-    return f'(default: {" ".join(map(str, words))})'
+    return f'(default: {_words(value)})'
+
+
+def _words(value: Any) -> str:
+    """A value as it is typed: the parts of nested tuples one after another."""
+    return ' '.join(map(_words, value)) if isinstance(value, tuple) else str(value)

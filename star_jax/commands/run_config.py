@@ -56,7 +56,7 @@ COMMON: dict[type, Sections] = {
     TokenizerRun: {
         'model': (
             'init',
-            'model.sides',
+            'model.grids',
             'model.codes',
             'model.channels',
             'model.autoencoder.width',

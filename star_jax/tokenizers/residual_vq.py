@@ -50,7 +50,7 @@ class VQ:
 
     Attributes:
         autoencoder: sizes of the encoder and the decoder.
-        sides: side of each scale in tokens, from coarse to fine.
+        grids: height and width of each scale in tokens, from coarse to fine.
         codes: number of entries of the codebook.
         channels: channels of a code vector.
         phis: number of phi convolutions (1: shared by all scales; as many as scales: one each).
