@@ -102,7 +102,7 @@ def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) 
         weights += gathered.get('text encoder', 0)
     else:
         weights = model.schedule.steps * gathered['parameters']
-        rows *= 2 if run.sampling.guidance else 1
+        rows *= 2 if model.guidance_weights(run.sampling.guidance).any() else 1
     gradients = device_bytes(workload.trained) * fsdp
     summed = SUMS_PER_LAYER * depth * rows * model.width * itemsize // sequence
     keys_and_values = 2 * depth * rows * model.width * itemsize // tensor
