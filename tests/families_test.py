@@ -257,11 +257,10 @@ def filtered(top_p=0.9) -> FilteredSampling:
 
 
 def settings_of(family: Family, guidance: float, temperature: float = 1.0) -> StepSettings:
-    """Guidance that falls from step to step."""
-    steps = family.model.schedule.steps
+    """Guidance that falls from step to step, and temperature that rises."""
     return StepSettings(
         guidance=np.float32(guidance) * falling(family),
-        temperature=np.full(steps, temperature, np.float32),
+        temperature=np.float32(temperature) / falling(family),
     )
 
 
@@ -273,7 +272,7 @@ def sample_rows(
     temperature=1.0,
     top_p=0.9,
 ):
-    """Images of some rows, their `guidance` falling from step to step."""
+    """Images of some rows, under the settings of `settings_of`."""
     run, _ = sampling(family.model, family.tokenizer)
     sampled = run(
         family.params,
@@ -350,18 +349,22 @@ def test_inputs_of_training_are_folded_advances(family):
 
 
 def test_codes_are_those_that_the_logits_give(family):
-    """The filter, the key folded with the step and the order of the codes, as by hand."""
+    """Temperature of the step, filter, key folded with the step and order of codes, by hand."""
     sampled = sample_rows(family)
     schedule = family.model.schedule
-    keep = filtered().filter
-    choose = jax.jit(lambda key, logits: Index(V).sample(key[None], keep(logits)[None])[0])
+
+    @jax.jit
+    def choose(key, logits, temperature):
+        kept = filtered().filter(logits, temperature)
+        return Index(V).sample(key[None], kept[None])[0], jax.nn.softmax(kept)
+
+    temperatures = settings_of(family, 2.0).temperature
     for step, trace in enumerate(sampled.trace.steps()):
         first, end = schedule.offsets[step : step + 2]
         key = jax.random.fold_in(jax.random.key(1), step)
-        codes = choose(key, trace.method.guided[1])
+        codes, probs = choose(key, trace.method.guided[1], temperatures[step])
         np.testing.assert_array_equal(sampled.codes[1, first:end], codes)
-        probs = jax.nn.softmax(keep(trace.method.guided))
-        np.testing.assert_allclose(trace.method.probs, probs, atol=1e-6)
+        np.testing.assert_allclose(trace.method.probs[1], probs, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['star', 'raster'])
