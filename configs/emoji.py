@@ -1,4 +1,4 @@
-"""A transformer of captioned emoji at 64 px, on the tokenizer of `configs/emoji_tokenizer.py`."""
+"""A transformer on captioned emoji at 64 px, with the tokenizer of `configs/emoji_tokenizer.py`."""
 
 from star_jax.core.settings import Settings
 from star_jax.data.prepared import Prepared

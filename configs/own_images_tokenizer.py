@@ -1,8 +1,8 @@
-"""The shipped tokenizer goes on with your own images, for colours and forms that it does not know.
+"""Fine-tunes the shipped tokenizer on your own images, for colours and shapes that it lacks.
 
 star-jax train-tokenizer configs/own_images_tokenizer.py --data.path my_images --out runs/tokenizer
 
-Its codes stay what they are, so that the shipped transformer can go on from them.
+The codebook keeps its codes, so that the shipped transformer can be fine-tuned on this tokenizer.
 """
 
 from star_jax.checkpoint import models

@@ -1,4 +1,4 @@
-"""A few minutes on two cores with the shipped tokenizer: pictures of one shape begin to follow."""
+"""A few minutes on two cores with the shipped tokenizer: images of one shape, by caption."""
 
 from star_jax.core.settings import Settings
 from star_jax.data.shapes import Shapes

@@ -1,9 +1,9 @@
-"""The shipped transformer's first stage: scenes of one and two shapes at 64 px, on two cores.
+"""The first stage of the shipped transformer: scenes of one and two shapes at 64 px, on two cores.
 
-`configs/shapes_pairs.py` is the second.
+`configs/shapes_pairs.py` is the second stage.
 
-`star-jax data cache configs/shapes.py` first encodes every picture and caption once; then give the
-folder that it names as --cache.
+Run `star-jax data cache configs/shapes.py` first, which encodes all images and captions once, and
+give the folder that it prints as --cache.
 """
 
 from star_jax.core.settings import Settings

@@ -1,7 +1,7 @@
-"""A tiny VAR on pictures of one shape, told only its colour and form: 51 classes, two cores.
+"""A small VAR on images of one shape, conditioned on its colour and form: 51 classes, two cores.
 
-`star-jax data cache configs/shapes_classes.py` first encodes every picture once; then give the
-folder that it names as --cache.
+Run `star-jax data cache configs/shapes_classes.py` first, which encodes all images once, and give
+the folder that it prints as --cache.
 """
 
 from star_jax.core.settings import Settings

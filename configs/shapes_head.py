@@ -1,7 +1,7 @@
-"""A refinement head for the shipped transformer: its two finer scales in eight passes each.
+"""A refinement head for the shipped transformer: it samples the two finest scales in eight passes.
 
-`star-jax data cache configs/shapes_head.py` first encodes every picture and caption once; then give
-the folder that it names as --cache.
+Run `star-jax data cache configs/shapes_head.py` first, which encodes all images and captions once,
+and give the folder that it prints as --cache.
 """
 
 from star_jax.core.settings import Settings, StableSettings

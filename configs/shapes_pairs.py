@@ -1,8 +1,9 @@
-"""The shipped transformer's second stage: three times as many scenes, two thirds of them pairs.
+"""The second stage of the shipped transformer: three times the scenes, two thirds of them pairs.
 
-Goes on from the model folder of the first (`configs/shapes.py`), with a loss in which the coarse
-scales, which decide what is where, weigh more. `star-jax data cache configs/shapes_pairs.py` first
-encodes every picture and caption once; then give the folder that it names as --cache.
+It warm-starts from the model folder of the first stage (`configs/shapes.py`). Its loss gives more
+weight to the coarse scales, which decide the layout of a scene. Run
+`star-jax data cache configs/shapes_pairs.py` first, which encodes all images and captions once, and
+give the folder that it prints as --cache.
 """
 
 from star_jax.core.settings import Settings

@@ -1,6 +1,6 @@
 """The shipped tokenizer: scenes of one to three shapes at 64 px, 85 tokens, trained on two cores.
 
-Small batches: at equal time 8 images a step were 2 dB ahead of 32 after the first minute.
+The batch is small: after one minute, 8 images per step were 2 dB ahead of 32 per step.
 """
 
 from star_jax.core.schedule import square_grids

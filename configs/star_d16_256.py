@@ -1,8 +1,8 @@
-"""The published STAR-d16 at 256 px (STAR specification 7), for a pod or a node of GPUs.
+"""The published STAR-d16 at 256 px (STAR specification 7), for a TPU pod or a node of GPUs.
 
-Name your own places: the published tokenizer as a model folder, a 1024 wide text encoder of 77
-tokens, and a set of captioned images. Ten epochs were published; the steps count 12.8M images each.
-`star-jax bench sample` reads the model and its sampling alone.
+Replace the paths: the published tokenizer as a model folder, a text encoder with 77 tokens of width
+1024, and a set of captioned images. The published run has ten epochs of 12.8M images.
+`star-jax bench sample` only needs the model and the sampling settings.
 """
 
 from star_jax.core.settings import Settings

@@ -1,8 +1,8 @@
-"""The published STAR-d30 at 1024 px: two epochs from the model of 512 px.
+"""The published STAR-d30 at 1024 px: two epochs from the model at 512 px.
 
-The level embeddings of four new scales start afresh, and of 9,451 tokens 8,800 are trained on.
-`--released-loss-scale` multiplies the loss by a device's images, as the published code did.
-The steps count 12.8M images in each epoch.
+The level embeddings of four new scales are initialised at random, and 8,800 of 9,451 tokens are
+trained on. `--released-loss-scale` multiplies the loss by the images per device, as the published
+code does. The steps count 12.8M images per epoch.
 """
 
 from star_jax.core.settings import Settings

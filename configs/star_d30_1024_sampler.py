@@ -1,7 +1,7 @@
-"""The published refinement head of STAR-d30 at 1024 px, trained on the frozen model: ten epochs.
+"""The published refinement head of STAR-d30 at 1024 px: ten epochs on the frozen model.
 
-The published loss and weight decay; leave `unmasking` out for the plain ones. The steps count
-12.8M images in each epoch.
+Loss and weight decay are the published ones; without `unmasking` they are the plain ones. The steps
+count 12.8M images per epoch.
 """
 
 from star_jax.core.settings import Settings, StableSettings

@@ -1,7 +1,7 @@
 """The published STAR-d30 at 256 px, first stage (STAR specification 7): 40M web images, once.
 
-Name your own places, as in star_d16_256.py. `--mesh.fsdp 8` splits parameters and their averages
-over the GPUs of a node. The second stage is star_d30_256_stage2.py.
+Replace the paths, as in star_d16_256.py. `--mesh.fsdp 8` splits parameters and their averages over
+the GPUs of a node. star_d30_256_stage2.py is the second stage.
 """
 
 from star_jax.core.settings import Settings

@@ -1,7 +1,7 @@
 """The published STAR-d30 at 256 px, second stage: four epochs of filtered images at half the rate.
 
-It goes on from the model of star_d30_256.py. How many images were left was not published; the steps
-count 12.8M in each epoch, as in star_d16_256.py.
+It warm-starts from the model of star_d30_256.py. The number of filtered images is not published;
+the steps count 12.8M in each epoch, as in star_d16_256.py.
 """
 
 from star_jax.core.settings import Settings

@@ -1,6 +1,6 @@
-"""The published STAR-d30 at 512 px: five epochs from the model of 256 px, in float32.
+"""The published STAR-d30 at 512 px: five epochs from the model at 256 px, in float32.
 
-Both have ten scales, so that every weight goes on. The steps count 12.8M images in each epoch.
+Both models have ten scales, so that all weights are reused. The steps count 12.8M images per epoch.
 """
 
 from star_jax.core.settings import Settings

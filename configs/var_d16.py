@@ -1,7 +1,7 @@
-"""The published VAR-d16 at 256 px (STAR specification 11): 200 epochs, 1,281,167 ImageNet images.
+"""The published VAR-d16 at 256 px (STAR specification 11): 200 epochs of ImageNet.
 
-Name your own places: the published tokenizer as a model folder, and a set whose labels are the
-numbers of the classes, 0 to 999 (or give their `names`).
+ImageNet has 1,281,167 images. Replace the paths: the published tokenizer as a model folder, and a
+set whose labels are the class numbers 0 to 999 (or give their `names`).
 """
 
 from star_jax.core.settings import Settings

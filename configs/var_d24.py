@@ -1,6 +1,6 @@
-"""The published VAR-d24 at 256 px (STAR specification 11): 350 epochs, 1,281,167 ImageNet images.
+"""The published VAR-d24 at 256 px (STAR specification 11): 350 epochs of ImageNet.
 
-Places as in var_d16.py.
+Replace the paths as in var_d16.py.
 """
 
 from star_jax.core.settings import Settings

@@ -1,6 +1,6 @@
-"""The published VAR-d36 at 512 px, which shares one modulation: 350 epochs of ImageNet.
+"""The published VAR-d36 at 512 px, whose blocks share one modulation: 350 epochs of ImageNet.
 
-Places as in var_d16.py.
+Replace the paths as in var_d16.py.
 """
 
 from star_jax.core.settings import Settings

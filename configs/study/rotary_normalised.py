@@ -1,4 +1,4 @@
-"""STAR's positions, and all that the configs beside this one share: minutes a run on two cores.
+"""STAR's positions, with the settings of all configs of this study: minutes per run on two cores.
 
 star-jax study configs/study/*.py --seeds 0 1 2 --out runs/positions
 """

@@ -1,4 +1,4 @@
-"""Rotary positions that count cells: the same place has other coordinates at every scale."""
+"""Rotary positions that count cells: the same location has other coordinates at every scale."""
 
 import dataclasses
 from pathlib import Path

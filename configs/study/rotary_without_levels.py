@@ -1,4 +1,4 @@
-"""STAR's positions alone: nothing tells a token its scale but what it is added to."""
+"""STAR's positions without level embeddings: the scale of a token is not encoded."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""No positions but the level embedding: tokens of one scale cannot tell where they stand."""
+"""Level embeddings only: the location of a token within its scale is not encoded."""
 
 import dataclasses
 from pathlib import Path
