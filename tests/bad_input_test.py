@@ -1,7 +1,7 @@
-"""Whatever a user gets wrong: is it one clear sentence, exit status 2, and nothing lost?
+"""Does every mistake of a user end with one clear sentence, exit status 2, and nothing lost?
 
-A case is a kind of mistake, the words of a command line, and what its sentence must say. A word
-such as {torn} names a file or folder of PLACES, which is written for the case that asks for it.
+A case is a kind of mistake, a command line, and a regular expression that its error message must
+match. A word such as {torn} names a file or folder of INPUTS, which is written for that case.
 """
 
 import ast
@@ -52,11 +52,11 @@ from star_jax.training.transformer import TransformerJob
 GOLDEN = Path(__file__).parent / 'golden' / 'star' / 'dev_rope'
 TOO_MANY = 10**30
 
-Write = Callable[[Path, Path], None]  # what lies at a path, given the folder of what is right
+Write = Callable[[Path, Path], None]  # writes an input to a path, given the folder of valid inputs
 
 
 class Trap:
-    """A pickle of it, once read, leaves a file behind."""
+    """Unpickling it writes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,7 +65,7 @@ class Trap:
         return open, (str(self.path), 'w')
 
 
-# What lies where a case says so.
+# Functions that write the input of a case.
 
 
 def data(content: str | bytes) -> Write:
@@ -74,7 +74,7 @@ def data(content: str | bytes) -> Write:
 
 
 def copied(name: str, change: Callable[[Path], object] = lambda path: None) -> Write:
-    """A copy of what is right, with one thing wrong."""
+    """A copy of a valid input with one fault."""
 
     def write(path: Path, home: Path) -> None:
         shutil.copytree(home / name, path)
@@ -84,7 +84,7 @@ def copied(name: str, change: Callable[[Path], object] = lambda path: None) -> W
 
 
 def rewritten(name: str, **changes: Any) -> Write:
-    """A file of JSON with fields replaced; 'a__b' is field b of field a."""
+    """A valid JSON file with fields replaced; 'a__b' is field b of field a."""
 
     def write(path: Path, home: Path) -> None:
         shutil.copy(home / name, path)
@@ -125,7 +125,7 @@ def cut(path: Path) -> None:
 
 
 def unpickled(path: Path) -> None:
-    """A pickle in place of a file, which must not be read as one."""
+    """A pickle in place of a file; it must not be unpickled."""
     path.write_bytes(pickle.dumps(Trap(path.parents[1] / 'unpickled')))
 
 
@@ -145,12 +145,12 @@ def confuse(path: Path) -> None:
     safetensors.numpy.save_file({'a': np.zeros(2), 'a/b': np.zeros(2)}, path)
 
 
-def picture(width: int, height: int, kind: str = 'PNG') -> Write:
-    return lambda path, home: Image.new('L', (width, height), 90).save(path, kind)
+def image_file(width: int, height: int) -> Write:
+    return lambda path, home: Image.new('L', (width, height), 90).save(path, 'PNG')
 
 
-def of_pixels(*sizes: tuple[int, int]) -> Write:
-    """A folder of captioned pictures."""
+def image_folder(*sizes: tuple[int, int]) -> Write:
+    """A folder of captioned images of these sizes in px."""
 
     def write(path: Path, home: Path) -> None:
         path.mkdir()
@@ -188,8 +188,8 @@ def objects(path: Path, home: Path) -> None:
 
 
 IMPORTS = 'from star_jax.training.run import Run, TokenizerRun\n'
-PLACES: dict[str, Write] = {
-    # Of anything.
+INPUTS: dict[str, Write] = {
+    # Any file or folder.
     'empty': data(''),
     'words': data('a red circle\n'),
     'latin': data('caf\xe9'.encode('latin-1')),
@@ -286,15 +286,15 @@ PLACES: dict[str, Write] = {
     'another_run': run_in('star.json', batch=16),
     'tokenizer_run': run_in('tokenizer.json'),
     'torn_run': with_file('config.json', '{'),
-    # Pictures.
-    'no_picture.png': data('a red circle'),
+    # Images.
+    'no_image.png': data('a red circle'),
     'cut.png': data(b'\x89PNG\r\n\x1a\nand then nothing'),
     'bomb.png': lambda path, home: (
         path.write_bytes(bomb(20_000, 20_000))
     ),
-    'pixels': of_pixels((1, 1)),
-    'lines': of_pixels((20_000, 1)),
-    # Sets.
+    'pixels': image_folder((1, 1)),
+    'lines': image_folder((20_000, 1)),
+    # Data sets.
     'torn_set': with_file('dataset_info.json', '{'),
     'hollow_set': copied('set', lambda path: next(path.glob('*.array_record*')).unlink()),
     'cut_set': copied('set', lambda path: cut(next(path.glob('*.array_record*')))),
@@ -319,7 +319,7 @@ def grow_vocabulary(path: Path) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """The head of a PNG of so many pixels; nobody comes to the rest."""
+    """The header of a PNG of so many pixels, which must suffice to refuse it."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         tail = struct.pack('>I', zlib.crc32(name + body))
@@ -333,7 +333,7 @@ def bomb(width: int, height: int) -> bytes:
 
 SAMPLE = 'sample "a red circle" --model {home}/model --out {out}'
 PROMPTS = 'sample --model {home}/model --out {out} --prompts'
-DRAW = 'sample "a red circle" --out {out} --model'
+MODEL = 'sample "a red circle" --out {out} --model'
 TRAIN = 'train {home}/star.json --out {out}'
 TRAINED_AS = 'train --out {out}'
 TOKENIZER = 'train-tokenizer {home}/tokenizer.json --out {out}'
@@ -342,7 +342,7 @@ EVALUATE = 'evaluate {home}/model --data shapes --metrics loss'
 BENCH = 'bench sample {home}/model'
 SHOW = 'data show shapes --out {out}/set.png'
 STUDY = 'study --out {out}'
-UNFIT = 'weights and config do not belong together'
+MISMATCH = 'weights and config do not belong together'
 
 CASES: list[tuple[str, str, str]] = [
     # Commands and options.
@@ -388,15 +388,15 @@ CASES: list[tuple[str, str, str]] = [
     ('another dtype', f'{SAMPLE} --dtype int8', "'int8'.*'float32', 'bfloat16'"),
     ('no images to evaluate', f'{EVALUATE} --count 0', 'at least 1, not 0'),
     ('too many images to evaluate', f'{EVALUATE} --count {TOO_MANY}', '1 to 2,147,483,647'),
-    ('more images than there is memory', f'{EVALUATE} --count {2 * 10**9}', 'pictures .*for less'),
+    ('more images than memory', f'{EVALUATE} --count {2 * 10**9}', 'pictures .*for less'),
     ('a seed of evaluate', f'{EVALUATE} --seed -1', 'seed must lie in'),
     ('guidance of evaluate', f'{EVALUATE} --guidance 1 nan', 'guidance must lie in .* not nan'),
     ('no temperature of evaluate', f'{EVALUATE} --temperature 0', 'temperature must lie in'),
     ('no batch of bench', f'{BENCH} --batch 0', 'at least 1, not 0, 10 and 77'),
     ('no repeats of bench', f'{BENCH} --repeats -3', 'at least 1, not 1, -3 and 77'),
     ('guidance of bench', f'{BENCH} --guidance nan', 'guidance must lie in'),
-    ('no pictures to show', f'{SHOW} --count 0', r'count and columns must lie in \[1, 1024\]'),
-    ('too many pictures to show', f'{SHOW} --count 1000000', 'count and columns must lie in'),
+    ('no images to show', f'{SHOW} --count 0', r'count and columns must lie in \[1, 1024\]'),
+    ('too many images to show', f'{SHOW} --count 1000000', 'count and columns must lie in'),
     ('no columns', f'{SHOW} --columns 0', 'count and columns must lie in'),
     ('no pixels', f'{SHOW} --size 0', r'size must lie in \[1, 4096\] pixels, not 0'),
     ('too many pixels', f'{SHOW} --size 100000', 'size must lie in'),
@@ -413,7 +413,7 @@ CASES: list[tuple[str, str, str]] = [
     ('more devices than there are', f'{TRAIN} --mesh.data 16', '16 devices and there are 8'),
     ('devices that do not divide', f'{TRAIN} --mesh.tensor 3', 'choose sizes whose product is 8'),
     ('no devices', f'{TRAIN} --mesh.fsdp 0', 'at least one device each'),
-    ('more devices to draw on', f'{SAMPLE} --mesh.data 16', '16 devices and there are 8'),
+    ('more devices to sample on', f'{SAMPLE} --mesh.data 16', '16 devices and there are 8'),
     ('a mesh for no integer', f'{TRAIN} --mesh.fsdp {TOO_MANY}', 'devices and there are 8'),
     ('a mesh that no weights fit', f'{TRAIN} --mesh.tensor 4', 'does not divide over the mesh'),
     ('a seed of train', f'{TRAIN} --seed -1', r'seed must lie in \[0, 2\^32\), not -1'),
@@ -446,63 +446,65 @@ CASES: list[tuple[str, str, str]] = [
     ('a class and a prompt', f'{SAMPLE} --class 3', 'from a prompt or from a class: leave one out'),
     ('prompts twice', f'{PROMPTS} {{words}} "a red circle"', 'leave one out'),
     # Model folders.
-    ('no folder', f'{DRAW} {{nothing}}', "no such folder, and it is no hub id like 'owner/name'"),
+    ('no folder', f'{MODEL} {{nothing}}', "no such folder, and it is no hub id like 'owner/name'"),
     ('no name of a folder', "sample 'a star' --model ''", "'': there is no such folder"),
-    ('a file as model', f'{DRAW} {{words}}', 'there is no such folder'),
-    ('a pickled model', f'{DRAW} {{pickle.pth}}', 'there is no such folder'),
-    ('an empty folder', f'{DRAW} {{bare}}', 'has no config.json, expected a model folder'),
-    ('a name too long for any file', f'{DRAW} {"x" * 300}', 'there is no such folder'),
-    ('a hub without a network', f'{DRAW} nobody/nothing', 'cannot be had from the hub'),
-    ('a tokenizer as model', f'{DRAW} {{home}}/tokenizer', 'a tokenizer alone, expected a model'),
-    ('a run as model', f'{DRAW} {{another_run}}', 'expected the fields family, model, sampling'),
-    ('no JSON', f'{DRAW} {{no_json}}', 'not valid JSON at line 1, column 1'),
-    ('empty JSON', f'{DRAW} {{empty_json}}', 'damaged or was cut short'),
-    ('torn JSON', f'{DRAW} {{torn_json}}', 'damaged or was cut short'),
-    ('deep JSON', f'{DRAW} {{deep_json}}', 'nested too deeply'),
-    ('NaN in JSON', f'{DRAW} {{nan_json}}', 'NaN is not a JSON number'),
-    ('binary JSON', f'{DRAW} {{binary_json}}', 'not valid JSON'),
-    ('a list in JSON', f'{DRAW} {{list_json}}', 'expected the fields'),
-    ('another family', f'{DRAW} {{other_family}}', "\"pixels\" is unknown, expected one of 'star'"),
-    ('a list as family', f'{DRAW} {{no_family}}', "is unknown, .*'star'"),
-    ('an ill-typed field', f'{DRAW} {{typed_depth}}', 'depth: given "2", expected a whole number'),
-    ('an unknown field', f'{DRAW} {{unknown_field}}', "no such field, did you mean 'depth'"),
-    ('another depth', f'{DRAW} {{other_depth}}', UNFIT),
-    ('a depth of no model', f'{DRAW} {{huge_depth}}', r'must lie in \[1, 1048576\]'),
-    ('sides of no image', f'{DRAW} {{huge_sides}}', 'too long, expected at most 1,048,576'),
-    ('no kind of positions', f'{DRAW} {{no_kind}}', "no 'kind' given, expected one of"),
-    ('other positions', f'{DRAW} {{other_positions}}', UNFIT),
-    ('no angles', f'{DRAW} {{no_angles}}', 'theta must be positive'),
-    ('other codes', f'{DRAW} {{other_codes}}', 'model.codes is 64, but tokenizer.codes is 32'),
-    ('other channels', f'{DRAW} {{other_channels}}', 'tokenizer.channels is 8'),
-    ('no tokenizer', f'{DRAW} {{no_tokenizer}}', "kind null is unknown, expected one of 'VQ'"),
-    ('a tokenizer of no width', f'{DRAW} {{no_multipliers}}', 'at least one of the multipliers'),
-    ('another tokenizer', f'{DRAW} {{one_phi_too_many}}', UNFIT),
-    ('no text encoder', f'{DRAW} {{no_text}}', 'names no text encoder'),
-    ('no weights', f'{DRAW} {{no_weights}}', 'model.safetensors: there is no such file'),
-    ('no weights of a tokenizer', f'{DRAW} {{no_tokenizer_weights}}', 'there is no such file'),
-    ('weights cut short', f'{DRAW} {{cut_weights}}', 'damaged or was cut short'),
-    ('a tokenizer cut short', f'{DRAW} {{cut_tokenizer_weights}}', 'damaged or was cut short'),
-    ('empty weights', f'{DRAW} {{empty_weights}}', 'damaged or was cut short'),
-    ('pickled weights', f'{DRAW} {{pickled_weights}}', 'damaged or was cut short'),
-    ('a pickled tokenizer', f'{DRAW} {{pickled_tokenizer_weights}}', 'damaged or was cut short'),
-    ('weights of another shape', f'{DRAW} {{narrow_weights}}', f'1 of another form.*{UNFIT}'),
-    ('a tokenizer of other shapes', f'{DRAW} {{narrow_tokenizer_weights}}', UNFIT),
-    ('too few weights', f'{DRAW} {{fewer_weights}}', f'1 missing.*{UNFIT}'),
-    ('weights of something else', f'{DRAW} {{swapped_weights}}', UNFIT),
-    ('names that clash', f'{DRAW} {{confused_weights}}', 'no tree'),
-    ('a folder of weights', f'{DRAW} {{folder_of_weights}}', 'cannot be read'),
-    ('an index that leaves its folder', f'{DRAW} {{wild_index}}', 'files in the same folder'),
+    ('a file as model', f'{MODEL} {{words}}', 'there is no such folder'),
+    ('a pickled model', f'{MODEL} {{pickle.pth}}', 'there is no such folder'),
+    ('an empty folder', f'{MODEL} {{bare}}', 'has no config.json, expected a model folder'),
+    ('a name too long for any file', f'{MODEL} {"x" * 300}', 'there is no such folder'),
+    ('a hub without a network', f'{MODEL} nobody/nothing', 'cannot be had from the hub'),
+    ('a tokenizer as model', f'{MODEL} {{home}}/tokenizer', 'a tokenizer alone, expected a model'),
+    ('a run as model', f'{MODEL} {{another_run}}', 'expected the fields family, model, sampling'),
+    ('no JSON', f'{MODEL} {{no_json}}', 'not valid JSON at line 1, column 1'),
+    ('empty JSON', f'{MODEL} {{empty_json}}', 'damaged or was cut short'),
+    ('torn JSON', f'{MODEL} {{torn_json}}', 'damaged or was cut short'),
+    ('deep JSON', f'{MODEL} {{deep_json}}', 'nested too deeply'),
+    ('NaN in JSON', f'{MODEL} {{nan_json}}', 'NaN is not a JSON number'),
+    ('binary JSON', f'{MODEL} {{binary_json}}', 'not valid JSON'),
+    ('a list in JSON', f'{MODEL} {{list_json}}', 'expected the fields'),
+    ('another family', f'{MODEL} {{other_family}}',
+     "\"pixels\" is unknown, expected one of 'star'"),
+    ('a list as family', f'{MODEL} {{no_family}}', "is unknown, .*'star'"),
+    ('an ill-typed field', f'{MODEL} {{typed_depth}}', 'depth: given "2", expected a whole number'),
+    ('an unknown field', f'{MODEL} {{unknown_field}}', "no such field, did you mean 'depth'"),
+    ('another depth', f'{MODEL} {{other_depth}}', MISMATCH),
+    ('a depth of no model', f'{MODEL} {{huge_depth}}', r'must lie in \[1, 1048576\]'),
+    ('sides of no image', f'{MODEL} {{huge_sides}}', 'too long, expected at most 1,048,576'),
+    ('no kind of positions', f'{MODEL} {{no_kind}}', "no 'kind' given, expected one of"),
+    ('other positions', f'{MODEL} {{other_positions}}', MISMATCH),
+    ('no angles', f'{MODEL} {{no_angles}}', 'theta must be positive'),
+    ('other codes', f'{MODEL} {{other_codes}}', 'model.codes is 64, but tokenizer.codes is 32'),
+    ('other channels', f'{MODEL} {{other_channels}}', 'tokenizer.channels is 8'),
+    ('no tokenizer', f'{MODEL} {{no_tokenizer}}', "kind null is unknown, expected one of 'VQ'"),
+    ('a tokenizer of no width', f'{MODEL} {{no_multipliers}}', 'at least one of the multipliers'),
+    ('another tokenizer', f'{MODEL} {{one_phi_too_many}}', MISMATCH),
+    ('no text encoder', f'{MODEL} {{no_text}}', 'names no text encoder'),
+    ('no weights', f'{MODEL} {{no_weights}}', 'model.safetensors: there is no such file'),
+    ('no weights of a tokenizer', f'{MODEL} {{no_tokenizer_weights}}', 'there is no such file'),
+    ('weights cut short', f'{MODEL} {{cut_weights}}', 'damaged or was cut short'),
+    ('a tokenizer cut short', f'{MODEL} {{cut_tokenizer_weights}}', 'damaged or was cut short'),
+    ('empty weights', f'{MODEL} {{empty_weights}}', 'damaged or was cut short'),
+    ('pickled weights', f'{MODEL} {{pickled_weights}}', 'damaged or was cut short'),
+    ('a pickled tokenizer', f'{MODEL} {{pickled_tokenizer_weights}}', 'damaged or was cut short'),
+    ('weights of another shape', f'{MODEL} {{narrow_weights}}', f'1 of another form.*{MISMATCH}'),
+    ('a tokenizer of other shapes', f'{MODEL} {{narrow_tokenizer_weights}}', MISMATCH),
+    ('too few weights', f'{MODEL} {{fewer_weights}}', f'1 missing.*{MISMATCH}'),
+    ('weights of something else', f'{MODEL} {{swapped_weights}}', MISMATCH),
+    ('names that clash', f'{MODEL} {{confused_weights}}', 'no tree'),
+    ('a folder of weights', f'{MODEL} {{folder_of_weights}}', 'cannot be read'),
+    ('an index that leaves its folder', f'{MODEL} {{wild_index}}', 'files in the same folder'),
     ('a model that does not reconstruct', 'reconstruct x --model {cut_tokenizer_weights}', 'short'),
-    ('a model that does not score', 'evaluate {narrow_weights}', UNFIT),
-    ('a model that is not measured', 'bench sample {fewer_weights}', UNFIT),
+    ('a model that does not score', 'evaluate {narrow_weights}', MISMATCH),
+    ('a model that is not measured', 'bench sample {fewer_weights}', MISMATCH),
     ('a config of no bench', 'bench sample {no_run.py}', "defines no 'run'"),
     ('other sizes for weights', f'{BENCH} --depth 3', 'have their sizes: leave out depth: 2 -> 3'),
     # Text encoders.
-    ('another text encoder', f'{DRAW} {{other_text}}', 'trained with the text encoder of sha256 0'),
-    ('a text encoder of another width', f'{DRAW} {{wide_text}}', UNFIT),
-    ('a lost text encoder', f'{DRAW} {{lost_text}}', "no text encoder '/nowhere/at/all'"),
-    ('a package that is none', f'{DRAW} {{dotted_text}}', "no installed package 'os.path'"),
-    ('an encoder on a hub', f'{DRAW} {{hub_text}}', 'without a network, copy the model folder'),
+    ('another text encoder', f'{MODEL} {{other_text}}',
+     'trained with the text encoder of sha256 0'),
+    ('a text encoder of another width', f'{MODEL} {{wide_text}}', MISMATCH),
+    ('a lost text encoder', f'{MODEL} {{lost_text}}', "no text encoder '/nowhere/at/all'"),
+    ('a package that is none', f'{MODEL} {{dotted_text}}', "no installed package 'os.path'"),
+    ('an encoder on a hub', f'{MODEL} {{hub_text}}', 'without a network, copy the model folder'),
     ('an encoder of no JSON', f'{SAMPLE} --text {{text_list}}', 'is no JSON object'),
     ('an ill-typed encoder', f'{SAMPLE} --text {{text_typed}}', "hidden_size is '32'"),
     ('heads that do not divide', f'{SAMPLE} --text {{text_heads}}', 'divide into 5 heads'),
@@ -563,29 +565,30 @@ CASES: list[tuple[str, str, str]] = [
     ('no tokenizer to train with', f'{TRAIN} --tokenizer {{nothing}}', 'no such folder'),
     ('an encoder of no name', f"{TRAIN} --text ''", "no text encoder ''"),
     ('a pickle to go on from', f'{TRAIN} --init {{pickle.pth}}', 'no such folder'),
-    ('another model to go on from', f'{TRAIN} --init shipped', UNFIT),
+    ('another model to go on from', f'{TRAIN} --init shipped', MISMATCH),
     ('a tokenizer to go on from', f'{TRAIN} --init {{home}}/tokenizer', 'a tokenizer alone'),
     ('no cache', f'{TRAIN} --cache {{nothing}}', 'holds no cached codes: make it with'),
     ('a cache that is a file', f'{TRAIN} --cache {{words}}', 'holds no cached codes'),
     ('a set that is not there', f'{TRAIN} --data.split test', "no split 'test' of shapes"),
-    # Places for results.
+    # Paths of results.
     ('a file as folder', f'{SAMPLE[:-5]}{{words}}', 'is a file, expected the name of a folder'),
     ('a path below a file', f'{SAMPLE[:-5]}{{words}}/x', 'Not a directory.*choose another path'),
-    ('no name of a place', f"{SAMPLE[:-5]}''", "--out: '' names no file or folder"),
-    ('a link to nothing', f'{SAMPLE[:-5]}{{dangling}}', 'is a link to a missing file or folder'),
+    ('no name of a folder to write', f"{SAMPLE[:-5]}''", "--out: '' names no file or folder"),
+    ('a dangling link', f'{SAMPLE[:-5]}{{dangling}}', 'is a link to a missing file or folder'),
     ('a path below such a link', f'{SAMPLE[:-5]}{{dangling}}/x', 'a link to a missing'),
     ('links in a circle', f'{SAMPLE[:-5]}{{circle}}', 'Too many levels .*choose another path'),
-    ('a place in /proc', f'{SAMPLE[:-5]}/proc/nowhere', 'cannot be written'),
+    ('a folder in /proc', f'{SAMPLE[:-5]}/proc/nowhere', 'cannot be written'),
     ('a name too long', f'{SAMPLE[:-5]}{"x" * 300}', 'File name too long'),
     ('a folder as record', f'{SAMPLE[:-5]}{{folder_as_record}}', 'samples.jsonl is a folder'),
     ('a folder as grid', f'{SAMPLE[:-5]}{{folder_as_grid}}', 'grid.png is a folder'),
-    ('pictures below a file', 'reconstruct x --out {words}/x', 'cannot be written'),
+    ('reconstructions below a file', 'reconstruct x --out {words}/x', 'cannot be written'),
     ('a grid below a file', 'data show shapes --out {words}/x', 'cannot be written'),
     ('a grid that is a folder', 'data show shapes --out {bare}', 'is a folder, expected the name'),
     ('a report below a file', f'{BENCH} --json {{words}}/x', 'cannot be written'),
     ('a report that is a folder', f'{BENCH} --json {{bare}}', 'is a folder'),
-    ('programs below a file', f'{BENCH} --compilation-cache {{words}}/x', '/x cannot be written'),
-    ('programs that are there', f'{BENCH} --compilation-cache {{bare}}', 'name a new folder'),
+    ('compiled programs below a file', f'{BENCH} --compilation-cache {{words}}/x',
+     '/x cannot be written'),
+    ('an existing compilation cache', f'{BENCH} --compilation-cache {{bare}}', 'name a new folder'),
     ('scores below a file', f'{EVALUATE} --out {{words}}/x', 'cannot be written'),
     ('scores that are a folder', f'{EVALUATE} --out {{bare}}', 'give a file in an existing'),
     ('a grid of scores in /proc', f'{EVALUATE} --grid /proc/x.png', 'cannot be written'),
@@ -613,33 +616,33 @@ CASES: list[tuple[str, str, str]] = [
     ('emoji below a file', 'data prepare emoji {words}/x', 'cannot be written'),
     ('a model in a folder of words', 'export {tokenizer_run} --out {holds_words}', 'something'),
     ('a model below a file', 'export {tokenizer_run} --out {words}/x', 'cannot be written'),
-    # Runs, pictures, sets, cases.
+    # Runs, images, data sets, recorded cases.
     ('no run', 'export {nothing}', 'config.json: there is no such file'),
     ('a model as run', 'export {home}/model', 'belongs to a model folder'),
     ('a torn run', 'export {torn_run}', 'damaged or was cut short'),
     ('a run without a checkpoint', 'export {tokenizer_run}', 'has no checkpoint yet'),
-    ('no picture', RECONSTRUCT, 'there is no image: give the paths'),
-    ('a picture that is not there', f'{RECONSTRUCT} {{nothing}}', 'no picture at .*existing file'),
-    ('a folder as picture', f'{RECONSTRUCT} {{bare}}', 'cannot be read'),
-    ('words as picture', f'{RECONSTRUCT} {{no_picture.png}}', 'give a PNG, JPEG or WebP'),
-    ('an empty picture', f'{RECONSTRUCT} {{empty}}', 'give a PNG, JPEG or WebP'),
-    ('a pickle as picture', f'{RECONSTRUCT} {{pickle}}', 'give a PNG, JPEG or WebP'),
-    ('a picture cut short', f'{RECONSTRUCT} {{cut.png}}', 'cut.png'),
+    ('no image', RECONSTRUCT, 'there is no image: give the paths'),
+    ('a missing image', f'{RECONSTRUCT} {{nothing}}', 'no picture at .*existing file'),
+    ('a folder as image', f'{RECONSTRUCT} {{bare}}', 'cannot be read'),
+    ('text as image', f'{RECONSTRUCT} {{no_image.png}}', 'give a PNG, JPEG or WebP'),
+    ('an empty image', f'{RECONSTRUCT} {{empty}}', 'give a PNG, JPEG or WebP'),
+    ('a pickle as image', f'{RECONSTRUCT} {{pickle}}', 'give a PNG, JPEG or WebP'),
+    ('a truncated image', f'{RECONSTRUCT} {{cut.png}}', 'cut.png'),
     ('20,000 pixels a side', f'{RECONSTRUCT} {{bomb.png}}', 'too many pixels .*make it smaller'),
-    ('a picture of 1 pixel', f'{RECONSTRUCT} {{pixel.png}}', '1 x 1 pixels, expected a shorter'),
-    ('a picture of a line', f'{RECONSTRUCT} {{line.png}}', '20000 x 1 pixels, .*give another'),
-    ('links in a circle as picture', f'{RECONSTRUCT} {{circle}}', r'symbolic links\): replace it'),
-    ('pictures of 1 pixel', 'data show {pixels} --out {out}', 'shorter side is 1 px, expected 32'),
-    ('pictures of a line', 'data prepare folder {lines} {out}', 'sides of at most 3 : 1'),
-    ('no pictures', 'data prepare folder {bare} {out}', 'holds no image: expected PNG, JPEG'),
-    ('no folder of pictures', 'data prepare folder {nothing} {out}', 'is no folder: expected one'),
-    ('a set as pictures', 'data prepare folder {home}/set {out}', 'holds a prepared set'),
+    ('an image of 1 pixel', f'{RECONSTRUCT} {{pixel.png}}', '1 x 1 pixels, expected a shorter'),
+    ('an image of one line', f'{RECONSTRUCT} {{line.png}}', '20000 x 1 pixels, .*give another'),
+    ('a circular link as image', f'{RECONSTRUCT} {{circle}}', r'symbolic links\): replace it'),
+    ('images of 1 pixel', 'data show {pixels} --out {out}', 'shorter side is 1 px, expected 32'),
+    ('images of one line', 'data prepare folder {lines} {out}', 'sides of at most 3 : 1'),
+    ('no images', 'data prepare folder {bare} {out}', 'holds no image: expected PNG, JPEG'),
+    ('no such folder', 'data prepare folder {nothing} {out}', 'is no folder: expected one'),
+    ('a prepared set as images', 'data prepare folder {home}/set {out}', 'holds a prepared set'),
     ('no set', 'data show {nothing} --out {out}', 'expected a prepared set'),
     ('no set of that name', 'data show nowhere --out {out}', 'neither a folder nor a set'),
     ('another split', f'{SHOW} --split test', 'choose one of train, validation, held_out'),
     ('another split of a set', 'data show {home}/set --split test --out {out}', "no split 'test'"),
     ('another field of a set', 'data show {home}/set --image x --out {out}', "no field 'x'"),
-    ('captions that are pictures', 'data show {home}/set --caption image --out {out}', 'no text'),
+    ('captions that are images', 'data show {home}/set --caption image --out {out}', 'no text'),
     ('a torn set', 'data show {torn_set} --out {out}', 'is damaged .*prepare it again'),
     ('a set cut short', 'data show {cut_set} --out {out}', 'is damaged .*prepare it again'),
     ('a set without its records', 'data show {hollow_set} --out {out}', 'prepare it again'),
@@ -663,7 +666,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a pickled case', 'verify {pickled_case}', 'cannot be read as gzipped safetensors'),
     ('a model as case', 'verify {home}/model', 'there is no such file'),
 ]  # fmt: skip
-PLACES |= {
+INPUTS |= {
     'folder_as_record': with_folder('samples.jsonl'),
     'folder_as_grid': with_folder('grid.png'),
     'holds_data': with_file('data/notes.txt'),
@@ -674,8 +677,8 @@ PLACES |= {
     'folder_of_study': with_folder('study.json'),
     'circle': lambda path, home: path.symlink_to(path.name),
     'dangling': lambda path, home: path.symlink_to('nowhere'),
-    'pixel.png': picture(1, 1),
-    'line.png': picture(20_000, 1),
+    'pixel.png': image_file(1, 1),
+    'line.png': image_file(20_000, 1),
     'nul.json': rewritten('star.json', init='a\0b'),
     'asserts.py': data('assert False\n'),
     'imports.py': data('import nothing_of_that_name\n'),
@@ -685,7 +688,7 @@ PLACES |= {
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory) -> Path:
-    """A model, a tokenizer, a text encoder, a set, a recorded case and two runs: all is right."""
+    """Valid inputs: a model, a tokenizer, a text encoder, a set, a recorded case and two runs."""
     home = tmp_path_factory.mktemp('home')
     tiny.write_model(home / 'model')
     tokenizer = tiny.write_tokenizer(home / 'tokenizer')
@@ -703,33 +706,33 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path_factory) -> None:
-    """No network, a cache of its own, and nothing that takes long: it is wrong to come so far."""
+    """No network and an empty cache; long computations fail, because no mistake may reach them."""
 
-    def pass_by(*_: object, **__: object) -> None:
-        raise AssertionError('it was taken for good input')
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError('the input was accepted')
 
     monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    monkeypatch.setattr(Pipeline, 'stream', pass_by)
-    monkeypatch.setattr(trainer.Trainer, 'run', pass_by)
+    monkeypatch.setattr(Pipeline, 'stream', fail)
+    monkeypatch.setattr(trainer.Trainer, 'run', fail)
     monkeypatch.setattr(
         trainer, '_print_summary', lambda *_: None
     )  # traces a step to count its work
-    monkeypatch.setattr(benchmark, 'run_worker', pass_by)
+    monkeypatch.setattr(benchmark, 'run_worker', fail)
     for work in ('reconstruct', 'loss_rows'):
-        monkeypatch.setattr(eval_report, work, pass_by)
+        monkeypatch.setattr(eval_report, work, fail)
 
 
 @pytest.fixture
-def spoil(home, tmp_path) -> Callable[[str], list[str]]:
-    """From a command line with {names} to its words; what they name is then there."""
+def prepare(home, tmp_path) -> Callable[[str], list[str]]:
+    """From a command line with {names} to its words, after the inputs that it names are written."""
 
     def read(line: str) -> list[str]:
         places = {'home': home, 'out': tmp_path / 'out', 'nothing': tmp_path / 'nothing'}
         for name in re.findall(r'{([\w.]+)}', line):
             if name not in places:
                 places[name] = tmp_path / name
-                PLACES[name](tmp_path / name, home)
+                INPUTS[name](tmp_path / name, home)
         names = re.compile(r'{([\w.]+)}')
         return [names.sub(lambda found: str(places[found[1]]), word) for word in shlex.split(line)]
 
@@ -737,39 +740,41 @@ def spoil(home, tmp_path) -> Callable[[str], list[str]]:
 
 
 def contents(*roots: Path) -> dict[Path, bytes | None]:
-    """Every file below some folders, but for the lock that every run leaves."""
+    """Every file below some folders, except the lock file of a run."""
     paths = (path for root in roots for path in root.rglob('*') if path.name != '.lock')
     return {path: path.read_bytes() for path in paths if path.is_file()}
 
 
-def complaint(capfd: pytest.CaptureFixture, *words: str) -> str:
-    """What a command says on stderr; it must be one line, and end with exit status 2."""
+def error_message(capfd: pytest.CaptureFixture, *words: str) -> str:
+    """The line on stderr of a command that must fail with exit status 2."""
     capfd.readouterr()
     status = cli.main(words)
-    said = capfd.readouterr().err
-    assert status == 2, said
-    assert said.startswith('star-jax') and said.endswith('\n') and said.count('\n') == 1, said
-    assert 'Traceback' not in said and 'Error:' not in said.partition(':')[2][:40], said
-    return said.rstrip('\n')
+    err = capfd.readouterr().err
+    assert status == 2, err
+    assert err.startswith('star-jax') and err.endswith('\n') and err.count('\n') == 1, err
+    assert 'Traceback' not in err and 'Error:' not in err.partition(':')[2][:40], err
+    return err.rstrip('\n')
 
 
 @pytest.mark.parametrize(('line', 'named'), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
-def test_a_mistake_is_one_sentence_and_changes_nothing(capfd, home, tmp_path, spoil, line, named):
-    words = spoil(line)
+def test_a_mistake_ends_with_one_sentence_and_changes_nothing(
+    capfd, home, tmp_path, prepare, line, named
+):
+    words = prepare(line)
     before = contents(home, tmp_path)
-    assert re.search(named, complaint(capfd, *words))
+    assert re.search(named, error_message(capfd, *words))
     assert contents(home, tmp_path) == before
     assert not (tmp_path / 'unpickled').exists()
 
 
-def test_kinds_are_named_apart():
+def test_cases_have_different_names():
     kinds = [kind for kind, *_ in CASES]
     assert len(set(kinds)) == len(kinds) >= 30
-    asked = {name for _, line, _ in CASES for name in re.findall(r'{([\w.]+)}', line)}
-    assert PLACES.keys() <= asked
+    used = {name for _, line, _ in CASES for name in re.findall(r'{([\w.]+)}', line)}
+    assert INPUTS.keys() <= used
 
 
-# What the surroundings lack.
+# Missing packages, memory and permissions.
 
 
 @pytest.mark.parametrize(
@@ -783,39 +788,38 @@ def test_kinds_are_named_apart():
         ('data prepare emoji {out}', 'resvg_py', 'pip install resvg-py==0.5.0'),
     ],
 )  # fmt: skip
-def test_a_missing_package_says_the_line_to_run(
-    capfd, monkeypatch, spoil, tmp_path, line, missing, install
+def test_missing_package_names_the_install_command(
+    capfd, monkeypatch, prepare, tmp_path, line, missing, install
 ):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, 'find_spec', lambda name: None if name == missing else find_spec(name)
     )
     monkeypatch.setitem(sys.modules, missing, None)
-    assert install in complaint(capfd, *spoil(line))
+    assert install in error_message(capfd, *prepare(line))
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_missing_npm_says_what_to_install(capfd, monkeypatch, spoil, tmp_path):
+def test_missing_npm_names_what_to_install(capfd, monkeypatch, prepare, tmp_path):
     monkeypatch.setitem(sys.modules, 'resvg_py', types.ModuleType('resvg_py'))
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    assert 'install Node.js' in complaint(capfd, *spoil('data prepare emoji {out}'))
+    assert 'install Node.js' in error_message(capfd, *prepare('data prepare emoji {out}'))
     assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('line', [TRAIN, 'data cache {home}/star.json'])
-def test_a_cache_that_cannot_be_written_is_told(capfd, monkeypatch, spoil, line):
-    """And nothing but the settings of the run, which can go on elsewhere, is left behind."""
+def test_unwritable_cache_is_reported(capfd, monkeypatch, prepare, line):
     monkeypatch.setattr(TransformerJob, 'init', lambda *_: None)  # nothing is trained
     monkeypatch.setattr(trainer.Trainer, 'run', lambda course, *_: next(course._job.batches(0)))
-    # JAX does without a cache of programs.
+    # JAX works without a compilation cache.
     monkeypatch.setattr(startup, 'start', lambda **_: None)
-    words = spoil(f'{line} {{words}}')
+    words = prepare(f'{line} {{words}}')
     monkeypatch.setenv('STAR_JAX_CACHE', f'{words.pop()}/x')
-    assert 'cannot' in complaint(capfd, *words)
+    assert 'cannot' in error_message(capfd, *words)
 
 
 @pytest.mark.parametrize('content', [b'', b'{', b'\x08\0\0\0\0\0\0\0[]      ', b'\xff' * 99])
-def test_a_damaged_cache_is_left_alone(tmp_path, caplog, content):
+def test_damaged_cache_is_ignored_and_kept(tmp_path, caplog, content):
     encoder = load_text(tiny.TEXT)
     first = FeatureCache(encoder, tmp_path).features(['a red circle'])
     (segment,) = (tmp_path / 'text').rglob('*.safetensors')
@@ -825,43 +829,43 @@ def test_a_damaged_cache_is_left_alone(tmp_path, caplog, content):
     assert segment.read_bytes() == content and 'torn' in caplog.text
 
 
-def test_too_little_memory_is_told(capfd, monkeypatch, spoil):
-    """At no fault of the words, so with another status: JAX knows only when it runs."""
+def test_too_little_memory_ends_with_status_1(capfd, monkeypatch, prepare):
+    """The command line is valid, and JAX reports the lack of memory only when it runs."""
 
     def fail(*_: object) -> None:
         jax.numpy.zeros(2**60, 'uint8')
 
     monkeypatch.setattr(Pipeline, 'stream', fail)
-    assert cli.main(spoil(SAMPLE)) == 1
-    said = capfd.readouterr().err
-    assert 'the memory is too small' in said and 'give a smaller batch' in said, said
+    assert cli.main(prepare(SAMPLE)) == 1
+    err = capfd.readouterr().err
+    assert 'the memory is too small' in err and 'give a smaller batch' in err, err
 
 
-def test_a_place_that_may_not_be_looked_at_is_told(capfd, monkeypatch):
+def test_path_without_permission_is_reported(capfd, monkeypatch):
     def refuse(words: list[str]) -> int:
         raise PermissionError(13, 'Permission denied', Path('secret/config.json'))
 
     monkeypatch.setattr(cli, '_load', lambda command: types.SimpleNamespace(main=refuse))
-    said = complaint(capfd, 'export', 'secret')
-    assert 'secret/config.json cannot be used (Permission denied): change its permissions' in said
+    message = error_message(capfd, 'export', 'secret')
+    assert 'secret/config.json cannot be used (Permission denied): change its perm' in message
 
 
-def test_another_process_sees_the_same():
+def test_mistake_in_a_process_of_its_own_is_one_sentence():
     words = [sys.executable, '-m', 'star_jax', 'sample', '--temperature', 'nan', b'\xff']
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {'COLUMNS': '40'})
     assert done.returncode == 2
     assert done.stderr.startswith('star-jax sample: ') and done.stderr.count('\n') == 1
 
 
-def test_as_many_codes_as_there_are_and_more_are_all_of_them(spoil):
-    """top_k has a default larger than small codebooks, so that this is no mistake."""
+def test_top_k_of_the_codebook_or_more_keeps_all_codes():
+    """The default top_k exceeds small codebooks, so this is no mistake."""
     logits = jax.random.normal(jax.random.key(0), (5, 32))
     for top_k in (0, 32, 33, TOO_MANY):
         np.testing.assert_array_equal(NucleusFilter(top_k=top_k)(logits), logits)
 
 
-def test_a_failed_drawing_leaves_an_earlier_one(capfd, monkeypatch, spoil, tmp_path):
-    """And one that is stopped half-way says what it has drawn."""
+def test_failed_sampling_keeps_earlier_samples(capfd, monkeypatch, prepare, tmp_path):
+    """An interrupted command has recorded the images that it wrote."""
 
     def stop_after(count: int) -> Callable[..., Iterator[np.ndarray]]:
         def stream(*_: object) -> Iterator[np.ndarray]:
@@ -871,19 +875,19 @@ def test_a_failed_drawing_leaves_an_earlier_one(capfd, monkeypatch, spoil, tmp_p
         return stream
 
     monkeypatch.setattr(Pipeline, 'stream', stop_after(2))
-    assert cli.main(spoil(SAMPLE.replace('sample', 'sample b c'))) == 130
+    assert cli.main(prepare(SAMPLE.replace('sample', 'sample b c'))) == 130
     record = (tmp_path / 'out' / 'samples.jsonl').read_text()
     assert [json.loads(line)['prompt'] for line in record.splitlines()] == ['b', 'c']
     before = contents(tmp_path)
-    assert cli.main(spoil(SAMPLE)) == 2  # other prompts need another folder
+    assert cli.main(prepare(SAMPLE)) == 2  # other prompts need another folder
     assert contents(tmp_path) == before
 
 
-# Any config and any JSON.
+# Random configs and random JSON.
 
 
-def keep(**options: Any) -> Callable:
-    """The same few examples every time."""
+def few_examples(**options: Any) -> Callable:
+    """Settings of hypothesis with the same few examples every time."""
     return hypothesis.settings(
         derandomize=True,
         deadline=None,
@@ -912,17 +916,17 @@ documents = st.recursive(
 )
 
 
-def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The way to every value in a tree of JSON."""
+def paths(tree: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every value in a JSON tree."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in items:
         yield (*path, key)
         if isinstance(value, dict | list):
-            yield from places(value, (*path, key))
+            yield from paths(value, (*path, key))
 
 
 def near(value: Any) -> list[Any]:
-    """What somebody may write who means a value, or the next one."""
+    """Values that a user may write by mistake in place of a valid one."""
     if value is None:
         return ['', 'null', 0, {}]
     if isinstance(value, bool):
@@ -938,9 +942,9 @@ def near(value: Any) -> list[Any]:
 
 @st.composite
 def mistakes(draw: st.DrawFn, right: Any) -> Any:
-    """The right document with one value replaced, added, removed or renamed."""
+    """A valid document with one value replaced, added, removed or renamed."""
     wrong = json.loads(json.dumps(right))
-    *parents, last = draw(st.sampled_from(list(places(wrong))))
+    *parents, last = draw(st.sampled_from(list(paths(wrong))))
     inner = wrong
     for key in parents:
         inner = inner[key]
@@ -959,49 +963,49 @@ def mistakes(draw: st.DrawFn, right: Any) -> Any:
     return wrong
 
 
-def loads_or_tells(kind: type, document: Any, path: Path) -> None:
-    """The law: what is read says what was written, and again after another round, or is told."""
+def loads_or_fails(kind: type, document: Any, path: Path) -> None:
+    """Reading a document either raises UserError, or keeps all values, also when read again."""
     path.write_text(json.dumps(document))  # nan and infinity as Python writes them
     try:
         first = config.read(path, kind)
     except UserError as error:
         assert str(error)
         return
-    assert says(config.to_json(first), document)
+    assert contains(config.to_json(first), document)
     config.write(path, first)
     assert config.read(path, kind) == first
     hash(first)
 
 
-def says(told: Any, given: Any) -> bool:
-    """Whether a tree of JSON has all that another has; a whole number may be written as a float."""
-    if isinstance(given, dict):
-        return all(key in told and says(told[key], value) for key, value in given.items())
-    if isinstance(given, list):
-        return len(told) == len(given) and all(map(says, told, given))
-    numbers = type(told) in (int, float) and type(given) in (int, float)
-    return told == given and (numbers or type(told) is type(given))
+def contains(whole: Any, part: Any) -> bool:
+    """Whether a JSON tree has all values of another; 1 and 1.0 are equal."""
+    if isinstance(part, dict):
+        return all(key in whole and contains(whole[key], value) for key, value in part.items())
+    if isinstance(part, list):
+        return len(whole) == len(part) and all(map(contains, whole, part))
+    numbers = type(whole) in (int, float) and type(part) in (int, float)
+    return whole == part and (numbers or type(whole) is type(part))
 
 
 RUNS = [(Run, config.to_json(tiny.STAR)), (TokenizerRun, config.to_json(tiny.TOKENIZER))]
 
 
-@keep(max_examples=200)
+@few_examples(max_examples=200)
 @hypothesis.given(st.data(), st.sampled_from(RUNS))
-def test_a_run_with_one_mistake_loads_or_tells(tmp_path, data, run):
-    loads_or_tells(run[0], data.draw(mistakes(run[1])), tmp_path / 'run.json')
+def test_run_with_one_mistake_loads_or_fails(tmp_path, data, run):
+    loads_or_fails(run[0], data.draw(mistakes(run[1])), tmp_path / 'run.json')
 
 
-@keep(max_examples=60)
+@few_examples(max_examples=60)
 @hypothesis.given(documents, st.sampled_from(RUNS))
-def test_any_json_is_a_run_or_told(tmp_path, document, run):
-    loads_or_tells(run[0], document, tmp_path / 'run.json')
+def test_random_json_loads_as_a_run_or_fails(tmp_path, document, run):
+    loads_or_fails(run[0], document, tmp_path / 'run.json')
 
 
-@keep(max_examples=40)
+@few_examples(max_examples=40)
 @hypothesis.given(st.data())
-def test_a_model_folder_with_one_mistake_loads_or_tells(home, data):
-    """Its weights are read too, and must be those of whatever config is read."""
+def test_model_folder_with_one_mistake_loads_or_fails(home, data):
+    """If the config is accepted, the weights must have its names."""
     path = home / 'model' / 'config.json'
     right = path.read_text()
     fields = json.loads(right)
@@ -1017,9 +1021,9 @@ def test_a_model_folder_with_one_mistake_loads_or_tells(home, data):
         path.write_text(right)
 
 
-@keep(max_examples=25)
+@few_examples(max_examples=25)
 @hypothesis.given(st.data())
-def test_a_text_encoder_with_one_mistake_loads_or_tells(home, data):
+def test_text_encoder_with_one_mistake_loads_or_fails(home, data):
     path = home / 'text' / 'config.json'
     right = path.read_text()
     try:
@@ -1031,11 +1035,11 @@ def test_a_text_encoder_with_one_mistake_loads_or_tells(home, data):
         path.write_text(right)
 
 
-@keep(max_examples=60)
+@few_examples(max_examples=60)
 @hypothesis.given(st.lists(documents | st.binary(max_size=30), max_size=4))
-def test_any_list_of_captions_is_read_or_told(tmp_path, lines):
-    """Each line by itself: one that is right is used whatever stands around it."""
-    picture(8, 8)(tmp_path / 'a.png', tmp_path)
+def test_random_lines_of_captions_are_read_or_reported(tmp_path, lines):
+    """Lines are independent: a valid one is used between any others."""
+    image_file(8, 8)(tmp_path / 'a.png', tmp_path)
     good = b'{"file_name": "a.png", "text": "grey"}'
     written = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     (tmp_path / 'metadata.jsonl').write_bytes(b'\n'.join([*written, good]))
@@ -1043,55 +1047,63 @@ def test_any_list_of_captions_is_read_or_told(tmp_path, lines):
     assert 'grey' in found.captions['a.png'] and all(fault.reason for fault in found.faults)
 
 
-@keep(max_examples=60)
+@few_examples(max_examples=60)
 @hypothesis.given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-def test_any_file_of_prompts_is_read_or_told(home, tmp_path, capfd, content):
-    """Whatever it holds, the sentence is on the file, or on the place that is looked at next."""
+def test_random_file_of_prompts_is_read_or_refused(home, tmp_path, capfd, content):
+    """The message is about the file, or, if it is accepted, about the invalid --out."""
     (tmp_path / 'prompts').write_bytes(content)
     (tmp_path / 'file').write_text('')
     options = ('--model', str(home / 'model'), '--out', str(tmp_path / 'file'))
-    said = complaint(capfd, 'sample', '--prompts', str(tmp_path / 'prompts'), *options)
-    assert re.search('holds no prompt|no text|is a file, expected the name of a folder', said)
+    message = error_message(capfd, 'sample', '--prompts', str(tmp_path / 'prompts'), *options)
+    assert re.search('holds no prompt|no text|is a file, expected the name of a folder', message)
 
 
-# Nothing unpickles.
+# No code unpickles.
 
 
-READERS = {'pickle', 'cPickle', '_pickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal'}
+PICKLE_MODULES = {
+    'pickle',
+    'cPickle',
+    '_pickle',
+    'dill',
+    'cloudpickle',
+    'joblib',
+    'shelve',
+    'marshal',
+}
 
 
-def test_nothing_in_the_package_unpickles():
+def test_package_never_unpickles():
     sources = sorted(Path(star_jax.__file__).parent.rglob('*.py'))
     assert len(sources) > 100
-    wants = {'torch.load': ('weights_only', True)}
+    required = {'torch.load': ('weights_only', True)}
     for module in ('np', 'numpy', 'jnp', 'jax.numpy'):
-        wants[f'{module}.load'] = 'allow_pickle', False
+        required[f'{module}.load'] = 'allow_pickle', False
     for path in sources:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ImportFrom):
-                assert node.module not in READERS, path
+                assert node.module not in PICKLE_MODULES, path
             elif isinstance(node, ast.Import):
-                assert not READERS & {one.name for one in node.names}, path
+                assert not PICKLE_MODULES & {one.name for one in node.names}, path
             elif isinstance(node, ast.Attribute):
                 assert node.attr not in {'read_pickle', 'Unpickler'}, path
-            elif isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in wants:
-                option, value = wants[name]
+            elif isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in required:
+                option, value = required[name]
                 given = {word.arg: getattr(word.value, 'value', None) for word in node.keywords}
                 assert given.get(option) is value, f'{path}: {name} without {option}={value}'
 
 
-def test_a_pickle_among_cached_codes_is_told(tmp_path):
-    """Under the name that its checksum gives it, as whoever wrote it could."""
+def test_pickle_among_cached_codes_is_refused(tmp_path):
+    """Its file has a valid checksum in its name."""
     objects(tmp_path / 'objects.npz', tmp_path)
     content = zipfile.ZipFile(tmp_path / 'objects.npz').read('arr_0.npy')
     config.write_json(tmp_path / 'key.json', {})
     (tmp_path / f'00000-{hashlib.sha256(content).hexdigest()}.npy').write_bytes(content)
     with pytest.raises(UserError, match='holds no codes .*make it with'):
-        codes.read(tmp_path, {}, ['one picture'])
+        codes.read(tmp_path, {}, ['one image'])
     assert not (tmp_path / 'unpickled').exists()
 
 
-def test_a_pickle_would_be_noticed(tmp_path):
-    """The trap works: whoever loads it leaves a file."""
+def test_trap_detects_unpickling(tmp_path):
     pickle.loads(pickle.dumps(Trap(tmp_path / 'unpickled'))).close()
     assert (tmp_path / 'unpickled').exists()
