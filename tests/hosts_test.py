@@ -264,6 +264,16 @@ def test_meet_ends_all_processes_with_the_same_error(calls, timeout, sentence):
     assert all(sentence in error for error in meet(*calls, timeout=timeout))
 
 
+def test_meet_ends_processes_of_number_0_on_two_machines(monkeypatch):
+    """Each listens on its own machine: 127.0.0.1, the address of process 0, or 127.0.0.2."""
+    machines = iter(('127.0.0.1', '127.0.0.2'))
+    monkeypatch.setattr(
+        rendezvous, '_listen', lambda port: socket.create_server((next(machines), port))
+    )
+    errors = meet((0, 2), (0, 2))
+    assert all('two processes are number 0' in error for error in errors)
+
+
 def test_meet_refuses_a_port_that_is_in_use():
     with socket.create_server(('', 0)) as taken, pytest.raises(UserError, match='choose another'):
         rendezvous.meet('127.0.0.1', taken.getsockname()[1], 2, 0, 1)
