@@ -110,14 +110,14 @@ def test_command_reports_output_that_cannot_be_written():
     with open('/dev/full', 'w') as full:
         status, output = run('-m', 'star_jax', '--help', stdout=full.fileno())
     assert status == 1
-    assert output == 'star-jax: what it says cannot be written (No space left on device)\n'
+    assert output == 'star-jax: the output cannot be written (No space left on device)\n'
 
 
 @pytest.mark.parametrize(
     ('command', 'number', 'status', 'line'),
     [
-        ('train', signal.SIGTERM, 0, 'stopped; the same command goes on'),
-        ('train-tokenizer', signal.SIGINT, 0, 'stopped; the same command goes on'),
+        ('train', signal.SIGTERM, 0, 'stopped; the same command continues the run'),
+        ('train-tokenizer', signal.SIGINT, 0, 'stopped; the same command continues the run'),
         ('sample', signal.SIGINT, 130, 'stopped'),
         ('sample', signal.SIGTERM, -signal.SIGTERM, None),
     ],
