@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from star_jax.core.sizes import height_and_width
 from star_jax.errors import UserError
 
 LEGIBLE = 128  # px: a cell narrower than this cannot hold a caption
@@ -21,6 +20,11 @@ MARGIN = 8
 CAPTION_SIZE = 12
 TITLE_SIZE = 18
 INK = (32, 32, 32)
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels, of such a pair or of the side of a square."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

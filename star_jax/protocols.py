@@ -1,22 +1,135 @@
-"""Which contracts do the parts of this package keep?
+"""Which contracts do the parts of a model fulfil?
 
-A part is anything that has these methods and attributes; it needs no base class. Concrete types are
-imported for their names alone, so that every room may import this file.
+A family is a config that builds a network; a tokenizer config builds a tokenizer. Whoever trains,
+samples, plans, saves or converts calls the methods written here and nothing else of a family.
+`Family` and `TokenizerConfig` are base classes with defaults: a config of one's own derives from
+them and is announced by `families.registry`. All others are structural.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
+from flax import linen as nn
 
-if TYPE_CHECKING:
-    from star_jax.core.codes import Codes, Sampled
-    from star_jax.core.guidance import StepSettings
-    from star_jax.core.schedule import Schedule, Step
-    from star_jax.core.settings import Settings
+from star_jax.core.codes import Codes, Sampled, Targets
+from star_jax.core.guidance import StepSettings
+from star_jax.core.schedule import Schedule, Step
+from star_jax.core.settings import Dtype, Settings
+from star_jax.errors import UserError
+
+PromptField = Literal['caption', 'label']
+CrossAttentionMode = Literal['as_trained', 'released', 'corrected']
+
+
+class PromptEncoder(Protocol):
+    """What turns prompts into the condition of a network: a text encoder, or a table of classes.
+
+    Attributes:
+        field: which field of an example it reads.
+        params: its parameters on the devices, empty if nothing is computed.
+        identity: hex digest of everything that decides the condition of a prompt.
+        sha256: hex digest of its files, '' if it has none.
+    """
+
+    field: PromptField
+
+    @property
+    def params(self) -> Any: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def reference(self) -> dict[str, str] | None:
+        """How a model folder names it, or None if the model's own config holds it."""
+
+    def tokenize(self, prompts: Sequence[str]) -> Any:
+        """The host's part: a pytree of numpy arrays with one row per prompt."""
+
+    def apply(self, params: Any, tokens: Any) -> Any:
+        """The device's part, pure: the condition of those tokens."""
+
+    def encode(self, prompts: Sequence[str]) -> Any:
+        """Both parts: the condition of any number of prompts, in numpy arrays."""
+
+    def abstract_params(self) -> Any:
+        """Shapes of `params`, boxed with logical axes."""
+
+    def abstract_tokens(self, rows: int) -> Any:
+        """Shapes of the tokens of so many prompts."""
+
+
+class Starter(Protocol):
+    """The module that makes the first rows of a network from its condition.
+
+    The condition is any pytree of arrays with one row per image; only the starter reads it.
+    """
+
+    def __call__(self, condition: Any) -> jax.Array:
+        """[B, rows of step 0, D] float32: the text prefix, if the family has one, comes first."""
+
+    def text(self, condition: Any) -> tuple[jax.Array | None, jax.Array | None]:
+        """Token states [B, T, E] for cross-attention and their mask [B, T], or (None, None)."""
+
+    def summary(self, condition: Any) -> jax.Array | None:
+        """[B, D] float32: one vector per image for modulation, or None."""
+
+    def unprompted(self, condition: Any, empty: Any) -> Any:
+        """The condition of as many images without a prompt.
+
+        Args:
+            condition: that of the prompted images.
+            empty: the encoded empty prompt, one row.
+        """
+
+
+class Tokenizer(Protocol):
+    """A tokenizer module: images <-> codes, and the canvas between them.
+
+    Images are NHWC float32 in [-1, 1]. A canvas is what the decoder reads; a step of sampling adds
+    its tokens to it and computes the inputs of the next step from it.
+
+    Attributes:
+        schedule: steps and grids.
+        codes: how the flat output of a head becomes codes.
+        resolution: (height, width) of the images in pixels.
+    """
+
+    schedule: Schedule
+    codes: Codes
+    resolution: tuple[int, int]
+
+    def encode(self, images_BHWc: jax.Array) -> jax.Array:
+        """What a cache on disk holds and training starts from: codes, or features."""
+
+    def training_targets(self, encoded: jax.Array, key: jax.Array) -> Targets:
+        """Inputs and labels of teacher forcing; the key is for families that perturb them."""
+
+    def inputs(self, codes_BL: jax.Array) -> jax.Array:
+        """[B, L - n_0, C]: inputs of all steps but the first; equals folding `advance`."""
+
+    def embed(self, codes_BL: jax.Array) -> jax.Array:
+        """[B, L, C] vectors of codes."""
+
+    def mix(self, weights: jax.Array) -> jax.Array:
+        """[B, L, C]: means of the code vectors, weighted by probabilities [B, L, V]."""
+
+    def blank(self, batch: int) -> Any:
+        """The canvas before the first step."""
+
+    def advance(self, canvas: Any, sampled: Sampled, step: Step) -> tuple[Any, jax.Array | None]:
+        """The canvas with a step's tokens, and the next step's inputs (None after the last)."""
+
+    def following(self, canvas: Any, step: Step) -> jax.Array | None:
+        """The inputs of the step after `step`, [B, L, C]; None after the last."""
+
+    def decode(self, canvas: Any) -> jax.Array:
+        """[B, H, W, 3] images in [-1, 1]."""
+
+    def to_uint8(self, images_BHWc: jax.Array) -> jax.Array:
+        """uint8 images, rounded as the family's published code rounds."""
 
 
 class StepFns(NamedTuple):
@@ -97,28 +210,142 @@ class SamplingMethod(Protocol):
         """
 
 
-class Family(Protocol):
-    """The config of a family of networks: which parts make one, and how it is sampled.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Sizes of a tokenizer, and `build`."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Steps and grids of an image."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> Codes:
+        """The codes of one token."""
+        raise NotImplementedError
+
+    @property
+    def vector_width(self) -> int:
+        """Channels of a code vector and of the network's inputs."""
+        raise NotImplementedError
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        raise NotImplementedError
+
+    def at(self, schedule: Schedule) -> Self:
+        """The same tokenizer for another schedule; UserError where its parameters do not fit."""
+        raise NotImplementedError
+
+    def build(self, dtype: Dtype = 'float32') -> nn.Module:
+        """The `Tokenizer` module, whose decoder has activations of `dtype`."""
+        raise NotImplementedError
+
+    def abstract(self) -> dict:
+        """Shapes of the parameters, boxed with logical axes."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Sizes and parts of a transformer of one family, and `build`.
 
     Attributes:
-        schedule: the order in which tokens are predicted.
-        refinement: the config of the head of stable sampling; None: there is none.
+        refinement: the head of stable sampling, for families that can have one.
+        drop_path: rate of stochastic depth of the deepest layer.
+        keep_tokens: tokens that a training step keeps (0: all).
+        text_width: width of text features that the network reads (0: none).
+        constants: parameters ('/'-joined names) that stay as they are: saved and loaded, without
+            gradient, weight decay, average or count.
     """
 
-    @property
-    def schedule(self) -> Schedule: ...
+    refinement: ClassVar[Any] = None
+    drop_path: ClassVar[float] = 0.0
+    keep_tokens: ClassVar[int] = 0
+    text_width: ClassVar[int] = 0
+    constants: ClassVar[frozenset[str]] = frozenset()
 
     @property
-    def refinement(self) -> Any | None: ...
+    def schedule(self) -> Schedule:
+        """Steps of an image, and rows that the network reads."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> Codes:
+        """The codes of one token; a tokenizer fits if its vocabulary is equal."""
+        raise NotImplementedError
+
+    @property
+    def vector_width(self) -> int:
+        """Channels of the network's inputs; a tokenizer fits if its width is equal."""
+        raise NotImplementedError
+
+    def build(
+        self,
+        dtype: Dtype = 'float32',
+        remat: bool = False,
+        unroll: int = 1,
+        attend: Callable[..., jax.Array] = ...,
+    ) -> nn.Module:
+        """The network (`nn.transformer.Transformer`).
+
+        Args:
+            dtype: of the activations.
+            remat: compute activations again in the backward pass.
+            unroll: layers compiled side by side.
+            attend: the attention kernel (left out: the one that fits the platform).
+        """
+        raise NotImplementedError
+
+    def abstract(self) -> dict:
+        """Shapes of the parameters, boxed with logical axes."""
+        raise NotImplementedError
+
+    def abstract_inputs(self, batch: int = 1) -> jax.ShapeDtypeStruct:
+        """Shapes of the network's inputs under teacher forcing."""
+        schedule = self.schedule
+        later = schedule.starts[-1] - schedule.starts[1]
+        return jax.ShapeDtypeStruct((batch, later, self.vector_width), np.float32)
+
+    def abstract_condition(self, batch: int = 1, tokens: int = 1) -> Any:
+        """Shapes of the condition of `batch` prompts of `tokens` text tokens each."""
+        raise NotImplementedError
+
+    def default_tokenizer(self) -> TokenizerConfig:
+        """The tokenizer that published models of this family use, at the sizes of this model."""
+        raise NotImplementedError
+
+    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
+        """What reads prompts: what `load` gives where it is a text encoder.
+
+        Raises UserError where the encoder does not fit the model.
+        """
+        raise NotImplementedError
+
+    def with_cross_attention(self, mode: CrossAttentionMode) -> Self:
+        """The same model with published or corrected cross-attention.
+
+        Raises UserError where the family has no such choice.
+        """
+        if mode == 'as_trained':
+            return self
+        raise UserError(
+            f'a {type(self).__name__} has no published and no corrected cross-attention: '
+            'leave cross_attention out'
+        )
 
     def guidance_weights(self, guidance: float) -> np.ndarray:
-        """[S] float32 weights of `core.guidance.guide`, from the published guidance number.
+        """[S] float32 weights w of every step, from a published guidance number.
 
-        All are 0 where that number turns guidance off.
+        Logits are prompted + w (prompted - unprompted); all zero: only prompted rows are computed.
         """
+        raise NotImplementedError
 
     def temperatures(self, temperature: float) -> np.ndarray:
-        """[S] float32 temperatures, from a user's temperature."""
+        """[S] float32 temperatures of every step, from a user's temperature."""
+        return np.full(self.schedule.steps, temperature, np.float32)
 
     def filter(self, settings: Settings) -> Filter:
         """Which codes may be sampled under a user's settings."""
+        raise NotImplementedError

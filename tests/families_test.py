@@ -18,6 +18,7 @@ from flax import linen as nn
 from star_jax.checkpoint.weights import flatten
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.star import star_entries, vq_entries
+from star_jax.core import condition
 from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import NucleusFilter
@@ -28,8 +29,10 @@ from star_jax.families.var import Var
 from star_jax.losses import tokens
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
+from star_jax.nn.blocks import BlockParts, Mlp, drop_paths
+from star_jax.nn.heads import Head
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
-from star_jax.nn.transformer import Head, Mlp, Parts, Transformer, drop_paths
+from star_jax.nn.transformer import Transformer
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.program import SamplingInputs, compile_program, image_keys
 from star_jax.sampling.sampler import sample
@@ -100,6 +103,9 @@ class Prefix(nn.Module):
 
     def summary(self, condition_BE):
         return None
+
+    def unprompted(self, condition_BE, empty_1E):
+        return condition.repeat(empty_1E, like=condition_BE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +191,11 @@ def raster_family() -> Family:
         starter=Prefix(schedule.prefix, WIDTH),
         embedder=layers.Table(V, WIDTH, ('codes', 'embed'), init),
         positions=Learned(),
-        block=Parts(
+        block=BlockParts(
             self_attention=functools.partial(SelfAttention, WIDTH, HEADS, scores, init, init),
             mlp=functools.partial(Mlp, WIDTH, 2 * WIDTH, init, init),
         ),
-        to_logits=Head(WIDTH, V, init),
+        to_logits=Head(WIDTH, V, init, layers.LayerNorm()),
         init_rows=init,
         level_embedding=False,
     )

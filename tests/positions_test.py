@@ -4,14 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from star_jax.core import positions
 from star_jax.core.schedule import Pyramid
-from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
+from star_jax.nn.positions import (
+    Learned,
+    MixedRotary,
+    NoPositions,
+    NormalisedRotary,
+    RawRotary,
+    SinCos,
+)
 
 SIDES = (1, 2, 3, 5)
 SCHEDULE = Pyramid.square(SIDES)
 rotate = jax.jit(positions.rotate)
+
+
+def fixed_rotation(xy: np.ndarray) -> np.ndarray:
+    return positions.rotation(positions.rotary_angles(xy, 8, 100.0))
 
 
 def scales(rows):
@@ -45,7 +57,7 @@ def test_raw_coordinates_count_the_cells_of_each_scale():
 
 
 def test_the_first_half_of_the_planes_turns_with_x_and_the_other_with_y():
-    table = positions.rotary_table(np.array([[3.0, 5.0]]), head_dim=8, theta=100)
+    table = positions.rotary_angles(np.array([[3.0, 5.0]]), head_dim=8, theta=100)
     np.testing.assert_allclose(table, [[3, 0.3, 5, 0.5]], rtol=1e-6)
     assert table.dtype == np.float32
 
@@ -56,7 +68,7 @@ def test_sines_and_cosines_of_x_come_before_those_of_y():
     np.testing.assert_allclose(table, [np.concatenate(waves)], rtol=1e-6)
 
 
-@pytest.mark.parametrize('table', [positions.rotary_table, positions.sincos_table])
+@pytest.mark.parametrize('table', [positions.rotary_angles, positions.sincos_table])
 def test_widths_that_do_not_divide_by_four_are_refused(table):
     with pytest.raises(ValueError, match='divisible by 4'):
         table(np.zeros((1, 2)), 6, 100.0)
@@ -64,7 +76,7 @@ def test_widths_that_do_not_divide_by_four_are_refused(table):
 
 def test_neighbouring_channels_turn_together():
     x = np.arange(4.0, dtype=np.float32).reshape(1, 1, 1, 4)
-    quarter = np.array([[np.pi / 2, 0]], np.float32)
+    quarter = positions.rotation(np.array([[np.pi / 2, 0]], np.float32))
     np.testing.assert_allclose(rotate(x, quarter).ravel(), [-1, 0, 2, 3], atol=1e-6)
 
 
@@ -72,9 +84,9 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_alone():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
 
     def score(*places):
-        angles = (positions.rotary_table(np.array([xy]), 8, 100.0) for xy in places)
-        turned = [np.asarray(rotate(x, a)) for x, a in zip((q, k), angles, strict=True)]
-        return np.multiply(*turned).sum(-1)
+        rotations = (fixed_rotation(np.array([xy])) for xy in places)
+        rotated = [np.asarray(rotate(x, r)) for x, r in zip((q, k), rotations, strict=True)]
+        return np.multiply(*rotated).sum(-1)
 
     near = score((3.0, 1.0), (1.0, 2.0))
     np.testing.assert_allclose(near, score((13.0, 5.0), (11.0, 6.0)), atol=1e-5)
@@ -84,21 +96,22 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_alone():
 
 def test_rotation_keeps_lengths_and_works_in_float32():
     x = np.random.default_rng(0).normal(size=(2, 4, 3, 8)).astype(np.float32)
-    angles = positions.rotary_table(positions.grid_xy(2, 2, 64), 8, 100.0)
+    rotation = fixed_rotation(positions.grid_xy(2, 2, 64))
     lengths = np.linalg.norm(x, axis=-1)
-    np.testing.assert_allclose(np.linalg.norm(rotate(x, angles), axis=-1), lengths, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(rotate(x, rotation), axis=-1), lengths, rtol=1e-5)
     half = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
-    assert jax.eval_shape(rotate, half, angles).dtype == jnp.float32
+    assert jax.eval_shape(rotate, half, rotation).dtype == jnp.float32
 
 
 @pytest.mark.parametrize('extent', [16.0, 64.0])
 def test_the_last_corner_has_one_angle_at_every_scale_only_when_normalised(extent):
     corners = np.array(SCHEDULE.offsets[2:]) - 1
-    normalised = NormalisedRotary(theta=100.0, extent=extent).angles(SCHEDULE, 8)
+    normalised = NormalisedRotary(theta=100.0, extent=extent).rotation(SCHEDULE, 8)
     expected = np.broadcast_to([extent, extent / 10, extent, extent / 10], (len(corners), 4))
-    np.testing.assert_allclose(normalised[corners], expected, rtol=1e-6)
-    raw = RawRotary(theta=100.0).angles(SCHEDULE, 8)
-    np.testing.assert_allclose(raw[corners, 0], np.array(SIDES[1:]) - 1)
+    np.testing.assert_allclose(normalised[corners], positions.rotation(expected), atol=1e-6)
+    raw = RawRotary(theta=100.0).rotation(SCHEDULE, 8)
+    last = positions.rotation(np.array(SIDES[1:], np.float32) - 1)
+    np.testing.assert_allclose(raw[corners, 0], last, atol=1e-6)
 
 
 def test_only_learned_positions_have_parameters():
@@ -114,7 +127,39 @@ def test_only_learned_positions_have_parameters():
     (table,) = jax.tree.leaves(parameters(Learned()))
     assert table.shape == (SCHEDULE.length, 8)
     for kind in (NoPositions(), Learned(), SinCos()):
-        assert kind.angles(SCHEDULE, 8) is None
+        assert kind.rotation(SCHEDULE, 8) is None and not kind.rotary
+
+
+def test_mixed_frequencies_start_in_two_perpendicular_directions():
+    module = MixedRotary(theta=100.0).frequencies(depth=2, heads=3, head_width=8)
+    (frequencies,) = jax.tree.leaves(nn.unbox(module.init(jax.random.key(0))))
+    assert frequencies.shape == (2, 3, 4, 2)
+    lengths = np.linalg.norm(frequencies, axis=-1)
+    np.testing.assert_allclose(lengths, np.broadcast_to([1, 0.1, 1, 0.1], (2, 3, 4)), rtol=1e-5)
+    first, second = frequencies[..., :2, :], frequencies[..., 2:, :]
+    np.testing.assert_allclose((first * second).sum(-1), 0, atol=1e-6)
+    assert len(np.unique(np.round(frequencies[..., 0, 0], 4))) == 6  # another direction per head
+
+
+def test_mixed_rotation_along_the_axes_is_the_fixed_rotation():
+    """Frequencies that point along x and along y are those of the fixed kind."""
+    fixed = NormalisedRotary(theta=100.0, extent=32.0).rotation(SCHEDULE, 8)
+    magnitudes = 100.0 ** -(np.arange(0, 8, 4) / 8)
+    along_x, along_y = np.zeros((2, 2)), np.zeros((2, 2))
+    along_x[:, 0], along_y[:, 1] = magnitudes, magnitudes
+    frequencies = jnp.asarray(np.concatenate([along_x, along_y])[None], jnp.float32)
+    coordinates = MixedRotary(theta=100.0, extent=32.0).coordinates(SCHEDULE)
+    mixed = positions.learned_rotation(jnp.asarray(coordinates), frequencies)
+    np.testing.assert_allclose(mixed[:, 0], fixed, atol=1e-5)
+
+
+def test_every_head_has_a_rotation_of_its_own():
+    x = np.random.default_rng(0).normal(size=(1, 4, 2, 8)).astype(np.float32)
+    rotations = [fixed_rotation(positions.grid_xy(2, 2, extent)) for extent in (3, 5)]
+    together = rotate(x, np.stack(rotations, axis=1))
+    for head, rotation in enumerate(rotations):
+        alone = rotate(x[:, :, head : head + 1], rotation)
+        np.testing.assert_allclose(together[:, :, head : head + 1], alone, atol=1e-6)
 
 
 def test_sin_cos_rows_are_taken_by_index():

@@ -14,19 +14,16 @@ from flax import linen as nn
 from star_jax.bench.benchmark import Benchmark, TimedProgram, random_arrays
 from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
-from star_jax.core.condition import Condition, TextCondition
 from star_jax.core.flops import count_flops
 from star_jax.core.settings import Dtype, Settings
-from star_jax.families import Family
 from star_jax.nn.bind import bind
 from star_jax.nn.kernels import ByScale
+from star_jax.protocols import Family, TokenizerConfig
 from star_jax.sampling import program
-from star_jax.text import TextEncoder
 from star_jax.text.encoder import TOWERS, read_states
 from star_jax.text.published import PUBLISHED
 from star_jax.text.tokens import pad
 from star_jax.tokenizers.autoencoder import Autoencoder
-from star_jax.tokenizers.residual_vq import VQ, VQTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,14 +60,12 @@ class SamplingJob:
             )
 
     @property
-    def tokenizer(self) -> VQ:
+    def tokenizer(self) -> TokenizerConfig:
         """The tokenizer of random weights, at the sizes of the model."""
-        return VQ(
-            autoencoder=self.autoencoder,
-            grids=self.model.schedule.grids,
-            codes=self.model.codes,
-            channels=self.model.channels,
-        )
+        tokenizer = self.model.default_tokenizer()
+        if self.autoencoder == Autoencoder():
+            return tokenizer
+        return dataclasses.replace(tokenizer, autoencoder=self.autoencoder)
 
     def prepare(self) -> Benchmark:
         """The programs and their arguments, on the default device."""
@@ -103,7 +98,7 @@ class SamplingJob:
             pixels=max(tokenizer.resolution),
         )
 
-    def _load(self) -> tuple[VQTokenizer, dict[str, Any]]:
+    def _load(self) -> tuple[nn.Module, dict[str, Any]]:
         """The tokenizer of a model folder, and the weights of both."""
         model = models.read(self.folder)
         params = {'model': model.params, 'tokenizer': model.tokenizer.params}
@@ -111,14 +106,14 @@ class SamplingJob:
             params
         )
 
-    def _random(self) -> tuple[VQTokenizer, dict[str, Any]]:
+    def _random(self) -> tuple[nn.Module, dict[str, Any]]:
         """The published tokenizer at the sizes of the model, and random weights of both."""
         params = {'model': self.model.abstract(), 'tokenizer': self.tokenizer.abstract()}
         return self.tokenizer.build(self.dtype), random_arrays(nn.unbox(params))
 
     def _text_encoder(self) -> dict[str, TimedProgram]:
         """The encoder of a batch of prompts, if a published one has the model's text width."""
-        if self.model.PROMPT == 'label' or self.model.text_width not in PUBLISHED:
+        if self.model.text_width not in PUBLISHED:
             return {}
         encoder_config = PUBLISHED[self.model.text_width]
         tower = TOWERS[encoder_config['model_type']](encoder_config)
@@ -128,15 +123,13 @@ class SamplingJob:
         return {'text': TimedProgram.count(encode, random_arrays(nn.unbox(shapes)), tokens)}
 
 
-def condition(model: Family, rows: int, text_tokens: int) -> Condition:
+def condition(model: Family, rows: int, text_tokens: int) -> Any:
     """Class labels, or random features of `rows` prompts of exactly `text_tokens` tokens."""
-    if model.PROMPT == 'label':
-        return model.prompt_encoder(_no_text).encode(['0'] * rows)
-    shape = (rows, text_tokens, model.text_width)
-    states = np.random.default_rng(1).standard_normal(shape, np.float32)
-    mask = jnp.ones((rows, text_tokens), jnp.int32)
-    return TextCondition(jnp.asarray(states), mask, jnp.asarray(states.mean(1)))
+    random = np.random.default_rng(1)
 
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(random.standard_normal(leaf.shape, np.float32))
+        return jnp.ones(leaf.shape, leaf.dtype)  # of masks: every token is real
 
-def _no_text() -> TextEncoder:
-    raise LookupError('text is random here')
+    return jax.tree.map(fill, model.abstract_condition(rows, text_tokens))

@@ -18,7 +18,7 @@ from star_jax.checkpoint import config
 from star_jax.convert.infer import SIDES
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
-from star_jax.families import Family
+from star_jax.protocols import Family
 from star_jax.training.run import Run
 
 PROGRAMS = 'programs'  # the folder of compiled programs

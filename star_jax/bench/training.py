@@ -16,7 +16,7 @@ from star_jax.bench.benchmark import Args, Benchmark, TimedProgram, random_array
 from star_jax.bench.sampling import condition
 from star_jax.core.flops import count_flops
 from star_jax.parallel import rules
-from star_jax.tokenizers.residual_vq import VQ
+from star_jax.protocols import TokenizerConfig
 from star_jax.training import summary
 from star_jax.training.programs import Programs
 from star_jax.training.run import Run
@@ -51,7 +51,7 @@ class TrainingJob:
     def prepare(self) -> Benchmark:
         """The programs and their arguments, on the devices of the run's mesh."""
         run, mesh = self.run, self.run.mesh.build()
-        vq = VQ(grids=run.model.schedule.grids, codes=run.model.codes, channels=run.model.channels)
+        vq = run.model.default_tokenizer()
         summary.check_batch(run.batch, vq.resolution, mesh)
         programs = self._programs(run, mesh, vq)
         state = init_sharded(programs.build, mesh, jax.random.key(run.seed))
@@ -83,7 +83,7 @@ class TrainingJob:
             next_args=_next_args,
         )
 
-    def _programs(self, run: Run, mesh: Mesh, vq: VQ) -> Programs:
+    def _programs(self, run: Run, mesh: Mesh, vq: TokenizerConfig) -> Programs:
         platform = jax.default_backend()
         return Programs(run, mesh, vq, None, inside=False, platform=platform)
 

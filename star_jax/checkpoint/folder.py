@@ -22,6 +22,7 @@ from star_jax import files
 from star_jax.checkpoint import config, structure, weights
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
+from star_jax.families.registry import name_of
 
 CONFIG = 'config.json'
 MODEL = 'model.safetensors'
@@ -201,7 +202,7 @@ def _with_own_text(content: Model | Tokenizer, inside: Path) -> tuple[Model | To
 def _describe(content: Model | Tokenizer, tokenizer: Tokenizer) -> dict[str, Any]:
     """The config.json of a folder."""
     model = content if isinstance(content, Model) else None
-    kind = type(tokenizer.config).__name__
+    kind = name_of(tokenizer.config)
     return {
         'family': model.family if model else ALONE,
         'model': config.to_json(model.config) if model else None,

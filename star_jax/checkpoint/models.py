@@ -10,7 +10,7 @@ from typing import TypeVar
 from star_jax.checkpoint import folder, weights
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.families import FAMILIES, TOKENIZERS
+from star_jax.families.registry import FAMILIES, TOKENIZERS
 
 SHIPPED = 'shipped'
 

@@ -17,6 +17,8 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 
 from star_jax.errors import UserError
+from star_jax.families.registry import FAMILIES, TOKENIZERS, name_of
+from star_jax.protocols import Family, TokenizerConfig
 
 TAG = 'kind'
 
@@ -34,7 +36,24 @@ def make_converter() -> cattrs.Converter:
     converter.register_structure_hook_factory(dataclasses.is_dataclass, _structure_dataclass)
     converter.register_structure_hook_factory(_is(*UNION), _structure_union)
     converter.register_unstructure_hook_factory(_is(*UNION), _unstructure_union)
+    for base, registered in ((Family, FAMILIES), (TokenizerConfig, TOKENIZERS)):
+        _register_base(converter, base, registered)
     return converter
+
+
+def _register_base(converter: cattrs.Converter, base: type, registered: dict[str, type]) -> None:
+    """Lets a field annotated with `base` hold any class that is registered, tagged by its name."""
+
+    def structure(value: object, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _mismatch(base, value)
+        return converter.structure(*_untag(value, registered))
+
+    def unstructure(value: Any) -> dict[str, Any]:
+        return {TAG: name_of(value), **converter.unstructure(value, unstructure_as=type(value))}
+
+    converter.register_structure_hook_func(lambda kind: kind is base, structure)
+    converter.register_unstructure_hook_func(lambda kind: kind is base, unstructure)
 
 
 def flaws(error: BaseException, path: str = '', kind: Any = None) -> Iterator[str]:

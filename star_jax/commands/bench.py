@@ -22,7 +22,7 @@ from star_jax.convert.infer import SIDES
 from star_jax.core.buckets import Buckets, divide
 from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
-from star_jax.families import Family
+from star_jax.protocols import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
 

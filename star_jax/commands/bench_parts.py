@@ -14,9 +14,9 @@ from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, run_config
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
-from star_jax.families import Family
 from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel import startup
+from star_jax.protocols import Family
 from star_jax.training.run import Data, Run, resolve
 
 COMMON = {'model': ('depth', 'width', 'heads', 'sides')}

@@ -16,7 +16,6 @@ from star_jax import files
 from star_jax.checkpoint import models
 from star_jax.commands import arguments
 from star_jax.core.buckets import Buckets
-from star_jax.core.classes import Classes
 from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
 from star_jax.parallel import startup
@@ -94,9 +93,9 @@ def main(words: Sequence[str]) -> int:
         cross_attention=options.cross_attention,
         buckets=options.buckets,
     )
-    if options.classes and not isinstance(pipe.encoder, Classes):
+    if options.classes and pipe.encoder.field != 'label':
         raise UserError(f'{options.model} samples from text and has no classes: give prompts')
-    if isinstance(pipe.encoder, Classes):
+    if pipe.encoder.field == 'label':
         pipe.encoder.encode(prompts)  # refuses unknown classes before anything is written
     same = {
         'settings': dataclasses.asdict(options.settings),

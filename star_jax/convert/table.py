@@ -14,8 +14,8 @@ from star_jax.convert.entries import Entry
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
 from star_jax.convert.var import var_entries
 from star_jax.errors import UserError
-from star_jax.families import Family
 from star_jax.families.star import Star
+from star_jax.protocols import Family
 from star_jax.tokenizers.residual_vq import VQ
 
 

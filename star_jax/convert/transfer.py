@@ -21,8 +21,9 @@ from star_jax.convert.table import Table
 from star_jax.core.schedule import Grids
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
-from star_jax.families import FAMILIES, TOKENIZERS, Family, family_name
+from star_jax.families.registry import FAMILIES, TOKENIZERS, name_of
 from star_jax.families.star import Star
+from star_jax.protocols import Family
 from star_jax.text.folder import CONFIG, INDEX, full_name, locate
 from star_jax.tokenizers.residual_vq import VQ
 
@@ -161,7 +162,7 @@ def _model(part: Part, tokenizer: folder.Tokenizer, text: Text | None, where: st
     if text and not reads_text:
         raise UserError(f'{where} is a model of classes and reads no text: leave --text out')
     return folder.Model(
-        family=family_name(part.config),
+        family=name_of(part.config),
         config=part.config,
         params=part.table.params(part.tensors),
         tokenizer=dataclasses.replace(tokenizer, config=tokenizer.config.at(part.config.schedule)),

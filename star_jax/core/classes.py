@@ -5,6 +5,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from star_jax.core.condition import LabelCondition
@@ -23,6 +24,9 @@ class Classes:
 
     count: int
     names: tuple[str, ...] = ()
+
+    field = 'label'  # of an example, which prompts a model
+    sha256 = ''
 
     @property
     def params(self) -> dict:
@@ -46,6 +50,14 @@ class Classes:
     def tokenize(self, prompts: Sequence[str]) -> LabelCondition:
         """The host's part of `encode`: all of it."""
         return self.encode(prompts)
+
+    def abstract_params(self) -> dict:
+        """No parameters."""
+        return {}
+
+    def abstract_tokens(self, rows: int) -> LabelCondition:
+        """Shapes of the labels of so many prompts."""
+        return jax.eval_shape(lambda: self.encode([''] * rows))
 
     def apply(self, params: dict, labels: LabelCondition) -> LabelCondition:
         """The device's part of `encode`: nothing."""

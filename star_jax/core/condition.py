@@ -1,5 +1,7 @@
 """What is an image conditioned on?"""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -28,17 +30,18 @@ class LabelCondition:
 Condition = TextCondition | LabelCondition
 
 
-def stack(prompted: Condition, unprompted: Condition) -> Condition:
-    """Rows for guidance: B prompted ones over B copies of one unprompted row."""
-    batch = len(jax.tree.leaves(prompted)[0])
-    return jax.tree.map(
-        lambda text, empty: jnp.concatenate([text, jnp.repeat(empty, batch, axis=0)]),
-        prompted,
-        unprompted,
-    )
+def repeat(row: Any, like: Any) -> Any:
+    """A condition of one row, as many times as the condition `like` has rows."""
+    batch = len(jax.tree.leaves(like)[0])
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), row)
 
 
-def choose(drop_B: jax.Array, prompted: Condition, unprompted: Condition) -> Condition:
+def stack(prompted: Any, unprompted: Any) -> Any:
+    """The rows of guidance: prompted rows, then as many unprompted ones."""
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), prompted, unprompted)
+
+
+def choose(drop_B: jax.Array, prompted: Any, unprompted: Any) -> Any:
     """`prompted`, with the unprompted row where `drop_B` is True."""
     return jax.tree.map(
         lambda text, empty: jnp.where(drop_B.reshape(-1, *[1] * (text.ndim - 1)), empty, text),

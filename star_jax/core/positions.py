@@ -26,7 +26,7 @@ def pyramid_xy(grids: tuple[tuple[int, int], ...], extent: float | None = None) 
     return np.concatenate([grid_xy(h, w, extent) for h, w in grids])
 
 
-def rotary_table(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
+def rotary_angles(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
     """[L, head_dim / 2] float32 angles: half of the planes turns with x, half with y.
 
     `head_dim` must divide by 4 (STAR specification 3.2).
@@ -38,13 +38,31 @@ def rotary_table(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
     return angles_L2F.reshape(len(xy_L2), head_dim // 2).astype(np.float32)
 
 
-def rotate(x_BLNH: jax.Array, angles_LP: jax.Array) -> jax.Array:
-    """Turns the channel pairs (2j, 2j+1) of every head by angle j; float32 out."""
+def rotation(angles_LP: np.ndarray) -> np.ndarray:
+    """[L, P, 2] float32: cosine and sine of every angle."""
+    return np.stack([np.cos(angles_LP), np.sin(angles_LP)], axis=-1).astype(np.float32)
+
+
+def learned_rotation(xy_L2: jax.Array, frequencies_NP2: jax.Array) -> jax.Array:
+    """[L, N, P, 2] float32: cosine and sine of x fx + y fy, for the frequencies of one layer."""
+    frequencies_NP2 = frequencies_NP2.astype(jnp.float32)
+    angles_LNP = jnp.einsum('LC,NPC->LNP', xy_L2, frequencies_NP2, precision='highest')
+    return jnp.stack([jnp.cos(angles_LNP), jnp.sin(angles_LNP)], axis=-1)
+
+
+def rotate(x_BLNH: jax.Array, rotation: jax.Array) -> jax.Array:
+    """Rotates the channel pairs (2j, 2j+1) of every head by angle j; float32.
+
+    Args:
+        x_BLNH: queries or keys.
+        rotation: [L, P, 2] cosines and sines for all heads, or [L, N, P, 2].
+    """
     x_BLNP2 = x_BLNH.astype(jnp.float32).reshape(*x_BLNH.shape[:-1], -1, 2)
-    cos_L1P, sin_L1P = jnp.cos(angles_LP)[:, None, :], jnp.sin(angles_LP)[:, None, :]
+    rotation_LNP2 = rotation if rotation.ndim == 4 else rotation[:, None]
+    cos_LNP, sin_LNP = rotation_LNP2[..., 0], rotation_LNP2[..., 1]
     a, b = x_BLNP2[..., 0], x_BLNP2[..., 1]
-    turned = jnp.stack([a * cos_L1P - b * sin_L1P, a * sin_L1P + b * cos_L1P], axis=-1)
-    return turned.reshape(x_BLNH.shape)
+    rotated = jnp.stack([a * cos_LNP - b * sin_LNP, a * sin_LNP + b * cos_LNP], axis=-1)
+    return rotated.reshape(x_BLNH.shape)
 
 
 def sincos_table(xy_L2: np.ndarray, width: int, theta: float = 10000.0) -> np.ndarray:

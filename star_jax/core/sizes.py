@@ -3,11 +3,6 @@
 LARGEST = 2**20  # larger than any size in use, and the product of three fits 64 bits
 
 
-def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels, of such a pair or of the side of a square."""
-    return (size, size) if isinstance(size, int) else size
-
-
 def check_sizes(**sizes: float | tuple[float, ...]) -> None:
     """Raises a ValueError that names the first size, or tuple of sizes, outside [1, LARGEST]."""
     for name, size in sizes.items():

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import track
 
 from star_jax import image_io
-from star_jax.core.sizes import height_and_width
 from star_jax.data import listing, photos, pipeline, prepared, splits, verdicts
 from star_jax.data.listing import Fault
 from star_jax.data.pipeline import Example
 from star_jax.errors import UserError
+from star_jax.image_io import height_and_width
 from star_jax.parallel import startup
 
 SPLITS = ('train', 'validation', 'all')

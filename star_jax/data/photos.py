@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from star_jax import image_io
-from star_jax.core.sizes import height_and_width
+from star_jax.image_io import height_and_width
 
 SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
 # Pictures that somebody may take for readable: told as such rather than overlooked.

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from star_jax.core.sizes import height_and_width
 from star_jax.data import pipeline
 from star_jax.data.captions import captions
 from star_jax.data.pipeline import Example
 from star_jax.data.scenes import COLOURS, MAX_THINGS, SPLITS, Scene, Thing, scene
 from star_jax.errors import UserError
+from star_jax.image_io import height_and_width
 
 SMALLEST_SIDE = 16  # below, a small shape has five pixels and no form
 

@@ -65,7 +65,7 @@ class Subject:
             if alone
             else pipeline.with_cross_attention(models.read(job.place), job.cross_attention)
         )
-        if self.model and self.model.config.PROMPT != 'caption':
+        if self.model and not self.model.config.text_width:
             raise UserError(
                 f'{job.place} draws classes, and captions are what is scored: expected a model of '
                 'text; `star-jax sample --class` shows what it draws'

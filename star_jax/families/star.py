@@ -15,15 +15,15 @@ from star_jax.core.condition import TextCondition
 from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
 from star_jax.families.scales import Scales
-from star_jax.nn.attention import CrossAttention, SelfAttention
+from star_jax.nn.attention import CrossAttention
 from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.conditioning import LevelModulation, ModulationOffset, TextStart
+from star_jax.nn.heads import Head
 from star_jax.nn.kernels import Kernel
-from star_jax.nn.layers import Linear
-from star_jax.nn.positions import NormalisedRotary, RawRotary
+from star_jax.nn.layers import LayerNorm, Linear
 from star_jax.nn.refinement import Refiner
-from star_jax.nn.transformer import Head, Mlp, Parts, Transformer
-from star_jax.text import TextEncoder
+from star_jax.nn.transformer import Transformer
+from star_jax.protocols import CrossAttentionMode, PromptEncoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,6 @@ class Star(Scales):
         refinement: head of stable sampling; one is added in a config file.
     """
 
-    PROMPT = 'caption'
-
     text_width: int = 1024
     logit_norm: bool = True
     cross_attention: bool = True
@@ -86,34 +84,42 @@ class Star(Scales):
         init, settings = self.init, {'dtype': dtype, 'remat': remat, 'unroll': unroll}
         cross = functools.partial(
             CrossAttention,
-            self.width,
-            self.heads,
-            self.text_width,
-            self.scores,
-            init,
-            self.released_cross_attention,
-            attend,
+            width=self.width,
+            heads=self.heads,
+            text_width=self.text_width,
+            scores=self.scores,
+            kernel_init=init,
+            released=self.released_cross_attention,
+            attend=attend,
         )
         offset = functools.partial(ModulationOffset, self.width, self.offset_init)
         return self.network(
             starter=TextStart(self.width, self.text_width, self.schedule.sizes[0], init),
             block=self.block(
                 attend,
+                self.out_init,
                 cross_attention=cross if self.cross_attention else None,
                 modulation=offset if self.shared_adaln else None,
             ),
-            to_logits=Head(self.width, self.codes, self.head_init, self.logit_norm),
+            to_logits=Head(
+                width=self.width,
+                num_logits=self.vocabulary.num_logits,
+                kernel_init=self.head_init,
+                norm=LayerNorm() if self.logit_norm else None,
+            ),
             modulator=LevelModulation(self.width, init) if self.shared_adaln else None,
             refiner=self._refiner(self.refinement, attend, **settings) if self.refinement else None,
             **settings,
             mixes_rows=self.cross_attention and self.released_cross_attention,
         )
 
-    def with_cross_attention(self, released: bool) -> 'Star':
+    def with_cross_attention(self, mode: CrossAttentionMode) -> 'Star':
         """The same model with the published code's cross-attention, or the corrected one."""
-        return dataclasses.replace(self, released_cross_attention=released)
+        if mode == 'as_trained':
+            return self
+        return dataclasses.replace(self, released_cross_attention=mode == 'released')
 
-    def prompt_encoder(self, load: Callable[[], TextEncoder]) -> TextEncoder:
+    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
         """The text encoder that `load` gives; UserError unless it is of the model's text width."""
         encoder = load()
         if encoder.width != self.text_width:
@@ -123,19 +129,20 @@ class Star(Scales):
             )
         return encoder
 
-    def abstract_condition(self) -> TextCondition:
-        """One caption of one token, by shape and type alone."""
+    def abstract_condition(self, batch: int = 1, tokens: int = 1) -> TextCondition:
+        """Shapes of encoded captions of `tokens` tokens."""
         return TextCondition(
-            states_BTE=jax.ShapeDtypeStruct((1, 1, self.text_width), jnp.float32),
-            mask_BT=jax.ShapeDtypeStruct((1, 1), jnp.int32),
-            pooled_BE=jax.ShapeDtypeStruct((1, self.text_width), jnp.float32),
+            states_BTE=jax.ShapeDtypeStruct((batch, tokens, self.text_width), jnp.float32),
+            mask_BT=jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
+            pooled_BE=jax.ShapeDtypeStruct((batch, self.text_width), jnp.float32),
         )
 
     def _check_refinement(self, refinement: Refinement) -> None:
         """Raises ValueError where the published code has no such head (STAR specification 9)."""
-        if not isinstance(self.positions, NormalisedRotary | RawRotary):
+        if self.positions.rotation(self.schedule, self.head_width) is None:
             raise ValueError(
-                f'a refinement head needs rotary positions, not {type(self.positions).__name__}'
+                'a refinement head needs fixed rotary positions, not '
+                f'{type(self.positions).__name__}'
             )
         if self.depth < refinement.blocks:
             raise ValueError(
@@ -151,7 +158,6 @@ class Star(Scales):
     def _refiner(self, refinement: Refinement, attend: Kernel, **settings: Any) -> Refiner:
         """Its weights start as all others do, and its outputs are not shrunk."""
         init, inner = self.init, (None, 'embed')
-        attention = (self.width, self.heads, self.scores, init, init)
         return Refiner(
             schedule=self.schedule,
             first=refinement.first,
@@ -162,11 +168,8 @@ class Star(Scales):
             embedder=Linear(self.channels, self.width, inner, init),
             merge=Linear(2 * self.width, self.width, inner, init),
             positions=self.positions,
-            block=Parts(
-                self_attention=functools.partial(SelfAttention, *attention, attend),
-                mlp=functools.partial(Mlp, self.width, self.hidden, init, init),
-            ),
-            to_logits=Head(self.width, self.codes, init),
+            block=self.block(attend, init),
+            to_logits=Head(self.width, self.vocabulary.num_logits, init, LayerNorm()),
             init_rows=init,
             **settings,
         )

@@ -18,10 +18,11 @@ from star_jax.core.sizes import check_sizes
 from star_jax.families.scales import Scales
 from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.conditioning import LabelStart, ModulationOffset, VectorModulation
+from star_jax.nn.heads import ModulatedHead
 from star_jax.nn.kernels import Kernel
-from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
-from star_jax.nn.transformer import ModulatedHead, Transformer
-from star_jax.text import TextEncoder
+from star_jax.nn.positions import AnyPositions, Learned
+from star_jax.nn.transformer import Transformer
+from star_jax.protocols import PromptEncoder
 
 HEAD_MODULATION_INIT = 0.5  # shrinks the weights of the head's modulation at the start
 
@@ -40,11 +41,9 @@ class Var(Scales):
         gate_init: factor on the initial gates of the modulation.
     """
 
-    PROMPT = 'label'
-
     classes: int = 1000
     names: tuple[str, ...] = ()
-    positions: NormalisedRotary | RawRotary | Learned | SinCos | NoPositions = Learned()
+    positions: AnyPositions = Learned()
     gate_init: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -78,9 +77,9 @@ class Var(Scales):
         shared = VectorModulation(self.width, self.init) if self.shared_adaln else None
         return self.network(
             starter=LabelStart(self.width, self.classes, self.schedule.sizes[0], self.init),
-            block=self.block(attend, modulation=modulation),
+            block=self.block(attend, self.out_init, modulation=modulation),
             to_logits=ModulatedHead(
-                self.width, self.codes, self.head_init, self._head_modulation_init
+                self.width, self.vocabulary.num_logits, self.head_init, self._head_modulation_init
             ),
             modulator=shared,
             remat=remat,
@@ -88,13 +87,13 @@ class Var(Scales):
             dtype=dtype,
         )
 
-    def prompt_encoder(self, load: Callable[[], TextEncoder]) -> Classes:
-        """The classes themselves."""
+    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> Classes:
+        """The table of classes; `load` is not called."""
         return Classes(self.classes, self.names)
 
-    def abstract_condition(self) -> LabelCondition:
-        """The label of one image, by shape and type alone."""
-        return LabelCondition(ids_B=jax.ShapeDtypeStruct((1,), jnp.int32))
+    def abstract_condition(self, batch: int = 1, tokens: int = 1) -> LabelCondition:
+        """Shapes of labels."""
+        return LabelCondition(ids_B=jax.ShapeDtypeStruct((batch,), jnp.int32))
 
     def _modulation_init(
         self, key: jax.Array, shape: tuple[int, int], dtype: Any = float

@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, angles_LP: jax.Array | None, past: KV | None, visibility: Visibility
+        self, x_BLD: jax.Array, rotation: jax.Array | None, past: KV | None, visibility: Visibility
     ) -> tuple[jax.Array, KV]:
         """Rows [B, L, D] -> what they gathered, and their own keys and values for the cache.
 
@@ -79,8 +79,8 @@ class SelfAttention(nn.Module):
         q_BLNH, k_BLNH, v_BLNH = jnp.unstack(project(x_BLD), axis=2)
         q_BLNH = layers.Bias(shape, ('heads', None), name='q_bias')(q_BLNH)
         v_BLNH = layers.Bias(shape, ('heads', None), name='v_bias')(v_BLNH)
-        if angles_LP is not None:
-            q_BLNH, k_BLNH = (positions.rotate(x, angles_LP) for x in (q_BLNH, k_BLNH))
+        if rotation is not None:
+            q_BLNH, k_BLNH = (positions.rotate(x, rotation) for x in (q_BLNH, k_BLNH))
         compare = self.scores(name='compare')
         new = KV(compare.keys(k_BLNH).astype(dtype), v_BLNH)
         kv = new if past is None else jax.tree.map(lambda *kv: jnp.concatenate(kv, 1), past, new)

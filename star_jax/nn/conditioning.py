@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from star_jax.core import condition
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.nn import layers
 
@@ -38,6 +39,10 @@ class TextStart(nn.Module):
     def summary(self, text: TextCondition) -> None:
         """Text modulates nothing."""
 
+    def unprompted(self, text: TextCondition, empty: TextCondition) -> TextCondition:
+        """The empty caption for every image."""
+        return condition.repeat(empty, like=text)
+
 
 class LabelStart(nn.Module):
     """The rows of the first step: the vector of a class plus learned start positions.
@@ -66,6 +71,10 @@ class LabelStart(nn.Module):
     def summary(self, labels: LabelCondition) -> jax.Array:
         """[B, D] float32: the vector of each image's class."""
         return self.classes(labels.ids_B)
+
+    def unprompted(self, labels: LabelCondition, empty: LabelCondition) -> LabelCondition:
+        """No class for every image."""
+        return condition.repeat(empty, like=labels)
 
 
 class LevelModulation(nn.Module):

@@ -18,6 +18,29 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """`layer_norm` as a part."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis, times a learned scale; float32 statistics, dtype of x out."""
+
+    width: int
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
+        scale = self.param('scale', init, (self.width,))
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
 def unit(x: jax.Array) -> jax.Array:
     """x / max(norm, 1e-12) over the last axis, float32."""
     x = x.astype(jnp.float32)

@@ -1,10 +1,13 @@
 """Which positions does a network know about?
 
-Every answer is a part of a model's config: rotary angles for self-attention, a table added to the
-rows, both or none. Coordinates come from `core/positions.py`.
+Each kind is a part of a model's config. A kind gives a rotation of queries and keys, a table that
+is added to the rows, both or neither. A rotation is either fixed, cosines and sines of every row,
+or learned: coordinates that all layers share, and frequencies of each layer and head. Coordinates
+come from `core/positions.py`.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,12 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import positions
-from star_jax.core.schedule import Pyramid
+from star_jax.core.schedule import Pyramid, Schedule
 from star_jax.nn import layers
 
 
 def _check(theta: float, extent: float = 0.0) -> None:
-    """Raises ValueError for what gives no angles."""
+    """Raises ValueError for numbers that give no angles."""
     if theta <= 0 or extent < 0:
         raise ValueError(
             f'theta must be positive and extent not negative, not {theta} and {extent}'
@@ -25,20 +28,39 @@ def _check(theta: float, extent: float = 0.0) -> None:
 
 
 class Positions:
-    """No positions; what a kind of positions does not say stays so."""
+    """No positions; the base of all kinds.
 
-    def angles(self, schedule: Pyramid, head_dim: int) -> np.ndarray | None:
-        """[rows, head_dim / 2] rotary angles."""
+    Attributes:
+        rotary: whether queries and keys are rotated.
+    """
+
+    rotary: ClassVar[bool] = False
+
+    def check(self, width: int, head_width: int) -> None:
+        """Raises ValueError where the kind does not fit these widths in channels."""
+        if self.rotary and head_width % 4:
+            raise ValueError(f'rotary positions need a head width divisible by 4, not {head_width}')
+
+    def rotation(self, schedule: Schedule, head_width: int) -> np.ndarray | None:
+        """[rows, P, 2] float32: cosine and sine of each plane; None without a fixed rotation."""
         return None
 
-    def table(self, schedule: Pyramid, width: int, init: layers.Initializer) -> nn.Module | None:
+    def coordinates(self, schedule: Schedule) -> np.ndarray | None:
+        """[rows, 2] float32 coordinates (x, y) for learned frequencies; None without them."""
+        return None
+
+    def frequencies(self, depth: int, heads: int, head_width: int) -> nn.Module | None:
+        """A module that gives learned frequencies [depth, N, P, 2]; None without them."""
+        return None
+
+    def table(self, schedule: Schedule, width: int, init: layers.Initializer) -> nn.Module | None:
         """A module from row indices to [L, width] vectors that are added to the rows."""
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoPositions(Positions):
-    """None at all."""
+    """No positions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,39 +72,71 @@ class NormalisedRotary(Positions):
         extent: coordinate of the last cell of every scale, along both axes.
     """
 
+    rotary = True
+
     theta: float = 10000.0
     extent: float = 64.0
 
     def __post_init__(self) -> None:
         _check(self.theta, self.extent)
 
-    def angles(self, schedule: Pyramid, head_dim: int) -> np.ndarray:
+    def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
         xy_L2 = positions.pyramid_xy(schedule.grids, self.extent)
-        return positions.rotary_table(xy_L2, head_dim, self.theta)
+        return positions.rotation(positions.rotary_angles(xy_L2, head_width, self.theta))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RawRotary(Positions):
-    """Rotary positions whose coordinates count the cells of each scale.
+    """Rotary positions that count the cells of each scale.
 
     Attributes:
         theta: base of the rotary frequencies.
     """
+
+    rotary = True
 
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
         _check(self.theta)
 
-    def angles(self, schedule: Pyramid, head_dim: int) -> np.ndarray:
-        return positions.rotary_table(positions.pyramid_xy(schedule.grids), head_dim, self.theta)
+    def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
+        xy_L2 = positions.pyramid_xy(schedule.grids)
+        return positions.rotation(positions.rotary_angles(xy_L2, head_width, self.theta))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedRotary(Positions):
+    """Rotary positions with learned frequencies, angle = fx x + fy y (RoPE-Mixed).
+
+    Source: arXiv 2403.13298. Coordinates span [0, extent] at every scale, as in `NormalisedRotary`;
+    the paper counts cells and uses theta 10. Every layer and head has frequencies of its own.
+
+    Attributes:
+        theta: base of the frequencies before training.
+        extent: coordinate of the last cell of every scale, along both axes.
+    """
+
+    rotary = True
+
+    theta: float = 100.0
+    extent: float = 32.0
+
+    def __post_init__(self) -> None:
+        _check(self.theta, self.extent)
+
+    def coordinates(self, schedule: Pyramid) -> np.ndarray:
+        return positions.pyramid_xy(schedule.grids, self.extent).astype(np.float32)
+
+    def frequencies(self, depth: int, heads: int, head_width: int) -> nn.Module:
+        return MixedFrequencies(depth, heads, head_width, self.theta)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned(Positions):
     """One learned vector per row; VAR's choice."""
 
-    def table(self, schedule: Pyramid, width: int, init: layers.Initializer) -> nn.Module:
+    def table(self, schedule: Schedule, width: int, init: layers.Initializer) -> nn.Module:
         return layers.Table(schedule.starts[-1], width, (None, 'embed'), init)
 
 
@@ -101,13 +155,20 @@ class SinCos(Positions):
     def __post_init__(self) -> None:
         _check(self.theta, self.extent)
 
+    def check(self, width: int, head_width: int) -> None:
+        if width % 4:
+            raise ValueError(f'sin-cos positions need a width divisible by 4, not {width}')
+
     def table(self, schedule: Pyramid, width: int, init: layers.Initializer) -> nn.Module:
         xy_L2 = positions.pyramid_xy(schedule.grids, self.extent)
         return FixedTable(width, self.theta, tuple(map(tuple, xy_L2)))
 
 
+AnyPositions = NormalisedRotary | RawRotary | MixedRotary | Learned | SinCos | NoPositions
+
+
 class FixedTable(nn.Module):
-    """Sines and cosines of given coordinates, taken by row."""
+    """Sines and cosines of given coordinates, selected by row."""
 
     width: int
     theta: float
@@ -116,3 +177,32 @@ class FixedTable(nn.Module):
     def __call__(self, rows_L: jax.Array) -> jax.Array:
         table = positions.sincos_table(np.asarray(self.xy), self.width, self.theta)
         return jnp.asarray(table)[rows_L]
+
+
+class MixedFrequencies(nn.Module):
+    """Frequencies [depth, N, P, 2] that start in two perpendicular directions per head.
+
+    Magnitudes are theta^(-4 i / H) for i < H / 4, once in a direction a and once in a + 90 degrees;
+    a is uniform per layer and head.
+    """
+
+    depth: int
+    heads: int
+    head_width: int
+    theta: float
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.with_logical_partitioning(self._init, ('layers', 'heads', None, None))
+        shape = (self.depth, self.heads, self.head_width // 2, 2)
+        return self.param('frequencies', init, shape)
+
+    def _init(self, key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        magnitudes_F = self.theta ** -(jnp.arange(0, self.head_width, 4) / self.head_width)
+        a_DN1 = jax.random.uniform(key, (*shape[:2], 1), dtype, maxval=2 * np.pi)
+        a_DNP = jnp.concatenate(
+            [jnp.broadcast_to(a, (*shape[:2], shape[2] // 2)) for a in (a_DN1, a_DN1 + np.pi / 2)],
+            axis=-1,
+        )
+        direction_DNP2 = jnp.stack([jnp.cos(a_DNP), jnp.sin(a_DNP)], axis=-1)
+        return (jnp.tile(magnitudes_F, 2)[:, None] * direction_DNP2).astype(dtype)

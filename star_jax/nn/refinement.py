@@ -13,8 +13,9 @@ from flax import linen as nn
 from star_jax.core.condition import TextCondition
 from star_jax.core.schedule import Schedule
 from star_jax.nn import layers
+from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
 from star_jax.nn.positions import Positions
-from star_jax.nn.transformer import Parts, Rows, stack_blocks
+from star_jax.nn.transformer import Rows
 
 
 class Refiner(nn.Module):
@@ -33,7 +34,7 @@ class Refiner(nn.Module):
     embedder: nn.Module
     merge: nn.Module
     positions: Positions
-    block: Parts
+    block: BlockParts
     to_logits: nn.Module
     init_rows: layers.Initializer
     remat: bool = False
@@ -60,14 +61,14 @@ class Refiner(nn.Module):
             [start_B1D.astype(self.dtype), features_BLD.astype(self.dtype)], 1
         )
         x_BLD = self.merge(jnp.concatenate([own.astype(self.dtype), features], -1))
-        shared = (self._angles(rows), self._mask(rows), None, None)
-        x_BLD, _ = self.blocks(x_BLD, (None, None, None), shared)
+        shared = Shared(rotation_LP2=self._rotation(rows), visibility=self._mask(rows))
+        x_BLD, _ = self.blocks(x_BLD, PerLayer(), shared)
         return self.to_logits(x_BLD[:, 1:])
 
-    def _angles(self, rows: Rows) -> jax.Array:
-        """The text's row does not turn: it stands where the first row of all does."""
-        angles = jnp.asarray(self.positions.angles(self.schedule, self.width // self.heads))
-        return jnp.concatenate([angles[:1], angles[rows]])
+    def _rotation(self, rows: Rows) -> jax.Array:
+        """[1 + L, P, 2]: the text's row is rotated as the first row of all is."""
+        rotation = jnp.asarray(self.positions.rotation(self.schedule, self.width // self.heads))
+        return jnp.concatenate([rotation[:1], rotation[rows]])
 
     def _mask(self, rows: Rows) -> np.ndarray | None:
         """A token sees those of its step; the text's row sees all and is seen by all."""

@@ -18,19 +18,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
-from star_jax.core.classes import Classes
 from star_jax.core.flops import count_kinds
 from star_jax.errors import UserError
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
+from star_jax.protocols import PromptEncoder, TokenizerConfig
 from star_jax.sampling import program
-from star_jax.text import TextEncoder
 from star_jax.text.encoder import sketch
 from star_jax.text.folder import locate
 from star_jax.text.published import PUBLISHED
-from star_jax.text.tokens import Tokens
-from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.programs import HeadPrograms, Programs
 from star_jax.training.run import Run, resolve
 
@@ -78,8 +75,7 @@ def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
     check_batch(run.batch, mesh)
     vq, tokenizer_note = _tokenizer(run)
     encoder, text_note = _encoder(run)
-    has_labels = isinstance(encoder, Classes)
-    inside = has_labels or run.features == 'inside'
+    inside = run.features == 'inside' or not run.model.text_width
     kind = HeadPrograms if run.model.refinement else Programs
 
     def build(**changes: Any) -> Programs:
@@ -94,7 +90,7 @@ def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
         'encoder': {},
         'empty': _replicated(_prompts_and_condition(encoder, 1)[1], mesh),
     }
-    if inside and not has_labels:
+    if inside:
         frozen['encoder'] = rules.abstract(encoder.abstract_params(), mesh, ' of the text encoder')
     if isinstance(programs, HeadPrograms):
         base = jax.eval_shape(programs.init_base, jax.random.key(0))
@@ -200,7 +196,7 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _tokenizer(run: Run) -> tuple[VQ, str]:
+def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
     """The tokenizer that the run names; otherwise the published one, and a note that says so."""
     path, model = resolve(run).tokenizer, run.model
     if path == models.SHIPPED or os.path.isdir(path):
@@ -212,16 +208,16 @@ def _tokenizer(run: Run) -> tuple[VQ, str]:
                     f'{getattr(vq, field)}: set model.{field} to that'
                 )
         return vq, ''
-    vq = VQ(grids=model.schedule.grids, codes=model.codes, channels=model.channels)
-    return vq, f'tokenizer {path} is not on this machine: the published sizes are used'
+    return (
+        model.default_tokenizer(),
+        f'tokenizer {path} is not on this machine: the published sizes are used',
+    )
 
 
-def _encoder(run: Run) -> tuple[TextEncoder | Classes, str]:
+def _encoder(run: Run) -> tuple[PromptEncoder, str]:
     """The encoder of prompts, and a note if its sizes are those of a published one."""
-    if run.model.PROMPT == 'label':
-        return Classes(run.model.classes), ''
     width, path = run.model.text_width, os.path.expanduser(run.text)
-    if os.path.isdir(path):
+    if not width or os.path.isdir(path):
         return run.model.prompt_encoder(lambda: sketch(run.text, locate(run.text).config)), ''
     if width not in PUBLISHED:
         known = ', '.join(map(str, PUBLISHED))
@@ -234,13 +230,9 @@ def _encoder(run: Run) -> tuple[TextEncoder | Classes, str]:
     return encoder, f'text encoder: the published {kind} of width {width}, {encoder.length} tokens'
 
 
-def _prompts_and_condition(encoder: TextEncoder | Classes, rows: int) -> tuple[Any, Any]:
+def _prompts_and_condition(encoder: PromptEncoder, rows: int) -> tuple[Any, Any]:
     """Abstract prompts as a host prepares them, and the condition that an encoder makes of them."""
-    if isinstance(encoder, Classes):
-        labels = jax.eval_shape(lambda: encoder.encode([''] * rows))
-        return labels, labels
-    ids_BT = jax.ShapeDtypeStruct((rows, encoder.length), jnp.int32)
-    tokens = Tokens(ids_BT=ids_BT, mask_BT=ids_BT)
+    tokens = encoder.abstract_tokens(rows)
     params = nn.unbox(encoder.abstract_params())
     return tokens, jax.eval_shape(encoder.apply, params, tokens)
 

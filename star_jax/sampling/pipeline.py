@@ -223,13 +223,8 @@ def prepare(
 
 
 def with_cross_attention(model: folder.Model, mode: CrossAttentionMode) -> folder.Model:
-    """The model with another cross-attention; a UserError where it has none."""
-    if mode == 'as_trained':
-        return model
-    try:
-        config = model.config.with_cross_attention(released=mode == 'released')
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    """The model with another cross-attention; UserError for a family without the choice."""
+    config = model.config.with_cross_attention(mode)
     return dataclasses.replace(model, config=config)
 
 

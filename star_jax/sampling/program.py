@@ -15,6 +15,7 @@ from star_jax.core.buckets import Buckets
 from star_jax.core.guidance import StepSettings
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
+from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Family, SamplingMethod
 from star_jax.sampling.methods import FilteredSampling, SmoothSampling
@@ -154,7 +155,8 @@ def _sample_images(
 ) -> jax.Array:
     rows = inputs.prompted
     if inputs.empty is not None:
-        rows = condition.stack(inputs.prompted, inputs.empty)
+        unprompted = bind(network, params['model']).unprompted(inputs.prompted, inputs.empty)
+        rows = condition.stack(inputs.prompted, unprompted)
     sampled = sample(
         network,
         tokenizer,

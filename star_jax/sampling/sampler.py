@@ -208,9 +208,14 @@ def sample(
         written = cache.until(schedule.starts[step.like]) if step.padded else cache
         past, visibility = written.past(schedule, rows)
         features_RLD, new = net().trunk(
-            x_RLD, rows, text_kv, condition, past=past, visibility=visibility
+            x_RLD,
+            rows,
+            text_kv=text_kv,
+            condition=condition,
+            past=past,
+            visibility=visibility,
         )
-        cache = Cache(network.place(cache.write(new, rows[0]).kv))
+        cache = Cache(network.shard_kv(cache.write(new, rows[0]).kv))
         sampled, method_trace = method(
             jax.vmap(jax.random.fold_in, (0, None))(keys_B, step.index),
             features_RLD[:, -schedule.sizes[step.like] :],
@@ -326,5 +331,5 @@ def _empty_cache(network: Transformer, rows: int) -> Cache:
         network.width // network.heads,
     )
     return Cache(
-        network.place(KV(jnp.zeros(shape, network.dtype), jnp.zeros(shape, network.dtype)))
+        network.shard_kv(KV(jnp.zeros(shape, network.dtype), jnp.zeros(shape, network.dtype)))
     )

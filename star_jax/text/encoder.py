@@ -56,6 +56,8 @@ class TextEncoder:
     vector of the states.
     """
 
+    field = 'caption'  # of an example, which prompts a model
+
     source: str
     length: int
     dtype: str
@@ -97,6 +99,11 @@ class TextEncoder:
         """Shapes of `params`, boxed with their logical axes."""
         tokens = pad([], 1, STRIDE, 0)
         return jax.eval_shape(self.tower.module.init, jax.random.key(0), tokens)['params']
+
+    def abstract_tokens(self, rows: int) -> Tokens:
+        """Shapes of the tokens of so many captions."""
+        ids_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
+        return Tokens(ids_BT=ids_BT, mask_BT=ids_BT)
 
     @functools.cached_property
     def weights(self) -> Weights:

@@ -19,6 +19,7 @@ from star_jax.core.schedule import Grids, Pyramid, Step, square_grids
 from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
 from star_jax.nn import layers
+from star_jax.protocols import TokenizerConfig
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
 
 LARGEST_SIDE = 2**14  # px, of an image
@@ -45,7 +46,7 @@ PHI_OF_FOUR = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VQ:
+class VQ(TokenizerConfig):
     """An image tokenizer with residual codes per scale; the defaults are the published ones.
 
     Attributes:
@@ -87,6 +88,10 @@ class VQ:
     def vocabulary(self) -> Index:
         """The codes of one token."""
         return Index(self.codes)
+
+    @property
+    def vector_width(self) -> int:
+        return self.channels
 
     @property
     def resolution(self) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from star_jax.losses import tokens
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
+from star_jax.protocols import TokenizerConfig
 from star_jax.text import TextEncoder
-from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training import refinement
 from star_jax.training import step as steps
 from star_jax.training.optimizer import decayed, everything
@@ -41,7 +41,7 @@ class Programs:
         self,
         run: Run,
         mesh: Mesh,
-        vq: VQ,
+        vq: TokenizerConfig,
         encoder: TextEncoder | Classes | None,
         *,
         inside: bool,

@@ -19,7 +19,8 @@ from star_jax.core.codes import Index
 from star_jax.core.schedule import Schedule
 from star_jax.core.unmasking import Mode, share
 from star_jax.losses.tokens import Scalars, teach
-from star_jax.nn.transformer import Transformer, drop_paths
+from star_jax.nn.blocks import drop_paths
+from star_jax.nn.transformer import Transformer
 from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
 from star_jax.training.step import Recipe

@@ -10,8 +10,8 @@ import numpy as np
 from star_jax.checkpoint import config, models, weights
 from star_jax.data import pipeline
 from star_jax.errors import UserError
-from star_jax.families import Family
 from star_jax.parallel import rules
+from star_jax.protocols import Family
 from star_jax.training import refinement
 from star_jax.training.programs import HEAD, HeadPrograms
 from star_jax.training.run import Run

@@ -13,10 +13,11 @@ from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
-from star_jax.families import Family, Star
+from star_jax.families.star import Star
 from star_jax.losses.tokenizer import Objective
 from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel.mesh import MeshShape
+from star_jax.protocols import Family, TokenizerConfig
 from star_jax.text import DEFAULT
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW
@@ -82,7 +83,7 @@ class TokenizerRun:
         seed: seed of the initial parameters and of the order of the data.
     """
 
-    model: VQ = VQ()
+    model: TokenizerConfig = VQ()
     data: Data = Shapes()
     validation: Data = Shapes(split='validation', count=512)
     init: str = ''

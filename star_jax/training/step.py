@@ -16,7 +16,8 @@ from flax import linen as nn
 from star_jax.core import condition
 from star_jax.core.schedule import Schedule
 from star_jax.losses.tokens import Scalars, scales, teach, token_losses
-from star_jax.nn.transformer import Transformer, drop_paths
+from star_jax.nn.blocks import drop_paths
+from star_jax.nn.transformer import Transformer
 from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
 

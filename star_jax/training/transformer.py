@@ -16,7 +16,7 @@ from star_jax.core.condition import Condition
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.errors import UserError
-from star_jax.families import family_name
+from star_jax.families.registry import name_of
 from star_jax.losses import tokens
 from star_jax.parallel import peer_watchdog, rules
 from star_jax.sampling import program
@@ -55,7 +55,7 @@ class TransformerJob:
             'validation': run.validation.open(vq.resolution),
         }
         self.pictures = {
-            name: one if run.model.PROMPT == 'caption' else pipeline.Labelled(one)
+            name: one if self.encoder.field == 'caption' else pipeline.Labelled(one)
             for name, one in opened.items()
         }
         self.origin = cache.Origin(run=run, tokenizer=self.source_of_codes, encoder=self.encoder)
@@ -165,7 +165,7 @@ class TransformerJob:
             return
         reference = self.encoder.reference()
         model = folder.Model(
-            family=family_name(self.run.model),
+            family=name_of(self.run.model),
             config=self.run.model,
             params=params,
             tokenizer=self.source_of_codes,

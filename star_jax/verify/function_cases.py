@@ -38,17 +38,18 @@ class Rope:
     def grid_angles(self, index: str) -> np.ndarray:
         table = numbered(self.case, 'tables', 'table', index)
         xy = positions.grid_xy(table['end_y'], table['end_x'], extent(table))
-        return positions.rotary_table(xy, table['head_dim'], table['theta'])
+        return positions.rotary_angles(xy, table['head_dim'], table['theta'])
 
     def angles(self, index: str) -> np.ndarray:
         apply = numbered(self.case, 'applies', 'apply', index)
         grids = tuple((side, side) for side in apply['patch_nums'])
         xy = positions.pyramid_xy(grids, extent(apply))
-        return positions.rotary_table(xy, apply['head_dim'], apply['theta'])
+        return positions.rotary_angles(xy, apply['head_dim'], apply['theta'])
 
     def rotated(self, index: str, which: str) -> jax.Array:
         x_BNLH = self.case.input(f'apply{index}_{which}')
-        return jax.jit(positions.rotate)(x_BNLH.swapaxes(1, 2), self.angles(index)).swapaxes(1, 2)
+        rotation = positions.rotation(self.angles(index))
+        return jax.jit(positions.rotate)(x_BNLH.swapaxes(1, 2), rotation).swapaxes(1, 2)
 
 
 class Sampling:

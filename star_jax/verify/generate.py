@@ -15,8 +15,7 @@ from star_jax.core.filters import NucleusFilter
 from star_jax.core.guidance import StepSettings, linear_ramp
 from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
-from star_jax.families import Family
-from star_jax.protocols import SamplingMethod
+from star_jax.protocols import Family, SamplingMethod
 from star_jax.sampling.methods import FilteredSampling, SmoothSampling
 from star_jax.sampling.sampler import Sample, StepTrace, sample
 from star_jax.sampling.stable import VERSIONS

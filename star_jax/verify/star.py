@@ -15,9 +15,9 @@ from star_jax.convert.star import star_entries
 from star_jax.core.codes import Index
 from star_jax.core.condition import Condition, TextCondition
 from star_jax.errors import UserError
-from star_jax.families import Family
 from star_jax.families.star import Star
 from star_jax.nn.bind import bind
+from star_jax.protocols import Family
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import GRADIENTS, LOGITS, LOSSES, NORMS
@@ -187,7 +187,13 @@ def layer_fn(config: Family, rows: Rows) -> Callable:
         positions = np.asarray(rows)
         text_kv = network.text_kv(condition)
         visibility = config.schedule.visibility(positions)
-        past = None
-        return network.trunk(x_BLD, positions, text_kv, condition, past, visibility=visibility)[0]
+        features_BLD, _ = network.trunk(
+            x_BLD,
+            positions,
+            text_kv=text_kv,
+            condition=condition,
+            visibility=visibility,
+        )
+        return features_BLD
 
     return jax.jit(run)

@@ -1,0 +1,90 @@
+"""What do the configs of all decoder transformers share?"""
+
+import dataclasses
+import functools
+
+import jax
+from flax import linen as nn
+
+from star_jax.core.codes import Index
+from star_jax.core.sizes import check_sizes
+from star_jax.nn import layers
+from star_jax.protocols import Family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder(Family):
+    """Sizes of a transformer that predicts an index per token.
+
+    Attributes:
+        depth: layers.
+        width: channels of a layer.
+        heads: attention heads; a divisor of width.
+        mlp_ratio: hidden channels of an MLP, in multiples of width.
+        codes: codes of the tokenizer.
+        channels: channels of a code vector of the tokenizer.
+        drop_path: rate of stochastic depth of the deepest layer; it rises linearly from 0.
+    """
+
+    depth: int = 16
+    width: int = 1024
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    codes: int = 4096
+    channels: int = 32
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sizes(depth=self.depth, width=self.width, heads=self.heads)
+        check_sizes(codes=self.codes, channels=self.channels)
+        check_sizes(**{'mlp_ratio times width': self.mlp_ratio * self.width})
+        if self.width % self.heads:
+            raise ValueError(f'width {self.width} does not divide into {self.heads} heads')
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f'drop_path must lie in [0, 1), not {self.drop_path}')
+
+    @property
+    def vocabulary(self) -> Index:
+        return Index(self.codes)
+
+    @property
+    def vector_width(self) -> int:
+        return self.channels
+
+    @property
+    def head_width(self) -> int:
+        """Channels of an attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside an MLP; rounded, because ratios of whole widths need not be exact."""
+        return round(self.mlp_ratio * self.width)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of fresh weights."""
+        return (1 / (3 * self.width)) ** 0.5
+
+    @property
+    def init(self) -> layers.Initializer:
+        """Initializer of weights."""
+        return nn.initializers.normal(self.std)
+
+    @property
+    def out_init(self) -> layers.Initializer:
+        """Initializer of the last weights of a residual branch."""
+        return nn.initializers.normal(self.std / (2 * self.depth) ** 0.5)
+
+    def abstract(self) -> dict:
+        """Shapes of the parameters, boxed with logical axes."""
+        return _abstract(self)
+
+
+@functools.lru_cache(maxsize=16)  # tracing it takes longer than reading a model
+def _abstract(config: Family) -> dict:
+    network, key = config.build(), jax.random.key(0)
+    shapes = jax.eval_shape(
+        network.init, key, config.abstract_inputs(), config.abstract_condition()
+    )
+    return shapes['params']

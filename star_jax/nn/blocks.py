@@ -1,0 +1,194 @@
+"""What is one layer of a network?
+
+A block is made of parts: attention, MLP, norms and modulation. Layers are stacked under one scan.
+Suffixes: B batch, L rows, D width, N heads, P = H/2 rotation planes, F hidden width, V logits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from star_jax.core.positions import learned_rotation
+from star_jax.nn import layers
+from star_jax.nn.kernels import KV, Visibility
+from star_jax.parallel.rules import ActivationSharding
+
+PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh approximation), Linear."""
+
+    width: int
+    hidden: int
+    kernel_init: layers.Initializer
+    out_init: layers.Initializer
+    sharding: ActivationSharding = ActivationSharding()
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h = layers.Linear(self.width, self.hidden, ('embed', 'mlp'), self.kernel_init, name='fc1')(
+            x_BLD
+        )
+        h = nn.gelu(self.sharding(h, 'batch', 'tokens', 'mlp'), approximate=True)
+        return layers.Linear(self.hidden, self.width, ('mlp', 'embed'), self.out_init, name='fc2')(
+            h
+        )
+
+
+class SwiGlu(nn.Module):
+    """(SiLU(x W1) * (x W3)) W2, without biases (LlamaGen specification 2.3)."""
+
+    width: int
+    hidden: int
+    kernel_init: layers.Initializer
+    out_init: layers.Initializer
+    sharding: ActivationSharding = ActivationSharding()
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        shape, axes = (self.width, self.hidden), ('embed', 'mlp')
+        gate = layers.Einsum('BLD,DF->BLF', shape, axes, self.kernel_init, name='gate')(x_BLD)
+        value = layers.Einsum('BLD,DF->BLF', shape, axes, self.kernel_init, name='value')(x_BLD)
+        h_BLF = self.sharding(nn.silu(gate) * value, 'batch', 'tokens', 'mlp')
+        shape, axes = (self.hidden, self.width), ('mlp', 'embed')
+        return layers.Einsum('BLF,FD->BLD', shape, axes, self.out_init, name='out')(h_BLF)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockParts:
+    """The parts of a block; each is a function that makes a module.
+
+    Attributes:
+        self_attention: attention to the rows so far.
+        mlp: the feed-forward part.
+        norm: the norm before self-attention and before the MLP.
+        cross_attention: attention to the text, between the two (None: none).
+        cross_norm: the norm before cross-attention.
+        modulation: scales, shifts and gates of the norms (None: none).
+        sharding: how the rows of a block are sharded.
+    """
+
+    self_attention: Callable[[], nn.Module]
+    mlp: Callable[[], nn.Module]
+    norm: Callable[[], nn.Module] = layers.LayerNorm
+    cross_attention: Callable[[], nn.Module] | None = None
+    cross_norm: Callable[[], nn.Module] = layers.LayerNorm
+    modulation: Callable[[], nn.Module] | None = None
+    sharding: ActivationSharding = ActivationSharding()
+
+    def with_sharding(self, sharding: ActivationSharding) -> 'BlockParts':
+        """The same parts, whose arrays are sharded by `sharding`."""
+        sharded = {
+            name: functools.partial(part, sharding=sharding)
+            for name in ('self_attention', 'mlp', 'cross_attention')
+            if (part := getattr(self, name))
+        }
+        return dataclasses.replace(self, sharding=sharding, **sharded)
+
+
+class PerLayer(NamedTuple):
+    """What a block receives of its own; every array has layers first outside of the scan.
+
+    Attributes:
+        past: cached keys and values, or None.
+        text_kv: keys and values of the text, or None.
+        paths_2B: scales of the two residual branches of every image, or None.
+        frequencies_NP2: learned rotary frequencies, or None.
+    """
+
+    past: Any = None
+    text_kv: Any = None
+    paths_2B: jax.Array | None = None
+    frequencies_NP2: jax.Array | None = None
+
+
+class Shared(NamedTuple):
+    """What all blocks receive alike.
+
+    Attributes:
+        rotation_LP2: cosines and sines of every row, or None.
+        xy_L2: coordinates of every row for learned frequencies, or None.
+        visibility: which keys each row may attend to.
+        text_mask: which text tokens are real, or None.
+        signal: the modulation signal, or None.
+    """
+
+    rotation_LP2: jax.Array | None = None
+    xy_L2: jax.Array | None = None
+    visibility: Visibility = None
+    text_mask: Any = None
+    signal: jax.Array | None = None
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP, each added to its input (STAR specification 3.4)."""
+
+    parts: BlockParts
+
+    def setup(self) -> None:
+        parts = self.parts
+        self.norm1, self.norm2 = parts.norm(), parts.norm()
+        self.attn = parts.self_attention()
+        self.cross = parts.cross_attention() if parts.cross_attention else None
+        self.cross_norm = parts.cross_norm() if parts.cross_attention else None
+        self.ffn = parts.mlp()
+        self.modulate = parts.modulation() if parts.modulation else None
+
+    def text_kv(self, carry: tuple, text: Any) -> tuple[tuple, KV | None]:
+        return carry, self.cross.text_kv(text) if self.cross else None
+
+    def __call__(self, x_BLD: jax.Array, layer: PerLayer, shared: Shared) -> tuple[jax.Array, KV]:
+        """Returns the rows [B, L, D], and their keys and values."""
+        changes = PLAIN
+        if self.modulate is not None:
+            changes = jnp.moveaxis(self.modulate(shared.signal).astype(x_BLD.dtype), -2, 0)
+        gate1, gate2, scale1, scale2, shift1, shift2 = changes
+        path1, path2 = (1.0, 1.0)
+        if layer.paths_2B is not None:
+            path1, path2 = layer.paths_2B[:, :, None, None].astype(x_BLD.dtype)
+        rotation = shared.rotation_LP2
+        if layer.frequencies_NP2 is not None:
+            rotation = learned_rotation(shared.xy_L2, layer.frequencies_NP2)
+        h = self.norm1(x_BLD) * (1 + scale1) + shift1
+        h, kv = self.attn(h, rotation, layer.past, shared.visibility)
+        x_BLD = x_BLD + path1 * (gate1 * h)
+        if self.cross:
+            x_BLD = x_BLD + self.cross(self.cross_norm(x_BLD), layer.text_kv, shared.text_mask)
+        h = self.ffn(self.norm2(x_BLD) * (1 + scale2) + shift2)
+        x_BLD = x_BLD + path2 * (gate2 * h)
+        return self.parts.sharding(x_BLD, 'batch', 'tokens', None), kv
+
+
+def stack_blocks(parts: BlockParts, depth: int, unroll: int, remat: bool) -> nn.Module:
+    """`depth` blocks under one scan.
+
+    It is called with the rows, a `PerLayer` whose arrays have layers first, and a `Shared`.
+    """
+    block = nn.remat(Block, prevent_cse=False) if remat else Block
+    stacked = {
+        'variable_axes': {'params': 0},
+        'split_rngs': {'params': True},
+        'length': depth,
+        'unroll': unroll,
+        'metadata_params': {nn.PARTITION_NAME: 'layers'},
+    }
+    methods = {
+        '__call__': {'in_axes': (0, nn.broadcast), **stacked},
+        'text_kv': {'in_axes': nn.broadcast, **stacked},
+    }
+    return nn.scan(block, methods=methods)(parts)
+
+
+def drop_paths(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array:
+    """[depth, 2, B] float32 scales of stochastic depth: 0, or 1 / (1 - rate of the layer).
+
+    The rate rises linearly from 0 to `rate` over the layers (STAR specification 3.4).
+    """
+    keep = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    return jax.random.bernoulli(key, keep, (depth, 2, batch)) / keep

@@ -1,0 +1,49 @@
+"""How do features become logits?"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from star_jax.nn import layers
+
+
+class Head(nn.Module):
+    """Float32 logits of features, normalised by `norm` first (None: not normalised).
+
+    Every head receives the condition's summary vector; this one does not use it.
+    """
+
+    width: int
+    num_logits: int
+    kernel_init: layers.Initializer
+    norm: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, features_BLD: jax.Array, summary_BD: jax.Array | None = None) -> jax.Array:
+        x_BLD = self.norm(features_BLD) if self.norm else features_BLD
+        return _logits(self.width, self.num_logits, self.kernel_init)(x_BLD)
+
+
+class ModulatedHead(nn.Module):
+    """Float32 logits of normalised features that each image's vector scales and shifts."""
+
+    width: int
+    num_logits: int
+    kernel_init: layers.Initializer
+    modulation_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, features_BLD: jax.Array, summary_BD: jax.Array) -> jax.Array:
+        axes = ('embed', 'mlp')
+        modulate = layers.Linear(
+            self.width, 2 * self.width, axes, self.modulation_init, name='modulation'
+        )
+        changes_B1D = jnp.split(modulate(nn.silu(summary_BD))[:, None], 2, axis=-1)
+        scale_B1D, shift_B1D = (change.astype(features_BLD.dtype) for change in changes_B1D)
+        x_BLD = layers.layer_norm(features_BLD) * (1 + scale_B1D) + shift_B1D
+        return _logits(self.width, self.num_logits, self.kernel_init)(x_BLD)
+
+
+def _logits(width: int, num_logits: int, kernel_init: layers.Initializer) -> layers.Linear:
+    axes = ('embed', 'vocab')
+    return layers.Linear(width, num_logits, axes, kernel_init, jnp.float32, name='logits')
