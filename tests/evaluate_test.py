@@ -253,7 +253,6 @@ def model(tmp_path_factory) -> str:
     images, inputs = jnp.zeros((1, SIDE, SIDE, 3)), jnp.zeros((1, 20, VQ.channels))
     network = tiny.STAR.model.build()
     content = folder.Model(
-        family='star',
         config=tiny.STAR.model,
         params=random_params(network, inputs, encoder.encode([''])),
         tokenizer=folder.Tokenizer(config=VQ, params=random_params(VQ.build(), images)),

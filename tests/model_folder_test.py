@@ -12,6 +12,8 @@ import pytest
 from star_jax.checkpoint import folder, weights
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
+from star_jax.families import registry
+from star_jax.protocols import Family, TokenizerConfig
 
 
 def tree() -> dict:
@@ -149,21 +151,18 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Toy:
+class Toy(Family):
     depth: int = 2
     sides: tuple[int, ...] = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantizer:
+class Quantizer(TokenizerConfig):
     codes: int = 8
 
 
-FAMILIES = {'toy': Toy}
-TOKENIZERS = {'Quantizer': Quantizer}
 ALONE = folder.Tokenizer(config=Quantizer(codes=16), params={'codebook': np.ones((16, 2))})
 MODEL = folder.Model(
-    family='toy',
     config=Toy(depth=3),
     params=tree(),
     tokenizer=ALONE,
@@ -172,15 +171,23 @@ MODEL = folder.Model(
 )
 
 
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setattr(folder, 'FAMILIES', {'toy': Toy})
+    monkeypatch.setattr(folder, 'TOKENIZERS', {'Quantizer': Quantizer})
+    monkeypatch.setitem(registry.FAMILIES, 'toy', Toy)
+    monkeypatch.setitem(registry.TOKENIZERS, 'Quantizer', Quantizer)
+
+
 def read(place) -> folder.Model:
-    return folder.read(place, FAMILIES, TOKENIZERS)
+    return folder.read(place)
 
 
 def test_a_model_comes_back_from_its_folder(tmp_path):
     place = tmp_path / 'runs' / 'model'
     folder.write(place, MODEL)
     model = read(place)
-    assert (model.family, model.config, model.text) == (MODEL.family, MODEL.config, MODEL.text)
+    assert (model.config, model.text) == (MODEL.config, MODEL.text)
     assert model.sampling == MODEL.sampling == folder.read_sampling(place)
     assert model.tokenizer.config == ALONE.config
     assert_same(model.params, MODEL.params)
@@ -221,14 +228,16 @@ def test_a_model_may_have_no_text(tmp_path):
 @pytest.mark.parametrize('content', [MODEL, ALONE])
 def test_every_folder_holds_a_tokenizer(tmp_path, content):
     folder.write(tmp_path / 'model', content)
-    tokenizer = folder.read_tokenizer(tmp_path / 'model', TOKENIZERS)
+    tokenizer = folder.read_tokenizer(tmp_path / 'model')
     assert tokenizer.config == ALONE.config
     assert_same(tokenizer.params, ALONE.params)
 
 
 def test_a_tokenizer_is_readable_beside_a_model_of_an_unknown_family(tmp_path):
-    folder.write(tmp_path / 'model', dataclasses.replace(MODEL, family='new'))
-    folder.read_tokenizer(tmp_path / 'model', TOKENIZERS)
+    folder.write(tmp_path / 'model', MODEL)
+    data = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    (tmp_path / 'model' / 'config.json').write_text(json.dumps(data | {'family': 'new'}))
+    folder.read_tokenizer(tmp_path / 'model')
     with pytest.raises(UserError, match='family "new" is unknown, expected one of \'toy\''):
         read(tmp_path / 'model')
 

@@ -57,7 +57,6 @@ def write_tokenizer(path: Path) -> str:
 def write_model(path: Path) -> str:
     """A model folder with an untrained model of STAR's sizes; its place."""
     content = folder.Model(
-        family='star',
         config=STAR.model,
         params=random_params(STAR.model.abstract()),
         tokenizer=folder.Tokenizer(config=TOKENIZER.model, params=tokenizer_params()),

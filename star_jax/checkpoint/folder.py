@@ -6,8 +6,8 @@
     ignored.safetensors     what a published file held that nothing needs, for the way back to it
     text/                   a copy of the text encoder, unless config.json names another place
 
-A folder of a tokenizer alone has the family 'tokenizer' and only that. Configs are any
-dataclasses: which name means which class is the caller's mapping. Reading runs no Python.
+A folder of a tokenizer alone has the family 'tokenizer' and only that. The names of families and
+tokenizers are those of the registry. Reading a folder executes no Python.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ from star_jax import files
 from star_jax.checkpoint import config, structure, weights
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.families.registry import name_of
+from star_jax.families.registry import FAMILIES, TOKENIZERS, name_of
+from star_jax.protocols import Family
 
 CONFIG = 'config.json'
 MODEL = 'model.safetensors'
@@ -60,13 +61,17 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Everything that draws images: a transformer of a family, its tokenizer, its text encoder.
+    """A transformer of a family, its tokenizer and its text encoder.
 
-    `sampling` are the settings that its maker recommends.
+    Attributes:
+        config: sizes and parts of the transformer; its class decides the family.
+        params: parameters of the transformer.
+        tokenizer: the image tokenizer.
+        text: the text encoder that it was trained with, or None.
+        sampling: the settings that its maker recommends.
     """
 
-    family: str
-    config: Any
+    config: Family
     params: Mapping[str, Any]
     tokenizer: Tokenizer
     text: Text | None
@@ -101,42 +106,33 @@ def write(
         config.write_json(new / CONFIG, _describe(content, tokenizer))
 
 
-def read(
-    folder: str | Path,
-    families: Mapping[str, type],
-    tokenizers: Mapping[str, type],
-    load: Load = weights.load,
-) -> Model:
-    """The model in a folder.
+def read(folder: str | Path, load: Load = weights.load) -> Model:
+    """The model in a folder, of a registered family.
 
-    `families` maps the name of a family to the class of its config, `tokenizers` the name of a
-    class to the class; `load` makes parameters of a file's place. Raises UserError if the folder
-    is missing, damaged, of an unknown family, or holds a tokenizer alone.
+    `load` reads parameters from the path of a file. Raises UserError if the folder is missing,
+    damaged, of a family that is not registered, or holds a tokenizer alone.
     """
     folder = Path(folder)
     data = _read_config(folder)
     if data['family'] == ALONE:
         raise UserError(f'{folder}: holds a tokenizer alone, expected a model')
-    cls = _look_up(families, data['family'], f'{folder / CONFIG}: family')
+    cls = _look_up(FAMILIES, data['family'], f'{folder / CONFIG}: family')
     text = data['text'] and config.from_json(Text, data['text'], where=f'{folder / CONFIG}, text')
     if text and (text.source == INSIDE_SOURCE or text.source.startswith(f'{INSIDE_SOURCE}/')):
         text = dataclasses.replace(text, source=str(folder / text.source))
     return Model(
-        family=data['family'],
         config=config.from_json(cls, data['model'], where=f'{folder / CONFIG}, model'),
         params=load(folder / MODEL),
-        tokenizer=_read_tokenizer(folder, data, tokenizers, load),
+        tokenizer=_read_tokenizer(folder, data, load),
         text=text,
         sampling=_read_sampling(folder, data),
     )
 
 
-def read_tokenizer(
-    folder: str | Path, tokenizers: Mapping[str, type], load: Load = weights.load
-) -> Tokenizer:
+def read_tokenizer(folder: str | Path, load: Load = weights.load) -> Tokenizer:
     """The tokenizer in any model folder, whatever else is in it; UserErrors as of `read`."""
     folder = Path(folder)
-    return _read_tokenizer(folder, _read_config(folder), tokenizers, load)
+    return _read_tokenizer(folder, _read_config(folder), load)
 
 
 def holds_tokenizer_alone(folder: str | Path) -> bool:
@@ -204,7 +200,7 @@ def _describe(content: Model | Tokenizer, tokenizer: Tokenizer) -> dict[str, Any
     model = content if isinstance(content, Model) else None
     kind = name_of(tokenizer.config)
     return {
-        'family': model.family if model else ALONE,
+        'family': name_of(model.config) if model else ALONE,
         'model': config.to_json(model.config) if model else None,
         'tokenizer': {structure.TAG: kind, **config.to_json(tokenizer.config)},
         'text': config.to_json(model.text) if model and model.text else None,
@@ -224,13 +220,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _read_tokenizer(
-    folder: Path, data: dict[str, Any], tokenizers: Mapping[str, type], load: Load
-) -> Tokenizer:
+def _read_tokenizer(folder: Path, data: dict[str, Any], load: Load) -> Tokenizer:
     where = f'{folder / CONFIG}, tokenizer'
     fields = dict(data['tokenizer']) if isinstance(data['tokenizer'], dict) else {}
     kind = fields.pop(structure.TAG, None)
-    cls = _look_up(tokenizers, kind, f'{where}: {structure.TAG}')
+    cls = _look_up(TOKENIZERS, kind, f'{where}: {structure.TAG}')
     settings = config.from_json(cls, fields, where=where)
     return Tokenizer(config=settings, params=load(folder / TOKENIZER))
 

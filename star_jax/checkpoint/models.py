@@ -10,7 +10,6 @@ from typing import TypeVar
 from star_jax.checkpoint import folder, weights
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.families.registry import FAMILIES, TOKENIZERS
 
 SHIPPED = 'shipped'
 
@@ -24,7 +23,7 @@ def read(place: str | Path) -> folder.Model:
     tokenizer does not fit the transformer.
     """
     where = locate(place)
-    model = folder.read(where, FAMILIES, TOKENIZERS)
+    model = folder.read(where)
     _check_fit(where, model)
     tokenizer = _fitted(model.tokenizer, where / folder.TOKENIZER)
     return dataclasses.replace(_fitted(model, where / folder.MODEL), tokenizer=tokenizer)
@@ -33,7 +32,7 @@ def read(place: str | Path) -> folder.Model:
 def read_tokenizer(place: str | Path) -> folder.Tokenizer:
     """The tokenizer of whatever model folder lies at `place`; UserErrors as of `read`."""
     where = locate(place)
-    return _fitted(folder.read_tokenizer(where, TOKENIZERS), where / folder.TOKENIZER)
+    return _fitted(folder.read_tokenizer(where), where / folder.TOKENIZER)
 
 
 def holds_tokenizer_alone(place: str | Path) -> bool:

@@ -21,7 +21,6 @@ from star_jax.convert.table import Table
 from star_jax.core.schedule import Grids
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
-from star_jax.families.registry import FAMILIES, TOKENIZERS, name_of
 from star_jax.families.star import Star
 from star_jax.protocols import Family
 from star_jax.text.folder import CONFIG, INDEX, full_name, locate
@@ -113,8 +112,8 @@ def to_files(place: Path, out: Path) -> list[Path]:
     files.check_folder(out)
     alone = folder.holds_tokenizer_alone(place)
     load = _open
-    model = None if alone else folder.read(place, FAMILIES, TOKENIZERS, load)
-    tokenizer = model.tokenizer if model else folder.read_tokenizer(place, TOKENIZERS, load)
+    model = None if alone else folder.read(place, load)
+    tokenizer = model.tokenizer if model else folder.read_tokenizer(place, load)
     path = place / folder.IGNORED
     ignored = Stored([path]) if path.exists() else None
     names = [weights.read_metadata(path).get(PHIS, '')] if ignored else []
@@ -162,7 +161,6 @@ def _model(part: Part, tokenizer: folder.Tokenizer, text: Text | None, where: st
     if text and not reads_text:
         raise UserError(f'{where} is a model of classes and reads no text: leave --text out')
     return folder.Model(
-        family=name_of(part.config),
         config=part.config,
         params=part.table.params(part.tensors),
         tokenizer=dataclasses.replace(tokenizer, config=tokenizer.config.at(part.config.schedule)),

@@ -16,7 +16,6 @@ from star_jax.core.condition import Condition
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.errors import UserError
-from star_jax.families.registry import name_of
 from star_jax.losses import tokens
 from star_jax.parallel import peer_watchdog, rules
 from star_jax.sampling import program
@@ -165,7 +164,6 @@ class TransformerJob:
             return
         reference = self.encoder.reference()
         model = folder.Model(
-            family=name_of(self.run.model),
             config=self.run.model,
             params=params,
             tokenizer=self.source_of_codes,
