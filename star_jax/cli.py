@@ -18,7 +18,7 @@ from star_jax import __version__, terminal
 from star_jax.errors import RunError, UserError
 from star_jax.parallel import malloc
 
-# What somebody comes for -> the commands that serve it, each with a summary and an example.
+# Purpose -> its commands, each with a summary and an example.
 JOURNEYS: dict[str, dict[str, tuple[str, str]]] = {
     'Sample images': {
         'sample': (
@@ -173,7 +173,7 @@ def _report(command: str, error: object, status: int) -> int:
 
 
 def _usage() -> str:
-    """All commands by what they serve."""
+    """All commands by purpose."""
     lines = ['usage: star-jax COMMAND [...]   (star-jax COMMAND --help describes its options)']
     for title, commands in JOURNEYS.items():
         lines += ['', title]

@@ -1,4 +1,4 @@
-"""What does a user see on the command line, when all goes well and when it does not?"""
+"""Do the commands print help, refuse mistakes, and work from the tokenizer to the images?"""
 
 import dataclasses
 import io
@@ -20,10 +20,11 @@ import tyro
 
 from star_jax import cli, image_io
 from star_jax.checkpoint import config
-from star_jax.commands import arguments, help_text, run_config
+from star_jax.commands import arguments, cache, help_text, run_config
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
+from star_jax.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ('a red circle', 'a small blue star on a white background', 'a green ring')
@@ -40,8 +41,8 @@ def star_jax(*words: object) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-def complaint(*words: object) -> str:
-    """The one sentence on stderr of a command that must fail."""
+def error_message(*words: object) -> str:
+    """The line on stderr of a command that must fail with exit status 2."""
     status, _, err = star_jax(*words)
     assert status == 2, err
     assert err.startswith(f'star-jax {words[0]}: ') and err.count('\n') == 1, err
@@ -88,8 +89,9 @@ def trained(home, train) -> Path:
 
 
 @pytest.fixture(scope='module')
-def drawn(home, trained) -> Path:
-    out = home / 'drawn'
+def samples(home, trained) -> Path:
+    """A folder of `sample`."""
+    out = home / 'samples'
     assert star_jax('sample', *PROMPTS, '--model', trained / 'model', '--out', out)[0] == 0
     return out
 
@@ -211,14 +213,16 @@ def test_help_of_every_command_is_tested():
     assert {words[0] for words in HELP_OF} == cli.COMMANDS.keys()
 
 
-@pytest.mark.parametrize('run_type', run_config.COMMON)
-def test_common_options_exist(run_type):
+@pytest.mark.parametrize(
+    ('run_type', 'sections'),
+    [*run_config.COMMON.items(), (Run, run_config.PROGRAM), (Run, cache.COMMON)],
+)
+def test_common_options_exist(run_type, sections):
     """Those of the data depend on the kind of data set."""
     kinds = (Shapes(), Folder(), Prepared(path='sets/any'))
     runs = [run_type(data=data) for data in kinds]
     names = {option.name for run in runs for option in help_text.options(run_type, run)}
-    common = itertools.chain.from_iterable(run_config.COMMON[run_type].values())
-    assert set(common) <= names
+    assert set(itertools.chain.from_iterable(sections.values())) <= names
 
 
 @pytest.mark.parametrize(
@@ -235,89 +239,91 @@ def test_common_options_exist(run_type):
         (('data', 'prepare', 'photographs', 'out'), 'photographs'),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words, named):
+def test_invalid_command_line_is_refused(words, named):
     status, _, err = star_jax(*words)
     assert status == 2 and named in err and 'Traceback' not in err
 
 
-def test_a_misspelt_option_is_guessed():
+def test_misspelt_option_gets_a_suggestion():
     assert '--model.depth' in star_jax('train', '--model.depht', '3')[2]
 
 
-# What each command says of inputs that are not there, or not what they should be.
+# Missing and invalid inputs.
 
 
-def test_sample_asks_for_prompts(tmp_path):
-    assert 'there is no prompt' in complaint('sample')
+def test_sample_refuses_missing_prompts(tmp_path):
+    assert 'there is no prompt' in error_message('sample')
     missing, empty, binary = (tmp_path / name for name in ('missing', 'empty', 'binary'))
     empty.write_text('\n  \n')
     binary.write_bytes(b'\xff\xfe\x00')
     for path in (missing, empty, binary):
-        assert str(path) in complaint('sample', '--prompts', path)
+        assert str(path) in error_message('sample', '--prompts', path)
     empty.write_text('a red circle\n')
-    assert 'leave one out' in complaint('sample', 'a blue star', '--prompts', empty)
+    assert 'leave one out' in error_message('sample', 'a blue star', '--prompts', empty)
 
 
-def test_sample_asks_for_a_whole_model(tmp_path, home, tokenizer):
-    assert 'no such folder' in complaint('sample', 'a star', '--model', tmp_path / 'nothing')
-    assert 'config.json' in complaint('sample', 'a star', '--model', home)
-    assert 'tokenizer alone' in complaint('sample', 'a star', '--model', tokenizer / 'model')
+def test_sample_refuses_incomplete_models(tmp_path, home, tokenizer):
+    assert 'no such folder' in error_message('sample', 'a star', '--model', tmp_path / 'nothing')
+    assert 'config.json' in error_message('sample', 'a star', '--model', home)
+    assert 'tokenizer alone' in error_message('sample', 'a star', '--model', tokenizer / 'model')
 
 
-def test_sample_wants_the_text_encoder_of_the_model(trained, tmp_path):
-    asked = ('sample', 'a star', '--model', trained / 'model', '--text')
-    assert str(tmp_path) in complaint(*asked, tmp_path)
+def test_sample_refuses_another_text_encoder(trained, tmp_path):
+    words = ('sample', 'a star', '--model', trained / 'model', '--text')
+    assert str(tmp_path) in error_message(*words, tmp_path)
 
 
-def test_reconstruct_asks_for_pictures(tmp_path, tokenizer):
+def test_reconstruct_refuses_missing_and_damaged_images(tmp_path, tokenizer):
     options = ('--model', tokenizer / 'model', '--out', tmp_path / 'out')
     broken = tmp_path / 'broken.png'
     broken.write_bytes(b'\x89PNG\r\n\x1a\nand then nothing')
-    assert 'no image' in complaint('reconstruct', *options)
+    assert 'no image' in error_message('reconstruct', *options)
     for path in (tmp_path / 'missing.png', broken):
-        assert str(path) in complaint('reconstruct', path, *options)
+        assert str(path) in error_message('reconstruct', path, *options)
     assert not (tmp_path / 'out').exists()
 
 
-def test_train_asks_for_a_config_of_its_own_kind(home, tmp_path):
-    assert 'TokenizerRun' in complaint('train', write(tmp_path / 'a.py', 'tokenizer'))
-    assert 'Run' in complaint('train-tokenizer', write(tmp_path / 'b.py', 'star'))
-    assert 'missing.py' in complaint('train', tmp_path / 'missing.py')
+def test_train_refuses_configs_of_another_kind(home, tmp_path):
+    assert 'TokenizerRun' in error_message('train', write(tmp_path / 'a.py', 'tokenizer'))
+    assert 'Run' in error_message('train-tokenizer', write(tmp_path / 'b.py', 'star'))
+    assert 'missing.py' in error_message('train', tmp_path / 'missing.py')
     (tmp_path / 'c.py').write_text('run = 1 +\n')
-    assert 'c.py, line 1' in complaint('train', tmp_path / 'c.py')
+    assert 'c.py, line 1' in error_message('train', tmp_path / 'c.py')
 
 
 def write(path: Path, name: str) -> Path:
-    """A config file as users write them."""
+    """A Python config file."""
     path.write_text(f'from tiny import {"TOKENIZER" if name == "tokenizer" else "STAR"} as run\n')
     return path
 
 
-def test_train_asks_for_parts_that_fit(home, train, tmp_path):
+def test_train_refuses_parts_that_do_not_fit(home, train, tmp_path):
     out = ('--out', tmp_path / 'out')
-    assert 'no such folder' in complaint(*train, *out, '--tokenizer', tmp_path / 'nothing')
-    assert 'model.codes is 16' in complaint(*train, *out, '--model.codes', '16')
-    assert 'divide over 8 devices' in complaint(*train, *out, '--batch', '6')
-    assert 'devices' in complaint(*train, *out, '--mesh.tensor', '3')
+    assert 'no such folder' in error_message(*train, *out, '--tokenizer', tmp_path / 'nothing')
+    assert 'model.codes is 16' in error_message(*train, *out, '--model.codes', '16')
+    assert 'divide over 8 devices' in error_message(*train, *out, '--batch', '6')
+    assert 'devices' in error_message(*train, *out, '--mesh.tensor', '3')
     assert not (tmp_path / 'out').exists(), 'a run that cannot begin leaves nothing behind'
 
 
-def test_data_asks_for_a_set_that_is_there(tmp_path):
-    assert 'nowhere' in complaint('data', 'show', 'nowhere')
-    assert 'train, validation, held_out' in complaint('data', 'show', 'shapes', '--split', 'test')
-    assert 'prepare' in complaint('data') and 'prepare' in complaint('data', 'shwo')
+def test_data_refuses_missing_sets_and_splits(tmp_path):
+    assert 'nowhere' in error_message('data', 'show', 'nowhere')
+    assert 'train, validation, held_out' in error_message(
+        'data', 'show', 'shapes', '--split', 'test'
+    )
+    assert 'prepare' in error_message('data') and 'prepare' in error_message('data', 'shwo')
 
 
-def test_export_and_verify_ask_for_folders(tmp_path):
-    assert str(tmp_path) in complaint('export', tmp_path)
-    assert str(tmp_path) in complaint('verify', tmp_path)
-    assert 'no case' in complaint('verify')
+def test_export_and_verify_refuse_other_folders(tmp_path):
+    assert str(tmp_path) in error_message('export', tmp_path)
+    assert str(tmp_path) in error_message('verify', tmp_path)
+    assert 'no case' in error_message('verify')
 
 
-# The whole way: tokenizer, transformer, pictures.
+# From the tokenizer to the images.
 
 
-def test_a_trained_tokenizer_reconstructs(tokenizer, tmp_path):
+def test_trained_tokenizer_reconstructs_images(tokenizer, tmp_path):
     names = ['config.json', 'tokenizer.safetensors']
     assert sorted(path.name for path in (tokenizer / 'model').iterdir()) == names
     for name in 'ab':
@@ -329,7 +335,7 @@ def test_a_trained_tokenizer_reconstructs(tokenizer, tmp_path):
     assert found == ['000-a.png', '001-b.png', 'grid.png']
 
 
-def test_a_run_leaves_what_its_readers_need(trained):
+def test_run_writes_metrics_samples_and_a_model(trained):
     found = {path.name.split('.')[0] for path in trained.iterdir() if path.name[0] != '.'}
     assert found == {'config', 'data', 'checkpoints', 'samples', 'events', 'metrics', 'model'}
     lines = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
@@ -339,11 +345,11 @@ def test_a_run_leaves_what_its_readers_need(trained):
     assert [path.name for path in (trained / 'samples').iterdir()] == ['00000006.png']
 
 
-def test_a_trained_model_draws(drawn, trained):
+def test_trained_model_samples_images(samples, trained):
     for index in range(len(PROMPTS)):
-        assert image_io.load_image(drawn / f'{index:05d}.png').shape == (16, 16, 3)
-    assert image_io.load_image(drawn / 'grid.png').ndim == 3
-    lines = [json.loads(line) for line in (drawn / 'samples.jsonl').read_text().splitlines()]
+        assert image_io.load_image(samples / f'{index:05d}.png').shape == (16, 16, 3)
+    assert image_io.load_image(samples / 'grid.png').ndim == 3
+    lines = [json.loads(line) for line in (samples / 'samples.jsonl').read_text().splitlines()]
     assert [line['prompt'] for line in lines] == list(PROMPTS)
     assert [line['seed'] for line in lines] == [0, 1, 2]
     assert lines[0]['model']['source'] == str(trained / 'model')
@@ -351,18 +357,18 @@ def test_a_trained_model_draws(drawn, trained):
     assert lines[0]['settings']['top_k'] == 600
 
 
-def test_the_seed_of_a_record_draws_its_picture_again(drawn, trained, tmp_path):
-    """From a file of prompts, and alone instead of in a batch."""
+def test_recorded_seed_reproduces_its_image(samples, trained, tmp_path):
+    """With a file of prompts, and alone instead of in a batch."""
     (tmp_path / 'prompts.txt').write_text(f'{PROMPTS[1]}\n')
     options = ('--model', trained / 'model', '--seed', '1', '--out', tmp_path / 'out')
     assert star_jax('sample', '--prompts', tmp_path / 'prompts.txt', *options)[0] == 0
     again = image_io.load_image(tmp_path / 'out' / '00000.png')
-    np.testing.assert_array_equal(again, image_io.load_image(drawn / '00001.png'))
+    np.testing.assert_array_equal(again, image_io.load_image(samples / '00001.png'))
 
 
-def test_an_interrupted_drawing_goes_on(drawn, trained, tmp_path):
-    """Only what is missing is drawn; a line that was torn when the process died is cut off."""
-    out = shutil.copytree(drawn, tmp_path / 'out')
+def test_interrupted_sampling_continues(samples, trained, tmp_path):
+    """Only missing images are sampled; an incomplete last line of the record is removed."""
+    out = shutil.copytree(samples, tmp_path / 'out')
     record = (out / 'samples.jsonl').read_text()
     lines = record.splitlines(keepends=True)
     (out / 'samples.jsonl').write_text(lines[0] + lines[1][:30])
@@ -373,9 +379,9 @@ def test_an_interrupted_drawing_goes_on(drawn, trained, tmp_path):
     assert (out / 'samples.jsonl').read_text() == record
     assert (out / '00000.png').stat().st_mtime_ns == first
     for name in ('00001.png', '00002.png', 'grid.png'):
-        assert (out / name).read_bytes() == (drawn / name).read_bytes()
-    said = complaint(*command, '--top-p', '0.5')
-    assert 'holds other images' in said and 'settings' in said
+        assert (out / name).read_bytes() == (samples / name).read_bytes()
+    message = error_message(*command, '--top-p', '0.5')
+    assert 'holds other images' in message and 'settings' in message
     assert (out / 'samples.jsonl').read_text() == record
 
 
@@ -386,20 +392,22 @@ def test_export_writes_the_same_model_from_the_checkpoint(trained, tmp_path):
         assert (tmp_path / 'model' / name).read_bytes() == same
 
 
-def test_the_same_command_again_has_nothing_to_do(train, trained):
+def test_finished_run_continues_without_a_step(train, trained):
     before = (trained / 'metrics.jsonl').read_bytes()
     status, out, _ = star_jax(*train)
     assert status == 0 and 'continuing from step 6' in out
     assert (trained / 'metrics.jsonl').read_bytes() == before
 
 
-def test_a_folder_keeps_its_config(train, trained):
-    said = complaint(*train, '--optimizer.learning-rate.peak', '0.5', '--caption-drop', '0.2')
-    assert 'optimizer.learning_rate.peak' in said and 'caption_drop: 0.1 -> 0.2' in said
+def test_run_folder_refuses_another_config(train, trained):
+    message = error_message(
+        *train, '--optimizer.learning-rate.peak', '0.5', '--caption-drop', '0.2'
+    )
+    assert 'optimizer.learning_rate.peak' in message and 'caption_drop: 0.1 -> 0.2' in message
     assert config.read(trained / 'config.json', type(tiny.STAR)).caption_drop == 0.1
 
 
-def test_training_goes_on_from_a_model_folder(home, train, trained):
+def test_training_warm_starts_from_a_model_folder(home, train, trained):
     out = home / 'further'
     words = [*train[:-1], out, '--init', trained / 'model', '--pace.steps', '1']
     assert star_jax(*words)[0] == 0

@@ -185,8 +185,9 @@ def read_training(source: str, words: Sequence[str]) -> tuple[BenchTrain, Traini
     """The options for a CONFIG, and their job."""
     run = run_config.load(Path(source), Run) if source else Run()
     default = BenchTrain(run=run)
-    common = run_config.COMMON[Run]
-    options = arguments.parse(BenchTrain, words, 'bench train CONFIG', default, common)
+    options = arguments.parse(
+        BenchTrain, words, 'bench train CONFIG', default, common=run_config.PROGRAM
+    )
     try:
         job = TrainingJob(run=options.run, text_tokens=options.text_tokens, repeats=options.repeats)
     except ValueError as error:

@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> int:
         path = Path(words.pop(0))
         run, name = run_config.load(path, Run), path.stem
     default = Plan(run=run, topology='')
-    options = arguments.parse(Plan, words, 'plan [CONFIG]', default, run_config.COMMON[Run])
+    options = arguments.parse(Plan, words, 'plan [CONFIG]', default, run_config.PROGRAM)
     config.check(options.run, where='the settings of the run')
     if not options.topology:
         raise UserError(f'no --topology is given: name one, such as {topologies.EXAMPLES}')

@@ -70,6 +70,14 @@ COMMON: dict[type, Sections] = {
     },
 }
 
+# The options that decide which program is compiled, for commands that do not run it to the end.
+PROGRAM: Sections = {
+    'model': ('model.depth', 'model.width', 'model.heads', 'model.sides', 'model.keep-tokens'),
+    'program': ('batch', 'optimizer.accumulate', 'ema', 'dtype', 'remat', 'unroll', 'attention'),
+    'sampling': ('sampling.guidance', 'sampling.top-k', 'sampling.stable.version'),
+    'devices': MESH,
+}
+
 
 def train(words: Sequence[str], command: str, arguments_type: type, run_type: type) -> int:
     """`star-jax COMMAND [CONFIG] [--out DIR] [--field value ...]`.
