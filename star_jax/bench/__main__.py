@@ -1,6 +1,6 @@
 """The worker process of a benchmark: `python -m star_jax.bench JOB.json start|measure`.
 
-Only what a user's own process does first comes before the measured work.
+Before the measured work it does only what every star-jax process does first.
 """
 
 import sys

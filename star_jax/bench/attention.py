@@ -26,7 +26,7 @@ GRADIENT_FACTOR = 3  # operations with the gradient, relative to the forward pas
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionJob:
-    """What is timed.
+    """A layer whose attention is timed.
 
     Attributes:
         model: the sizes of the layer.

@@ -172,7 +172,7 @@ def data(report: dict[str, Any]) -> Table:
 
 
 def _start_table(report: dict[str, Any]) -> Table:
-    """When both processes completed each stage, in seconds since the command started them."""
+    """Stages of both processes, in seconds since the command started the process."""
     cold, warm = report['cold_start'], report['warm_start']
     table = _table('Seconds since the process was started', 'cold', 'warm', 'warm/cold')
     for stage, label in STAGES.items():

@@ -45,7 +45,7 @@ def _same_args(args: Args, result: Any) -> Args:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What one process measures.
+    """The programs that one process measures.
 
     Attributes:
         main: the program that is measured.

@@ -13,7 +13,7 @@ from star_jax.parallel import machine, startup
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadingJob:
-    """What is read.
+    """The batches that are read.
 
     Attributes:
         batch: examples of a batch.

@@ -28,10 +28,10 @@ Task = Literal['start', 'measure']
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobFile:
-    """What a worker process reads.
+    """The content of the file that a worker process reads.
 
     Attributes:
-        job: what to run.
+        job: the benchmark to run.
         profile: a folder for a profiler's trace ('': none).
     """
 
@@ -48,7 +48,7 @@ def measure(
     """The report of a job: its config, a cold start, a warm start, and all that `worker` measures.
 
     Args:
-        job: what to measure.
+        job: the benchmark to run.
         on_progress: receives a line of text before each slow step.
         cache: a new folder that keeps compiled programs; by default they are deleted.
         profile: a folder for a profiler's trace.
@@ -76,7 +76,7 @@ def run_worker(
     """The report of one worker process, with its stages in seconds since it was started.
 
     Args:
-        job: what to run.
+        job: the benchmark to run.
         task: 'start' ends after the first result, 'measure' goes on to measure.
         cache: the folder of compiled programs.
         on_progress: receives a line of text for each stage.

@@ -30,7 +30,7 @@ Reports = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuiteSettings:
-    """What is measured of every model.
+    """The measurements of every model.
 
     Attributes:
         resolutions: px of published scales at which images are sampled (0: the run's own scales).
@@ -80,7 +80,7 @@ def measure(
 
     Args:
         runs: the runs whose models are measured, by name.
-        settings: what is measured.
+        settings: the measurements of every model.
         out: the folder of the reports.
         minutes: no job starts after this time.
         on_progress: receives a line of text before each slow step.

@@ -44,7 +44,7 @@ def time_in_turn(calls: Mapping[str, Call], repeats: int) -> dict[str, np.ndarra
 
 
 def _runs_per_measurement(call: Call) -> int:
-    """How many runs in a row take at least MIN_SECONDS."""
+    """The number of runs in a row that take at least MIN_SECONDS."""
     jax.block_until_ready(call())
     return math.ceil(MIN_SECONDS / max(_seconds(call, 1), 1e-6))
 

@@ -30,7 +30,7 @@ PROFILED_RUNS = 2
 
 
 class StageTimes:
-    """When was each stage complete?"""
+    """The times at which stages were complete, in seconds since the epoch."""
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}

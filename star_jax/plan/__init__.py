@@ -1,1 +1,1 @@
-"""What does a run need on machines that it has not started on?"""
+"""How much memory and time will a run need on given machines?"""

@@ -25,7 +25,7 @@ SUMS_PER_LAYER = 3  # results that tensor parallelism sums: self-attention, cros
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramNeeds:
-    """What a program needs of one device for its images, with whole layers.
+    """The needs of a program on one device for its images, with whole layers.
 
     Attributes:
         live: bytes of intermediate arrays that grow with the batch.
@@ -75,7 +75,7 @@ def traffic(workload: Workload, products: int, sizes: tuple[int, ...]) -> int:
     """A lower bound of the bytes that one device reads and writes.
 
     Args:
-        workload: what the devices compute.
+        workload: the programs and the resident arrays.
         products: bytes that the products of its images move, with whole layers.
         sizes: the lengths of the mesh axes.
     """

@@ -27,7 +27,7 @@ OUT_OF_MEMORY = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one device needs for a batch.
+    """The needs of one device for a batch.
 
     Attributes:
         images: images of the batch that one device holds.

@@ -110,7 +110,7 @@ class HloText:
 
     @functools.cached_property
     def executions(self) -> dict[str, int]:
-        """How often each computation runs; computations of fusions are left out."""
+        """The number of executions of each computation, without computations of fusions."""
         counts: dict[str, int] = {}
 
         def visit(name: str, count: int) -> None:

@@ -74,7 +74,7 @@ def compute_roof(
         chips: the number of chips.
         flops: floating-point operations of all chips, by kind.
         traffic: bytes that one chip reads and writes.
-        collectives: what one chip sends.
+        collectives: the collectives of the program, with the bytes that one chip sends.
     """
     remote = [item for item in collectives if item.local_size < item.group_size]
     return Roof(
@@ -90,10 +90,10 @@ class DeviceMemory:
     """Bytes of one device.
 
     Attributes:
-        resident: arrays that stay in memory, by what they are.
+        resident: arrays that stay in memory, by name.
         activations: temporaries that grow with the batch.
         temporaries: temporaries that do not.
-        limit: what a program can use.
+        limit: bytes that a program can use.
     """
 
     resident: dict[str, int]
@@ -206,7 +206,7 @@ def tables(report: PlanReport) -> list[Table]:
 
 
 def sentences(report: PlanReport) -> list[str]:
-    """What fits, what it costs, what to change, and what was assumed."""
+    """The verdict, the costs, the advice and the notes."""
     return [*_verdict(report), *report.advice, *report.notes]
 
 

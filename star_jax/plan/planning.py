@@ -1,4 +1,4 @@
-"""What will a run need, how long will it take, and what should change, on machines not used yet?"""
+"""How is a run planned: its memory, its time, and what to change where it does not fit?"""
 
 import dataclasses
 import functools
@@ -117,7 +117,7 @@ def plan(
 def advise(
     estimator: Estimator, estimate: Estimate, memory: DeviceMemory, largest: int | None
 ) -> Iterator[str]:
-    """What to change where a run does not fit, in sentences with numbers.
+    """Changes that make a run fit, as sentences with numbers; none if it fits.
 
     Args:
         estimator: the run and the pod.

@@ -74,7 +74,7 @@ class Pod:
         """Abstract TPU devices: programs can be compiled for them, but not run.
 
         Raises:
-            UserError: libtpu is not installed, or it knows no such slice.
+            UserError: libtpu is not installed, or there is no such slice.
         """
         if importlib.util.find_spec('libtpu') is None:
             raise UserError(

@@ -43,12 +43,12 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What devices compute for one batch, and what they store.
+    """The programs that devices run for one batch, and the arrays that they store.
 
     Attributes:
         images: images of the batch.
         programs: the programs by name; they run one after another, the main one is first.
-        resident: abstract arrays that stay in memory, by what they are.
+        resident: abstract arrays that stay in memory, by name.
         trained: the resident parameters that have gradients; None without training.
         counted_programs: the same arithmetic, without kernels that hide it from a count of FLOPs.
         needed_programs: the same results, with nothing computed twice and nothing padded.
