@@ -274,7 +274,7 @@ def test_plan_of_sampling_holds_parameters_and_tokenizer(run):
     'words, message',
     [
         (['--topology', 'v7-8'], "unknown topology 'v7-8'"),
-        ([], 'give --topology'),
+        ([], 'no --topology is given'),
         (['--topology', '8xH100', '--mesh.fsdp', '3'], 'choose sizes whose product is 8'),
         (['--topology', '8xH100', '--batch', '12', '--mesh.fsdp', '8'], 'multiple of 8'),
         (['--topology', '8xH100', '--price', '-1'], 'not negative'),
