@@ -246,7 +246,7 @@ def test_time_in_turn_warms_up_and_alternates():
         (['suite', '--minutes', '1'], 'name some'),
         (['suite', 'missing.py', '--resolutions', '300'], 'no published scales'),
         (['suite', 'missing.py', '--minutes', 'nan'], 'must be positive'),
-        (['suite', STAR, STAR], 'two are equal'),
+        (['suite', STAR, STAR], 'two have the same name'),
         (['sample', 'missing.py'], 'missing.py'),
         (['sample', 'nowhere/at/all'], 'there is no such folder'),
         (['sample', '--batch', '0'], 'at least 1'),
