@@ -21,12 +21,12 @@ from safetensors.numpy import load_file, save_file
 
 from star_jax import cli
 from star_jax.checkpoint import folder, models, stored, weights
-from star_jax.checkpoint.stored import Form, Streamed
+from star_jax.checkpoint.stored import StreamedArray, TensorSpec
 from star_jax.convert import buffers, infer, published, transfer
 from star_jax.convert.entries import to_state
-from star_jax.convert.infer import SIDES, Unsaid
+from star_jax.convert.infer import SIDES, ModelOptions
 from star_jax.convert.star import star_entries, vq_entries
-from star_jax.convert.table import Table
+from star_jax.convert.table import ConversionTable
 from star_jax.convert.var import var_entries
 from star_jax.core.schedule import square_grids
 from star_jax.errors import UserError
@@ -48,19 +48,21 @@ VQ_SMALL = VQ(
 )
 
 
-def published_forms(name: str) -> dict[str, Form]:
+def published_specs(name: str) -> dict[str, TensorSpec]:
     text = gzip.decompress((GOLDEN / f'{name}.txt.gz').read_bytes()).decode()
     lines = [line.split(' | ') for line in text.splitlines() if not line.startswith('#')]
-    return {name: Form(tuple(json.loads(shape)), np.dtype(kind)) for name, shape, kind, _ in lines}
+    return {
+        name: TensorSpec(tuple(json.loads(shape)), np.dtype(kind)) for name, shape, kind, _ in lines
+    }
 
 
 class Names:
     """A published file of which only names and shapes are known; its buffers are as published."""
 
-    def __init__(self, forms, made=None):
-        self._forms, self._made = forms, made or {}
+    def __init__(self, specs, made=None):
+        self._forms, self._made = specs, made or {}
 
-    def forms(self):
+    def specs(self):
         return self._forms
 
     def read(self, name, row=None):
@@ -68,7 +70,7 @@ class Names:
 
 
 @pytest.mark.parametrize(
-    ('name', 'unsaid', 'expected', 'parameters'),
+    ('name', 'options', 'expected', 'parameters'),
     [
         ('star_d16_256', {}, Star(), 274_934_272),
         ('star_d30_256_or_512', {}, Star(depth=30, width=1920, heads=30), 1_678_731_016),
@@ -99,28 +101,28 @@ class Names:
         ),
     ],
 )
-def test_published_names_tell_the_model(name, unsaid, expected, parameters):
-    forms = published_forms(name)
-    config = infer.transformer(forms, Unsaid(**unsaid))
+def test_published_names_tell_the_model(name, options, expected, parameters):
+    specs = published_specs(name)
+    config = infer.transformer(specs, ModelOptions(**options))
     assert config == expected
-    table = Table.of(config, forms)
-    table.check(Names(forms, table.made), name)  # every tensor is used, made again, or ignored
-    shapes = {entry.theirs: table.shape(entry) for entry in table.entries}
-    made = {name: make() for name, make in table.made.items()}
-    left = table.left_over(forms)
-    assert set(forms) == {*shapes, *made, *left}
-    assert all(forms[name].shape == shape for name, shape in shapes.items())
-    assert all((made[n].shape, made[n].dtype) == tuple(forms[n]) for n in made)
-    unused = sum(math.prod(forms[name].shape) for name in left)
+    table = ConversionTable.from_config(config, specs)
+    table.check(Names(specs, table.buffers), name)  # every tensor is used, made again, or ignored
+    shapes = {entry.torch_name: table.shape(entry) for entry in table.entries}
+    made = {name: make() for name, make in table.buffers.items()}
+    left = table.ignored_names(specs)
+    assert set(specs) == {*shapes, *made, *left}
+    assert all(specs[name].shape == shape for name, shape in shapes.items())
+    assert all((made[n].shape, made[n].dtype) == tuple(specs[n]) for n in made)
+    unused = sum(math.prod(specs[name].shape) for name in left)
     assert sum(math.prod(leaf.shape) for leaf in table.abstract.values()) + unused == parameters
 
 
 def test_published_names_tell_the_tokenizer():
-    forms = published_forms('vae_ch160v4096z32')
-    assert infer.tokenizer(forms, Unsaid()) == VQ()
-    table = Table.of(VQ(), forms)
-    table.check(Names(forms), 'vae')
-    assert table.left_over(forms) == ['quantize.ema_vocab_hit_SV']
+    specs = published_specs('vae_ch160v4096z32')
+    assert infer.tokenizer(specs, ModelOptions()) == VQ()
+    table = ConversionTable.from_config(VQ(), specs)
+    table.check(Names(specs), 'vae')
+    assert table.ignored_names(specs) == ['quantize.ema_vocab_hit_SV']
     assert sum(math.prod(leaf.shape) for leaf in table.abstract.values()) == 108_948_355
 
 
@@ -134,9 +136,9 @@ def state_of(config, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
         hits = rng.normal(size=(10, config.codes)).astype(np.float32)
         return to_state(vq_entries(config, []), params) | {'quantize.ema_vocab_hit_SV': hits}
     if isinstance(config, Var):
-        made = buffers.of_var(config)
+        made = buffers.var_buffers(config)
         return to_state(var_entries(config), params) | {n: make() for n, make in made.items()}
-    made = {name: make() for name, make in buffers.of_star(config).items()}
+    made = {name: make() for name, make in buffers.star_buffers(config).items()}
     unused = {'class_emb.weight': rng.normal(size=(11, config.width)).astype(np.float32)}
     if config.shared_adaln and config.refinement:
         for layer in range(config.refinement.blocks):
@@ -227,7 +229,7 @@ def test_every_way_to_call_phi_comes_back(tmp_path, phis, name):
 )
 def test_phis_of_our_own_are_called_as_the_originals_call_so_many(phis, names):
     entries = vq_entries(dataclasses.replace(VQ_SMALL, phis=phis), [])
-    kernels = [entry.theirs for entry in entries if entry.ours == 'quantiser/phi_kernel']
+    kernels = [entry.torch_name for entry in entries if entry.param_name == 'quantiser/phi_kernel']
     assert kernels == [f'{name}.weight' for name in names]
 
 
@@ -316,22 +318,22 @@ def test_each_wrong_tensor_is_named(tmp_path, capsys):
 def test_any_whole_width_of_an_mlp_is_read():
     star = dataclasses.replace(STAR, width=60, heads=3, mlp_ratio=123 / 60)  # 122.99... in all
     assert star.abstract()['blocks']['ffn']['fc1']['bias'].value.shape == (3, 123)
-    forms = {name: Form(x.shape, x.dtype) for name, x in state_of(star).items()}
-    assert infer.transformer(forms, Unsaid(sides=(1, 2, 4))) == star
+    specs = {name: TensorSpec(x.shape, x.dtype) for name, x in state_of(star).items()}
+    assert infer.transformer(specs, ModelOptions(sides=(1, 2, 4))) == star
 
 
 def test_tensors_of_another_rank_are_refused():
     for config in (STAR, dataclasses.replace(STAR, positions=Learned()), VQ_SMALL):
         tell = infer.tokenizer if isinstance(config, VQ) else infer.transformer
-        forms = {name: Form(x.shape, x.dtype) for name, x in state_of(config).items()}
-        unsaid = Unsaid(sides=(1, 2, 4), groups=4, heads=2)
-        for name, shape in itertools.product(forms, [(), (3,), (2, 3), (1, 2, 3, 4, 5)]):
+        specs = {name: TensorSpec(x.shape, x.dtype) for name, x in state_of(config).items()}
+        options = ModelOptions(sides=(1, 2, 4), groups=4, heads=2)
+        for name, shape in itertools.product(specs, [(), (3,), (2, 3), (1, 2, 3, 4, 5)]):
             with contextlib.suppress(UserError):
-                tell(forms | {name: Form(shape, np.dtype(np.float32))}, unsaid)
-    flat = {'word_embed.weight': Form((16,), np.dtype(np.float32))}
-    forms = {name: Form(x.shape, x.dtype) for name, x in state_of(STAR).items()}
+                tell(specs | {name: TensorSpec(shape, np.dtype(np.float32))}, options)
+    flat = {'word_embed.weight': TensorSpec((16,), np.dtype(np.float32))}
+    specs = {name: TensorSpec(x.shape, x.dtype) for name, x in state_of(STAR).items()}
     with pytest.raises(UserError, match=r'word_embed.weight has the shape \[16\], expected 2 axes'):
-        infer.transformer(forms | flat, unsaid)
+        infer.transformer(specs | flat, options)
 
 
 def test_layers_of_two_types_are_refused(tmp_path, capsys):
@@ -425,7 +427,7 @@ def test_text_that_lies_in_the_folder_stays_there(tmp_path, below):
 def test_streamed_arrays_are_those_of_the_library(tmp_path, shard_bytes):
     rows = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
     tree = {
-        'a': Streamed((4, 3, 2), rows.dtype, lambda: iter(rows)),
+        'a': StreamedArray((4, 3, 2), rows.dtype, lambda: iter(rows)),
         'b': {'c': np.asfortranarray(np.arange(6, dtype=np.int64).reshape(2, 3))},
         'd': np.array([True, False]),
     }
@@ -435,15 +437,15 @@ def test_streamed_arrays_are_those_of_the_library(tmp_path, shard_bytes):
     np.testing.assert_array_equal(found['b']['c'], tree['b']['c'])
     assert found['d'].tolist() == [True, False]
     assert weights.read_metadata(tmp_path / 'x.safetensors') == {'who': 'me'}
-    opened = stored.Stored(weights.paths(tmp_path / 'x.safetensors'))
+    opened = stored.StoredTensors(weights.paths(tmp_path / 'x.safetensors'))
     np.testing.assert_array_equal(opened.read('a', 2), rows[2])
 
 
 def test_parts_that_do_not_make_up_an_array_are_no_file(tmp_path):
-    short = Streamed((4,), np.dtype(np.float32), lambda: [np.zeros(3, np.float32)])
+    short = StreamedArray((4,), np.dtype(np.float32), lambda: [np.zeros(3, np.float32)])
     with pytest.raises(ValueError, match='12 bytes'):
         stored.write(tmp_path / 'x.safetensors', {'x': short})
-    wrong = Streamed((4,), np.dtype(np.float32), lambda: [np.zeros(2)])
+    wrong = StreamedArray((4,), np.dtype(np.float32), lambda: [np.zeros(2)])
     with pytest.raises(ValueError, match='float64'):
         stored.write(tmp_path / 'x.safetensors', {'x': wrong})
     assert not list(tmp_path.iterdir())

@@ -47,7 +47,7 @@ def train(source: Training) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarr
     import torch
 
     entries = star_entries(source.star)
-    state = {entry.theirs: source.case.state[entry.theirs] for entry in entries}
+    state = {entry.torch_name: source.case.state[entry.torch_name] for entry in entries}
     parameters = {name: torch.tensor(array, requires_grad=True) for name, array in state.items()}
     option = source.case.option
     groups = [

@@ -1,7 +1,7 @@
-"""How are arrays read and written that are larger together than the memory?
+"""How are safetensors files read and written that are larger than memory?
 
-`Stored` knows what lies in safetensors files and reads one array, or one row of one, at a time.
-`Streamed` stands for an array that is made piece by piece while `write` writes it.
+`StoredTensors` reads one array, or one row of it, at a time. A `StreamedArray` is computed part by
+part while `write` writes it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import safetensors
 from star_jax import files
 from star_jax.errors import UserError
 
-# The format's names of the types that arrays have.
+# The names that the safetensors format has for types.
 NAMES = {
     'float64': 'F64',
     'float32': 'F32',
@@ -35,20 +35,20 @@ NAMES = {
     'bool': 'BOOL',
 }
 DTYPES = {short: jnp.dtype(name) for name, short in NAMES.items()}
-ALIGNMENT = 8  # bytes; arrays begin at multiples
+ALIGNMENT = 8  # bytes; arrays start at multiples
 
 
-class Form(NamedTuple):
-    """What is known of an array that is not read."""
+class TensorSpec(NamedTuple):
+    """Shape and type of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 class Tensors(Protocol):
-    """Named arrays that are read when they are asked for."""
+    """Named arrays that are read on demand."""
 
-    def forms(self) -> Mapping[str, Form]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """Shape and type of every array."""
 
     def read(self, name: str, row: int | None = None) -> np.ndarray:
@@ -56,8 +56,14 @@ class Tensors(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed:
-    """An array whose elements come in order, in parts that together have its shape."""
+class StreamedArray:
+    """An array that is computed while it is written.
+
+    Attributes:
+        shape: shape of the array.
+        dtype: type of its elements.
+        parts: returns arrays whose elements, one after the other, are those of the array.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -68,8 +74,12 @@ class Streamed:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-class Stored:
-    """The arrays of safetensors files. Raises UserError where one is missing or damaged."""
+class StoredTensors:
+    """The arrays of several safetensors files.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._file = {}
@@ -77,34 +87,38 @@ class Stored:
             file = open_file(path)
             self._file |= dict.fromkeys(file.keys(), (path, file))
 
-    def forms(self) -> Mapping[str, Form]:
-        return {name: self._form(name) for name in self._file}
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {name: self._spec(name) for name in self._file}
 
     def read(self, name: str, row: int | None = None) -> np.ndarray:
         path, file = self._file[name]
-        form = self._form(name)
+        spec = self._spec(name)
         try:
-            found = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+            array = file.get_tensor(name) if row is None else file.get_slice(name)[row]
         except (AttributeError, TypeError, safetensors.SafetensorError) as error:
             raise UserError(
-                f'{path}: {name} is of type {form.dtype}, which is not read: save it in float32'
+                f'{path}: {name} has type {spec.dtype}, which is not supported: save it in float32'
             ) from error
-        return found.reshape(form.shape if row is None else form.shape[1:])
+        return array.reshape(spec.shape if row is None else spec.shape[1:])
 
-    def _form(self, name: str) -> Form:
+    def _spec(self, name: str) -> TensorSpec:
         path, file = self._file[name]
-        piece = file.get_slice(name)
-        if piece.get_dtype() not in DTYPES:
-            raise UserError(f'{path}: {name} is of type {piece.get_dtype()}, which is not read')
-        return Form(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+        tensor = file.get_slice(name)
+        if tensor.get_dtype() not in DTYPES:
+            raise UserError(f'{path}: {name} has type {tensor.get_dtype()}, which is not supported')
+        return TensorSpec(tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
 
 
 def open_file(path: Path) -> safetensors.safe_open:
-    """A safetensors file; UserError where it is missing or damaged."""
+    """Opens a safetensors file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     try:
         return safetensors.safe_open(path, framework='np')
     except FileNotFoundError as error:
-        flaw = 'may not be read: allow it' if path.is_file() else 'there is no such file'
+        flaw = 'no permission to read it' if path.is_file() else 'there is no such file'
         raise UserError(f'{path}: {flaw}') from error
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error})') from error
@@ -113,18 +127,24 @@ def open_file(path: Path) -> safetensors.safe_open:
 
 
 def write(path: Path, flat: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays, `Streamed` or whole, to a safetensors file that is replaced atomically.
+    """Writes arrays to a safetensors file, which is replaced atomically.
 
-    Only one part is in memory at a time. Raises ValueError where parts do not make up their array.
+    Args:
+        path: the file.
+        flat: arrays, or `StreamedArray`s of which one part at a time is in memory, by name.
+        metadata: strings to store beside the arrays.
+
+    Raises:
+        ValueError: the parts of an array differ from its shape or type.
     """
-    # Wide types come first, so that every array begins at a multiple of its own width.
+    # Wide types come first, so that every array starts at a multiple of its own width.
     names = sorted(flat, key=lambda name: (-flat[name].dtype.itemsize, name))
     header, end = {'__metadata__': dict(metadata)} if metadata else {}, 0
     for name in names:
         leaf = flat[name]
-        begin, end = end, end + leaf.nbytes
+        start, end = end, end + leaf.nbytes
         kind = NAMES[leaf.dtype.name]
-        header[name] = {'dtype': kind, 'shape': list(leaf.shape), 'data_offsets': [begin, end]}
+        header[name] = {'dtype': kind, 'shape': list(leaf.shape), 'data_offsets': [start, end]}
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % ALIGNMENT)
     with files.replacing(path) as temporary:
@@ -138,17 +158,17 @@ def write(path: Path, flat: Mapping[str, Any], metadata: Mapping[str, str] | Non
 def _write_array(file: Any, name: str, leaf: Any) -> None:
     written = 0
     for part in _parts(leaf):
-        whole = np.asarray(part, order='C')
-        if whole.dtype != leaf.dtype:
-            raise ValueError(f'{name} of {leaf.dtype} has a part of {whole.dtype}')
-        file.write(whole.reshape(-1).view(np.uint8))
-        written += whole.nbytes
+        array = np.asarray(part, order='C')
+        if array.dtype != leaf.dtype:
+            raise ValueError(f'{name} of {leaf.dtype} has a part of {array.dtype}')
+        file.write(array.reshape(-1).view(np.uint8))
+        written += array.nbytes
     if written != leaf.nbytes:
         raise ValueError(f'the parts of {name} have {written} bytes, its shape {leaf.nbytes}')
 
 
 def _parts(leaf: Any) -> Iterator[np.ndarray]:
-    if isinstance(leaf, Streamed):
+    if isinstance(leaf, StreamedArray):
         yield from leaf.parts()
     else:
         yield jax.device_get(leaf)

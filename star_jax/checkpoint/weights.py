@@ -55,7 +55,7 @@ def save(
 
     Every file is replaced atomically. A sharded tree is not readable until its index, the last file
     written, is there: write it to a fresh folder, as `folder.write` does. Arrays must be
-    addressable by this process, or `stored.Streamed`.
+    addressable by this process, or `stored.StreamedArray`.
     """
     path = Path(path)
     shards = _shards(flatten(tree), shard_bytes)

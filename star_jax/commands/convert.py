@@ -13,7 +13,7 @@ from rich.table import Table
 from star_jax import files
 from star_jax.commands import arguments
 from star_jax.convert import transfer
-from star_jax.convert.infer import Unsaid
+from star_jax.convert.infer import ModelOptions
 from star_jax.errors import UserError
 
 
@@ -35,7 +35,7 @@ class Convert:
             contain one).
         text: text encoder: a folder, package:NAME, or a hub id.
         copy_text: copy the text encoder into the model folder, instead of only naming it there.
-        unsaid: what the file does not contain.
+        model_options: what the file does not contain.
     """
 
     source: tyro.conf.Positional[Path]
@@ -43,14 +43,19 @@ class Convert:
     tokenizer: str = ''
     text: str = ''
     copy_text: bool = False
-    unsaid: tyro.conf.OmitArgPrefixes[Unsaid] = Unsaid()
+    model_options: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
 
 
 def main(words: Sequence[str]) -> int:
     options = arguments.parse(Convert, words, 'convert')
     console, start = Console(), time.monotonic()
     if options.source.is_dir():
-        if options.tokenizer or options.text or options.copy_text or options.unsaid != Unsaid():
+        if (
+            options.tokenizer
+            or options.text
+            or options.copy_text
+            or options.model_options != ModelOptions()
+        ):
             raise UserError('a model folder describes itself: give only --out')
         for path in transfer.to_files(options.source, options.out):
             console.print(f'written: {path}', highlight=False, soft_wrap=True)
@@ -58,8 +63,16 @@ def main(words: Sequence[str]) -> int:
     if options.copy_text and not options.text:
         raise UserError('there is no text encoder to copy: name it with --text')
     files.check_folder(options.out)
-    text = transfer.Text(source=options.text, inside=options.copy_text) if options.text else None
-    parts = transfer.to_folder(options.source, options.out, options.unsaid, options.tokenizer, text)
+    text = (
+        transfer.TextSource(source=options.text, inside=options.copy_text) if options.text else None
+    )
+    parts = transfer.to_folder(
+        options.source,
+        options.out,
+        options=options.model_options,
+        tokenizer=options.tokenizer,
+        text=text,
+    )
     console.print(_summary(parts))
     seconds = time.monotonic() - start
     console.print(f'model folder: {options.out} ({seconds:.1f} s)', highlight=False, soft_wrap=True)
@@ -71,7 +84,7 @@ def _summary(parts: dict[str, transfer.Part]) -> Table:
     for name, part in parts.items():
         table.add_row(name, str(part.config))
         table.add_row('parameters', f'{part.parameters:,}')
-        table.add_row('recomputed from the sizes', _listed(part.table.made))
+        table.add_row('recomputed from the sizes', _listed(part.table.buffers))
         table.add_row('ignored', _listed(part.ignored))
     return table
 

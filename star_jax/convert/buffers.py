@@ -1,6 +1,6 @@
-"""Which tensors of a published file follow from the sizes alone?
+"""Which tensors of a published file follow from its sizes?
 
-They are not parameters: a file's must be what they would be made again as.
+These buffers are not parameters. A file is refused if its buffers differ from the computed ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ from star_jax.families.var import Var
 Buffers = Mapping[str, Callable[[], np.ndarray]]
 
 
-def of_star(star: Star) -> Buffers:
-    """Each attention's zero key bias."""
+def star_buffers(star: Star) -> Buffers:
+    """The zero key bias of each attention."""
     kinds = ['attn'] + ['cross_attn'] * star.cross_attention
     names = [f'blocks.{layer}.{kind}' for layer in range(star.depth) for kind in kinds]
     if star.refinement:
@@ -22,8 +22,8 @@ def of_star(star: Star) -> Buffers:
     return _zero_biases(names, star.width)
 
 
-def of_var(var: Var) -> Buffers:
-    """Each attention's zero key bias, the scale of every position, and the attention mask."""
+def var_buffers(var: Var) -> Buffers:
+    """The zero key bias of each attention, the scale of each position, and the attention mask."""
 
     def levels() -> np.ndarray:
         return var.schedule.step_of_row.astype(np.int64)[None]

@@ -1,7 +1,7 @@
-"""How does one published tensor become one of ours, and back?
+"""How is one published tensor converted to a parameter, and back?
 
-A table is a list of entries; an entry names both sides and an einops pattern from theirs to ours,
-which read backwards is the way from ours to theirs.
+A table is a list of entries. An entry has both names and an einops pattern from the published
+(torch) layout to ours; the reversed pattern converts back.
 """
 
 import dataclasses
@@ -17,56 +17,81 @@ from star_jax.checkpoint import weights
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Their tensor `theirs` is our array `ours` ('/'-joined), or row `row` of a stacked one.
+    """One published tensor and the parameter that it becomes.
 
-    `lengths` are the axis lengths that the pattern needs for splitting an axis.
+    Attributes:
+        torch_name: name of the published tensor.
+        param_name: '/'-joined name of the parameter.
+        pattern: einops pattern from the published layout to ours.
+        row: row of the parameter, if layers are stacked; None if the tensor is all of it.
+        lengths: (axis, length) pairs that the pattern needs to split an axis.
     """
 
-    theirs: str
-    ours: str
+    torch_name: str
+    param_name: str
     pattern: str
     row: int | None = None
     lengths: tuple[tuple[str, int], ...] = ()
 
-    def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of their tensor, from that of our array (or of one row of it)."""
-        left, right = self.pattern.split('->')
-        lengths = dict(zip(right.split(), ours, strict=True)) | {'1': 1}
-        groups = re.findall(r'\([^)]*\)|\S+', left)
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the published tensor, from that of the parameter (or of its row)."""
+        torch_axes, param_axes = self.pattern.split('->')
+        lengths = dict(zip(param_axes.split(), shape, strict=True)) | {'1': 1}
+        groups = re.findall(r'\([^)]*\)|\S+', torch_axes)
         return tuple(math.prod(lengths[axis] for axis in g.strip('()').split()) for g in groups)
 
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
+    def to_param(self, array: np.ndarray) -> np.ndarray:
         return einops.rearrange(array, self.pattern, **dict(self.lengths))
 
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        theirs, ours = self.pattern.split('->')
-        return einops.rearrange(array, f'{ours} -> {theirs}', **dict(self.lengths))
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        torch_axes, param_axes = self.pattern.split('->')
+        return einops.rearrange(array, f'{param_axes} -> {torch_axes}', **dict(self.lengths))
 
 
-Rule = tuple[str, str, str]  # theirs, ours, pattern
+Rule = tuple[str, str, str]  # torch name, parameter name, pattern
 
 
 def layer_entries(
-    rules: Iterable[Rule], theirs: str, ours: str, layers: int, lengths: Mapping[str, int]
+    rules: Iterable[Rule],
+    torch_prefix: str,
+    param_prefix: str,
+    layers: int,
+    lengths: Mapping[str, int],
 ) -> list[Entry]:
-    """The table of stacked layers: `theirs`.0, `theirs`.1, ... are the rows of `ours`.
+    """The table of stacked layers.
 
-    `lengths` are those of the axes that a pattern may split.
+    Args:
+        rules: the rules of one layer.
+        torch_prefix: `prefix.0`, `prefix.1`, ... are the published layers.
+        param_prefix: prefix of the stacked parameters, whose row i is layer i.
+        layers: number of layers.
+        lengths: length of every axis that a pattern may split.
     """
     entries = []
     for layer in range(layers):
-        for name, leaf, pattern in rules:
-            needed = [item for item in lengths.items() if re.search(rf'\b{item[0]}\b', pattern)]
-            split = tuple(needed) if '(' in pattern else ()
+        for torch_name, param_name, pattern in rules:
+            axes = [item for item in lengths.items() if re.search(rf'\b{item[0]}\b', pattern)]
             entries.append(
-                Entry(f'{theirs}.{layer}.{name}', f'{ours}/{leaf}', pattern, layer, split)
+                Entry(
+                    torch_name=f'{torch_prefix}.{layer}.{torch_name}',
+                    param_name=f'{param_prefix}/{param_name}',
+                    pattern=pattern,
+                    row=layer,
+                    lengths=tuple(axes) if '(' in pattern else (),
+                )
             )
     return entries
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """Our parameters, and the tensors that the table misses and those it does not know."""
+    """The result of `to_params`.
+
+    Attributes:
+        params: nested parameters; empty if tensors are missing.
+        missing: tensors of the table that the state dict lacks.
+        unknown: tensors of the state dict that the table lacks.
+    """
 
     params: dict
     missing: tuple[str, ...]
@@ -76,9 +101,9 @@ class Conversion:
 def to_params(
     entries: Sequence[Entry], state: Mapping[str, np.ndarray], ignored: Iterable[str] = ()
 ) -> Conversion:
-    """Nested parameters from their state dict. `ignored` names end with one of these words."""
-    missing = tuple(entry.theirs for entry in entries if entry.theirs not in state)
-    known = {entry.theirs for entry in entries}
+    """Converts a published state dict; names with an ending in `ignored` are skipped."""
+    missing = tuple(entry.torch_name for entry in entries if entry.torch_name not in state)
+    known = {entry.torch_name for entry in entries}
     endings = tuple(ignored)
     unknown = tuple(name for name in state if name not in known and not name.endswith(endings))
     if missing:
@@ -86,20 +111,20 @@ def to_params(
     rows: dict[str, list[np.ndarray]] = {}
     flat: dict[str, np.ndarray] = {}
     for entry in entries:
-        array = entry.to_ours(np.asarray(state[entry.theirs]))
+        array = entry.to_param(np.asarray(state[entry.torch_name]))
         if entry.row is None:
-            flat[entry.ours] = array
+            flat[entry.param_name] = array
         else:
-            rows.setdefault(entry.ours, []).append(array)
+            rows.setdefault(entry.param_name, []).append(array)
     flat |= {name: np.stack(arrays) for name, arrays in rows.items()}
     return Conversion(weights.unflatten(flat), missing, unknown)
 
 
 def to_state(entries: Sequence[Entry], params: Mapping) -> dict[str, np.ndarray]:
-    """Their state dict from our nested parameters."""
+    """The published state dict of nested parameters."""
     flat = weights.flatten(params)
     state = {}
     for entry in entries:
-        array = flat[entry.ours]
-        state[entry.theirs] = entry.to_theirs(array if entry.row is None else array[entry.row])
+        array = flat[entry.param_name]
+        state[entry.torch_name] = entry.to_torch(array if entry.row is None else array[entry.row])
     return state

@@ -1,12 +1,12 @@
-"""Which model do the names and shapes of a published file describe?"""
+"""Which model config do the names and shapes of a published file have?"""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from star_jax.checkpoint.stored import Form
+from star_jax.checkpoint.stored import TensorSpec
 from star_jax.core.schedule import Grids, square_grids
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
@@ -22,13 +22,14 @@ SIDES = {
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
 HEAD_WIDTH = 64  # of every published transformer
-RAW = -1.0  # the originals' rope_norm for coordinates that count cells
+RAW = -1.0  # the published rope_norm of coordinates in cells
 
-Forms = Mapping[str, Form]
+Specs = Mapping[str, TensorSpec]
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Unsaid:
+class ModelOptions:
     """What a published file does not contain; the defaults are those of the published models.
 
     Attributes:
@@ -63,130 +64,145 @@ class Unsaid:
             raise ValueError('give size or sides, not both')
 
 
-def transformer(forms: Forms, unsaid: Unsaid) -> Star | Var:
-    """The config of a transformer's state dict. Raises UserError where nothing fits."""
-    _require(forms, 2, 'word_embed.weight', 'lvl_embed.weight', 'blocks.0.ffn.fc1.weight')
-    width, channels = forms['word_embed.weight'].shape
-    family = Var if 'head_nm.ada_lin.1.weight' in forms else Star
+def transformer(specs: Specs, options: ModelOptions) -> Star | Var:
+    """The config of a transformer, from the names and shapes of its state dict.
+
+    Raises:
+        UserError: no config has these tensors.
+    """
+    _require(specs, 2, 'word_embed.weight', 'lvl_embed.weight', 'blocks.0.ffn.fc1.weight')
+    width, channels = specs['word_embed.weight'].shape
+    family = Var if 'head_nm.ada_lin.1.weight' in specs else Star
     fields = {
-        'depth': _count(forms, 'blocks'),
+        'depth': _count(specs, 'blocks'),
         'width': width,
-        'heads': _heads(forms, width, unsaid),
-        'mlp_ratio': forms['blocks.0.ffn.fc1.weight'].shape[0] / width,
-        'sides': _sides(forms, unsaid),
+        'heads': _heads(specs, width, options),
+        'mlp_ratio': specs['blocks.0.ffn.fc1.weight'].shape[0] / width,
+        'sides': _sides(specs, options),
         'channels': channels,
-        'qk_norm': 'blocks.0.attn.scale_mul_1H11' in forms,
-        'shared_adaln': 'blocks.0.ada_gss' in forms,
+        'qk_norm': 'blocks.0.attn.scale_mul_1H11' in specs,
+        'shared_adaln': 'blocks.0.ada_gss' in specs,
     }
-    more = _var_fields(forms) if family is Var else _star_fields(forms, unsaid)
-    return _valid(family, **fields, **more)
+    more = _var_fields(specs) if family is Var else _star_fields(specs, options)
+    return _build(family, **fields, **more)
 
 
-def tokenizer(forms: Forms, unsaid: Unsaid, grids: Grids = ()) -> VQ:
-    """The config of a tokenizer's state dict, for these `grids` if any are given."""
-    _require(forms, 4, 'encoder.conv_in.weight')
-    _require(forms, 2, 'quantize.embedding.weight')
-    width = forms['encoder.conv_in.weight'].shape[0]
-    levels = _count(forms, 'encoder.down')
+def tokenizer(specs: Specs, options: ModelOptions, grids: Grids = ()) -> VQ:
+    """The config of a tokenizer, from the names and shapes of its state dict.
+
+    Args:
+        specs: shapes and types of the tensors.
+        options: the fields that the file does not contain.
+        grids: grids of the scales; by default those of the options.
+
+    Raises:
+        UserError: no config has these tensors.
+    """
+    _require(specs, 4, 'encoder.conv_in.weight')
+    _require(specs, 2, 'quantize.embedding.weight')
+    width = specs['encoder.conv_in.weight'].shape[0]
+    levels = _count(specs, 'encoder.down')
     first_convs = [f'encoder.down.{level}.block.0.conv1.weight' for level in range(levels)]
-    _require(forms, 4, *first_convs)
-    codes, channels = forms['quantize.embedding.weight'].shape
-    autoencoder = _valid(
+    _require(specs, 4, *first_convs)
+    codes, channels = specs['quantize.embedding.weight'].shape
+    autoencoder = _build(
         Autoencoder,
         width=width,
-        multipliers=tuple(forms[name].shape[0] // width for name in first_convs),
-        blocks=_count(forms, 'encoder.down.0.block'),
-        groups=unsaid.groups,
+        multipliers=tuple(specs[name].shape[0] // width for name in first_convs),
+        blocks=_count(specs, 'encoder.down.0.block'),
+        groups=options.groups,
     )
-    phis = _count(forms, 'quantize.quant_resi.qresi_ls') or _count(forms, 'quantize.quant_resi')
-    return _valid(
+    phis = _count(specs, 'quantize.quant_resi.qresi_ls') or _count(specs, 'quantize.quant_resi')
+    return _build(
         VQ,
         autoencoder=autoencoder,
-        grids=grids or square_grids(unsaid.sides or SIDES[unsaid.size or 256]),
+        grids=grids or square_grids(options.sides or SIDES[options.size or 256]),
         codes=codes,
         channels=channels,
         phis=phis or 1,
-        normalised=unsaid.normalised,
+        normalised=options.normalised,
     )
 
 
-def _star_fields(forms: Forms, unsaid: Unsaid) -> dict[str, Any]:
-    _require(forms, 2, 'head_logits.weight', 'encoder_proj.weight')
-    rotary = RawRotary(theta=unsaid.theta)
-    if unsaid.extent != RAW:
-        rotary = NormalisedRotary(theta=unsaid.theta, extent=unsaid.extent)
+def _star_fields(specs: Specs, options: ModelOptions) -> dict[str, Any]:
+    _require(specs, 2, 'head_logits.weight', 'encoder_proj.weight')
+    rotary = RawRotary(theta=options.theta)
+    if options.extent != RAW:
+        rotary = NormalisedRotary(theta=options.theta, extent=options.extent)
     refinement = None
-    if blocks := _count(forms, 'feat_extract_blocks'):
-        scales = forms['lvl_embed.weight'].shape[0]
-        if not 0 < unsaid.first_refined < scales:
+    if blocks := _count(specs, 'feat_extract_blocks'):
+        scales = specs['lvl_embed.weight'].shape[0]
+        if not 0 < options.first_refined < scales:
             raise UserError(
-                f'the file has {scales} scales, and its refinement head cannot begin with scale '
-                f'{unsaid.first_refined}: say with --first-refined where it does'
+                f'the file has {scales} scales, and its refinement head cannot start at scale '
+                f'{options.first_refined}: give the first refined scale with --first-refined'
             )
-        refinement = Refinement(first=unsaid.first_refined, blocks=blocks)
+        refinement = Refinement(first=options.first_refined, blocks=blocks)
     return {
-        'codes': forms['head_logits.weight'].shape[0],
-        'text_width': forms['encoder_proj.weight'].shape[1],
-        'positions': Learned() if 'pos_1LC' in forms else rotary,
-        'cross_attention': 'blocks.0.cross_attn.mat_q.weight' in forms,
-        'logit_norm': unsaid.logit_norm,
-        'released_cross_attention': unsaid.released,
+        'codes': specs['head_logits.weight'].shape[0],
+        'text_width': specs['encoder_proj.weight'].shape[1],
+        'positions': Learned() if 'pos_1LC' in specs else rotary,
+        'cross_attention': 'blocks.0.cross_attn.mat_q.weight' in specs,
+        'logit_norm': options.logit_norm,
+        'released_cross_attention': options.released,
         'refinement': refinement,
     }
 
 
-def _var_fields(forms: Forms) -> dict[str, Any]:
-    _require(forms, 2, 'head.weight', 'class_emb.weight')
-    _require(forms, 3, 'pos_1LC')
+def _var_fields(specs: Specs) -> dict[str, Any]:
+    _require(specs, 2, 'head.weight', 'class_emb.weight')
+    _require(specs, 3, 'pos_1LC')
     return {
-        'codes': forms['head.weight'].shape[0],
-        'classes': forms['class_emb.weight'].shape[0] - 1,
+        'codes': specs['head.weight'].shape[0],
+        'classes': specs['class_emb.weight'].shape[0] - 1,
     }
 
 
-def _sides(forms: Forms, unsaid: Unsaid) -> tuple[int, ...]:
-    """The scales: those that were named, or the smallest published ones that fit the file."""
-    scales = forms['lvl_embed.weight'].shape[0]
+def _sides(specs: Specs, options: ModelOptions) -> tuple[int, ...]:
+    """The sides of the options, or the smallest published ones that fit the file."""
+    scales = specs['lvl_embed.weight'].shape[0]
     rows = None
-    if 'pos_1LC' in forms:
-        _require(forms, 3, 'pos_1LC')
-        rows = forms['pos_1LC'].shape[1]
-    named = unsaid.sides or SIDES.get(unsaid.size)
-    for sides in [named] if named else SIDES.values():
+    if 'pos_1LC' in specs:
+        _require(specs, 3, 'pos_1LC')
+        rows = specs['pos_1LC'].shape[1]
+    expected = options.sides or SIDES.get(options.size)
+    for sides in [expected] if expected else SIDES.values():
         if len(sides) == scales and rows in (None, sum(side**2 for side in sides)):
             return tuple(sides)
     length = f' and {rows:,} positions' if rows else ''
-    given = f'not the scales {" ".join(map(str, named))}' if named else 'as no published model'
+    reason = 'which no published model has'
+    if expected:
+        reason = f'which does not fit the sides {" ".join(map(str, expected))}'
     raise UserError(
-        f'the file has {scales} scales{length}, {given}: name its sides, such as --sides 1 2 3 4'
+        f'the file has {scales} scales{length}, {reason}: give its sides, such as --sides 1 2 3 4'
     )
 
 
-def _heads(forms: Forms, width: int, unsaid: Unsaid) -> int:
-    if (scale := 'blocks.0.attn.scale_mul_1H11') in forms:
-        _require(forms, 4, scale)
-        return forms[scale].shape[1]
-    return unsaid.heads or max(width // HEAD_WIDTH, 1)
+def _heads(specs: Specs, width: int, options: ModelOptions) -> int:
+    if (scale := 'blocks.0.attn.scale_mul_1H11') in specs:
+        _require(specs, 4, scale)
+        return specs[scale].shape[1]
+    return options.heads or max(width // HEAD_WIDTH, 1)
 
 
-def _count(forms: Forms, prefix: str) -> int:
-    """How many members `prefix.0.`, `prefix.1.`, ... there are."""
-    numbers = (re.match(rf'{re.escape(prefix)}\.(\d+)\.', name) for name in forms)
-    return max((int(found[1]) for found in numbers if found), default=-1) + 1
+def _count(specs: Specs, prefix: str) -> int:
+    """The number of members `prefix.0.`, `prefix.1.`, ..."""
+    matches = (re.match(rf'{re.escape(prefix)}\.(\d+)\.', name) for name in specs)
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
 
 
-def _require(forms: Forms, rank: int, *names: str) -> None:
-    """Raises UserError unless these are there, not empty, and of so many axes."""
-    missing = [name for name in names if not math.prod(forms[name].shape if name in forms else [0])]
+def _require(specs: Specs, rank: int, *names: str) -> None:
+    """Raises UserError unless these tensors exist, have elements, and have `rank` axes."""
+    missing = [name for name in names if not math.prod(specs[name].shape if name in specs else [0])]
     if missing:
-        raise UserError(f'the file lacks {", ".join(missing)}, without which nothing can be told')
+        raise UserError(f'the file lacks {", ".join(missing)}, from which the config is inferred')
     for name in names:
-        if len(shape := forms[name].shape) != rank:
+        if len(shape := specs[name].shape) != rank:
             raise UserError(f'{name} has the shape {list(shape)}, expected {rank} axes')
 
 
-def _valid(make: Any, **fields: Any) -> Any:
+def _build(cls: type[T], **fields: Any) -> T:
     try:
-        return make(**fields)
+        return cls(**fields)
     except ValueError as error:
         raise UserError(f'the shapes of the file fit no model ({error})') from error

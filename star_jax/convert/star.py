@@ -1,4 +1,4 @@
-"""Which published STAR and VQ-VAE tensor is which of our parameters? (STAR specification 10)"""
+"""Which parameter does each published STAR and VQ-VAE tensor become? (STAR specification 10)"""
 
 import re
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ from star_jax.families.star import Star
 from star_jax.nn.positions import Learned
 from star_jax.tokenizers.residual_vq import VQ
 
-# Present in published files, unused or constant.
+# Tensors of published files that are unused or constant.
 HEAD_BLOCKS = 'feat_extract_blocks'
-OFFSETS_OF_HEAD = tuple(f'{HEAD_BLOCKS}.{layer}.ada_gss' for layer in range(3))
-IGNORED = ('class_emb.weight', 'zero_k_bias', 'ema_vocab_hit_SV', *OFFSETS_OF_HEAD)
+HEAD_OFFSETS = tuple(f'{HEAD_BLOCKS}.{layer}.ada_gss' for layer in range(3))
+IGNORED = ('class_emb.weight', 'zero_k_bias', 'ema_vocab_hit_SV', *HEAD_OFFSETS)
 
 LINEAR = 'out inp -> inp out'
 SAME = 'width -> width'
@@ -74,13 +74,13 @@ REFINER = (
 
 
 def star_entries(star: Star) -> list[Entry]:
-    """The table of one transformer, in the order of the published file's sections."""
+    """The table of a transformer, in the order of the published file."""
     outer = OUTER
     if isinstance(star.positions, Learned):
         outer += ADDITIVE
     if not (star.level_embedding or star.shared_adaln):
         outer = tuple(rule for rule in outer if rule[1] != 'levels')
-    plain = block = BLOCK + (BLOCK_SCALE if star.qk_norm else ())
+    head_block = block = BLOCK + (BLOCK_SCALE if star.qk_norm else ())
     if star.cross_attention:
         block += CROSS + (CROSS_SCALE if star.qk_norm else ())
     if star.shared_adaln:
@@ -92,39 +92,44 @@ def star_entries(star: Star) -> list[Entry]:
     if star.refinement:
         entries += [Entry(*rule) for rule in REFINER]
         layers = star.refinement.blocks
-        entries += layer_entries(plain, HEAD_BLOCKS, 'refiner/blocks', layers, lengths)
+        entries += layer_entries(head_block, HEAD_BLOCKS, 'refiner/blocks', layers, lengths)
     return entries
 
 
 def vq_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
-    """The table of one tokenizer. The `names` of a file tell how its phis are called.
+    """The table of a tokenizer.
 
-    Without them they are called as the originals do for so many phis of so many scales.
+    Args:
+        vq: its config.
+        names: tensor names of a file, from which the names of its phi convolutions are taken; if
+            empty, they follow the original code for this number of phis and scales.
     """
-    names, usual = set(names), {len(vq.grids): '{}', 1: 'qresi'}.get(vq.phis, 'qresi_ls.{}')
+    names, default = set(names), {len(vq.grids): '{}', 1: 'qresi'}.get(vq.phis, 'qresi_ls.{}')
     pixels = jax.ShapeDtypeStruct((1, *vq.resolution, 3), jnp.float32)
     abstract = nn.unbox(jax.eval_shape(vq.build().init, jax.random.key(0), pixels))['params']
     entries = [Entry('quantize.embedding.weight', 'quantiser/codebook', 'code width -> code width')]
     for phi in range(vq.phis):
-        theirs = _phi_name(phi, names, usual.format(phi))
-        entries.append(Entry(f'{theirs}.weight', 'quantiser/phi_kernel', 'o i h w -> h w i o', phi))
-        entries.append(Entry(f'{theirs}.bias', 'quantiser/phi_bias', SAME, phi))
-    for ours, leaf in flatten(abstract).items():
-        if not ours.startswith('quantiser/'):
+        torch_name = _phi_name(phi, names, default.format(phi))
+        entries.append(
+            Entry(f'{torch_name}.weight', 'quantiser/phi_kernel', 'o i h w -> h w i o', phi)
+        )
+        entries.append(Entry(f'{torch_name}.bias', 'quantiser/phi_bias', SAME, phi))
+    for name, leaf in flatten(abstract).items():
+        if not name.startswith('quantiser/'):
             pattern = 'o i h w -> h w i o' if leaf.ndim == 4 else SAME
-            entries.append(Entry(_their_name(ours), ours, pattern))
+            entries.append(Entry(_torch_name(name), name, pattern))
     return entries
 
 
-def _phi_name(phi: int, names: set[str], usual: str) -> str:
+def _phi_name(phi: int, names: set[str], default: str) -> str:
     prefix = 'quantize.quant_resi'
     candidates = (f'{prefix}.qresi_ls.{phi}', f'{prefix}.{phi}', f'{prefix}.qresi')
-    return next((name for name in candidates if f'{name}.weight' in names), f'{prefix}.{usual}')
+    return next((name for name in candidates if f'{name}.weight' in names), f'{prefix}.{default}')
 
 
-def _their_name(ours: str) -> str:
+def _torch_name(param_name: str) -> str:
     """encoder/down_0_block_1/conv1/kernel -> encoder.down.0.block.1.conv1.weight"""
-    name = re.sub(r'/(kernel|scale)$', '/weight', ours)
+    name = re.sub(r'/(kernel|scale)$', '/weight', param_name)
     name = re.sub(r'/(down|up)_(\d+)_(block|attn)_(\d+)/', r'/\1/\2/\3/\4/', name)
     name = re.sub(r'/(down|up)_(\d+)_(downsample|upsample)/', r'/\1/\2/\3/conv/', name)
     return name.replace('/mid_', '/mid/').replace('/', '.')

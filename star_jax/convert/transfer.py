@@ -1,8 +1,8 @@
-"""How does a published file become a model folder, and a folder the originals' files?
+"""How is a published file converted to a model folder, and a folder back to published files?
 
-Tensor by tensor: never is more than one of them in memory. Every tensor of a file is a parameter,
-or made again from the sizes (`buffers`), or ignored for a known reason; those of the last kind
-travel in the folder's `ignored.safetensors`, so that the way back gives every tensor again.
+Only one tensor at a time is in memory. Every tensor of a file is a parameter, a buffer that follows
+from the sizes, or ignored for a known reason. The folder keeps ignored tensors in
+`ignored.safetensors`, so that the conversion back returns every tensor.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from typing import Any
 
 from star_jax import files
 from star_jax.checkpoint import folder, models, weights
-from star_jax.checkpoint.stored import Form, Stored, Streamed, Tensors, write
+from star_jax.checkpoint.stored import StoredTensors, StreamedArray, Tensors, TensorSpec, write
 from star_jax.convert import infer, published
-from star_jax.convert.infer import Unsaid
-from star_jax.convert.table import Table
+from star_jax.convert.infer import ModelOptions
+from star_jax.convert.table import ConversionTable
 from star_jax.core.schedule import Grids
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
@@ -26,15 +26,20 @@ from star_jax.protocols import Family
 from star_jax.text.folder import CONFIG, INDEX, full_name, locate
 from star_jax.tokenizers.residual_vq import VQ
 
-QUANTISER = 'quantize.'  # how the names of a tokenizer's ignored tensors begin
-PHIS = 'phis'  # the metadata of ignored tensors that say how the file calls its phis
+QUANTISER = 'quantize.'  # prefix of the ignored tensors of a tokenizer
+PHIS = 'phis'  # metadata of `ignored.safetensors`: the file's name of the first phi kernel
 STATE = 'state_dict.safetensors'
 OUT = {'transformer': f'transformer.{STATE}', 'tokenizer': f'tokenizer.{STATE}'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """The text encoder of a model: a folder, package or hub id, copied into the folder or named."""
+class TextSource:
+    """The text encoder that a converted model gets.
+
+    Attributes:
+        source: a folder, `package:NAME` or hub id.
+        inside: copy it into the model folder; otherwise the folder names its source.
+    """
 
     source: str
     inside: bool = False
@@ -42,16 +47,24 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A state dict, what it is, and the table that its tensors passed."""
+    """A published state dict whose tensors passed the check of its table.
+
+    Attributes:
+        config: the inferred config.
+        table: the conversion table of the config.
+        tensors: the published tensors.
+    """
 
     config: Family | VQ
-    table: Table
+    table: ConversionTable
     tensors: Tensors
 
     @property
-    def ignored(self) -> dict[str, Streamed]:
-        forms = self.tensors.forms()
-        return {name: _same(self.tensors, name, forms) for name in self.table.left_over(forms)}
+    def ignored(self) -> dict[str, StreamedArray]:
+        specs = self.tensors.specs()
+        return {
+            name: _unchanged(self.tensors, name, specs) for name in self.table.ignored_names(specs)
+        }
 
     @property
     def parameters(self) -> int:
@@ -59,43 +72,57 @@ class Part:
 
 
 def to_folder(
-    file: Path, out: Path, unsaid: Unsaid, tokenizer: str = '', text: Text | None = None
+    file: Path,
+    out: Path,
+    options: ModelOptions,
+    tokenizer: str = '',
+    text: TextSource | None = None,
 ) -> dict[str, Part]:
-    """Writes the model folder of a published file; what was in the file.
+    """Converts a published file to a model folder.
 
-    `tokenizer` is a published file or a model folder, for files that have none of their own. Raises
-    UserError for files that are no such model, and where the folder cannot be written.
+    Args:
+        file: the published file.
+        out: the folder to write.
+        options: fields of the config that the file does not contain.
+        tokenizer: published file or model folder of the tokenizer, for files without one.
+        text: the text encoder, if the model has one.
+
+    Returns:
+        The parts of the file by name: 'transformer', 'tokenizer', or both.
+
+    Raises:
+        UserError: a file is no published model, or the folder cannot be written.
     """
     folder.check_free(out)
-    found = published.read(file)
-    other = carried = None
+    state_dicts = published.read(file)
+    image_tokenizer = ignored_file = None
     if tokenizer and Path(tokenizer).suffix in published.SUFFIXES:
-        beside = published.read(Path(tokenizer))
-        if 'tokenizer' not in beside:
+        tokenizer_file = published.read(Path(tokenizer))
+        if 'tokenizer' not in tokenizer_file:
             raise UserError(f'{tokenizer} holds no tokenizer')
-        found |= {'tokenizer': beside['tokenizer']}
+        state_dicts |= {'tokenizer': tokenizer_file['tokenizer']}
     elif tokenizer:
-        other = models.read_tokenizer(tokenizer)
-        carried = models.locate(tokenizer) / folder.IGNORED
+        image_tokenizer = models.read_tokenizer(tokenizer)
+        ignored_file = models.locate(tokenizer) / folder.IGNORED
     parts, grids = {}, ()
-    if 'transformer' in found:
-        parts['transformer'] = part = _part(found['transformer'], unsaid, str(file))
+    if 'transformer' in state_dicts:
+        parts['transformer'] = part = _part(state_dicts['transformer'], options, str(file))
         grids = part.config.schedule.grids
-    if 'tokenizer' in found and other is None:
+    if 'tokenizer' in state_dicts and image_tokenizer is None:
         where = tokenizer or str(file)
-        parts['tokenizer'] = _part(found['tokenizer'], unsaid, where, grids)
-        other = _tokenizer(parts['tokenizer'])
-    if other is None:
+        parts['tokenizer'] = _part(state_dicts['tokenizer'], options, where, grids)
+        image_tokenizer = _tokenizer(parts['tokenizer'])
+    if image_tokenizer is None:
         raise UserError(
-            f'{file} has no image tokenizer, and a model folder needs one: give its file or the '
-            'folder of a model that has the same with --tokenizer'
+            f'{file} has no image tokenizer, and a model folder needs one: give its file, or the '
+            'folder of a model with the same tokenizer, with --tokenizer'
         )
-    content: Any = other
+    content: Any = image_tokenizer
     if 'transformer' in parts:
-        content = _model(parts['transformer'], other, text, str(file))
+        content = _model(parts['transformer'], image_tokenizer, text, str(file))
 
     def fill(new: Path) -> None:
-        _write_ignored(new / folder.IGNORED, parts.values(), carried)
+        _write_ignored(new / folder.IGNORED, parts.values(), ignored_file)
         if text and text.inside:
             _copy_text(text.source, new / folder.INSIDE)
 
@@ -104,27 +131,31 @@ def to_folder(
     return parts
 
 
-def to_files(place: Path, out: Path) -> list[Path]:
-    """Writes the state dicts of a model folder, in the originals' names, to the folder `out`.
+def to_files(model_folder: Path, out: Path) -> list[Path]:
+    """Converts a model folder to state dicts with the published names, in the folder `out`.
 
-    Raises UserError where there is no model folder, or one that cannot be read.
+    Returns:
+        The written files.
+
+    Raises:
+        UserError: there is no model folder, or it cannot be read.
     """
     files.check_folder(out)
-    alone = folder.holds_tokenizer_alone(place)
+    alone = folder.holds_tokenizer_alone(model_folder)
     load = _open
-    model = None if alone else folder.read(place, load)
-    tokenizer = model.tokenizer if model else folder.read_tokenizer(place, load)
-    path = place / folder.IGNORED
-    ignored = Stored([path]) if path.exists() else None
+    model = None if alone else folder.read(model_folder, load)
+    tokenizer = model.tokenizer if model else folder.read_tokenizer(model_folder, load)
+    path = model_folder / folder.IGNORED
+    ignored = StoredTensors([path]) if path.exists() else None
     names = [weights.read_metadata(path).get(PHIS, '')] if ignored else []
     written = []
     for name, part in {'transformer': model, 'tokenizer': tokenizer}.items():
         if part is None:
             continue
-        table = Table.of(part.config, _phi_names(names, part.config))
-        state = table.state(_checked(part.params, table, place / f'{name}'))
+        table = ConversionTable.from_config(part.config, _phi_names(names, part.config))
+        state = table.state(_checked(part.params, table, model_folder / f'{name}'))
         if ignored:
-            state |= _of_tokenizer(ignored, name == 'tokenizer')
+            state |= _ignored_of(ignored, of_tokenizer=name == 'tokenizer')
         written.append(out / OUT[name])
         with files.writing(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -132,16 +163,16 @@ def to_files(place: Path, out: Path) -> list[Path]:
     return written
 
 
-def _part(tensors: Tensors, unsaid: Unsaid, where: str, grids: Grids = ()) -> Part:
-    forms = tensors.forms()
+def _part(tensors: Tensors, options: ModelOptions, where: str, grids: Grids = ()) -> Part:
+    specs = tensors.specs()
     try:
-        if published.OF_TOKENIZER in forms:
-            config = infer.tokenizer(forms, unsaid, grids)
+        if published.TOKENIZER_TENSOR in specs:
+            config = infer.tokenizer(specs, options, grids)
         else:
-            config = infer.transformer(forms, unsaid)
+            config = infer.transformer(specs, options)
     except UserError as error:
         raise UserError(f'{where}: {error}') from error
-    table = Table.of(config, forms)
+    table = ConversionTable.from_config(config, specs)
     table.check(tensors, where)
     return Part(config=config, table=table, tensors=tensors)
 
@@ -150,7 +181,9 @@ def _tokenizer(part: Part) -> folder.Tokenizer:
     return folder.Tokenizer(config=part.config, params=part.table.params(part.tensors))
 
 
-def _model(part: Part, tokenizer: folder.Tokenizer, text: Text | None, where: str) -> folder.Model:
+def _model(
+    part: Part, tokenizer: folder.Tokenizer, text: TextSource | None, where: str
+) -> folder.Model:
     for name in ('codes', 'channels'):
         if getattr(part.config, name) != getattr(tokenizer.config, name):
             raise UserError(
@@ -159,7 +192,7 @@ def _model(part: Part, tokenizer: folder.Tokenizer, text: Text | None, where: st
             )
     reads_text = isinstance(part.config, Star)
     if text and not reads_text:
-        raise UserError(f'{where} is a model of classes and reads no text: leave --text out')
+        raise UserError(f'{where} is a class-conditional model and reads no text: leave --text out')
     return folder.Model(
         config=part.config,
         params=part.table.params(part.tensors),
@@ -170,7 +203,7 @@ def _model(part: Part, tokenizer: folder.Tokenizer, text: Text | None, where: st
 
 
 def _published_sampling(config: Family) -> Settings:
-    """The settings of the originals' own images (STAR specification 8 and 11)."""
+    """The sampling settings of the publications (STAR specification 8 and 11)."""
     if not isinstance(config, Star):
         return Settings(guidance=1.5, top_k=900, top_p=0.96)
     if config.refinement:
@@ -179,61 +212,61 @@ def _published_sampling(config: Family) -> Settings:
     return Settings(guidance=4.0, top_k=600, top_p=0.8)
 
 
-def _reference(text: Text) -> folder.Text:
+def _reference(text: TextSource) -> folder.Text:
     source = folder.INSIDE_SOURCE if text.inside else full_name(text.source)
     return folder.Text(source=source, sha256=locate(text.source).sha256())
 
 
 def _copy_text(source: str, to: Path) -> None:
-    found = locate(source)
+    encoder = locate(source)
     to.mkdir()
-    index = [path for path in [found.path / INDEX] if path.is_file()]
-    for path in (found.path / CONFIG, *index, *found.weights, *found.tokenizer):
+    index = [path for path in [encoder.path / INDEX] if path.is_file()]
+    for path in (encoder.path / CONFIG, *index, *encoder.weights, *encoder.tokenizer):
         shutil.copyfile(path, to / path.name)
 
 
-def _write_ignored(path: Path, parts: Iterable[Part], carried: Path | None) -> None:
-    """What was ignored of the parts, and of the folder's tokenizer that has `carried` beside it."""
+def _write_ignored(path: Path, parts: Iterable[Part], earlier: Path | None) -> None:
+    """Writes the ignored tensors of the parts and those of the tokenizer's folder in `earlier`."""
     ignored, phis = {}, {}
-    if carried and carried.exists():
-        ignored = _of_tokenizer(Stored([carried]), True)
-        phis = weights.read_metadata(carried)
+    if earlier and earlier.exists():
+        ignored = _ignored_of(StoredTensors([earlier]), of_tokenizer=True)
+        phis = weights.read_metadata(earlier)
     for part in parts:
         ignored |= part.ignored
         if isinstance(part.config, VQ):
-            first = next(e.theirs for e in part.table.entries if e.ours == 'quantiser/phi_kernel')
-            phis = {PHIS: first}
+            kernels = (e for e in part.table.entries if e.param_name == 'quantiser/phi_kernel')
+            phis = {PHIS: next(kernels).torch_name}
     if ignored or phis:
         write(path, ignored, phis)
 
 
 def _phi_names(first: Sequence[str], config: Family | VQ) -> list[str]:
-    """The names of all phi kernels from that of the first ('' or none: as published)."""
+    """The names of all phi kernels, from the name of the first ('' or none: as published)."""
     if not isinstance(config, VQ):
         return []
-    given = next(iter(first), '')
-    if given.endswith('.0.weight'):
-        return [given.replace('.0.weight', f'.{phi}.weight') for phi in range(config.phis)]
-    return [given]
+    name = next(iter(first), '')
+    if name.endswith('.0.weight'):
+        return [name.replace('.0.weight', f'.{phi}.weight') for phi in range(config.phis)]
+    return [name]
 
 
-def _open(path: Path) -> Stored:
-    return Stored(weights.paths(path))
+def _open(path: Path) -> StoredTensors:
+    return StoredTensors(weights.paths(path))
 
 
-def _checked(params: Stored, table: Table, where: Path) -> Stored:
-    """The arrays of a folder; UserError unless they are those of its config."""
-    if flaws := weights.mismatches(params.forms(), table.abstract, weights.fits):
-        raise UserError(f'{where}: the arrays are not those of its config: {flaws}')
+def _checked(params: StoredTensors, table: ConversionTable, where: Path) -> StoredTensors:
+    """The arrays of a folder; UserError unless they fit its config."""
+    if flaws := weights.mismatches(params.specs(), table.abstract, weights.fits):
+        raise UserError(f'{where}: the arrays do not fit its config: {flaws}')
     return params
 
 
-def _of_tokenizer(ignored: Tensors, wanted: bool) -> dict[str, Streamed]:
-    """The ignored tensors of a tokenizer, or those of a transformer."""
-    forms = ignored.forms()
-    own = [name for name in forms if name.startswith(QUANTISER) == wanted]
-    return {name: _same(ignored, name, forms) for name in own}
+def _ignored_of(ignored: Tensors, *, of_tokenizer: bool) -> dict[str, StreamedArray]:
+    """The ignored tensors of the tokenizer, or those of the transformer."""
+    specs = ignored.specs()
+    names = [name for name in specs if name.startswith(QUANTISER) == of_tokenizer]
+    return {name: _unchanged(ignored, name, specs) for name in names}
 
 
-def _same(tensors: Tensors, name: str, forms: Mapping[str, Form]) -> Streamed:
-    return Streamed(*forms[name], lambda: [tensors.read(name)])
+def _unchanged(tensors: Tensors, name: str, specs: Mapping[str, TensorSpec]) -> StreamedArray:
+    return StreamedArray(*specs[name], lambda: [tensors.read(name)])

@@ -1,11 +1,11 @@
-"""Which published VAR tensor is which of our parameters? (STAR specification 11)"""
+"""Which parameter does each published VAR tensor become? (STAR specification 11)"""
 
 from star_jax.convert.entries import Entry, layer_entries
 from star_jax.convert.star import ADDITIVE, BLOCK, BLOCK_OFFSET, BLOCK_SCALE, LINEAR, SAME
 from star_jax.families.var import Var
 from star_jax.nn.positions import Learned
 
-# Functions of the sizes that published files hold beside the weights.
+# Tensors of published files that follow from the sizes.
 BUFFERS = ('zero_k_bias', 'lvl_1L', 'attn_bias_for_masking')
 
 OUTER = (
@@ -30,7 +30,7 @@ BLOCK_ADALN = (
 
 
 def var_entries(var: Var) -> list[Entry]:
-    """The table of one transformer."""
+    """The table of a transformer."""
     outer = OUTER + (SHARED_ADALN if var.shared_adaln else ())
     outer += LEVELS if var.level_embedding or var.shared_adaln else ()
     outer += ADDITIVE if isinstance(var.positions, Learned) else ()

@@ -174,7 +174,7 @@ def var_params(case: Case, var: Var) -> dict:
 
 def quantiser_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
     """The entries of a tokenizer's table for codebook and phi."""
-    return [entry for entry in vq_entries(vq, names) if entry.theirs.startswith(QUANTISER)]
+    return [entry for entry in vq_entries(vq, names) if entry.torch_name.startswith(QUANTISER)]
 
 
 def star_config(case: Case) -> Star:

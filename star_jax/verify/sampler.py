@@ -159,7 +159,7 @@ class Refinements(Generations):
         loss, head = head_gradient_fn(star)(
             self.params['model'], *self.head_inputs, codes_BL, visible_BL
         )
-        entries = [entry for entry in star_entries(star) if entry.ours.startswith('refiner/')]
+        entries = [entry for entry in star_entries(star) if entry.param_name.startswith('refiner/')]
         return loss, optax.tree.norm(head), to_state(entries, {'refiner': head})
 
 
