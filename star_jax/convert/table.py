@@ -36,7 +36,7 @@ class ConversionTable:
     ignored: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: Family | VQ, names: Iterable[str]) -> 'ConversionTable':
+    def from_config(cls, config: Family | VQ, names: Iterable[str]) -> 'ConversionTable':
         """The table of a config; `names` are the tensor names of a file (see `vq_entries`)."""
         abstract = weights.flatten(meta.unbox(config.abstract()))
         if isinstance(config, VQ):
