@@ -12,7 +12,7 @@ __version__ = '0.1.0'
 def __getattr__(name: str) -> Any:
     # The command line starts here too, and handles ctrl-c before JAX is imported.
     if name == 'load':
-        from star_jax.sampling.pipeline import load
+        from star_jax.sampling.loading import load
 
         return load
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

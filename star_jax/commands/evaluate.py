@@ -20,7 +20,7 @@ from star_jax.evaluation import eval_report, eval_tables
 from star_jax.evaluation.eval_context import Job, Subject
 from star_jax.evaluation.groups import SHAPES
 from star_jax.parallel import startup
-from star_jax.sampling.pipeline import CrossAttentionMode
+from star_jax.protocols import CrossAttentionMode
 
 SWEPT = ('guidance', 'top_k', 'top_p', 'temperature')  # options that take several values
 

@@ -20,7 +20,8 @@ from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
 from star_jax.parallel import startup
 from star_jax.parallel.mesh import MeshShape
-from star_jax.sampling import pipeline, program
+from star_jax.protocols import CrossAttentionMode
+from star_jax.sampling import loading, pipeline, program
 from star_jax.sampling.sample_folder import SampleFolder
 
 NO_TEXT = ('Cc', 'Cs')  # categories of Unicode: control characters, surrogates
@@ -64,7 +65,7 @@ class Sample:
     seed: int = 0
     batch: int = pipeline.BATCH
     dtype: Dtype = 'float32'
-    cross_attention: pipeline.CrossAttentionMode = 'as_trained'
+    cross_attention: CrossAttentionMode = 'as_trained'
     buckets: Buckets | None = None
     mesh: MeshShape = MeshShape(data=1)
     settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
@@ -85,7 +86,7 @@ def main(words: Sequence[str]) -> int:
     files.check_folder(options.out)
     startup.start()
     model = {'source': options.model, 'sha256': models.digest(options.model)}
-    pipe = pipeline.load(
+    pipe = loading.load(
         options.model,
         text=options.text,
         dtype=options.dtype,

@@ -15,8 +15,9 @@ from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.evaluation.groups import SHAPES, Group, groups
 from star_jax.parallel import machine
-from star_jax.sampling import pipeline
-from star_jax.sampling.pipeline import CrossAttentionMode, Pipeline
+from star_jax.protocols import CrossAttentionMode
+from star_jax.sampling import loading
+from star_jax.sampling.pipeline import Pipeline
 from star_jax.text import TextEncoder
 
 # (bits of work, how many, what is done) -> the same bits, while somebody shows how far it is.
@@ -30,7 +31,7 @@ class Job:
     `place`: a model or tokenizer folder. `parts`: names of `report.PARTS` (none: all that place and
     data allow). `count`: images per split and, of shapes, per number of objects. Image i of a group
     is drawn from the key of `seed` + i, once with each of `settings`. `cross_attention`: as of
-    `pipeline.load`.
+    `loading.load`.
     """
 
     place: str
@@ -63,7 +64,7 @@ class Subject:
         self.model = (
             None
             if alone
-            else pipeline.with_cross_attention(models.read(job.place), job.cross_attention)
+            else loading.with_cross_attention(models.read(job.place), job.cross_attention)
         )
         if self.model and not self.model.config.text_width:
             raise UserError(
@@ -83,7 +84,7 @@ class Subject:
     def pipe(self) -> Pipeline:
         """Raises UserError where there is no model that draws."""
         job = self.job
-        pipe = pipeline.prepare(self.model, job.place, text=job.text, dtype=job.dtype)
+        pipe = loading.prepare(self.model, job.place, text=job.text, dtype=job.dtype)
         pipe.encoder = _Remembering(pipe.encoder)
         return pipe
 

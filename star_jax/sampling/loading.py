@@ -1,0 +1,71 @@
+"""From which folders is a pipeline loaded?"""
+
+import dataclasses
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from star_jax.checkpoint import folder, models
+from star_jax.core.buckets import Buckets
+from star_jax.errors import UserError
+from star_jax.protocols import CrossAttentionMode, PromptEncoder
+from star_jax.sampling.pipeline import Pipeline
+from star_jax.text import load as load_text
+
+
+def load(
+    source: str | Path,
+    text: str = '',
+    dtype: str = 'float32',
+    mesh: Mesh | None = None,
+    cross_attention: CrossAttentionMode = 'as_trained',
+    buckets: Buckets | None = None,
+) -> Pipeline:
+    """Loads a pipeline.
+
+    Args:
+        source: a model folder, a hub id, or 'shipped'.
+        text: a path or hub id of the model's text encoder; by default the one that the model names.
+        dtype: of activations.
+        mesh: the devices, over which parameters are sharded as in training and batches are split;
+            by default the first device alone.
+        cross_attention: as the model was trained; 'corrected'; or 'released', where the unprompted
+            row of an image attends to the text of its prompted row.
+        buckets: the first and the last of scales that share a part of the program (by default
+            those that suit the platform): equal images, faster to compile, slower to run.
+
+    Raises:
+        UserError: a folder that cannot be read, a text encoder that the model was not trained with,
+            or invalid buckets.
+    """
+    model = with_cross_attention(models.read(source), cross_attention)
+    return prepare(model, str(source), text=text, dtype=dtype, mesh=mesh, buckets=buckets)
+
+
+def prepare(
+    model: folder.Model,
+    source: str,
+    *,
+    text: str = '',
+    dtype: str = 'float32',
+    mesh: Mesh | None = None,
+    buckets: Buckets | None = None,
+) -> Pipeline:
+    """A pipeline of a model that was read from `source`; other arguments as of `load`."""
+
+    def load_encoder() -> PromptEncoder:
+        if model.text:
+            return load_text(text or model.text.source, sha256=model.text.sha256, mesh=mesh)
+        if not text:
+            raise UserError(
+                f'{source}: the model names no text encoder, and it samples from prompts: name the '
+                'one that it was trained with (--text FOLDER)'
+            )
+        return load_text(text, mesh=mesh)
+
+    return Pipeline(model, model.config.prompt_encoder(load_encoder), dtype, mesh, buckets)
+
+
+def with_cross_attention(model: folder.Model, mode: CrossAttentionMode) -> folder.Model:
+    """The model with another cross-attention; a UserError for a family without the choice."""
+    return dataclasses.replace(model, config=model.config.with_cross_attention(mode))
