@@ -209,6 +209,26 @@ def test_help_names_every_option_that_the_parser_takes(words, described):
         assert parsed <= set(names)
 
 
+def test_documents_name_commands_and_options_that_exist(described):
+    known: dict[str, set[str]] = {}
+    for words in HELP_OF:
+        command = ' '.join(word for word in words if '/' not in word)
+        options = help_text.options(*described(words))
+        known.setdefault(command, set()).update(option.name for option in options)
+    documents = [ROOT / 'README.md', *ROOT.glob('docs/**/*.md'), *ROOT.glob('launch/*.sh')]
+    documents += [*ROOT.glob('configs/**/*.py'), *ROOT.glob('star_jax/c*/*.py')]
+    count, unknown = 0, []
+    for path in documents:
+        text = re.sub(r' *\\\n *', ' ', path.read_text())
+        for line in re.findall(r'star-jax ([a-z][^\n`|;&#]*)', text):
+            command = max((name for name in known if line.startswith(name)), key=len, default='')
+            names = re.findall(r'--([a-z][\w.-]*\w)', line)
+            names = {re.sub(r'(^|\.)no-', r'\1', name) for name in names} - {'help', 'help-all'}
+            unknown += [f'{path}: {line}'] if names - known.get(command, set()) else []
+            count += bool(names)
+    assert count > 50 and unknown == []
+
+
 def test_help_of_every_command_is_tested():
     assert {words[0] for words in HELP_OF} == cli.COMMANDS.keys()
 
@@ -235,7 +255,7 @@ def test_common_options_exist(run_type, sections):
         (('sample', 'a red circle', '--guidance', '-1'), 'guidance'),
         (('train', '--model.depht', '3'), '--model.depht'),
         (('train', '--model.width', '1001'), '1001'),
-        (('export',), 'PATH'),
+        (('export',), 'expected RUN'),
         (('data', 'prepare', 'photographs', 'out'), 'photographs'),
     ],
 )

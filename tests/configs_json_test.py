@@ -1,4 +1,4 @@
-"""Does a config survive the way through JSON, and is every mistake in one named?"""
+"""Does a config survive JSON unchanged, and does an error name every invalid field?"""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ models = st.builds(
 
 @hypothesis.settings(max_examples=50, deadline=None, database=None)
 @hypothesis.given(st.builds(Run, model=models, batch=st.integers()))
-def test_a_config_survives_json(run):
+def test_config_survives_json(run):
     text = json.dumps(config.to_json(run), allow_nan=False)
     again = config.from_json(Run, json.loads(text))
     assert again == run
@@ -82,7 +82,7 @@ def test_a_config_survives_json(run):
     assert hash(again) == hash(run)
 
 
-def test_unions_are_tagged_and_nothing_else_is():
+def test_json_tags_unions_only():
     data = config.to_json(RUN)
     assert 'kind' not in data and 'kind' not in data['model']
     assert data['model']['positions'] == {'kind': 'Learned', 'tokens': 21}
@@ -102,7 +102,7 @@ def changed(path: str, value: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    'path, value, field, said',
+    'path, value, field, message',
     [
         ('batch', '8', 'batch', 'given "8", expected a whole number'),
         ('batch', 8.5, 'batch', 'given 8.5, expected a whole number'),
@@ -131,14 +131,14 @@ def changed(path: str, value: object) -> dict:
         ('model.parts', [{'kind': 'Learned'}], 'model.parts[0].tokens', 'missing'),
     ],
 )
-def test_a_mistake_is_named_with_its_field(path, value, field, said):
+def test_error_names_the_invalid_field(path, value, field, message):
     with pytest.raises(UserError) as caught:
         config.from_json(Run, changed(path, value), where='x.json')
     assert str(caught.value).startswith(f'x.json: {field}: ')
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_every_mistake_is_listed_up_to_eight():
+def test_error_lists_at_most_eight_fields():
     with pytest.raises(UserError, match='model.depth: missing.*; batch: given') as caught:
         config.from_json(Run, {'model': {}, 'batch': 'x'})
     assert '\n' not in str(caught.value)
@@ -146,20 +146,20 @@ def test_every_mistake_is_listed_up_to_eight():
         config.from_json(Run, {'model': {'depth': 1, 'sides': ['x'] * 20}})
 
 
-def test_a_whole_number_serves_as_a_float_and_a_round_float_as_a_whole_number():
+def test_whole_numbers_and_floats_convert_without_loss():
     run = config.from_json(Run, {'model': {'depth': 2.0, 'extra': {'kind': 'Rotary', 'theta': 3}}})
     assert type(run.model.depth) is int
     assert type(run.model.extra.theta) is float
 
 
-def test_a_file_holds_a_config(tmp_path):
+def test_config_survives_a_file(tmp_path):
     path = tmp_path / 'config.json'
     config.write(path, RUN)
     assert config.read(path, Run) == RUN
     assert [entry.name for entry in tmp_path.iterdir()] == ['config.json']
 
 
-def test_a_config_that_could_not_be_read_back_is_not_written(tmp_path):
+def test_invalid_config_is_not_written(tmp_path):
     path = tmp_path / 'config.json'
     config.write(path, RUN)
     with pytest.raises(UserError, match='batch: given "eight", expected a whole number'):
@@ -172,7 +172,7 @@ def test_a_config_that_could_not_be_read_back_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize('size', [0, 1, 40, 200])
-def test_a_file_cut_short_is_refused_with_the_line(tmp_path, size):
+def test_error_names_the_line_of_a_truncated_file(tmp_path, size):
     path = tmp_path / 'config.json'
     config.write(path, RUN)
     path.write_text(path.read_text()[:size])
@@ -180,14 +180,14 @@ def test_a_file_cut_short_is_refused_with_the_line(tmp_path, size):
         config.read(path, Run)
 
 
-def test_a_file_as_windows_writes_it_is_read(tmp_path):
+def test_file_with_windows_line_ends_is_read(tmp_path):
     path = tmp_path / 'config.json'
     config.write(path, RUN)
     path.write_text(path.read_text().replace('\n', '\r\n'), 'utf-8-sig')
     assert config.read(path, Run) == RUN
 
 
-def test_files_that_hold_no_json_are_refused(tmp_path):
+def test_files_without_json_are_refused(tmp_path):
     path = tmp_path / 'config.json'
     with pytest.raises(UserError, match='no such file'):
         config.read(path, Run)
@@ -199,7 +199,7 @@ def test_files_that_hold_no_json_are_refused(tmp_path):
         config.read(path, Rotary)
 
 
-def test_differences_name_the_fields_and_both_values():
+def test_differences_name_fields_and_both_values():
     other = Run(
         model=dataclasses.replace(
             RUN.model,
@@ -220,11 +220,11 @@ def test_differences_name_the_fields_and_both_values():
     ]
 
 
-def test_a_whole_number_in_a_float_field_is_no_difference():
+def test_whole_number_in_a_float_field_is_no_difference():
     assert config.differences(Rotary(theta=3), Rotary(theta=3.0)) == []
 
 
-def test_a_run_is_an_expression_or_a_file_of_json(tmp_path):
+def test_run_loads_from_python_and_from_json(tmp_path):
     path = tmp_path / 'small.py'
     path.write_text('import fractions\nrun = fractions.Fraction(1, 2)\nother = 3\n')
     assert config.load_run(path).denominator == 2
@@ -234,7 +234,7 @@ def test_a_run_is_an_expression_or_a_file_of_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'source, said',
+    'source, message',
     [
         ('x = 1\n', "defines no 'run'"),
         ('run = 1\n', "'run' is a int, expected a Run object"),
@@ -242,14 +242,14 @@ def test_a_run_is_an_expression_or_a_file_of_json(tmp_path):
         ('import json\n\nrun = json.loads("{")\n', 'small.py, line 3: .*JSONDecodeError'),
     ],
 )
-def test_a_run_file_with_a_mistake_is_named_with_its_line(tmp_path, source, said):
+def test_error_names_the_line_of_an_invalid_python_file(tmp_path, source, message):
     path = tmp_path / 'small.py'
     path.write_text(source)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         config.load_run(path, Run)
 
 
-def test_paths_that_are_no_run_are_refused(tmp_path):
+def test_paths_without_a_run_are_refused(tmp_path):
     with pytest.raises(UserError, match='cannot be read'):
         config.load_run(tmp_path / 'missing.py', Run)
     with pytest.raises(UserError, match='expected a .py file'):

@@ -1,4 +1,4 @@
-"""Every published stage has a config, of the published size and the published hyperparameters."""
+"""Do the configs have the published sizes and hyperparameters of every stage?"""
 
 import functools
 import math
@@ -38,7 +38,7 @@ def read(name: str) -> Run:
 
 
 @pytest.mark.parametrize('name', STAGES)
-def test_a_published_stage(name):
+def test_config_has_published_size_and_hyperparameters(name):
     parameters, tokens, peak, batch = STAGES[name]
     run = read(name)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(meta.unbox(run.model.abstract())))
@@ -51,10 +51,10 @@ def test_a_published_stage(name):
     assert run.optimizer.learning_rate.warmup_steps == round(run.pace.steps / 50)
 
 
-def test_each_stage_goes_on_from_an_earlier_one():
+def test_each_stage_warm_starts_from_an_earlier_one():
     stages = list(STAGES)
     for name in stages:
         if init := read(name).init:
-            before = init.split('/')[1]
-            assert stages.index(before) < stages.index(name)
-            assert read(before).model.width == read(name).model.width
+            earlier = init.split('/')[1]
+            assert stages.index(earlier) < stages.index(name)
+            assert read(earlier).model.width == read(name).model.width
