@@ -71,7 +71,13 @@ class Starter(Protocol):
         """[B, rows of step 0, D] float32: the text prefix, if the family has one, comes first."""
 
     def text(self, condition: Any) -> tuple[jax.Array | None, jax.Array | None]:
-        """Token states [B, T, E] for cross-attention and their mask [B, T], or (None, None)."""
+        """Token states [B, T, E] for cross-attention and how many of each image are visible, [B].
+
+        The visible ones come first. (None, None) without text.
+        """
+
+    def padding(self, condition: Any) -> jax.Array | None:
+        """[B] int32: rows at the start of each image's prefix that are padding, or None."""
 
     def summary(self, condition: Any) -> jax.Array | None:
         """[B, D] float32: one vector per image for modulation, or None."""

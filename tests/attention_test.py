@@ -1,6 +1,7 @@
-"""Does every way of computing attention give the formula's numbers and gradients?"""
+"""Does every kernel give the numbers and gradients of the formula?"""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -9,18 +10,19 @@ import numpy as np
 import pytest
 
 from star_jax.core.schedule import Pyramid, Raster
-from star_jax.core.visibility import StaticVisibility, TracedVisibility
+from star_jax.core.visibility import ALL, StaticVisibility, TracedVisibility, Visibility, pack
 from star_jax.errors import UserError
 from star_jax.nn import attention_dispatch, flash
+from star_jax.nn.cache import KV
 from star_jax.nn.flash import Flash
-from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, Tiled, mask_of
+from star_jax.nn.kernels import ByScale, Chunked, Dense, Kernel, Tiled
 from star_jax.nn.splash import Splash
 
 B, N, H = 2, 2, 4
 PYRAMID = Pyramid.square((1, 2, 2, 3))  # 18 rows
 RASTER = Raster(3, 4, prefix=3)  # 14 rows
-# What is seen, and of how many keys.
-SEEN = {
+# Upper bounds of the rows, and how many keys there are.
+BOUNDS = {
     'pyramid': (PYRAMID.visibility(), 18),
     'raster': (RASTER.visibility(), 14),
     'thinned': (PYRAMID.visibility(np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13])), 11),
@@ -35,73 +37,203 @@ KERNELS = {
     'chunked': Chunked(rows=4),
     'chunked_by_scale': ByScale(Chunked(rows=4), Chunked(rows=3), rows=2),
 }
+FIRST_B, END_B = jnp.array([2, 0]), jnp.array([3, 6])
 
 
-def draw(rows: int, keys: int, dtype: str = 'float32') -> tuple[jax.Array, KV]:
-    """Queries and keys that prefer some over others, and values."""
+def random(
+    rows: int, keys: int, dtype: str = 'float32', heads: int = N, kv_heads: int = N
+) -> tuple[jax.Array, KV]:
+    """Queries and keys with scores that differ, and values."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(B, n, N, H)).astype(dtype) for n in (rows, keys, keys))
-    return jnp.asarray(q), KV(jnp.asarray(k), jnp.asarray(v))
+    sizes = ((rows, heads), (keys, kv_heads), (keys, kv_heads))
+    q, k, v = (jnp.asarray(rng.normal(size=(B, *size, H)).astype(dtype)) for size in sizes)
+    return q, KV.from_rows(k, v)
+
+
+def pieces_of(kv: KV, *ends: int) -> tuple[KV, ...]:
+    """The keys and values cut at these rows."""
+    return tuple(kv.part(*span) for span in itertools.pairwise((0, *ends, kv.rows)))
 
 
 @functools.partial(jax.jit, static_argnames='kernel')
-def learn(kernel: Kernel, q_BLNH: jax.Array, kv: KV, visibility) -> tuple:
-    """What is gathered, and the gradients of a weighting of it."""
+def forward_and_backward(kernel: Kernel, q_BLNH: jax.Array, pieces, visibility) -> tuple:
+    """The output, and the gradients of a weighted sum of it."""
 
-    def loss(q_BLNH, kv):
-        y_BLNH = kernel(q_BLNH, kv, visibility)
+    def loss(q_BLNH, pieces):
+        *past, new = pieces
+        y_BLNH = kernel(q_BLNH, tuple(past), new, visibility)
         weights = jnp.cos(jnp.arange(y_BLNH.size, dtype=jnp.float32)).reshape(y_BLNH.shape)
         return (y_BLNH * weights).sum(), y_BLNH
 
-    return jax.grad(loss, argnums=(0, 1), has_aux=True)(q_BLNH, kv)
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(q_BLNH, pieces)
 
 
-def assert_same(kernel: Kernel, q_BLNH: jax.Array, kv: KV, visibility, atol: float = 2e-6) -> None:
+def formula(q_BLNH, past, new, visibility: Visibility) -> jax.Array:
+    """The definition of visibility and of attention, key by key, on joined keys."""
+    keys, values = (jnp.concatenate(x, -2) for x in zip(*past, new, strict=True))
+    before, rows = sum(kv.rows for kv in past), q_BLNH.shape[1]
+    written = before if visibility.written is None else visibility.written
+    number_M = jnp.arange(before + new.rows)
+    number_M = jnp.where(number_M < before, number_M, number_M - before + written)
+    unwritten_M = (jnp.arange(before + new.rows) < before) & (number_M >= written)
+    upper_L = jnp.full(rows, written + new.rows)
+    if visibility.rows is not None:
+        upper_L = jnp.broadcast_to(jnp.asarray(visibility.rows.keys_L), rows)
+    first_B = jnp.zeros(B, int) if visibility.first_B is None else visibility.first_B
+    end_B = jnp.full(B, before + new.rows) if visibility.end_B is None else visibility.end_B
+    lower_BL = jnp.minimum(first_B[:, None], upper_L[None] - 1)
+    visible_BLM = (
+        (number_M >= lower_BL[..., None])
+        & (number_M < upper_L[None, :, None])
+        & (number_M < end_B[:, None, None])
+        & ~unwritten_M[None, None]
+    )[:, None]
+    if visibility.mask is not None:
+        visible_BLM = visibility.mask
+    repeats = q_BLNH.shape[2] // new.heads
+    keys, values = (jnp.repeat(x, repeats, axis=1) for x in (keys, values))
+    scores = jnp.where(visible_BLM, jnp.einsum('BLNH,BNMH->BNLM', q_BLNH, keys), -1e30)
+    return jnp.einsum('BNLM,BNMH->BLNH', jax.nn.softmax(scores), values)
+
+
+def assert_same(
+    kernel: Kernel, q_BLNH: jax.Array, pieces, visibility: Visibility = ALL, atol: float = 2e-6
+) -> None:
     """`kernel` and the formula under a mask agree, forward and backward."""
-    found = learn(kernel, q_BLNH, kv, visibility)
-    expected = learn(Dense(), q_BLNH, kv, mask_of(visibility, kv.keys.shape[1]))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), found, expected)
+    pieces = (pieces,) if isinstance(pieces, KV) else pieces
+    outputs, expected = (
+        forward_and_backward(attend, q_BLNH, pieces, visibility) for attend in (kernel, formula)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), outputs, expected)
 
 
 def rows_of(visibility: StaticVisibility | None) -> int:
     return 5 if visibility is None else visibility.rows
 
 
-def test_the_formula_is_a_softmax_over_what_is_seen():
-    q_BLNH, kv = draw(2, 3)
-    found = Dense()(q_BLNH, kv, StaticVisibility.of(np.array([1, 2])))
-    np.testing.assert_allclose(found[:, 0], kv.values[:, 0], rtol=1e-6)
-    scores = np.einsum('nh,mnh->nm', q_BLNH[1, 1], kv.keys[1, :2])
+def test_dense_computes_a_softmax_over_visible_keys():
+    q_BLNH, kv = random(2, 3)
+    y_BLNH = Dense()(q_BLNH, (), kv, Visibility(rows=StaticVisibility.of(np.array([1, 2]))))
+    keys_BMNH, values_BMNH = kv.to_rows()
+    np.testing.assert_allclose(y_BLNH[:, 0], values_BMNH[:, 0], rtol=1e-6)
+    scores = np.einsum('nh,mnh->nm', q_BLNH[1, 1], keys_BMNH[1, :2])
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    expected = np.einsum('nm,mnh->nh', weights, kv.values[1, :2])
-    np.testing.assert_allclose(found[1, 1], expected, rtol=1e-5)
+    expected = np.einsum('nm,mnh->nh', weights, values_BMNH[1, :2])
+    np.testing.assert_allclose(y_BLNH[1, 1], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', SEEN)
-@pytest.mark.parametrize('kernel', KERNELS.values(), ids=KERNELS)
-def test_kernels_give_what_the_formula_gives(kernel, name):
-    visibility, keys = SEEN[name]
-    assert_same(kernel, *draw(rows_of(visibility), keys), visibility)
+ALL_KERNELS = {'dense': Dense(), **KERNELS}
 
 
-def test_a_traced_reach_is_a_known_one():
+@pytest.mark.parametrize('name', BOUNDS)
+@pytest.mark.parametrize('kernel', ALL_KERNELS.values(), ids=ALL_KERNELS)
+def test_kernels_agree_with_the_formula(kernel, name):
+    bounds, keys = BOUNDS[name]
+    assert_same(kernel, *random(rows_of(bounds), keys), Visibility(rows=bounds))
+
+
+@pytest.mark.parametrize('name', ['pyramid', 'raster', 'everything'])
+@pytest.mark.parametrize('kernel', ALL_KERNELS.values(), ids=ALL_KERNELS)
+def test_kernels_hide_the_first_keys_of_an_image(kernel, name):
+    """Rows of hidden padding attend to themselves alone."""
+    bounds, keys = BOUNDS[name]
+    visibility = Visibility(rows=bounds, first_B=FIRST_B)
+    assert_same(kernel, *random(rows_of(bounds), keys), visibility)
+
+
+@pytest.mark.parametrize('kernel', ALL_KERNELS.values(), ids=ALL_KERNELS)
+def test_kernels_hide_the_last_keys_of_an_image(kernel):
+    assert_same(kernel, *random(9, 7), Visibility(end_B=END_B))
+
+
+PIECEWISE = ['dense', 'heads_in_turn', 'chunked_by_scale']
+PAST = {  # upper bounds, keys, where the keys are cut, keys that images hide
+    'a_step': (StaticVisibility.of(PYRAMID.visible_rows[9:18]), 18, (9,), None),
+    'blocks': (StaticVisibility.of(PYRAMID.visible_rows[9:18]), 18, (4, 8, 9), FIRST_B),
+    'several_steps': (StaticVisibility.of(PYRAMID.visible_rows[5:]), 18, (2, 5), None),
+    'a_row': (StaticVisibility.of(RASTER.visible_rows[13:]), 14, (8, 13), FIRST_B),
+    'a_past_that_is_hidden_in_part': (StaticVisibility.of(np.array([2, 3, 12])), 12, (4, 9), None),
+    'everything': (None, 9, (2, 5), FIRST_B),
+}
+
+
+@pytest.mark.parametrize('name', PAST)
+@pytest.mark.parametrize('kernel', PIECEWISE)
+def test_kernels_read_the_past_in_pieces(kernel, name):
+    bounds, keys, ends, first_B = PAST[name]
+    q_BLNH, kv = random(4 if bounds is None else bounds.rows, keys)
+    visibility = Visibility(rows=bounds, first_B=first_B)
+    assert_same(ALL_KERNELS[kernel], q_BLNH, pieces_of(kv, *ends), visibility)
+
+
+@pytest.mark.parametrize('name', ['one', 'each', 'all'])
+@pytest.mark.parametrize('kernel', PIECEWISE)
+def test_kernels_hide_rows_that_are_not_written(kernel, name):
+    """Also where whole pieces of the past are hidden, which must not give NaN."""
+    q_BLNH, kv = random(4, 10)
+    for written in (0, 1, 3, 6):
+        bounds = {
+            'one': TracedVisibility(jnp.array([written + 3])),
+            'each': TracedVisibility(written + jnp.array([1, 2, 4, 3])),
+            'all': None,
+        }[name]
+        visibility = Visibility(rows=bounds, written=jnp.int32(written))
+        assert_same(ALL_KERNELS[kernel], q_BLNH, pieces_of(kv, 2, 6), visibility)
+
+
+@pytest.mark.parametrize('kernel', ALL_KERNELS.values(), ids=ALL_KERNELS)
+def test_query_heads_share_keys_in_order(kernel):
+    """Head i of 6 reads key head i // 3 of 2."""
+    bounds = StaticVisibility.of(PYRAMID.visible_rows[5:])
+    q_BLNH, kv = random(bounds.rows, 18, heads=6, kv_heads=2)
+    visibility = Visibility(rows=bounds, first_B=FIRST_B)
+    assert_same(kernel, q_BLNH, pieces_of(kv, 2, 5), visibility)
+
+
+@pytest.mark.parametrize('kernel', [Dense(), Chunked(rows=4), Tiled(most=400)], ids=str)
+def test_shared_keys_are_not_repeated_in_memory(kernel):
+    q, kv = (jax.ShapeDtypeStruct(s, 'float32') for s in ((2, 12, 8, H), (2, 2, 40, H)))
+    program = str(jax.make_jaxpr(kernel)(q, (), KV(kv, kv)))
+    assert not re.search(r'f32\[(2,)*8,40,4\]|f32\[(2,)*40,8,4\]', program)
+
+
+def test_traced_bounds_agree_with_static_ones():
     """Of some rows in any order, as where queries are split over devices."""
     keys_L = np.random.default_rng(1).permutation(PYRAMID.visible_rows)[:10]
-    assert_same(KERNELS['chunked_by_scale'], *draw(10, 18), TracedVisibility(jnp.asarray(keys_L)))
+    visibility = Visibility(rows=TracedVisibility(jnp.asarray(keys_L)))
+    assert_same(KERNELS['chunked_by_scale'], *random(10, 18), visibility)
 
 
 @pytest.mark.parametrize('shape', [(B, 1, 1, 6), (1, N, 1, 6), (9, 6), (B, N, 9, 6), (6,)], ids=str)
-@pytest.mark.parametrize('kernel', ['chunked_by_scale', 'images_in_turn'])
-def test_any_mask_may_be_given(kernel, shape):
+@pytest.mark.parametrize('kernel', ['dense', 'chunked_by_scale', 'images_in_turn'])
+def test_kernels_take_any_mask(kernel, shape):
     mask = np.random.default_rng(1).random(shape) < 0.5
     mask[..., 0] = True
-    assert_same(KERNELS[kernel], *draw(9, 6), jnp.asarray(mask))
+    q_BLNH, kv = random(9, 6)
+    for pieces in ((kv,), pieces_of(kv, 2, 3)):
+        assert_same(ALL_KERNELS[kernel], q_BLNH, pieces, Visibility(mask=jnp.asarray(mask)))
 
 
-def test_as_many_images_and_heads_at_once_as_the_cache_holds():
+def test_a_mask_with_holes_becomes_lengths():
+    """Attention to packed states is attention to the visible ones."""
+    q_BLNH, kv = random(3, 6)
+    mask_BT = np.array([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+    expected = Dense()(q_BLNH, (), kv, Visibility(mask=jnp.asarray(mask_BT > 0)[:, None, None]))
+    keys, values = kv.to_rows()
+    packed = [pack(x.reshape(B, 6, -1), jnp.asarray(mask_BT)) for x in (keys, values)]
+    kv = KV.from_rows(*(x.reshape(B, 6, N, H) for x, _ in packed))
+    np.testing.assert_array_equal(packed[0][1], [3, 2])
+    y_BLNH = Dense()(q_BLNH, (), kv, Visibility(end_B=packed[0][1]))
+    np.testing.assert_allclose(y_BLNH, expected, atol=1e-6)
+    leading, length_B = pack(values.reshape(B, 6, -1), jnp.asarray(mask_BT[[1, 1]]))
+    np.testing.assert_array_equal(leading, values.reshape(B, 6, -1))
+
+
+def test_tiles_are_as_large_as_the_cache_allows():
     def turns(most: int) -> list[int]:
         q = jax.ShapeDtypeStruct((4, 8, 6, H), jnp.float32)  # 256 bytes of scores per head
-        program = str(jax.make_jaxpr(Tiled(most))(q, KV(q, q)))
+        kv = jax.ShapeDtypeStruct((4, 6, 8, H), jnp.float32)
+        program = str(jax.make_jaxpr(Tiled(most))(q, (), KV(kv, kv)))
         return sorted(map(int, re.findall(r'length=(\d+)', program)))
 
     assert turns(4 * 6 * 256) == turns(4 * 6 * 256 // 2 + 1) == []
@@ -111,8 +243,8 @@ def test_as_many_images_and_heads_at_once_as_the_cache_holds():
     assert turns(1) == [4, 6]
 
 
-def test_pieces_have_no_mask_but_the_first():
-    """A pyramid's scales are pieces, its first ones and a raster's rows share some."""
+def test_spans_have_no_mask_but_the_first():
+    """A pyramid's scales are spans; its first ones and a raster's rows share some."""
     spans = Pyramid.square((1, 2, 3, 4, 6, 8, 8)).visibility().spans(32)
     assert [span[:3] for span in spans] == [(0, 66, 66), (66, 130, 130), (130, 194, 194)]
     assert [span.within is None for span in spans] == [False, True, True]
@@ -123,10 +255,12 @@ def test_pieces_have_no_mask_but_the_first():
     assert len(Raster(64, 64).visibility().spans(64)) <= 32
 
 
-def test_memory_of_chunks_grows_with_the_rows_and_not_with_their_square():
+def test_memory_of_chunks_grows_linearly_with_the_rows():
     def temporary(kernel: Kernel, rows: int) -> int:
         q = jax.ShapeDtypeStruct((1, rows, N, H), jnp.float32)
-        return learn.lower(kernel, q, KV(q, q), None).compile().memory_analysis().temp_size_in_bytes
+        kv = jax.ShapeDtypeStruct((1, N, rows, H), jnp.float32)
+        lowered = forward_and_backward.lower(kernel, q, (KV(kv, kv),), ALL)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
     dense, chunked = (
         [temporary(kernel, rows) for rows in (512, 1024)] for kernel in (Dense(), Chunked(rows=64))
@@ -135,47 +269,84 @@ def test_memory_of_chunks_grows_with_the_rows_and_not_with_their_square():
     assert chunked[1] < 2.5 * chunked[0] < 0.5 * dense[0]
 
 
-def test_pieces_for_a_gpu_need_no_mask(monkeypatch):
-    """The same calls with XLA's implementation in the place of cuDNN's."""
-    assert_same(Flash(), *draw(18, 18), PYRAMID.visibility())  # float32 is not for cuDNN
+@pytest.fixture
+def flash_here(monkeypatch) -> Kernel:
+    """The calls for a GPU with XLA's implementation in the place of cuDNN's, in float32.
+
+    What reaches the kernel for masks fails.
+    """
     monkeypatch.setattr(flash, 'HALVES', (jnp.float32,))
-    for schedule in (Pyramid.square((1, 4, 8, 8)), RASTER):
-        visibility = schedule.visibility()
-        assert_same(
-            Flash(implementation='xla'), *draw(visibility.rows, visibility.rows), visibility
-        )
-        with pytest.raises(RuntimeError, match='cuDNN'):
-            Flash()(*draw(visibility.rows, visibility.rows), visibility)
+    return Flash(otherwise=None, implementation='xla')
+
+
+def test_float32_is_not_for_cudnn():
+    assert_same(Flash(), *random(18, 18), Visibility(rows=PYRAMID.visibility()))
+
+
+@pytest.mark.parametrize('first_B', [None, FIRST_B], ids=['all', 'padded'])
+@pytest.mark.parametrize('schedule', [Pyramid.square((1, 4, 8, 8)), RASTER], ids=str)
+def test_a_gpu_needs_no_mask(flash_here, schedule, first_B):
+    bounds = schedule.visibility()
+    arrays, visibility = random(bounds.rows, bounds.rows), Visibility(rows=bounds, first_B=first_B)
+    assert_same(flash_here, *arrays, visibility)
+    with pytest.raises(RuntimeError, match='cuDNN'):
+        Flash()(arrays[0], (), arrays[1], visibility)
+
+
+@pytest.mark.parametrize('kv_heads', [6, 2])
+def test_a_gpu_counts_the_keys_of_each_image(flash_here, kv_heads):
+    q_BLNH, kv = random(9, 7, heads=6, kv_heads=kv_heads)
+    assert_same(flash_here, q_BLNH, kv, Visibility(end_B=END_B))
+    assert_same(flash_here, q_BLNH, kv, Visibility(first_B=FIRST_B))
+    both = Visibility(first_B=FIRST_B, end_B=jnp.array([3, 6]))
+    assert_same(flash_here, q_BLNH, kv, both)
+
+
+def test_a_gpu_counts_the_rows_that_are_written(flash_here):
+    q_BLNH, kv = random(4, 10)
+    for written in (1, 3, 6):
+        bounds = TracedVisibility(jnp.array([written + 3]))
+        visibility = Visibility(rows=bounds, written=jnp.int32(written))
+        assert_same(flash_here, q_BLNH, pieces_of(kv, 2, 6), visibility)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs an NVIDIA GPU')
+@pytest.mark.parametrize('first_B', [None, FIRST_B], ids=['all', 'padded'])
 @pytest.mark.parametrize('schedule', [Pyramid.square((1, 2, 4, 8, 13, 16)), Raster(16, 24, 8)])
-def test_a_gpu_gives_what_the_formula_gives(schedule):
-    visibility, rng = schedule.visibility(), np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.normal(size=(2, visibility.rows, 4, 64)), 'bfloat16') for _ in range(3)
-    )
-    assert_same(Flash(), q / 8, KV(k, v), visibility, atol=0.05)
+def test_a_gpu_agrees_with_the_formula(schedule, first_B):
+    bounds, rng = schedule.visibility(), np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, bounds.rows, 4, 64)), 'bfloat16') for _ in range(3))
+    visibility = Visibility(rows=bounds, first_B=first_B)
+    assert_same(Flash(), q / 8, KV.from_rows(k, v), visibility, atol=0.05)
 
 
-@pytest.mark.parametrize('name', ['known', 'traced', 'past', 'unseen'])
-def test_blocks_for_a_tpu_give_what_the_formula_gives(name):
-    visibility = Pyramid.square((1, 2, 3, 4, 6, 8)).visibility()  # 130 rows, two blocks
+@pytest.mark.parametrize(
+    'name', ['known', 'traced', 'past', 'unseen', 'padded', 'lengths', 'written', 'shared']
+)
+def test_a_tpu_agrees_with_the_formula(name):
+    bounds = Pyramid.square((1, 2, 3, 4, 6, 8)).visibility()  # 130 rows, two blocks
     visibility, keys = {
-        'known': (visibility, 130),
-        'traced': (TracedVisibility(jnp.asarray(visibility.keys_L)), 130),
-        'past': (None, 140),
-        'unseen': (StaticVisibility.of(np.arange(1, 10)), 260),
+        'known': (Visibility(rows=bounds), 130),
+        'traced': (Visibility(rows=TracedVisibility(jnp.asarray(bounds.keys_L))), 130),
+        'past': (ALL, 140),
+        'unseen': (Visibility(rows=StaticVisibility.of(np.arange(1, 10))), 260),
+        'padded': (Visibility(rows=Raster(8, 16, 3).visibility(), first_B=FIRST_B), 130),
+        'lengths': (Visibility(end_B=END_B), 7),
+        'written': (Visibility(TracedVisibility(jnp.array([34])), written=jnp.int32(30)), 140),
+        'shared': (Visibility(rows=bounds), 130),
     }[name]
-    rows = 9 if name in ('past', 'unseen') else 130
-    assert_same(Splash(interpret=True), *draw(rows, keys), visibility, atol=1e-5)
+    rows = 9 if name in ('past', 'unseen', 'lengths', 'written') else 130
+    q_BLNH, kv = random(rows, keys, heads=4, kv_heads=2 if name == 'shared' else 4)
+    pieces = pieces_of(kv, keys - 9) if name in ('past', 'written') else (kv,)
+    assert_same(Splash(None, interpret=True), q_BLNH, pieces, visibility, atol=1e-5)
 
 
-def test_platform_and_shape_choose_the_kernel():
+def test_platform_and_shape_decide_the_kernel():
     def choose(platform: str, rows: int, dtype: str = 'bfloat16', width: int = 64) -> Kernel:
         q = jax.ShapeDtypeStruct((2, rows, 16, width), dtype)
-        return attention_dispatch.Automatic(platform).choose(q, KV(q, q), None)
+        kv = jax.ShapeDtypeStruct((2, 16, rows, width), dtype)
+        return attention_dispatch.Automatic(platform).choose(q, (), KV(kv, kv))
 
     assert choose('cpu', 680) == attention_dispatch.CACHED
     assert choose('gpu', 680, 'float32') == ByScale()
@@ -185,7 +356,7 @@ def test_platform_and_shape_choose_the_kernel():
     assert choose('gpu', 100) == choose('tpu', 100) == choose('tpu', 680, width=4) == ByScale()
 
 
-def test_a_run_may_name_its_kernel():
+def test_a_run_names_its_kernel():
     assert attention_dispatch.named('automatic', 'gpu') == attention_dispatch.Automatic('gpu')
     assert attention_dispatch.named('dense', 'cpu') == Dense()
     assert attention_dispatch.named('splash', 'tpu') == Splash(attention_dispatch.CHUNKED)

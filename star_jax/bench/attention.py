@@ -14,9 +14,10 @@ import numpy as np
 
 from star_jax.bench import timing
 from star_jax.core.settings import Dtype
-from star_jax.core.visibility import StaticVisibility
+from star_jax.core.visibility import StaticVisibility, Visibility
 from star_jax.nn.attention_dispatch import Name, named
-from star_jax.nn.kernels import KV, Kernel
+from star_jax.nn.cache import KV
+from star_jax.nn.kernels import Kernel
 from star_jax.parallel import machine
 from star_jax.protocols import Family
 
@@ -54,13 +55,13 @@ def run(job: AttentionJob) -> dict[str, Any]:
     schedule, heads = job.model.schedule, job.model.heads
     rows = schedule.starts[-1]
     shape = (3, job.batch, rows, heads, job.model.width // heads)
-    visible_rows = StaticVisibility.of(schedule.visible_rows)
+    visibility = Visibility(rows=StaticVisibility.of(schedule.visible_rows))
     q_BLNH, *kv = jax.random.normal(jax.random.key(0), shape, job.dtype)
-    args = (q_BLNH, KV(*kv))
+    args = (q_BLNH, KV.from_rows(*kv))
     pairs = int(np.sum(schedule.visible_rows, dtype=np.int64))
     flops = 4 * pairs * job.batch * job.model.width
     compiled = {
-        (name, passes): jax.jit(_passes(named(name, jax.default_backend()), visible_rows)[passes])
+        (name, passes): jax.jit(_passes(named(name, jax.default_backend()), visibility)[passes])
         .lower(*args)
         .compile()
         for name in job.kernels
@@ -94,9 +95,9 @@ def run(job: AttentionJob) -> dict[str, Any]:
     }
 
 
-def _passes(kernel: Kernel, visible_rows: StaticVisibility) -> dict[str, Any]:
+def _passes(kernel: Kernel, visibility: Visibility) -> dict[str, Any]:
     def forward(q_BLNH: jax.Array, kv: KV) -> jax.Array:
-        return kernel(q_BLNH, kv, visible_rows)
+        return kernel(q_BLNH, (), kv, visibility)
 
     def total(q_BLNH: jax.Array, kv: KV) -> jax.Array:
         return forward(q_BLNH, kv).astype(jnp.float32).sum()

@@ -1,8 +1,8 @@
-"""Who looks at whom, and how strongly?
+"""Which rows does a row gather from, and how strongly?
 
-The modules here own the projections; a part passed in, `attend`, is the door to every way of
-computing what lies between them. Keys and values leave a layer as they enter the cache:
-after rotation and normalisation.
+The modules here hold the projections; a part passed in, `attend`, is the kernel that computes what
+lies between them. Keys and values leave a layer as the cache holds them: after rotation and
+normalisation.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,11 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import positions
+from star_jax.core.visibility import Visibility
 from star_jax.nn import layers
 from star_jax.nn.attention_dispatch import Automatic
-from star_jax.nn.kernels import KV, Kernel, Visibility
+from star_jax.nn.cache import KV
+from star_jax.nn.kernels import Kernel
 from star_jax.nn.sharded_attention import ShardedAttention
 from star_jax.parallel.rules import ActivationSharding
 
@@ -51,8 +53,38 @@ class Scaled(nn.Module):
         return k_BMNH
 
 
+Function = Callable[[jax.Array], jax.Array]
+
+
+def rotate_first(rotate: Function, scale: Function, x_BLNH: jax.Array) -> jax.Array:
+    """Queries or keys rotated, then normalised and scaled, as in STAR."""
+    return scale(rotate(x_BLNH))
+
+
+def rotate_last(rotate: Function, scale: Function, x_BLNH: jax.Array) -> jax.Array:
+    """Queries or keys normalised and scaled, then rotated.
+
+    It differs from the other order where a rotation changes lengths.
+    """
+    return rotate(scale(x_BLNH))
+
+
 class SelfAttention(nn.Module):
-    """Attention to the rows so far. No bias on keys, as published."""
+    """Attention to earlier rows and to those of the same step.
+
+    Attributes:
+        width: channels of a row.
+        heads: query heads.
+        scores: makes the part that normalises and scales queries and keys.
+        kernel_init: of the projections to queries, keys and values.
+        out_init: of the projection back.
+        attend: the kernel.
+        sharding: how the arrays are split over devices.
+        kv_heads: key/value heads, a divisor of `heads`, neighbours among which share one; 0: as
+            many as `heads`.
+        biases: which of q, k, v and proj have a bias.
+        order: `rotate_first` or `rotate_last`.
+    """
 
     width: int
     heads: int
@@ -61,39 +93,71 @@ class SelfAttention(nn.Module):
     out_init: layers.Initializer
     attend: Kernel = Automatic()
     sharding: ActivationSharding = ActivationSharding()
+    kv_heads: int = 0
+    biases: tuple[str, ...] = ('q', 'v', 'proj')
+    order: Callable[[Function, Function, jax.Array], jax.Array] = rotate_first
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, rotation: jax.Array | None, past: KV | None, visibility: Visibility
+        self,
+        x_BLD: jax.Array,
+        rotation: jax.Array | None,
+        past: tuple[KV, ...],
+        visibility: Visibility,
     ) -> tuple[jax.Array, KV]:
-        """Rows [B, L, D] -> what they gathered, and their own keys and values for the cache.
+        """Attends from rows [B, L, D] to the past and to the rows themselves.
 
-        `seen` says what they see of the past, if there is any, and behind it of themselves.
+        Returns:
+            What the rows gathered, [B, L, D], and their keys and values for the cache.
         """
         dtype, shape = x_BLD.dtype, (self.heads, self.width // self.heads)
-        axes = ('embed', None, 'heads', None)
-        project = layers.Einsum(
-            'BLD,DSNH->BLSNH', (self.width, 3, *shape), axes, self.kernel_init, name='qkv'
+        q_BLNH, k_BLKH, v_BLKH = (
+            layers.Bias(x.shape[2:], ('heads', None), name=f'{name}_bias')(x)
+            if name in self.biases
+            else x
+            for name, x in zip('qkv', self._project(x_BLD), strict=True)
         )
-        # Split after the product: with S first, XLA transposes the whole kernel at every call.
-        q_BLNH, k_BLNH, v_BLNH = jnp.unstack(project(x_BLD), axis=2)
-        q_BLNH = layers.Bias(shape, ('heads', None), name='q_bias')(q_BLNH)
-        v_BLNH = layers.Bias(shape, ('heads', None), name='v_bias')(v_BLNH)
-        if rotation is not None:
-            q_BLNH, k_BLNH = (positions.rotate(x, rotation) for x in (q_BLNH, k_BLNH))
+
+        def rotate(x_BLNH: jax.Array) -> jax.Array:
+            return x_BLNH if rotation is None else positions.rotate(x_BLNH, rotation)
+
         compare = self.scores(name='compare')
-        new = KV(compare.keys(k_BLNH).astype(dtype), v_BLNH)
-        kv = new if past is None else jax.tree.map(lambda *kv: jnp.concatenate(kv, 1), past, new)
-        attend = ShardedAttention(self.attend, self.sharding)
-        y_BLNH = attend(compare.queries(q_BLNH).astype(dtype), kv, visibility)
-        return GatherHeads(self.width, shape, self.out_init, name='proj')(y_BLNH), new
+        k_BLKH = self.order(rotate, compare.keys, k_BLKH).astype(dtype)
+        q_BLNH = self.order(rotate, compare.queries, q_BLNH).astype(dtype)
+        new = KV.from_rows(k_BLKH, v_BLKH)
+        y_BLNH = ShardedAttention(self.attend, self.sharding)(q_BLNH, past, new, visibility)
+        gather = GatherHeads(self.width, shape, self.out_init, 'proj' in self.biases, name='proj')
+        return gather(y_BLNH), new
+
+    def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, L, N, H], keys and values [B, L, K, H]."""
+        width, inner = self.width, self.width // self.heads
+        axes, init = ('embed', None, 'heads', None), self.kernel_init
+        # Split after the product: with S first, XLA transposes the whole kernel at every call.
+        if self.kv_heads in (0, self.heads):
+            shape = (width, 3, self.heads, inner)
+            qkv = layers.Einsum('BLD,DSNH->BLSNH', shape, axes, init, name='qkv')
+            return tuple(jnp.unstack(qkv(x_BLD), axis=2))
+        queries, shape = (width, self.heads, inner), (width, 2, self.kv_heads, inner)
+        q = layers.Einsum('BLD,DNH->BLNH', queries, (axes[0], *axes[2:]), init, name='q')
+        kv = layers.Einsum('BLD,DSKH->BLSKH', shape, axes, init, name='kv')
+        return q(x_BLD), *jnp.unstack(kv(x_BLD), axis=2)
 
 
 class CrossAttention(nn.Module):
     """Attention to the text. Keys and values do not change from step to step: `text_kv`, once.
 
-    `released` reproduces the published code, which adds the output of the first row of the batch
-    to every row (STAR specification 3.4); a batch in `groups` parts has a first row in each.
+    Attributes:
+        width: channels of a row.
+        heads: heads of queries, keys and values.
+        text_width: channels of a text token.
+        scores: makes the part that normalises and scales queries and keys.
+        kernel_init: of all projections.
+        released: reproduces the published code, which adds the output of the first row of the
+            batch to every row (STAR specification 3.4).
+        attend: the kernel.
+        groups: equal parts of a batch, each of which has a first row in that sense.
+        sharding: how the arrays are split over devices.
     """
 
     width: int
@@ -122,16 +186,19 @@ class CrossAttention(nn.Module):
         self.proj = GatherHeads(self.width, shape, self.kernel_init)
 
     def text_kv(self, states_BTE: jax.Array) -> KV:
+        """The keys and values of text states [B, T, E]."""
         k_BTNH, v_BTNH = jnp.unstack(self.text(states_BTE), axis=2)
-        return KV(self.compare.keys(k_BTNH).astype(states_BTE.dtype), self.v_bias(v_BTNH))
+        k_BTNH = self.compare.keys(k_BTNH).astype(states_BTE.dtype)
+        return KV.from_rows(k_BTNH, self.v_bias(v_BTNH))
 
-    def __call__(self, x_BLD: jax.Array, text_kv: KV, mask_BT: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, text_kv: KV, length_B: jax.Array) -> jax.Array:
+        """Attends from rows [B, L, D] to the first `length_B` text tokens of each image."""
         dtype, batch = x_BLD.dtype, len(x_BLD)
         if self.released:
-            x_BLD, mask_BT, text_kv = jax.tree.map(self._leaders, (x_BLD, mask_BT, text_kv))
+            x_BLD, length_B, text_kv = jax.tree.map(self._leaders, (x_BLD, length_B, text_kv))
         q_BLNH = self.compare.queries(self.q_bias(self.query(x_BLD))).astype(dtype)
         attend = ShardedAttention(self.attend, self.sharding)
-        y_BLNH = attend(q_BLNH, text_kv, mask_BT[:, None, None, :] > 0)
+        y_BLNH = attend(q_BLNH, (), text_kv, Visibility(end_B=length_B))
         y_BLD = self.proj(y_BLNH)
         return jnp.repeat(y_BLD, batch // len(y_BLD), axis=0)
 
@@ -141,17 +208,19 @@ class CrossAttention(nn.Module):
 
 
 class GatherHeads(nn.Module):
-    """The output projection, with bias."""
+    """The output projection, with a bias unless `bias` is off."""
 
     width: int
     shape: tuple[int, int]
     kernel_init: layers.Initializer
+    bias: bool = True
 
     @nn.compact
     def __call__(self, y_BLNH: jax.Array) -> jax.Array:
         kernel_init = nn.with_logical_partitioning(self.kernel_init, ('heads', None, 'embed'))
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
         kernel = self.param('kernel', kernel_init, (*self.shape, self.width))
-        bias = self.param('bias', bias_init, (self.width,))
         y_BLD = jnp.einsum('BLNH,NHD->BLD', y_BLNH, kernel.astype(y_BLNH.dtype))
-        return y_BLD + bias.astype(y_BLD.dtype)
+        if not self.bias:
+            return y_BLD
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
+        return y_BLD + self.param('bias', bias_init, (self.width,)).astype(y_BLD.dtype)

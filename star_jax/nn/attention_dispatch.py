@@ -1,6 +1,6 @@
 """Which kernel computes attention here?
 
-The one door to all of them: what suits the platform and the shapes, or what a run asks for.
+The one dispatcher: the kernel that suits the platform and the shapes, or the one that a run names.
 """
 
 import dataclasses
@@ -8,31 +8,41 @@ from typing import Literal
 
 import jax
 
+from star_jax.core.visibility import ALL, Visibility
 from star_jax.errors import UserError
+from star_jax.nn.cache import KV
 from star_jax.nn.flash import HALVES, Flash
-from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, Tiled, Visibility
+from star_jax.nn.kernels import ByScale, Chunked, Dense, Kernel, Tiled
 
 Name = Literal['automatic', 'dense', 'by_scale', 'chunked', 'flash', 'splash']
-PLATFORMS = {'flash': 'gpu', 'splash': 'tpu'}  # which kernels are made for one
+PLATFORMS = {'flash': 'gpu', 'splash': 'tpu'}  # the platform that a kernel is made for
 CHUNKED = ByScale(Chunked(), Chunked())
 CACHED = ByScale(Tiled())
 
 
 @dataclasses.dataclass(frozen=True)
 class Automatic:
-    """The kernel that suits a platform (none: where this process computes) and the shapes."""
+    """The kernel that suits a platform and the shapes.
+
+    Attributes:
+        platform: cpu, gpu or tpu; empty: the platform of this process.
+        most_scores: bytes of scores of one image up to which they may be kept.
+        least_rows: rows from which on a platform's own kernel is worth its blocks.
+    """
 
     platform: str = ''
-    most_scores: int = 2**27  # of one image, in bytes, that the formula may keep
-    least_rows: int = 128  # for which a platform's own kernel is worth its blocks
+    most_scores: int = 2**27
+    least_rows: int = 128
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
-        return self.choose(q_BLNH, kv, visibility)(q_BLNH, kv, visibility)
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        return self.choose(q_BLNH, past, new)(q_BLNH, past, new, visibility)
 
-    def choose(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility) -> Kernel:
+    def choose(self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV) -> Kernel:
         """The kernel for such arrays."""
         _, rows, heads, width = q_BLNH.shape
-        keys = kv.keys.shape[1]
+        keys = sum(kv.rows for kv in (*past, new))
         few = 4 * heads * rows * keys <= self.most_scores
         platform = self.platform or jax.default_backend()
         plain = CHUNKED
@@ -51,9 +61,9 @@ AUTOMATIC = Automatic()
 
 
 def named(name: Name, platform: str) -> Kernel:
-    """The kernel that a run asks for, on a platform: cpu, gpu or tpu.
+    """The kernel that a run names, on a platform: cpu, gpu or tpu.
 
-    Raises UserError where that has no such kernel.
+    Raises UserError for a kernel of another platform.
     """
     needed = PLATFORMS.get(name, platform)
     if platform != needed:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.core.positions import learned_rotation
+from star_jax.core.visibility import ALL, Visibility
 from star_jax.nn import layers
-from star_jax.nn.kernels import KV, Visibility
+from star_jax.nn.cache import KV
 from star_jax.parallel.rules import ActivationSharding
 
 PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block
@@ -96,14 +97,14 @@ class PerLayer(NamedTuple):
     """What a block receives of its own; every array has layers first outside of the scan.
 
     Attributes:
-        past: cached keys and values, or None.
+        past: cached keys and values, in pieces.
         text_kv: keys and values of the text, or None.
         paths_2B: scales of the two residual branches of every image, or None.
         frequencies_NP2: learned rotary frequencies, or None.
     """
 
-    past: Any = None
-    text_kv: Any = None
+    past: tuple[KV, ...] = ()
+    text_kv: KV | None = None
     paths_2B: jax.Array | None = None
     frequencies_NP2: jax.Array | None = None
 
@@ -115,14 +116,14 @@ class Shared(NamedTuple):
         rotation_LP2: cosines and sines of every row, or None.
         xy_L2: coordinates of every row for learned frequencies, or None.
         visibility: which keys each row may attend to.
-        text_mask: which text tokens are real, or None.
+        text_length_B: how many text tokens each image has, or None.
         signal: the modulation signal, or None.
     """
 
     rotation_LP2: jax.Array | None = None
     xy_L2: jax.Array | None = None
-    visibility: Visibility = None
-    text_mask: Any = None
+    visibility: Visibility = ALL
+    text_length_B: jax.Array | None = None
     signal: jax.Array | None = None
 
 
@@ -159,7 +160,7 @@ class Block(nn.Module):
         h, kv = self.attn(h, rotation, layer.past, shared.visibility)
         x_BLD = x_BLD + path1 * (gate1 * h)
         if self.cross:
-            x_BLD = x_BLD + self.cross(self.cross_norm(x_BLD), layer.text_kv, shared.text_mask)
+            x_BLD = x_BLD + self.cross(self.cross_norm(x_BLD), layer.text_kv, shared.text_length_B)
         h = self.ffn(self.norm2(x_BLD) * (1 + scale2) + shift2)
         x_BLD = x_BLD + path2 * (gate2 * h)
         return self.parts.sharding(x_BLD, 'batch', 'tokens', None), kv

@@ -6,13 +6,14 @@ from flax import linen as nn
 
 from star_jax.core import condition
 from star_jax.core.condition import LabelCondition, TextCondition
+from star_jax.core.visibility import pack
 from star_jax.nn import layers
 
 
 class TextStart(nn.Module):
     """The rows of the first step: the projected pooled text plus learned start positions.
 
-    `text` hands cross-attention its states and mask.
+    `text` gives cross-attention its states and lengths.
     """
 
     width: int
@@ -33,8 +34,11 @@ class TextStart(nn.Module):
         return project(pooled_BE)[:, None, :] + place(jnp.arange(self.rows))
 
     def text(self, text: TextCondition) -> tuple[jax.Array, jax.Array]:
-        """Token states [B, T, E] and their mask [B, T]."""
-        return text.states_BTE, text.mask_BT
+        """Token states [B, T, E], visible ones first, and how many are visible, [B] int32."""
+        return pack(text.states_BTE, text.mask_BT)
+
+    def padding(self, text: TextCondition) -> None:
+        """No rows are padding."""
 
     def summary(self, text: TextCondition) -> None:
         """Text modulates nothing."""
@@ -67,6 +71,9 @@ class LabelStart(nn.Module):
     def text(self, labels: LabelCondition) -> tuple[None, None]:
         """No text."""
         return None, None
+
+    def padding(self, labels: LabelCondition) -> None:
+        """No rows are padding."""
 
     def summary(self, labels: LabelCondition) -> jax.Array:
         """[B, D] float32: the vector of each image's class."""

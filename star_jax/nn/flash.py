@@ -1,7 +1,8 @@
 """How is attention computed on an NVIDIA GPU?
 
-By cuDNN's fused kernel, which never writes scores to memory. It is slow with a mask, so it gets
-what needs none: a scale and the keys that it sees, or a plain causal order.
+By cuDNN's fused kernel, which never writes scores to memory. It is slow with a mask, so it is
+called in ways that need none: for a scale and the keys below its bound, for a plain causal order,
+and with a number of keys per image.
 """
 
 import dataclasses
@@ -10,33 +11,95 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.visibility import StaticVisibility
-from star_jax.nn.kernels import KV, ByScale, Chunked, Dense, Kernel, Visibility
+from star_jax.core.visibility import ALL, TracedVisibility, Visibility
+from star_jax.nn.cache import KV, join
+from star_jax.nn.kernels import ByScale, Chunked, Dense, Kernel
 
 HALVES = (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flash:
-    """cuDNN over everything, over a causal order, or scale by scale; in half precision alone.
+    """cuDNN over all keys, over a causal order, or scale by scale; in half precision alone.
 
-    What it is not made for, float32, a traced reach or a mask, goes to `otherwise`. The
-    implementation 'xla' computes the same anywhere, for tests.
+    Attributes:
+        otherwise: the kernel for float32, a mask, and traced bounds that differ between rows.
+        implementation: 'xla' computes the same anywhere, for tests.
     """
 
     otherwise: Kernel = ByScale(Chunked(), Chunked())
     implementation: Literal['cudnn', 'xla'] = 'cudnn'
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
-        if q_BLNH.dtype not in HALVES or not isinstance(visibility, StaticVisibility | None):
-            return self.otherwise(q_BLNH, kv, visibility)
-        if visibility is not None and visibility.is_causal(kv.keys.shape[1]):
-            return self._fused(q_BLNH, kv, causal=True)
-        return ByScale(self._fused, Dense())(q_BLNH, kv, visibility)
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        bounds = visibility.rows
+        several = isinstance(bounds, TracedVisibility) and len(bounds.keys_L) > 1
+        if q_BLNH.dtype not in HALVES or visibility.mask is not None or several:
+            return self.otherwise(q_BLNH, past, new, visibility)
+        kv, visibility = join(past, new, visibility)
+        bounds, end_B = visibility.rows, visibility.end_B
+        if isinstance(bounds, TracedVisibility):
+            end_B = jnp.broadcast_to(bounds.keys_L, len(q_BLNH)) if end_B is None else end_B
+            end_B = jnp.minimum(end_B, bounds.keys_L)
+            visibility = visibility.replace(rows=None, end_B=end_B)
+        elif bounds is not None and bounds.is_causal(kv.rows) and end_B is None:
+            return self._causal(q_BLNH, kv, visibility.first_B)
+        return ByScale(self._fused, Dense())(q_BLNH, (), kv, visibility)
 
     def _fused(
-        self, q_BLNH: jax.Array, kv: KV, visibility: None = None, causal: bool = False
+        self, q_BLNH: jax.Array, past: tuple[()], new: KV, visibility: Visibility
     ) -> jax.Array:
+        """Every row attends to the same keys of its image."""
+        k_BMKH, v_BMKH = new.to_rows()
+        end_B = visibility.end_B
+        if visibility.first_B is not None:
+            end_B = jnp.full(len(q_BLNH), new.rows, jnp.int32) if end_B is None else end_B
+            first_B = jnp.minimum(visibility.first_B, end_B - 1)
+            k_BMKH, v_BMKH = _roll(k_BMKH, first_B), _roll(v_BMKH, first_B)
+            end_B = end_B - first_B
         return jax.nn.dot_product_attention(
-            q_BLNH, *kv, scale=1.0, is_causal=causal, implementation=self.implementation
+            q_BLNH,
+            k_BMKH,
+            v_BMKH,
+            scale=1.0,
+            key_value_seq_lengths=end_B,
+            implementation=self.implementation,
         )
+
+    def _causal(self, q_BLNH: jax.Array, kv: KV, first_B: jax.Array | None) -> jax.Array:
+        """Row k attends to the first k + 1 keys.
+
+        Where an image hides its first keys, rows and keys are moved to the front by as many, and
+        the hidden rows, which attend to themselves alone, gather their own values.
+        """
+        k_BMKH, v_BMKH = kv.to_rows()
+        if first_B is None:
+            return jax.nn.dot_product_attention(
+                q_BLNH,
+                k_BMKH,
+                v_BMKH,
+                scale=1.0,
+                is_causal=True,
+                implementation=self.implementation,
+            )
+        rows, heads = q_BLNH.shape[1:3]
+        lengths_B = rows - first_B
+        moved = jax.nn.dot_product_attention(
+            *(_roll(x, first_B) for x in (q_BLNH, k_BMKH, v_BMKH)),
+            scale=1.0,
+            is_causal=True,
+            query_seq_lengths=lengths_B,
+            key_value_seq_lengths=lengths_B,
+            implementation=self.implementation,
+        )
+        hidden_BL11 = (jnp.arange(rows)[None] < first_B[:, None])[:, :, None, None]
+        values_BLNH = jnp.repeat(v_BMKH, heads // kv.heads, axis=2)
+        return jnp.where(hidden_BL11, values_BLNH, _roll(moved, -first_B))
+
+
+def _roll(x_BLNH: jax.Array, first_B: jax.Array) -> jax.Array:
+    """The rows of each image from its number `first_B` on, and those before it behind them."""
+    rows = x_BLNH.shape[1]
+    index_BL = (jnp.arange(rows)[None] + first_B[:, None]) % rows
+    return jnp.take_along_axis(x_BLNH, index_BL[:, :, None, None], axis=1)

@@ -1,77 +1,125 @@
 """How is attention computed?
 
-Several ways to the same numbers. `Dense` is the formula and the oracle of the others, which skip
-what no row sees or keep less in memory. Each is a part: `kernel(q_BLNH, kv, seen)` gives
-softmax(q k) v per head over what may be seen, [B, L, N, H]; queries arrive scaled.
+Several kernels for the same numbers. `Dense` is the formula, which the tests compare the others
+with; these skip keys that no row attends to, or keep less in memory.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.visibility import StaticVisibility, TracedVisibility
+from star_jax.core.visibility import ALL, StaticVisibility, TracedVisibility, Visibility, masks
+from star_jax.nn.cache import HEADS, KV, join
 
 
-class KV(NamedTuple):
-    """Keys and values, [..., B, M, N, H]."""
+class Kernel(Protocol):
+    """Computes attention. Each kernel chooses how it combines the pieces of the keys."""
 
-    keys: jax.Array
-    values: jax.Array
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        """softmax(q k) v per head over the keys that each row attends to.
 
+        Args:
+            q_BLNH: the queries of L rows, scaled already. N divides by the number of key/value
+                heads.
+            past: the keys and values of earlier rows in the order of their numbers, in any number
+                of pieces; empty in training.
+            new: the keys and values that follow: of the same L rows, or of a text.
+            visibility: which of all these keys each row attends to.
 
-# What may be seen: the leading keys of each row, or a mask that broadcasts to [B, N, L, M] and is
-# True where a row may look, or everything (None). No row may be blind.
-Visibility = StaticVisibility | TracedVisibility | jax.Array | None
-Kernel = Callable[[jax.Array, KV, Visibility], jax.Array]
-
-
-def mask_of(visibility: Visibility, keys: int) -> jax.Array | None:
-    """A mask of `keys` keys, for who must have one; None where everything is seen."""
-    if isinstance(visibility, StaticVisibility) and visibility.sees_all(keys):
-        return None
-    if isinstance(visibility, StaticVisibility | TracedVisibility):
-        return jnp.arange(keys) < jnp.asarray(visibility.keys_L)[:, None]
-    return visibility
+        Returns:
+            [B, L, N, H] in the dtype of the values.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """The formula. All scores, float32 [B, N, L, M], exist at once."""
+    """The formula: one softmax over all pieces, which are not joined.
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
-        scores_BNLM = jnp.einsum(
-            'BLNH,BMNH->BNLM', q_BLNH, kv.keys, preferred_element_type=jnp.float32
-        )
-        mask = mask_of(visibility, kv.keys.shape[1])
-        if mask is not None:
-            scores_BNLM = jnp.where(mask, scores_BNLM, -jnp.inf)
-        weights_BNLM = jax.nn.softmax(scores_BNLM).astype(kv.values.dtype)
+    All scores, float32 [B, N, L, M], exist at once.
+    """
+
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        pieces = (*past, new)
+        batch, rows, heads, width = q_BLNH.shape
+        q_BLKGH = q_BLNH.reshape(batch, rows, new.heads, heads // new.heads, width)
+        hidden = masks(visibility, tuple(kv.rows for kv in pieces))
+        scores = [_scores(q_BLKGH, kv, mask) for kv, mask in zip(pieces, hidden, strict=True)]
+        if not past:
+            weights_BKGLM = jax.nn.softmax(scores[0]).astype(new.values.dtype)
+            y_BKGLH = jnp.einsum('BKGLM,BKMH->BKGLH', weights_BKGLM, new.values)
+        else:
+            y_BKGLH = _split_softmax(scores, pieces)
         # With L first, XLA would make the projection that follows transpose its kernel.
-        return jnp.einsum('BNLM,BMNH->BNLH', weights_BNLM, kv.values).swapaxes(1, 2)
+        return y_BKGLH.reshape(batch, heads, rows, width).swapaxes(1, 2)
+
+
+def _scores(q_BLKGH: jax.Array, kv: KV, mask_BNLM: jax.Array | None) -> jax.Array:
+    """[B, K, G, L, M] float32, -inf for hidden keys."""
+    scores_BKGLM = jnp.einsum(
+        'BLKGH,BKMH->BKGLM', q_BLKGH, kv.keys, preferred_element_type=jnp.float32
+    )
+    if mask_BNLM is None:
+        return scores_BKGLM
+    batch, heads, *rest = mask_BNLM.shape
+    groups = (1, 1) if heads == 1 else scores_BKGLM.shape[1:3]
+    return jnp.where(mask_BNLM.reshape(batch, *groups, *rest), scores_BKGLM, -jnp.inf)
+
+
+def _split_softmax(scores: list[jax.Array], pieces: tuple[KV, ...]) -> jax.Array:
+    """[B, K, G, L, H]: one softmax over the scores of all pieces, times their values.
+
+    Some key of each row is visible, so that the largest score is finite, also where a whole piece
+    is hidden.
+    """
+    largest = [piece.max(-1, keepdims=True) for piece in scores]
+    shift_BKGL1 = jax.lax.stop_gradient(functools.reduce(jnp.maximum, largest))
+    total_BKGL1, y_BKGLH = 0.0, 0.0
+    for scores_BKGLM, kv in zip(scores, pieces, strict=True):
+        weights_BKGLM = jnp.exp(scores_BKGLM - shift_BKGL1)
+        total_BKGL1 += weights_BKGLM.sum(-1, keepdims=True)
+        y_BKGLH += jnp.einsum(
+            'BKGLM,BKMH->BKGLH',
+            weights_BKGLM.astype(kv.values.dtype),
+            kv.values,
+            preferred_element_type=jnp.float32,
+        )
+    return (y_BKGLH / total_BKGL1).astype(pieces[-1].values.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiled:
     """The formula for some images, or for some heads of one image, after the other.
 
-    While the scores of each turn, at most `most` bytes, stay in its cache a processor is up to four
-    times as fast. Fewer than two turns' are not worth it.
+    A processor is up to four times as fast while the scores of a turn stay in its cache. Fewer than
+    two turns are not worth it.
+
+    Attributes:
+        most: bytes of the scores of one turn.
     """
 
     most: int = 24 * 2**20
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
         batch, rows, heads, _ = q_BLNH.shape
-        each = 4 * rows * kv.keys.shape[1]
-        if batch * heads * each < 2 * self.most:
-            return Dense()(q_BLNH, kv, visibility)
-        images = _divisor(batch, self.most // (heads * each))
-        some = _divisor(heads, self.most // each) if images == 1 else heads
-        return _tiled(0, batch // images, _tiled(2, heads // some, Dense()))(q_BLNH, kv, visibility)
+        per_head = 4 * rows * sum(kv.rows for kv in (*past, new))
+        if batch * heads * per_head < 2 * self.most:
+            return Dense()(q_BLNH, past, new, visibility)
+        images = _divisor(batch, self.most // (heads * per_head))
+        kv_heads = new.heads
+        if images == 1:
+            kv_heads = _divisor(new.heads, self.most * new.heads // (heads * per_head))
+        inner = _in_turns(KV_HEADS, new.heads // kv_heads, Dense())
+        return _in_turns(IMAGES, batch // images, inner)(q_BLNH, past, new, visibility)
 
 
 def _divisor(count: int, most: int) -> int:
@@ -79,53 +127,89 @@ def _divisor(count: int, most: int) -> int:
     return next(n for n in range(max(min(count, most), 1), 0, -1) if count % n == 0)
 
 
-def _tiled(axis: int, turns: int, kernel: Kernel) -> Kernel:
-    """`kernel` for equal parts of images (axis 0) or heads (axis 2), one after the other."""
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """An axis along which attention is independent, as numbered in each array."""
 
-    def attend(q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
-        split = functools.partial(_split, length=q_BLNH.shape[axis], chunks=turns)
-        own, every = None, visibility
-        at = {0: -4, 2: -3}[axis]  # of the same in a mask
-        if (
-            isinstance(visibility, jax.Array)
-            and visibility.ndim >= -at
-            and visibility.shape[at] > 1
-        ):
-            own, every = split(visibility, axis=visibility.ndim + at), None
-        y_CBLNH = jax.lax.map(
-            lambda part: kernel(part[0], part[1], every if part[2] is None else part[2]),
-            (split(q_BLNH, axis=axis), jax.tree.map(lambda x: split(x, axis=axis), kv), own),
-        )
-        return jnp.moveaxis(y_CBLNH, 0, axis).reshape(q_BLNH.shape)
+    queries: int
+    keys: int
+    mask: int
+    per_image: bool
 
-    return attend if turns > 1 else kernel
+
+IMAGES = _Axis(queries=0, keys=-4, mask=-4, per_image=True)
+KV_HEADS = _Axis(queries=2, keys=HEADS, mask=-3, per_image=False)
+
+
+def _in_turns(axis: _Axis, turns: int, kernel: Kernel) -> Kernel:
+    """`kernel` for equal parts of images or heads, one after the other."""
+    if turns == 1:
+        return kernel
+
+    def attend(
+        q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        def split(x: jax.Array, along: int) -> jax.Array:
+            along %= x.ndim
+            return _split(x, axis=along, length=x.shape[along], chunks=turns)
+
+        queries = split(q_BLNH, axis.queries)
+        pieces = jax.tree.map(lambda x: split(x, axis.keys), (*past, new))
+        varying = {}
+        if axis.per_image:
+            bounds = {'first_B': visibility.first_B, 'end_B': visibility.end_B}
+            varying = {name: split(x, 0) for name, x in bounds.items() if x is not None}
+        mask = visibility.mask
+        if mask is not None and mask.ndim >= -axis.mask and mask.shape[axis.mask] > 1:
+            varying['mask'] = split(mask, axis.mask)
+
+        def turn(part: tuple) -> jax.Array:
+            q_BLNH, (*past, new), varying = part
+            return kernel(q_BLNH, tuple(past), new, visibility.replace(**varying))
+
+        y_CBLNH = jax.lax.map(turn, (queries, pieces, varying))
+        return jnp.moveaxis(y_CBLNH, 0, axis.queries).reshape(q_BLNH.shape)
+
+    return attend
 
 
 @dataclasses.dataclass(frozen=True)
 class ByScale:
-    """Rows that see equally far together, over what they see: no mask, and no work for nothing.
+    """Each span of rows with the same upper bound over the keys below it: no mask, no lost work.
 
-    Neighbours share a piece, with a mask, while it has fewer than `rows` rows: the first scales of
-    a pyramid, and a raster's single rows. What is no static reach goes to `inner` as it is.
+    Neighbours share a span, with a mask, while it has fewer than `rows` rows: the first scales of a
+    pyramid, and the single rows of a raster. Visibility without static upper bounds goes to `inner`
+    as it is.
+
+    Attributes:
+        inner: the kernel of spans without a mask.
+        ragged: the kernel of spans with a mask.
+        rows: below so many rows neighbours share a span.
     """
 
     inner: Kernel = Dense()
     ragged: Kernel = Dense()
     rows: int = 64
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
-        if not isinstance(visibility, StaticVisibility) or visibility.sees_all(kv.keys.shape[1]):
-            return self.inner(
-                q_BLNH, kv, None if isinstance(visibility, StaticVisibility) else visibility
-            )
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        bounds, before = visibility.rows, sum(kv.rows for kv in past)
+        if not isinstance(bounds, StaticVisibility) or visibility.written is not None:
+            return self.inner(q_BLNH, past, new, visibility)
+        if bounds.sees_all(before + new.rows):
+            return self.inner(q_BLNH, past, new, visibility.replace(rows=None))
+        if before and min(bounds.keys_L) <= before:
+            (new, _), past, before = join(past, new, visibility), (), 0
         return jnp.concatenate(
             [
                 (self.inner if span.within is None else self.ragged)(
                     q_BLNH[:, span.first : span.end],
-                    KV(kv.keys[:, : span.keys], kv.values[:, : span.keys]),
-                    span.within,
+                    past,
+                    new.part(0, span.keys - before),
+                    visibility.replace(rows=span.within),
                 )
-                for span in visibility.spans(self.rows)
+                for span in bounds.spans(self.rows)
             ],
             axis=1,
         )
@@ -133,37 +217,33 @@ class ByScale:
 
 @dataclasses.dataclass(frozen=True)
 class Chunked:
-    """The formula for about `rows` rows at a time, again in the backward pass.
+    """The formula for about `rows` rows at a time, computed again in the backward pass.
 
     Only the scores of one chunk exist at once, so memory grows with M and not with L M.
     """
 
     rows: int = 256
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
-        if isinstance(visibility, StaticVisibility):
-            visibility = (
-                None
-                if visibility.sees_all(kv.keys.shape[1])
-                else TracedVisibility(visibility.keys_L)
-            )
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        kv, visibility = join(past, new, visibility)
         length = q_BLNH.shape[1]
-        chunks = -(-length // self.rows)
-        split = functools.partial(_split, length=length, chunks=chunks)
-        queries_CBLNH = split(q_BLNH, axis=1)
-        if isinstance(visibility, TracedVisibility):
-            seen_C, whole = TracedVisibility(split(jnp.asarray(visibility.keys_L), axis=0)), None
-        elif visibility is not None and visibility.ndim > 1 and visibility.shape[-2] == length:
-            seen_C, whole = split(visibility, axis=visibility.ndim - 2), None
-        else:
-            seen_C, whole = None, visibility
+        split = functools.partial(_split, length=length, chunks=-(-length // self.rows))
+        bounds, mask, varying = visibility.rows, visibility.mask, {}
+        if isinstance(bounds, StaticVisibility) and bounds.sees_all(kv.rows):
+            visibility = visibility.replace(rows=None)
+        elif bounds is not None and len(bounds.keys_L) == length:
+            varying['rows'] = TracedVisibility(split(jnp.asarray(bounds.keys_L), axis=0))
+        if mask is not None and mask.ndim > 1 and mask.shape[-2] == length:
+            varying['mask'] = split(mask, axis=mask.ndim - 2)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def attend(kv: KV, chunk: tuple) -> jax.Array:
-            q, visibility = chunk
-            return Dense()(q, kv, whole if visibility is None else visibility)
+            q_BLNH, varying = chunk
+            return Dense()(q_BLNH, (), kv, visibility.replace(**varying))
 
-        y = jax.lax.map(functools.partial(attend, kv), (queries_CBLNH, seen_C))
+        y = jax.lax.map(functools.partial(attend, kv), (split(q_BLNH, axis=1), varying))
         return jnp.moveaxis(y, 0, 1).reshape(len(q_BLNH), -1, *y.shape[-2:])[:, :length]
 
 

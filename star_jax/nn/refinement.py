@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from star_jax.core.condition import TextCondition
 from star_jax.core.schedule import Schedule
+from star_jax.core.visibility import Visibility
 from star_jax.nn import layers
 from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
 from star_jax.nn.positions import Positions
@@ -61,7 +62,8 @@ class Refiner(nn.Module):
             [start_B1D.astype(self.dtype), features_BLD.astype(self.dtype)], 1
         )
         x_BLD = self.merge(jnp.concatenate([own.astype(self.dtype), features], -1))
-        shared = Shared(rotation_LP2=self._rotation(rows), visibility=self._mask(rows))
+        visibility = Visibility(mask=self._mask(rows))
+        shared = Shared(rotation_LP2=self._rotation(rows), visibility=visibility)
         x_BLD, _ = self.blocks(x_BLD, PerLayer(), shared)
         return self.to_logits(x_BLD[:, 1:])
 
@@ -70,10 +72,10 @@ class Refiner(nn.Module):
         rotation = jnp.asarray(self.positions.rotation(self.schedule, self.width // self.heads))
         return jnp.concatenate([rotation[:1], rotation[rows]])
 
-    def _mask(self, rows: Rows) -> np.ndarray | None:
+    def _mask(self, rows: Rows) -> jax.Array | None:
         """A token sees those of its step; the text's row sees all and is seen by all."""
         if not isinstance(rows, np.ndarray):  # the rows of one traced step
             return None
         steps_L = self.schedule.step_of_row[rows]
         mask = np.pad(steps_L[:, None] == steps_L, (1, 0), constant_values=True)
-        return None if mask.all() else mask
+        return None if mask.all() else jnp.asarray(mask)

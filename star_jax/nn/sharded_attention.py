@@ -1,7 +1,7 @@
 """How is attention computed by many devices?
 
-Images and heads are independent, so that each device has its own. Where the rows of an image lie on
-several devices, each attends with its rows to the keys and values of all, which it gathers.
+Images and heads are independent, so that each device has its own. Where the rows of an image are
+split over devices, each attends with its rows to the keys and values of all, which it gathers.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from star_jax.core.visibility import StaticVisibility, TracedVisibility
-from star_jax.nn.kernels import KV, Kernel, Visibility
+from star_jax.core.visibility import ALL, StaticVisibility, TracedVisibility, Visibility
+from star_jax.nn.cache import AXES, KV, ROWS
+from star_jax.nn.kernels import Kernel
 from star_jax.parallel.rules import ActivationSharding
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedAttention:
-    """The kernel `inner`, of which every device computes the part that `layout` gives it.
+    """The kernel `inner`, of which every device computes the part that `sharding` gives it.
 
     Written out instead of left to the compiler, which cannot split kernels made for one device.
     """
@@ -26,40 +27,66 @@ class ShardedAttention:
     inner: Kernel
     sharding: ActivationSharding
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
         if self.sharding.mesh is None:
-            return self.inner(q_BLNH, kv, visibility)
-        count, splits = kv.keys.shape[1], self.sharding.num_shards('tokens') > 1
-        queries = self.sharding.spec(q_BLNH.shape, 'batch', 'tokens', 'heads', None)
-        # The keys of the rows themselves lie where these do, all others on every device.
-        rows = 'tokens' if count == q_BLNH.shape[1] or not splits else None
-        held = self.sharding.spec(kv.keys.shape, 'batch', rows, 'heads', None)
-        if (
-            splits and queries[1] and isinstance(visibility, StaticVisibility)
-        ):  # each device has other rows
-            visibility = (
-                None
-                if visibility.sees_all(count)
-                else TracedVisibility(jnp.asarray(visibility.keys_L))
-            )
+            return self.inner(q_BLNH, past, new, visibility)
+        spec, splits = self.sharding.spec, self.sharding.num_shards('tokens') > 1
+        # Heads that share keys stay together: all are whole where the mesh does not divide those.
+        heads = 'heads' if new.heads % self.sharding.num_shards('heads') == 0 else None
+        queries = spec(q_BLNH.shape, 'batch', 'tokens', heads, None)
+        # New keys of the rows themselves are split as these, all others are on every device.
+        own = splits and new.rows == q_BLNH.shape[1]
+        new_axes = (*AXES[:ROWS], 'tokens' if own else None, *AXES[ROWS + 1 :])
+        held = spec(new.keys.shape, *new_axes)
+        before = [spec(kv.keys.shape, *AXES) for kv in past]
+        if splits and queries[1]:
+            visibility = self._per_row(visibility, sum(kv.rows for kv in (*past, new)))
 
-        def attend(q_BLNH: jax.Array, kv: KV, visibility: Visibility) -> jax.Array:
-            if splits and held[1]:
-                gather = functools.partial(jax.lax.all_gather, axis=1, tiled=True)
-                kv = jax.tree.map(lambda x: gather(x, held[1]), kv)
-            return self.inner(q_BLNH, kv, visibility)
+        def attend(
+            q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility
+        ) -> jax.Array:
+            if held[ROWS]:
+                gather = functools.partial(jax.lax.all_gather, axis=4 + ROWS, tiled=True)
+                new = jax.tree.map(lambda x: gather(x, held[ROWS]), new)
+            return self.inner(q_BLNH, past, new, visibility)
 
         return jax.shard_map(
             attend,
             mesh=self.sharding.mesh,
-            in_specs=(queries, KV(held, held), self._sight(visibility)),
+            in_specs=(
+                queries,
+                tuple(KV(piece, piece) for piece in before),
+                KV(held, held),
+                self._specs(visibility, heads),
+            ),
             out_specs=queries,
             check_vma=False,  # kernels made for one device do not say along which axes they vary
-        )(q_BLNH, kv, visibility)
+        )(q_BLNH, past, new, visibility)
 
-    def _sight(self, visibility: Visibility) -> PartitionSpec | Visibility:
-        """How what may be seen is split: as the queries are."""
-        names = ('tokens',)
-        if not isinstance(visibility, TracedVisibility):
-            names = ('batch', 'heads', 'tokens', None)
-        return jax.tree.map(lambda x: self.sharding.spec(x.shape, *names[-x.ndim :]), visibility)
+    def _per_row(self, visibility: Visibility, keys: int) -> Visibility:
+        """The same with bounds that can be split, because each device has other rows."""
+        bounds = visibility.rows
+        if not isinstance(bounds, StaticVisibility):
+            return visibility
+        if visibility.written is None and bounds.sees_all(keys):
+            return visibility.replace(rows=None)
+        return visibility.replace(rows=TracedVisibility(jnp.asarray(bounds.keys_L)))
+
+    def _specs(self, visibility: Visibility, heads: str | None) -> Visibility:
+        """How visibility is split: as the queries are."""
+
+        def specs(x: jax.Array | None, *names: str | None) -> PartitionSpec | None:
+            return None if x is None else self.sharding.spec(x.shape, *names[-x.ndim :])
+
+        bounds = visibility.rows
+        if isinstance(bounds, TracedVisibility):
+            bounds = TracedVisibility(specs(bounds.keys_L, 'tokens'))
+        return Visibility(
+            rows=bounds,
+            first_B=specs(visibility.first_B, 'batch'),
+            end_B=specs(visibility.end_B, 'batch'),
+            written=None if visibility.written is None else PartitionSpec(),
+            mask=specs(visibility.mask, 'batch', heads, 'tokens', None),
+        )

@@ -1,8 +1,8 @@
 """How is attention computed on a TPU?
 
 JAX's "splash" kernels go over blocks of rows and keys: scores never leave the chip's fast memory,
-and blocks that no row sees are not computed. They know what is seen as a function, never as an
-array of rows by keys.
+and blocks that no row attends to are not computed. They take upper bounds as a function of row and
+key, and what each image hides as segments: a row attends to the keys of its own segment.
 """
 
 import dataclasses
@@ -15,46 +15,54 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from star_jax.core.visibility import StaticVisibility, TracedVisibility
-from star_jax.nn.kernels import KV, Chunked, Kernel, Visibility
+from star_jax.core.visibility import ALL, StaticVisibility, Visibility
+from star_jax.nn.cache import KV, join
+from star_jax.nn.kernels import Chunked, Kernel
 
 BLOCKS = (512, 256, 128)  # what the kernels take, the fastest first
-FILLING = 1.125  # of the least that filling up costs, what a larger block may cost
+FILLING = 1.125  # of the least cost of padding, what a larger block may cost
+BEHIND = -1  # the segment of keys that an image hides at its end; no row has it
 
 
 @dataclasses.dataclass(frozen=True)
 class Splash:
-    """Rows and keys are filled up to whole blocks.
+    """Rows and keys are padded to whole blocks.
 
-    A traced reach is masked too, but no block is skipped. What is no reach goes to `otherwise`.
-    `interpret` computes the same anywhere, slowly: for tests.
+    Attributes:
+        otherwise: the kernel for a mask.
+        interpret: computes the same anywhere, slowly: for tests.
     """
 
     otherwise: Kernel = Chunked()
     interpret: bool = False
 
-    def __call__(self, q_BLNH: jax.Array, kv: KV, visibility: Visibility = None) -> jax.Array:
-        rows, keys, heads = q_BLNH.shape[1], kv.keys.shape[1], q_BLNH.shape[2]
-        if visibility is None:
-            visibility = StaticVisibility(((rows, keys),))
-        if not isinstance(visibility, StaticVisibility | TracedVisibility):
-            return self.otherwise(q_BLNH, kv, visibility)
-        if isinstance(
-            visibility, StaticVisibility
-        ):  # keys that no row sees would have undefined gradients
-            keys = min(keys, int(visibility.keys_L.max()))
-        blocks = _block(rows), _block(keys)
-        q_BNLH = _fill(q_BLNH, blocks[0])
-        kv_BNMH = KV(*(_fill(x[:, :keys], blocks[1]) for x in kv))
-        pad = np.pad if isinstance(visibility, StaticVisibility) else jnp.pad
-        keys_L = pad(visibility.keys_L, (0, -rows % blocks[0]), mode='edge')
-        kernel = self._kernel(keys_L, heads, kv_BNMH.keys.shape[2], _sizes(*blocks))
-        return jax.vmap(kernel)(q_BNLH, *kv_BNMH).swapaxes(1, 2)[:, :rows]
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        if visibility.mask is not None:
+            return self.otherwise(q_BLNH, past, new, visibility)
+        kv, visibility = join(past, new, visibility)
+        rows, heads, bounds = *q_BLNH.shape[1:3], visibility.rows
+        if bounds is None:
+            bounds = StaticVisibility(((rows, kv.rows),))
+        if isinstance(bounds, StaticVisibility):
+            # Keys that no row attends to would have undefined gradients.
+            kv = kv.part(0, min(kv.rows, int(bounds.keys_L.max())))
+            keys_L, pad = bounds.keys_L, np.pad
+        else:  # masked too, but no block is skipped
+            keys_L, pad = jnp.broadcast_to(bounds.keys_L, rows), jnp.pad
+        blocks = _block(rows), _block(kv.rows)
+        q_BNLH = _fill(q_BLNH.swapaxes(1, 2), blocks[0])
+        kv_BKMH = KV(*(_fill(x, blocks[1]) for x in kv))
+        keys_L = pad(keys_L, (0, -rows % blocks[0]), mode='edge')
+        kernel = self._kernel(keys_L, heads, kv_BKMH.rows, _sizes(*blocks))
+        segments = _segments(keys_L, kv.rows, kv_BKMH.rows, visibility)
+        return jax.vmap(kernel)(q_BNLH, *kv_BKMH, segments).swapaxes(1, 2)[:, :rows]
 
     def _kernel(
         self, keys_L: np.ndarray | jax.Array, heads: int, keys: int, sizes: splash.BlockSizes
     ) -> Callable[..., jax.Array]:
-        """[N, L, H] queries, [N, M, H] keys and values -> [N, L, H]."""
+        """[N, L, H] queries, [K, M, H] keys and values, segments -> [N, L, H]."""
         if isinstance(keys_L, np.ndarray):
             mask = splash.MultiHeadMask([VisibilityMask(keys_L, keys)] * heads)
             return splash.make_splash_mha_single_device(
@@ -76,15 +84,37 @@ class Splash:
         )
 
 
+def _segments(
+    keys_L: np.ndarray | jax.Array, keys: int, padded: int, visibility: Visibility
+) -> splash.SegmentIds | None:
+    """Segments of the rows and of the `padded` keys of each image; None where none are hidden.
+
+    Visible keys and most rows are of segment 0. A hidden key before the first visible one has a
+    segment of its own, shared by the row that attends to it alone.
+    """
+    first_B, end_B = visibility.first_B, visibility.end_B
+    if first_B is None and end_B is None:
+        return None
+    batch = len(end_B if first_B is None else first_B)
+    first_B1 = jnp.zeros((batch, 1), jnp.int32) if first_B is None else first_B[:, None]
+    end_B1 = jnp.full((batch, 1), keys, jnp.int32) if end_B is None else end_B[:, None]
+    upper_1L, number_1M = jnp.asarray(keys_L, jnp.int32)[None], jnp.arange(padded)[None]
+    before_BM = jnp.where(number_1M < first_B1, number_1M + 1, 0)
+    return splash.SegmentIds(
+        q=jnp.where(upper_1L <= first_B1, upper_1L, 0),
+        kv=jnp.where(number_1M < end_B1, before_BM, BEHIND),
+    )
+
+
 def sees(keys: jax.Array, key: jax.Array) -> jax.Array:
-    """Whether rows of this reach see the keys of these numbers."""
+    """Whether rows of these upper bounds attend to the keys of these numbers."""
     return key < keys
 
 
 class VisibilityMask(splash.Mask):
-    """The leading keys of each row, as the kernels ask for them.
+    """Upper bounds in the form that the kernels take.
 
-    They hand `q_sequence`, meant for the numbers of the rows, to `mask_function`.
+    They give `q_sequence`, meant for the numbers of the rows, to `mask_function`.
     """
 
     mask_function = staticmethod(sees)
@@ -103,15 +133,14 @@ class VisibilityMask(splash.Mask):
 
 
 def _block(count: int) -> int:
-    """The largest block that takes little more than `count` filled up to the smallest."""
+    """The largest block with which `count` takes little more than with the smallest."""
     filled = [-(-count // block) * block for block in BLOCKS]
     return next(b for b, n in zip(BLOCKS, filled, strict=True) if n <= FILLING * filled[-1])
 
 
-def _fill(x_BLNH: jax.Array, block: int) -> jax.Array:
-    """[B, N, L, H] with L filled up to whole blocks."""
-    x_BLNH = jnp.pad(x_BLNH, ((0, 0), (0, -x_BLNH.shape[1] % block), (0, 0), (0, 0)))
-    return x_BLNH.swapaxes(1, 2)
+def _fill(x_BNLH: jax.Array, block: int) -> jax.Array:
+    """The same with L padded to whole blocks."""
+    return jnp.pad(x_BNLH, ((0, 0), (0, 0), (0, -x_BNLH.shape[2] % block), (0, 0)))
 
 
 def _sizes(block_q: int, block_kv: int) -> splash.BlockSizes:

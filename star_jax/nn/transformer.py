@@ -17,10 +17,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from star_jax.core.schedule import Schedule
-from star_jax.core.visibility import StaticVisibility
+from star_jax.core.visibility import ALL, StaticVisibility, Visibility
 from star_jax.nn import layers
 from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
-from star_jax.nn.kernels import KV, Visibility
+from star_jax.nn.cache import AXES, KV, Cache
 from star_jax.nn.positions import Positions
 from star_jax.parallel.rules import ActivationSharding
 
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
             rows,
             text_kv=self.text_kv(condition),
             condition=condition,
-            visibility=visibility,
+            visibility=Visibility(rows=visibility),
             paths=paths,
         )
         return features_BLD
@@ -164,8 +164,8 @@ class Transformer(nn.Module):
         *,
         text_kv: KV | None,
         condition: Any,
-        past: KV | None = None,
-        visibility: Visibility = None,
+        past: tuple[KV, ...] = (),
+        visibility: Visibility = ALL,
         paths: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
         """All layers.
@@ -175,8 +175,9 @@ class Transformer(nn.Module):
             rows: their numbers.
             text_kv: from `text_kv`.
             condition: a pytree with one row per image.
-            past: cached keys and values of earlier rows.
-            visibility: which keys, the past first, each row may attend to.
+            past: cached keys and values of earlier rows, in pieces.
+            visibility: which keys, the past first, each row may attend to; the padding of a
+                prefix is added here.
             paths: [depth, 2, B] scales of residual branches.
 
         Returns:
@@ -191,8 +192,8 @@ class Transformer(nn.Module):
         shared = Shared(
             rotation_LP2=None if rotation is None else jnp.asarray(rotation)[rows],
             xy_L2=None if xy is None else jnp.asarray(xy)[rows],
-            visibility=visibility,
-            text_mask=self.starter.text(condition)[1],
+            visibility=visibility.replace(first_B=self.starter.padding(condition)),
+            text_length_B=self.starter.text(condition)[1],
             signal=signal,
         )
         per_layer = PerLayer(
@@ -225,7 +226,15 @@ class Transformer(nn.Module):
 
     def shard_kv(self, kv: KV | None) -> KV | None:
         """Keys and values of every layer, sharded over images and heads."""
-        return jax.tree.map(lambda x: self.sharding(x, 'layers', 'batch', None, 'heads', None), kv)
+        return jax.tree.map(lambda x: self.sharding(x, 'layers', *AXES), kv)
+
+    def empty_cache(self, batch: int, rows: int) -> Cache:
+        """A cache for so many images, `rows` rows of each."""
+        attention = self.block.self_attention(parent=None)
+        heads = attention.kv_heads or attention.heads
+        shape = (self.depth, batch, heads, rows, self.width // self.heads)
+        cache = Cache.empty(shape, self.dtype)
+        return cache.replace(kv=self.shard_kv(cache.kv))
 
     def with_sharding(self, mesh: Mesh | None) -> 'Transformer':
         """The same network whose arrays are sharded over a mesh by the rules (None: not at all)."""

@@ -19,9 +19,8 @@ from star_jax.core.buckets import Buckets
 from star_jax.core.codes import Codes, Sampled
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Group, Schedule, Step
-from star_jax.core.visibility import StaticVisibility
 from star_jax.nn.bind import bind
-from star_jax.nn.kernels import KV, Visibility
+from star_jax.nn.cache import KV, Cache
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
 
@@ -117,34 +116,6 @@ class GivenCodes:
         return jnp.where(jnp.asarray(self.mask_S)[step.index], given.astype(sampled.dtype), sampled)
 
 
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of all rows, [depth, R, rows, N, H]; written once per step."""
-
-    kv: KV
-
-    def write(self, new: KV, first: int | jax.Array) -> 'Cache':
-        place = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=2)
-        return Cache(jax.tree.map(place, self.kv, new))
-
-    def until(self, row: int) -> 'Cache':
-        """The rows before `row` alone."""
-        return Cache(jax.tree.map(lambda kv: kv[:, :, :row], self.kv))
-
-    def past(self, schedule: Schedule, rows: np.ndarray | jax.Array) -> tuple[KV, Visibility]:
-        """The keys that `rows` may look back at, and what they see of them and of themselves.
-
-        A step at a known place slices its prefix; a traced one sees the whole cache and masks what
-        is not yet written.
-        """
-        if isinstance(rows, np.ndarray):
-            prefix = jax.tree.map(lambda kv: kv[:, :, : rows[0]], self.kv)
-            return prefix, StaticVisibility.of(schedule.visible_rows[rows])
-        written = jnp.arange(self.kv.keys.shape[2]) < rows[0]
-        earlier = jnp.broadcast_to(written, (len(rows), len(written)))
-        return self.kv, jnp.concatenate([earlier, schedule.mask(rows)], axis=1)
-
-
 def sample(
     network: Transformer,
     tokenizer: nn.Module,
@@ -196,7 +167,8 @@ def sample(
     text_kv = net().text_kv(condition)  # once, not per step
     x_RLD = start_RLD = net().start(condition)
     copies = len(x_RLD) // len(keys_B)
-    cache = _empty_cache(network, len(x_RLD))
+    groups = schedule.groups(tuple(map(method.kind, range(schedule.steps))), buckets)
+    cache = network.empty_cache(len(x_RLD), Cache.rows_kept(schedule, groups, keep_last=trace))
     canvas = tok().blank(len(keys_B))
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
@@ -205,8 +177,7 @@ def sample(
     def run_step(carry: tuple, step: Step) -> tuple[tuple, StepOutput]:
         x_RLD, cache, canvas = carry
         rows = schedule.rows(step)
-        written = cache.until(schedule.starts[step.like]) if step.padded else cache
-        past, visibility = written.past(schedule, rows)
+        past, visibility = cache.past(schedule, step)
         features_RLD, new = net().trunk(
             x_RLD,
             rows,
@@ -215,7 +186,8 @@ def sample(
             past=past,
             visibility=visibility,
         )
-        cache = Cache(network.shard_kv(cache.write(new, rows[0]).kv))
+        cache = cache.write(new, schedule, step)
+        cache = cache.replace(kv=network.shard_kv(cache.kv))
         sampled, method_trace = method(
             jax.vmap(jax.random.fold_in, (0, None))(keys_B, step.index),
             features_RLD[:, -schedule.sizes[step.like] :],
@@ -248,7 +220,7 @@ def sample(
         return (x_RLD, cache, canvas), cut(outputs, schedule, group, inputs)
 
     carry, outputs = (x_RLD, cache, canvas), []
-    for group in schedule.groups(tuple(map(method.kind, range(schedule.steps))), buckets):
+    for group in groups:
         run = run_bucket if group.padded else functools.partial(run_group, run_step)
         carry, of_group = run(carry, group)
         outputs += of_group
@@ -320,16 +292,3 @@ def _flatten_steps(codes: jax.Array) -> jax.Array:
     """[steps, B, L, ...] -> [B, steps * L, ...]."""
     codes = jnp.moveaxis(codes, 0, 1)
     return codes.reshape(len(codes), -1, *codes.shape[3:])
-
-
-def _empty_cache(network: Transformer, rows: int) -> Cache:
-    shape = (
-        network.depth,
-        rows,
-        network.schedule.starts[-1],
-        network.heads,
-        network.width // network.heads,
-    )
-    return Cache(
-        network.shard_kv(KV(jnp.zeros(shape, network.dtype), jnp.zeros(shape, network.dtype)))
-    )

@@ -1,0 +1,135 @@
+"""How are keys and values kept between the steps of sampling?
+
+The order of their axes is decided here alone: heads before rows, so that the rows of a head are
+neighbours in memory, for one new row as for many. Kernels read `KV` through its methods or by
+einsum letters: K key/value heads, M rows, H head width.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from star_jax.core.schedule import Group, Schedule, Step
+from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
+
+HEADS, ROWS = -3, -2
+AXES = ('batch', 'heads', None, None)  # logical axes of keys and of values
+
+
+class KV(NamedTuple):
+    """Keys and values, [..., B, K, M, H]. Query head i reads key/value head i // (N / K)."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def from_rows(cls, k_BMKH: jax.Array, v_BMKH: jax.Array) -> 'KV':
+        """From the order in which projections make them."""
+        return cls(k_BMKH.swapaxes(HEADS, ROWS), v_BMKH.swapaxes(HEADS, ROWS))
+
+    def to_rows(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, M, K, H]."""
+        return self.keys.swapaxes(HEADS, ROWS), self.values.swapaxes(HEADS, ROWS)
+
+    @property
+    def rows(self) -> int:
+        return self.keys.shape[ROWS]
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[HEADS]
+
+    def part(self, first: int, end: int) -> 'KV':
+        """The rows from `first` to `end`."""
+        if (first, end) == (0, self.rows):
+            return self
+        return KV(*(jax.lax.slice_in_dim(x, first, end, axis=x.ndim + ROWS) for x in self))
+
+    def write(self, new: 'KV', first: int | jax.Array) -> 'KV':
+        """The same with new rows from `first` on."""
+        return KV(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=x.ndim + ROWS)
+                for x, y in zip(self, new, strict=True)
+            )
+        )
+
+
+def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Visibility]:
+    """All keys and values in one array in the order of their numbers, and who attends to them.
+
+    Rows behind the last key that is visible mean nothing.
+    """
+    if not past:
+        return new, visibility
+    pieces = (*past, new)
+    joined = KV(*(jnp.concatenate(arrays, axis=ROWS) for arrays in zip(*pieces, strict=True)))
+    if visibility.written is None:
+        return joined, visibility
+    bounds = visibility.rows
+    if bounds is None:
+        bounds = TracedVisibility((visibility.written + new.rows)[None])
+    elif isinstance(bounds, StaticVisibility):
+        bounds = TracedVisibility(jnp.asarray(bounds.keys_L))
+    return joined.write(new, visibility.written), visibility.replace(rows=bounds, written=None)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the rows that a later step reads, written once per step.
+
+    Attributes:
+        kv: [depth, R, K, rows, H], where R are the rows of the batch.
+    """
+
+    kv: KV
+
+    @staticmethod
+    def rows_kept(schedule: Schedule, groups: tuple[Group, ...], keep_last: bool = False) -> int:
+        """How many rows a cache must hold for steps in these groups.
+
+        No step reads those of the last one. A bucket that contains it writes them all the same,
+        because one body serves all of its steps. `keep_last`: a caller wants to read them.
+        """
+        return schedule.starts[-1 if keep_last or groups[-1].padded else -2]
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: str) -> 'Cache':
+        """A cache of keys and values of this `shape`, [depth, R, K, rows, H]."""
+        return cls(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+
+    def write(self, new: KV, schedule: Schedule, step: Step) -> 'Cache':
+        """The cache with the keys and values of a step.
+
+        A last step that the cache has no rows for is not written. Raises ValueError for a padded
+        step that could reach behind the end: such a write would be moved over earlier rows.
+        """
+        start = schedule.rows(step)[0]
+        if isinstance(step.index, int) and start >= self.kv.rows:
+            return self
+        known = step.padded or isinstance(step.index, int)
+        end = schedule.starts[step.like + 1]
+        if known and end > self.kv.rows:
+            raise ValueError(f'a cache of {self.kv.rows} rows, but a step writes up to row {end}')
+        return Cache(self.kv.write(new, start))
+
+    def past(self, schedule: Schedule, step: Step) -> tuple[tuple[KV, ...], Visibility]:
+        """The pieces of keys and values before a step, and what its rows attend to.
+
+        A step at a known row takes the rows before it; a traced one takes all that any of its
+        group may read, of which `written` are.
+        """
+        first, end = schedule.starts[step.like : step.like + 2]
+        if isinstance(step.index, int):
+            bounds = StaticVisibility.of(schedule.visible_rows[first:end])
+            return (self.kv.part(0, first),) if first else (), Visibility(rows=bounds)
+        rows = schedule.rows(step)
+        keys_L = jnp.asarray(schedule.visible_rows, jnp.int32)[rows]
+        if np.ptp(schedule.visible_rows[first:end]) == 0:
+            keys_L = keys_L[:1]  # all rows of a step attend to the same keys
+        kept = first if step.padded else self.kv.rows
+        visibility = Visibility(rows=TracedVisibility(keys_L), written=rows[0])
+        return (self.kv.part(0, kept),), visibility
