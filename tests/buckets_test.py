@@ -20,6 +20,8 @@ from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
+from star_jax.nn import cache
+from star_jax.nn.cache import KV
 from star_jax.nn.positions import Learned
 from star_jax.sampling import methods, program, stable
 from star_jax.sampling.sampler import GivenCodes, sample
@@ -132,6 +134,34 @@ def test_codes_that_are_fed_back_give_the_image_they_came_from():
     )
     for ours, theirs in zip(again.trace.steps(), free.trace.steps(), strict=True):
         np.testing.assert_allclose(ours.method.logits, theirs.method.logits, atol=1e-6)
+
+
+@pytest.mark.parametrize('shared', [((0, 1),), ((1, 2),), ((0, 2),)], ids=str)
+def test_every_choice_of_buckets_gives_the_same_codes(shared):
+    """Padded to the last scale, the one before it reaches behind the rows that are read again.
+
+    A cache of these rows alone would move its keys over those of earlier scales.
+    """
+    model = dataclasses.replace(SMALL, sides=(3, 3, 4))
+    assert model.schedule.sizes[-1] <= model.schedule.starts[-2]
+    np.testing.assert_array_equal(codes_of(model, shared), codes_of(model, ()))
+
+
+@functools.cache
+def codes_of(model, shared) -> np.ndarray:
+    run, args = sampling(model, shared)
+    return jax.device_get(jax.jit(lambda *args: run(*args).codes)(*args))
+
+
+def test_a_cache_refuses_a_write_behind_its_end():
+    schedule = Pyramid.square((3, 3, 4))
+    empty = cache.Cache.empty((1, 1, 1, schedule.starts[-2], 1), 'float32')
+    new = KV(*[jnp.ones((1, 1, 1, 16, 1))] * 2)
+    with pytest.raises(ValueError, match='18 rows, but a step writes up to row 34'):
+        empty.write(new, schedule, Step(jnp.int32(1), 2, padded=True))
+    assert empty.write(new, schedule, Step.at(2)) is empty
+    groups = schedule.groups(), schedule.groups(shared=((1, 2),))
+    assert [cache.Cache.rows_kept(schedule, some) for some in groups] == [18, 34]
 
 
 OTHER = {'positions': Learned(), 'shared_adaln': True, 'cross_attention': False}
