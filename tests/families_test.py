@@ -29,6 +29,7 @@ from star_jax.families.var import Var
 from star_jax.losses import tokens
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, SelfAttention
+from star_jax.nn.bind import bind
 from star_jax.nn.blocks import BlockParts, Mlp, drop_paths
 from star_jax.nn.heads import Head
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
@@ -303,7 +304,7 @@ def forcing(model: Transformer, tokenizer: nn.Module):
 
     @jax.jit
     def run(params, codes_BL, condition):
-        inputs = tokenizer.apply({'params': params['tokenizer']}, codes_BL, method='inputs')
+        inputs = bind(tokenizer, params['tokenizer']).inputs(codes_BL)
         logits = model.apply({'params': params['model']}, inputs, condition)
         return logits[:, model.schedule.sampled_rows], inputs
 
@@ -585,9 +586,9 @@ def test_a_path_of_zero_removes_its_branch_of_its_image():
 
     @jax.jit
     def run(params, paths):
-        apply = functools.partial(model.apply, {'params': params})
-        features = apply(inputs, condition, paths=paths, method='features')
-        return features, apply(features, condition, method='head')
+        network = bind(model, params)
+        features = network.features(inputs, condition, paths=paths)
+        return features, network.head(features, condition)
 
     ones = np.ones((DEPTH, 2, B), np.float32)
     np.testing.assert_allclose(run(params, ones)[1], logits, atol=1e-5)
@@ -603,7 +604,7 @@ def test_a_path_of_zero_removes_its_branch_of_its_image():
         np.testing.assert_allclose(without[::2], whole[::2], atol=1e-5)
         assert np.abs(without[1] - whole[1]).max() > 1e-2
     doubled = run(params, 0 * ones)[0]
-    rows = model.apply({'params': params}, condition, method='start')
+    rows = bind(model, params).start(condition)
     np.testing.assert_allclose(doubled[:, :1], rows, atol=1e-5)
 
 
@@ -617,8 +618,8 @@ def test_tokens_that_training_drops_are_not_seen(star):
 
     @jax.jit
     def run(inputs):
-        apply = functools.partial(model.apply, {'params': params})
-        return apply(apply(inputs, condition, kept, method='features'), condition, method='head')
+        network = bind(model, params)
+        return network.head(network.features(inputs, condition, kept), condition)
 
     found = run(inputs)
     np.testing.assert_allclose(found[:, :last], logits[:, :last], atol=1e-5)

@@ -22,6 +22,7 @@ from star_jax.core.settings import Settings, StableSettings
 from star_jax.core.unmasking import SHARES, budgets
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
+from star_jax.nn.bind import bind
 from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
 from star_jax.protocols import StepFns
 from star_jax.sampling import program
@@ -293,8 +294,8 @@ def test_head_reads_one_scale_and_its_fixed_tokens():
 
     @functools.partial(jax.jit, static_argnums=3)
     def refine(params, vectors, features, rows):
-        args = (vectors, features, np.asarray(rows), caption)
-        return star.build().apply({'params': params}, *args, method='refine')
+        network = bind(star.build(), params)
+        return network.refine(vectors, features, np.asarray(rows), caption)
 
     both = refine(params, vectors, features, tuple(rows))
     for part in (slice(0, 4), slice(4, 20)):

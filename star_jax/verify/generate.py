@@ -73,7 +73,10 @@ class Generations:
         star = with_cross_attention(self.star, run['cross_attention'])
         text = jax.tree.map(lambda x: x[rows], text_of(self.case))
         guidance = self.run_option(run, 'cfg')
-        return sample_greedily(star, self.vq, self.params, text, guidance, self._method(run))
+        method = self._method(run)
+        return sample_greedily(
+            star, self.vq, self.params, condition=text, guidance=guidance, method=method
+        )
 
     def _method(self, run: dict[str, Any]) -> SamplingMethod:
         """The sampling method of a run; recorded runs take the most probable codes."""
@@ -112,7 +115,13 @@ def sample_fn(config: Family, vq: VQ) -> Callable:
 
 
 def sample_greedily(
-    config: Family, vq: VQ, params: dict, condition: Any, guidance: float, method: SamplingMethod
+    config: Family,
+    vq: VQ,
+    params: dict,
+    *,
+    condition: Any,
+    guidance: float,
+    method: SamplingMethod,
 ) -> Sample:
     """Samples from B prompted over B unprompted rows by a method that uses no random numbers."""
     batch = len(jax.tree.leaves(condition)[0]) // 2

@@ -92,9 +92,14 @@ class ClassConditional:
         vq, tokenizer = self.case.tokenizer
         params = {'model': self.params, 'tokenizer': tokenizer}
         keep = NucleusFilter(top_k=option('top_k'), top_p=option('top_p') or None)
-        condition = _condition(self.labels + self.no_labels)
-        method = FilteredSampling(keep, greedy=True)
-        return sample_greedily(self.var, vq, params, condition, option('cfg'), method)
+        return sample_greedily(
+            self.var,
+            vq,
+            params,
+            condition=_condition(self.labels + self.no_labels),
+            guidance=option('cfg'),
+            method=FilteredSampling(keep, greedy=True),
+        )
 
     @functools.cached_property
     def codes(self) -> list[np.ndarray]:
