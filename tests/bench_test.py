@@ -267,8 +267,10 @@ def test_sample_takes_sizes_and_weights_of_a_model_folder(tmp_path):
     autoencoder = Autoencoder(width=8, multipliers=(1,), blocks=1, groups=2)
     job = sampling.SamplingJob(model=model, autoencoder=autoencoder, text_tokens=3)
     params = jax.device_get(job.prepare().main.args[0])
-    tokenizer = folder.Tokenizer(config=job.tokenizer, params=params['tokenizer'])
-    content = folder.Model(config=model, params=params['model'], tokenizer=tokenizer, text=None)
+    tokenizer = folder.StoredTokenizer(config=job.tokenizer, params=params['tokenizer'])
+    content = folder.StoredModel(
+        config=model, params=params['model'], tokenizer=tokenizer, text=None
+    )
     path = tmp_path / 'model'
     folder.write(path, content)
 

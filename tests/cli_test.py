@@ -285,7 +285,7 @@ def test_sample_refuses_missing_prompts(tmp_path):
 def test_sample_refuses_incomplete_models(tmp_path, home, tokenizer):
     assert 'no such folder' in error_message('sample', 'a star', '--model', tmp_path / 'nothing')
     assert 'config.json' in error_message('sample', 'a star', '--model', home)
-    assert 'tokenizer alone' in error_message('sample', 'a star', '--model', tokenizer / 'model')
+    assert 'only a tokenizer' in error_message('sample', 'a star', '--model', tokenizer / 'model')
 
 
 def test_sample_refuses_another_text_encoder(trained, tmp_path):

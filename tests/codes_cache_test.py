@@ -123,7 +123,9 @@ def test_text_features_are_copied_from_the_users_cache_not_encoded_again(
 def test_another_tokenizer_is_refused(run, made, tmp_path):
     params = jax.tree.map(np.copy, tiny.tokenizer_params())
     params['quantiser']['codebook'][0] += 1e-3
-    folder.write(tmp_path / 'other', folder.Tokenizer(config=tiny.TOKENIZER.model, params=params))
+    folder.write(
+        tmp_path / 'other', folder.StoredTokenizer(config=tiny.TOKENIZER.model, params=params)
+    )
     with pytest.raises(UserError, match=r'another run \(tokenizer: .*star-jax data cache'):
         job(run, made, tokenizer=str(tmp_path / 'other'))
 

@@ -250,7 +250,7 @@ def test_a_tokenizer_alone_becomes_a_folder(tmp_path):
     file = save(tmp_path / 'vae.safetensors', state)
     words = ['--sides', '1', '2', '4', '--groups', '4', '--out', str(tmp_path / 'folder')]
     assert cli.main(['convert', file, *words]) == 0
-    assert folder.holds_tokenizer_alone(tmp_path / 'folder')
+    assert folder.has_only_tokenizer(tmp_path / 'folder')
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
     same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
 
@@ -365,7 +365,7 @@ def test_a_transformer_without_tokenizer_is_refused(tmp_path, capsys):
 
 def test_a_tokenizer_of_other_codes_is_refused(tmp_path, capsys):
     state = state_of(dataclasses.replace(STAR, codes=64))
-    assert 'predicts 64 codes' in refused(tmp_path, capsys, state)
+    assert 'model.codes is 64, but tokenizer.codes is' in refused(tmp_path, capsys, state)
 
 
 def test_other_files_are_refused(tmp_path, capsys, torch):
@@ -405,7 +405,9 @@ def test_text_travels_by_name_or_inside(tmp_path):
     there_and_back(tmp_path, state, vae, '--text', tiny.TEXT, '--copy-text')
     (tmp_path / 'folder').rename(tmp_path / 'moved')
     inside = models.read(tmp_path / 'moved').text
-    assert inside == folder.Text(source=str(tmp_path / 'moved' / 'text'), sha256=named.sha256)
+    assert inside == folder.TextEncoderReference(
+        source=str(tmp_path / 'moved' / 'text'), sha256=named.sha256
+    )
     assert load_text(inside.source, sha256=inside.sha256).width == STAR.text_width
 
 

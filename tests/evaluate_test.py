@@ -252,11 +252,11 @@ def model(tmp_path_factory) -> str:
     encoder = load_text(tiny.TEXT)
     images, inputs = jnp.zeros((1, SIDE, SIDE, 3)), jnp.zeros((1, 20, VQ.channels))
     network = tiny.STAR.model.build()
-    content = folder.Model(
+    content = folder.StoredModel(
         config=tiny.STAR.model,
         params=random_params(network, inputs, encoder.encode([''])),
-        tokenizer=folder.Tokenizer(config=VQ, params=random_params(VQ.build(), images)),
-        text=folder.Text(**encoder.reference()),
+        tokenizer=folder.StoredTokenizer(config=VQ, params=random_params(VQ.build(), images)),
+        text=folder.TextEncoderReference(**encoder.reference()),
     )
     path = tmp_path_factory.mktemp('model') / 'model'
     folder.write(path, content)

@@ -161,12 +161,12 @@ class Quantizer(TokenizerConfig):
     codes: int = 8
 
 
-ALONE = folder.Tokenizer(config=Quantizer(codes=16), params={'codebook': np.ones((16, 2))})
-MODEL = folder.Model(
+ALONE = folder.StoredTokenizer(config=Quantizer(codes=16), params={'codebook': np.ones((16, 2))})
+MODEL = folder.StoredModel(
     config=Toy(depth=3),
     params=tree(),
     tokenizer=ALONE,
-    text=folder.Text(source='some/encoder', sha256='0' * 64),
+    text=folder.TextEncoderReference(source='some/encoder', sha256='0' * 64),
     sampling=Settings(guidance=1.5, top_k=7),
 )
 
@@ -179,7 +179,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(registry.TOKENIZERS, 'Quantizer', Quantizer)
 
 
-def read(place) -> folder.Model:
+def read(place) -> folder.StoredModel:
     return folder.read(place)
 
 
@@ -245,7 +245,7 @@ def test_a_tokenizer_is_readable_beside_a_model_of_an_unknown_family(tmp_path):
 def test_a_tokenizer_alone_is_no_model(tmp_path):
     folder.write(tmp_path / 'model', ALONE)
     assert not (tmp_path / 'model' / 'model.safetensors').exists()
-    with pytest.raises(UserError, match='holds a tokenizer alone'):
+    with pytest.raises(UserError, match='holds only a tokenizer'):
         read(tmp_path / 'model')
 
 

@@ -50,17 +50,17 @@ STAR = Run(
 
 def write_tokenizer(path: Path) -> str:
     """A model folder with an untrained tokenizer; its place, as a run names it."""
-    folder.write(path, folder.Tokenizer(config=TOKENIZER.model, params=tokenizer_params()))
+    folder.write(path, folder.StoredTokenizer(config=TOKENIZER.model, params=tokenizer_params()))
     return str(path)
 
 
 def write_model(path: Path) -> str:
     """A model folder with an untrained model of STAR's sizes; its place."""
-    content = folder.Model(
+    content = folder.StoredModel(
         config=STAR.model,
         params=random_params(STAR.model.abstract()),
-        tokenizer=folder.Tokenizer(config=TOKENIZER.model, params=tokenizer_params()),
-        text=folder.Text(**load_text(TEXT).reference()),
+        tokenizer=folder.StoredTokenizer(config=TOKENIZER.model, params=tokenizer_params()),
+        text=folder.TextEncoderReference(**load_text(TEXT).reference()),
     )
     folder.write(path, content)
     return str(path)

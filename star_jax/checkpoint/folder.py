@@ -1,13 +1,13 @@
-"""What lies in a model folder?
+"""What does a model folder contain, and how is it written and read?
 
     config.json             {family, model, tokenizer, text: {source, sha256}, sampling}
-    model.safetensors       the transformer ('/'-joined names, layers stacked)
-    tokenizer.safetensors   the image tokenizer, always inside
-    ignored.safetensors     what a published file held that nothing needs, for the way back to it
-    text/                   a copy of the text encoder, unless config.json names another place
+    model.safetensors       parameters of the transformer ('/'-joined names, layers stacked)
+    tokenizer.safetensors   parameters of the image tokenizer, which every folder has
+    ignored.safetensors     unused tensors of a converted file, for the conversion back
+    text/                   a copy of the text encoder, unless config.json has another source
 
-A folder of a tokenizer alone has the family 'tokenizer' and only that. The names of families and
-tokenizers are those of the registry. Reading a folder executes no Python.
+A folder without a transformer has the family 'tokenizer' and only the tokenizer's files. The names
+of families and tokenizers are those of the registry. Reading a folder executes no Python.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ CONFIG = 'config.json'
 MODEL = 'model.safetensors'
 TOKENIZER = 'tokenizer.safetensors'
 IGNORED = 'ignored.safetensors'
-INSIDE = 'text'
-INSIDE_SOURCE = f'./{INSIDE}'  # how config.json names the text encoder in the folder itself
-ALONE = 'tokenizer'  # the family of a folder without a transformer
+TEXT = 'text'
+TEXT_SOURCE = f'./{TEXT}'  # the source of a text encoder inside the folder
+TOKENIZER_ONLY = 'tokenizer'  # the family of a folder without a transformer
 
-OURS = re.compile(
+MODEL_FILE = re.compile(
     r'config\.json|text|ignored\.safetensors|(model|tokenizer)(-\d+-of-\d+)?\.safetensors(\.index\.json)?'
 )
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
@@ -44,83 +44,102 @@ Load = Callable[[Path], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """Which text encoder a model was trained with: a package, path or hub id, and its SHA-256."""
+class TextEncoderReference:
+    """The text encoder that a model was trained with.
+
+    Attributes:
+        source: a folder, `package:NAME` or hub id.
+        sha256: SHA-256 of its files, hexadecimal.
+    """
 
     source: str
     sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokenizer:
-    """An image tokenizer: its config and its parameters."""
+class StoredTokenizer:
+    """Config and parameters of an image tokenizer."""
 
     config: Any
     params: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A transformer of a family, its tokenizer and its text encoder.
+class StoredModel:
+    """Configs and parameters of a transformer and its tokenizer.
 
     Attributes:
         config: sizes and parts of the transformer; its class decides the family.
         params: parameters of the transformer.
         tokenizer: the image tokenizer.
         text: the text encoder that it was trained with, or None.
-        sampling: the settings that its maker recommends.
+        sampling: recommended sampling settings.
     """
 
     config: Family
     params: Mapping[str, Any]
-    tokenizer: Tokenizer
-    text: Text | None
+    tokenizer: StoredTokenizer
+    text: TextEncoderReference | None
     sampling: Settings = Settings()
 
 
 def write(
     folder: str | Path,
-    content: Model | Tokenizer,
+    content: StoredModel | StoredTokenizer,
     fill: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a model, or a tokenizer alone, to a folder; `fill` may write there what goes with it.
+    """Writes a model folder, atomically.
 
-    The folder appears whole or not at all. One that exists is replaced if it is a model folder
-    (files in it that are not part of one are kept) and otherwise refused with a UserError. A text
-    encoder that already lies in its `text/` stays there and counts as inside.
+    An existing model folder is replaced; its files that are no part of a model stay. A text
+    encoder in its `text/` stays too, if it is the source of the model's text encoder.
+
+    Args:
+        folder: the folder to write.
+        content: a model, or a tokenizer only.
+        fill: writes further files to the new folder.
+
+    Raises:
+        UserError: `folder` exists and is no model folder, or cannot be written.
     """
     folder = Path(folder).absolute()
     check_free(folder)
-    tokenizer = content.tokenizer if isinstance(content, Model) else content
-    content, keeps_text = _with_own_text(content, folder / INSIDE)
+    tokenizer = content.tokenizer if isinstance(content, StoredModel) else content
+    content, keeps_text = _with_relative_text(content, folder / TEXT)
 
     def is_replaced(name: str) -> bool:
-        return _is_ours(name) and not (keeps_text and name == INSIDE)
+        return _is_model_file(name) and not (keeps_text and name == TEXT)
 
     with files.replacing_folder(folder, is_replaced) as new:
         weights.save(new / TOKENIZER, tokenizer.params)
-        if isinstance(content, Model):
+        if isinstance(content, StoredModel):
             weights.save(new / MODEL, content.params)
         if fill:
             fill(new)
         config.write_json(new / CONFIG, _describe(content, tokenizer))
 
 
-def read(folder: str | Path, load: Load = weights.load) -> Model:
-    """The model in a folder, of a registered family.
+def read(folder: str | Path, load: Load = weights.load) -> StoredModel:
+    """Reads the model in a folder.
 
-    `load` reads parameters from the path of a file. Raises UserError if the folder is missing,
-    damaged, of a family that is not registered, or holds a tokenizer alone.
+    Args:
+        folder: the model folder.
+        load: reads parameters from the path of a file.
+
+    Raises:
+        UserError: the folder is missing or damaged, its family is not registered, or it contains
+            only a tokenizer.
     """
     folder = Path(folder)
     data = _read_config(folder)
-    if data['family'] == ALONE:
-        raise UserError(f'{folder}: holds a tokenizer alone, expected a model')
+    if data['family'] == TOKENIZER_ONLY:
+        raise UserError(f'{folder}: holds only a tokenizer, expected a model')
     cls = _look_up(FAMILIES, data['family'], f'{folder / CONFIG}: family')
-    text = data['text'] and config.from_json(Text, data['text'], where=f'{folder / CONFIG}, text')
-    if text and (text.source == INSIDE_SOURCE or text.source.startswith(f'{INSIDE_SOURCE}/')):
+    text = data['text'] and config.from_json(
+        TextEncoderReference, data['text'], where=f'{folder / CONFIG}, text'
+    )
+    if text and (text.source == TEXT_SOURCE or text.source.startswith(f'{TEXT_SOURCE}/')):
         text = dataclasses.replace(text, source=str(folder / text.source))
-    return Model(
+    return StoredModel(
         config=config.from_json(cls, data['model'], where=f'{folder / CONFIG}, model'),
         params=load(folder / MODEL),
         tokenizer=_read_tokenizer(folder, data, load),
@@ -129,48 +148,52 @@ def read(folder: str | Path, load: Load = weights.load) -> Model:
     )
 
 
-def read_tokenizer(folder: str | Path, load: Load = weights.load) -> Tokenizer:
-    """The tokenizer in any model folder, whatever else is in it; UserErrors as of `read`."""
+def read_tokenizer(folder: str | Path, load: Load = weights.load) -> StoredTokenizer:
+    """Reads the tokenizer in any model folder; raises as `read`."""
     folder = Path(folder)
     return _read_tokenizer(folder, _read_config(folder), load)
 
 
-def holds_tokenizer_alone(folder: str | Path) -> bool:
-    """Whether a model folder has no transformer; UserErrors as of `read`."""
-    return _read_config(Path(folder))['family'] == ALONE
+def has_only_tokenizer(folder: str | Path) -> bool:
+    """Whether a model folder has no transformer; raises as `read`."""
+    return _read_config(Path(folder))['family'] == TOKENIZER_ONLY
 
 
 def read_sampling(folder: str | Path) -> Settings:
-    """The settings that the maker of a model recommends; UserErrors as of `read`."""
+    """Reads the recommended sampling settings of a model; raises as `read`."""
     folder = Path(folder)
     return _read_sampling(folder, _read_config(folder))
 
 
 def digest(folder: str | Path) -> str:
-    """SHA-256 over config and weights, hex; UserErrors as of `read`."""
+    """SHA-256 over config and weights, hexadecimal; raises as `read`."""
     folder = Path(folder)
     _read_config(folder)
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if _is_ours(path.name) and path.is_file()):
+    total = hashlib.sha256()
+    for path in sorted(
+        path for path in folder.iterdir() if _is_model_file(path.name) and path.is_file()
+    ):
         with path.open('rb') as file:
             content = hashlib.file_digest(file, 'sha256').hexdigest()
-        whole.update(f'{path.name} {content}\n'.encode())
-    return whole.hexdigest()
+        total.update(f'{path.name} {content}\n'.encode())
+    return total.hexdigest()
 
 
-def find(place: str | Path) -> Path:
-    """The folder that a user means: one on this machine or, of that form, a hub id `owner/name`.
+def find(source: str | Path) -> Path:
+    """The local folder of a source: a folder, or a hub id `owner/name`, which is downloaded.
 
-    A hub id is downloaded to the hub's cache, configs and safetensors only. Raises UserError if
-    there is neither.
+    Only configs and safetensors are downloaded, to the cache of the hub's client.
+
+    Raises:
+        UserError: there is no such folder, and no such hub id.
     """
-    if os.path.isdir(place):  # which, unlike Path.is_dir, never raises
-        return Path(place)
-    if not HUB_ID.fullmatch(str(place)):
+    if os.path.isdir(source):  # unlike Path.is_dir, it never raises
+        return Path(source)
+    if not HUB_ID.fullmatch(str(source)):
         raise UserError(
-            f"{place or repr('')}: there is no such folder, and it is no hub id like 'owner/name'"
+            f"{source or repr('')}: there is no such folder, and it is no hub id like 'owner/name'"
         )
-    return _download(str(place))
+    return _download(str(source))
 
 
 def _download(name: str) -> Path:
@@ -181,26 +204,29 @@ def _download(name: str) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise UserError(
-            f'{name}: there is no such folder here, and it cannot be had from the hub ({reason[0]})'
+            f'{name}: there is no such folder here, and it cannot be downloaded from the hub '
+            f'({reason[0]})'
         ) from error
 
 
-def _with_own_text(content: Model | Tokenizer, inside: Path) -> tuple[Model | Tokenizer, bool]:
-    """The content, and whether its text encoder lies in `inside`: it is then named from there."""
-    text = content.text if isinstance(content, Model) else None
-    place, inside = Path(text.source if text else ''), inside.resolve()
-    if text is None or not place.is_absolute() or not place.is_relative_to(inside):
+def _with_relative_text(
+    content: StoredModel | StoredTokenizer, inside: Path
+) -> tuple[StoredModel | StoredTokenizer, bool]:
+    """The content with a text source relative to the folder, and whether `inside` contains it."""
+    text = content.text if isinstance(content, StoredModel) else None
+    path, inside = Path(text.source if text else ''), inside.resolve()
+    if text is None or not path.is_absolute() or not path.is_relative_to(inside):
         return content, False
-    source = '/'.join([INSIDE_SOURCE, *place.relative_to(inside).parts])
+    source = '/'.join([TEXT_SOURCE, *path.relative_to(inside).parts])
     return dataclasses.replace(content, text=dataclasses.replace(text, source=source)), True
 
 
-def _describe(content: Model | Tokenizer, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config.json of a folder."""
-    model = content if isinstance(content, Model) else None
+def _describe(content: StoredModel | StoredTokenizer, tokenizer: StoredTokenizer) -> dict[str, Any]:
+    """The content of config.json."""
+    model = content if isinstance(content, StoredModel) else None
     kind = name_of(tokenizer.config)
     return {
-        'family': name_of(model.config) if model else ALONE,
+        'family': name_of(model.config) if model else TOKENIZER_ONLY,
         'model': config.to_json(model.config) if model else None,
         'tokenizer': {structure.TAG: kind, **config.to_json(tokenizer.config)},
         'text': config.to_json(model.text) if model and model.text else None,
@@ -220,18 +246,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _read_tokenizer(folder: Path, data: dict[str, Any], load: Load) -> Tokenizer:
+def _read_tokenizer(folder: Path, data: dict[str, Any], load: Load) -> StoredTokenizer:
     where = f'{folder / CONFIG}, tokenizer'
     fields = dict(data['tokenizer']) if isinstance(data['tokenizer'], dict) else {}
     kind = fields.pop(structure.TAG, None)
     cls = _look_up(TOKENIZERS, kind, f'{where}: {structure.TAG}')
     settings = config.from_json(cls, fields, where=where)
-    return Tokenizer(config=settings, params=load(folder / TOKENIZER))
+    return StoredTokenizer(config=settings, params=load(folder / TOKENIZER))
 
 
 def _read_sampling(folder: Path, data: dict[str, Any]) -> Settings:
-    if data['family'] == ALONE:
-        raise UserError(f'{folder}: holds a tokenizer alone, expected a model')
+    if data['family'] == TOKENIZER_ONLY:
+        raise UserError(f'{folder}: holds only a tokenizer, expected a model')
     return config.from_json(Settings, data['sampling'], where=f'{folder / CONFIG}, sampling')
 
 
@@ -245,7 +271,7 @@ def _look_up(known: Mapping[str, type], name: Any, where: str) -> type:
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError where no model folder can be written at `folder`."""
+    """Raises UserError if no model folder can be written at `folder`."""
     files.check_folder(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -254,10 +280,10 @@ def check_free(folder: Path) -> None:
     except UserError as error:
         raise UserError(
             f'{folder}: holds something else than a model folder, and is not overwritten; '
-            'name another place or remove it'
+            'choose another path or remove it'
         ) from error
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a file of that name belongs to a model folder."""
-    return OURS.fullmatch(name) is not None
+def _is_model_file(name: str) -> bool:
+    """Whether a file of that name is part of a model folder."""
+    return MODEL_FILE.fullmatch(name) is not None

@@ -1,6 +1,6 @@
-"""Which model does a user mean, and is it whole?
+"""How is a model loaded and checked, from a folder, a hub id, or 'shipped'?
 
-A folder, a hub id, or 'shipped': the small one in this package.
+'shipped' is the small model in this package.
 """
 
 import dataclasses
@@ -9,67 +9,66 @@ from typing import TypeVar
 
 from star_jax.checkpoint import folder, weights
 from star_jax.core.settings import Settings
-from star_jax.errors import UserError
+from star_jax.families.fit import check_tokenizer
 
 SHIPPED = 'shipped'
 
-Part = TypeVar('Part', folder.Model, folder.Tokenizer)
+Part = TypeVar('Part', folder.StoredModel, folder.StoredTokenizer)
 
 
-def read(place: str | Path) -> folder.Model:
-    """The model at `place`, its parameters in the types of a fresh one.
+def read(source: str | Path) -> folder.StoredModel:
+    """Reads a model, with parameters in the types of a new one.
 
-    Raises UserErrors as `folder.read` does, and where weights do not fit their config or the
-    tokenizer does not fit the transformer.
+    Args:
+        source: a folder, a hub id, or 'shipped'.
+
+    Raises:
+        UserError: `folder.read` refuses the folder, weights do not fit their config, or the
+            tokenizer does not fit the transformer.
     """
-    where = locate(place)
-    model = folder.read(where)
-    _check_fit(where, model)
-    tokenizer = _fitted(model.tokenizer, where / folder.TOKENIZER)
-    return dataclasses.replace(_fitted(model, where / folder.MODEL), tokenizer=tokenizer)
+    path = locate(source)
+    model = folder.read(path)
+    check_tokenizer(
+        model.config,
+        model.tokenizer.config,
+        where=str(path / folder.CONFIG),
+        remedy='export the model again from its run',
+    )
+    model.tokenizer.config.at(model.config.schedule)
+    tokenizer = _with_checked_params(model.tokenizer, path / folder.TOKENIZER)
+    model = _with_checked_params(model, path / folder.MODEL)
+    return dataclasses.replace(model, tokenizer=tokenizer)
 
 
-def read_tokenizer(place: str | Path) -> folder.Tokenizer:
-    """The tokenizer of whatever model folder lies at `place`; UserErrors as of `read`."""
-    where = locate(place)
-    return _fitted(folder.read_tokenizer(where), where / folder.TOKENIZER)
+def read_tokenizer(source: str | Path) -> folder.StoredTokenizer:
+    """Reads the tokenizer of any model folder; raises as `read`."""
+    path = locate(source)
+    return _with_checked_params(folder.read_tokenizer(path), path / folder.TOKENIZER)
 
 
-def holds_tokenizer_alone(place: str | Path) -> bool:
-    """Whether the model folder at `place` has no transformer."""
-    return folder.holds_tokenizer_alone(locate(place))
+def has_only_tokenizer(source: str | Path) -> bool:
+    """Whether a model folder has no transformer."""
+    return folder.has_only_tokenizer(locate(source))
 
 
-def read_sampling(place: str | Path) -> Settings:
-    """The settings that the maker of the model at `place` recommends."""
-    return folder.read_sampling(locate(place))
+def read_sampling(source: str | Path) -> Settings:
+    """Reads the recommended sampling settings of a model."""
+    return folder.read_sampling(locate(source))
 
 
-def digest(place: str | Path) -> str:
-    """SHA-256 over the files of the model folder at `place`."""
-    return folder.digest(locate(place))
+def digest(source: str | Path) -> str:
+    """SHA-256 over the files of a model folder, hexadecimal."""
+    return folder.digest(locate(source))
 
 
-def locate(place: str | Path) -> Path:
-    if str(place) == SHIPPED:
+def locate(source: str | Path) -> Path:
+    """The folder of a model; raises as `folder.find`."""
+    if str(source) == SHIPPED:
         return Path(__file__).parents[1] / SHIPPED
-    return folder.find(place)
+    return folder.find(source)
 
 
-def _check_fit(where: Path, model: folder.Model) -> None:
-    """Raises UserError unless the tokenizer makes the codes that the transformer predicts."""
-    config, tokenizer = model.config, model.tokenizer.config
-    for name in ('codes', 'channels'):
-        wanted, given = getattr(config, name), getattr(tokenizer, name)
-        if wanted != given:
-            raise UserError(
-                f'{where / folder.CONFIG}: model.{name} is {wanted}, but tokenizer.{name} is '
-                f'{given}; expected the same, export the model again from its run'
-            )
-    tokenizer.at(config.schedule)
-
-
-def _fitted(part: Part, where: Path) -> Part:
-    """The part with the parameters of its config, name for name and shape for shape."""
-    params = weights.fit(weights.flatten(part.params), part.config.abstract(), str(where))
+def _with_checked_params(part: Part, path: Path) -> Part:
+    """The part, whose parameters must have the names and shapes of its config."""
+    params = weights.fit(weights.flatten(part.params), part.config.abstract(), str(path))
     return dataclasses.replace(part, params=weights.unflatten(params))

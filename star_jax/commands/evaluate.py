@@ -126,7 +126,7 @@ def _job(options: Evaluate) -> Job:
 
 def _settings(options: Evaluate) -> tuple[Settings, ...]:
     """Every combination of the option values; the model's settings where there are none."""
-    if models.holds_tokenizer_alone(options.model):
+    if models.has_only_tokenizer(options.model):
         return (Settings(),)
     recommended = models.read_sampling(options.model)
     values = [getattr(options, name) or (getattr(recommended, name),) for name in SWEPT]

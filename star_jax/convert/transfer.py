@@ -21,6 +21,7 @@ from star_jax.convert.table import ConversionTable
 from star_jax.core.schedule import Grids
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
+from star_jax.families.fit import check_tokenizer
 from star_jax.families.star import Star
 from star_jax.protocols import Family
 from star_jax.text.folder import CONFIG, INDEX, full_name, locate
@@ -124,7 +125,7 @@ def to_folder(
     def fill(new: Path) -> None:
         _write_ignored(new / folder.IGNORED, parts.values(), ignored_file)
         if text and text.inside:
-            _copy_text(text.source, new / folder.INSIDE)
+            _copy_text(text.source, new / folder.TEXT)
 
     with files.writing(out):
         folder.write(out, content, fill)
@@ -141,7 +142,7 @@ def to_files(model_folder: Path, out: Path) -> list[Path]:
         UserError: there is no model folder, or it cannot be read.
     """
     files.check_folder(out)
-    alone = folder.holds_tokenizer_alone(model_folder)
+    alone = folder.has_only_tokenizer(model_folder)
     load = _open
     model = None if alone else folder.read(model_folder, load)
     tokenizer = model.tokenizer if model else folder.read_tokenizer(model_folder, load)
@@ -177,23 +178,19 @@ def _part(tensors: Tensors, options: ModelOptions, where: str, grids: Grids = ()
     return Part(config=config, table=table, tensors=tensors)
 
 
-def _tokenizer(part: Part) -> folder.Tokenizer:
-    return folder.Tokenizer(config=part.config, params=part.table.params(part.tensors))
+def _tokenizer(part: Part) -> folder.StoredTokenizer:
+    return folder.StoredTokenizer(config=part.config, params=part.table.params(part.tensors))
 
 
 def _model(
-    part: Part, tokenizer: folder.Tokenizer, text: TextSource | None, where: str
-) -> folder.Model:
-    for name in ('codes', 'channels'):
-        if getattr(part.config, name) != getattr(tokenizer.config, name):
-            raise UserError(
-                f'{where} predicts {getattr(part.config, name)} {name}, and its tokenizer has '
-                f'{getattr(tokenizer.config, name)}: give the one that it was trained with'
-            )
+    part: Part, tokenizer: folder.StoredTokenizer, text: TextSource | None, where: str
+) -> folder.StoredModel:
+    remedy = 'give the tokenizer that the model was trained with'
+    check_tokenizer(part.config, tokenizer.config, where=where, remedy=remedy)
     reads_text = isinstance(part.config, Star)
     if text and not reads_text:
         raise UserError(f'{where} is a class-conditional model and reads no text: leave --text out')
-    return folder.Model(
+    return folder.StoredModel(
         config=part.config,
         params=part.table.params(part.tensors),
         tokenizer=dataclasses.replace(tokenizer, config=tokenizer.config.at(part.config.schedule)),
@@ -212,9 +209,9 @@ def _published_sampling(config: Family) -> Settings:
     return Settings(guidance=4.0, top_k=600, top_p=0.8)
 
 
-def _reference(text: TextSource) -> folder.Text:
-    source = folder.INSIDE_SOURCE if text.inside else full_name(text.source)
-    return folder.Text(source=source, sha256=locate(text.source).sha256())
+def _reference(text: TextSource) -> folder.TextEncoderReference:
+    source = folder.TEXT_SOURCE if text.inside else full_name(text.source)
+    return folder.TextEncoderReference(source=source, sha256=locate(text.source).sha256())
 
 
 def _copy_text(source: str, to: Path) -> None:

@@ -60,7 +60,7 @@ class Subject:
 
     def __init__(self, job: Job, track: Track) -> None:
         self.job = job
-        alone = models.holds_tokenizer_alone(job.place)
+        alone = models.has_only_tokenizer(job.place)
         self.model = (
             None
             if alone

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from star_jax.checkpoint.folder import Model
+from star_jax.checkpoint.folder import StoredModel
 from star_jax.core.condition import TextCondition
 from star_jax.core.schedule import Schedule
 from star_jax.data import pipeline
@@ -26,7 +26,7 @@ class Predicted(NamedTuple):
     hit_NL: np.ndarray
 
 
-def compile_model(model: Model, encoder: TextEncoder, dtype: str, batch: int) -> Predict:
+def compile_model(model: StoredModel, encoder: TextEncoder, dtype: str, batch: int) -> Predict:
     """What predicts a source, `batch` images at a time, all through one program.
 
     Captions are read through the cache that training uses, so a validation loss is the same here.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from star_jax.checkpoint.folder import Tokenizer
+from star_jax.checkpoint.folder import StoredTokenizer
 from star_jax.core import pixels
 from star_jax.core.schedule import Grids
 from star_jax.data import pipeline
@@ -34,7 +34,7 @@ class Reconstructed(NamedTuple):
     usage_KV: np.ndarray
 
 
-def compile_tokenizer(tokenizer: Tokenizer, lpips: Lpips | None, batch: int) -> Reconstruct:
+def compile_tokenizer(tokenizer: StoredTokenizer, lpips: Lpips | None, batch: int) -> Reconstruct:
     """What reconstructs a source, `batch` images at a time, all through one program."""
     network, params = tokenizer.config.build(), jax.device_put(tokenizer.params)
     lpips = jax.device_put(lpips)

@@ -20,6 +20,7 @@ from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.flops import count_kinds
 from star_jax.errors import UserError
+from star_jax.families.fit import check_tokenizer
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
@@ -201,12 +202,12 @@ def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
     path, model = resolve(run).tokenizer, run.model
     if path == models.SHIPPED or os.path.isdir(path):
         vq = models.read_tokenizer(path).config.at(model.schedule)
-        for field in ('codes', 'channels'):
-            if getattr(model, field) != getattr(vq, field):
-                raise UserError(
-                    f'model.{field} is {getattr(model, field)}, but the tokenizer {path} has '
-                    f'{getattr(vq, field)}: set model.{field} to that'
-                )
+        check_tokenizer(
+            model,
+            vq,
+            where=f'the tokenizer {path} does not fit',
+            remedy='set model.codes and model.channels to those of the tokenizer',
+        )
         return vq, ''
     return (
         model.default_tokenizer(),

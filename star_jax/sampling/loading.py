@@ -43,7 +43,7 @@ def load(
 
 
 def prepare(
-    model: folder.Model,
+    model: folder.StoredModel,
     source: str,
     *,
     text: str = '',
@@ -66,6 +66,6 @@ def prepare(
     return Pipeline(model, model.config.prompt_encoder(load_encoder), dtype, mesh, buckets)
 
 
-def with_cross_attention(model: folder.Model, mode: CrossAttentionMode) -> folder.Model:
+def with_cross_attention(model: folder.StoredModel, mode: CrossAttentionMode) -> folder.StoredModel:
     """The model with another cross-attention; a UserError for a family without the choice."""
     return dataclasses.replace(model, config=model.config.with_cross_attention(mode))

@@ -42,7 +42,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: folder.Model,
+        model: folder.StoredModel,
         encoder: PromptEncoder,
         dtype: str = 'float32',
         mesh: Mesh | None = None,

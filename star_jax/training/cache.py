@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from star_jax import files
 from star_jax.checkpoint import config, weights
-from star_jax.checkpoint.folder import Tokenizer
+from star_jax.checkpoint.folder import StoredTokenizer
 from star_jax.core.classes import Classes
 from star_jax.data import codes, pipeline
 from star_jax.data.pipeline import Source
@@ -44,7 +44,7 @@ class Origin:
     """What makes the codes and text features of a run."""
 
     run: Run
-    tokenizer: Tokenizer
+    tokenizer: StoredTokenizer
     encoder: TextEncoder | Classes
 
     def key(self, name: str, source: Source) -> codes.Key:
@@ -129,7 +129,7 @@ def check_free(folder: Path) -> None:
         codes.check_free(folder / name)
 
 
-def _digest(tokenizer: Tokenizer) -> str:
+def _digest(tokenizer: StoredTokenizer) -> str:
     """Of a tokenizer's weights and config, but for its scales: one serves several."""
     sizes = {k: v for k, v in config.to_json(tokenizer.config).items() if k != 'grids'}
     digest = hashlib.sha256(repr(sizes).encode())

@@ -128,7 +128,7 @@ class TokenizerJob:
     def export(self, state: TrainState, out: Path) -> None:
         params = rules.gather(averaged(state))
         if jax.process_index() == 0:
-            folder.write(out, folder.Tokenizer(config=self.run.model, params=params))
+            folder.write(out, folder.StoredTokenizer(config=self.run.model, params=params))
 
     def _build(self, key: jax.Array) -> TrainState:
         usage = (self.tokenizer.schedule.steps, self.run.model.codes)

@@ -15,7 +15,7 @@ from star_jax.checkpoint import folder, models
 from star_jax.core.condition import Condition
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
-from star_jax.errors import UserError
+from star_jax.families.fit import check_tokenizer
 from star_jax.losses import tokens
 from star_jax.parallel import peer_watchdog, rules
 from star_jax.sampling import program
@@ -46,7 +46,12 @@ class TransformerJob:
         self.encoder = run.model.prompt_encoder(functools.partial(load_text, run.text, mesh=inside))
         self.source_of_codes = models.read_tokenizer(run.tokenizer)
         vq = self.source_of_codes.config.at(run.model.schedule)
-        _check_fit(run, vq.codes, vq.channels)
+        check_tokenizer(
+            run.model,
+            vq,
+            where=f'the tokenizer {run.tokenizer} does not fit',
+            remedy='set model.codes and model.channels to those of the tokenizer',
+        )
         summary.check_batch(run.batch, vq.resolution, self.mesh)
         self._rows = rules.process_rows(self.mesh, run.batch)
         opened = {
@@ -163,11 +168,11 @@ class TransformerJob:
         if jax.process_index() != 0:
             return
         reference = self.encoder.reference()
-        model = folder.Model(
+        model = folder.StoredModel(
             config=self.run.model,
             params=params,
             tokenizer=self.source_of_codes,
-            text=reference and folder.Text(**reference),
+            text=reference and folder.TextEncoderReference(**reference),
             sampling=self.run.sampling,
         )
         folder.write(out, model)
@@ -196,16 +201,3 @@ class TransformerJob:
 def _enlarged(resolution: tuple[int, int], factor: float) -> tuple[int, int]:
     height, width = resolution
     return round(factor * height), round(factor * width)
-
-
-def _check_fit(run: Run, codes: int, channels: int) -> None:
-    """A UserError if model and tokenizer do not belong together."""
-    for field, given, wanted in (
-        ('codes', run.model.codes, codes),
-        ('channels', run.model.channels, channels),
-    ):
-        if given != wanted:
-            raise UserError(
-                f'model.{field} is {given}, but the tokenizer {run.tokenizer} has {wanted}: '
-                'set it so'
-            )
