@@ -115,7 +115,7 @@ def test_train_measures_and_profiles_a_step(swept):
     assert [report[name]['cache_hits'] for name in ('cold_start', 'warm_start')] == [0, 1]
     step, forward = report['parts']['program'], report['parts']['forward']
     assert 2.5 < step['gflop'] / forward['gflop'] < 3.1
-    assert 'training, depth 1' in bench_tables.summary(report)
+    assert 'training, star, depth 1' in bench_tables.summary(report)
     assert len(list(trace.glob('batch 8/plugins/profile/*'))) == 1
     assert bench_tables.sweep({'a': report, 'b': report}).row_count == 2
 

@@ -131,8 +131,10 @@ def _describe_training(job: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _describe_model(model: dict[str, Any]) -> tuple[str, ...]:
-    sides = ' '.join(map(str, model['sides']))
-    return f'depth {model["depth"]}', f'width {model["width"]}', f'sides {sides}'
+    described = [model['kind'], f'depth {model["depth"]}', f'width {model["width"]}']
+    if 'sides' in model:
+        described.append(f'sides {" ".join(map(str, model["sides"]))}')
+    return tuple(described)
 
 
 def attention(report: dict[str, Any]) -> Table:

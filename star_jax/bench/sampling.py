@@ -82,7 +82,7 @@ class SamplingJob:
         )
         args = (params, inputs)
         buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
-        canvas = jnp.zeros((self.batch, *self.model.schedule.grids[-1], self.model.channels))
+        canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
         decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))
         return Benchmark(
             main=TimedProgram(

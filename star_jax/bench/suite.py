@@ -63,9 +63,18 @@ class SuiteSettings:
 
 
 def with_resolution(model: Family, resolution: int) -> Family:
-    """The model with the published scales of a resolution (0: its own) and all tokens kept."""
+    """The model with the published scales of a resolution in px, and all tokens kept.
+
+    Resolution 0 stands for the model as it is. Raises UserError for a resolution or a family
+    without published scales.
+    """
     if not resolution:
         return model
+    if resolution not in SIDES:
+        known = ', '.join(map(str, SIDES))
+        raise UserError(f'resolution must be one of {known} px, not {resolution}')
+    if not hasattr(model, 'sides'):
+        raise UserError(f'{type(model).__name__} has no published scales: leave --resolution out')
     return dataclasses.replace(model, sides=SIDES[resolution], keep_tokens=0)
 
 

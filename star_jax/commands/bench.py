@@ -13,12 +13,11 @@ import tyro
 from rich.console import Console
 
 from star_jax import files
-from star_jax.bench import bench_tables, process
+from star_jax.bench import bench_tables, process, suite
 from star_jax.bench.sampling import SamplingJob
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, bench_parts, bench_suite, run_config
-from star_jax.convert.infer import SIDES
 from star_jax.core.buckets import Buckets, divide
 from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
@@ -174,7 +173,9 @@ def read_sampling(source: str, words: Sequence[str]) -> tuple[BenchSample, Sampl
         autoencoder=model.tokenizer.config.autoencoder,
     )
     options = arguments.parse(BenchSample, words, command, default, common=COMMON)
-    changed = config.differences(default.model, _at_resolution(options))
+    changed = config.differences(
+        default.model, suite.with_resolution(options.model, options.resolution)
+    )
     changed += config.differences(default.autoencoder, options.autoencoder)
     if changed:
         raise UserError(f'the weights of {source} have their sizes: leave out {"; ".join(changed)}')
@@ -277,16 +278,8 @@ def _sampling_job(options: BenchSample, folder: str = '') -> SamplingJob:
     shared = {field.name for field in dataclasses.fields(SamplingJob)} - {'model', 'folder'}
     fields = {name: getattr(options, name) for name in shared}
     try:
-        return SamplingJob(model=_at_resolution(options), folder=folder, **fields)
+        return SamplingJob(
+            model=suite.with_resolution(options.model, options.resolution), folder=folder, **fields
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _at_resolution(options: BenchSample) -> Family:
-    """The model with the published scales of the resolution, if the options give one."""
-    if not options.resolution:
-        return options.model
-    if options.resolution not in SIDES:
-        known = ', '.join(map(str, SIDES))
-        raise UserError(f'resolution must be one of {known} px, not {options.resolution}')
-    return dataclasses.replace(options.model, sides=SIDES[options.resolution], keep_tokens=0)
