@@ -17,6 +17,7 @@ from star_jax.data.folder import MOST_ENLARGED
 from star_jax.data.photos import MOST_ASPECT
 from star_jax.errors import UserError
 from star_jax.losses.tokenizer import psnr
+from star_jax.nn.bind import bind
 from star_jax.parallel import startup
 
 
@@ -81,9 +82,7 @@ def _load(path: Path, resolution: tuple[int, int]) -> np.ndarray:
 
 def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array, jax.Array]:
     """uint8 reconstructions [K, H, W, 3] from the first 1..K scales, and the PSNR of the last."""
-    variables = {'params': params}
-    signed = pixels.to_signed(image_1HWc)
-    f_BHWC = tokenizer.apply(variables, signed, method='features')
-    canvases = tokenizer.apply(variables, f_BHWC, method='quantise').canvases
-    decoded = tokenizer.apply(variables, jax.numpy.concatenate(canvases), method='decode')
-    return pixels.to_uint8(decoded), psnr(signed, decoded[-1:])[0]
+    bound, signed = bind(tokenizer, params), pixels.to_signed(image_1HWc)
+    canvases = bound.quantise(bound.features(signed)).canvases
+    decoded = bound.decode(jax.numpy.concatenate(canvases))
+    return tokenizer.to_uint8(decoded), psnr(signed, decoded[-1:])[0]

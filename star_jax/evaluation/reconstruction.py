@@ -1,6 +1,5 @@
 """What does a tokenizer keep of images?"""
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.evaluation import bootstrap
 from star_jax.losses.tokenizer import psnr
+from star_jax.nn.bind import bind
 from star_jax.nn.perceptual import Lpips
 from star_jax.tokenizers import codebook
 
@@ -41,14 +41,13 @@ def compile_tokenizer(tokenizer: StoredTokenizer, lpips: Lpips | None, batch: in
 
     @jax.jit
     def program(params: Any, lpips: Lpips | None, images: jax.Array, real: int) -> Reconstructed:
-        apply = functools.partial(network.apply, {'params': params})
-        signed = pixels.to_signed(images)
-        codes = apply(apply(signed, method='features'), method='quantise')
-        painted = apply(codes.canvases[-1], method='decode')
+        bound, signed = bind(network, params), pixels.to_signed(images)
+        codes = bound.quantise(bound.features(signed))
+        decoded = bound.decode(codes.canvases[-1])
         usage_KV = codebook.usage(codes, network.codes.size, jnp.arange(len(images)) < real)
-        distance_B = None if lpips is None else lpips(signed, painted)
-        ratio_B = psnr(signed, painted)
-        return Reconstructed(pixels.to_uint8(painted), ratio_B, distance_B, usage_KV)
+        distance_B = None if lpips is None else lpips(signed, decoded)
+        ratio_B = psnr(signed, decoded)
+        return Reconstructed(network.to_uint8(decoded), ratio_B, distance_B, usage_KV)
 
     def reconstruct(source: Source) -> Iterable[Reconstructed]:
         for some in pipeline.sequential(source, batch):
