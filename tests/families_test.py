@@ -112,6 +112,13 @@ class Prefix(nn.Module):
         return condition.repeat(empty_1E, like=condition_BE)
 
 
+class PaddedPrefix(Prefix):
+    """A prefix whose first two rows are padding in some images."""
+
+    def padding(self, condition_BE):
+        return jnp.where(condition_BE[:, 0] > 0, 2, 0).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A network, its tokenizer, parameters of both and conditions for 2 B rows."""
@@ -183,7 +190,8 @@ def var_family(**options) -> Family:
 
 
 @functools.cache
-def raster_family() -> Family:
+def raster_family(prefix: type[Prefix] = Prefix, **attention: Any) -> Family:
+    """A raster after `prefix`, with these fields of self-attention."""
     schedule = Raster(2, 3, prefix=3)
     init = nn.initializers.normal(0.02)
     scores = functools.partial(Cosine, HEADS)
@@ -192,11 +200,19 @@ def raster_family() -> Family:
         width=WIDTH,
         depth=DEPTH,
         heads=HEADS,
-        starter=Prefix(schedule.prefix, WIDTH),
+        starter=prefix(schedule.prefix, WIDTH),
         embedder=layers.Table(V, WIDTH, ('codes', 'embed'), init),
         positions=Learned(),
         block=BlockParts(
-            self_attention=functools.partial(SelfAttention, WIDTH, HEADS, scores, init, init),
+            self_attention=functools.partial(
+                SelfAttention,
+                width=WIDTH,
+                heads=HEADS,
+                scores=scores,
+                kernel_init=init,
+                out_init=init,
+                **attention,
+            ),
             mlp=functools.partial(Mlp, WIDTH, 2 * WIDTH, init, init),
         ),
         to_logits=Head(WIDTH, V, init, layers.LayerNorm()),
@@ -233,6 +249,10 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     ),
     'var': var_family,
     'raster': raster_family,
+    # Both query heads read one key head.
+    'padded_raster_with_shared_keys': functools.partial(
+        raster_family, PaddedPrefix, kv_heads=1, biases=()
+    ),
 }
 
 

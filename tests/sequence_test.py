@@ -1,4 +1,4 @@
-"""Is the loss of an image the same when its rows lie on many devices, and who holds the logits?"""
+"""Is the loss of an image the same when its rows are split over devices, as are the logits?"""
 
 import functools
 import math
@@ -26,7 +26,7 @@ TOKENS = 4
 
 
 def arguments(star: Star, batch: int) -> tuple[Any, jax.Array, jax.Array, TextCondition]:
-    """Parameters, inputs, codes and captions, drawn at random."""
+    """Random parameters, inputs, codes and captions."""
     random, length = np.random.default_rng(0), star.schedule.length
 
     def normal(*shape: int) -> np.ndarray:
@@ -52,34 +52,32 @@ def loss(model: Transformer, params: Any, *batch: Any) -> tuple[jax.Array, jax.A
     return nll_BL.mean(), (nll_BL, hit_BL.mean())
 
 
-def test_rows_of_1024_px_on_eight_devices_lose_what_they_lose_on_one():
+def test_eight_devices_compute_the_loss_of_1024_px_that_one_computes():
     star = Star(sides=SIDES, codes=32, **SIZES)
-    drawn = arguments(star, 1)
+    args = arguments(star, 1)
     models = [star.build().with_sharding(mesh) for mesh in (None, MeshShape(sequence=8).build())]
-    alone, split = (jax.jit(functools.partial(loss, model))(*drawn) for model in models)
+    alone, split = (jax.jit(functools.partial(loss, model))(*args) for model in models)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), split, alone)
 
 
-def test_no_device_holds_the_logits_of_others():
+def test_no_device_holds_all_logits():
     batch, star = 4, Star(sides=(1, 2, 4), codes=4096, **SIZES | {'heads': 2})
     mesh = MeshShape(data=2, tensor=2, sequence=2).build()
     model = star.build().with_sharding(mesh)
-    params, *drawn = jax.eval_shape(lambda: arguments(star, batch))
-    where = jax.tree.map(lambda leaf: leaf.sharding, rules.abstract(star.abstract(), mesh))
+    params, *args = jax.eval_shape(lambda: arguments(star, batch))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, rules.abstract(star.abstract(), mesh))
     gradient = jax.grad(functools.partial(loss, model), has_aux=True)
-    program = jax.jit(gradient, in_shardings=(where, *[rules.batch_sharding(mesh)] * len(drawn)))
-    written = program.lower(params, *drawn).compile().as_text()
-    sizes = [
-        math.prod(map(int, shape.split(','))) for shape in re.findall(r'\w\[([\d,]+)\]', written)
-    ]
+    program = jax.jit(gradient, in_shardings=(shardings, *[rules.batch_sharding(mesh)] * len(args)))
+    hlo = program.lower(params, *args).compile().as_text()
+    sizes = [math.prod(map(int, shape.split(','))) for shape in re.findall(r'\w\[([\d,]+)\]', hlo)]
     rows = model.sharding.padded_length(star.schedule.length)
     assert max(sizes) == batch * rows * star.codes // mesh.size
 
 
-def test_groups_of_rows_that_mix_lose_the_same_on_any_mesh():
+def test_batch_groups_give_the_same_loss_on_any_mesh():
     star = Star(sides=(1, 2, 4), codes=32, released_cross_attention=True, **SIZES | {'heads': 2})
-    drawn = arguments(star, 8)
+    args = arguments(star, 8)
     model = star.build().with_batch_groups(4)
     split = model.with_sharding(MeshShape(data=2, tensor=2, sequence=2).build())
-    alone, split = (jax.jit(functools.partial(loss, one))(*drawn) for one in (model, split))
+    alone, split = (jax.jit(functools.partial(loss, network))(*args) for network in (model, split))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), split, alone)
