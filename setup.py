@@ -34,6 +34,7 @@ setup(
         'numpy>=2',  # host arrays
         'einops>=0.8',  # the conversion tables are its patterns, read forwards and backwards
         'tyro>=1',  # command lines from dataclasses
+        'docstring_parser>=0.16',  # descriptions of options, for --help (tyro brings it)
         'cattrs>=26',  # dataclasses to JSON and strictly back
         'rich>=13',  # progress bars and tables
         'Pillow>=11',  # pictures
