@@ -158,9 +158,11 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def read_sampling(source: str, words: Sequence[str]) -> tuple[BenchSample, SamplingJob]:
-    """The options for a CONFIG or a model FOLDER, and their job."""
-    command = 'bench sample CONFIG|FOLDER'
+def read_sampling(
+    source: str, words: Sequence[str], name: str = 'sample'
+) -> tuple[BenchSample, SamplingJob]:
+    """The options of `bench NAME` for a CONFIG or a model FOLDER, and their job."""
+    command = f'bench {name} CONFIG|FOLDER'
     if not source or Path(source).suffix in ('.py', '.json'):
         run = run_config.load(Path(source), Run) if source else Run()
         default = BenchSample(model=run.model, settings=run.sampling)
@@ -235,9 +237,10 @@ def sweep_of_buckets(sizes: Sequence[int]) -> str:
 
 
 def _measure_buckets(source: str, words: Sequence[str]) -> None:
-    _, job = read_sampling(source, words)
+    read = functools.partial(read_sampling, name='buckets')
+    _, job = read(source, words)
     sweep = (sweep_of_buckets(job.model.schedule.sizes),)
-    _measure(read_sampling, source, words, sweep=sweep)
+    _measure(read, source, words, sweep=sweep)
 
 
 def _measure(read: Read, source: str, words: Sequence[str], sweep: tuple[str, ...] = ()) -> None:
