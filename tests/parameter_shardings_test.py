@@ -56,8 +56,8 @@ def models() -> dict[str, Any]:
             16, shared_adaln=True
         ).abstract(),
         'tokenizer': VQ().abstract(),
-        'CLIP of Stable Diffusion 2.1': abstract_tower(clip.tower(CLIP)),
-        'T5 v1.1 XL': abstract_tower(t5.tower(T5)),
+        'CLIP of Stable Diffusion 2.1': abstract_tower(clip.build_tower(CLIP)),
+        'T5 v1.1 XL': abstract_tower(t5.build_tower(T5)),
     }
 
 

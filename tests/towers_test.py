@@ -1,4 +1,4 @@
-"""Do CLIP's text tower and T5's encoder give what transformers gives, wherever they lie?"""
+"""Do the text encoders of CLIP and T5 equal those of transformers, on any devices?"""
 
 import json
 import shutil
@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 from star_jax.errors import UserError
 from star_jax.parallel.mesh import MeshShape
 from star_jax.text import FeatureCache, load
-from star_jax.text.folder import Tensors
-from star_jax.text.pooling import FirstOf, HighestId, PaddedMean, RealMean
-from star_jax.text.t5 import buckets
+from star_jax.text.encoder_folder import Tensors
+from star_jax.text.t5 import distance_buckets
 from star_jax.text.tokens import Tokens
+from star_jax.text.tower import MaskedMean, PaddedMean, StateOfHighestId, StateOfToken
 
 GOLDEN = Path(__file__).parent / 'golden'
 FOLDERS = ('tiny_clip', 'tiny_t5')
@@ -38,8 +38,8 @@ def assert_close(actual: jax.Array, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def same_params(one, other) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+def assert_same_params(encoder, expected) -> None:
+    jax.tree.map(np.testing.assert_array_equal, encoder.params, expected.params)
 
 
 @pytest.fixture(scope='module')
@@ -57,39 +57,41 @@ def clip_folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN / 'tiny_clip', tmp_path / 'clip'))
 
 
-# Against what transformers gave
+# Recorded outputs of transformers
 
 
 @pytest.mark.parametrize('name', FOLDERS)
-def test_features_are_the_recorded_ones(towers, name):
+def test_features_equal_recorded_features(towers, name):
     tower, (captions, expected) = towers[name], recorded(name)
     tokens = tower.tokenize(captions)
     np.testing.assert_array_equal(tokens.mask_BT, expected['mask'])
     np.testing.assert_array_equal(
         tokens.ids_BT * tokens.mask_BT, expected['ids'] * expected['mask']
     )
-    inside = jax.jit(tower.apply)(tower.params, tokens)
-    for text in (inside, tower.encode(captions)):
+    jitted = jax.jit(tower.apply)(tower.params, tokens)
+    for text in (jitted, tower.encode(captions)):
         assert_close(text.states_BTE, expected['states'])
         assert_close(text.pooled_BE, expected['pooled'])
         np.testing.assert_array_equal(text.mask_BT, expected['mask'])
 
 
 @pytest.mark.parametrize(('name', 'tokens'), [('tiny_clip', 2), ('tiny_t5', 1)])
-def test_the_empty_prompt_is_its_special_tokens(towers, name, tokens):
+def test_empty_prompt_has_special_tokens(towers, name, tokens):
     assert towers[name].encode(['']).mask_BT.sum() == tokens
 
 
-def test_a_tower_has_the_length_it_was_used_with(towers):
-    assert towers['tiny_clip'].length == 24  # its positions, as Stable Diffusion's 77
+def test_default_length_is_that_of_the_architecture(towers):
+    assert (
+        towers['tiny_clip'].length == 24
+    )  # the size of its position table, like the 77 of Stable Diffusion
     assert load(str(GOLDEN / 'tiny_t5')).length == 120
     with pytest.raises(UserError, match='8 to 24'):
         load(str(GOLDEN / 'tiny_clip'), length=25)
 
 
-def test_rows_of_distances():
-    """Raffel et al. 2020: 32 rows, the last from distance 91 (128 by its formula) on."""
-    row_TT = buckets(200, 32, 128)
+def test_distance_buckets():
+    """Raffel et al. 2020: 32 buckets, the last from distance 91 (128 by its formula) on."""
+    row_TT = distance_buckets(200, 32, 128)
     first = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
     for row, distance in enumerate(first):
         assert row_TT[150, 150 - distance] == row
@@ -108,33 +110,33 @@ def test_pools():
         mask_BT=np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.int32),
     )
     for pool, expected in (
-        (RealMean(), [0.5, 5.0]),
+        (MaskedMean(), [0.5, 5.0]),
         (PaddedMean(), [1.5, 5.5]),
-        (FirstOf(9), [0.0, 6.0]),
-        (FirstOf(7), [1.0, 4.0]),
-        (HighestId(), [1.0, 6.0]),
+        (StateOfToken(9), [0.0, 6.0]),
+        (StateOfToken(7), [1.0, 4.0]),
+        (StateOfHighestId(), [1.0, 6.0]),
     ):
         np.testing.assert_array_equal(pool(states_BTE, tokens)[:, 0], expected)
 
 
-def test_the_end_of_the_text_is_what_the_config_says(towers, clip_folder):
-    """Old configs name a wrong id, so transformers takes the highest; new ones name it."""
-    assert towers['tiny_clip'].pool == HighestId()
+def test_end_of_text_follows_the_config(towers, clip_folder):
+    """Old configs have a wrong end id, so transformers takes the highest; new configs have it."""
+    assert towers['tiny_clip'].pool == StateOfHighestId()
     path = clip_folder / 'text_encoder' / 'config.json'
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {'eos_token_id': 68}))
-    assert load(str(clip_folder)).pool == FirstOf(68)
+    assert load(str(clip_folder)).pool == StateOfToken(68)
 
 
-def test_a_mean_over_padding_needs_all_of_it_and_another_pool_does_not(towers, tmp_path):
+def test_mean_over_padding_needs_the_full_length_and_another_pool_does_not(towers, tmp_path):
     captions, expected = recorded('tiny_t5')
-    real = load(str(GOLDEN / 'tiny_t5'), length=48, pool=RealMean())
-    text = real.encode(captions)
+    masked = load(str(GOLDEN / 'tiny_t5'), length=48, pool=MaskedMean())
+    text = masked.encode(captions)
     assert_close(text.states_BTE, expected['states'])
     means = expected['states'].sum(1) / expected['mask'].sum(1, keepdims=True)
     assert_close(text.pooled_BE, means)
     assert np.abs(means - expected['pooled']).max() > 0.1
-    assert real.identity != towers['tiny_t5'].identity
+    assert masked.identity != towers['tiny_t5'].identity
     cached = FeatureCache(towers['tiny_t5'], tmp_path).features(captions)
     np.testing.assert_allclose(cached.pooled_BE, expected['pooled'], atol=2e-3)
 
@@ -142,7 +144,7 @@ def test_a_mean_over_padding_needs_all_of_it_and_another_pool_does_not(towers, t
 # Folders
 
 
-def test_a_tower_lies_in_its_folder_or_in_a_whole_one(towers, clip_folder):
+def test_encoder_loads_from_its_folder_or_the_whole_model(towers, clip_folder):
     whole = towers['tiny_clip']
     inner = load(str(clip_folder / 'text_encoder'))
     assert inner.sha256 == whole.sha256
@@ -150,10 +152,10 @@ def test_a_tower_lies_in_its_folder_or_in_a_whole_one(towers, clip_folder):
         shutil.move(path, clip_folder / 'text_encoder')
     alone = load(str(shutil.move(clip_folder / 'text_encoder', clip_folder / 'tower')))
     assert alone.sha256 == whole.sha256
-    assert alone.split(['a red circle']) == whole.split(['a red circle'])
+    assert alone.token_ids(['a red circle']) == whole.token_ids(['a red circle'])
 
 
-def test_a_whole_clip_is_its_text_tower(towers, clip_folder):
+def test_whole_clip_loads_as_its_text_tower(towers, clip_folder):
     folder = clip_folder / 'text_encoder'
     weights = {}
     for path in folder.glob('*.safetensors'):
@@ -167,22 +169,22 @@ def test_a_whole_clip_is_its_text_tower(towers, clip_folder):
     )
     save_file(named | {name: np.ones(3) for name in others}, folder / 'model.safetensors')
     text = json.loads((folder / 'config.json').read_text())
-    for place in ('text_config', 'text_config_dict'):
-        config = {'model_type': 'clip', 'hidden_size': 5, 'text_config': {}, place: text}
+    for entry in ('text_config', 'text_config_dict'):
+        config = {'model_type': 'clip', 'hidden_size': 5, 'text_config': {}, entry: text}
         (folder / 'config.json').write_text(json.dumps(config))
         whole = load(str(clip_folder))
         assert whole.pool == towers['tiny_clip'].pool
-        same_params(whole, towers['tiny_clip'])
+        assert_same_params(whole, towers['tiny_clip'])
 
 
-def test_an_encoder_alone_is_that_of_the_whole_t5(towers, t5_folder):
+def test_t5_encoder_alone_equals_that_of_the_whole_t5(towers, t5_folder):
     weights = load_file(t5_folder / 'model.safetensors')
     alone = {name: array for name, array in weights.items() if name.startswith('encoder.')}
     save_file(
         alone | {'encoder.embed_tokens.weight': weights['shared.weight']},
         t5_folder / 'model.safetensors',
     )
-    same_params(load(str(t5_folder), length=48), towers['tiny_t5'])
+    assert_same_params(load(str(t5_folder), length=48), towers['tiny_t5'])
 
 
 @pytest.mark.parametrize(
@@ -195,14 +197,14 @@ def test_an_encoder_alone_is_that_of_the_whole_t5(towers, t5_folder):
         ({'pad_token_id': 10**5}, 'pad_token_id is 100000'),
     ],
 )
-def test_a_config_that_fits_no_tower_says_why(t5_folder, changes, message):
+def test_unsupported_config_is_refused_with_the_reason(t5_folder, changes, message):
     path = t5_folder / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=message):
         load(str(t5_folder))
 
 
-def test_a_sentencepiece_model_says_what_it_needs(t5_folder, monkeypatch):
+def test_sentencepiece_model_error_names_the_missing_package(t5_folder, monkeypatch):
     (t5_folder / 'tokenizer.json').unlink()
     (t5_folder / 'spiece.model').write_bytes(b'')
     monkeypatch.setattr('star_jax.text.tokens.find_spec', lambda name: None)
@@ -210,7 +212,7 @@ def test_a_sentencepiece_model_says_what_it_needs(t5_folder, monkeypatch):
         load(str(t5_folder))
 
 
-def test_a_sentencepiece_model_gives_its_own_tokens(t5_folder):
+def test_sentencepiece_tokens_equal_those_of_sentencepiece(t5_folder):
     sentencepiece = pytest.importorskip('sentencepiece')
     (t5_folder / 'tokenizer.json').unlink()
     captions, _ = recorded('tiny_t5')
@@ -224,39 +226,39 @@ def test_a_sentencepiece_model_gives_its_own_tokens(t5_folder):
     config = {'tokenizer_class': 'T5Tokenizer', 'extra_ids': 0}
     (t5_folder / 'tokenizer_config.json').write_text(json.dumps(config))
     spiece = sentencepiece.SentencePieceProcessor(str(t5_folder / 'spiece.model'))
-    theirs = [[*spiece.encode(caption)[:47], 1] for caption in captions[:3]]
-    assert load(str(t5_folder), length=48).split(captions[:3]) == theirs
+    expected = [[*spiece.encode(caption)[:47], 1] for caption in captions[:3]]
+    assert load(str(t5_folder), length=48).token_ids(captions[:3]) == expected
 
 
 # Devices
 
 
 @pytest.mark.parametrize('name', ('tiny_bert', *FOLDERS))
-def test_every_parameter_is_read_once_and_only_when_needed(monkeypatch, name):
-    asked = []
+def test_every_parameter_is_read_once_on_first_use(monkeypatch, name):
+    accessed = []
     read = Tensors.__getitem__
     monkeypatch.setattr(
-        Tensors, '__getitem__', lambda self, key: asked.append(key) or read(self, key)
+        Tensors, '__getitem__', lambda self, key: accessed.append(key) or read(self, key)
     )
     tower = load(str(GOLDEN / name))
-    assert not asked
+    assert not accessed
     flat = traverse_util.flatten_dict(meta.unbox(tower.abstract_params()), sep='/')
     filled = dict.fromkeys(flat, 0)
-    for piece in tower.weights.pieces:
-        filled[piece.ours] += np.prod(piece.shape(flat[piece.ours].shape))
+    for mapping in tower.weights.mappings:
+        filled[mapping.param] += np.prod(mapping.part_shape(flat[mapping.param].shape))
     assert filled == {name: leaf.size for name, leaf in flat.items()}
     assert jax.tree.map(jnp.shape, tower.params) == jax.tree.map(
         jnp.shape, meta.unbox(tower.abstract_params())
     )
-    assert sorted(asked) == sorted(piece.theirs for piece in tower.weights.pieces)
-    assert not any('decoder' in name or 'pooler' in name for name in asked)
+    assert sorted(accessed) == sorted(mapping.tensor for mapping in tower.weights.mappings)
+    assert not any('decoder' in name or 'pooler' in name for name in accessed)
 
 
 @pytest.mark.parametrize(
     ('name', 'axes'),
     [('tiny_clip', {'fsdp': 2, 'tensor': 4}), ('tiny_t5', {'fsdp': 2, 'tensor': 1})],
 )
-def test_a_tower_is_split_over_a_mesh(name, axes):
+def test_encoder_is_sharded_over_a_mesh(name, axes):
     if jax.device_count() < 8:
         pytest.skip('needs 8 devices')
     mesh, (captions, expected) = MeshShape(**axes).build(), recorded(name)
@@ -265,15 +267,15 @@ def test_a_tower_is_split_over_a_mesh(name, axes):
     qkv = next(leaf for path, leaf in flat.items() if path.endswith('qkv/kernel'))
     assert qkv.sharding.spec == PartitionSpec(None, 'fsdp', None, 'tensor', None)
     for path, leaf in flat.items():
-        ways = np.prod([axes[axis] for axis in leaf.sharding.spec if axis])
-        assert leaf.addressable_shards[0].data.size * ways == leaf.size, path
+        num_shards = np.prod([axes[axis] for axis in leaf.sharding.spec if axis])
+        assert leaf.addressable_shards[0].data.size * num_shards == leaf.size, path
     assert len([path for path, leaf in flat.items() if any(leaf.sharding.spec)]) >= len(flat) - 1
     text = tower.encode(captions)
     assert_close(text.states_BTE, expected['states'])
     assert_close(text.pooled_BE, expected['pooled'])
 
 
-def test_a_mesh_that_does_not_divide_a_tower_is_refused():
+def test_mesh_that_does_not_divide_an_encoder_is_refused():
     if jax.device_count() < 8:
         pytest.skip('needs 8 devices')
     tower = load(str(GOLDEN / 'tiny_t5'), mesh=MeshShape(tensor=8).build())
@@ -281,7 +283,7 @@ def test_a_mesh_that_does_not_divide_a_tower_is_refused():
         _ = tower.params
 
 
-def test_bfloat16_is_near_and_another_encoder(towers):
+def test_bfloat16_is_close_and_has_another_identity(towers):
     name = 'tiny_t5'
     captions, expected = recorded(name)
     half = load(str(GOLDEN / name), length=LENGTHS[name], dtype='bfloat16')
@@ -324,11 +326,11 @@ T5S = {
 
 
 def randomise(torch, model) -> None:
-    """Every parameter random, at a scale that keeps attention far from uniform.
+    """Randomises every parameter at a scale that keeps attention far from uniform.
 
-    T5 does not scale its scores, its initialisation does. Queries without that (scores of deviation
-    25 at a head width of 256) are so nearly one-hot that PyTorch's own float32 is 1.4e-5 from its
-    float64, and this library's 2.0e-5: no float32 comparison at 1e-5 could hold there.
+    T5 scales its initial queries instead of its scores. Without that scale (scores of deviation 25
+    at a head width of 256) attention is so nearly one-hot that PyTorch's float32 is 1.4e-5 from its
+    float64, and the float32 of this library 2.0e-5: a float32 comparison at 1e-5 would fail there.
     """
     head_width = getattr(model.config, 'd_kv', 1)
     torch.manual_seed(1)
@@ -346,7 +348,7 @@ def randomise(torch, model) -> None:
 
 @pytest.mark.parametrize('name', CLIPS)
 @pytest.mark.parametrize('kind', ['CLIPTextModel', 'CLIPTextModelWithProjection', 'CLIPModel'])
-def test_a_fresh_random_clip_matches_transformers(tmp_path, name, kind):
+def test_random_clip_matches_transformers(tmp_path, name, kind):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     fields = {'eos_token_id': 2, 'num_attention_heads': 4, 'intermediate_size': 64, **CLIPS[name]}
@@ -358,9 +360,9 @@ def test_a_fresh_random_clip_matches_transformers(tmp_path, name, kind):
     randomise(torch, model)
     model.save_pretrained(tmp_path / 'text_encoder')
     shutil.copytree(GOLDEN / 'tiny_clip' / 'tokenizer', tmp_path / 'tokenizer')
-    ours = load(str(tmp_path))
+    encoder = load(str(tmp_path))
     captions, _ = recorded('tiny_clip')
-    tokens = ours.tokenize(captions)
+    tokens = encoder.tokenize(captions)
     assert tokens.ids_BT.shape[1] == 77
     inner = getattr(model, 'text_model', model)
     with torch.no_grad():
@@ -368,37 +370,37 @@ def test_a_fresh_random_clip_matches_transformers(tmp_path, name, kind):
             input_ids=torch.tensor(tokens.ids_BT).long(),
             attention_mask=torch.tensor(tokens.mask_BT),
         )
-    text = ours.encode(captions)
+    text = encoder.encode(captions)
     assert_close(text.states_BTE, output.last_hidden_state.numpy() * tokens.mask_BT[:, :, None])
     assert_close(text.pooled_BE, output.pooler_output.numpy())
 
 
 @pytest.mark.parametrize('name', T5S)
-def test_a_fresh_random_t5_matches_transformers(tmp_path, name):
+def test_random_t5_matches_transformers(tmp_path, name):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=49, **T5S[name])).eval()
     randomise(torch, model)
     model.save_pretrained(tmp_path, max_shard_size='20MB')
     shutil.copy(GOLDEN / 'tiny_t5' / 'tokenizer.json', tmp_path)
-    ours = load(str(tmp_path))
+    encoder = load(str(tmp_path))
     captions, _ = recorded('tiny_t5')
-    tokens = ours.tokenize(captions)
+    tokens = encoder.tokenize(captions)
     with torch.no_grad():
         states_BTE = model(
             input_ids=torch.tensor(tokens.ids_BT).long(),
             attention_mask=torch.tensor(tokens.mask_BT),
         ).last_hidden_state.numpy()
-    text = ours.encode(captions)
+    text = encoder.encode(captions)
     assert_close(text.states_BTE, states_BTE * tokens.mask_BT[:, :, None])
     assert_close(text.pooled_BE, states_BTE.mean(1))
 
 
-def test_rows_of_distances_match_transformers():
+def test_distance_buckets_match_transformers():
     torch = pytest.importorskip('torch')
     t5 = pytest.importorskip('transformers.models.t5.modeling_t5')
-    at_T = torch.arange(600)
-    for count, farthest in (
+    positions_T = torch.arange(600)
+    for count, max_distance in (
         (32, 128),
         (12, 20),
         (64, 256),
@@ -407,7 +409,7 @@ def test_rows_of_distances_match_transformers():
         (32, 131),
         (128, 512),
     ):
-        theirs = t5.T5Attention._relative_position_bucket(
-            at_T[None] - at_T[:, None], num_buckets=count, max_distance=farthest
+        expected = t5.T5Attention._relative_position_bucket(
+            positions_T[None] - positions_T[:, None], num_buckets=count, max_distance=max_distance
         )
-        np.testing.assert_array_equal(buckets(600, count, farthest), theirs.numpy())
+        np.testing.assert_array_equal(distance_buckets(600, count, max_distance), expected.numpy())

@@ -21,7 +21,7 @@ from star_jax.nn.kernels import ByScale
 from star_jax.protocols import Family, TokenizerConfig
 from star_jax.sampling import program
 from star_jax.text.encoder import TOWERS, read_states
-from star_jax.text.published import PUBLISHED
+from star_jax.text.hf_config import PUBLISHED
 from star_jax.text.tokens import pad
 from star_jax.tokenizers.autoencoder import Autoencoder
 

@@ -24,7 +24,7 @@ from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.families.star import Star
 from star_jax.protocols import Family
-from star_jax.text.folder import CONFIG, INDEX, full_name, locate
+from star_jax.text.encoder_folder import CONFIG, INDEX, absolute_source, locate
 from star_jax.tokenizers.residual_vq import VQ
 
 QUANTISER = 'quantize.'  # prefix of the ignored tensors of a tokenizer
@@ -210,7 +210,7 @@ def _published_sampling(config: Family) -> Settings:
 
 
 def _reference(text: TextSource) -> folder.TextEncoderReference:
-    source = folder.TEXT_SOURCE if text.inside else full_name(text.source)
+    source = folder.TEXT_SOURCE if text.inside else absolute_source(text.source)
     return folder.TextEncoderReference(source=source, sha256=locate(text.source).sha256())
 
 

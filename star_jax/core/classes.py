@@ -1,9 +1,10 @@
-"""Which class does a word mean?"""
+"""Which class does a prompt name?"""
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -11,69 +12,74 @@ import numpy as np
 from star_jax.core.condition import LabelCondition
 from star_jax.errors import UserError
 
-SHOWN = 5  # names in a message
+MAX_NAMES = 5  # class names in an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Reads the prompts of a class-conditional model, as a text encoder does those of others.
+    """The `protocols.PromptEncoder` of a class-conditional model.
 
-    A prompt is the name of a class, or its number; '' is no class. `names` has one name for each of
-    `count` classes, or none.
+    A prompt is the name or the number of a class; '' is no class.
+
+    Attributes:
+        field: the field of a batch that holds the prompts.
+        sha256: empty, for there are no files.
+        count: number of classes.
+        names: one name per class, or empty.
     """
+
+    field: ClassVar[Literal['label']] = 'label'
+    sha256: ClassVar[str] = ''
 
     count: int
     names: tuple[str, ...] = ()
 
-    field = 'label'  # of an example, which prompts a model
-    sha256 = ''
-
     @property
     def params(self) -> dict:
-        """Nothing is computed."""
+        """Empty: nothing is computed."""
         return {}
 
     @functools.cached_property
     def identity(self) -> str:
-        """Hex digest of all that decides what a prompt means."""
+        """Hex digest of everything that affects the class of a prompt."""
         return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()
 
     def reference(self) -> None:
-        """The names lie in the model's own config."""
+        """None: the config of the model holds the names."""
 
     def encode(self, prompts: Sequence[str]) -> LabelCondition:
-        """The classes of prompts, numpy int32; UserError where there is no such class."""
+        """The classes of any number of prompts, numpy int32; UserError for an unknown class."""
         return LabelCondition(
-            ids_B=np.array([self._number(prompt) for prompt in prompts], np.int32)
+            ids_B=np.array([self._class_number(prompt) for prompt in prompts], np.int32)
         )
 
     def tokenize(self, prompts: Sequence[str]) -> LabelCondition:
-        """The host's part of `encode`: all of it."""
+        """The host part, which does all the work of `encode`."""
         return self.encode(prompts)
 
     def abstract_params(self) -> dict:
-        """No parameters."""
+        """Empty: there are no parameters."""
         return {}
 
     def abstract_tokens(self, rows: int) -> LabelCondition:
-        """Shapes of the labels of so many prompts."""
+        """Shapes of the labels of `rows` prompts."""
         return jax.eval_shape(lambda: self.encode([''] * rows))
 
-    def apply(self, params: dict, labels: LabelCondition) -> LabelCondition:
-        """The device's part of `encode`: nothing."""
-        return labels
+    def apply(self, params: dict, tokens: LabelCondition) -> LabelCondition:
+        """The device part: returns its input."""
+        return tokens
 
-    def _number(self, prompt: str) -> int:
+    def _class_number(self, prompt: str) -> int:
         if prompt == '':
             return self.count
         if prompt in self._numbers:
             return self._numbers[prompt]
         if prompt.isascii() and prompt.isdigit() and int(prompt) < self.count:
             return int(prompt)
-        some = ', '.join(self.names[:SHOWN])
-        known = f', or a name such as {some}' if some else ''
+        names = ', '.join(self.names[:MAX_NAMES])
+        hint = f', or a name such as {names}' if names else ''
         raise UserError(
-            f'there is no class {prompt!r}: expected a number from 0 to {self.count - 1}{known}'
+            f'there is no class {prompt!r}: expected a number from 0 to {self.count - 1}{hint}'
         )
 
     @functools.cached_property

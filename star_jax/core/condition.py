@@ -1,4 +1,7 @@
-"""What is an image conditioned on?"""
+"""Which arrays condition an image?
+
+A condition is a pytree of arrays with one row per image.
+"""
 
 from typing import Any
 
@@ -9,10 +12,12 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class TextCondition:
-    """Encoded captions, as a frozen text encoder gives them.
+    """Captions that a frozen text encoder has encoded.
 
-    `states_BTE`: token states, zero where the mask is 0. `mask_BT`: int32, 1 for real tokens.
-    `pooled_BE`: one vector per caption.
+    Attributes:
+        states_BTE: float32 token states, zero where the mask is 0.
+        mask_BT: int32, 1 for real tokens.
+        pooled_BE: float32, one vector per caption.
     """
 
     states_BTE: jax.Array
@@ -22,7 +27,11 @@ class TextCondition:
 
 @flax.struct.dataclass
 class LabelCondition:
-    """Numbers of classes; `ids_B` int32, the number behind the last class for no class."""
+    """Class labels.
+
+    Attributes:
+        ids_B: int32 numbers of classes; the number after the last class is "no class".
+    """
 
     ids_B: jax.Array
 
@@ -31,20 +40,21 @@ Condition = TextCondition | LabelCondition
 
 
 def repeat(row: Any, like: Any) -> Any:
-    """A condition of one row, as many times as the condition `like` has rows."""
+    """A condition of one row, repeated to the number of rows of the condition `like`."""
     batch = len(jax.tree.leaves(like)[0])
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), row)
 
 
 def stack(prompted: Any, unprompted: Any) -> Any:
-    """The rows of guidance: prompted rows, then as many unprompted ones."""
+    """The rows of guidance: the prompted rows, then as many unprompted rows."""
     return jax.tree.map(lambda *rows: jnp.concatenate(rows), prompted, unprompted)
 
 
 def choose(drop_B: jax.Array, prompted: Any, unprompted: Any) -> Any:
-    """`prompted`, with the unprompted row where `drop_B` is True."""
-    return jax.tree.map(
-        lambda text, empty: jnp.where(drop_B.reshape(-1, *[1] * (text.ndim - 1)), empty, text),
-        prompted,
-        unprompted,
-    )
+    """The unprompted row where `drop_B` is True, the prompted row elsewhere."""
+
+    def select(prompted: jax.Array, unprompted: jax.Array) -> jax.Array:
+        drop = drop_B.reshape(-1, *[1] * (prompted.ndim - 1))
+        return jnp.where(drop, unprompted, prompted)
+
+    return jax.tree.map(select, prompted, unprompted)

@@ -26,9 +26,9 @@ from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
 from star_jax.protocols import PromptEncoder, TokenizerConfig
 from star_jax.sampling import program
-from star_jax.text.encoder import sketch
-from star_jax.text.folder import locate
-from star_jax.text.published import PUBLISHED
+from star_jax.text.encoder import abstract_encoder
+from star_jax.text.encoder_folder import locate
+from star_jax.text.hf_config import PUBLISHED
 from star_jax.training.programs import HeadPrograms, Programs
 from star_jax.training.run import Run, resolve
 
@@ -219,14 +219,16 @@ def _encoder(run: Run) -> tuple[PromptEncoder, str]:
     """The encoder of prompts, and a note if its sizes are those of a published one."""
     width, path = run.model.text_width, os.path.expanduser(run.text)
     if not width or os.path.isdir(path):
-        return run.model.prompt_encoder(lambda: sketch(run.text, locate(run.text).config)), ''
+        return run.model.prompt_encoder(
+            lambda: abstract_encoder(run.text, locate(run.text).config)
+        ), ''
     if width not in PUBLISHED:
         known = ', '.join(map(str, PUBLISHED))
         raise UserError(
             f'the text encoder {run.text} is not on this machine, and no published encoder has '
             f'width {width} (only {known}): give the path of a folder with --text'
         )
-    encoder = sketch(run.text, PUBLISHED[width])
+    encoder = abstract_encoder(run.text, PUBLISHED[width])
     kind = PUBLISHED[width]['model_type']
     return encoder, f'text encoder: the published {kind} of width {width}, {encoder.length} tokens'
 

@@ -1,8 +1,8 @@
-"""How does BERT (and MiniLM, a small BERT) read a caption?
+"""How does BERT (and MiniLM, a small BERT) encode a caption?
 
-Source: Devlin et al. 2018; the tensors' names and the order of operations are those of
-transformers' `BertModel`. Its pooler is not used: the pooled vector is the mean of the real
-tokens, as MiniLM was trained.
+Source: Devlin et al. 2018; tensor names and the order of operations follow transformers'
+`BertModel`. Its pooler is not used: the pooled vector is the mean of the real tokens, as MiniLM was
+trained.
 """
 
 import functools
@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from star_jax.text import fields, layers
-from star_jax.text.pooling import RealMean
+from star_jax.text import hf_config, layers
 from star_jax.text.tokens import Tokens
-from star_jax.text.tower import Tower
-from star_jax.text.weights import Piece, affine, fused, fused_bias, layered
+from star_jax.text.tower import MaskedMean, Tower
+from star_jax.text.weights import WeightMapping, affine, fused, fused_bias, stacked
 
-LENGTH = 32  # tokens per caption unless asked otherwise: captions of scenes are short
+LENGTH = 32  # default tokens per caption: captions of scenes are short
 ACTIVATIONS = {name: layers.ACTIVATIONS[name] for name in ('gelu', 'gelu_new', 'relu')}
 
 
@@ -31,15 +30,15 @@ class Block(nn.Module):
     activation: layers.Activation
 
     @nn.compact
-    def __call__(self, x_BTE: jax.Array, keep: jax.Array) -> tuple[jax.Array, None]:
-        read_BTE = layers.SelfAttention(self.heads, name='attention')(x_BTE, keep)
-        x_BTE = layers.LayerNorm(self.eps, name='attention_norm')(x_BTE + read_BTE)
+    def __call__(self, x_BTE: jax.Array, visible: jax.Array) -> tuple[jax.Array, None]:
+        attended_BTE = layers.SelfAttention(self.heads, name='attention')(x_BTE, visible)
+        x_BTE = layers.LayerNorm(self.eps, name='attention_norm')(x_BTE + attended_BTE)
         hidden_BTE = layers.Mlp(self.mlp, self.activation, name='mlp')(x_BTE)
         return layers.LayerNorm(self.eps, name='mlp_norm')(x_BTE + hidden_BTE), None
 
 
 class Bert(nn.Module):
-    """Tokens in; states (B, T, E) out. Fields as in config.json."""
+    """Tokens to states [B, T, E]; the fields are those of config.json."""
 
     vocab: int
     positions: int
@@ -53,66 +52,71 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> jax.Array:
-        at_1T = jnp.arange(tokens.ids_BT.shape[1])[None]
+        positions_1T = jnp.arange(tokens.ids_BT.shape[1])[None]
         x_BTE = (
             layers.embedding(self.vocab, self.width, 'words')(tokens.ids_BT)
-            + layers.embedding(self.types, self.width, 'types')(jnp.zeros_like(at_1T))
-            + layers.embedding(self.positions, self.width, 'positions')(at_1T)
+            + layers.embedding(self.types, self.width, 'types')(jnp.zeros_like(positions_1T))
+            + layers.embedding(self.positions, self.width, 'positions')(positions_1T)
         )
         x_BTE = layers.LayerNorm(self.eps, name='norm')(x_BTE)
-        blocks = layers.stack(Block, self.depth, self.heads, self.mlp, self.eps, self.activation)
-        return blocks(x_BTE, layers.real(tokens.mask_BT))[0]
+        blocks = layers.stack(
+            Block,
+            depth=self.depth,
+            heads=self.heads,
+            mlp=self.mlp,
+            eps=self.eps,
+            activation=self.activation,
+        )
+        return blocks(x_BTE, layers.visible_tokens(tokens.mask_BT))[0]
 
 
-def tower(config: Mapping) -> Tower:
-    """The parts that a config.json asks for; absent fields as in transformers' BertConfig.
+def build_tower(config: Mapping) -> Tower:
+    """The encoder of a config.json; absent fields have the defaults of transformers' BertConfig.
 
-    Raises `UserError` for variants of BERT that compute something else, and for sizes that are
-    none.
+    Raises `UserError` for unsupported variants of BERT and for invalid sizes.
     """
-    fields.choice(config, 'position_embedding_type', 'absolute', {'absolute': True})
-    width = fields.size(config, 'hidden_size', 768)
+    hf_config.choice(config, 'position_embedding_type', 'absolute', {'absolute': True})
+    width = hf_config.size(config, 'hidden_size', 768)
     module = Bert(
-        vocab=fields.size(config, 'vocab_size', 30522),
-        positions=fields.size(config, 'max_position_embeddings', 512),
-        types=fields.size(config, 'type_vocab_size', 2),
+        vocab=hf_config.size(config, 'vocab_size', 30522),
+        positions=hf_config.size(config, 'max_position_embeddings', 512),
+        types=hf_config.size(config, 'type_vocab_size', 2),
         width=width,
-        depth=fields.size(config, 'num_hidden_layers', 12),
-        heads=fields.heads(config, width, 12),
-        mlp=fields.size(config, 'intermediate_size', 3072),
-        eps=fields.epsilon(config, 'layer_norm_eps', 1e-12),
-        activation=fields.choice(config, 'hidden_act', 'gelu', ACTIVATIONS),
+        depth=hf_config.size(config, 'num_hidden_layers', 12),
+        heads=hf_config.num_heads(config, width, 12),
+        mlp=hf_config.size(config, 'intermediate_size', 3072),
+        eps=hf_config.epsilon(config, 'layer_norm_eps', 1e-12),
+        activation=hf_config.choice(config, 'hidden_act', 'gelu', ACTIVATIONS),
     )
     return Tower(
         module=module,
-        pieces=functools.partial(pieces, module.depth),
-        pool=RealMean(),
+        weight_mappings=functools.partial(weight_mappings, module.depth),
+        pool=MaskedMean(),
         width=width,
         vocab=module.vocab,
-        filler=fields.token(config, 'pad_token_id', 0),
-        length=LENGTH,
-        longest=module.positions,
+        pad_id=hf_config.token_id(config, 'pad_token_id', 0),
+        default_length=LENGTH,
+        max_length=module.positions,
     )
 
 
-def pieces(depth: int, names: Container[str]) -> list[Piece]:
-    """The table of a folder whose tensors have these names."""
-    # A BERT that was saved inside a larger model has its name in front; a very old one says
+def weight_mappings(depth: int, names: Container[str]) -> list[WeightMapping]:
+    """The mappings of a folder whose tensors have these names."""
+    # Names of a BERT that was saved inside a larger model start with `bert.`; very old files have
     # gamma and beta.
     prefix = '' if 'embeddings.word_embeddings.weight' in names else 'bert.'
     old_norm = f'{prefix}embeddings.LayerNorm.gamma' in names
     scale, shift = ('gamma', 'beta') if old_norm else ('weight', 'bias')
 
-    def norm(theirs: str, ours: str) -> list[Piece]:
+    def norm(tensor: str, param: str) -> list[WeightMapping]:
         return [
-            Piece(f'{theirs}.{scale}', f'{ours}/scale'),
-            Piece(f'{theirs}.{shift}', f'{ours}/bias'),
+            WeightMapping(f'{tensor}.{scale}', f'{param}/scale'),
+            WeightMapping(f'{tensor}.{shift}', f'{param}/bias'),
         ]
 
-    def table(theirs: str, ours: str) -> Piece:
-        return Piece(
-            f'{prefix}embeddings.{theirs}_embeddings.weight', f'{ours}/table', 'V E -> V E'
-        )
+    def table(name: str, param: str) -> WeightMapping:
+        tensor = f'{prefix}embeddings.{name}_embeddings.weight'
+        return WeightMapping(tensor, f'{param}/table', 'V E -> V E')
 
     heads = [f'attention.self.{name}' for name in ('query', 'key', 'value')]
     layer = [
@@ -129,5 +133,5 @@ def pieces(depth: int, names: Container[str]) -> list[Piece]:
         table('token_type', 'types'),
         table('position', 'positions'),
         *norm(f'{prefix}embeddings.LayerNorm', 'norm'),
-        *layered(f'{prefix}encoder.layer', layer, depth),
+        *stacked(f'{prefix}encoder.layer', layer, depth),
     ]

@@ -1,13 +1,14 @@
-"""Where are the features of captions kept, so that each caption is encoded once?
+"""How are the features of captions cached, so that each caption is encoded once?
 
-On disk, under `text/<encoder identity>/`, in segments that are never changed: one safetensors file
-per batch of new captions, written beside its place and renamed, so that any number of processes
-may write at once and a reader sees whole files only. Only real tokens are stored.
+The cache is on disk, under `text/<encoder identity>/`, in segments that never change: one
+safetensors file per batch of new captions. A segment is written under a temporary name and then
+renamed, so that any number of processes may write at once and a reader finds complete files only.
+Padding is not stored.
 
-Features are rounded to float16, and what is returned was always read back: a run with a cold
-cache and one with a warm cache see the same numbers. Float16 halves the space of float32 (11 KB
-against 22 for 14 tokens of MiniLM) and its 11 significant bits are finer than the bfloat16
-activations that read them.
+Features are rounded to float16 and always read back before they are returned: runs with a cold and
+with a warm cache get the same numbers. Float16 takes half the space of float32 (11 KB instead of 22
+for 14 tokens of MiniLM), and its 11 significant bits are finer than the bfloat16 activations of the
+network.
 """
 
 import contextlib
@@ -37,17 +38,23 @@ logger = logging.getLogger(__name__)
 ROOT_VARIABLE = 'STAR_JAX_CACHE'
 SUFFIX = '.safetensors'
 KEY_BYTES = 16  # a million captions collide with probability 1e-27
-STORED = np.float16
-DTYPES = {'U8': np.uint8, 'I64': np.int64, 'F16': STORED}
-# Captions per progress step and per segment of `warm`: a kill loses one segment's work.
-STEP = 256
-SEGMENT = 2048
-# Mapped segments hold a file descriptor each; the usual limit is 1024 for the whole process.
-OPEN_SEGMENTS = 256
+STORED_DTYPE = np.float16
+DTYPES = {'U8': np.uint8, 'I64': np.int64, 'F16': STORED_DTYPE}
+# Captions per progress update and per segment: an interrupted run loses at most one segment.
+PROGRESS_CAPTIONS = 256
+SEGMENT_CAPTIONS = 2048
+# A mapped segment holds a file descriptor; the usual limit is 1024 per process.
+MAX_OPEN_SEGMENTS = 256
 
 
 class Segment(NamedTuple):
-    """One file, mapped: caption n owns rows `offsets[n]:offsets[n + 1]` of the states."""
+    """One memory-mapped file of n captions.
+
+    Attributes:
+        states: float16 states of the real tokens of all captions.
+        pooled: [n, E] float16.
+        offsets: [n + 1]; caption i has the rows `offsets[i]:offsets[i + 1]` of the states.
+    """
 
     states: np.ndarray
     pooled: np.ndarray
@@ -55,35 +62,38 @@ class Segment(NamedTuple):
 
 
 class FeatureCache:
-    """The features of one encoder's captions, on disk.
+    """The features of captions by one encoder, on disk.
 
-    `root`: by default `$STAR_JAX_CACHE`, or ~/.cache/star_jax. Any number of threads may share one
-    cache, any number of caches one folder. Raises `UserError` where it cannot write, or where
-    features do not fit float16.
+    Any number of threads may share a cache, and any number of caches a folder. Methods raise
+    `UserError` if the folder cannot be written or features exceed float16.
+
+    Args:
+        encoder: encodes captions that are not in the cache.
+        root: folder of all caches (None: `$STAR_JAX_CACHE`, or ~/.cache/star_jax).
     """
 
     def __init__(self, encoder: TextEncoder, root: Path | None = None):
         self.encoder = encoder
         self.folder = (root or startup.cache_folder()) / 'text' / encoder.identity
-        self._row: dict[bytes, tuple[int, int]] = {}
+        self._rows: dict[bytes, tuple[int, int]] = {}  # caption key -> (segment, row)
         self._segments: list[Path] = []
-        self._seen: set[str] = set()
+        self._indexed: set[str] = set()
         self._mapped: OrderedDict[int, Segment] = OrderedDict()
         self._lock = threading.Lock()
         self._index_new_segments()
 
     def __len__(self) -> int:
-        """How many captions are known."""
-        return len(self._row)
+        """Number of captions in the cache."""
+        return len(self._rows)
 
     def features(self, captions: Sequence[str]) -> TextCondition:
-        """Features as `TextEncoder.encode` gives them, rounded to float16 (dtype float32).
+        """Features as by `TextEncoder.encode`, rounded to float16 (their dtype is float32).
 
-        Captions that are not on disk yet are encoded and stored first.
+        Missing captions are encoded and stored first.
         """
         with self._lock:
             keys = [_key(caption) for caption in captions]
-            if any(key not in self._row for key in keys):
+            if any(key not in self._rows for key in keys):
                 self._add(self._missing(captions), Progress(disable=True))
             return self._gather(keys)
 
@@ -93,18 +103,21 @@ class FeatureCache:
         progress: bool = True,
         other: 'FeatureCache | None' = None,
     ) -> None:
-        """Encodes and stores what is missing, with a progress bar; may be interrupted.
+        """Encodes and stores the missing captions; an interrupted call can be repeated.
 
-        What an `other` cache of the same encoder knows is copied from there.
+        Args:
+            captions: the captions to store.
+            progress: show a progress bar.
+            other: a cache of the same encoder, from which captions are copied if present.
         """
-        with self._lock, _bar(visible=progress) as bar:
-            if other and (known := other.known(self._missing(captions))):
-                self._add(known, bar, other.features)
+        with self._lock, _progress_bar(visible=progress) as bar:
+            if other and (present := other.present(self._missing(captions))):
+                self._add(present, bar, other.features)
             if missing := self._missing(captions):
                 self._add(missing, bar)
 
-    def known(self, captions: Sequence[str]) -> list[str]:
-        """Those of the captions that are on disk."""
+    def present(self, captions: Sequence[str]) -> list[str]:
+        """The captions that are in the cache."""
         with self._lock:
             missing = set(self._missing(captions))
         return [caption for caption in captions if caption not in missing]
@@ -115,12 +128,12 @@ class FeatureCache:
         mask_BT = np.zeros((B, T), np.int32)
         pooled_BE = np.zeros((B, E), np.float32)
         for row, key in enumerate(keys):
-            number, place = self._row[key]
+            number, stored_row = self._rows[key]
             segment = self._segment(number)
-            first, last = segment.offsets[place], segment.offsets[place + 1]
+            first, last = segment.offsets[stored_row], segment.offsets[stored_row + 1]
             states_BTE[row, : last - first] = segment.states[first:last]
             mask_BT[row, : last - first] = 1
-            pooled_BE[row] = segment.pooled[place]
+            pooled_BE[row] = segment.pooled[stored_row]
         return TextCondition(states_BTE=states_BTE, mask_BT=mask_BT, pooled_BE=pooled_BE)
 
     def _add(
@@ -133,57 +146,57 @@ class FeatureCache:
         task = bar.add_task('encoding captions', total=len(missing), rate='')
         start = time.monotonic()
         done = 0
-        for segment in _split(missing, SEGMENT):
-            parts = []
-            for part in _split(segment, STEP):
-                parts.append((part, encode(part)))
-                done += len(part)
+        for segment in _chunks(missing, SEGMENT_CAPTIONS):
+            encoded = []
+            for chunk in _chunks(segment, PROGRESS_CAPTIONS):
+                encoded.append((chunk, encode(chunk)))
+                done += len(chunk)
                 rate = f'{done / (time.monotonic() - start):.0f} captions/s'
                 bar.update(task, completed=done, rate=rate)
-            self._write(parts)
+            self._write(encoded)
         self._index_new_segments()
 
     def _missing(self, captions: Sequence[str]) -> list[str]:
-        """Distinct captions that no segment holds, those of other processes included."""
+        """Distinct captions that are in no segment, of this or another process."""
         self._index_new_segments()
-        return [one for one in dict.fromkeys(captions) if _key(one) not in self._row]
+        return [caption for caption in dict.fromkeys(captions) if _key(caption) not in self._rows]
 
     def _index_new_segments(self) -> None:
-        """Learns what files there are. Of two segments with one caption the older counts."""
+        """Indexes new files. If two segments hold a caption, the older one counts."""
         for path in sorted(self.folder.glob(f'*{SUFFIX}')):
-            if path.name in self._seen:
+            if path.name in self._indexed:
                 continue
-            self._seen.add(path.name)
+            self._indexed.add(path.name)
             try:
-                keys = _map(path)['keys']
+                keys = _memory_map(path)['keys']
             except (OSError, ValueError, KeyError) as error:
-                logger.warning('The feature cache skips %s, which is torn (%s).', path, error)
+                logger.warning('The feature cache skips %s, which is damaged (%s).', path, error)
                 continue
             number = len(self._segments)
             self._segments.append(path)
-            for place, key in enumerate(keys.view(f'V{KEY_BYTES}').ravel().tolist()):
-                self._row.setdefault(key, (number, place))
+            for row, key in enumerate(keys.view(f'V{KEY_BYTES}').ravel().tolist()):
+                self._rows.setdefault(key, (number, row))
 
     def _segment(self, number: int) -> Segment:
         if number not in self._mapped:
-            arrays = _map(self._segments[number])
+            arrays = _memory_map(self._segments[number])
             self._mapped[number] = Segment(*(arrays[name] for name in Segment._fields))
-            if len(self._mapped) > OPEN_SEGMENTS:
+            if len(self._mapped) > MAX_OPEN_SEGMENTS:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(number)
         return self._mapped[number]
 
-    def _write(self, parts: list[tuple[list[str], TextCondition]]) -> None:
-        """One segment, whole or not at all, even if the machine stops in the middle."""
-        lengths = np.concatenate([text.mask_BT.sum(1) for _, text in parts])
-        keys = b''.join(_key(caption) for captions, _ in parts for caption in captions)
+    def _write(self, encoded: list[tuple[list[str], TextCondition]]) -> None:
+        """Writes one segment completely or not at all, even if the machine stops."""
+        lengths = np.concatenate([text.mask_BT.sum(1) for _, text in encoded])
+        keys = b''.join(_key(caption) for captions, _ in encoded for caption in captions)
         arrays = {
             'keys': np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES),
             'offsets': np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            'states': _stored([text.states_BTE[text.mask_BT > 0] for _, text in parts]),
-            'pooled': _stored([text.pooled_BE for _, text in parts]),
+            'states': _to_stored([text.states_BTE[text.mask_BT > 0] for _, text in encoded]),
+            'pooled': _to_stored([text.pooled_BE for _, text in encoded]),
         }
-        # Names sort by age; the token keeps processes that write at the same instant apart.
+        # Names sort by age; the random part differs between processes that write at the same time.
         name = f'{time.time_ns():020d}-{secrets.token_hex(4)}{SUFFIX}'
         partial = self.folder / f'{name}.partial'
         try:
@@ -198,7 +211,7 @@ class FeatureCache:
                 partial.unlink()
             raise UserError(
                 f'The feature cache cannot write in {self.folder} ({error}); set {ROOT_VARIABLE} '
-                f'to a folder with room.'
+                f'to a folder with free space.'
             ) from error
 
 
@@ -206,25 +219,25 @@ def _key(caption: str) -> bytes:
     return hashlib.blake2b(caption.encode(), digest_size=KEY_BYTES).digest()
 
 
-def _split(captions: list[str], size: int) -> Iterator[list[str]]:
+def _chunks(captions: list[str], size: int) -> Iterator[list[str]]:
     for first in range(0, len(captions), size):
         yield captions[first : first + size]
 
 
-def _stored(parts: list[np.ndarray]) -> np.ndarray:
+def _to_stored(parts: list[np.ndarray]) -> np.ndarray:
     array = np.concatenate(parts)
-    if not np.abs(array).max() <= np.finfo(STORED).max:  # also true of nan
+    if not np.abs(array).max() <= np.finfo(STORED_DTYPE).max:  # also true for NaN
         raise UserError(
-            'The text encoder gave features that do not fit float16 (or are not finite), so they '
-            'cannot be cached; run it inside the training program instead.'
+            'The features of the text encoder exceed float16 (or are not finite) and cannot be '
+            'cached; run the encoder inside the training program instead.'
         )
-    return array.astype(STORED)
+    return array.astype(STORED_DTYPE)
 
 
-def _map(path: Path) -> dict[str, np.ndarray]:
-    """A safetensors file's arrays, mapped into memory. Raises ValueError for a torn file.
+def _memory_map(path: Path) -> dict[str, np.ndarray]:
+    """The memory-mapped arrays of a safetensors file. Raises ValueError for a damaged file.
 
-    By hand, because the library copies what it reads and this reads single rows.
+    The library copies whole arrays, while this cache reads single rows.
     """
     size = path.stat().st_size
     with path.open('rb') as file:
@@ -233,10 +246,10 @@ def _map(path: Path) -> dict[str, np.ndarray]:
             raise ValueError('its header is cut off')
         header = json.loads(file.read(start - 8))
     if not isinstance(header, dict):
-        raise ValueError('its header is no JSON object')
+        raise ValueError('its header is not a JSON object')
     header.pop('__metadata__', None)
     if start + max(entry['data_offsets'][1] for entry in header.values()) != size:
-        raise ValueError('its size is not what its header says')
+        raise ValueError('its size differs from the size in its header')
     data = np.memmap(path, np.uint8, mode='r')
     arrays = {}
     for name, entry in header.items():
@@ -246,7 +259,7 @@ def _map(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _bar(visible: bool) -> Progress:
+def _progress_bar(visible: bool) -> Progress:
     columns = (
         TextColumn('{task.description}'),
         BarColumn(),

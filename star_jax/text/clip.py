@@ -1,9 +1,9 @@
-"""How does the text tower of CLIP read a caption?
+"""How does the text tower of CLIP encode a caption?
 
-Source: Radford et al. 2021; the tensors' names and the order of operations are those of
-transformers' `CLIPTextModel`, the text encoder of Stable Diffusion. States are always the last
-ones after the final norm (the folder of Stable Diffusion 2.1 has 23 layers of OpenCLIP's 24), the
-pooled vector is the state at the end of the text, without projection (STAR specification 2).
+Source: Radford et al. 2021; tensor names and the order of operations follow transformers'
+`CLIPTextModel`, the text encoder of Stable Diffusion. The states are the output of the last layer
+after the final norm (the folder of Stable Diffusion 2.1 has 23 of OpenCLIP's 24 layers). The pooled
+vector is the state at the end of the text, without projection (STAR specification 2).
 """
 
 import functools
@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.errors import UserError
-from star_jax.text import fields, layers
-from star_jax.text.pooling import FirstOf, HighestId
+from star_jax.text import hf_config, layers
 from star_jax.text.tokens import Tokens
-from star_jax.text.tower import Tower
-from star_jax.text.weights import Piece, affine, fused, fused_bias, layered
+from star_jax.text.tower import StateOfHighestId, StateOfToken, Tower
+from star_jax.text.weights import WeightMapping, affine, fused, fused_bias, stacked
 
-# Configs from before transformers knew the end of CLIP's texts name this id.
-WRONG_END = 2
+# The end id in configs of old transformers, which is not the id that ends a text of CLIP.
+WRONG_END_ID = 2
 
 
 class Block(nn.Module):
@@ -33,15 +32,15 @@ class Block(nn.Module):
     activation: layers.Activation
 
     @nn.compact
-    def __call__(self, x_BTE: jax.Array, keep: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTE: jax.Array, visible: jax.Array) -> tuple[jax.Array, None]:
         h_BTE = layers.LayerNorm(self.eps, name='attention_norm')(x_BTE)
-        x_BTE = x_BTE + layers.SelfAttention(self.heads, name='attention')(h_BTE, keep)
+        x_BTE = x_BTE + layers.SelfAttention(self.heads, name='attention')(h_BTE, visible)
         h_BTE = layers.LayerNorm(self.eps, name='mlp_norm')(x_BTE)
         return x_BTE + layers.Mlp(self.mlp, self.activation, name='mlp')(h_BTE), None
 
 
 class Clip(nn.Module):
-    """Tokens in; states (B, T, E) out: each token sees itself and the real ones before it."""
+    """Tokens to states [B, T, E]; attention is causal, over real tokens."""
 
     vocab: int
     positions: int
@@ -54,47 +53,55 @@ class Clip(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> jax.Array:
-        at_T = jnp.arange(tokens.ids_BT.shape[1])
+        positions_T = jnp.arange(tokens.ids_BT.shape[1])
         x_BTE = layers.embedding(self.vocab, self.width, 'words')(tokens.ids_BT)
-        x_BTE = x_BTE + layers.embedding(self.positions, self.width, 'positions')(at_T[None])
-        earlier_11TS = (at_T[:, None] >= at_T[None, :])[None, None]
-        blocks = layers.stack(Block, self.depth, self.heads, self.mlp, self.eps, self.activation)
-        x_BTE, _ = blocks(x_BTE, layers.real(tokens.mask_BT) & earlier_11TS)
+        x_BTE = x_BTE + layers.embedding(self.positions, self.width, 'positions')(positions_T[None])
+        causal_11TS = (positions_T[:, None] >= positions_T[None, :])[None, None]
+        blocks = layers.stack(
+            Block,
+            depth=self.depth,
+            heads=self.heads,
+            mlp=self.mlp,
+            eps=self.eps,
+            activation=self.activation,
+        )
+        x_BTE, _ = blocks(x_BTE, layers.visible_tokens(tokens.mask_BT) & causal_11TS)
         return layers.LayerNorm(self.eps, name='norm')(x_BTE)
 
 
-def tower(config: Mapping) -> Tower:
-    """The parts that a config.json asks for; absent fields as in transformers' CLIPTextConfig.
+def build_tower(config: Mapping) -> Tower:
+    """The encoder of a config.json.
 
-    The config of a whole CLIP holds its tower's. Raises `UserError` for values that mean nothing.
+    Absent fields have the defaults of transformers' CLIPTextConfig. The config of a whole CLIP
+    contains that of its text tower. Raises `UserError` for invalid values.
     """
-    config = _of_text(config)
-    width = fields.size(config, 'hidden_size', 512)
+    config = _text_config(config)
+    width = hf_config.size(config, 'hidden_size', 512)
     module = Clip(
-        vocab=fields.size(config, 'vocab_size', 49408),
-        positions=fields.size(config, 'max_position_embeddings', 77),
+        vocab=hf_config.size(config, 'vocab_size', 49408),
+        positions=hf_config.size(config, 'max_position_embeddings', 77),
         width=width,
-        depth=fields.size(config, 'num_hidden_layers', 12),
-        heads=fields.heads(config, width, 8),
-        mlp=fields.size(config, 'intermediate_size', 2048),
-        eps=fields.epsilon(config, 'layer_norm_eps', 1e-5),
-        activation=fields.choice(config, 'hidden_act', 'quick_gelu', layers.ACTIVATIONS),
+        depth=hf_config.size(config, 'num_hidden_layers', 12),
+        heads=hf_config.num_heads(config, width, 8),
+        mlp=hf_config.size(config, 'intermediate_size', 2048),
+        eps=hf_config.epsilon(config, 'layer_norm_eps', 1e-5),
+        activation=hf_config.choice(config, 'hidden_act', 'quick_gelu', layers.ACTIVATIONS),
     )
-    end = fields.token(config, 'eos_token_id', 49407)
+    end_id = hf_config.token_id(config, 'eos_token_id', 49407)
     return Tower(
         module=module,
-        pieces=functools.partial(pieces, module.depth),
-        pool=HighestId() if end == WRONG_END else FirstOf(end),
+        weight_mappings=functools.partial(weight_mappings, module.depth),
+        pool=StateOfHighestId() if end_id == WRONG_END_ID else StateOfToken(end_id),
         width=width,
         vocab=module.vocab,
-        filler=fields.token(config, 'pad_token_id', 1),
-        length=module.positions,
-        longest=module.positions,
+        pad_id=hf_config.token_id(config, 'pad_token_id', 1),
+        default_length=module.positions,
+        max_length=module.positions,
     )
 
 
-def pieces(depth: int, names: Container[str]) -> list[Piece]:
-    """The table of a folder whose tensors have these names; those of a vision tower are not."""
+def weight_mappings(depth: int, names: Container[str]) -> list[WeightMapping]:
+    """The mappings of a folder whose tensors have these names, without a vision tower."""
     prefix = 'text_model.' if 'text_model.final_layer_norm.weight' in names else ''
     heads = [f'self_attn.{name}_proj' for name in 'qkv']
     layer = [
@@ -108,18 +115,20 @@ def pieces(depth: int, names: Container[str]) -> list[Piece]:
     ]
     embeddings = f'{prefix}embeddings'
     return [
-        Piece(f'{embeddings}.token_embedding.weight', 'words/table', 'V E -> V E'),
-        Piece(f'{embeddings}.position_embedding.weight', 'positions/table', 'T E -> T E'),
-        *layered(f'{prefix}encoder.layers', layer, depth),
+        WeightMapping(f'{embeddings}.token_embedding.weight', 'words/table', 'V E -> V E'),
+        WeightMapping(f'{embeddings}.position_embedding.weight', 'positions/table', 'T E -> T E'),
+        *stacked(f'{prefix}encoder.layers', layer, depth),
         *affine(f'{prefix}final_layer_norm', 'norm', 'E -> E', kernel='scale'),
     ]
 
 
-def _of_text(config: Mapping) -> Mapping:
-    """The tower's own fields; of the two places in old files, transformers reads the second."""
+def _text_config(config: Mapping) -> Mapping:
+    """The fields of the text tower; of both entries in old files, transformers reads the second."""
     if config.get('model_type') != 'clip':
         return config
     text = config.get('text_config_dict') or config.get('text_config') or {}
     if not isinstance(text, Mapping):
-        raise UserError(f'text_config is {text!r} in the text encoder; expected its fields.')
+        raise UserError(
+            f'text_config is {text!r} in the text encoder; expected an object of fields.'
+        )
     return text

@@ -1,8 +1,8 @@
-"""What does a caption say to the image model?
+"""How does a caption become the condition of an image model?
 
-`load` reads a pretrained encoder; a `TextEncoder` turns captions into `Text`: token states, mask
-and a pooled vector. Its weights are frozen, so it is a value: `apply` is pure and may be traced
-inside a training program, `encode` is for captions at hand.
+`load` reads a pretrained encoder; a `TextEncoder` turns captions into a `TextCondition`: token
+states, mask and a pooled vector. The weights are frozen: `apply` is pure and may be traced inside a
+training program, `encode` is the same for captions on the host.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,42 +22,49 @@ from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.text import bert, clip, t5
-from star_jax.text.folder import DEFAULT, Folder, full_name, locate
-from star_jax.text.pooling import Pool
-from star_jax.text.tokens import Split, Tokens, pad, read
-from star_jax.text.tower import Tower
-from star_jax.text.weights import Weights
+from star_jax.text.encoder_folder import DEFAULT, EncoderFolder, absolute_source, locate
+from star_jax.text.tokens import CaptionsToIds, Tokens, load_tokenizer, pad
+from star_jax.text.tower import Pool, Tower
+from star_jax.text.weights import EncoderWeights
 
-# Captions per compiled call. One number for all calls, so that a caption's features do not depend
-# on how many others were encoded beside it; large enough for a processor, small for one prompt.
-ROWS = 16
-# Compiled lengths are multiples of this: most captions are far shorter than the longest allowed.
-STRIDE = 8
-# Raised when an encoder computes other numbers from the same files: cached features expire.
+# Captions per compiled call. All calls have the same number, so that the features of a caption do
+# not depend on the other captions; 16 keep a processor busy and cost little for one prompt.
+BATCH = 16
+# Compiled lengths are multiples of this: most captions are far shorter than the maximum.
+LENGTH_MULTIPLE = 8
+# To be raised when an encoder computes other numbers from the same files: cached features expire.
 REVISION = 1
 DTYPE = 'float32'
 DTYPES = (DTYPE, 'bfloat16')
 
 
-# What each `model_type` of a config.json stands for.
+# By the `model_type` of a config.json.
 TOWERS: dict[str, Callable[[Mapping], Tower]] = {
-    'bert': bert.tower,
-    'clip': clip.tower,
-    'clip_text_model': clip.tower,
-    't5': t5.tower,
+    'bert': bert.build_tower,
+    'clip': clip.build_tower,
+    'clip_text_model': clip.build_tower,
+    't5': t5.build_tower,
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TextEncoder:
-    """A frozen text encoder.
+    """A frozen text encoder, a `protocols.PromptEncoder`.
 
-    `length`: T, tokens per caption. `dtype`: of parameters and activations. `mesh`: where the
-    parameters lie, split as their logical axes say; None: on one device. `pool`: what makes one
-    vector of the states.
+    Attributes:
+        field: the field of a batch that holds the prompts.
+        source: 'package:NAME', the path of a folder, or a hub id.
+        length: T, tokens per caption.
+        dtype: dtype of parameters and activations, 'float32' or 'bfloat16'.
+        mesh: the mesh over which the parameters are sharded by their logical axes (None: one
+            device).
+        pool: the function from token states to one vector per caption.
+        tower: the parts of the architecture.
+        folder: the files.
+        token_ids: the tokenizer, truncating to `length`.
     """
 
-    field = 'caption'  # of an example, which prompts a model
+    field: ClassVar[Literal['caption']] = 'caption'
 
     source: str
     length: int
@@ -64,95 +72,97 @@ class TextEncoder:
     mesh: Mesh | None
     pool: Pool
     tower: Tower
-    folder: Folder
-    split: Split
+    folder: EncoderFolder
+    token_ids: CaptionsToIds
 
     @property
     def width(self) -> int:
-        """E, of token states and pooled vector."""
+        """E, channels of token states and pooled vectors."""
         return self.tower.width
 
     @functools.cached_property
     def params(self) -> dict:
-        """The parameters on the devices, read tensor by tensor when first asked for."""
-        return self.weights.read(self.dtype, self.mesh)
+        """The parameters on the devices, loaded tensor by tensor on first access."""
+        return self.weights.load(self.dtype, self.mesh)
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hex digest of the folder's config, weights and tokenizer."""
+        """Hex digest of the config, weights and tokenizer files."""
         return self.folder.sha256()
 
     @functools.cached_property
     def identity(self) -> str:
-        """Hex digest of all that decides the features of a caption; caches are keyed by it."""
+        """Hex digest of everything that affects the features of a caption: the key of caches."""
         parts = [REVISION, self.length, self.sha256]
-        # What is usual is left out, so that older caches stay valid.
+        # Defaults are left out, so that older caches stay valid.
         parts += [self.dtype] if self.dtype != DTYPE else []
         parts += [self.pool] if self.pool != self.tower.pool else []
         return hashlib.sha256(' '.join(map(str, parts)).encode()).hexdigest()
 
     def reference(self) -> dict[str, str]:
-        """How a model folder's config.json names this encoder: `load(**reference)` checks it."""
+        """The entry in the config.json of a model folder; `load(**reference)` checks the sha256."""
         return {'source': self.source, 'sha256': self.sha256}
 
     def abstract_params(self) -> dict:
         """Shapes of `params`, boxed with their logical axes."""
-        tokens = pad([], 1, STRIDE, 0)
+        tokens = pad([], rows=1, length=LENGTH_MULTIPLE, pad_id=0)
         return jax.eval_shape(self.tower.module.init, jax.random.key(0), tokens)['params']
 
     def abstract_tokens(self, rows: int) -> Tokens:
-        """Shapes of the tokens of so many captions."""
+        """Shapes of the tokens of `rows` captions."""
         ids_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
         return Tokens(ids_BT=ids_BT, mask_BT=ids_BT)
 
     @functools.cached_property
-    def weights(self) -> Weights:
-        """What the parameters are made of."""
-        pieces = self.tower.pieces(self.folder.tensors())
-        return Weights(folder=self.folder, pieces=tuple(pieces), boxed=self.abstract_params())
+    def weights(self) -> EncoderWeights:
+        """The tensors that fill the parameters."""
+        return EncoderWeights(
+            folder=self.folder,
+            mappings=tuple(self.tower.weight_mappings(self.folder.tensors())),
+            boxed=self.abstract_params(),
+        )
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Captions as (B, T) numpy int32, truncated and padded to `length`."""
-        return pad(self.split(captions), len(captions), self.length, self.tower.filler)
+        """The host part: [B, T] numpy int32, truncated and padded to `length`."""
+        return pad(self.token_ids(captions), len(captions), self.length, self.tower.pad_id)
 
     def apply(self, params: dict, tokens: Tokens) -> TextCondition:
-        """Pure: features of tokens (B, T), float32, states zero at padding.
+        """The device part, pure: float32 features, with zero states at padding.
 
-        T is `length`, or any smaller number where the pool does not read padding.
+        Args:
+            params: the parameters of the encoder.
+            tokens: [B, T]; T is `length`, or any smaller number if the pool reads no padding.
         """
         return read_states(self.tower, self.pool, params, tokens)
 
     def encode(self, captions: Sequence[str]) -> TextCondition:
         """Features of any number of captions as numpy arrays, padded to `length`.
 
-        Each distinct caption is encoded once, in batches of one size and of captions of like
-        length; the result is that of `apply` on `tokenize`, to rounding.
+        A caption that occurs several times is encoded once. Batches have one size and hold captions
+        of similar length. The result equals `apply` of `tokenize` up to rounding.
         """
         unique = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-        ids = self.split(list(unique))
-        stride = self.length if self.pool.padding else STRIDE
-        calls = [
-            (rows, self._run(self.params, self._padded([ids[row] for row in rows], T)))
-            for rows, T in _batches([len(one) for one in ids], self.length, stride)
-        ]
+        ids = self.token_ids(list(unique))
+        multiple = self.length if self.pool.reads_padding else LENGTH_MULTIPLE
+        outputs = []
+        for rows, T in _batches([len(caption_ids) for caption_ids in ids], self.length, multiple):
+            tokens = pad([ids[row] for row in rows], BATCH, T, self.tower.pad_id)
+            outputs.append((rows, self._jitted_apply(self.params, tokens)))
         states_NTE = np.zeros((len(unique), self.length, self.width), np.float32)
         mask_NT = np.zeros((len(unique), self.length), np.int32)
         pooled_NE = np.zeros((len(unique), self.width), np.float32)
-        for rows, text in calls:
+        for rows, text in outputs:
             T = text.mask_BT.shape[1]
             states_NTE[rows, :T] = np.asarray(text.states_BTE)[: len(rows)]
             mask_NT[rows, :T] = np.asarray(text.mask_BT)[: len(rows)]
             pooled_NE[rows] = np.asarray(text.pooled_BE)[: len(rows)]
-        back = np.array([unique[caption] for caption in captions], int)
+        rows_B = np.array([unique[caption] for caption in captions], int)
         return TextCondition(
-            states_BTE=states_NTE[back], mask_BT=mask_NT[back], pooled_BE=pooled_NE[back]
+            states_BTE=states_NTE[rows_B], mask_BT=mask_NT[rows_B], pooled_BE=pooled_NE[rows_B]
         )
 
-    def _padded(self, ids: Sequence[Sequence[int]], length: int) -> Tokens:
-        return pad(ids, ROWS, length, self.tower.filler)
-
     @functools.cached_property
-    def _run(self) -> Callable[[dict, Tokens], TextCondition]:
+    def _jitted_apply(self) -> Callable[[dict, Tokens], TextCondition]:
         return jax.jit(self.apply, out_shardings=rules.replicated(self.mesh) if self.mesh else None)
 
 
@@ -165,34 +175,40 @@ def load(
     mesh: Mesh | None = None,
     pool: Pool | None = None,
 ) -> TextEncoder:
-    """The encoder that a source names: 'package:NAME', a folder, or a hub id.
+    """Loads a text encoder; its parameters are read on first use.
 
-    `length`: tokens per caption, by default the architecture's own. `sha256`: what the files must
-    be, as `TextEncoder.reference` recorded it. `dtype`: float32 or bfloat16, of parameters and
-    activations. `mesh`: devices that share the parameters, all of whose processes must encode the
-    same captions. `pool`: another one than the architecture's own. Raises `UserError` when the
-    encoder cannot be had, is of an unknown architecture, or is another one than recorded.
+    Args:
+        source: 'package:NAME', the path of a folder, or a hub id.
+        length: tokens per caption (None: the default of the architecture).
+        sha256: the expected digest of the files, as recorded by `TextEncoder.reference`.
+        dtype: dtype of parameters and activations, 'float32' or 'bfloat16'.
+        mesh: devices that share the parameters; all their processes must encode the same captions.
+        pool: the pool (None: the default of the architecture).
+
+    Raises:
+        UserError: the files are not available or damaged, have another digest, or are of an
+            unsupported architecture.
     """
     folder = locate(source)
-    tower = _tower(source, folder.config)
+    tower = _build_tower(source, folder.config)
     if dtype not in DTYPES:
         raise UserError(
             f'the dtype of a text encoder is {dtype!r}; supported: {", ".join(DTYPES)}.'
         )
-    length = tower.length if length is None else length
-    _check_length(length, tower.longest)
-    split, largest_id = read(folder, length)
+    length = tower.default_length if length is None else length
+    _check_length(length, tower.max_length)
+    token_ids, largest_id = load_tokenizer(folder, length)
     encoder = TextEncoder(
-        source=full_name(source),
+        source=absolute_source(source),
         length=length,
         dtype=dtype,
         mesh=mesh,
         pool=tower.pool if pool is None else pool,
         tower=tower,
         folder=folder,
-        split=split,
+        token_ids=token_ids,
     )
-    encoder.weights.check()  # first: of a torn file, the digest says less
+    encoder.weights.check()  # before the digest: its error for a truncated file is clearer
     if sha256 is not None and sha256 != encoder.sha256:
         raise UserError(
             f'The model was trained with the text encoder of sha256 {sha256}, but {source} has '
@@ -203,9 +219,8 @@ def load(
 
 
 def read_states(tower: Tower, pool: Pool, params: dict, tokens: Tokens) -> TextCondition:
-    """Pure: features of tokens (B, T), float32, states zero at padding."""
-    # A tower is frozen and its features are cached: a rounding of the accelerator's cheaper
-    # float32 products would be paid in every later run.
+    """Pure: float32 features of tokens [B, T], with zero states at padding."""
+    # Features are cached: the rounding of faster float32 products would stay in all later runs.
     with jax.default_matmul_precision('highest'):
         states_BTE = tower.module.apply({'params': params}, tokens)
     real_BT1 = tokens.mask_BT[:, :, None] > 0
@@ -216,30 +231,30 @@ def read_states(tower: Tower, pool: Pool, params: dict, tokens: Tokens) -> TextC
     )
 
 
-def sketch(source: str, config: Mapping) -> TextEncoder:
-    """An encoder of the sizes that a config.json tells, without weights and words.
+def abstract_encoder(source: str, config: Mapping) -> TextEncoder:
+    """An encoder of the sizes of a config.json, without weights and tokenizer: it has shapes only.
 
-    Shapes alone can be asked of it. Raises `UserError` where its architecture is unknown.
+    Raises `UserError` for an unsupported architecture.
     """
-    tower = _tower(source, config)
+    tower = _build_tower(source, config)
     return TextEncoder(
         source=source,
-        length=tower.length,
+        length=tower.default_length,
         dtype=DTYPE,
         mesh=None,
         pool=tower.pool,
         tower=tower,
-        folder=Folder(Path(source)),
-        split=_no_words,
+        folder=EncoderFolder(Path(source)),
+        token_ids=_no_tokenizer,
     )
 
 
-def _no_words(captions: Sequence[str]) -> list[list[int]]:
-    raise LookupError('a sketch of an encoder knows no words')
+def _no_tokenizer(captions: Sequence[str]) -> list[list[int]]:
+    raise LookupError('an abstract encoder has no tokenizer')
 
 
-def _tower(source: str, config: Mapping) -> Tower:
-    """The parts that a config.json asks for; UserError where there are none such."""
+def _build_tower(source: str, config: Mapping) -> Tower:
+    """The encoder of a config.json; UserError for an unsupported architecture."""
     model_type = config.get('model_type')
     if not isinstance(model_type, str) or model_type not in TOWERS:
         raise UserError(
@@ -249,29 +264,40 @@ def _tower(source: str, config: Mapping) -> Tower:
     return TOWERS[model_type](config)
 
 
-def _batches(lengths: Sequence[int], longest: int, stride: int) -> Iterator[tuple[list[int], int]]:
-    """Which captions share a call (at most ROWS of one padded length), and that length."""
+def _batches(
+    lengths: Sequence[int], max_length: int, multiple: int
+) -> Iterator[tuple[list[int], int]]:
+    """Batches of at most BATCH captions of one padded length: their numbers, and that length.
 
-    def padded(row: int) -> int:
-        return min(max(-(-lengths[row] // stride), 1) * stride, longest)
+    Args:
+        lengths: tokens of every caption.
+        max_length: the largest padded length.
+        multiple: padded lengths are multiples of it.
+    """
 
-    for T, group in itertools.groupby(sorted(range(len(lengths)), key=padded), padded):
+    def padded_length(row: int) -> int:
+        return min(max(-(-lengths[row] // multiple), 1) * multiple, max_length)
+
+    by_length = sorted(range(len(lengths)), key=padded_length)
+    for T, group in itertools.groupby(by_length, padded_length):
         rows = list(group)
-        for first in range(0, len(rows), ROWS):
-            yield rows[first : first + ROWS], T
+        for first in range(0, len(rows), BATCH):
+            yield rows[first : first + BATCH], T
 
 
-def _check_length(length: int, longest: int | None) -> None:
-    if length < STRIDE or (longest is not None and length > longest):
-        limit = 'or more' if longest is None else f'to {longest}'
-        raise UserError(f'The text length is {length}; this encoder takes {STRIDE} {limit} tokens.')
+def _check_length(length: int, max_length: int | None) -> None:
+    if length < LENGTH_MULTIPLE or (max_length is not None and length > max_length):
+        limit = 'or more' if max_length is None else f'to {max_length}'
+        raise UserError(
+            f'The text length is {length}; this encoder takes {LENGTH_MULTIPLE} {limit} tokens.'
+        )
 
 
 def _check_vocabulary(source: str, tower: Tower, largest_id: int) -> None:
-    """Raises UserError for ids beyond the model's vocabulary: JAX would clamp them."""
-    if tower.filler >= tower.vocab:
+    """Raises UserError for ids outside the vocabulary of the model, which JAX would clamp."""
+    if tower.pad_id >= tower.vocab:
         raise UserError(
-            f'{source}: pad_token_id is {tower.filler}, expected a token id below {tower.vocab}.'
+            f'{source}: pad_token_id is {tower.pad_id}, expected a token id below {tower.vocab}.'
         )
     if largest_id >= tower.vocab:
         raise UserError(

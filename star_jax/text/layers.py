@@ -1,7 +1,7 @@
-"""What are text towers built from, beside `nn/`?
+"""Which layers do text encoders share, beside `nn/`?
 
 Arithmetic follows the dtype of the parameters; norms and softmax are float32. Suffixes: B batch,
-T tokens (S where they are looked at), E width, N heads, H head width, F mlp width, K = 3 for query,
+T tokens (S as keys), E width, N heads, H head width, F mlp width, K = 3 for query,
 key and value.
 """
 
@@ -14,7 +14,7 @@ from flax import linen as nn
 from star_jax.nn.attention import GatherHeads
 from star_jax.nn.layers import Bias, Einsum, Linear, Table, layer_norm
 
-# Towers are read from a folder; what they start from is never used.
+# Parameters are loaded from a folder; initial values are never used.
 INIT = nn.initializers.normal(0.02)
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def embedding(rows: int, width: int, name: str) -> Table:
-    """A table of vectors. Rows stay whole: published vocabularies rarely divide by a mesh."""
+    """A table of vectors. Rows are not sharded: a mesh rarely divides a published vocabulary."""
     return Table(rows, width, (None, 'embed'), INIT, name=name)
 
 
@@ -48,37 +48,38 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / root of its mean square over the last axis, in float32, then scales."""
+    """Divides by the root mean square of the last axis in float32, then scales."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return (normed * vector(self, 'scale', nn.initializers.ones, wide)).astype(x.dtype)
+        x_float32 = x.astype(jnp.float32)
+        mean_square = jnp.square(x_float32).mean(-1, keepdims=True)
+        normed = x_float32 * jax.lax.rsqrt(mean_square + self.eps)
+        return (normed * vector(self, 'scale', nn.initializers.ones, normed)).astype(x.dtype)
 
 
 def vector(module: nn.Module, name: str, init: nn.initializers.Initializer, x: jax.Array):
-    """A parameter as wide as x, with as many axes, so that no ranks are promoted silently."""
+    """A parameter of the width of x, with as many axes as x: no rank is promoted silently."""
     boxed = nn.with_logical_partitioning(init, ('embed',))
     param = module.param(name, boxed, x.shape[-1:])
     return jax.lax.expand_dims(param, range(x.ndim - 1)).astype(x.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Attention of BERT and CLIP: heads share the width, every projection has a bias."""
+    """Attention of BERT and CLIP: the heads divide the width, every projection has a bias."""
 
     heads: int
 
     @nn.compact
-    def __call__(self, x_BTE: jax.Array, keep: jax.Array) -> jax.Array:
+    def __call__(self, x_BTE: jax.Array, visible: jax.Array) -> jax.Array:
         E = x_BTE.shape[-1]
         shape = (self.heads, E // self.heads)
         fused_BTKNH = qkv(E, shape)(x_BTE)
         fused_BTKNH = Bias((3, *shape), (None, 'heads', None), name='qkv_bias')(fused_BTKNH)
-        read_BTNH = attend(*jnp.unstack(fused_BTKNH, axis=2), keep, scale=shape[1] ** -0.5)
-        return GatherHeads(E, shape, INIT, name='out')(read_BTNH)
+        attended_BTNH = attend(*jnp.unstack(fused_BTKNH, axis=2), visible, scale=shape[1] ** -0.5)
+        return GatherHeads(E, shape, INIT, name='out')(attended_BTNH)
 
 
 def qkv(width: int, shape: tuple[int, int]) -> Einsum:
@@ -100,8 +101,8 @@ class Mlp(nn.Module):
         return Linear(F, E, ('mlp', 'embed'), INIT, name='down')(h_BTF)
 
 
-def real(mask_BT: jax.Array) -> jax.Array:
-    """Where every token may look: at the real tokens of its own caption, [B, 1, 1, S]."""
+def visible_tokens(mask_BT: jax.Array) -> jax.Array:
+    """[B, 1, 1, S] bool: every query attends to the real tokens of its caption."""
     return (mask_BT > 0)[:, None, None, :]
 
 
@@ -109,22 +110,31 @@ def attend(
     q_BTNH: jax.Array,
     k_BSNH: jax.Array,
     v_BSNH: jax.Array,
-    keep: jax.Array,
+    visible: jax.Array,
     scale: float = 1.0,
     bias_1NTS: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """softmax(scale q k + bias) v where `keep` (to [B, N, T, S]) is True. Returns (B, T, N, H).
+    """[B, T, N, H]: softmax(scale q k + bias) v over the keys where `visible` is True.
 
-    The floor of float32 instead of -inf, so that a row without any real token stays finite.
+    Hidden scores are the least float32 instead of -inf, so that a row without any real token stays
+    finite.
+
+    Args:
+        q_BTNH: queries.
+        k_BSNH: keys.
+        v_BSNH: values.
+        visible: bool, broadcasts to [B, N, T, S].
+        scale: factor of the scores.
+        bias_1NTS: float32, added to the scores.
     """
     scores_BNTS = jnp.einsum('BTNH,BSNH->BNTS', q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     scores_BNTS = scores_BNTS * scale + bias_1NTS
-    weights_BNTS = jax.nn.softmax(jnp.where(keep, scores_BNTS, jnp.finfo(jnp.float32).min))
+    weights_BNTS = jax.nn.softmax(jnp.where(visible, scores_BNTS, jnp.finfo(jnp.float32).min))
     return jnp.einsum('BNTS,BSNH->BTNH', weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 
-def stack(block: type[nn.Module], depth: int, *parts: object) -> nn.Module:
-    """`depth` blocks under one scan; what they are given beside the states is the same for all."""
+def stack(block: type[nn.Module], *, depth: int, **fields: object) -> nn.Module:
+    """`depth` blocks with these fields under one scan; arguments beside the states are shared."""
     scanned = nn.scan(
         block,
         variable_axes={'params': 0},
@@ -133,4 +143,4 @@ def stack(block: type[nn.Module], depth: int, *parts: object) -> nn.Module:
         length=depth,
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    return scanned(*parts, name='layers')
+    return scanned(**fields, name='layers')

@@ -1,9 +1,9 @@
-"""How does the encoder of T5 read a caption?
+"""How does the encoder of T5 encode a caption?
 
-Source: Raffel et al. 2020, Shazeer 2020 (gated units); the tensors' names and the order of
-operations are those of transformers' `T5EncoderModel`, for every size of T5, T5 v1.1, Flan-T5 and
-UL2. The pooled vector is the mean over all positions, padding included (STAR specification 2);
-Infinity reads none.
+Source: Raffel et al. 2020, Shazeer 2020 (gated units); tensor names and the order of operations
+follow transformers' `T5EncoderModel`, for every size of T5, T5 v1.1, Flan-T5 and UL2. The pooled
+vector is the mean over all positions, padding included (STAR specification 2); Infinity uses no
+pooled vector.
 """
 
 import functools
@@ -16,27 +16,26 @@ from flax import linen as nn
 
 from star_jax.errors import UserError
 from star_jax.nn.layers import Einsum
-from star_jax.text import fields, layers
-from star_jax.text.pooling import PaddedMean
+from star_jax.text import hf_config, layers
 from star_jax.text.tokens import Tokens
-from star_jax.text.tower import Tower
-from star_jax.text.weights import Piece, fused, layered
+from star_jax.text.tower import PaddedMean, Tower
+from star_jax.text.weights import WeightMapping, fused, stacked
 
-LENGTH = 120  # tokens per caption unless asked otherwise (STAR specification 2)
+LENGTH = 120  # default tokens per caption (STAR specification 2)
 GATED = 'gated-'
-# transformers reads this one name as the approximation, and 'gelu' as the exact function.
+# In transformers 'gated-gelu' is the tanh approximation, while 'gelu' is the exact function.
 ACTIVATIONS = {f'{GATED}{name}': act for name, act in layers.ACTIVATIONS.items()}
 ACTIVATIONS |= layers.ACTIVATIONS | {f'{GATED}gelu': layers.ACTIVATIONS['gelu_new']}
 
 ATTENTION, DENSE = 'layer.0', 'layer.1'
-PLAIN = (Piece(f'{DENSE}.DenseReluDense.wi.weight', 'mlp/up/kernel', 'F E -> E F'),)
-GATES = (
-    Piece(f'{DENSE}.DenseReluDense.wi_0.weight', 'mlp/gate/kernel', 'F E -> E F'),
-    Piece(f'{DENSE}.DenseReluDense.wi_1.weight', 'mlp/up/kernel', 'F E -> E F'),
+PLAIN_MLP = (WeightMapping(f'{DENSE}.DenseReluDense.wi.weight', 'mlp/up/kernel', 'F E -> E F'),)
+GATED_MLP = (
+    WeightMapping(f'{DENSE}.DenseReluDense.wi_0.weight', 'mlp/gate/kernel', 'F E -> E F'),
+    WeightMapping(f'{DENSE}.DenseReluDense.wi_1.weight', 'mlp/up/kernel', 'F E -> E F'),
 )
 
 
-class Plain(nn.Module):
+class PlainMlp(nn.Module):
     """T5: activation between two products, without biases."""
 
     hidden: int
@@ -48,7 +47,7 @@ class Plain(nn.Module):
         return _down(x_BTE.shape[-1], self.hidden)(h_BTF)
 
 
-class Gated(nn.Module):
+class GatedMlp(nn.Module):
     """T5 v1.1: the activation of one product gates another."""
 
     hidden: int
@@ -62,7 +61,10 @@ class Gated(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after its norm. Scores are not scaled, but biased by distance."""
+    """Attention and MLP, each after its norm (pre-norm).
+
+    Attention scores are not scaled; a bias that depends on the distance is added to them.
+    """
 
     heads: int
     head_width: int
@@ -71,7 +73,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTE: jax.Array, keep: jax.Array, bias_1NTS: jax.Array
+        self, x_BTE: jax.Array, visible: jax.Array, bias_1NTS: jax.Array
     ) -> tuple[jax.Array, None]:
         E, shape = x_BTE.shape[-1], (self.heads, self.head_width)
         h_BTE = layers.RMSNorm(self.eps, name='attention_norm')(x_BTE)
@@ -79,13 +81,13 @@ class Block(nn.Module):
         gather = Einsum(
             'BTNH,NHE->BTE', (*shape, E), ('heads', None, 'embed'), layers.INIT, name='out'
         )
-        x_BTE = x_BTE + gather(layers.attend(*q_k_v, keep, bias_1NTS=bias_1NTS))
+        x_BTE = x_BTE + gather(layers.attend(*q_k_v, visible, bias_1NTS=bias_1NTS))
         h_BTE = layers.RMSNorm(self.eps, name='mlp_norm')(x_BTE)
         return x_BTE + self.mlp(name='mlp')(h_BTE), None
 
 
 class T5(nn.Module):
-    """Tokens in; states (B, T, E) out. The first layer's table of distances serves all layers."""
+    """Tokens to states [B, T, E]; all layers share one table of biases by distance."""
 
     vocab: int
     width: int
@@ -94,7 +96,7 @@ class T5(nn.Module):
     head_width: int
     eps: float
     buckets: int
-    farthest: int
+    max_distance: int
     mlp: Callable[..., nn.Module]
 
     @nn.compact
@@ -103,88 +105,113 @@ class T5(nn.Module):
         x_BTE = layers.embedding(self.vocab, self.width, 'words')(tokens.ids_BT)
         init = nn.with_logical_partitioning(layers.INIT, (None, 'heads'))
         table = self.param('distances', init, (self.buckets, self.heads))
-        bucket_TS = buckets(T, self.buckets, self.farthest)
+        bucket_TS = distance_buckets(T, self.buckets, self.max_distance)
         bias_1NTS = jnp.moveaxis(table[bucket_TS], -1, 0)[None].astype(jnp.float32)
-        blocks = layers.stack(Block, self.depth, self.heads, self.head_width, self.eps, self.mlp)
-        x_BTE, _ = blocks(x_BTE, layers.real(tokens.mask_BT), bias_1NTS)
+        blocks = layers.stack(
+            Block,
+            depth=self.depth,
+            heads=self.heads,
+            head_width=self.head_width,
+            eps=self.eps,
+            mlp=self.mlp,
+        )
+        x_BTE, _ = blocks(x_BTE, layers.visible_tokens(tokens.mask_BT), bias_1NTS)
         return layers.RMSNorm(self.eps, name='norm')(x_BTE)
 
 
-def buckets(length: int, count: int, farthest: int) -> np.ndarray:
-    """Which row of the table holds the bias of (query, key), [T, T] int32.
+def distance_buckets(length: int, count: int, max_distance: int) -> np.ndarray:
+    """[T, T] int32: the row of the bias table for each (query, key).
 
-    Half of the rows are for keys behind the query, half for those ahead; in each half one row per
-    distance at first, then logarithmically wider up to `farthest`, where the last row begins.
+    The first half of the rows is for keys before the query, the second half for keys after it. In
+    each half the first rows hold one distance each; the others grow logarithmically wider.
+
+    Args:
+        length: T, in tokens.
+        count: rows of the table.
+        max_distance: distance from which on the last row of a half applies, in tokens.
     """
-    at_T = np.arange(length)
-    ahead_TT = at_T[None, :] - at_T[:, None]
+    positions_T = np.arange(length)
+    ahead_TT = positions_T[None, :] - positions_T[:, None]
     half = count // 2
     exact = half // 2
     distance_TT = np.abs(ahead_TT)
-    # In float32 as the original, whose rounding decides at the borders of the rows.
-    ratio_TT = np.log(np.maximum(distance_TT, exact).astype(np.float32) / np.float32(exact))
-    ratio_TT = ratio_TT / np.float32(np.log(farthest / exact)) * np.float32(half - exact)
-    wide_TT = np.minimum(exact + ratio_TT.astype(np.int32), half - 1)
-    row_TT = np.where(distance_TT < exact, distance_TT, wide_TT)
+    # In float32 like the original, whose rounding decides at the borders of the rows.
+    log_distance_TT = np.log(np.maximum(distance_TT, exact).astype(np.float32) / np.float32(exact))
+    log_distance_TT = (
+        log_distance_TT / np.float32(np.log(max_distance / exact)) * np.float32(half - exact)
+    )
+    log_row_TT = np.minimum(exact + log_distance_TT.astype(np.int32), half - 1)
+    row_TT = np.where(distance_TT < exact, distance_TT, log_row_TT)
     return (row_TT + half * (ahead_TT > 0)).astype(np.int32)
 
 
-def tower(config: Mapping) -> Tower:
-    """The parts that a config.json asks for; absent fields as in transformers' T5Config.
+def build_tower(config: Mapping) -> Tower:
+    """The encoder of a config.json; absent fields have the defaults of transformers' T5Config.
 
-    Raises `UserError` for values that mean nothing.
+    Raises `UserError` for invalid values.
     """
-    activation = fields.choice(config, 'feed_forward_proj', 'relu', ACTIVATIONS)
+    activation = hf_config.choice(config, 'feed_forward_proj', 'relu', ACTIVATIONS)
     gated = config.get('feed_forward_proj', 'relu').startswith(GATED)
-    hidden = fields.size(config, 'd_ff', 2048)
-    count = fields.size(config, 'relative_attention_num_buckets', 32)
-    farthest = fields.size(config, 'relative_attention_max_distance', 128)
-    if count < 4 or farthest <= count // 4:
+    hidden = hf_config.size(config, 'd_ff', 2048)
+    count = hf_config.size(config, 'relative_attention_num_buckets', 32)
+    max_distance = hf_config.size(config, 'relative_attention_max_distance', 128)
+    if count < 4 or max_distance <= count // 4:
         raise UserError(
             f'relative_attention_num_buckets is {count} and relative_attention_max_distance '
-            f'{farthest} in the text encoder; expected at least 4, and more than a quarter of them.'
+            f'{max_distance} in the text encoder; expected at least 4 buckets, and a distance '
+            f'above a quarter of their number.'
         )
     module = T5(
-        vocab=fields.size(config, 'vocab_size', 32128),
-        width=fields.size(config, 'd_model', 512),
-        depth=fields.size(config, 'num_layers', 6),
-        heads=fields.size(config, 'num_heads', 8),
-        head_width=fields.size(config, 'd_kv', 64),
-        eps=fields.epsilon(config, 'layer_norm_epsilon', 1e-6),
+        vocab=hf_config.size(config, 'vocab_size', 32128),
+        width=hf_config.size(config, 'd_model', 512),
+        depth=hf_config.size(config, 'num_layers', 6),
+        heads=hf_config.size(config, 'num_heads', 8),
+        head_width=hf_config.size(config, 'd_kv', 64),
+        eps=hf_config.epsilon(config, 'layer_norm_epsilon', 1e-6),
         buckets=count,
-        farthest=farthest,
-        mlp=functools.partial(Gated if gated else Plain, hidden, activation),
+        max_distance=max_distance,
+        mlp=functools.partial(GatedMlp if gated else PlainMlp, hidden, activation),
     )
     return Tower(
         module=module,
-        pieces=functools.partial(pieces, module.depth, GATES if gated else PLAIN),
+        weight_mappings=functools.partial(
+            weight_mappings, module.depth, GATED_MLP if gated else PLAIN_MLP
+        ),
         pool=PaddedMean(),
         width=module.width,
         vocab=module.vocab,
-        filler=fields.token(config, 'pad_token_id', 0),
-        length=LENGTH,
+        pad_id=hf_config.token_id(config, 'pad_token_id', 0),
+        default_length=LENGTH,
     )
 
 
-def pieces(depth: int, up: tuple[Piece, ...], names: Container[str]) -> list[Piece]:
-    """The table of a folder whose tensors have these names; those of a decoder are not."""
+def weight_mappings(
+    depth: int, mlp_inputs: tuple[WeightMapping, ...], names: Container[str]
+) -> list[WeightMapping]:
+    """The mappings of a folder whose tensors have these names, without a decoder.
+
+    Args:
+        depth: number of layers.
+        mlp_inputs: mappings of the first product of an MLP, which differ between versions of T5.
+        names: tensor names of the folder.
+    """
     attention = f'{ATTENTION}.SelfAttention'
     layer = [
-        Piece(f'{ATTENTION}.layer_norm.weight', 'attention_norm/scale'),
+        WeightMapping(f'{ATTENTION}.layer_norm.weight', 'attention_norm/scale'),
         *fused([f'{attention}.{name}' for name in 'qkv'], 'qkv'),
-        Piece(f'{attention}.o.weight', 'out/kernel', 'E (N H) -> N H E'),
-        Piece(f'{DENSE}.layer_norm.weight', 'mlp_norm/scale'),
-        *up,
-        Piece(f'{DENSE}.DenseReluDense.wo.weight', 'mlp/down/kernel', 'E F -> F E'),
+        WeightMapping(f'{attention}.o.weight', 'out/kernel', 'E (N H) -> N H E'),
+        WeightMapping(f'{DENSE}.layer_norm.weight', 'mlp_norm/scale'),
+        *mlp_inputs,
+        WeightMapping(f'{DENSE}.DenseReluDense.wo.weight', 'mlp/down/kernel', 'E F -> F E'),
     ]
     distances = f'encoder.block.0.{attention}.relative_attention_bias.weight'
-    # Tied, so a file may hold it under either name.
+    # The weight is shared, so that a file may hold it under either name.
     words = 'shared.weight' if 'shared.weight' in names else 'encoder.embed_tokens.weight'
     return [
-        Piece(words, 'words/table', 'V E -> V E'),
-        Piece(distances, 'distances', 'R N -> R N'),
-        *layered('encoder.block', layer, depth),
-        Piece('encoder.final_layer_norm.weight', 'norm/scale'),
+        WeightMapping(words, 'words/table', 'V E -> V E'),
+        WeightMapping(distances, 'distances', 'R N -> R N'),
+        *stacked('encoder.block', layer, depth),
+        WeightMapping('encoder.final_layer_norm.weight', 'norm/scale'),
     ]
 
 

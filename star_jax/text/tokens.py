@@ -8,56 +8,70 @@ import jax
 import numpy as np
 
 from star_jax.errors import UserError
-from star_jax.text.folder import SPIECE, TOKENIZER, Folder
+from star_jax.text.encoder_folder import SPIECE, TOKENIZER, EncoderFolder
 
-# Captions to token ids, special tokens included, truncated, not padded.
-Split = Callable[[Sequence[str]], list[list[int]]]
+# Captions to token ids, with special tokens, truncated, not padded.
+CaptionsToIds = Callable[[Sequence[str]], list[list[int]]]
 
 
 @flax.struct.dataclass
 class Tokens:
-    """`ids_BT`: int32 token ids, padded on the right. `mask_BT`: int32, 1 for real tokens."""
+    """Token ids of B captions, padded to T.
+
+    Attributes:
+        ids_BT: int32 token ids, padded on the right.
+        mask_BT: int32, 1 for real tokens.
+    """
 
     ids_BT: jax.Array
     mask_BT: jax.Array
 
 
-def read(folder: Folder, length: int) -> tuple[Split, int]:
-    """The folder's own tokenizer, truncating to `length` tokens, and the largest id it may give.
+def load_tokenizer(folder: EncoderFolder, length: int) -> tuple[CaptionsToIds, int]:
+    """Loads the tokenizer of a folder.
 
-    Raises UserError where it cannot be read.
+    Args:
+        folder: the folder of the encoder.
+        length: tokens per caption, at which a caption is truncated.
+
+    Returns:
+        The function from captions to ids, and the largest id of the vocabulary.
+
+    Raises:
+        UserError: the tokenizer cannot be read.
     """
     if folder.tokenizer[0].name != TOKENIZER:
-        return _read_parts(folder, length)
+        return _load_slow_tokenizer(folder, length)
 
     import tokenizers
 
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder.tokenizer[0]))
-    except Exception as error:  # the library has no class of its own
+    except Exception as error:  # the library has no exception class of its own
         raise _unreadable(folder, error) from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
 
-    def split(captions: Sequence[str]) -> list[list[int]]:
-        return [one.ids for one in tokenizer.encode_batch_fast(list(captions))]
+    def token_ids(captions: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(captions))]
 
-    return split, max(tokenizer.get_vocab().values(), default=0)
+    return token_ids, max(tokenizer.get_vocab().values(), default=0)
 
 
-def pad(ids: Sequence[Sequence[int]], rows: int, length: int, filler: int) -> Tokens:
-    """Token lists as one (rows, length) block; rows beyond the lists have an empty mask."""
+def pad(ids: Sequence[Sequence[int]], rows: int, length: int, pad_id: int) -> Tokens:
+    """Lists of token ids as one (rows, length) block; rows beyond the lists have an empty mask."""
     tokens = Tokens(
-        ids_BT=np.full((rows, length), filler, np.int32),
+        ids_BT=np.full((rows, length), pad_id, np.int32),
         mask_BT=np.zeros((rows, length), np.int32),
     )
-    for row, one in enumerate(ids):
-        tokens.ids_BT[row, : len(one)] = one
-        tokens.mask_BT[row, : len(one)] = 1
+    for row, caption_ids in enumerate(ids):
+        tokens.ids_BT[row, : len(caption_ids)] = caption_ids
+        tokens.mask_BT[row, : len(caption_ids)] = 1
     return tokens
 
 
-def _read_parts(folder: Folder, length: int) -> tuple[Split, int]:
+def _load_slow_tokenizer(folder: EncoderFolder, length: int) -> tuple[CaptionsToIds, int]:
+    """The tokenizer of a folder without tokenizer.json, by transformers."""
     if SPIECE in (path.name for path in folder.tokenizer) and not find_spec('sentencepiece'):
         raise UserError(
             f'{folder.tokenizer[0].parent} has its tokenizer in {SPIECE} alone, which needs a '
@@ -67,22 +81,24 @@ def _read_parts(folder: Folder, length: int) -> tuple[Split, int]:
     import transformers  # here: seconds, and only folders without tokenizer.json need it
 
     try:
-        # The config says whose tokenizer it is where the tokenizer's own files do not.
+        # The config names the tokenizer class if the tokenizer's files do not.
         config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder.tokenizer[0].parent, config=config, local_files_only=True
         )
-    except Exception as error:  # each kind of tokenizer has its own
+    except Exception as error:  # each tokenizer class raises its own
         raise _unreadable(folder, error) from error
 
-    def split(captions: Sequence[str]) -> list[list[int]]:
+    def token_ids(captions: Sequence[str]) -> list[list[int]]:
         if not len(captions):
             return []
         return tokenizer(list(captions), truncation=True, max_length=length)['input_ids']
 
-    return split, max(tokenizer.get_vocab().values(), default=0)
+    return token_ids, max(tokenizer.get_vocab().values(), default=0)
 
 
-def _unreadable(folder: Folder, error: Exception) -> UserError:
+def _unreadable(folder: EncoderFolder, error: Exception) -> UserError:
     reason = str(error).partition('\n')[0] or type(error).__name__
-    return UserError(f'{folder.tokenizer[0]} is no tokenizer ({reason}); fetch the folder again.')
+    return UserError(
+        f'{folder.tokenizer[0]} is not a tokenizer ({reason}); fetch the folder again.'
+    )

