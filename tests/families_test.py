@@ -24,6 +24,7 @@ from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import NucleusFilter
 from star_jax.core.guidance import StepSettings, guide
 from star_jax.core.schedule import Raster, square_grids
+from star_jax.core.visibility import Visibility
 from star_jax.families.star import Star
 from star_jax.families.var import Var
 from star_jax.losses import tokens
@@ -395,6 +396,34 @@ def test_codes_are_those_that_the_logits_give(family):
         codes, probs = choose(key, trace.method.guided[1], temperatures[step])
         np.testing.assert_array_equal(sampled.codes[1, first:end], codes)
         np.testing.assert_allclose(trace.method.probs[1], probs, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['star', 'raster'])
+def test_trace_holds_start_rows_and_the_final_cache(name):
+    """The keys and values of all rows, prompted and unprompted, are those of teacher forcing."""
+    family = FAMILIES[name]()
+    schedule, sampled = family.model.schedule, sample_rows(family)
+
+    @jax.jit
+    def run(params, codes_BL, condition):
+        inputs = bind(family.tokenizer, params['tokenizer']).inputs(codes_BL)
+        network = bind(family.model, params['model'])
+        start = network.start(condition)
+        later = np.arange(schedule.starts[1], schedule.starts[-1])
+        _, kv = network.trunk(
+            jnp.concatenate([start, network.embed(inputs, later)], axis=1),
+            np.arange(schedule.starts[-1]),
+            text_kv=network.text_kv(condition),
+            condition=condition,
+            visibility=Visibility(rows=schedule.visibility()),
+        )
+        return start, kv
+
+    codes = np.concatenate([sampled.codes] * 2)
+    start, kv = run(family.params, codes, family.conditions)
+    np.testing.assert_allclose(sampled.trace.start, start, atol=1e-6)
+    for cached, forced_ in zip(sampled.trace.cache, kv, strict=True):
+        np.testing.assert_allclose(cached, forced_, atol=2e-5)
 
 
 @pytest.mark.parametrize('name', ['star', 'raster'])
