@@ -261,7 +261,7 @@ def test_notes_come_back_with_their_step(tmp_path, opened):
     checkpoints.save(2, state)
     checkpoints.wait()
     assert [checkpoints.notes(step) for step in (1, 2, 3)] == [[{'loss': 0.1}], None, None]
-    assert training.newest_whole(tmp_path) == 2
+    assert training.newest_complete_step(tmp_path) == 2
 
 
 def test_a_manifest_of_sizes_alone_is_still_read(two_steps, opened):
@@ -300,7 +300,7 @@ def test_another_state_is_refused_and_named(two_steps, opened):
     with pytest.raises(UserError) as caught:
         opened(folder).restore(dataclasses.replace(first, params=params))
     for said in (
-        'step 2: holds another state',
+        'step 2: has another state',
         '1 missing (params/other)',
         '1 unknown (params/half)',
         'params/bits is uint32[2], expected uint32[3]',

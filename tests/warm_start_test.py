@@ -60,7 +60,7 @@ def test_only_rows_may_be_missing():
     with pytest.raises(UserError, match='levels'):
         warm_start.fitted(large.params, small, 'it')  # of more scales
     wide = state_of(dataclasses.replace(SMALL, sides=SIDES, width=64), 1)
-    with pytest.raises(UserError, match='22 of another form'):
+    with pytest.raises(UserError, match='22 of another shape or type'):
         warm_start.fitted(small.params, wide, 'it')
 
 

@@ -1,1 +1,1 @@
-"""How do configs, weights and training states reach the disk and come back?"""
+"""How are configs, weights and training states saved and loaded?"""

@@ -1,9 +1,9 @@
-"""How does a config travel between Python, JSON and a file?
+"""How is a config converted between Python, JSON and files?
 
 A config is a frozen keyword-only dataclass of plain data: numbers, strings, booleans, None, tuples
-and other such dataclasses. In JSON a dataclass is an object of its fields; where the annotation is
-a union (`A | B`, also `A | None`) the object says which class it is: `{"kind": "A", ...}`. Reading
-is strict and runs no Python.
+and other such dataclasses. In JSON a dataclass is an object of its fields. If the annotation is a
+union (`A | B`, also `A | None`), the object also has its class: `{"kind": "A", ...}`. Reading is
+strict and executes no Python.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from star_jax.errors import UserError
 
 Config = TypeVar('Config')
 
-SHOWN = 8  # flaws in one message
+SHOWN = 8  # number of flaws in one message
 
 _converter = structure.make_converter()
 
@@ -32,11 +32,17 @@ def to_json(config: object) -> dict[str, Any]:
 
 
 def from_json(cls: type[Config], data: object, where: str = 'config.json') -> Config:
-    """The config of class `cls` (or of a union of classes) that `data` describes.
+    """Converts a JSON tree to a config.
 
-    Raises UserError naming `where`, the dotted field, what was given and what was expected: wrong
-    types, missing or unknown fields, unknown kinds, numbers that are not finite, and whatever a
-    `__post_init__` refuses.
+    Args:
+        cls: class of the config, or a union of classes.
+        data: the JSON tree.
+        where: the source of the data, for messages.
+
+    Raises:
+        UserError: a type is wrong, a field is missing or unknown, a kind is unknown, a number is
+            not finite, or a `__post_init__` refuses the values. The message has the dotted field,
+            the given value and the expected one.
     """
     try:
         return _converter.structure(data, cls)
@@ -48,29 +54,35 @@ def from_json(cls: type[Config], data: object, where: str = 'config.json') -> Co
 
 
 def read(path: str | Path, cls: type[Config]) -> Config:
-    """The config in the JSON file `path`; UserError if missing, damaged or not fit for `cls`."""
+    """Reads a config of class `cls` from a JSON file; raises as `read_json` and `from_json`."""
     return from_json(cls, read_json(path), where=str(path))
 
 
 def write(path: str | Path, config: object) -> None:
-    """Writes a config to the JSON file `path`, atomically.
+    """Writes a config to a JSON file, atomically.
 
-    Raises UserError when it could not be read back, such as a string in a field of numbers.
+    Raises:
+        UserError: reading would fail, such as for a string in a field of numbers.
     """
     check(config, where=type(config).__name__)
     write_json(path, to_json(config))
 
 
 def check(config: Config, where: str) -> Config:
-    """The same config, with every field of the type that its annotation says.
+    """Checks the types of a config against its annotations, and returns it converted.
 
-    Raises UserError naming `where` and the field, as `from_json` does: Python takes anything.
+    Raises:
+        UserError: as `from_json`.
     """
     return from_json(type(config), to_json(config), where)
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON tree in the file `path`; UserError if it is missing or damaged, with the line."""
+    """Reads a JSON tree.
+
+    Raises:
+        UserError: the file is missing or damaged, with the line.
+    """
     try:
         return json.loads(Path(path).read_text('utf-8-sig'), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
@@ -78,7 +90,7 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})') from error
     except RecursionError as error:
-        raise UserError(f'{path}: not a config, its JSON is nested too deeply') from error
+        raise UserError(f'{path}: not a config: its JSON is nested too deeply') from error
     except json.JSONDecodeError as error:
         raise UserError(
             f'{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); '
@@ -89,21 +101,29 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, data: object) -> None:
-    """Writes a JSON tree to the file `path`, atomically."""
+    """Writes a JSON tree to a file, atomically."""
     with files.replacing(Path(path)) as temporary:
         temporary.write_text(_dump(data, indent=2) + '\n', 'utf-8')
 
 
 def differences(a: object, b: object) -> list[str]:
-    """The fields in which two configs differ, as `model.depth: 2 -> 4` (`a` first), or none."""
+    """The fields in which two configs differ, as `model.depth: 2 -> 4` (`a` first)."""
     return list(_differences(to_json(a), to_json(b), ''))
 
 
 def load_run(path: str | Path, cls: type[Config] = object, name: str = 'run') -> Config:
-    """The config in a file: `name` in a Python file (`configs/x.py`), or a `config.json` of `cls`.
+    """Loads the config of a run from a Python file (`configs/x.py`) or a `config.json`.
 
-    A Python file is executed, so it must be trusted as a program is. UserError if it is missing,
-    fails, or does not define a `cls` called `name` whose fields are what their annotations say.
+    A Python file is executed, so it needs the same trust as a program.
+
+    Args:
+        path: the file.
+        cls: class of the config.
+        name: the variable of a Python file that holds the config.
+
+    Raises:
+        UserError: the file is missing or fails, does not define `name`, or the config does not
+            fit `cls` and its annotations.
     """
     path = Path(path)
     if path.suffix == '.json':
@@ -136,8 +156,8 @@ def _execute(path: Path) -> dict[str, Any]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = f', line {lines[-1]}' if lines else ''
-        said = f'{error} ({type(error).__name__})'.lstrip()
-        raise UserError(f'{path}{line}: {said}') from error
+        message = f'{error} ({type(error).__name__})'.lstrip()
+        raise UserError(f'{path}{line}: {message}') from error
     return namespace
 
 
@@ -146,9 +166,11 @@ def _dump(data: object, indent: int | None = None) -> str:
         return json.dumps(data, indent=indent, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
         fields = ', '.join(_not_finite(data, ''))
-        raise UserError(f'{fields}: JSON has no nan or infinity, give a finite number') from error
+        raise UserError(
+            f'{fields}: JSON has no nan or infinity, expected a finite number'
+        ) from error
     except TypeError as error:
-        raise UserError(f'a config holds what is no plain data ({error})') from error
+        raise UserError(f'a config contains a value that is no plain data ({error})') from error
 
 
 def _not_finite(value: object, path: str) -> Iterator[str]:
@@ -176,8 +198,8 @@ def _differences(a: object, b: object, path: str) -> Iterator[str]:
             else:
                 yield f'{field}: {_brief(a.get(name))} -> {_brief(b.get(name))}'
     elif _holds_objects(a) and _holds_objects(b) and len(a) == len(b):
-        for index, (one, other) in enumerate(zip(a, b, strict=True)):
-            yield from _differences(one, other, f'{path}[{index}]')
+        for index, (item_a, item_b) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(item_a, item_b, f'{path}[{index}]')
     elif a != b:
         yield f'{path}: {_brief(a)} -> {_brief(b)}'
 
@@ -191,5 +213,5 @@ def _kind(value: object) -> str | None:
 
 
 def _brief(value: object) -> str:
-    """A value in a difference: an object by its kind, which is what differs."""
+    """A value in a difference; an object is shown as its kind."""
     return _kind(value) or structure.show(value)

@@ -264,7 +264,7 @@ def _read_sampling(folder: Path, data: dict[str, Any]) -> Settings:
 def _look_up(known: Mapping[str, type], name: Any, where: str) -> type:
     if not isinstance(name, str) or name not in known:
         raise UserError(
-            f'{where} {structure.show(name)} is unknown{structure.guess(name, known)}, '
+            f'{where} {structure.show(name)} is unknown{structure.suggestion(name, known)}, '
             f'expected one of {", ".join(map(repr, known))}'
         )
     return known[name]

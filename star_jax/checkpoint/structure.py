@@ -1,7 +1,9 @@
-"""How does plain JSON become dataclasses, strictly, and what is said when it does not fit?
+"""How is plain JSON converted to dataclasses, strictly, and which errors does that give?
 
-One cattrs converter with a hook for each kind of annotation. Nothing is coerced except a whole
-number to a float, and a union of dataclasses is told apart by its tag.
+One cattrs converter with a hook for each kind of annotation. Only whole numbers are coerced, to
+floats. The classes of a union are distinguished by a tag. `cattrs.strategies` has tagged unions,
+too, but they refuse `None` as a member, put the tag last, and raise a bare KeyError for an unknown
+or missing tag, where this file names the known ones.
 """
 
 import dataclasses
@@ -24,13 +26,13 @@ TAG = 'kind'
 
 
 def make_converter() -> cattrs.Converter:
-    """A converter between dataclasses and JSON trees; its errors are read by `flaws`."""
+    """A converter between dataclasses and JSON trees, whose errors `flaws` formats."""
     converter = cattrs.Converter()
     for kind in (bool, types.NoneType):
-        converter.register_structure_hook(kind, _structure_same)
-    converter.register_structure_hook(str, _structure_text)
-    converter.register_structure_hook(int, _structure_whole)
-    converter.register_structure_hook(float, _structure_number)
+        converter.register_structure_hook(kind, _structure_exact)
+    converter.register_structure_hook(str, _structure_string)
+    converter.register_structure_hook(int, _structure_int)
+    converter.register_structure_hook(float, _structure_float)
     converter.register_structure_hook_func(_is(typing.Literal), _structure_literal)
     converter.register_structure_hook_factory(_is(tuple), _structure_tuple)
     converter.register_structure_hook_factory(dataclasses.is_dataclass, _structure_dataclass)
@@ -42,7 +44,7 @@ def make_converter() -> cattrs.Converter:
 
 
 def _register_base(converter: cattrs.Converter, base: type, registered: dict[str, type]) -> None:
-    """Lets a field annotated with `base` hold any class that is registered, tagged by its name."""
+    """Lets a field of type `base` contain any registered class, tagged with its name."""
 
     def structure(value: object, _: Any) -> Any:
         if not isinstance(value, dict):
@@ -57,7 +59,7 @@ def _register_base(converter: cattrs.Converter, base: type, registered: dict[str
 
 
 def flaws(error: BaseException, path: str = '', kind: Any = None) -> Iterator[str]:
-    """One sentence for each leaf of a converter's error, led by its dotted field."""
+    """One sentence per leaf of a converter's error, with the dotted path of its field first."""
     at = f'{path.removeprefix(".")}: ' if path else ''
     if isinstance(error, cattrs.ClassValidationError | cattrs.IterableValidationError):
         noted, bare = error.group_exceptions()
@@ -70,7 +72,7 @@ def flaws(error: BaseException, path: str = '', kind: Any = None) -> Iterator[st
         known = [field.name for field in dataclasses.fields(error.cl)]
         for name in sorted(error.extra_fields):
             field = f'{path}.{name}'.removeprefix('.')
-            yield f'{field}: {error.cl.__name__} has no such field{guess(name, known)}'
+            yield f'{field}: {error.cl.__name__} has no such field{suggestion(name, known)}'
     elif isinstance(error, KeyError):
         yield f'{at}missing, expected {describe(kind)}'
     elif isinstance(error, ValueError | UserError):
@@ -80,7 +82,7 @@ def flaws(error: BaseException, path: str = '', kind: Any = None) -> Iterator[st
 
 
 def describe(kind: Any) -> str:
-    """An annotation in the words of a JSON file."""
+    """An annotation in terms of JSON."""
     options = typing.get_args(kind)
     if kind in WORDS:
         return WORDS[kind]
@@ -96,13 +98,13 @@ def describe(kind: Any) -> str:
 
 
 def show(value: object) -> str:
-    """A JSON value on part of a line."""
+    """A JSON value, cut to 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
-def guess(name: object, known: Iterable[str]) -> str:
-    """The words "did you mean 'x'" if a known name resembles the mistyped one, else nothing."""
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """ ", did you mean 'x'" if a known name resembles the unknown one, else ''."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean '{close[0]}'" if close else ''
 
@@ -126,30 +128,30 @@ def _mismatch(kind: Any, value: object) -> ValueError:
     return ValueError(f'given {show(value)}, expected {describe(kind)}')
 
 
-def _structure_same(value: object, kind: type) -> Any:
+def _structure_exact(value: object, kind: type) -> Any:
     if type(value) is not kind:
         raise _mismatch(kind, value)
     return value
 
 
-def _structure_text(value: object, kind: type) -> str:
-    text = _structure_same(value, kind)
+def _structure_string(value: object, kind: type) -> str:
+    text = _structure_exact(value, kind)
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON, and a command line, can hold halves of characters
-        raise ValueError(f'given {ascii(text)}, expected text that UTF-8 can hold') from error
+    except UnicodeEncodeError as error:  # JSON and command lines may contain lone surrogates
+        raise ValueError(f'given {ascii(text)}, expected text that UTF-8 can encode') from error
     if '\0' in text:
-        raise ValueError(f'given {ascii(text)}, expected text without NUL, which no name has')
+        raise ValueError(f'given {ascii(text)}, expected text without NUL')
     return text
 
 
-def _structure_whole(value: object, kind: type) -> int:
+def _structure_int(value: object, kind: type) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return _structure_same(value, kind)
+    return _structure_exact(value, kind)
 
 
-def _structure_number(value: object, kind: type) -> float:
+def _structure_float(value: object, kind: type) -> float:
     if type(value) not in (int, float):
         raise _mismatch(kind, value)
     try:
@@ -169,7 +171,7 @@ def _structure_literal(value: object, kind: Any) -> Any:
 
 
 def _structure_tuple(kind: Any, converter: cattrs.Converter) -> Callable[[object, Any], tuple]:
-    """A hook that takes a list, of the length that `kind` fixes if it fixes one."""
+    """A hook that reads a list, of the length that `kind` has unless it is variadic."""
     options = typing.get_args(kind)
     variadic = options[-1:] == (Ellipsis,)
 
@@ -192,7 +194,7 @@ def _structure_tuple(kind: Any, converter: cattrs.Converter) -> Callable[[object
 
 
 def _structure_dataclass(cls: type, converter: cattrs.Converter) -> Callable[[object, Any], Any]:
-    """A hook that takes an object of the fields of `cls` and nothing else."""
+    """A hook that reads an object with the fields of `cls` and no others."""
     fill = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
 
     def structure(value: object, _: Any) -> Any:
@@ -204,7 +206,7 @@ def _structure_dataclass(cls: type, converter: cattrs.Converter) -> Callable[[ob
 
 
 def _structure_union(union: Any, converter: cattrs.Converter) -> Callable[[object, Any], Any]:
-    """A hook that reads objects by their tag, anything else by the first option that it fits."""
+    """A hook that reads an object by its tag, any other value as the first option that it fits."""
     parts, plain = _split(union)
 
     def structure(value: object, _: Any) -> Any:
@@ -221,7 +223,7 @@ def _structure_union(union: Any, converter: cattrs.Converter) -> Callable[[objec
 
 
 def _unstructure_union(union: Any, converter: cattrs.Converter) -> Callable[[object], Any]:
-    """A hook that tags the object of a dataclass with its class."""
+    """A hook that tags the object of a dataclass with the name of its class."""
     parts, plain = _split(union)
 
     def unstructure(value: object) -> Any:
@@ -237,13 +239,13 @@ def _unstructure_union(union: Any, converter: cattrs.Converter) -> Callable[[obj
 
 
 def _split(union: Any) -> tuple[dict[str, type], list[Any]]:
-    """The dataclasses of a union by their tag, and its other options."""
+    """The dataclasses of a union by tag, and its other options."""
     options = typing.get_args(union)
     classes = [option for option in options if dataclasses.is_dataclass(option)]
     parts = {cls.__name__: cls for cls in classes}
     taken = any(field.name == TAG for cls in classes for field in dataclasses.fields(cls))
     if taken or len(parts) < len(classes):
-        raise TypeError(f"{union}: classes need different names and no field '{TAG}' of their own")
+        raise TypeError(f"{union}: its classes must have different names and no field '{TAG}'")
     return parts, [option for option in options if option not in classes]
 
 
@@ -254,5 +256,5 @@ def _untag(value: dict, parts: dict[str, type]) -> tuple[dict, type]:
         raise ValueError(f"no '{TAG}' given, {kinds}")
     tag = value[TAG]
     if not isinstance(tag, str) or tag not in parts:
-        raise ValueError(f'unknown {TAG} {show(tag)}{guess(tag, parts)}, {kinds}')
+        raise ValueError(f'unknown {TAG} {show(tag)}{suggestion(tag, parts)}, {kinds}')
     return {name: item for name, item in value.items() if name != TAG}, parts[tag]

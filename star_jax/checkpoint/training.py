@@ -1,12 +1,12 @@
-"""How does a run survive being stopped at any moment?
+"""How is the state of a run saved so that the run can stop at any moment and resume?
 
-Orbax writes the state of every so many steps to `folder/<step>`, in the background, under another
-name until it is whole. Leaves are stored flat by name (`opt/0/mu/layers/kernel`), so that what is
-missing or has changed can be said by name, and restored onto whatever shardings are asked for.
+Orbax writes a state to `folder/<step>` in the background, under a temporary name until it is
+complete. Leaves are stored flat by name (`opt/0/mu/layers/kernel`), so that messages can name a
+missing or changed leaf, and a state can be restored onto other shardings.
 
-A manifest in each step holds the size and the checksum of its files. CRC-32 finds every flipped
+A manifest in each step has the size and the checksum of its files. CRC-32 detects every flipped
 byte and is the fastest of the standard library (measured 6.2 GB/s on one core with zlib 1.2.13;
-sha256 1.7, blake2b 1.0): faults are looked for here, not forgery.
+sha256 1.7, blake2b 1.0); it protects against faults, not against forgery.
 """
 
 import contextlib
@@ -29,36 +29,40 @@ from star_jax.errors import UserError
 State = TypeVar('State')
 
 ITEM = 'state'
-NOTES = 'notes.json'  # beside the item in a step: what the caller wants to find there again
+NOTES = 'notes.json'  # beside the item of a step: the caller's notes
 MANIFEST = 'manifest.json'  # beside both: {file: [size in bytes, CRC-32 in hexadecimal]}
 BLOCK = 2**20  # bytes read at once
 UNFINISHED = '.orbax-checkpoint-tmp'
-TORN = 'torn-'  # a step set aside is renamed with this in front
+TORN = 'torn-'  # prefix of a damaged step that was set aside
 
 _log = logging.getLogger(__name__)
 
 
-def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Whether a log record is more than Orbax telling of its work; its errors it raises, too."""
-    is_of_orbax = 'orbax' in record.pathname or UNFINISHED in record.getMessage()
-    return record.levelno > logging.ERROR or not is_of_orbax
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Whether a log record is shown: Orbax's are not, as it also raises its errors."""
+    is_from_orbax = 'orbax' in record.pathname or UNFINISHED in record.getMessage()
+    return record.levelno > logging.ERROR or not is_from_orbax
 
 
 for _name in ('absl', 'asyncio'):
-    logging.getLogger(_name).addFilter(_is_worth_reading)
+    logging.getLogger(_name).addFilter(_is_shown)
 
 
-class TornError(Exception):
-    """Why a step cannot be restored."""
+class DamagedStepError(Exception):
+    """A step is damaged; the message has the reason."""
 
 
 class Checkpoints:
-    """The newest `keep` states of one run in a folder.
+    """The newest states of one run in a folder.
 
-    A folder that another process may be writing to is opened `read_only`: nothing in it is then
-    saved, cleaned or set aside. Leaving it as a context manager closes it; where that is for an
-    error, the error is raised, and what fails in closing is only told. Among several processes an
-    error waits for nothing.
+    As a context manager it is closed on exit. If the body raises, its error is raised, and a
+    failure of closing is only logged; with several processes an error does not wait for saves.
+
+    Args:
+        folder: folder of the checkpoints.
+        keep: number of states that are kept.
+        read_only: saves, cleans and sets aside nothing, for a folder to which another process may
+            write.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
@@ -82,7 +86,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind and jax.process_count() > 1:
-            return  # closing waits for the others, who may be gone
+            return  # closing waits for the other processes, which may have ended
         try:
             self.close()
         except Exception as error:
@@ -91,10 +95,14 @@ class Checkpoints:
             _log.warning('%s: a save failed, too: %s', self._folder, error)
 
     def save(self, step: int, state: Any, notes: Any = None) -> None:
-        """Starts saving a state and returns once it is safe to donate; a step is saved only once.
+        """Starts saving a state and returns when it can be donated; a step is saved only once.
 
-        `notes` is JSON that `notes` gives back. Waits for the save before it, whose failure, if it
-        failed, is raised here or by `wait` or `check`.
+        Waits for the previous save, whose error is raised here, by `wait` or by `check`.
+
+        Args:
+            step: number of the step.
+            state: a tree of arrays.
+            notes: plain JSON data, which `notes` returns.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -104,41 +112,49 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**{ITEM: item}), force=True)
 
     def restore(self, like: State) -> tuple[int, State] | None:
-        """The newest step that is whole and its state, or None if there is none.
+        """Restores the newest complete step.
 
-        `like` is the state as arrays or abstract arrays; every leaf is restored bit for bit onto
-        its sharding (onto one device where it has none). A torn step is set aside as `torn-<step>`
-        with a warning. Raises UserError if a whole step holds another state than `like`.
+        A damaged step is set aside as `torn-<step>`, with a warning.
+
+        Args:
+            like: the state as arrays or abstract arrays. Every leaf is restored bit for bit onto
+                its sharding, or onto one device if it has none.
+
+        Returns:
+            The step and its state, or None if there is no complete step.
+
+        Raises:
+            UserError: a complete step has another state than `like`.
         """
         self.wait()
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return step, self._read(step, like)
-            except TornError as flaw:
+            except DamagedStepError as flaw:
                 _log.warning('%s: step %d is torn and skipped: %s', self._folder, step, flaw)
                 self._set_aside(step)
         return None
 
     def notes(self, step: int) -> Any:
-        """The notes that a whole step was saved with, or None."""
+        """The notes of a complete step, or None."""
         path = self._folder / str(step) / NOTES
         return config.read_json(path) if path.exists() else None
 
     def latest(self) -> int | None:
-        """The newest step, or None; one that is being saved counts."""
+        """The newest step, also if it is still being saved, or None."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Returns when what `save` started is on disk; raises what went wrong in the background."""
+        """Waits until the last save is on disk; raises its error."""
         self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises what went wrong in the background, without waiting."""
+        """Raises the error of a finished save, without waiting."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def close(self) -> None:
-        """Waits, then stops the threads behind this object."""
+        """Waits for the last save, then stops the background threads."""
         self._manager.close()
 
     def _options(self, keep: int) -> ocp.CheckpointManagerOptions:
@@ -151,7 +167,7 @@ class Checkpoints:
         )
 
     def _write_manifest(self) -> None:
-        """Lists the files of a step before it gets its name; Orbax calls this in its thread."""
+        """Writes the manifest of a step before it gets its name; Orbax calls this in a thread."""
         if jax.process_index() != 0:
             return
         unfinished = self._folder / f'{self._saving}{UNFINISHED}'
@@ -159,31 +175,36 @@ class Checkpoints:
         config.write_json(step / NOTES, self._notes)
         files = [step / NOTES, *sorted(step.glob(f'{ITEM}/**/*'))]
         files = [path for path in files if path.is_file()]
-        listed = {path.relative_to(step).as_posix(): _fingerprint(path) for path in files}
-        config.write_json(step / MANIFEST, listed)
+        manifest = {path.relative_to(step).as_posix(): _fingerprint(path) for path in files}
+        config.write_json(step / MANIFEST, manifest)
 
     def _read(self, step: int, like: State) -> State:
-        """The state of one step; TornError if it is damaged, UserError if it is another state."""
-        _check_whole(self._folder / str(step))
-        wanted = {name: _abstract(leaf) for name, leaf in _named(like).items()}
+        """Reads one step.
+
+        Raises:
+            DamagedStepError: its files are damaged.
+            UserError: it has another state than `like`.
+        """
+        _check_complete(self._folder / str(step))
+        expected = {name: _abstract(leaf) for name, leaf in _named(like).items()}
         try:
             saved = self._manager.item_metadata(step)[ITEM].tree
         except Exception as error:
             if jax.process_count() > 1:
-                raise  # as below
-            raise TornError(f'its metadata cannot be read ({error})') from error
-        if flaws := weights.mismatches(saved, wanted, _is_same_form):
-            raise UserError(f'{self._folder}, step {step}: holds another state: {flaws}')
-        args = ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(wanted)})
+                raise  # see below
+            raise DamagedStepError(f'its metadata cannot be read ({error})') from error
+        if flaws := weights.mismatches(saved, expected, _has_same_form):
+            raise UserError(f'{self._folder}, step {step}: has another state: {flaws}')
+        args = ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(expected)})
         try:
             restored = self._manager.restore(step, args=args)[ITEM]
         except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # no fault of the step's
+            raise  # the step is not the cause
         except Exception as error:
             if jax.process_count() > 1:
-                raise  # the other processes may have read it well, and would part from this one
-            raise TornError(str(error).partition('\n')[0]) from error
-        leaves = [restored[name] for name in wanted]
+                raise  # the other processes may have succeeded and would continue without this one
+            raise DamagedStepError(str(error).partition('\n')[0]) from error
+        leaves = [restored[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _set_aside(self, step: int) -> None:
@@ -209,59 +230,59 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    where = getattr(leaf, 'sharding', None)
-    where = where or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    sharding = getattr(leaf, 'sharding', None)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _is_same_form(saved: Any, wanted: Any) -> bool:
-    return (tuple(saved.shape), saved.dtype) == (tuple(wanted.shape), wanted.dtype)
+def _has_same_form(saved: Any, expected: Any) -> bool:
+    return (tuple(saved.shape), saved.dtype) == (tuple(expected.shape), expected.dtype)
 
 
 @contextlib.contextmanager
-def failed_saves_hushed() -> Iterator[None]:
-    """Keeps one failed save from being told many times.
+def quiet_failed_saves() -> Iterator[None]:
+    """Suppresses the tracebacks that follow the first error of a failed save.
 
-    Orbax raises the first error and closes its event loop; the other arrays still being written
-    then find it closed, and each would have Python print a traceback that nobody can catch.
+    Orbax raises the first error and closes its event loop. For every other array that is still
+    being written Python would print a traceback that cannot be caught.
     """
-    told = sys.unraisablehook
+    original = sys.unraisablehook
 
-    def tell(unraisable: Any) -> None:
+    def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != 'Event loop is closed':
-            told(unraisable)
+            original(unraisable)
 
-    sys.unraisablehook = tell
+    sys.unraisablehook = hook
     try:
         yield
     finally:
-        sys.unraisablehook = told
+        sys.unraisablehook = original
 
 
-def newest_whole(folder: str | Path) -> int | None:
-    """The newest step in a folder of checkpoints that was written to its end, or None."""
+def newest_complete_step(folder: str | Path) -> int | None:
+    """The newest step in a folder of checkpoints that was written completely, or None."""
     steps = (path.parent.name for path in Path(folder).glob(f'*/{MANIFEST}'))
     return max((int(step) for step in steps if step.isdecimal()), default=None)
 
 
-def _check_whole(step: Path) -> None:
-    """Raises TornError unless every file of the step's manifest is there as it was written.
+def _check_complete(step: Path) -> None:
+    """Raises DamagedStepError unless all files of the manifest exist as they were written.
 
-    Several processes read their share each, and all of them raise if one does.
+    Each process reads a share of the files, and all processes raise if one finds a flaw.
     """
     try:
         flaw = _flaw(step, jax.process_index(), jax.process_count())
     except OSError as error:
         flaw = f'it cannot be read ({error})'
     if jax.process_count() > 1:
-        torn = multihost_utils.process_allgather(np.array(flaw is not None)).any()
-        flaw = flaw or ('another process finds it so' if torn else None)
+        damaged = multihost_utils.process_allgather(np.array(flaw is not None)).any()
+        flaw = flaw or ('another process found a damaged file' if damaged else None)
     if flaw:
-        raise TornError(flaw)
+        raise DamagedStepError(flaw)
 
 
 def _flaw(step: Path, share: int, shares: int) -> str | None:
-    """What is wrong with a step, or None, as far as this share of its files tells."""
+    """The first flaw in this share of the files of a step, or None."""
     try:
         manifest = config.read_json(step / MANIFEST)
         files = dict(sorted(manifest.items()))
@@ -274,7 +295,7 @@ def _flaw(step: Path, share: int, shares: int) -> str | None:
 
 
 def _flaw_of_file(step: Path, name: str, listed: Sequence[int | str] | int) -> str | None:
-    if isinstance(listed, int):  # as it was before there were checksums
+    if isinstance(listed, int):  # a manifest without checksums
         name, listed = f'{ITEM}/{name}', [listed]
     path = step / name
     if not path.is_file():
@@ -287,12 +308,12 @@ def _flaw_of_file(step: Path, name: str, listed: Sequence[int | str] | int) -> s
 
 
 def _fingerprint(path: Path) -> list[int | str]:
-    """The size in bytes and the checksum of a file."""
+    """Size in bytes and checksum of a file."""
     return [path.stat().st_size, _checksum(path)]
 
 
 def _checksum(path: Path) -> str:
-    """The CRC-32 of a file, in hexadecimal."""
+    """CRC-32 of a file, hexadecimal."""
     value = 0
     with path.open('rb') as file:
         while block := file.read(BLOCK):

@@ -1,7 +1,7 @@
-"""How does a tree of arrays reach safetensors files and come back?
+"""How is a tree of arrays saved to safetensors files and loaded?
 
-Arrays are named by their path in the tree, joined by '/': `layers/attention/kernel`. A tree larger
-than one shard is spread over several files beside an index, in the layout of Hugging Face
+Arrays are named by their '/'-joined path in the tree: `layers/attention/kernel`. A tree larger
+than one shard is split over several files with an index, in the layout of Hugging Face
 (`model-00001-of-00003.safetensors`, `model.safetensors.index.json`).
 """
 
@@ -22,14 +22,15 @@ SHOWN = 8  # names in one message
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of nested dicts by sorted '/'-joined name; boxes are opened."""
+    """The leaves of nested dicts, unboxed, by '/'-joined name."""
     return dict(_leaves(meta.unbox(tree), ''))
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dicts whose leaves have these '/'-joined names.
 
-    Raises ValueError where a name is both a leaf and a branch.
+    Raises:
+        ValueError: a name is both a leaf and a branch.
     """
     tree = {}
     for name, leaf in flat.items():
@@ -40,7 +41,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(inner, dict):
                 break
         if not isinstance(inner, dict) or last in inner:
-            raise ValueError(f'{name} is beside an array whose name is its beginning: no tree')
+            raise ValueError(f'{name} is below the name of another array: the names form no tree')
         inner[last] = leaf
     return tree
 
@@ -51,11 +52,16 @@ def save(
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a tree of arrays to `path` (`*.safetensors`), in shards if larger than `shard_bytes`.
+    """Writes a tree of arrays to safetensors files.
 
-    Every file is replaced atomically. A sharded tree is not readable until its index, the last file
-    written, is there: write it to a fresh folder, as `folder.write` does. Arrays must be
-    addressable by this process, or `stored.StreamedArray`.
+    Every file is replaced atomically. A sharded tree becomes readable when its index, the last
+    file, is written: write it to a new folder, as `folder.write` does.
+
+    Args:
+        path: the file (`*.safetensors`), and the prefix of shards.
+        tree: arrays that this process can address, or `stored.StreamedArray`s.
+        metadata: strings to store beside the arrays.
+        shard_bytes: a larger tree is split into shards of at most this size.
     """
     path = Path(path)
     shards = _shards(flatten(tree), shard_bytes)
@@ -69,19 +75,23 @@ def save(
     ]
     for name, shard in zip(names, shards, strict=True):
         stored.write(path.with_name(name), shard, metadata)
-    where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     size = sum(leaf.nbytes for shard in shards for leaf in shard.values())
-    index = {'metadata': {'total_size': size}, 'weight_map': where}
+    index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
     config.write_json(_index_path(path), index)
     path.unlink(missing_ok=True)
 
 
 def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The tree of numpy arrays saved at `path`.
+    """Reads the tree of numpy arrays saved at `path`.
 
-    `like`, a tree of arrays or abstract arrays, is what the file must hold, name for name and shape
-    for shape; float arrays are then cast to its types. Raises UserError for a missing, damaged or
-    different file.
+    Args:
+        path: the file, sharded or not.
+        like: arrays or abstract arrays with the expected names and shapes; float arrays are cast
+            to their types.
+
+    Raises:
+        UserError: the file is missing or damaged, or differs from `like`.
     """
     flat = {name: leaf for file in paths(Path(path)) for name, leaf in _read_file(file)}
     if like is not None:
@@ -95,43 +105,50 @@ def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, A
 def fit(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arrays of `flat` in the order and the float types of the tree `like`.
 
-    Raises UserError naming what is missing, unknown, or of another shape or kind of type.
+    Raises:
+        UserError: names the arrays that are missing, unknown, or of another shape or type.
     """
-    wanted = flatten(like)
-    if flaws := mismatches(flat, wanted, fits):
+    expected = flatten(like)
+    if flaws := mismatches(flat, expected, fits):
         raise UserError(
             f'{where}: the arrays are not those of this config: {flaws}; weights and config do not '
             'belong together'
         )
-    return {name: flat[name].astype(leaf.dtype, copy=False) for name, leaf in wanted.items()}
+    return {name: flat[name].astype(leaf.dtype, copy=False) for name, leaf in expected.items()}
 
 
 def mismatches(
-    given: Mapping[str, Any], wanted: Mapping[str, Any], fits: Callable[[Any, Any], bool]
+    flat: Mapping[str, Any], expected: Mapping[str, Any], fits: Callable[[Any, Any], bool]
 ) -> str:
-    """How the arrays of two flat trees differ, in words, or nothing; `fits` compares a pair."""
-    missing = [name for name in wanted if name not in given]
-    unknown = [name for name in given if name not in wanted]
+    """The differences of two flat trees as text, '' if there are none.
+
+    Args:
+        flat: arrays by name.
+        expected: the expected arrays by name.
+        fits: whether an array is compatible with the expected one.
+    """
+    missing = [name for name in expected if name not in flat]
+    unknown = [name for name in flat if name not in expected]
     wrong = [
-        f'{name} is {_form(given[name])}, expected {_form(leaf)}'
-        for name, leaf in wanted.items()
-        if name in given and not fits(given[name], leaf)
+        f'{name} is {_describe(flat[name])}, expected {_describe(leaf)}'
+        for name, leaf in expected.items()
+        if name in flat and not fits(flat[name], leaf)
     ]
-    flaws = {'missing': missing, 'unknown': unknown, 'of another form': wrong}
+    flaws = {'missing': missing, 'unknown': unknown, 'of another shape or type': wrong}
     return '; '.join(
         f'{len(names)} {flaw} ({_listed(names)})' for flaw, names in flaws.items() if names
     )
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata written beside the arrays at `path`."""
+    """Reads the metadata beside the arrays at `path`."""
     first = paths(Path(path))[0]
     with stored.open_file(first) as file:
         return file.metadata() or {}
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file in hexadecimal, read as a stream."""
+    """SHA-256 of a file, hexadecimal."""
     try:
         with Path(path).open('rb') as file:
             return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -150,7 +167,7 @@ def _leaves(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _shards(flat: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The arrays in runs of at most `limit` bytes, or of one array."""
+    """The arrays in groups of at most `limit` bytes, or of a single larger array."""
     shards, size = [{}], 0
     for name, leaf in flat.items():
         if shards[-1] and size + leaf.nbytes > limit:
@@ -166,7 +183,7 @@ def _index_path(path: Path) -> Path:
 
 
 def paths(path: Path) -> list[Path]:
-    """The files that hold the arrays of `path`: those of its index, or itself."""
+    """The files with the arrays of `path`: those of its index, or `path` itself."""
     index = _index_path(path)
     if not index.exists():
         return [path]
@@ -186,16 +203,18 @@ def _read_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, file.get_tensor(name)
             except AttributeError as error:
                 kind = file.get_slice(name).get_dtype()
-                raise UserError(f'{path}: {name} is of type {kind}, which is not read') from error
+                raise UserError(
+                    f'{path}: {name} has type {kind}, which is not supported'
+                ) from error
 
 
-def fits(given: Any, wanted: Any) -> bool:
-    """Whether an array has the shape of another, and the type but for the width of floats."""
-    floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (given, wanted))
-    return given.shape == wanted.shape and (floats or given.dtype == wanted.dtype)
+def fits(array: Any, expected: Any) -> bool:
+    """Whether two arrays have the same shape and type, apart from the width of floats."""
+    floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (array, expected))
+    return array.shape == expected.shape and (floats or array.dtype == expected.dtype)
 
 
-def _form(leaf: Any) -> str:
+def _describe(leaf: Any) -> str:
     return f'{leaf.dtype}{list(leaf.shape)}'
 
 

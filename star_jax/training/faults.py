@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from star_jax.checkpoint.training import failed_saves_hushed, newest_whole
+from star_jax.checkpoint.training import newest_complete_step, quiet_failed_saves
 from star_jax.errors import RunError, UserError
 from star_jax.parallel import peer_watchdog
 
@@ -182,12 +182,12 @@ def _in_use(out: Path) -> str:
 def disk_watched(checkpoints: Path) -> Iterator[None]:
     """Turns what a full disk makes fail into a RunError that names the newest whole checkpoint."""
     try:
-        with failed_saves_hushed():
+        with quiet_failed_saves():
             yield
     except Exception as error:
         if (reason := _full_disk(error)) is None:
             raise
-        step = newest_whole(checkpoints)
+        step = newest_complete_step(checkpoints)
         safe = f'the checkpoint of step {step} is whole' if step else 'there is no checkpoint yet'
         raise RunError(
             f'nothing more can be written ({reason}), so the run stopped; {safe}: '
