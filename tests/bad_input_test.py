@@ -51,6 +51,7 @@ from star_jax.training.transformer import TransformerJob
 
 GOLDEN = Path(__file__).parent / 'golden' / 'star' / 'dev_rope'
 TOO_MANY = 10**30
+TABLE = {'table': 0, 'head_dim': '64', 'end_x': 1, 'end_y': 1, 'theta': 100.0, 'normalize': 64}
 
 Write = Callable[[Path, Path], None]  # writes an input to a path, given the folder of valid inputs
 
@@ -556,7 +557,8 @@ CASES: list[tuple[str, str, str]] = [
     ('a single side', f'{TRAIN} --model.sides 4', 'give two or more'),
     ('too many tokens', f'{TRAIN} --model.sides 1 1000000', 'too long, expected at most'),
     ('a resolution of no shapes', f'{TRAIN} --model.sides 1 2 3', 'at least 16 pixels a side'),
-    ('a resolution of no image', f'{TOKENIZER} --model.autoencoder.stem 16384', 'of 65536 px'),
+    ('a resolution of no image', f'{TOKENIZER} --model.autoencoder.stem 16384',
+     'of 65536 x 65536 px'),
     ('heads that do not divide width', f'{TRAIN} --model.heads 5', 'does not divide into 5 heads'),
     ('norm groups', f'{TOKENIZER} --model.autoencoder.groups 3', 'into 3 norm groups'),
     ('codes of another tokenizer', f'{TRAIN} --model.codes 16', 'model.codes is 16, but'),
@@ -682,7 +684,7 @@ INPUTS |= {
     'nul.json': rewritten('star.json', init='a\0b'),
     'asserts.py': data('assert False\n'),
     'imports.py': data('import nothing_of_that_name\n'),
-    'typed_case': copied('case', lambda path: change_json(path / 'config.json', tables=3)),
+    'typed_case': copied('case', lambda path: change_json(path / 'config.json', tables=[TABLE])),
 }
 
 

@@ -43,7 +43,7 @@ class ModelOptions:
         first_refined: first scale of the refinement head, counted from 0.
         groups: groups of the tokenizer's group norms.
         normalised: the tokenizer looks codes up by direction (z-norm) instead of distance.
-        released: sample the model with the cross-attention of the published code.
+        released_cross_attention: sample the model with the cross-attention of the published code.
     """
 
     size: int = 0
@@ -55,7 +55,7 @@ class ModelOptions:
     first_refined: int = 9
     groups: int = 32
     normalised: bool = False
-    released: bool = False
+    released_cross_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.size and self.size not in SIDES:
@@ -144,7 +144,7 @@ def _star_fields(specs: Specs, options: ModelOptions) -> dict[str, Any]:
         'positions': Learned() if 'pos_1LC' in specs else rotary,
         'cross_attention': 'blocks.0.cross_attn.mat_q.weight' in specs,
         'logit_norm': options.logit_norm,
-        'released_cross_attention': options.released,
+        'released_cross_attention': options.released_cross_attention,
         'refinement': refinement,
     }
 
