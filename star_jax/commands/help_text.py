@@ -163,8 +163,8 @@ def _section(title: str, members: Sequence[Option], width: int) -> list[str]:
     lines = [title.rstrip('.') + ':']
     for option in members:
         first = f'  {option.invocation}'.ljust(column)
-        if len(first) > column:
-            lines.append(first)
+        if len(option.invocation) > column - 4:
+            lines.append(f'  {option.invocation}')
             first = indent
         text = f'{option.description} {option.default}'.strip()
         filled = textwrap.wrap(

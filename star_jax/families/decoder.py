@@ -17,13 +17,14 @@ class Decoder(Family):
     """Sizes of a transformer that predicts an index per token.
 
     Attributes:
-        depth: layers.
-        width: channels of a layer.
-        heads: attention heads; a divisor of width.
-        mlp_ratio: hidden channels of an MLP, in multiples of width.
-        codes: codes of the tokenizer.
-        channels: channels of a code vector of the tokenizer.
-        drop_path: rate of stochastic depth of the deepest layer; it rises linearly from 0.
+        depth: number of transformer blocks.
+        width: channels of a token inside the transformer.
+        heads: attention heads of a block; a divisor of width.
+        mlp_ratio: hidden width of an MLP, as a multiple of width.
+        codes: number of codes of the tokenizer.
+        channels: channels of the tokenizer's code vectors.
+        drop_path: stochastic depth: probability of skipping the last block; it rises linearly from
+            0 at the first block.
     """
 
     depth: int = 16
