@@ -20,7 +20,7 @@ from star_jax import cli
 from star_jax.checkpoint import config, weights
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.nn.positions import Learned, NoPositions
-from star_jax.studies import comparison, plot, study, study_tables
+from star_jax.studies import study, study_report, summary
 from star_jax.training import train as story_of_a_run
 from star_jax.training import trainer
 from star_jax.training.run import Pace, Run
@@ -86,7 +86,7 @@ def home(shared, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def told(home) -> dict:
+def report(home) -> dict:
     return json.loads((home / 'out' / 'study.json').read_text())
 
 
@@ -132,9 +132,9 @@ def files(home: Path) -> dict[str, bytes]:
 # The numbers.
 
 
-def test_the_numbers_are_those_that_the_runs_reported(home, told):
+def test_report_holds_the_metrics_of_the_runs(home, report):
     final = {}
-    for run in told['runs']:
+    for run in report['runs']:
         reported = lines(home, run['config'], run['seed'])
         held_out = [line for line in reported if 'validation/loss' in line]
         assert run['curve'] == [[line['step'], line['validation/loss']] for line in held_out]
@@ -147,7 +147,7 @@ def test_the_numbers_are_those_that_the_runs_reported(home, told):
         final[run['config'], run['seed']] = run['final']
     assert config.read(home / 'out' / 'learned' / 'seed-4' / 'config.json', Run).seed == 4
     assert [*final] == [(name, seed) for seed in SEEDS for name in ('rotary', 'learned')]
-    first, other = told['outcomes']
+    first, other = report['outcomes']
     for name, score in other['scores'].items():
         ours, theirs = (
             np.array([final[which, seed][name] for seed in SEEDS])
@@ -162,9 +162,9 @@ def test_the_numbers_are_those_that_the_runs_reported(home, told):
     assert other['differences'] == ['model.positions: NormalisedRotary -> Learned']
 
 
-def test_tables_say_the_numbers(home, told):
+def test_tables_print_the_metrics(home, report):
     page = (home / 'out' / 'study.md').read_text()
-    for one in told['outcomes']:
+    for one in report['outcomes']:
         loss = one['scores']['loss']
         row = next(line for line in page.splitlines() if line.startswith(f'| {one["config"]} |'))
         assert f'{loss["mean"]:.3f} ± {loss["deviation"]:.3f}' in row
@@ -173,31 +173,31 @@ def test_tables_say_the_numbers(home, told):
     assert '2 seeds are few' in page and 'model.positions: NormalisedRotary -> Learned' in page
 
 
-def test_the_interval_is_students():
-    score = comparison.compare({1: 1.1, 2: 2.3, 5: 3.2}, {1: 1.0, 2: 2.0, 5: 3.0})
+def test_interval_is_students():
+    score = summary.compare({1: 1.1, 2: 2.3, 5: 3.2}, {1: 1.0, 2: 2.0, 5: 3.0})
     # Differences 0.1, 0.3, 0.2: mean 0.2, deviation 0.1; t is 4.3027 at two degrees of freedom.
     assert (score.low, score.high) == pytest.approx(
         (0.2 - 4.3027 * 0.1 / 3**0.5, 0.44841), abs=1e-5
     )
-    assert not score.is_apart
-    assert comparison.compare({1: 1.5, 2: 2.5, 3: 3.51}, {1: 1.0, 2: 2.0, 3: 3.0}).is_apart
-    alone = comparison.compare({1: 1.5}, {1: 1.0})
-    assert alone == comparison.Comparison(
+    assert not score.excludes_zero
+    assert summary.compare({1: 1.5, 2: 2.5, 3: 3.51}, {1: 1.0, 2: 2.0, 3: 3.0}).excludes_zero
+    alone = summary.compare({1: 1.5}, {1: 1.0})
+    assert alone == summary.Comparison(
         mean=1.5, deviation=None, difference=0.5, low=None, high=None
     )
 
 
-def test_only_seeds_that_both_have_are_compared():
-    score = comparison.compare({1: 1.1, 3: 9.0}, {1: 1.0, 2: 5.0})
+def test_comparison_pairs_common_seeds():
+    score = summary.compare({1: 1.1, 3: 9.0}, {1: 1.0, 2: 5.0})
     assert (score.mean, score.difference) == (pytest.approx(5.05), pytest.approx(0.1))
     assert score.low is None
-    assert comparison.compare({1: 1.1}, {}).difference is None
+    assert summary.compare({1: 1.1}, {}).difference is None
 
 
 # Going on.
 
 
-def test_a_study_that_is_complete_only_reports_the_same_again(home, monkeypatch):
+def test_finished_study_only_writes_the_same_report(home, monkeypatch):
     before = files(home)
     assert before['study.png'].startswith(b'\x89PNG')
     for name in before:
@@ -208,7 +208,7 @@ def test_a_study_that_is_complete_only_reports_the_same_again(home, monkeypatch)
     assert files(home) == before
 
 
-def test_only_what_is_missing_is_trained(home, told, monkeypatch):
+def test_only_missing_runs_are_trained(home, report, monkeypatch):
     """A run deleted, one stopped before its model was written."""
     shutil.rmtree(home / 'out' / 'learned' / 'seed-3')
     shutil.rmtree(home / 'out' / 'rotary' / 'seed-4' / 'model')
@@ -218,23 +218,23 @@ def test_only_what_is_missing_is_trained(home, told, monkeypatch):
     assert trained == ['learned/seed-3', 'rotary/seed-4']
     assert 'run 3 of 4' in out and 'run 4 of 4' in out
     again = json.loads((home / 'out' / 'study.json').read_text())
-    assert scores(again) == scores(told)
+    assert scores(again) == scores(report)
 
 
-def test_a_stop_between_steps_stops_the_study(home, monkeypatch):
+def test_stopped_run_stops_the_study(home, monkeypatch):
     shutil.rmtree(home / 'out' / 'rotary' / 'seed-3' / 'model')
     before = files(home)
     with monkeypatch.context() as patch:
         patch.setattr(story_of_a_run, 'main', lambda *_: False)
         status, out, _ = star_jax(*words(home))
-    assert status == 0 and 'the same command goes on' in out
+    assert status == 0 and 'the same command continues it' in out
     assert files(home) == before
     train_from_memory(monkeypatch, home)
     assert star_jax(*words(home))[0] == 0
     assert files(home) == before
 
 
-def test_a_run_that_comes_to_nan_is_named_and_the_others_go_on(home, told, monkeypatch):
+def test_non_finite_run_is_named_and_the_others_continue(home, report, monkeypatch):
     """The first config's, so that the others have one seed less to be compared with."""
     shutil.rmtree(home / 'out' / 'rotary' / 'seed-3')
     shutil.rmtree(home / 'out' / 'learned' / 'seed-4')
@@ -245,17 +245,17 @@ def test_a_run_that_comes_to_nan_is_named_and_the_others_go_on(home, told, monke
     again = json.loads((home / 'out' / 'study.json').read_text())
     first, other = again['outcomes']
     assert first['failures'] == {'3': 'step 2: loss is nan'} and not other['failures']
-    assert first['scores']['loss']['mean'] == told['runs'][2]['final']['loss']
-    assert other['scores']['loss']['mean'] == told['outcomes'][1]['scores']['loss']['mean']
+    assert first['scores']['loss']['mean'] == report['runs'][2]['final']['loss']
+    assert other['scores']['loss']['mean'] == report['outcomes'][1]['scores']['loss']['mean']
     assert '| rotary (1 of 2) |' in (home / 'out' / 'study.md').read_text()
     assert star_jax(*words(home))[0] == 0 and len(trained) == 2, 'it would come to the same end'
     shutil.rmtree(home / 'out' / 'rotary' / 'seed-3')
     train_from_memory(monkeypatch, home)
     assert star_jax(*words(home))[0] == 0
-    assert json.loads((home / 'out' / 'study.json').read_text()) == told
+    assert json.loads((home / 'out' / 'study.json').read_text()) == report
 
 
-def test_a_study_of_which_nothing_ends_says_so(home, monkeypatch):
+def test_study_without_a_finished_run_is_reported(home, monkeypatch):
     trained = train_from_memory(monkeypatch, home, failing='rotary/seed-3')
     options = ['--seeds', '3', '--out', home / 'lost']
     status, out, _ = star_jax('study', home / 'rotary.json', *options)
@@ -287,8 +287,8 @@ def train_from_memory(monkeypatch, home: Path, failing: str = '') -> list[str]:
     return trained
 
 
-def scores(told: dict) -> list:
-    return [(run['config'], run['seed'], run['final'], run['curve']) for run in told['runs']]
+def scores(report: dict) -> list:
+    return [(run['config'], run['seed'], run['final'], run['curve']) for run in report['runs']]
 
 
 # Equal conditions.
@@ -340,14 +340,14 @@ def test_what_cannot_be_studied_is_told_before_anything_trains(home, shared, wor
     assert not (home / 'unfit').exists()
 
 
-def test_options_that_are_none_exit_with_2(home):
+def test_unknown_options_exit_with_2(home):
     status, _, err = star_jax('study', home / 'rotary.json', '--bach', '4')
     assert status == 2 and '--bach' in err
     status, out, _ = star_jax('study', '--help')
     assert status == 0 and '--seeds' in out and 'star-jax study configs/' in out
 
 
-def test_a_seed_means_the_same_for_every_config(shared):
+def test_seed_has_the_same_meaning_for_every_config(shared):
     """The first weights of all that two models share; the order of data is the seed's alone."""
     jobs = [
         TransformerJob(with_model(dataclasses.replace(shared, seed=5), **changes))
@@ -366,31 +366,33 @@ def test_a_seed_means_the_same_for_every_config(shared):
 def test_tables_fit_a_terminal(scales):
     columns = ['config', *[f'scale {scale}' for scale in range(scales)]]
     row = ['rotary_without_levels', *['5.123 ± 0.012'] * scales]
-    cells = study_tables.Cells(title='Held-out loss by scale', columns=columns, rows=[row, row])
-    told = io.StringIO()
-    console = Console(file=told, width=200)
+    cells = study_report.Cells(title='Held-out loss by scale', columns=columns, rows=[row, row])
+    report = io.StringIO()
+    console = Console(file=report, width=200)
     for table in cells.for_terminal():
         console.print(table)
-    text = told.getvalue()
+    text = report.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert re.findall(r'scale \d', text) == columns[1:]
     assert text.count('5.123 ± 0.012') == 2 * scales
 
 
 def test_names_of_lines_do_not_overlap():
-    assert plot.spread([0.2, 0.5, 0.9], 0.1) == pytest.approx([0.2, 0.5, 0.9])
-    assert plot.spread([0.5, 0.52, 0.5], 0.1) == pytest.approx([0.406667, 0.606667, 0.506667])
-    crowded = plot.spread([1.0] * 5 + [0.0] * 5, 0.1)
+    assert study_report.spread([0.2, 0.5, 0.9], 0.1) == pytest.approx([0.2, 0.5, 0.9])
+    assert study_report.spread([0.5, 0.52, 0.5], 0.1) == pytest.approx(
+        [0.406667, 0.606667, 0.506667]
+    )
+    crowded = study_report.spread([1.0] * 5 + [0.0] * 5, 0.1)
     assert min(np.diff(np.sort(crowded))) >= 0.1 - 1e-9
     assert min(crowded) >= 0 and max(crowded) <= 1 + 1e-9
 
 
-def test_a_single_point_and_a_single_seed_can_be_drawn(tmp_path):
-    plot.draw({'a': [[(5, 1.0)]], 'b': [[(5, 1.0)]]}, '1 seed', tmp_path / 'plot.png')
+def test_one_point_and_one_seed_are_plotted(tmp_path):
+    study_report.plot({'a': [[(5, 1.0)]], 'b': [[(5, 1.0)]]}, '1 seed', tmp_path / 'plot.png')
     assert (tmp_path / 'plot.png').stat().st_size > 1000
 
 
-def test_the_shipped_study_compares_positions_and_nothing_else():
+def test_shipped_study_compares_positions_only():
     runs = {path.stem: config.load_run(path, Run) for path in sorted(STUDIED.glob('*.py'))}
     asked = study.Study(configs=runs, seeds=(0, 1, 2))
     assert next(iter(runs)) == 'rotary_normalised'

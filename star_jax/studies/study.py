@@ -1,9 +1,9 @@
 """How do runs become a study?
 
-Configs that differ in what is studied and in nothing else, each with the same seeds, one run after
-another through the same loop as any run. A run's folder is `<config>/seed-<n>`; what has ended is
-never trained again, so the same command goes on after a stop, adds seeds, or only reports. A run
-that comes to nan is noted as failed, and the others go on.
+The configs of a study differ in the model and in nothing else. Each is trained with the same seeds,
+one run after another, by the trainer of any run. The folder of a run is `<config>/seed-<n>`. A
+finished run is never trained again, so the same command continues after a stop, adds seeds, or only
+writes the report. A run whose loss becomes non-finite is recorded as failed; the others continue.
 """
 
 import dataclasses
@@ -18,22 +18,26 @@ from star_jax import files
 from star_jax.checkpoint import config
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import startup
-from star_jax.studies import origin, results, study_report
+from star_jax.studies import results, study_report
 from star_jax.studies.summary import summarise
 from star_jax.training import train, trainer
 from star_jax.training.run import Run, resolve
 
-# Of a model: what is predicted and from what. With other sides or codes, losses are of other tasks.
+# Fields of a model that define the task: with other scales or codes, losses do not compare.
 TASK = ('sides', 'codes', 'channels', 'text_width')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """Configs by name, the others compared with the first, each with every one of the seeds.
+    """Configs, all trained with every seed and compared with the first.
 
-    The configs' own seeds do not count. Raises UserError where there is no config or seed, a seed
-    stands twice, or configs differ in more than their models, whose sides, codes and widths of
-    tokenizer and text must be equal too.
+    Attributes:
+        configs: runs by name; their own seeds are not used.
+        seeds: the seeds.
+
+    Raises:
+        UserError: no config, no seed, a seed that is given twice, or configs that differ in more
+            than the model; its scales, codes and widths of tokenizer and text must be equal, too.
     """
 
     configs: Mapping[str, Run]
@@ -50,8 +54,8 @@ class Study:
             if unequal := _unequal_conditions(self.baseline, run):
                 raise UserError(
                     f'{name} is not trained under the same conditions as {next(iter(self.configs))}'
-                    f' ({"; ".join(unequal)}): configs of one study may differ in their model '
-                    f'alone, but for {", ".join(TASK)}'
+                    f' ({"; ".join(unequal)}): configs of one study may differ only in their '
+                    f'model, without {", ".join(TASK)}'
                 )
 
     @property
@@ -59,18 +63,18 @@ class Study:
         return next(iter(self.configs.values()))
 
     def differences(self) -> dict[str, list[str]]:
-        """The fields under study: by config, those in which it differs from the first."""
+        """By config, the fields in which it differs from the first."""
         first = self.baseline
         return {
             name: config.differences(first, dataclasses.replace(run, seed=first.seed))
             for name, run in self.configs.items()
         }
 
-    def rounds(self, out: Path) -> list[list[results.Place]]:
-        """All runs, seed after seed: each round holds one of every config."""
+    def rounds(self, out: Path) -> list[list[results.StudyRun]]:
+        """All runs, seed by seed: each round holds one run of every config."""
         return [
             [
-                results.Place(
+                results.StudyRun(
                     config=name,
                     seed=seed,
                     run=resolve(dataclasses.replace(run, seed=seed)),
@@ -83,41 +87,42 @@ class Study:
 
 
 def main(study: Study, out: Path, console: Console) -> bool:
-    """Trains what is missing and reports after every seed; whether to the end.
+    """Trains the missing runs and writes the report after every seed.
 
-    Raises UserError, before anything trains, for a folder that belongs to another run or a config
-    that does not fit its tokenizer or text encoder.
+    Returns whether the study finished; otherwise it was asked to stop. Raises UserError, before
+    anything is trained, for a folder that belongs to another run and for a config that does not fit
+    its tokenizer or text encoder.
     """
     startup.start()
     for name in (study_report.JSON, study_report.MARKDOWN, study_report.PLOT):
         files.check_file(out / name)
     rounds = study.rounds(out)
-    every_place = [place for places in rounds for place in places]
-    for place in every_place:
-        train.check_places(place.folder)
-        trainer.check(place.folder, place.run)
-    open_places = [
-        place
-        for place in every_place
-        if not results.has_ended(place) and not results.failure(place)
+    runs = [study_run for round_ in rounds for study_run in round_]
+    for study_run in runs:
+        train.check_places(study_run.folder)
+        trainer.check(study_run.folder, study_run.run)
+    missing = [
+        study_run
+        for study_run in runs
+        if not results.is_finished(study_run) and not results.read_failure(study_run)
     ]
-    if open_places and study.baseline.cache:
-        train.cache(study.baseline)  # one serves all: their pictures, texts and codes are the same
-    sizes = _count_parameters(open_places)
-    course = _Course(console, total=len(study.configs) * len(study.seeds), left=len(open_places))
-    done, failed = [], []
-    for number, places in enumerate(rounds, 1):
-        missing = [place for place in places if place in open_places]
-        for place in missing:
-            if not course.train(place, sizes[place.config]):
+    if missing and study.baseline.cache:
+        train.cache(study.baseline)  # one cache serves all: images, captions and codes are equal
+    sizes = _count_parameters(missing)
+    progress = _Progress(console, total=len(runs), remaining=len(missing))
+    finished, failed = [], []
+    for number, round_ in enumerate(rounds, 1):
+        to_train = [study_run for study_run in round_ if study_run in missing]
+        for study_run in to_train:
+            if not progress.train(study_run, sizes[study_run.config]):
                 return False
-        for place in places:
-            if failure := results.failure(place):
+        for study_run in round_:
+            if failure := results.read_failure(study_run):
                 failed.append(failure)
             else:
-                done.append(results.read(place))
-        if missing or number == len(rounds):
-            summary = summarise(done, failed, study.differences(), study.baseline)
+                finished.append(results.read(study_run))
+        if to_train or number == len(rounds):
+            summary = summarise(finished, failed, study.differences(), study.baseline)
             study_report.write(summary, out)
     study_report.show(summary, console)
     console.print(
@@ -130,59 +135,59 @@ def main(study: Study, out: Path, console: Console) -> bool:
     return True
 
 
-class _Course:
-    """The runs that are trained now, and how long the rest will take."""
+class _Progress:
+    """Trains the runs of a study and estimates the remaining time."""
 
-    def __init__(self, console: Console, total: int, left: int) -> None:
+    def __init__(self, console: Console, total: int, remaining: int) -> None:
         self._console = console
-        self._total, self._left = total, left
+        self._total, self._remaining = total, remaining
         self._seconds: list[float] = []
 
-    def train(self, place: results.Place, parameters: int) -> bool:
-        """Trains one run, or goes on with it; whether it came to its end."""
-        number = self._total - self._left + 1
-        rest = ''
+    def train(self, study_run: results.StudyRun, parameters: int) -> bool:
+        """Trains or continues one run; whether it finished."""
+        number = self._total - self._remaining + 1
+        estimate = ''
         if self._seconds:
-            minutes = self._left * sum(self._seconds) / len(self._seconds) / 60
-            rest = f', {minutes:,.0f} minutes left' if minutes >= 1 else ', less than a minute left'
+            minutes = self._remaining * sum(self._seconds) / len(self._seconds) / 60
+            estimate = f', {minutes:,.0f} minutes left' if minutes >= 1 else ', under a minute left'
         self._console.rule(
-            f'run {number} of {self._total}: {place.config}, seed {place.seed}{rest}'
+            f'run {number} of {self._total}: {study_run.config}, seed {study_run.seed}{estimate}'
         )
-        origin.note(place.folder, parameters)
-        begin = time.monotonic()
+        results.record_origin(study_run.folder, parameters)
+        start = time.monotonic()
         try:
-            has_ended = train.main(place.run, place.folder, _job_without_pictures)
+            is_finished = train.main(study_run.run, study_run.folder, _job_without_samples)
         except NotFiniteError as error:
-            results.note_failure(place, error.flaw)
-            self._console.print(f'failed, and the others go on: {error}', soft_wrap=True)
-            has_ended = True
+            results.record_failure(study_run, error.flaw)
+            self._console.print(f'failed, the other runs continue: {error}', soft_wrap=True)
+            is_finished = True
         gc.collect()  # a job refers to itself, and the next one needs its memory
-        if not has_ended:
+        if not is_finished:
             self._console.print(
-                f'the study stopped in run {number} of {self._total}; the same command goes on'
+                f'the study stopped in run {number} of {self._total}; the same command continues it'
             )
             return False
-        self._seconds.append(time.monotonic() - begin)
-        self._left -= 1
+        self._seconds.append(time.monotonic() - start)
+        self._remaining -= 1
         return True
 
 
-def _job_without_pictures(run: Run) -> trainer.Job:
-    """Nobody looks at those of a study, and their program is the longest to compile."""
+def _job_without_samples(run: Run) -> trainer.Job:
+    """A job that samples no grids: their program takes the longest to compile."""
     job = train.job(run)
     job.picture = lambda state: None
     return job
 
 
 def _unequal_conditions(first: Run, other: Run) -> list[str]:
-    """The fields in which two runs differ though they must not."""
+    """The fields in which two runs differ and must not."""
     same_model = dataclasses.replace(other, model=first.model, seed=first.seed)
     model = [line for line in config.differences(first, other) if line.startswith('model.')]
     task = [line for line in model if line.split(':')[0].removeprefix('model.') in TASK]
     return config.differences(first, same_model) + task
 
 
-def _count_parameters(places: list[results.Place]) -> dict[str, int]:
-    """By config; builds each once, so that one that cannot be trained is found before hours are."""
-    runs = {place.config: place.run for place in places}
-    return {name: origin.count_parameters(train.job(run)) for name, run in runs.items()}
+def _count_parameters(runs: list[results.StudyRun]) -> dict[str, int]:
+    """Parameters by config; building every job first finds a faulty config before hours pass."""
+    configs = {study_run.config: study_run.run for study_run in runs}
+    return {name: results.count_parameters(train.job(run)) for name, run in configs.items()}
