@@ -45,7 +45,7 @@ class Options:
         """
         for field, value in _fields(config, ()):
             name = '.'.join(field)
-            limits = [self.checked[listed] for listed in self.checked if _includes(listed, field)]
+            limits = [self.checked[listed] for listed in self.checked if _matches(listed, field)]
             for limit in limits:
                 check_value(path, name, value, limit)
             if not limits and not self._is_known(field, value):
@@ -55,11 +55,8 @@ class Options:
                 )
 
     def _is_known(self, field: Field, value: Any) -> bool:
-        names = (*self.read, *self.descriptive)
-        if value is None or value == []:  # a section that is empty
-            names = tuple('.'.join(_keys(name)[: len(field)]) for name in names)
         return (
-            any(_includes(name, field) for name in names)
+            any(_matches(name, field) for name in (*self.read, *self.descriptive))
             or any(NOTE in key or key in DATA for key in field)
             or (isinstance(value, str) and ' ' in value)
         )
@@ -86,11 +83,6 @@ def _fields(value: Any, field: Field) -> Iterator[tuple[Field, Any]]:
         yield from _fields(item, (*field, str(key)))
 
 
-def _includes(name: str, field: Field) -> bool:
-    """Whether a listed name is that of a field or of one above it."""
-    keys = _keys(name)
-    return len(keys) <= len(field) and all(map(fnmatch.fnmatchcase, field, keys))
-
-
-def _keys(name: str) -> Field:
-    return tuple(name.split('.'))
+def _matches(name: str, field: Field) -> bool:
+    """Whether a listed name is that of a field, of one above it, or of one below it."""
+    return all(map(fnmatch.fnmatchcase, field, name.split('.')))
