@@ -14,6 +14,7 @@ from star_jax.convert.entries import to_state
 from star_jax.convert.star import star_entries
 from star_jax.core.codes import Index
 from star_jax.core.condition import Condition, TextCondition
+from star_jax.core.visibility import Visibility
 from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.nn.bind import bind
@@ -192,7 +193,7 @@ def layer_fn(config: Family, rows: Rows) -> Callable:
             positions,
             text_kv=text_kv,
             condition=condition,
-            visibility=visibility,
+            visibility=Visibility(rows=visibility),
         )
         return features_BLD
 
