@@ -181,6 +181,9 @@ class LearnedEmptyStart(nn.Module):
     def summary(self, text: TextCondition) -> None:
         return None
 
+    def padding(self, text: TextCondition) -> None:
+        return None
+
     def unprompted(self, text: TextCondition, empty: TextCondition) -> TextCondition:
         return text.replace(pooled_BE=jnp.broadcast_to(self.pooled, text.pooled_BE.shape))
 
@@ -412,7 +415,7 @@ class PrefixStart(nn.Module):
     def summary(self, text: TextCondition) -> None:
         return None
 
-    def hidden_rows(self, text: TextCondition) -> jax.Array:
+    def padding(self, text: TextCondition) -> jax.Array:
         return self.prefix - self._aligned(text)[1]
 
     def unprompted(self, text: TextCondition, empty: TextCondition) -> TextCondition:
