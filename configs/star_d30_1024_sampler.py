@@ -7,8 +7,8 @@ count 12.8M images per epoch.
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.data.prepared import Prepared
 from star_jax.families.star import Refinement, Star
+from star_jax.losses.refinement import ReleasedLoss, Unmasking
 from star_jax.training.optimizer import AdamW
-from star_jax.training.refinement import ReleasedLoss, Unmasking
 from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 

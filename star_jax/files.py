@@ -17,7 +17,18 @@ from pathlib import Path
 
 from star_jax.errors import UserError
 
+SHIPPED = 'shipped'
 TEMPORARY = re.compile(r'\.(.+)\.[0-9a-f]{8}')  # the name of a file that is not yet complete
+
+
+def cache_folder() -> Path:
+    """The folder of all caches: $STAR_JAX_CACHE, or ~/.cache/star_jax."""
+    return Path(os.environ.get('STAR_JAX_CACHE') or '~/.cache/star_jax').expanduser()
+
+
+def shipped_folder() -> Path:
+    """The model folder in this package, which is named `SHIPPED` wherever a model is expected."""
+    return Path(__file__).parent / SHIPPED
 
 
 @contextlib.contextmanager

@@ -38,13 +38,13 @@ from star_jax import cli, image_io
 from star_jax.bench import process as benchmark
 from star_jax.checkpoint import config, models, weights
 from star_jax.core.filters import NucleusFilter
-from star_jax.data import codes, listing, prepared
+from star_jax.data import encoded, listing, prepared
 from star_jax.errors import UserError
 from star_jax.evaluation import eval_report
 from star_jax.parallel import startup
 from star_jax.sampling.pipeline import Pipeline
-from star_jax.text import FeatureCache
-from star_jax.text import load as load_text
+from star_jax.text.cache import FeatureCache
+from star_jax.text.encoder import load as load_text
 from star_jax.training import trainer
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.transformer import TransformerJob
@@ -544,7 +544,7 @@ CASES: list[tuple[str, str, str]] = [
     ("a tokenizer's config", 'train {home}/tokenizer.json', 'is for star-jax train-tokenizer$'),
     ("a tokenizer's run", 'train {tokenizer.py}', 'is a TokenizerRun, expected a Run'),
     ("a transformer's config", 'train-tokenizer {home}/star.json', 'it is for star-jax train$'),
-    ("a model's config", 'train {home}/model/config.json', '--init FOLDER` goes on from a model'),
+    ("a model's config", 'train {home}/model/config.json', '--init FOLDER` starts from a model'),
     ("a tokenizer's config of cache", 'data cache {home}/tokenizer.json', 'train-tokenizer'),
     ("a tokenizer's config of bench", 'bench sample {home}/tokenizer.json', 'train-tokenizer'),
     ("a tokenizer's config of study", 'study {home}/tokenizer.json', 'train-tokenizer'),
@@ -569,8 +569,8 @@ CASES: list[tuple[str, str, str]] = [
     ('a pickle to go on from', f'{TRAIN} --init {{pickle.pth}}', 'no such folder'),
     ('another model to go on from', f'{TRAIN} --init shipped', MISMATCH),
     ('a tokenizer to go on from', f'{TRAIN} --init {{home}}/tokenizer', 'only a tokenizer'),
-    ('no cache', f'{TRAIN} --cache {{nothing}}', 'holds no cached codes: make it with'),
-    ('a cache that is a file', f'{TRAIN} --cache {{words}}', 'holds no cached codes'),
+    ('no cache', f'{TRAIN} --cache {{nothing}}', 'holds no encoded images: make it with'),
+    ('a cache that is a file', f'{TRAIN} --cache {{words}}', 'holds no encoded images'),
     ('a set that is not there', f'{TRAIN} --data.split test', "no split 'test' of shapes"),
     # Paths of results.
     ('a file as folder', f'{SAMPLE[:-5]}{{words}}', 'is a file, expected the name of a folder'),
@@ -612,7 +612,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a config of a study twice', 'study {home}/star.json {home}/star.json', 'two configs are cal'),
     ('codes below a file', 'data cache {home}/star.json --cache {words}/x', 'cannot be written'),
     ('codes in a folder of words', 'data cache {home}/star.json --cache {holds_data}',
-     'holds something else than cached codes'),
+     'holds something else than encoded images'),
     ('a set in a folder of words', 'data prepare folder {home}/set {holds_words}', 'choose an'),
     ('a set below a file', 'data prepare folder {bare} {words}/x', 'cannot be written'),
     ('emoji below a file', 'data prepare emoji {words}/x', 'cannot be written'),
@@ -1101,8 +1101,8 @@ def test_pickle_among_cached_codes_is_refused(tmp_path):
     content = zipfile.ZipFile(tmp_path / 'objects.npz').read('arr_0.npy')
     config.write_json(tmp_path / 'key.json', {})
     (tmp_path / f'00000-{hashlib.sha256(content).hexdigest()}.npy').write_bytes(content)
-    with pytest.raises(UserError, match='holds no codes .*make it with'):
-        codes.read(tmp_path, {}, ['one image'])
+    with pytest.raises(UserError, match='holds no encoded images .*make it with'):
+        encoded.read(tmp_path, {}, ['one image'], jax.ShapeDtypeStruct((3,), np.int32))
     assert not (tmp_path / 'unpickled').exists()
 
 

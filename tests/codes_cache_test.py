@@ -15,18 +15,20 @@ import tiny
 
 from star_jax import image_io
 from star_jax.checkpoint import folder
-from star_jax.data import codes
+from star_jax.data import encoded
 from star_jax.data.folder import Folder
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.losses import tokens
-from star_jax.text import FeatureCache, TextEncoder
-from star_jax.text import load as load_text
+from star_jax.text.cache import FeatureCache
+from star_jax.text.encoder import TextEncoder
+from star_jax.text.encoder import load as load_text
 from star_jax.training import cache, train
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
 from star_jax.training.transformer import TransformerJob
 
+ROW = jax.ShapeDtypeStruct((3,), np.int32)
 SHARD = 10  # examples: the tiny set then has five shards, the last one short
 
 
@@ -34,7 +36,7 @@ SHARD = 10  # examples: the tiny set then has five shards, the last one short
 def surroundings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
-        patch.setattr(codes, 'SHARD', SHARD)
+        patch.setattr(encoded, 'SHARD', SHARD)
         yield
 
 
@@ -76,14 +78,14 @@ def losses(job: TransformerJob, state: TrainState, steps: int) -> list[float]:
 
 def test_codes_of_a_cache_are_those_of_the_tokenizer(run, images, made):
     cached = job(run, made)
-    encode = jax.jit(functools.partial(tokens.encode, images.tokenizer))
+    encode = jax.jit(functools.partial(tokens.encode, images.program.tokenizer))
     for name in ('data', 'validation'):
         coded = cached.source if name == 'data' else cached.validation
-        source = images.pictures[name]
+        source = images.images[name]
         assert len(coded) == len(source)
         shown = np.stack([source[n]['image'] for n in range(len(source))])
-        wanted = encode(images.source_of_codes.params, shown)
-        found = np.stack([coded[n]['codes'] for n in range(len(source))])
+        wanted = encode(images.tokenizer.params, shown)
+        found = np.stack([coded[n]['encoded'] for n in range(len(source))])
         assert found.dtype == np.int32 and found.max() > 0
         np.testing.assert_array_equal(found, wanted)
         assert all(coded[n]['captions'] == source[n]['captions'] for n in range(len(source)))
@@ -105,7 +107,7 @@ def test_a_cache_serves_whatever_is_trained_on_it(run, made):
     """Only what decides codes and features is compared."""
     wider = dataclasses.replace(run.model, mlp_ratio=2.0)
     served = job(run, made, model=wider, batch=16, seed=5, caption_drop=0.5)
-    assert len(next(iter(served.batches(0)))['codes']) == 16
+    assert len(next(iter(served.batches(0))).encoded) == 16
 
 
 def test_text_features_are_copied_from_the_users_cache_not_encoded_again(
@@ -131,7 +133,7 @@ def test_another_tokenizer_is_refused(run, made, tmp_path):
 
 
 def test_other_scales_are_refused(run, made):
-    with pytest.raises(UserError, match=r'another run \(sides: '):
+    with pytest.raises(UserError, match=r'another run \(grids: '):
         job(run, made, model=dataclasses.replace(run.model, sides=(1, 3, 4)))
 
 
@@ -161,12 +163,12 @@ def test_shapes_drawn_otherwise_are_refused(run, made, monkeypatch):
     from star_jax.data import shapes
 
     monkeypatch.setattr(shapes, 'RING_HOLE', 0.4)
-    with pytest.raises(UserError, match=r'another run \(pictures: '):
+    with pytest.raises(UserError, match=r'another run \(images: '):
         job(run, made)
 
 
 def test_a_cache_that_is_not_there_or_not_finished_is_refused(run, place, tmp_path):
-    with pytest.raises(UserError, match='holds no cached codes.*star-jax data cache'):
+    with pytest.raises(UserError, match='holds no encoded images.*star-jax data cache'):
         job(run, tmp_path / 'nothing')
     next((place / 'data').glob('00003-*.npy')).unlink()
     with pytest.raises(UserError, match='not complete, it lacks shard 3'):
@@ -203,24 +205,26 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(tmp_path):
 
     for stop in (14, 21, 40):
         with pytest.raises(KeyboardInterrupt):
-            codes.write(tmp_path / 'data', key, count, lambda first, stop=stop: encode(first, stop))
+            encoded.write(
+                tmp_path / 'data', key, count, lambda first, stop=stop: encode(first, stop)
+            )
         with pytest.raises(UserError, match='not complete'):
-            codes.read(tmp_path / 'data', key, range(count))
-    codes.write(tmp_path / 'data', key, count, encode)
+            encoded.read(tmp_path / 'data', key, range(count), ROW)
+    encoded.write(tmp_path / 'data', key, count, encode)
     assert asked == [0, 10, 20, 40]
-    whole = codes.read(tmp_path / 'data', key, range(count))
+    whole = encoded.read(tmp_path / 'data', key, range(count), ROW)
     np.testing.assert_array_equal(np.concatenate(whole.shards), rows)
-    codes.write(tmp_path / 'data', key, count, lambda first: pytest.fail('it was whole'))
+    encoded.write(tmp_path / 'data', key, count, lambda first: pytest.fail('it was whole'))
 
-    codes.write(tmp_path / 'data', key | {'made': 'otherwise'}, count, lambda _: [rows + 1])
-    other = codes.read(tmp_path / 'data', key | {'made': 'otherwise'}, range(count))
+    encoded.write(tmp_path / 'data', key | {'made': 'otherwise'}, count, lambda _: [rows + 1])
+    other = encoded.read(tmp_path / 'data', key | {'made': 'otherwise'}, range(count), ROW)
     np.testing.assert_array_equal(np.concatenate(other.shards), rows + 1)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / 'thesis.txt').write_text('years of work')
-    with pytest.raises(UserError, match='something else than cached codes'):
-        codes.write(tmp_path, {'examples': 1}, 1, lambda _: [np.zeros((1, 3), np.int32)])
+    with pytest.raises(UserError, match='something else than encoded images'):
+        encoded.write(tmp_path, {'examples': 1}, 1, lambda _: [np.zeros((1, 3), np.int32)])
     assert (tmp_path / 'thesis.txt').exists()
 
 
@@ -246,11 +250,11 @@ def test_a_changed_folder_of_images_has_another_fingerprint(tmp_path):
 
 def test_a_cache_lies_beside_its_set(run, tmp_path):
     beside = dataclasses.replace(run, data=Folder(path=str(tmp_path)))
-    assert cache.place(beside) == tmp_path.with_name(f'{tmp_path.name}.codes')
-    embedded = cache.place(run)
+    assert cache.cache_path(beside) == tmp_path.with_name(f'{tmp_path.name}.codes')
+    embedded = cache.cache_path(run)
     assert embedded.is_relative_to(os.environ['STAR_JAX_CACHE'])
-    assert embedded != cache.place(dataclasses.replace(run, tokenizer='shipped'))
-    assert cache.place(dataclasses.replace(run, cache='here')) == Path('here')
+    assert embedded != cache.cache_path(dataclasses.replace(run, tokenizer='shipped'))
+    assert cache.cache_path(dataclasses.replace(run, cache='here')) == Path('here')
 
 
 def shards(place: Path) -> list[str]:
@@ -259,7 +263,7 @@ def shards(place: Path) -> list[str]:
 
 def test_random_crops_have_no_codes_to_keep(run, tmp_path):
     enlarged = dataclasses.replace(run, enlarge=1.5)
-    with pytest.raises(UserError, match='enlarge 1.5 shows another part'):
+    with pytest.raises(UserError, match='enlarge 1.5 crops an image anew'):
         train.cache(enlarged)
     with pytest.raises(ValueError, match='leave out one of the two'):
         dataclasses.replace(enlarged, cache=str(tmp_path))
@@ -267,7 +271,7 @@ def test_random_crops_have_no_codes_to_keep(run, tmp_path):
 
 def test_training_sees_crops_and_validation_whole_pictures(run):
     job = TransformerJob(dataclasses.replace(run, enlarge=1.5))
-    side, _ = job.tokenizer.resolution
+    side, _ = job.program.tokenizer.resolution
     assert job.source[0]['image'].shape[0] == round(1.5 * side)
     assert job.validation[0]['image'].shape[0] == side
-    assert next(job.batches(0))['codes'].shape == (run.batch, job.model.schedule.length)
+    assert next(job.batches(0)).encoded.shape == (run.batch, job.program.network.schedule.length)

@@ -33,7 +33,7 @@ from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
 from star_jax.nn.positions import Learned
-from star_jax.text import load as load_text
+from star_jax.text.encoder import load as load_text
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 

@@ -29,7 +29,7 @@ from star_jax.data import prepared
 from star_jax.errors import UserError
 from star_jax.evaluation import bootstrap, efficientnet, eval_report, kid
 from star_jax.evaluation.alignment import Alignment
-from star_jax.text import load as load_text
+from star_jax.text.encoder import load as load_text
 from star_jax.tokenizers import perceptual
 
 packaged = pytest.mark.skipif(

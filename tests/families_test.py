@@ -19,7 +19,7 @@ from star_jax.checkpoint.weights import flatten
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.core import condition
-from star_jax.core.codes import Index
+from star_jax.core.codes import Index, Targets
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import NucleusFilter
 from star_jax.core.guidance import StepSettings, guide
@@ -40,10 +40,9 @@ from star_jax.sampling.program import SamplingInputs, compile_program, image_key
 from star_jax.sampling.sampler import sample
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
-from star_jax.training import step as training
 from star_jax.training.optimizer import AdamW
+from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram
 from star_jax.training.schedules import LearningRate
-from star_jax.training.state import build_state
 
 B, T, E, V = 3, 4, 8, 24
 DEPTH, WIDTH, HEADS = 2, 16, 2
@@ -81,6 +80,9 @@ class Pixels(nn.Module):
 
     def inputs(self, codes_BL):
         return codes_BL[:, :-1]
+
+    def training_targets(self, encoded, key):
+        return Targets(self.inputs(encoded), encoded)
 
     def decode(self, canvas):
         image = canvas.reshape(-1, self.schedule.height, self.schedule.width, 1)
@@ -757,40 +759,51 @@ def test_conversion_tables_name_every_parameter_once():
         jax.tree.map(np.testing.assert_array_equal, back.params, params)
 
 
-def test_a_scaled_loss_scales_gradients_and_is_told_as_it_was():
+def test_scaled_loss_scales_gradients_but_not_the_recorded_loss():
     family = raster_family()
     codes = jnp.zeros((B, family.model.schedule.length), jnp.int32)
-    args = (family.rows(range(B)), family.rows([B]), jax.random.key(0))
-    optimizer = AdamW().build(10)
-    params = functools.partial(jax.tree.map, jnp.array, family.params['model'])
-    told = {}
+    inputs = StepInputs(encoded=codes, prompts=family.rows(range(B)))
+    frozen = Frozen(tokenizer={}, empty=family.rows([B]))
+    metrics = {}
     for scale in (1.0, 3.0):
-        recipe = training.Recipe(loss_scale=scale)
-        train = functools.partial(training.train, family.model, family.tokenizer, optimizer, recipe)
-        state = build_state(lambda key: params(), optimizer, False, jax.random.key(0))
-        told[scale] = jax.device_get(jax.jit(train)(state, {}, codes, *args)[1])
-    assert told[3.0]['loss'] == pytest.approx(told[1.0]['loss'])
-    assert told[3.0]['gradient_norm'] == pytest.approx(3 * told[1.0]['gradient_norm'], rel=1e-5)
+        program = training_program(family, 10, Recipe(loss_scale=scale))
+        state = program.start(jax.tree.map(jnp.array, family.params['model']))
+        train = jax.jit(program.train)
+        metrics[scale] = jax.device_get(train(state, frozen, inputs, jax.random.key(0))[1])
+    assert metrics[3.0]['loss'] == pytest.approx(metrics[1.0]['loss'])
+    assert metrics[3.0]['gradient_norm'] == pytest.approx(
+        3 * metrics[1.0]['gradient_norm'], rel=1e-5
+    )
 
 
-def test_the_trainer_teaches_a_raster_what_the_sampler_then_draws():
-    """The same step as a pyramid's: after it, condition b draws picture b."""
+def training_program(family: Family, steps: int, recipe: Recipe, **rates) -> TrainingProgram:
+    optimizer = AdamW(**rates).build(steps)
+    return TrainingProgram(
+        network=family.model, tokenizer=family.tokenizer, optimizer=optimizer, recipe=recipe
+    )
+
+
+def test_raster_is_trained_on_what_the_sampler_generates():
+    """By the same step as a pyramid: afterwards condition b generates image b."""
     family = raster_family()
     model, tokenizer = family.model, family.tokenizer
     grid = np.random.default_rng(3).integers(0, V, (B, 2, 3, 1))
     images = np.rint(grid.repeat(3, -1) / (V - 1) * 255).astype(np.uint8)
-    codes = tokens.encode(tokenizer, {}, images)
     prompted, unprompted = family.rows(range(B)), family.rows([B])
-    optimizer = AdamW(learning_rate=LearningRate(peak=1e-2, warmup_steps=1)).build(200)
-    recipe = training.Recipe(condition_drop=0.1, drop_path=0.1, ema=0.5)
-    init = functools.partial(jax.tree.map, jnp.array, family.params['model'])
-    state = build_state(lambda key: init(), optimizer, True, jax.random.key(0))
-    train = jax.jit(functools.partial(training.train, model, tokenizer, optimizer, recipe))
+    inputs = StepInputs(encoded=tokens.encode(tokenizer, {}, images), prompts=prompted)
+    frozen = Frozen(tokenizer={}, empty=unprompted)
+    recipe = Recipe(condition_drop=0.1, drop_path=0.1, ema=0.5)
+    rates = LearningRate(peak=1e-2, warmup_steps=1)
+    program = training_program(family, 200, recipe, learning_rate=rates)
+    state, train = (
+        program.start(jax.tree.map(jnp.array, family.params['model'])),
+        jax.jit(program.train),
+    )
     losses = []
     for step in range(120):
         key = jax.random.fold_in(jax.random.key(1), step)
-        state, scalars = train(state, {}, codes, prompted, unprompted, key)
-        losses.append(float(scalars['loss']))
+        state, metrics = train(state, frozen, inputs, key)
+        losses.append(float(metrics['loss']))
     assert losses[-1] < losses[0] / 4
     run, _ = sampling(model, tokenizer)
     sampled = run(

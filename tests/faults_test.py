@@ -106,8 +106,8 @@ class Walk:
         self._happens('evaluate', int(state.step))
         return {'validation/loss': float(state.params['x'][1])}
 
-    def picture(self, state: TrainState) -> np.ndarray:
-        self._happens('picture', int(state.step))
+    def sample_grid(self, state: TrainState) -> np.ndarray:
+        self._happens('sample_grid', int(state.step))
         return np.zeros((4, 4, 3), np.uint8)
 
     def export(self, state: TrainState, folder: Path) -> None:
@@ -180,7 +180,7 @@ def send(number: int, place: str, step: int) -> Callable[[str, int], None]:
         (signal.SIGINT, 'batch', 0, 'at step 1, saved'),
         (signal.SIGTERM, 'step', 6, 'at step 7, saved'),
         (signal.SIGINT, 'evaluate', 6, 'at step 6, saved'),
-        (signal.SIGTERM, 'picture', 12, 'at step 12, saved'),
+        (signal.SIGTERM, 'sample_grid', 12, 'at step 12, saved'),
         (signal.SIGINT, 'step', 9, 'at step 10, saved'),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     with faults.Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # `timeout` and shells may send two
-        time.sleep(2 * faults.TOGETHER)
+        time.sleep(2 * faults.ONE_SIGNAL)
         assert stop.asked and ends == []
         os.kill(os.getpid(), signal.SIGTERM)
     assert ends == [130]
@@ -347,15 +347,15 @@ def test_the_order_of_own_images_is_told_by_their_listing(tmp_path, monkeypatch)
 def test_one_process_writes_for_all(tmp_path, monkeypatch):
     """The first one; all compute the same scores and pictures."""
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
-    with logger.begin(tmp_path, 0) as told:
-        told.scalars(1, {'loss': 1.0})
-        told.picture(1, np.zeros((4, 4, 3), np.uint8))
+    with logger.open_logger(tmp_path, 0) as run_logger:
+        run_logger.log(1, {'loss': 1.0})
+        run_logger.log_image(1, np.zeros((4, 4, 3), np.uint8))
     trainer.claim(tmp_path, Walk().run)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    with logger.begin(tmp_path, 0) as told:
-        told.scalars(1, {'loss': 1.0})
-        told.picture(1, np.zeros((4, 4, 3), np.uint8))
+    with logger.open_logger(tmp_path, 0) as run_logger:
+        run_logger.log(1, {'loss': 1.0})
+        run_logger.log_image(1, np.zeros((4, 4, 3), np.uint8))
     found = {path.name.split('.')[0] for path in tmp_path.iterdir()}
     assert found == {'metrics', 'samples', 'events'}
 
@@ -366,7 +366,7 @@ def test_what_a_killed_report_left_is_cleared_away(tmp_path):
     left = [tmp_path / '.metrics.jsonl.0123abcd', tmp_path / 'samples' / '.00000006.png.0123abcd']
     for path in own + left:
         path.touch()
-    logger.begin(tmp_path, 0).__exit__(None)
+    logger.open_logger(tmp_path, 0).__exit__(None)
     assert all(path.exists() for path in own) and not any(path.exists() for path in left)
 
 
@@ -463,7 +463,7 @@ from star_jax.training import train
 if len(sys.argv) > 1:
     sys.path.insert(0, sys.argv[1])
     import faults_test
-    train.job = lambda run: faults_test.Stroll()
+    train.build_job = lambda run: faults_test.Stroll()
 for line in sys.stdin:
     print('status', cli.main(shlex.split(line)), flush=True)
 """

@@ -22,6 +22,7 @@ from star_jax.data import folder, listing, photos, pipeline, splits, verdicts
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.errors import UserError
+from star_jax.files import SHIPPED
 from star_jax.training import train
 from star_jax.training.run import resolve
 
@@ -470,7 +471,7 @@ def test_without_a_place_to_remember_it_goes_on(tmp_path, cache, caplog):
 def test_an_interrupted_reading_keeps_what_is_done(tmp_path, monkeypatch):
     fill(tmp_path, 6)
     monkeypatch.setattr(verdicts, 'PART', 2)
-    monkeypatch.setattr(verdicts.startup, 'cores', lambda: 1)
+    monkeypatch.setattr(verdicts.machine, 'cores', lambda: 1)
     real, looked = photos.shorter_side, []
 
     def look(path: Path) -> int:
@@ -572,7 +573,7 @@ def test_a_folder_trains(tmp_path, caplog):
         data=Folder(path=str(tmp_path / 'mine'), held_out=0.3),
         validation=Folder(split='validation'),
     )
-    job = train.job(run)
+    job = train.build_job(run)
     batches = job.batches(0)
     _, scalars = job.step(0, job.init(), next(batches))
     batches.close()
@@ -589,7 +590,7 @@ def test_validation_without_a_path_is_that_of_the_data(tmp_path):
 
 
 def test_a_tokenizer_without_a_place_is_that_of_init_or_the_shipped_one():
-    assert resolve(tiny.STAR) == dataclasses.replace(tiny.STAR, tokenizer=models.SHIPPED)
+    assert resolve(tiny.STAR) == dataclasses.replace(tiny.STAR, tokenizer=SHIPPED)
     going_on = dataclasses.replace(tiny.STAR, init='runs/mine/model')
     assert resolve(going_on).tokenizer == 'runs/mine/model'
     other = dataclasses.replace(going_on, tokenizer='another')

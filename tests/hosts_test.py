@@ -357,8 +357,8 @@ def test_watchdog_does_nothing_in_a_process_alone():
 
 
 def test_lock_refuses_a_folder_that_is_not_shared(monkeypatch, tmp_path):
-    monkeypatch.setattr(faults, 'SIGHT', 0.1)
+    monkeypatch.setattr(faults, 'FILE_DELAY', 0.1)
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
-    error = pytest.raises(UserError, match='give an --out that all of them share')
+    error = pytest.raises(UserError, match='give an --out that all processes share')
     with error, faults.lock(tmp_path):
         raise AssertionError

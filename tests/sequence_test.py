@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from star_jax.core.codes import Index, Targets
 from star_jax.core.condition import TextCondition
 from star_jax.families.star import Star
 from star_jax.losses import tokens
 from star_jax.nn.transformer import Transformer
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import MeshShape
-from star_jax.tokenizers.residual_vq import VQ
 
 pytestmark = pytest.mark.usefixtures('compiled_here')
 
@@ -47,9 +47,10 @@ def arguments(star: Star, batch: int) -> tuple[Any, jax.Array, jax.Array, TextCo
 
 def loss(model: Transformer, params: Any, *batch: Any) -> tuple[jax.Array, jax.Array]:
     """The mean loss, and that of every token."""
-    codes = model.to_logits.num_logits
-    nll_BL, hit_BL = tokens.token_losses(model, VQ(codes=codes).build(), params, *batch)
-    return nll_BL.mean(), (nll_BL, hit_BL.mean())
+    inputs, codes, condition = batch
+    index, targets = Index(model.to_logits.num_logits), Targets(inputs, codes)
+    losses = tokens.token_losses(model, index, params, targets, condition)
+    return losses.trained_BL.mean(), (losses.nll_BL, losses.hit_BL.mean())
 
 
 def test_eight_devices_compute_the_loss_of_1024_px_that_one_computes():

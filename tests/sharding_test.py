@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +15,8 @@ from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import AXES, MeshShape
-from star_jax.training import step as steps
-from star_jax.training.state import TrainState, abstract_sharded, build_state, init_sharded
+from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram, init_params
+from star_jax.training.state import TrainState, abstract_state, init_sharded
 from star_jax.training.transformer import TransformerJob
 
 pytestmark = pytest.mark.usefixtures('compiled_here')
@@ -33,11 +34,12 @@ def build_mesh(*sizes: int) -> jax.sharding.Mesh:
     return MeshShape(**shape).build(jax.devices()[: int(np.prod(sizes))])
 
 
-def batch() -> tuple[np.ndarray, TextCondition]:
+def batch() -> StepInputs:
     """Codes [B, L] and the conditions of captions."""
     random = np.random.default_rng(0)
     shape = (BATCH, SHAPE.schedule.length)
-    return random.integers(0, SHAPE.codes, shape, dtype=np.int32), text_condition(random, BATCH)
+    codes_BL = random.integers(0, SHAPE.codes, shape, dtype=np.int32)
+    return StepInputs(encoded=codes_BL, prompts=text_condition(random, BATCH))
 
 
 def text_condition(random: np.random.Generator, rows: int) -> TextCondition:
@@ -49,38 +51,42 @@ def text_condition(random: np.random.Generator, rows: int) -> TextCondition:
     )
 
 
-def init(key: jax.Array, ema: bool = False) -> TrainState:
-    """The boxed state of the tiny STAR."""
-    model = SHAPE.build()
-    inputs = np.zeros((1, model.schedule.length - 1, SHAPE.channels), np.float32)
-    condition = text_condition(np.random.default_rng(1), 1)
-    return build_state(
-        lambda key: model.init(key, inputs, condition)['params'], OPTIMIZER, ema, key
-    )
+def init(key: jax.Array) -> Any:
+    """The boxed parameters of the tiny STAR."""
+    return init_params(tiny.STAR, key)
+
+
+def start(params: Any, ema: bool = False) -> TrainState:
+    """The state that starts with them."""
+    return TrainState.start(params, OPTIMIZER, ema=ema)
 
 
 @pytest.fixture(scope='module')
 def single_device_state() -> TrainState:
-    return jax.device_get(init_sharded(init, build_mesh(1, 1, 1), jax.random.key(0)))
+    return jax.device_get(init_sharded(start, init, build_mesh(1, 1, 1), jax.random.key(0)))
 
 
 def losses(shape: tuple[int, ...], state: TrainState) -> list[list[float]]:
     """Loss and gradient norm of three training steps on a mesh, from a given state."""
     mesh = build_mesh(*shape)
-    recipe = steps.Recipe(condition_drop=0.2)
-    model = SHAPE.build().with_sharding(mesh)
-    train = functools.partial(steps.train, model, VQ.build(), OPTIMIZER, recipe)
+    program = TrainingProgram(
+        network=SHAPE.build().with_sharding(mesh),
+        tokenizer=VQ.build(),
+        optimizer=OPTIMIZER,
+        recipe=Recipe(condition_drop=0.2),
+    )
     # The state is not donated: a donated array from the host may share the host's memory.
-    train = jax.jit(train)
-    shardings = rules.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-    state = jax.device_put(state, shardings)
-    codes, prompted = rules.shard_batch(batch(), mesh)
-    frozen = tiny.tokenizer_params(), text_condition(np.random.default_rng(2), 1)
-    frozen, empty = jax.device_put(frozen, rules.replicated(mesh))
+    train = jax.jit(program.train)
+    abstract = abstract_state(start, SHAPE.abstract(), mesh)
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    inputs = rules.shard_batch(batch(), mesh)
+    empty = text_condition(np.random.default_rng(2), 1)
+    frozen = Frozen(tokenizer=tiny.tokenizer_params(), empty=empty)
+    frozen = jax.device_put(frozen, rules.replicated(mesh))
     results = []
     for step in range(3):
         key = jax.random.fold_in(jax.random.key(7), step)
-        state, metrics = train(state, frozen, codes, prompted, empty, key)
+        state, metrics = train(state, frozen, inputs, key)
         results.append([float(metrics['loss']), float(metrics['gradient_norm'])])
     return results
 
@@ -96,12 +102,13 @@ def test_every_mesh_computes_the_same_step(shape, single_device_state, single_de
 
 
 def test_init_sharded_gives_the_same_state_on_every_mesh(single_device_state):
-    state = jax.device_get(init_sharded(init, build_mesh(2, 2, 2), jax.random.key(0)))
+    state = jax.device_get(init_sharded(start, init, build_mesh(2, 2, 2), jax.random.key(0)))
     jax.tree.map(np.testing.assert_array_equal, state, single_device_state)
 
 
 def test_moments_and_averages_have_the_shardings_of_their_parameters():
-    state = abstract_sharded(functools.partial(init, ema=True), build_mesh(2, 2, 2))
+    with_ema = functools.partial(start, ema=True)
+    state = abstract_state(with_ema, SHAPE.abstract(), build_mesh(2, 2, 2))
     shardings = [
         jax.tree.map(lambda leaf: leaf.sharding, tree)
         for tree in (state.params, state.ema, *(optax.tree.get(state.opt, m) for m in MOMENTS))

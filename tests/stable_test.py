@@ -22,6 +22,7 @@ from star_jax.core.settings import Settings, StableSettings
 from star_jax.core.unmasking import SHARES, budgets
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
+from star_jax.losses.refinement import PlainLoss, ReleasedLoss, Unmasking
 from star_jax.nn.bind import bind
 from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
 from star_jax.protocols import StepFns
@@ -35,11 +36,9 @@ from star_jax.sampling.stable import (
     plan_of_settings,
     plan_passes,
 )
-from star_jax.text import load as load_text
-from star_jax.training import faults, trainer
-from star_jax.training import train as story
-from star_jax.training.refinement import PlainLoss, ReleasedLoss, Unmasking
-from star_jax.training.refinement_job import HeadJob
+from star_jax.text.encoder import load as load_text
+from star_jax.training import faults, train, trainer
+from star_jax.training.refinement_job import RefinementJob
 from star_jax.training.run import Pace
 
 B, L, V, C = 2, 16, 12, 3
@@ -329,7 +328,7 @@ def test_head_losses_equal_their_formulas():
 
 def test_modes_show_their_share_of_tokens(keys_B):
     shares = {
-        mode: float(Unmasking(mode=mode).draw(keys_B[0], (500, 20)).mean()) for mode in SHARES
+        mode: float(Unmasking(mode=mode).sample(keys_B[0], (500, 20)).mean()) for mode in SHARES
     }
     means = {'arccos': 2 / np.pi, 'root': 1 / 3, 'linear': 1 / 2, 'square': 2 / 3}
     for mode, mean in (means | {'cosine': 2 / np.pi}).items():
@@ -337,15 +336,15 @@ def test_modes_show_their_share_of_tokens(keys_B):
 
 
 @pytest.fixture(scope='module')
-def job(tmp_path_factory) -> HeadJob:
+def job(tmp_path_factory) -> RefinementJob:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
         place = tiny.write_model(tmp_path_factory.mktemp('base') / 'model')
         sampling = Settings(guidance=1.0, top_k=8, stable=StableSettings(version='new'))
         changes = {'init': place, 'sampling': sampling, 'pace': Pace(steps=1000)}
         run = dataclasses.replace(tiny.STAR, model=MODEL, **changes)
-        made = story.job(run)
-        assert isinstance(made, HeadJob)
+        made = train.build_job(run)
+        assert isinstance(made, RefinementJob)
         made.texts.warm(['a red circle'])
         yield made
 
@@ -375,14 +374,14 @@ def test_training_changes_the_head_alone(job, tmp_path):
     kept, given = weights.flatten(model.params), weights.flatten(base.params)
     assert set(kept) - set(given) == {f'refiner/{name}' for name in head}
     assert all(np.array_equal(kept[name], given[name]) for name in given)
-    again = HeadJob(dataclasses.replace(job.run, init=str(tmp_path / 'model'))).init()
+    again = RefinementJob(dataclasses.replace(job.run, init=str(tmp_path / 'model'))).init()
     same = jax.tree.map(lambda x, y: bool((x == y).all()), again.params, state.params)
     assert all(jax.tree.leaves(same))
 
 
 def test_head_needs_a_trained_model(job):
     with pytest.raises(UserError, match='--init'):
-        HeadJob(dataclasses.replace(job.run, init=''))
+        RefinementJob(dataclasses.replace(job.run, init=''))
 
 
 @pytest.mark.parametrize(
@@ -398,7 +397,7 @@ def test_head_needs_a_trained_model(job):
 )
 def test_head_needs_the_model_that_was_trained(job, field, options):
     with pytest.raises(UserError, match=f'model.{field}: '):
-        HeadJob(dataclasses.replace(job.run, model=dataclasses.replace(MODEL, **options)))
+        RefinementJob(dataclasses.replace(job.run, model=dataclasses.replace(MODEL, **options)))
 
 
 def test_head_needs_the_text_encoder_of_training(job, tmp_path):
@@ -406,13 +405,13 @@ def test_head_needs_the_text_encoder_of_training(job, tmp_path):
     config = tmp_path / 'text' / 'config.json'
     config.write_text(config.read_text() + '\n')
     with pytest.raises(UserError, match='was trained with the text encoder'):
-        HeadJob(dataclasses.replace(job.run, text=str(tmp_path / 'text')))
+        RefinementJob(dataclasses.replace(job.run, text=str(tmp_path / 'text')))
 
 
 def test_head_continues_on_the_model_that_it_started_from(job, tmp_path):
     place, out = tmp_path / 'base', tmp_path / 'run'
     shutil.copytree(job.run.init, place)
-    begun = story.job(dataclasses.replace(job.run, init=str(place)))
+    begun = train.build_job(dataclasses.replace(job.run, init=str(place)))
     stop, console = faults.Stop(), Console(quiet=True)
     stop.asked = True
     assert not trainer.fit(begun, out, console, stop)
@@ -425,6 +424,6 @@ def test_head_continues_on_the_model_that_it_started_from(job, tmp_path):
     params['levels'] = params['levels'] + 1
     weights.save(place / folder.MODEL, params)
     with pytest.raises(UserError, match='has changed since'):
-        trainer.fit(story.job(begun.run), out, console, stop)
+        trainer.fit(train.build_job(begun.run), out, console, stop)
     with pytest.raises(UserError, match='has changed since'):
-        story.export(out, tmp_path / 'model')
+        train.export(out, tmp_path / 'model')

@@ -52,7 +52,7 @@ def home(shared, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp('home')
     config.write(home / 'rotary.json', shared)
     config.write(home / 'learned.json', with_model(shared, positions=Learned()))
-    jobs, build, train = [], story_of_a_run.job, story_of_a_run.main
+    jobs, build, train = [], story_of_a_run.build_job, story_of_a_run.main
 
     def remember(run: Run) -> TransformerJob:
         job = build(run)
@@ -74,7 +74,7 @@ def home(shared, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransformerJob, 'picture', pytest.fail)
         patch.setattr(trainer, '_print_summary', lambda *_: None)  # traces a step to count its work
-        patch.setattr(story_of_a_run, 'job', remember)
+        patch.setattr(story_of_a_run, 'build_job', remember)
         patch.setattr(story_of_a_run, 'main', train_or_invent)
         status, out, err = star_jax(*words(home))
     assert status == 0, err

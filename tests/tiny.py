@@ -10,7 +10,7 @@ from star_jax.checkpoint import folder
 from star_jax.core.schedule import square_grids
 from star_jax.data.shapes import Shapes
 from star_jax.families.star import Star
-from star_jax.text import load as load_text
+from star_jax.text.encoder import load as load_text
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from star_jax.errors import UserError
 from star_jax.parallel.mesh import MeshShape
-from star_jax.text import FeatureCache, load
+from star_jax.text.cache import FeatureCache
+from star_jax.text.encoder import load
 from star_jax.text.encoder_folder import Tensors
 from star_jax.text.t5 import distance_buckets
 from star_jax.text.tokens import Tokens

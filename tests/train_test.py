@@ -12,10 +12,10 @@ from star_jax.checkpoint import weights
 from star_jax.checkpoint.training import Checkpoints
 from star_jax.core.schedule import Pyramid
 from star_jax.errors import UserError
+from star_jax.losses.tokens import token_weights
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import summary
 from star_jax.training.run import Pace, Run
-from star_jax.training.step import token_weights
 from star_jax.training.transformer import TransformerJob
 
 

@@ -42,7 +42,7 @@ def test_rows_go_on_by_their_numbers(adaln):
     small = dataclasses.replace(SMALL, positions=Learned(), shared_adaln=adaln)
     large = dataclasses.replace(small, sides=SIDES)
     old, fresh = state_of(small, 0), state_of(large, 1)
-    begun = warm_start.begin(fresh, warm_start.fitted(old.params, fresh, 'it'))
+    begun = warm_start.start(fresh, warm_start.fit(old.params, fresh, 'it'))
     for kept in (begun.params, begun.ema):
         before, after, other = map(flatten, (old.params, kept, fresh.params))
         for name, array in after.items():
@@ -58,10 +58,10 @@ def test_rows_go_on_by_their_numbers(adaln):
 def test_only_rows_may_be_missing():
     small, large = state_of(SMALL, 0), state_of(dataclasses.replace(SMALL, sides=SIDES), 1)
     with pytest.raises(UserError, match='levels'):
-        warm_start.fitted(large.params, small, 'it')  # of more scales
+        warm_start.fit(large.params, small, 'it')  # of more scales
     wide = state_of(dataclasses.replace(SMALL, sides=SIDES, width=64), 1)
     with pytest.raises(UserError, match='22 of another shape or type'):
-        warm_start.fitted(small.params, wide, 'it')
+        warm_start.fit(small.params, wide, 'it')
 
 
 def test_a_run_begins_with_a_smaller_model_on_any_mesh(places):

@@ -10,15 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from star_jax.bench.benchmark import Args, Benchmark, TimedProgram, random_arrays
 from star_jax.bench.sampling import condition
 from star_jax.core.flops import count_flops
 from star_jax.parallel import rules
-from star_jax.protocols import TokenizerConfig
 from star_jax.training import summary
-from star_jax.training.programs import Programs
+from star_jax.training.program import (
+    COUNTED,
+    Frozen,
+    StepInputs,
+    TrainingProgram,
+    build_program,
+    init_params,
+)
 from star_jax.training.run import Run
 from star_jax.training.state import init_sharded
 
@@ -53,27 +58,39 @@ class TrainingJob:
         run, mesh = self.run, self.run.mesh.build()
         vq = run.model.default_tokenizer()
         summary.check_batch(run.batch, vq.resolution, mesh)
-        programs = self._programs(run, mesh, vq)
-        state = init_sharded(programs.build, mesh, jax.random.key(run.seed))
-        frozen = {
-            'tokenizer': random_arrays(nn.unbox(vq.abstract())),
-            'empty': condition(run.model, 1, self.text_tokens),
-        }
+
+        def build(**changes: Any) -> TrainingProgram:
+            changed = dataclasses.replace(run, **changes)
+            return build_program(changed, mesh, vq.build(), platform=jax.default_backend())
+
+        program, counted = build(), build(**COUNTED)
+        state = init_sharded(
+            program.start,
+            lambda key: program.trained(init_params(run, key)),
+            mesh,
+            jax.random.key(run.seed),
+        )
+        base = nn.unbox(program.base(run.model.abstract()))
+        frozen = Frozen(
+            tokenizer=random_arrays(nn.unbox(vq.abstract())),
+            empty=condition(run.model, 1, self.text_tokens),
+            base=random_arrays(base) if base else None,
+        )
         frozen = jax.device_put(frozen, rules.replicated(mesh))
         shape = (run.batch, run.model.schedule.length)
         codes_BL = np.random.default_rng(0).integers(0, run.model.codes, shape, np.int32)
-        batch = {'codes': codes_BL, 'text': condition(run.model, run.batch, self.text_tokens)}
+        batch = StepInputs(
+            encoded=codes_BL, prompts=condition(run.model, run.batch, self.text_tokens)
+        )
         batch = jax.device_put(batch, rules.batch_sharding(mesh))
         args = (state, frozen, batch, jax.random.key(0))
-        # Operations that remat repeats count once, and those inside of kernels count, too.
-        counted = programs.plain
         return Benchmark(
             main=TimedProgram(
-                jax.jit(programs.train, donate_argnums=0), args, count_flops(counted.train, *args)
+                jax.jit(program.train, donate_argnums=0), args, count_flops(counted.train, *args)
             ),
             parts={
                 'forward': TimedProgram(
-                    jax.jit(_forward(programs)), None, count_flops(_forward(counted), *args)
+                    jax.jit(_forward(program)), None, count_flops(_forward(counted), *args)
                 )
             },
             remainder='backward and update',
@@ -83,16 +100,12 @@ class TrainingJob:
             next_args=_next_args,
         )
 
-    def _programs(self, run: Run, mesh: Mesh, vq: TokenizerConfig) -> Programs:
-        platform = jax.default_backend()
-        return Programs(run, mesh, vq, None, inside=False, platform=platform)
 
-
-def _forward(programs: Programs) -> Callable[..., Any]:
+def _forward(program: TrainingProgram) -> Callable[..., Any]:
     """The loss at the state before a step, with the arguments of the step."""
 
     def forward(state: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
-        return programs.score(state.params, frozen, batch)
+        return program.score(state.params, frozen, batch, key)
 
     return forward
 

@@ -180,13 +180,15 @@ def digest(folder: str | Path) -> str:
 
 
 def find(source: str | Path) -> Path:
-    """The local folder of a source: a folder, or a hub id `owner/name`, which is downloaded.
+    """The local folder of a source: 'shipped', a folder, or a hub id `owner/name`.
 
-    Only configs and safetensors are downloaded, to the cache of the hub's client.
+    Of a hub id, configs and safetensors are downloaded to the cache of the hub's client.
 
     Raises:
         UserError: there is no such folder, and no such hub id.
     """
+    if str(source) == files.SHIPPED:
+        return files.shipped_folder()
     if os.path.isdir(source):  # unlike Path.is_dir, it never raises
         return Path(source)
     if not HUB_ID.fullmatch(str(source)):

@@ -11,8 +11,6 @@ from star_jax.checkpoint import folder, weights
 from star_jax.core.settings import Settings
 from star_jax.families.fit import check_tokenizer
 
-SHIPPED = 'shipped'
-
 Part = TypeVar('Part', folder.StoredModel, folder.StoredTokenizer)
 
 
@@ -26,7 +24,7 @@ def read(source: str | Path) -> folder.StoredModel:
         UserError: `folder.read` refuses the folder, weights do not fit their config, or the
             tokenizer does not fit the transformer.
     """
-    path = locate(source)
+    path = folder.find(source)
     model = folder.read(path)
     check_tokenizer(
         model.config,
@@ -42,30 +40,23 @@ def read(source: str | Path) -> folder.StoredModel:
 
 def read_tokenizer(source: str | Path) -> folder.StoredTokenizer:
     """Reads the tokenizer of any model folder; raises as `read`."""
-    path = locate(source)
+    path = folder.find(source)
     return _with_checked_params(folder.read_tokenizer(path), path / folder.TOKENIZER)
 
 
 def has_only_tokenizer(source: str | Path) -> bool:
     """Whether a model folder has no transformer."""
-    return folder.has_only_tokenizer(locate(source))
+    return folder.has_only_tokenizer(folder.find(source))
 
 
 def read_sampling(source: str | Path) -> Settings:
     """Reads the recommended sampling settings of a model."""
-    return folder.read_sampling(locate(source))
+    return folder.read_sampling(folder.find(source))
 
 
 def digest(source: str | Path) -> str:
     """SHA-256 over the files of a model folder, hexadecimal."""
-    return folder.digest(locate(source))
-
-
-def locate(source: str | Path) -> Path:
-    """The folder of a model; raises as `folder.find`."""
-    if str(source) == SHIPPED:
-        return Path(__file__).parents[1] / SHIPPED
-    return folder.find(source)
+    return folder.digest(folder.find(source))
 
 
 def _with_checked_params(part: Part, path: Path) -> Part:

@@ -16,6 +16,7 @@ from star_jax.core import pixels
 from star_jax.data.folder import MOST_ENLARGED
 from star_jax.data.photos import MOST_ASPECT
 from star_jax.errors import UserError
+from star_jax.files import SHIPPED
 from star_jax.losses.tokenizer import psnr
 from star_jax.nn.bind import bind
 from star_jax.parallel import startup
@@ -38,7 +39,7 @@ class Reconstruct:
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
-    model: str = models.SHIPPED
+    model: str = SHIPPED
     out: Path = Path('reconstructed')
 
 

@@ -18,6 +18,7 @@ from star_jax.commands import arguments
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
+from star_jax.files import SHIPPED
 from star_jax.parallel import startup
 from star_jax.parallel.mesh import MeshShape
 from star_jax.protocols import CrossAttentionMode
@@ -59,7 +60,7 @@ class Sample:
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     prompts: Path | None = None
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name='class')] = ()
-    model: str = models.SHIPPED
+    model: str = SHIPPED
     text: str = ''
     out: Path = Path('samples')
     seed: int = 0

@@ -104,7 +104,7 @@ def to_folder(
         state_dicts |= {'tokenizer': tokenizer_file['tokenizer']}
     elif tokenizer:
         image_tokenizer = models.read_tokenizer(tokenizer)
-        ignored_file = models.locate(tokenizer) / folder.IGNORED
+        ignored_file = folder.find(tokenizer) / folder.IGNORED
     parts, grids = {}, ()
     if 'transformer' in state_dicts:
         parts['transformer'] = part = _part(state_dicts['transformer'], options, str(file))

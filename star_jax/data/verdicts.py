@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from star_jax import files
 from star_jax.data import photos
-from star_jax.parallel import startup
+from star_jax.parallel import machine
 
 FORM = f'1, Pillow {PIL.__version__}'  # of what is remembered; another Pillow reads other files
 PART = 256  # pictures given to the threads at once: ctrl-c waits for those in work alone
@@ -47,11 +47,11 @@ def judge(root: Path, names: Sequence[str]) -> dict[str, Verdict]:
 
     Interrupted, it has remembered what is done.
     """
-    place = startup.cache_folder() / 'folders' / f'{_digest(str(root.resolve()))}.json'
+    place = files.cache_folder() / 'folders' / f'{_digest(str(root.resolve()))}.json'
     known = _recall(place)
     stamps = {name: stamp(root / name) for name in names}
     missing = [name for name in names if _unknown(known.get(name), stamps[name])]
-    pool = ThreadPoolExecutor(startup.cores())
+    pool = ThreadPoolExecutor(machine.cores())
     try:
         with _bar(len(missing)) as bar:
             task = bar.add_task(f'reading the images of {root}', total=len(missing))

@@ -18,7 +18,7 @@ from star_jax.parallel import machine
 from star_jax.protocols import CrossAttentionMode
 from star_jax.sampling import loading
 from star_jax.sampling.pipeline import Pipeline
-from star_jax.text import TextEncoder
+from star_jax.text.encoder import TextEncoder
 
 # (bits of work, how many, what is done) -> the same bits, while somebody shows how far it is.
 Track = Callable[[Iterable, int, str], Iterable]

@@ -13,7 +13,8 @@ from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.evaluation import bootstrap
 from star_jax.losses import tokens
-from star_jax.text import FeatureCache, TextEncoder
+from star_jax.text.cache import FeatureCache
+from star_jax.text.encoder import TextEncoder
 
 Predict = Callable[[Source], Iterable['Predicted']]
 
@@ -38,8 +39,10 @@ def compile_model(model: StoredModel, encoder: TextEncoder, dtype: str, batch: i
 
     @jax.jit
     def program(params: Any, frozen: Any, images: jax.Array, text: TextCondition) -> Predicted:
-        codes_BL = tokens.encode(tokenizer, frozen, images)
-        return Predicted(*tokens.score(network, tokenizer, params, frozen, codes_BL, text))
+        encoded = tokens.encode(tokenizer, frozen, images)
+        targets = tokens.held_out_targets(tokenizer, frozen, encoded)
+        losses = tokens.token_losses(network, tokenizer.codes, params, targets, text)
+        return Predicted(losses.nll_BL, losses.hit_BL)
 
     def predict(source: Source) -> Iterable[Predicted]:
         for some in pipeline.sequential(source, batch):

@@ -1,11 +1,11 @@
-"""How well does a transformer predict the codes of images?
+"""How well does a transformer predict the tokens of images?
 
-Codes of a frozen tokenizer, teacher forcing, cross-entropy (STAR specification 4): what a training
-step descends and what every held-out loss reports.
+Teacher forcing and cross-entropy (STAR specification 4): training minimises these losses, and
+evaluation reports them for held-out images. Suffixes: B batch, L tokens, R rows (tokens, and the
+padding that a mesh needs), D width, V logits.
 """
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,74 +13,103 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import pixels
+from star_jax.core.codes import Codes, Targets
 from star_jax.core.schedule import Schedule
+from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 
-Scalars = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 
 
-def score(
-    model: Transformer,
-    tokenizer: nn.Module,
-    params: Any,
-    frozen: Any,
-    codes_BL: jax.Array,
-    prompted: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and hit of every token, [B, L], nothing dropped."""
-    inputs = teach(tokenizer, frozen, codes_BL)
-    return token_losses(model, tokenizer, params, inputs, codes_BL, prompted)
+class TokenLosses(NamedTuple):
+    """The losses of every token, [B, L] float32 each.
 
-
-def encode(tokenizer: nn.Module, frozen: Any, images: jax.Array) -> jax.Array:
-    """Codes [B, L] int32 of uint8 images [B, H, W, 3].
-
-    A program of its own, so that codes kept on disk are those that training computes.
+    Attributes:
+        trained_BL: negative log-likelihood in nats, with label smoothing: training minimises it.
+        nll_BL: negative log-likelihood in nats.
+        hit_BL: 1 where the most probable code is the right one.
     """
-    return tokenizer.apply({'params': frozen}, pixels.to_signed(images), method='encode')
+
+    trained_BL: jax.Array
+    nll_BL: jax.Array
+    hit_BL: jax.Array
 
 
-def teach(tokenizer: nn.Module, frozen: Any, codes_BL: jax.Array) -> jax.Array:
-    """The inputs that teacher forcing makes of codes: of all steps but the first."""
-    return tokenizer.apply({'params': frozen}, codes_BL, method='inputs')
+def encode(tokenizer: nn.Module, params: Any, images: jax.Array) -> jax.Array:
+    """What the tokenizer makes of uint8 images [B, H, W, 3].
+
+    Compile it as a program of its own: then a cache on disk holds exactly what training computes.
+    """
+    return bind(tokenizer, params).encode(pixels.to_signed(images))
+
+
+def held_out_targets(tokenizer: nn.Module, params: Any, encoded: jax.Array) -> Targets:
+    """Inputs and labels of encoded held-out images: with a fixed key, so that losses compare."""
+    return bind(tokenizer, params).training_targets(encoded, jax.random.key(0))
 
 
 def token_losses(
-    model: Transformer,
-    tokenizer: nn.Module,
+    network: Transformer,
+    codes: Codes,
     params: Any,
-    inputs: jax.Array,
-    codes_BL: jax.Array,
-    conditions: Any,
+    targets: Targets,
+    condition: Any,
+    *,
     rows: jax.Array | None = None,
     paths: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and hit of every token that is kept, [B, L] float32.
+    smoothing: float = 0.0,
+) -> TokenLosses:
+    """The losses of every token that is kept.
 
-    `rows` are those that token dropping keeps (None: all), `paths` scales of stochastic depth.
+    Args:
+        network: the transformer, with its `params`.
+        codes: how its logits are read.
+        targets: inputs and labels.
+        condition: one row per image.
+        rows: the rows that token dropping keeps (None: all).
+        paths: scales of stochastic depth, as of `drop_paths` (None: 1).
+        smoothing: label smoothing e; the trained loss of a token is (1 - e) times its cross-entropy
+            plus e times the mean of -log p over all codes.
     """
-    apply = functools.partial(model.apply, {'params': params})
-    features_BRD = apply(inputs, conditions, rows, paths, method='features')
-    logits_BRV = apply(features_BRD, conditions, method='head')
-    # Codes go to the rows that draw them, for rows that are split over devices cannot move cheaply.
-    at_L = model.schedule.sampled_rows if rows is None else np.arange(len(rows))
-    codes_BL = codes_BL if rows is None else codes_BL[:, rows]
-    shape = (*features_BRD.shape[:2], *codes_BL.shape[2:])
-    codes_BR = jnp.zeros(shape, codes_BL.dtype).at[:, at_L].set(codes_BL)
-    codes = tokenizer.codes
-    nll_BR, hit_BR = codes.nll(logits_BRV, codes_BR), codes.hits(logits_BRV, codes_BR)
-    return nll_BR[:, at_L], hit_BR[:, at_L]
+    network = bind(network, params)
+    features_BRD = network.features(targets.inputs_BLC, condition, rows, paths)
+    logits = codes.parse(network.head(features_BRD, condition))
+    # Labels move to the rows that predict them: rows that are sharded cannot move cheaply.
+    at_L = network.schedule.sampled_rows if rows is None else np.arange(len(rows))
+    labels = targets.codes_BL if rows is None else targets.codes_BL[:, rows]
+    shape = (*features_BRD.shape[:2], *labels.shape[2:])
+    labels = jnp.zeros(shape, labels.dtype).at[:, at_L].set(labels)
+    nll_BR = codes.nll(logits, labels)
+    trained_BR = codes.nll(logits, labels, smoothing) if smoothing else nll_BR
+    losses = (trained_BR, nll_BR, codes.hits(logits, labels))
+    return TokenLosses(*(loss_BR[:, at_L] for loss_BR in losses))
 
 
-def scales(schedule: Schedule, nll_L: jax.Array, hit_L: jax.Array) -> Scalars:
-    """Means over all tokens and over those of each scale.
+def mean_per_scale(schedule: Schedule, nll_L: jax.Array, hit_L: jax.Array) -> Metrics:
+    """Loss and accuracy, averaged over all tokens and over those of each scale.
 
-    Dropped tokens are of the last scale, so the first L of the schedule's tokens tell the scale.
+    Token dropping drops tokens of the last scale, so the first tokens of the schedule are kept.
     """
-    scalars = {'loss': nll_L.mean(), 'accuracy': hit_L.mean()}
+    metrics = {'loss': nll_L.mean(), 'accuracy': hit_L.mean()}
     scale_L = schedule.scale_of_token[: len(nll_L)]
     count = int(scale_L.max()) + 1
     for scale in range(count if count > 1 else 0):
-        here = scale_L == scale
-        scalars |= {f'loss/{scale}': nll_L[here].mean(), f'accuracy/{scale}': hit_L[here].mean()}
-    return scalars
+        in_scale_L = scale_L == scale
+        metrics |= {
+            f'loss/{scale}': nll_L[in_scale_L].mean(),
+            f'accuracy/{scale}': hit_L[in_scale_L].mean(),
+        }
+    return metrics
+
+
+def token_weights(schedule: Schedule, count: int, balance: float) -> np.ndarray:
+    """[count] float32 weights of the first tokens of a schedule in the loss; their mean is 1.
+
+    Args:
+        schedule: tells the scale of each token.
+        count: tokens that are kept; token dropping drops tokens of the last scale.
+        balance: 0 weights all tokens equally, 1 weights all scales equally.
+    """
+    scale_L = schedule.scale_of_token[:count]
+    weights_L = np.bincount(scale_L)[scale_L].astype(np.float32) ** -balance
+    return weights_L / weights_L.mean()

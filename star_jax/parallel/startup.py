@@ -6,14 +6,10 @@ import pathlib
 
 import jax
 
-from star_jax.parallel import compilation_cache, hosts
+from star_jax import files
+from star_jax.parallel import compilation_cache, hosts, machine
 
 MAX_HOST_DEVICES = 8
-
-
-def cache_folder() -> pathlib.Path:
-    """The folder of all caches: $STAR_JAX_CACHE, or ~/.cache/star_jax."""
-    return pathlib.Path(os.environ.get('STAR_JAX_CACHE') or '~/.cache/star_jax').expanduser()
 
 
 def start(*, distributed: bool = False) -> None:
@@ -29,7 +25,7 @@ def start(*, distributed: bool = False) -> None:
             that JAX has the devices of all. Raises UserError as `hosts.connect` does.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'xla'))
+        jax.config.update('jax_compilation_cache_dir', str(files.cache_folder() / 'xla'))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
     folder = jax.config.jax_compilation_cache_dir
     if folder and '://' not in folder:
@@ -41,13 +37,6 @@ def start(*, distributed: bool = False) -> None:
         hosts.connect()
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _host_devices() -> int:
     """One device per core, rounded down to a power of two."""
-    return min(2 ** (cores().bit_length() - 1), MAX_HOST_DEVICES)
+    return min(2 ** (machine.cores().bit_length() - 1), MAX_HOST_DEVICES)

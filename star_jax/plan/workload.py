@@ -21,6 +21,7 @@ from star_jax.core.buckets import Buckets, choose
 from star_jax.core.flops import count_kinds
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
+from star_jax.files import SHIPPED
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
@@ -29,8 +30,10 @@ from star_jax.sampling import program
 from star_jax.text.encoder import abstract_encoder
 from star_jax.text.encoder_folder import locate
 from star_jax.text.hf_config import PUBLISHED
-from star_jax.training.programs import HeadPrograms, Programs
+from star_jax.training import program as training_program
+from star_jax.training.program import Frozen, StepInputs, TrainingProgram
 from star_jax.training.run import Run, resolve
+from star_jax.training.state import abstract_state
 
 TRAINING_STEP = 'training step'
 
@@ -77,51 +80,56 @@ def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
     vq, tokenizer_note = _tokenizer(run)
     encoder, text_note = _encoder(run)
     inside = run.features == 'inside' or not run.model.text_width
-    kind = HeadPrograms if run.model.refinement else Programs
+    encode_prompts = encoder.apply if inside else None
 
-    def build(**changes: Any) -> Programs:
+    def build(**changes: Any) -> TrainingProgram:
         changed = dataclasses.replace(run, **changes)
-        return kind(changed, mesh, vq, encoder, inside=inside, platform=platform)
+        return training_program.build_program(
+            changed, mesh, vq.build(), platform=platform, encode_prompts=encode_prompts
+        )
 
-    programs, countable = build(), build(attention='by_scale')
-    state = programs.abstract()
+    step_program, params = build(), run.model.abstract()
+    state = abstract_state(step_program.start, step_program.trained(params), mesh)
     prompts, features = _prompts_and_condition(encoder, run.batch)
-    frozen = {
-        'tokenizer': rules.abstract(vq.abstract(), mesh, ' of the tokenizer'),
-        'encoder': {},
-        'empty': _replicated(_prompts_and_condition(encoder, 1)[1], mesh),
-    }
+    tokenizer_params = rules.abstract(vq.abstract(), mesh, ' of the tokenizer')
+    encoder_params, base = {}, step_program.base(params)
     if inside:
-        frozen['encoder'] = rules.abstract(encoder.abstract_params(), mesh, ' of the text encoder')
-    if isinstance(programs, HeadPrograms):
-        base = jax.eval_shape(programs.init_base, jax.random.key(0))
-        frozen['base'] = rules.abstract(base, mesh)
-    codes_BL = jax.ShapeDtypeStruct((run.batch, programs.model.schedule.length), jnp.int32)
-    batch = _split_batch({'codes': codes_BL, 'text': prompts if inside else features}, mesh)
+        encoder_params = rules.abstract(encoder.abstract_params(), mesh, ' of the text encoder')
+    frozen = Frozen(
+        tokenizer=tokenizer_params,
+        empty=_replicated(_prompts_and_condition(encoder, 1)[1], mesh),
+        encoder=encoder_params,
+        base=rules.abstract(base, mesh),
+    )
+    encoded = step_program.abstract_encoded(tokenizer_params, run.batch)
+    batch = StepInputs(encoded=encoded, prompts=prompts if inside else features)
+    batch = _split_batch(batch, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (state, frozen, batch, _replicated(key, mesh))
     encoding = {}
     if not run.cache:
         shape = (run.batch, *vq.resolution, 3)
         images = _split_batch(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
-        encoding = {'tokenizer': Program(programs.encode, (frozen['tokenizer'], images))}
+        encode = jax.jit(step_program.encode, out_shardings=rules.batch_sharding(mesh))
+        encoding = {'tokenizer': Program(encode, (tokenizer_params, images))}
     resident = {
         'parameters': state.params,
         'optimizer': state.opt,
         'averages': state.ema,
-        'frozen model': frozen.get('base'),
-        'text encoder': frozen['encoder'],
-        'tokenizer': frozen['tokenizer'],
+        'frozen model': frozen.base,
+        'text encoder': frozen.encoder,
+        'tokenizer': frozen.tokenizer,
         'batch': batch,
     }
-    step = Program(jax.jit(programs.train, donate_argnums=0), args)
+    countable, needed = build(attention='by_scale'), build(**training_program.COUNTED)
+    step = Program(jax.jit(step_program.train, donate_argnums=0), args)
     return Workload(
         images=run.batch,
         programs={TRAINING_STEP: step} | encoding,
         resident={name: tree for name, tree in resident.items() if jax.tree.leaves(tree)},
         trained=state.params,
         counted_programs={TRAINING_STEP: Program(countable.train, args)} | encoding,
-        needed_programs={TRAINING_STEP: Program(programs.plain.train, args)} | encoding,
+        needed_programs={TRAINING_STEP: Program(needed.train, args)} | encoding,
         notes=tuple(filter(None, (tokenizer_note, text_note))),
     )
 
@@ -200,7 +208,7 @@ def device_bytes(tree: Any) -> int:
 def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
     """The tokenizer that the run names; otherwise the published one, and a note that says so."""
     path, model = resolve(run).tokenizer, run.model
-    if path == models.SHIPPED or os.path.isdir(path):
+    if path == SHIPPED or os.path.isdir(path):
         vq = models.read_tokenizer(path).config.at(model.schedule)
         check_tokenizer(
             model,

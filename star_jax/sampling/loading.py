@@ -10,7 +10,7 @@ from star_jax.core.buckets import Buckets
 from star_jax.errors import UserError
 from star_jax.protocols import CrossAttentionMode, PromptEncoder
 from star_jax.sampling.pipeline import Pipeline
-from star_jax.text import load as load_text
+from star_jax.text.encoder import load as load_text
 
 
 def load(

@@ -99,7 +99,7 @@ def main(study: Study, out: Path, console: Console) -> bool:
     rounds = study.rounds(out)
     runs = [study_run for round_ in rounds for study_run in round_]
     for study_run in runs:
-        train.check_places(study_run.folder)
+        train.check_out(study_run.folder)
         trainer.check(study_run.folder, study_run.run)
     missing = [
         study_run
@@ -174,8 +174,8 @@ class _Progress:
 
 def _job_without_samples(run: Run) -> trainer.Job:
     """A job that samples no grids: their program takes the longest to compile."""
-    job = train.job(run)
-    job.picture = lambda state: None
+    job = train.build_job(run)
+    job.sample_grid = lambda state: None
     return job
 
 
@@ -190,4 +190,4 @@ def _unequal_conditions(first: Run, other: Run) -> list[str]:
 def _count_parameters(runs: list[results.StudyRun]) -> dict[str, int]:
     """Parameters by config; building every job first finds a faulty config before hours pass."""
     configs = {study_run.config: study_run.run for study_run in runs}
-    return {name: results.count_parameters(train.job(run)) for name, run in configs.items()}
+    return {name: results.count_parameters(train.build_job(run)) for name, run in configs.items()}

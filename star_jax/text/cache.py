@@ -28,9 +28,9 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save
 
+from star_jax import files
 from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
-from star_jax.parallel import startup
 from star_jax.text.encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class FeatureCache:
 
     def __init__(self, encoder: TextEncoder, root: Path | None = None):
         self.encoder = encoder
-        self.folder = (root or startup.cache_folder()) / 'text' / encoder.identity
+        self.folder = (root or files.cache_folder()) / 'text' / encoder.identity
         self._rows: dict[bytes, tuple[int, int]] = {}  # caption key -> (segment, row)
         self._segments: list[Path] = []
         self._indexed: set[str] = set()

@@ -1,12 +1,12 @@
-"""Where do cached codes and text features of a run's sets lie, and what must have made them?
+"""Where are encoded images and text features of a run stored, and what must have made them?
 
-    data/         the codes of the training pictures (`star_jax.data.codes`)
-    validation/   those of the held-out ones
+    data/         the encoded training images (`star_jax.data.encoded`)
+    validation/   the encoded images of the validation set
     text/         the features of all captions (`star_jax.text.cache`)
 
-A folder serves every run with the same tokenizer, scales, text encoder and sets, whatever it
-trains on them. It may be moved with its sets, but for a folder of images, whose files are known by
-the times of their last change.
+A folder serves every run with the same tokenizer, scales, text encoder and sets, whatever it trains
+on them. It may be moved together with its sets, except for a folder of images: its files are
+compared by the times of their last change.
 """
 
 import dataclasses
@@ -25,15 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from star_jax import files
 from star_jax.checkpoint import config, weights
 from star_jax.checkpoint.folder import StoredTokenizer
-from star_jax.core.classes import Classes
-from star_jax.data import codes, pipeline
+from star_jax.data import encoded, pipeline
 from star_jax.data.pipeline import Source
-from star_jax.parallel import startup
-from star_jax.text import FeatureCache, TextEncoder
+from star_jax.protocols import PromptEncoder
+from star_jax.text.cache import FeatureCache
 from star_jax.training.run import Data, Run
 
 SETS = ('data', 'validation')  # of a run
-DIGITS = 16  # of a digest in a key: nobody forges them, and a message can show them
+DIGITS = 16  # of a digest in a key, which needs to be readable, not secure
 
 Sources = Mapping[str, Source]
 Encode = Callable[[np.ndarray], jax.Array]
@@ -41,52 +40,64 @@ Encode = Callable[[np.ndarray], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What makes the codes and text features of a run."""
+    """What makes the encoded images and text features of a run.
+
+    Attributes:
+        run: the config.
+        tokenizer: encodes the images.
+        prompt_encoder: encodes the captions.
+    """
 
     run: Run
     tokenizer: StoredTokenizer
-    encoder: TextEncoder | Classes
+    prompt_encoder: PromptEncoder
 
-    def key(self, name: str, source: Source) -> codes.Key:
-        """All that the codes of the set `name` ('data' or 'validation') depend on."""
+    def key(self, name: str, source: Source) -> encoded.Key:
+        """Everything that the encoded images of the set `name` depend on."""
         return {
             'tokenizer': _digest(self.tokenizer),
             'grids': list(map(list, self.run.model.schedule.grids)),
-            'text': self.encoder.identity[:DIGITS],
+            'text': self.prompt_encoder.identity[:DIGITS],
             name: _settings(getattr(self.run, name)),
-            'pictures': source.fingerprint()[:DIGITS],
+            'images': source.fingerprint()[:DIGITS],
             'examples': len(source),
         }
 
-    def read(self, folder: Path, sources: Sources) -> Sources:
-        """The sources with codes in place of images; UserErrors as of `codes.read`."""
+    def read(self, folder: Path, sources: Sources, example: encoded.ArraySpec) -> Sources:
+        """The sources, with encoded images like `example`; UserErrors as of `encoded.read`."""
         return {
-            name: codes.read(folder / name, self.key(name, source), source)
+            name: encoded.read(folder / name, self.key(name, source), source, example)
             for name, source in sources.items()
         }
 
     def write(self, folder: Path, sources: Sources, encode: Encode) -> None:
-        """Fills a folder; what is there already and still true stays.
+        """Fills a folder; whatever it holds already and is still valid stays.
 
-        `encode` makes codes of exactly `run.batch` pictures. UserErrors as of `codes.write`.
+        Args:
+            folder: the cache.
+            sources: the sets, by name.
+            encode: encodes exactly `run.batch` uint8 images.
+
+        Raises:
+            UserError: as of `encoded.write`.
         """
         for name, source in sources.items():
             with _bar() as bar:
                 blocks = _Blocks(source, encode, self.run.batch, bar, f'encoding {name}')
-                codes.write(folder / name, self.key(name, source), len(source), blocks)
-        if keeps_features(self.run, self.encoder):
-            texts = FeatureCache(self.encoder, folder)
-            texts.warm(_captions(sources), other=FeatureCache(self.encoder))
+                encoded.write(folder / name, self.key(name, source), len(source), blocks)
+        if keeps_features(self.run, self.prompt_encoder):
+            texts = FeatureCache(self.prompt_encoder, folder)
+            texts.warm(_captions(sources), other=FeatureCache(self.prompt_encoder))
 
 
-def keeps_features(run: Run, encoder: TextEncoder | Classes) -> bool:
-    """Whether what an encoder makes of prompts is kept on disk: not where it computes nothing."""
-    return run.features == 'cached' and bool(encoder.params)
+def keeps_features(run: Run, prompt_encoder: PromptEncoder) -> bool:
+    """Whether encoded prompts are cached on disk; never if encoding them computes nothing."""
+    return run.features == 'cached' and bool(prompt_encoder.params)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """The codes of a source from any example on, a batch at a time."""
+    """The encoded images of a source from any example on, a batch at a time."""
 
     source: Source
     encode: Encode
@@ -105,10 +116,10 @@ class _Blocks:
             self.bar.update(task, completed=done, rate=rate)
 
 
-def place(run: Run) -> Path:
-    """Where the cache of a run belongs: where it says, else beside the set of a folder.
+def cache_path(run: Run) -> Path:
+    """The folder of a run's cache: the one that it names, or one beside its folder of images.
 
-    The embedded set has no folder; its caches lie in the user's cache folder.
+    The embedded set has no folder: its caches are in the user's cache folder.
     """
     if run.cache:
         return Path(run.cache)
@@ -119,18 +130,18 @@ def place(run: Run) -> Path:
     named = hashlib.sha256(
         repr((settings, run.tokenizer, run.model.schedule.grids)).encode()
     ).hexdigest()
-    return startup.cache_folder() / 'codes' / f'{type(run.data).__name__.lower()}-{named[:DIGITS]}'
+    return files.cache_folder() / 'codes' / f'{type(run.data).__name__.lower()}-{named[:DIGITS]}'
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError where no cache can be written in a folder."""
+    """Raises UserError if no cache can be written to a folder."""
     files.check_folder(folder)
     for name in SETS:
-        codes.check_free(folder / name)
+        encoded.check_free(folder / name)
 
 
 def _digest(tokenizer: StoredTokenizer) -> str:
-    """Of a tokenizer's weights and config, but for its scales: one serves several."""
+    """The digest of a tokenizer's weights and config, except for its scales."""
     sizes = {k: v for k, v in config.to_json(tokenizer.config).items() if k != 'grids'}
     digest = hashlib.sha256(repr(sizes).encode())
     for name, array in weights.flatten(tokenizer.params).items():
@@ -140,15 +151,15 @@ def _digest(tokenizer: StoredTokenizer) -> str:
 
 
 def _settings(data: Data) -> dict:
-    """Those of a set but for its place: it may be moved, and its files are looked at."""
+    """The settings of a set except for its path: it may be moved, and its files are compared."""
     settings = {'set': type(data).__name__, **config.to_json(data)}
     return {name: value for name, value in settings.items() if name != 'path'}
 
 
 def _captions(sources: Sources) -> list[str]:
     """All captions of all sets."""
-    found = (map(source.captions, range(len(source))) for source in sources.values())
-    return list(itertools.chain.from_iterable(itertools.chain.from_iterable(found)))
+    captions = (map(source.captions, range(len(source))) for source in sources.values())
+    return list(itertools.chain.from_iterable(itertools.chain.from_iterable(captions)))
 
 
 def _bar() -> Progress:

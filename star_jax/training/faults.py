@@ -1,8 +1,8 @@
-"""What may break in the night, and how is it met?
+"""How does a run handle signals, a second run, a full disk and non-finite numbers?
 
-A signal asks the loop to stop, a lock keeps two runs out of one folder, a full disk is told in one
-sentence, and what is no number any more is named. A kill needs nothing of this: whatever is on
-disk is whole at any moment (see `checkpoint/training.py`).
+A signal asks the trainer to stop, a lock keeps two runs out of one folder, a full disk becomes one
+sentence, and non-finite metrics and arrays are named. A kill needs none of this: the files on disk
+are complete at any moment (see `checkpoint/training.py`).
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from star_jax.errors import RunError, UserError
 from star_jax.parallel import peer_watchdog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-AT_ONCE = 130  # the exit status of a second signal, as shells have it for ctrl-c
-TOGETHER = 0.5  # seconds in which signals count as one: `timeout` sends its own twice
+INTERRUPTED = 130  # exit status after a second signal, as shells have it for ctrl-c
+ONE_SIGNAL = 0.5  # seconds in which signals count as one: `timeout` sends its own twice
 NOTICE = b'\nstopping after this step and saving; once more stops at once\n'
-LATE = 2  # steps under way at most (`report.AHEAD`): their results are there
-LOCK = '.lock'  # in the run's folder; the kernel lets go of it when the process dies
-SIGHT = 30  # seconds that a network's file system may take to show a file elsewhere
+DELAY = 2  # steps until an answer is read: as many as are dispatched (`logger.STEPS_AHEAD`)
+LOCK = '.lock'  # in the run's folder; the kernel releases it when the process dies
+FILE_DELAY = 30  # seconds until a file written on one machine must be visible on another
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN = 3  # names in one message
@@ -45,11 +45,11 @@ log = logging.getLogger(__name__)
 
 
 class Stop:
-    """While it is entered, SIGTERM and SIGINT are requests; a second one ends the process at once.
+    """A context in which SIGTERM and SIGINT are requests; a second one ends the process at once.
 
-    A thread listens, because Python's own handlers wait while the main thread compiles or waits
-    for a device. Only the main thread may set handlers: entered elsewhere this catches nothing. A
-    signal that is ignored (`nohup`, `&` in a script) stays ignored.
+    A thread reads the signals, because Python's own handlers wait while the main thread compiles or
+    waits for a device. Only the main thread may set handlers: in another thread this catches
+    nothing. A signal that is ignored (`nohup`, `&` in a script) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -59,13 +59,13 @@ class Stop:
     def agreed(self) -> bool:
         """Whether to stop before the next step: the same answer in all processes of a run.
 
-        A preemption notice may reach one of them first, so several ask each other before every
-        step, and hear the answer `LATE` steps later, when it costs no waiting.
+        A preemption notice may reach one process first, so the processes combine their requests
+        before every step, and read the result `DELAY` steps later, when nothing needs to wait.
         """
         if jax.process_count() == 1:
             return self.asked
         self._answers.append(_any_of(self.asked))
-        return len(self._answers) > LATE and bool(self._answers.popleft())
+        return len(self._answers) > DELAY and bool(self._answers.popleft())
 
     def __enter__(self) -> 'Stop':
         self._undo = contextlib.ExitStack()
@@ -77,26 +77,26 @@ class Stop:
         self._undo.close()
 
     def _catch(self) -> None:
-        heard, told = os.pipe()
-        os.set_blocking(told, False)
-        listener = threading.Thread(target=self._listen, args=(heard,), daemon=True)
-        listener.start()
-        self._undo.callback(os.close, heard)
-        self._undo.callback(listener.join)
-        self._undo.callback(os.close, told)
-        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(told))
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        reader = threading.Thread(target=self._read_signals, args=(read_end,), daemon=True)
+        reader.start()
+        self._undo.callback(os.close, read_end)
+        self._undo.callback(reader.join)
+        self._undo.callback(os.close, write_end)
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write_end))
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                previous = signal.signal(number, self._note)
+                previous = signal.signal(number, self._request)
                 self._undo.callback(signal.signal, number, previous or signal.SIG_DFL)
 
-    def _note(self, *_: object) -> None:
+    def _request(self, *_: object) -> None:
         self.asked = True
 
-    def _listen(self, heard: int) -> None:
-        """Reads the number of every signal as it comes, until the pipe is closed."""
+    def _read_signals(self, read_end: int) -> None:
+        """Reads the number of every signal as it arrives, until the pipe is closed."""
         first = None
-        while number := os.read(heard, 1):
+        while number := os.read(read_end, 1):
             if number[0] not in SIGNALS:
                 continue
             if first is None:
@@ -104,16 +104,16 @@ class Stop:
                 self.asked = True
                 with contextlib.suppress(OSError):
                     os.write(2, NOTICE)
-            elif time.monotonic() - first > TOGETHER:
-                os._exit(AT_ONCE)
+            elif time.monotonic() - first > ONE_SIGNAL:
+                os._exit(INTERRUPTED)
 
 
-def _any_of(mine: bool) -> jax.Array:
-    """Whether any process says so, on its way."""
+def _any_of(flag: bool) -> jax.Array:
+    """Whether the flag of any process is set, not yet computed."""
     mesh = Mesh(jax.devices(), 'devices')
-    each = NamedSharding(mesh, PartitionSpec('devices'))
-    said = np.full(jax.local_device_count(), mine)
-    return _any(jax.make_array_from_process_local_data(each, said))
+    sharding = NamedSharding(mesh, PartitionSpec('devices'))
+    flags = np.full(jax.local_device_count(), flag)
+    return _any(jax.make_array_from_process_local_data(sharding, flags))
 
 
 @jax.jit
@@ -123,10 +123,13 @@ def _any(flags: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Makes `out` this run's alone; a UserError names the process that has it, or why none may.
+    """Locks the folder of a run while the context is active; warns if the file system has no locks.
 
-    The processes of one run share a folder, and the first of them locks it; a UserError where
-    another one does not see it. A file system without locks is warned of.
+    The processes of one run share a folder, and the first of them locks it.
+
+    Raises:
+        UserError: another process holds the lock (the error names it), the folder cannot be
+            written, or another process of the run does not have the same folder.
     """
     if jax.process_index() != 0:
         _check_shared(out, peer_watchdog.broadcast_text(''))
@@ -157,16 +160,16 @@ def lock(out: Path) -> Iterator[None]:
 
 
 def _check_shared(out: Path, holder: str) -> None:
-    """Raises UserError unless this process, too, sees who has locked the folder."""
-    deadline = time.monotonic() + SIGHT
+    """Raises UserError unless this process reads the holder of the lock in the same folder."""
+    deadline = time.monotonic() + FILE_DELAY
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if (out / LOCK).read_text() == holder:
                 return
-        time.sleep(SIGHT / 100)
+        time.sleep(FILE_DELAY / 100)
     raise UserError(
-        f'process {jax.process_index()} on {socket.gethostname()} does not see in {out} what '
-        'process 0 has written there: give an --out that all of them share'
+        f'process {jax.process_index()} on {socket.gethostname()} does not find in {out} what '
+        'process 0 has written there: give an --out that all processes share'
     )
 
 
@@ -180,7 +183,7 @@ def _in_use(out: Path) -> str:
 
 @contextlib.contextmanager
 def disk_watched(checkpoints: Path) -> Iterator[None]:
-    """Turns what a full disk makes fail into a RunError that names the newest whole checkpoint."""
+    """Turns errors of a full disk into a RunError that names the newest complete checkpoint."""
     try:
         with quiet_failed_saves():
             yield
@@ -196,31 +199,34 @@ def disk_watched(checkpoints: Path) -> Iterator[None]:
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """What the system says where it was out of space, else None; libraries keep only its words."""
+    """The system's message if an error was caused by a full disk, else None.
+
+    Libraries may keep the message of the original error and nothing else.
+    """
     while error is not None:
         for number in FULL:
-            words = os.strerror(number)
+            message = os.strerror(number)
             if getattr(error, 'errno', None) == number:
-                return f'{words}: {error.filename}' if error.filename else words
-            if words in str(error):
-                return words
+                return f'{message}: {error.filename}' if error.filename else message
+            if message in str(error):
+                return message
         error = error.__cause__ or error.__context__
     return None
 
 
 def first_flaw(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
-    """The first of several steps' scalars that are not all finite, and which, as 'loss is nan'."""
-    for place, scalars in enumerate(metrics):
+    """The index of the first step with a non-finite metric, and the metric, as 'loss is nan'."""
+    for index, step_metrics in enumerate(metrics):
         flaws = [
-            f'{name} is {value}' for name, value in scalars.items() if not math.isfinite(value)
+            f'{name} is {value}' for name, value in step_metrics.items() if not math.isfinite(value)
         ]
         if flaws:
-            return place, _some(flaws)
+            return index, _shorten(flaws)
     return None
 
 
 def state_flaw(state: Any) -> str | None:
-    """Which arrays of a state hold what is not finite, or None."""
+    """The arrays of a state that are not finite, or None."""
     paths = [
         jax.tree_util.keystr(path, simple=True, separator='/')
         for path, leaf in jax.tree.leaves_with_path(state)
@@ -228,7 +234,7 @@ def state_flaw(state: Any) -> str | None:
     ]
     finite = jax.device_get(_are_finite(state))
     flaws = [path for path, is_finite in zip(paths, finite, strict=True) if not is_finite]
-    return f'{_some(flaws)} not finite after it' if flaws else None
+    return f'{_shorten(flaws)} not finite after it' if flaws else None
 
 
 @jax.jit
@@ -237,6 +243,6 @@ def _are_finite(state: Any) -> list[jax.Array]:
     return [jnp.isfinite(x).all() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
     return ', '.join(names[:SHOWN]) + more

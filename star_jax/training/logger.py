@@ -1,7 +1,7 @@
-"""What is told of a run while it goes?
+"""What is recorded of a run while it trains?
 
-Means of the scalars, to `metrics.jsonl` and as TensorBoard's event files, and pictures. Whatever
-stops a run, these files are then as they would be had it not been stopped.
+Mean metrics, in `metrics.jsonl` and as TensorBoard's event files, and sample grids. Whatever stops
+a run, these files are afterwards as if it had not been stopped.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -22,68 +23,87 @@ from star_jax.training.faults import first_flaw
 
 SAMPLES = 'samples'
 METRICS = 'metrics.jsonl'
-AHEAD = 2  # steps: enough to keep a device busy, and a run stops soon
+STEPS_AHEAD = 2  # dispatched steps: enough to keep a device busy, and a run stops soon
 
-Scalars = Mapping[str, jax.Array | np.ndarray]
+Metrics = Mapping[str, jax.Array | np.ndarray]
 
 
 class MetricsWindow:
-    """The scalars of every step since the last report at `step`: their means, and the speed.
+    """The metrics of every step since the last report: their means, and the speed.
 
-    A run that was stopped between two reports goes on with what was `pending`.
+    Args:
+        batch: images of a step.
+        step: the step after which the window starts.
+        pending: the metrics of the steps before it that were not reported yet, as an interrupted
+            run has saved them.
     """
 
     def __init__(
         self, batch: int, step: int, pending: Sequence[Mapping[str, float]] | None = None
     ) -> None:
         self._batch = batch
-        self._metrics: list[Scalars] = [_rounded(scalars) for scalars in pending or ()]
+        self._metrics: list[Metrics] = [_to_float32(metrics) for metrics in pending or ()]
         self._reported = step - len(self._metrics)
-        self.restart()
+        self.restart_clock()
 
-    def restart(self) -> None:
-        """Starts the clock anew; what was not training does not count."""
-        self._begin = time.perf_counter()
+    def restart_clock(self) -> None:
+        """Measures the speed from now on: evaluation and saving do not count."""
+        self._start_time = time.perf_counter()
         self._counted = len(self._metrics)
 
-    def add(self, metrics: Scalars) -> None:
-        """One step's scalars, not yet fetched. Waits until at most `AHEAD` steps are under way."""
+    def add(self, metrics: Metrics) -> None:
+        """Adds the metrics of a step, not yet fetched; waits for all but `STEPS_AHEAD` steps."""
         self._metrics.append(metrics)
-        jax.block_until_ready(self._metrics[-1 - AHEAD : -AHEAD])
+        jax.block_until_ready(self._metrics[-1 - STEPS_AHEAD : -STEPS_AHEAD])
 
     def flaw(self) -> str | None:
-        """The first step whose scalars are not all finite, as 'step 7: loss is nan', or None."""
+        """The first step with a non-finite metric, as 'step 7: loss is nan', or None."""
         flaw = first_flaw(self._fetch())
         return flaw and f'step {self._reported + 1 + flaw[0]}: {flaw[1]}'
 
     def pending(self) -> list[dict[str, float]]:
-        """The scalars of each step, exactly, for JSON."""
+        """The metrics of each step, exactly, for JSON."""
         return [{name: float(value) for name, value in m.items()} for m in self._fetch()]
 
     def close(self) -> dict[str, float]:
-        """The means; the next window begins."""
+        """The mean metrics and images per second; starts the next window."""
         fetched = self._fetch()
-        seconds = time.perf_counter() - self._begin
+        seconds = time.perf_counter() - self._start_time
         steps = len(fetched) - self._counted
         means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         self._reported += len(fetched)
         self._metrics = []
-        self.restart()
+        self.restart_clock()
         return means | {'images_per_second': steps * self._batch / seconds}
 
-    def _fetch(self) -> list[Scalars]:
-        """Waits for the last step."""
-        self._metrics = [_rounded(scalars) for scalars in jax.device_get(self._metrics)]
+    def _fetch(self) -> list[Metrics]:
+        """The metrics on the host, after the last step."""
+        self._metrics = [_to_float32(metrics) for metrics in jax.device_get(self._metrics)]
         return self._metrics
 
 
-def begin(out: Path, step: int) -> 'RunLogger | NullLogger':
-    """The report of this process on a run in the folder `out` that goes on after `step`."""
+class Logger(Protocol):
+    """Records metrics and images of a run, by the number of completed steps."""
+
+    def __enter__(self) -> 'Logger': ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_image(self, step: int, image_hwc: np.ndarray) -> None: ...
+
+
+def open_logger(out: Path, step: int) -> Logger:
+    """The logger of this process, for a run in the folder `out` that continues after `step`.
+
+    All processes compute the same metrics; the first one records them.
+    """
     return RunLogger(out, step) if jax.process_index() == 0 else NullLogger()
 
 
 class NullLogger:
-    """What all processes of a run but the first tell: they would write the same files."""
+    """Records nothing."""
 
     def __enter__(self) -> 'NullLogger':
         return self
@@ -91,17 +111,17 @@ class NullLogger:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
-    def picture(self, step: int, picture_hwc: np.ndarray) -> None:
+    def log_image(self, step: int, image_hwc: np.ndarray) -> None:
         pass
 
 
 class RunLogger:
-    """Scalars to `metrics.jsonl` and TensorBoard, pictures to `samples/` and TensorBoard.
+    """Writes metrics to `metrics.jsonl` and TensorBoard, images to `samples/` and TensorBoard.
 
-    What an interrupted run reported after `step` is dropped: the run reports it again.
+    Lines that an interrupted run wrote after `step` are dropped: the run writes them again.
     """
 
     def __init__(self, out: Path, step: int) -> None:
@@ -123,25 +143,25 @@ class RunLogger:
         with contextlib.suppress(*[OSError] if kind else []):
             self._events.close()
 
-    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._path.open('a') as file:
-            file.write(json.dumps({'step': step, **scalars}) + '\n')
-        for name, value in scalars.items():
+            file.write(json.dumps({'step': step, **metrics}) + '\n')
+        for name, value in metrics.items():
             self._events.add(step, summary.scalar(name, value))
         self._events.flush()
 
-    def picture(self, step: int, picture_hwc: np.ndarray) -> None:
+    def log_image(self, step: int, image_hwc: np.ndarray) -> None:
         with files.replacing(self._samples / f'{step:08d}.png') as draft:
-            draft.write_bytes(image_io.encode(picture_hwc))
-        self._events.add(step, summary.image('samples', picture_hwc, dataformats='HWC'))
+            draft.write_bytes(image_io.encode(image_hwc))
+        self._events.add(step, summary.image('samples', image_hwc, dataformats='HWC'))
         self._events.flush()
 
 
 class Events:
-    """TensorBoard's event file of a run that goes on after `step`.
+    """TensorBoard's event file of a run that continues after `step`.
 
-    Written at once and by the caller: the library's writer has a thread, which a full disk ends,
-    and the caller then waits for it for ever.
+    The caller's thread writes it at once. The library's own writer has a thread, which a full disk
+    ends, and the caller then waits for that thread forever.
     """
 
     def __init__(self, out: Path, step: int) -> None:
@@ -164,12 +184,12 @@ class Events:
         self._records.write(event.SerializeToString())
 
 
-def _rounded(scalars: Scalars | Mapping[str, float]) -> Scalars:
-    return {name: np.float32(value) for name, value in scalars.items()}
+def _to_float32(metrics: Metrics | Mapping[str, float]) -> Metrics:
+    return {name: np.float32(value) for name, value in metrics.items()}
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; a torn line counts as never reported."""
+    """The step of a line of metrics; infinity for a torn line, as if it was never written."""
     try:
         return json.loads(line)['step']
     except (json.JSONDecodeError, KeyError, TypeError):

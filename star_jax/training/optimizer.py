@@ -53,11 +53,17 @@ class AdamW:
             raise ValueError(f'beta1 and beta2 must lie in [0, 1): {self}')
 
     def build(
-        self, total_steps: int, decays: Callable[[Any], Any] | None = None
+        self,
+        total_steps: int,
+        decays: Callable[[Any], Any] | None = None,
+        constants: frozenset[str] = frozenset(),
     ) -> optax.GradientTransformation:
-        """The transformation of a run of `total_steps` micro-iterations.
+        """The transformation of a run.
 
-        `decays` says of parameters which decay; by default those of `decayed`.
+        Args:
+            total_steps: micro-iterations of the whole run.
+            decays: parameters -> True for those that decay; `decayed` by default.
+            constants: names of the parameters that have no gradient and no update.
         """
 
         def decay(update: jax.Array) -> jax.Array:
@@ -72,9 +78,9 @@ class AdamW:
             optax.add_decayed_weights(decay, decays or decayed),
             optax.scale_by_learning_rate(rate),
         )
-        if self.accumulate == 1:
-            return optimizer
-        return optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
+        if self.accumulate > 1:
+            optimizer = optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
+        return hold(optimizer, constants) if constants else optimizer
 
     def decay_at(self, step: int | jax.Array, total_steps: int) -> jax.Array:
         """The weight decay of micro-iteration `step`."""
@@ -87,13 +93,13 @@ class AdamW:
 
 
 class ClipState(NamedTuple):
-    """The length of the last gradient, before it was clipped."""
+    """The global norm of the last gradient, before clipping."""
 
     norm_before_clip: jax.Array
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformation:
-    """Shortens gradients to a global norm of `limit`: times min(1, limit / (norm + 1e-6))."""
+    """Scales gradients by min(1, limit / (norm + 1e-6)), so that their global norm is `limit`."""
 
     def init(params: Any) -> ClipState:
         return ClipState(jnp.zeros((), jnp.float32))
@@ -106,23 +112,44 @@ def clip_by_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def hold(
+    optimizer: optax.GradientTransformation, constants: frozenset[str]
+) -> optax.GradientTransformation:
+    """The optimizer, with zero gradients and updates for the parameters of these names."""
+
+    def zero(path: tuple, leaf: jax.Array) -> jax.Array:
+        return jnp.zeros_like(leaf) if parameter_name(path) in constants else leaf
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        gradients = jax.tree_util.tree_map_with_path(zero, gradients)
+        updates, state = optimizer.update(gradients, state, params)
+        return jax.tree_util.tree_map_with_path(zero, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def parameter_name(path: tuple) -> str:
+    """The '/'-joined name of a parameter, from its path in a tree, which may be boxed."""
+    return '/'.join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
 def gradient_norm(state: Any) -> jax.Array:
-    """The gradient's norm before clipping at the last micro-iteration; 0 if it made no update."""
+    """The global norm of the gradient before clipping; 0 while gradients are accumulated."""
     norm = optax.tree.get(state, 'norm_before_clip')
     pending = optax.tree.get(state, 'mini_step', jnp.zeros((), jnp.int32))
     return jnp.where(pending == 0, norm, 0.0)
 
 
 def decayed(params: Any) -> Any:
-    """True where weights decay: kernels, except those of the modulation from level embeddings.
+    """True for parameters that decay: kernels, except those of the modulation by level embeddings.
 
-    Layers are stacked here, so the rank of an array does not tell a bias from a matrix; the names
-    do. Biases, level embeddings, positions, offsets and score scales never decay; the vectors of
-    classes do.
+    Layers are stacked, so the rank of an array does not tell a bias from a matrix: the names do.
+    Biases, level embeddings, positions, offsets and score scales never decay; the vectors of
+    classes decay.
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        names = parameter_name(path).split('/')
         if names[-1] == 'table':
             return 'classes' in names
         return names[-1] == 'kernel' and not OF_LEVELS & set(names)
@@ -131,5 +158,5 @@ def decayed(params: Any) -> Any:
 
 
 def everything(params: Any) -> Any:
-    """True everywhere, as a refinement head decays (STAR specification 9.1)."""
+    """True for every parameter: the published refinement head decays so."""
     return jax.tree.map(lambda leaf: True, params)

@@ -1,8 +1,7 @@
-"""How is the refinement head of a model trained, and nothing else of it?"""
+"""How is the refinement head of a model trained, and nothing else of the model?"""
 
 import functools
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,31 +9,22 @@ import numpy as np
 from star_jax.checkpoint import config, models, weights
 from star_jax.data import pipeline
 from star_jax.errors import UserError
+from star_jax.losses import refinement
 from star_jax.parallel import rules
 from star_jax.protocols import Family
-from star_jax.training import refinement
-from star_jax.training.programs import HEAD, HeadPrograms
+from star_jax.training.program import HEAD
 from star_jax.training.run import Run
-from star_jax.training.state import (
-    TrainState,
-    abstract_sharded,
-    averaged,
-    fitted,
-    go_on_from,
-    init_sharded,
-)
+from star_jax.training.state import TrainState
 from star_jax.training.transformer import TransformerJob
 
-OWN = ('refinement', 'drop_path', 'keep_tokens')  # fields in which the frozen model may differ
+FREE_FIELDS = ('refinement', 'drop_path', 'keep_tokens')  # in which the frozen model may differ
 
 
-class HeadJob(TransformerJob):
-    """The head of `run.model`, on the frozen model of `run.init`.
+class RefinementJob(TransformerJob):
+    """Trains the head of `run.model`, on the frozen model of `run.init`.
 
-    State, averages and checkpoints hold the head alone; the model folder at the end is whole.
+    State, average and checkpoints hold the head alone; the model folder at the end is complete.
     """
-
-    PROGRAMS = HeadPrograms
 
     def __init__(self, run: Run) -> None:
         if not run.init:
@@ -42,52 +32,52 @@ class HeadJob(TransformerJob):
                 'model.refinement asks for a head on a trained model, and there is none: name its '
                 'folder with --init, or train the model first, without model.refinement'
             )
-        begun = models.read(run.init)
-        _check_config(run, begun.config)
+        model = models.read(run.init)
+        _check_config(run, model.config)
         super().__init__(run)
-        if begun.text and begun.text.sha256 != self.encoder.sha256:
+        if model.text and model.text.sha256 != self.prompt_encoder.sha256:
             raise UserError(
-                f'{run.init} was trained with the text encoder of sha256 {begun.text.sha256}, but '
-                f'{run.text} has {self.encoder.sha256}: name that one with --text'
+                f'{run.init} was trained with the text encoder of sha256 {model.text.sha256}, but '
+                f'{run.text} has {self.prompt_encoder.sha256}: name that one with --text'
             )
-        given = dict(begun.params)
-        self._begun = given.pop(HEAD, None)
-        base = abstract_sharded(self.programs.init_base, self.mesh)
-        fit = weights.unflatten(weights.fit(weights.flatten(given), base, run.init))
-        where = jax.tree.map(lambda leaf: leaf.sharding, base)
-        self.frozen['base'] = rules.shard(fit, where)
+        params = dict(model.params)
+        self._head = params.pop(HEAD, None)
+        expected = rules.abstract(self.program.base(run.model.abstract()), self._mesh)
+        params = weights.unflatten(weights.fit(weights.flatten(params), expected, run.init))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, expected)
+        self.frozen = self.frozen.replace(base=rules.shard(params, shardings))
 
     @functools.cached_property
     def base(self) -> str:
+        """The digest of the frozen model."""
         return models.digest(self.run.init)
 
     def init(self) -> TrainState:
-        """A fresh head, or that of `run.init` if it has one."""
-        state = init_sharded(self.programs.build, self.mesh, jax.random.key(self.run.seed))
-        if self._begun is None:
-            return state
-        return go_on_from(state, fitted(self._begun, self.abstract(), self.run.init))
+        """The state before step 0: a fresh head, or that of `run.init` if it has one."""
+        return self._init(self._head, self.run.init)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Loss and accuracy of hidden tokens, the same ones every time, of the validation set."""
-        sums_3L = 0.0
+        """Loss and accuracy of hidden tokens of the validation set; always the same are hidden."""
+        sums_3R = 0.0
         batches = pipeline.padded(self.validation, self.run.batch, self._rows)
         for number, (batch, real) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
-            told = self._score(averaged(state), self.frozen, self._batch(batch), key)
-            sums_3L += np.asarray(told)[:, :real].sum(1)
-        rows = refinement.refined_rows(self.model)
-        scalars = refinement.scales(self.model.schedule, rows, sums_3L)
-        return {f'validation/{name}': float(value) for name, value in scalars.items()}
-
-    def _weights(self, state: TrainState) -> Any:
-        return self.frozen['base'] | {HEAD: averaged(state)}
+            sums_3BR = self._score(state.averaged, self.frozen, self._inputs(batch), key)
+            sums_3R += np.asarray(sums_3BR)[:, :real].sum(1)
+        network = self.program.network
+        rows = refinement.refined_rows(network)
+        metrics = refinement.mean_per_scale(network.schedule, rows, sums_3R)
+        return {f'validation/{name}': float(value) for name, value in metrics.items()}
 
 
-def _check_config(run: Run, begun: Family) -> None:
-    """Raises UserError unless `begun`, the model of `run.init`, is that of the run without head."""
-    found = config.differences(begun, run.model)
-    changed = [f'model.{one}' for one in found if re.split('[.:]', one)[0] not in OWN]
+def _check_config(run: Run, config_of_init: Family) -> None:
+    """Raises UserError unless the model of `run.init` is that of the run without its head."""
+    differences = config.differences(config_of_init, run.model)
+    changed = [
+        f'model.{difference}'
+        for difference in differences
+        if re.split('[.:]', difference)[0] not in FREE_FIELDS
+    ]
     if changed:
         raise UserError(
             f'{run.init} is another model than that of the run ({"; ".join(changed)}): a head is '

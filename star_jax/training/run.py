@@ -7,25 +7,25 @@ A config file is one expression of these dataclasses, named `run`; the run's fol
 import dataclasses
 from typing import Any, Literal
 
-from star_jax.checkpoint import models
 from star_jax.core.settings import Dtype, Settings
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.families.star import Star
+from star_jax.files import SHIPPED
+from star_jax.losses.refinement import Unmasking
 from star_jax.losses.tokenizer import Objective
 from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel.mesh import MeshShape
 from star_jax.protocols import Family, TokenizerConfig
-from star_jax.text import DEFAULT
+from star_jax.text.encoder_folder import DEFAULT
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.optimizer import AdamW
-from star_jax.training.refinement import Unmasking
 
-MOST_STEPS = 2**31 - 1  # of anything that a program counts in int32
+MAX_STEPS = 2**31 - 1  # programs count them in int32
 
-MOST_ENLARGED = 4  # times: beyond, a crop shows too little of a picture
+MAX_ENLARGE = 4  # beyond, a crop shows too little of an image
 
 Data = Shapes | Prepared | Folder
 
@@ -50,13 +50,13 @@ class Pace:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.log, self.sample, self.save, self.keep) < 1:
-            raise ValueError(f'every number of a pace must be at least 1: {self}')
-        if self.steps > MOST_STEPS:
-            raise ValueError(f'steps must be at most {MOST_STEPS}, not {self.steps}')
+            raise ValueError(f'every field of a pace must be at least 1: {self}')
+        if self.steps > MAX_STEPS:
+            raise ValueError(f'steps must be at most {MAX_STEPS}, not {self.steps}')
         if self.save % self.log:
             raise ValueError(
                 f'save ({self.save}) must be a multiple of log ({self.log}), so that a run that '
-                'goes on from a checkpoint reports the same means'
+                'continues from a checkpoint reports the same means'
             )
 
 
@@ -135,6 +135,8 @@ class Run:
         caption_drop: probability of training an image without its caption or class, for guidance.
         balance: weight of a scale in the loss: 0 weights all tokens equally, 1 weights all scales
             equally, so that the few tokens of coarse scales count more.
+        label_smoothing: share of the uniform distribution over the codes in the labels of the
+            trained loss; validation metrics are never smoothed.
         released_loss_scale: multiply the loss by the images per device when tokens are dropped
             (model.keep_tokens), as the published code does; gradients are then clipped more.
         unmasking: training of a refinement head.
@@ -165,6 +167,7 @@ class Run:
     batch: int = 64
     caption_drop: float = 0.1
     balance: float = 0.0
+    label_smoothing: float = 0.0
     released_loss_scale: bool = False
     unmasking: Unmasking = Unmasking()
     ema: float = 0.0
@@ -187,55 +190,57 @@ class Run:
             raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')
         if not 0 <= self.balance <= 1:
             raise ValueError(f'balance must lie in [0, 1], not {self.balance}')
-        if not 1 <= self.enlarge <= MOST_ENLARGED:
-            raise ValueError(f'enlarge must lie in [1, {MOST_ENLARGED}], not {self.enlarge}')
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f'label_smoothing must lie in [0, 1), not {self.label_smoothing}')
+        if not 1 <= self.enlarge <= MAX_ENLARGE:
+            raise ValueError(f'enlarge must lie in [1, {MAX_ENLARGE}], not {self.enlarge}')
         if self.enlarge > 1 and self.cache:
             raise ValueError(
-                f'enlarge {self.enlarge} shows another part of a picture each time, and a cache '
-                'holds the codes of one: leave out one of the two'
+                f'enlarge {self.enlarge} crops an image anew each time, and a cache holds one '
+                'encoding of each image: leave out one of the two'
             )
         if self.unroll < 1:
-            raise ValueError(f'unroll counts layers, at least 1, not {self.unroll}')
+            raise ValueError(f'unroll is a number of layers, at least 1, not {self.unroll}')
 
 
 COMMANDS = {Run: 'train', TokenizerRun: 'train-tokenizer'}
 
 
-def kind_of(fields: object, where: str) -> type[Run | TokenizerRun]:
-    """Of which class the JSON fields of a run are: a tokenizer's are told by their objective.
+def run_class(fields: object, where: str) -> type[Run | TokenizerRun]:
+    """The class of a run's JSON fields: only a tokenizer's run has an objective.
 
-    Raises UserError for those of a model folder, which look alike.
+    Raises UserError for the config of a model folder.
     """
     if isinstance(fields, dict) and 'family' in fields:
         raise UserError(
             f'{where} belongs to a model folder, expected the config of a run: '
-            '`train CONFIG --init FOLDER` goes on from a model'
+            '`train CONFIG --init FOLDER` starts from a model'
         )
     return TokenizerRun if isinstance(fields, dict) and 'objective' in fields else Run
 
 
 def check_kind(fields: object, kind: type, where: str) -> None:
-    """Raises UserError where the JSON fields of a run are not those of a `kind`."""
-    given = kind_of(fields, where)
-    if given is not kind:
+    """Raises UserError unless the JSON fields of a run are those of the class `kind`."""
+    found = run_class(fields, where)
+    if found is not kind:
         raise UserError(
-            f'{where} is the config of a {given.__name__}, expected that of a {kind.__name__}: '
-            f'it is for star-jax {COMMANDS[given]}'
+            f'{where} is the config of a {found.__name__}, expected that of a {kind.__name__}: '
+            f'it is for star-jax {COMMANDS[found]}'
         )
 
 
 def resolve(run: Run | TokenizerRun) -> Run | TokenizerRun:
-    """The run with all said.
+    """The run with defaults that depend on other fields.
 
-    A validation set without a path is its split of what `data` names. A transformer whose tokenizer
-    has no place goes on with that of `init`, or with the shipped one.
+    A validation set without a path is a split of the training set. A transformer without a
+    tokenizer uses the one of `init`, or the shipped one.
     """
     changes: dict[str, Any] = {}
     data, validation = run.data, run.validation
     if not isinstance(data, Shapes) and type(validation) is type(data) and not validation.path:
         changes['validation'] = dataclasses.replace(data, split=validation.split)
     if isinstance(run, Run) and not run.tokenizer:
-        changes['tokenizer'] = run.init or models.SHIPPED
+        changes['tokenizer'] = run.init or SHIPPED
     return dataclasses.replace(run, **changes)
 
 

@@ -10,16 +10,21 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from star_jax.checkpoint import weights
 from star_jax.parallel import rules
+from star_jax.training.optimizer import parameter_name
 
 
 @flax.struct.dataclass
 class TrainState:
-    """`step` counts updates of the data, int32. `ema` is None unless averages are kept.
+    """Parameters and everything that changes with them.
 
-    `usage_KV` counts how often each scale chose each code since dead codes were last restarted;
-    None where no tokenizer is trained.
+    Attributes:
+        step: number of updates by the data so far, int32.
+        params: the parameters that are trained.
+        ema: their exponential moving average; None if there is none.
+        opt: the state of the optimizer.
+        usage_KV: how often each scale used each code since unused codes were last restarted,
+            float32; None unless a tokenizer is trained.
     """
 
     step: jax.Array
@@ -28,72 +33,90 @@ class TrainState:
     opt: Any
     usage_KV: jax.Array | None = None
 
+    @classmethod
+    def start(
+        cls,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        *,
+        ema: bool,
+        usage: tuple[int, int] | None = None,
+    ) -> 'TrainState':
+        """The state before step 0, boxed if the parameters are.
+
+        Args:
+            params: the parameters, or their shapes and dtypes under `eval_shape`.
+            optimizer: the optimizer.
+            ema: keep a moving average of the parameters.
+            usage: the shape of `usage_KV`, if a tokenizer is trained.
+        """
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
+            opt=optimizer.init(params),
+            usage_KV=jnp.zeros(usage) if usage else None,
+        )
+
     def update(
-        self, gradients: Any, optimizer: optax.GradientTransformation, decay: float
+        self,
+        gradients: Any,
+        optimizer: optax.GradientTransformation,
+        decay: float,
+        constants: frozenset[str] = frozenset(),
     ) -> 'TrainState':
         """The state after one optimizer step.
 
-        `decay` is that of the averages, once the run is long enough for them: before, they reach
-        back over a tenth of it, so that no short run gives its initial weights.
+        Args:
+            gradients: of the parameters.
+            optimizer: the optimizer that the state was started with.
+            decay: of the moving average. Early in a run the average reaches back over a tenth of
+                the steps only, so that a short run does not return its initial weights.
+            constants: names of the parameters that do not change; they are not averaged.
         """
         updates, opt = optimizer.update(gradients, self.opt, self.params)
         params = optax.apply_updates(self.params, updates)
         ema = self.ema
         if ema is not None:
             keep = jnp.minimum(decay, (1 + self.step) / (10 + self.step))
-            ema = jax.tree.map(lambda mean, new: keep * mean + (1 - keep) * new, ema, params)
+
+            def average(path: tuple, mean: jax.Array, new: jax.Array) -> jax.Array:
+                if parameter_name(path) in constants:
+                    return new
+                return keep * mean + (1 - keep) * new
+
+            ema = jax.tree_util.tree_map_with_path(average, ema, params)
         return self.replace(step=self.step + 1, params=params, ema=ema, opt=opt)
 
-
-def averaged(state: TrainState) -> Any:
-    """The parameters to use: the averages where they are kept."""
-    return state.params if state.ema is None else state.ema
-
-
-def build_state(
-    init: Callable[[jax.Array], Any],
-    optimizer: optax.GradientTransformation,
-    ema: bool,
-    key: jax.Array,
-    usage: tuple[int, int] | None = None,
-) -> TrainState:
-    """The (boxed) state before step 0. `usage` is the shape of the code counts."""
-    params = init(key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
-        opt=optimizer.init(params),
-        usage_KV=jnp.zeros(usage) if usage else None,
-    )
+    @property
+    def averaged(self) -> Any:
+        """The parameters to evaluate and export: the moving average if there is one."""
+        return self.params if self.ema is None else self.ema
 
 
-def fitted(params: Any, state: TrainState, where: str) -> Any:
-    """Parameters that can take the place of those of a state, which may be abstract.
-
-    Raises UserError naming the arrays of `where` that do not fit.
-    """
-    return weights.unflatten(weights.fit(weights.flatten(params), state.params, where))
+Start = Callable[[Any], TrainState]  # parameters -> the state before step 0
 
 
-def go_on_from(state: TrainState, params: Any) -> TrainState:
-    """The state with other, fitted parameters, averages included, on the same devices."""
-    placed = rules.shard(params, jax.tree.map(lambda old: old.sharding, state.params))
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
-    return state.replace(params=placed, ema=ema)
-
-
-def abstract_sharded(build: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state.
+def abstract_state(start: Start, params: Any, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state that starts with abstract, boxed parameters.
 
     Raises UserError naming the first array that the mesh does not divide.
     """
-    return rules.abstract(jax.eval_shape(build, jax.random.key(0)), mesh)
+    return rules.abstract(jax.eval_shape(start, params), mesh)
 
 
 def init_sharded(
-    build: Callable[[jax.Array], TrainState], mesh: Mesh, key: jax.Array
+    start: Start, init: Callable[[jax.Array], Any], mesh: Mesh, key: jax.Array
 ) -> TrainState:
-    """A state born sharded: no host or device ever holds all of it."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_sharded(build, mesh))
-    return jax.jit(lambda key: nn.unbox(build(key)), out_shardings=where)(key)
+    """The state before step 0, born sharded: no host or device ever holds all of it.
+
+    Args:
+        start: makes the state of parameters.
+        init: makes the boxed parameters of a key.
+        mesh: the devices.
+        key: the key of the parameters.
+    """
+    shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, abstract_state(start, jax.eval_shape(init, key), mesh)
+    )
+    return jax.jit(lambda key: nn.unbox(start(init(key))), out_shardings=shardings)(key)

@@ -16,62 +16,64 @@ from star_jax.core import pixels
 from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.losses.tokenizer import Perceptual, psnr
+from star_jax.losses.tokens import Metrics
+from star_jax.nn.bind import bind
 from star_jax.parallel import rules
 from star_jax.tokenizers import codebook, perceptual
-from star_jax.training import summary
+from star_jax.training import summary, warm_start
 from star_jax.training.run import TokenizerRun
-from star_jax.training.state import (
-    TrainState,
-    abstract_sharded,
-    averaged,
-    build_state,
-    fitted,
-    go_on_from,
-    init_sharded,
-)
+from star_jax.training.state import TrainState, abstract_state, init_sharded
 
-SHOWN = 16  # pictures of a reconstruction grid
+SHOWN = 16  # images of a reconstruction grid
 
 
 class TokenizerJob:
-    """Reconstruction and quantiser losses, straight-through (STAR specification 1.8)."""
+    """Trains a tokenizer: reconstruction and quantiser losses (STAR specification 1.8).
+
+    Attributes:
+        run: the config.
+        base: '', because no weights outside of the checkpoints belong to the state.
+        source: the training images.
+        tokenizer: the module.
+        optimizer: makes updates of gradients.
+    """
 
     base = ''
 
     def __init__(self, run: TokenizerRun) -> None:
         self.run = run
-        self.mesh = run.mesh.build()
-        summary.check_batch(run.batch, run.model.resolution, self.mesh)
-        self._rows = rules.process_rows(self.mesh, run.batch)
+        self._mesh = run.mesh.build()
+        summary.check_batch(run.batch, run.model.resolution, self._mesh)
+        self._rows = rules.process_rows(self._mesh, run.batch)
         self.tokenizer = run.model.build()
         self.optimizer = run.optimizer.build(run.pace.steps)
-        judge = perceptual.load() if run.objective.perceptual else None
-        self.frozen = rules.shard(judge, rules.replicated(self.mesh))
+        distance = perceptual.load() if run.objective.perceptual else None
+        self._perceptual = rules.shard(distance, rules.replicated(self._mesh))
         self.source = run.data.open(run.model.resolution)
-        self._steps = {
-            quantised: jax.jit(functools.partial(self._step, quantised), donate_argnums=0)
+        self._trains = {
+            quantised: jax.jit(functools.partial(self._train, quantised), donate_argnums=0)
             for quantised in (False, True)
         }
-        self._score = jax.jit(self._score_on, out_shardings=rules.replicated(self.mesh))
+        self._score = jax.jit(self._score_batch, out_shardings=rules.replicated(self._mesh))
 
     def summary(self) -> dict[str, str]:
-        state = jax.eval_shape(self._build, jax.random.key(0))
-        images = self._pixels(self.run.batch)
-        step = functools.partial(self._step, True)
-        flops = count_flops(step, nn.unbox(state), images, self.frozen)
+        state = jax.eval_shape(self._start, self.run.model.abstract())
+        images = jax.ShapeDtypeStruct((self.run.batch, *self.run.model.resolution, 3), jnp.uint8)
+        train = functools.partial(self._train, True)
+        flops = count_flops(train, nn.unbox(state), images, self._perceptual)
         return summary.describe(state, self.tokenizer.schedule, flops, self.run, len(self.source))
 
     def abstract(self) -> TrainState:
-        return abstract_sharded(self._build, self.mesh)
+        return abstract_state(self._start, self.run.model.abstract(), self._mesh)
 
     def init(self) -> TrainState:
-        init = functools.partial(init_sharded, self._build, self.mesh)
-        key, where = jax.random.key(self.run.seed), self.run.init
-        if not where:
-            return init(key)
-        given = models.read_tokenizer(where).params  # before anything is compiled
-        params = fitted(given, self.abstract(), where)
-        return go_on_from(init(key), params)
+        source, params = self.run.init, None
+        if source:  # checked before anything is compiled
+            params = models.read_tokenizer(source).params
+            params = warm_start.fit(params, self.abstract(), source)
+        key = jax.random.key(self.run.seed)
+        state = init_sharded(self._start, self._init_params, self._mesh, key)
+        return state if params is None else warm_start.start(state, params)
 
     def batches(self, step: int) -> Iterator[jax.Array]:
         for batch in pipeline.batches(
@@ -81,16 +83,14 @@ class TokenizerJob:
             step=step,
             rows=self._rows,
         ):
-            yield rules.shard_batch(batch['image'], self.mesh)
+            yield rules.shard_batch(batch['image'], self._mesh)
 
-    def step(
-        self, step: int, state: TrainState, images: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(self, step: int, state: TrainState, images: jax.Array) -> tuple[TrainState, Metrics]:
         run = self.run
         key = jax.random.fold_in(jax.random.key(run.seed), step)
         if step == run.plain_steps > 0:
             state = self._start_codes(state, images, key)
-        state, metrics = self._steps[step >= run.plain_steps](state, images, self.frozen)
+        state, metrics = self._trains[step >= run.plain_steps](state, images, self._perceptual)
         quantised_steps = step + 1 - run.plain_steps
         restarting = step < run.restart_until * run.pace.steps
         if quantised_steps > 0 and quantised_steps % run.restart_every == 0 and restarting:
@@ -102,8 +102,8 @@ class TokenizerJob:
         ratios, counts = [], 0.0
         source = self.run.validation.open(self.run.model.resolution)
         for batch, count in pipeline.padded(source, self.run.batch, self._rows):
-            images = rules.shard_batch(batch['image'], self.mesh)
-            ratio_B, usage_KV = self._score(averaged(state), images, count)
+            images = rules.shard_batch(batch['image'], self._mesh)
+            ratio_B, usage_KV = self._score(state.averaged, images, count)
             ratios.append(np.asarray(ratio_B)[:count])
             counts += np.asarray(usage_KV)
         used_K = (counts > 0).mean(1)
@@ -119,49 +119,48 @@ class TokenizerJob:
             summary.warn_of_collapse(np.asarray(counts))
         return scores
 
-    def picture(self, state: TrainState) -> np.ndarray:
-        """Validation images over their reconstructions."""
+    def sample_grid(self, state: TrainState) -> np.ndarray:
+        """Validation images above their reconstructions."""
         shown = pipeline.spread(self.run.validation.open(self.run.model.resolution), SHOWN)
-        painted = rules.gather(self._reconstruct(averaged(state), shown['image']))
-        return image_io.compare(shown['image'], painted, shown['caption'], 'reconstructed')
+        decoded = rules.gather(self._reconstruct(state.averaged, shown['image']))
+        return image_io.compare(shown['image'], decoded, shown['caption'], 'reconstructed')
 
     def export(self, state: TrainState, out: Path) -> None:
-        params = rules.gather(averaged(state))
+        params = rules.gather(state.averaged)
         if jax.process_index() == 0:
             folder.write(out, folder.StoredTokenizer(config=self.run.model, params=params))
 
-    def _build(self, key: jax.Array) -> TrainState:
+    def _start(self, params: Any) -> TrainState:
+        """The state before step 0."""
         usage = (self.tokenizer.schedule.steps, self.run.model.codes)
-        return build_state(self._init, self.optimizer, self.run.ema > 0, key, usage)
+        return TrainState.start(params, self.optimizer, ema=self.run.ema > 0, usage=usage)
 
-    def _init(self, key: jax.Array) -> Any:
-        return self.tokenizer.init(key, pixels.to_signed(self._pixels(1)))['params']
-
-    def _pixels(self, batch: int) -> jax.Array:
-        return jnp.zeros((batch, *self.run.model.resolution, 3), jnp.uint8)
-
-    def _apply(self, params: Any, *args: Any, method: str | None = None) -> Any:
-        return self.tokenizer.apply({'params': params}, *args, method=method)
+    def _init_params(self, key: jax.Array) -> Any:
+        """The boxed random parameters."""
+        images = jax.ShapeDtypeStruct((1, *self.run.model.resolution, 3), jnp.float32)
+        return self.tokenizer.lazy_init(key, images)['params']
 
     def _loss(
-        self, params: Any, images: jax.Array, judge: Perceptual | None, quantised: bool
+        self, params: Any, images: jax.Array, distance: Perceptual | None, quantised: bool
     ) -> tuple[jax.Array, tuple]:
-        """The loss, its parts, PSNR and codes; features go straight to the decoder before there are
-        codes worth having."""
-        signed = pixels.to_signed(images)
-        f_BHWC = self._apply(params, signed, method='features')
-        codes = self._apply(params, f_BHWC, method='quantise')
-        canvas = codes.straight_through(f_BHWC) if quantised else f_BHWC
-        painted = self._apply(params, canvas, method='decode_unclamped')
-        parts = self.run.objective.reconstruction(signed, painted, judge)
+        """The loss; its parts, the PSNR [B] of the reconstructions, and the codes.
+
+        Without the quantiser the decoder reads the features themselves.
+        """
+        tokenizer, signed = bind(self.tokenizer, params), pixels.to_signed(images)
+        f_BHWC = tokenizer.features(signed)
+        codes = tokenizer.quantise(f_BHWC)
+        canvas_BHWC = codes.straight_through(f_BHWC) if quantised else f_BHWC
+        decoded = tokenizer.decode_unclamped(canvas_BHWC)
+        parts = self.run.objective.reconstruction(signed, decoded, distance)
         if quantised:
             parts['quantiser'] = self.run.objective.quantisation(f_BHWC, codes)
-        return sum(parts.values()), (parts, psnr(signed, painted), codes)
+        return sum(parts.values()), (parts, psnr(signed, decoded), codes)
 
-    def _step(
-        self, quantised: bool, state: TrainState, images: jax.Array, judge: Perceptual | None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss = functools.partial(self._loss, images=images, judge=judge, quantised=quantised)
+    def _train(
+        self, quantised: bool, state: TrainState, images: jax.Array, distance: Perceptual | None
+    ) -> tuple[TrainState, Metrics]:
+        loss = functools.partial(self._loss, images=images, distance=distance, quantised=quantised)
         (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         parts, psnr_B, codes = aux
         state = state.update(gradients, self.optimizer, self.run.ema)
@@ -172,7 +171,8 @@ class TokenizerJob:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _start_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
-        f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
+        tokenizer = bind(self.tokenizer, state.params)
+        f_BHWC = tokenizer.features(pixels.to_signed(images))
         sizes = self.run.model
         vectors_VC = codebook.start_codebook(
             key, f_BHWC, self.tokenizer.schedule.grids, sizes.codes
@@ -181,25 +181,27 @@ class TokenizerJob:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _restart_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
-        f_BHWC = self._apply(state.params, pixels.to_signed(images), method='features')
-        quantised = self._apply(state.params, f_BHWC, method='quantise')
+        tokenizer = bind(self.tokenizer, state.params)
+        f_BHWC = tokenizer.features(pixels.to_signed(images))
+        quantised = tokenizer.quantise(f_BHWC)
         usage_V = state.usage_KV.sum(0)
         restart = functools.partial(codebook.restart_dead, key, usage_V, quantised)
         return _with_codebooks(state, restart)
 
-    def _score_on(self, params: Any, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    def _score_batch(
+        self, params: Any, images: jax.Array, count: int
+    ) -> tuple[jax.Array, jax.Array]:
         """PSNR of each image and the code counts of the first `count`."""
-        signed = pixels.to_signed(images)
-        f_BHWC = self._apply(params, signed, method='features')
-        codes = self._apply(params, f_BHWC, method='quantise')
-        painted = self._apply(params, codes.canvases[-1], method='decode')
+        tokenizer, signed = bind(self.tokenizer, params), pixels.to_signed(images)
+        codes = tokenizer.quantise(tokenizer.features(signed))
+        decoded = tokenizer.decode(codes.canvases[-1])
         real_B = jnp.arange(len(images)) < count
         usage_KV = codebook.usage(codes, self.run.model.codes, real_B)
-        return psnr(signed, painted), usage_KV
+        return psnr(signed, decoded), usage_KV
 
     @functools.partial(jax.jit, static_argnums=0)
     def _reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
-        return pixels.to_uint8(self._apply(params, pixels.to_signed(images)))
+        return pixels.to_uint8(bind(self.tokenizer, params)(pixels.to_signed(images)))
 
 
 def _with_codebooks(state: TrainState, change: Callable[[jax.Array], jax.Array]) -> TrainState:

@@ -1,4 +1,4 @@
-"""The story of a run."""
+"""How is a run trained, cached and exported, from its config to its model folder?"""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from star_jax.parallel import peer_watchdog, startup
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import cache as caches
 from star_jax.training import faults, trainer
-from star_jax.training.run import Run, TokenizerRun, kind_of, resolve
+from star_jax.training.run import Run, TokenizerRun, resolve, run_class
 
 
 def main(
@@ -26,31 +26,39 @@ def main(
     out: Path,
     build: Callable[[Run | TokenizerRun], trainer.Job] | None = None,
 ) -> bool:
-    """Trains what `run` says in the folder `out`; the same call again goes on.
+    """Trains a run in a folder; the same call continues an interrupted run.
 
-    `build` makes the parts of the run, by default as `job` does. Returns whether the run came to
-    its end; else it was asked to stop, by SIGTERM or SIGINT, and has saved where it is. Several
-    processes train together where the environment says so (see `parallel.hosts`). Raises
-    UserError for what was given wrong or a folder that another process is training in, and RunError
-    where a run cannot go on.
+    The processes that the environment names train together (see `parallel.hosts`).
+
+    Args:
+        run: the config.
+        out: the folder.
+        build: makes the job of a run; `build_job` by default.
+
+    Returns:
+        Whether the run is complete; otherwise SIGTERM or SIGINT has stopped it, and it is saved.
+
+    Raises:
+        UserError: the config or the folder cannot be used, or another process trains in the folder.
+        RunError: the run cannot continue.
     """
     with faults.Stop() as stop:
-        check_places(out)
+        check_out(out)
         startup.start(distributed=True)
         logging.getLogger('absl').setLevel(logging.WARNING)
         if jax.process_index() != 0:  # the first warns for all
             logging.getLogger(star_jax.__name__).setLevel(logging.ERROR)
         with peer_watchdog.PeerWatchdog(), faults.disk_watched(out / trainer.CHECKPOINTS):
             peer_watchdog.check_same('settings', json.dumps(config.to_json(run), sort_keys=True))
-            work = (build or job)(run)
-            trainer.check(out, work.run)
+            job = (build or build_job)(run)
+            trainer.check(out, job.run)
             with faults.lock(out):
                 console = Console(quiet=jax.process_index() != 0)
-                return trainer.fit(work, out, console, stop)
+                return trainer.fit(job, out, console, stop)
 
 
-def check_places(out: Path) -> None:
-    """Raises UserError where a run cannot write in the folder `out` what it will leave there."""
+def check_out(out: Path) -> None:
+    """Raises UserError if a run cannot write its files to the folder `out`."""
     for folder in (out, out / trainer.CHECKPOINTS, out / trainer.SAMPLES):
         files.check_folder(folder)
     files.check_file(out / trainer.METRICS)
@@ -58,43 +66,43 @@ def check_places(out: Path) -> None:
 
 
 def cache(run: Run) -> Path:
-    """Writes the codes and text features of a run's sets, and returns their folder.
+    """Writes encoded images and text features of a run's sets; returns their folder.
 
-    Raises UserError where the folder holds something else or cannot be written.
+    Raises UserError if the folder holds something else or cannot be written.
     """
     startup.start()
     run = resolve(run)
     if run.enlarge > 1:
         raise UserError(
-            f'enlarge {run.enlarge} shows another part of a picture each time, and a cache holds '
-            'the codes of one: train without a cache, or with --enlarge 1'
+            f'enlarge {run.enlarge} crops an image anew each time, and a cache holds one encoding '
+            'of each image: train without a cache, or with --enlarge 1'
         )
-    folder = caches.place(run)
+    folder = caches.cache_path(run)
     caches.check_free(folder)
-    work = job(dataclasses.replace(run, cache=''))
-    work.origin.write(folder, work.pictures, work.encode)
+    job = build_job(dataclasses.replace(run, cache=''))
+    job.origin.write(folder, job.images, job.encode)
     return folder
 
 
 def export(folder: Path, out: Path) -> Path:
     """Writes a model folder from the newest checkpoint of the run in `folder`.
 
-    Raises UserError where there is no run, or no checkpoint yet, or `out` cannot be written.
+    Raises UserError if there is no run or no checkpoint yet, or if `out` cannot be written.
     """
     startup.start()
     run = _on_these_devices(read_run(folder))
     check_free(out)
-    work = job(run)
-    state = trainer.newest(work, folder)
+    job = build_job(run)
+    state = trainer.newest(job, folder)
     if state is None:
         raise UserError(f'{folder} has no checkpoint yet: let the run come to its first one')
     with files.writing(out):
-        work.export(state, out)
+        job.export(state, out)
     return out
 
 
 def _on_these_devices(run: Run | TokenizerRun) -> Run | TokenizerRun:
-    """The run, with a mesh of what is here where it was trained on more."""
+    """The run, with a mesh of the local devices if it was trained on more."""
     try:
         run.mesh.build()
     except UserError:
@@ -106,20 +114,20 @@ def read_run(folder: Path) -> Run | TokenizerRun:
     """The settings of the run in a folder."""
     path = folder / trainer.CONFIG
     fields = config.read_json(path)
-    return config.from_json(kind_of(fields, str(path)), fields, where=str(path))
+    return config.from_json(run_class(fields, str(path)), fields, where=str(path))
 
 
-def job(run: Run | TokenizerRun) -> trainer.Job:
-    """The parts of a run."""
+def build_job(run: Run | TokenizerRun) -> trainer.Job:
+    """The job that a run describes."""
     run = resolve(run)
     if isinstance(run, TokenizerRun):
         from star_jax.training.tokenizer import TokenizerJob
 
         return TokenizerJob(run)
     if run.model.refinement:
-        from star_jax.training.refinement_job import HeadJob
+        from star_jax.training.refinement_job import RefinementJob
 
-        return HeadJob(run)
+        return RefinementJob(run)
     from star_jax.training.transformer import TransformerJob
 
     return TransformerJob(run)

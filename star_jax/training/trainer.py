@@ -1,6 +1,6 @@
-"""How does a run go on, whatever is trained?
+"""How does a run proceed, whatever is trained?
 
-The one loop: it restores, steps, reports, draws pictures and saves. What is trained is a `Job`.
+The one loop: it restores, steps, logs metrics, evaluates, and saves. What is trained is a `Job`.
 """
 
 import dataclasses
@@ -23,33 +23,43 @@ from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import peer_watchdog
 from star_jax.training import logger
 from star_jax.training.faults import Stop, state_flaw
-from star_jax.training.logger import MetricsWindow, NullLogger, RunLogger
+from star_jax.training.logger import Logger, MetricsWindow
 from star_jax.training.run import Run, TokenizerRun, check_kind
 from star_jax.training.state import TrainState
 from star_jax.training.summary import check_state
 
 CONFIG = 'config.json'
-DATA = 'data.json'  # how many training examples there are, and their fingerprint
-BASE = 'base.json'  # the digest of the model folder that stays frozen, where there is one
+DATA = 'data.json'  # number of training examples, and their fingerprint
+BASE = 'base.json'  # digest of the model folder that stays frozen, if there is one
 CHECKPOINTS = 'checkpoints'
 METRICS = logger.METRICS
 SAMPLES = logger.SAMPLES
 MODEL = 'model'
 
-ELSEWHERE = ('mesh', 'cache')  # fields that change where a run happens, and not what it makes
+FREE_FIELDS = (
+    'mesh',
+    'cache',
+)  # may change within a run: results do not depend on them
 
 log = logging.getLogger(__name__)
 
 
 class Job(Protocol):
-    """What the loop needs to know of a thing that trains."""
+    """Something that trains: the parts of a run, as far as the trainer needs them.
+
+    Attributes:
+        run: the config.
+        source: the training examples.
+        base: digest of a model folder whose frozen weights belong to the state, but are not in its
+            checkpoints; '' if there is none.
+    """
 
     run: Run | TokenizerRun
-    source: Source  # of the training examples
-    base: str  # digest of the folder whose weights belong to the state, but not to checkpoints
+    source: Source
+    base: str
 
     def summary(self) -> dict[str, str]:
-        """What a user wants to know before paying for the run."""
+        """The size of the run, as lines for a user who is about to pay for it."""
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -58,48 +68,66 @@ class Job(Protocol):
         """The state before step 0, sharded."""
 
     def batches(self, step: int) -> Iterator[Any]:
-        """Batches on the devices from `step` on."""
+        """Batches on the devices, from `step` on."""
 
     def step(
         self, step: int, state: TrainState, batch: Any
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Step number `step` and its scalars, not yet fetched. Donates the state."""
+        """Step number `step` and its metrics, not yet fetched. Donates the state."""
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Scores on the validation set."""
+        """Metrics of the validation set."""
 
-    def picture(self, state: TrainState) -> np.ndarray | None:
-        """What a user looks at, uint8 (h, w, 3); None where nobody does."""
+    def sample_grid(self, state: TrainState) -> np.ndarray | None:
+        """An image that shows the quality of the state, uint8 (h, w, 3); None for no image."""
 
     def export(self, state: TrainState, folder: Path) -> None:
-        """Writes a model folder, from the first process; all must call it."""
+        """Writes a model folder, from the first process; all processes must call it."""
 
 
 def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
-    """Runs `job` in the folder `out` from where an earlier run in it stopped; whether to its end.
+    """Trains a job in a folder, from the last checkpoint in it.
 
-    Leaves `config.json`, `data.json`, `base.json` (of a head), `checkpoints/`, `samples/`,
-    `metrics.jsonl`, event files and `model/`. Asked to `stop`, it finishes the step (with its
-    pictures, if it has any) and saves. Raises UserError if `out` belongs to a run with another
-    config or frozen model, and NotFiniteError if a loss or the state is not finite any more: what
-    was saved before stays, and nothing later is saved.
+    Leaves `config.json`, `data.json`, `base.json` (of a refinement head), `checkpoints/`,
+    `samples/`, `metrics.jsonl`, event files and `model/`.
+
+    Args:
+        job: what is trained.
+        out: the folder of the run.
+        console: shows summary and progress.
+        stop: when it asks, the current step is completed and saved.
+
+    Returns:
+        Whether the run is complete.
+
+    Raises:
+        UserError: `out` belongs to a run with another config or frozen model.
+        NotFiniteError: a loss or the state is no longer finite; earlier checkpoints stay, and
+            nothing is saved any more.
     """
     check(out, job.run)
-    wanted = job.abstract()
-    check_state(wanted)
+    abstract = job.abstract()
+    check_state(abstract)
     if jax.process_index() == 0:
         _print_summary(job, console)
     with Checkpoints(out / CHECKPOINTS, keep=job.run.pace.keep) as checkpoints:
-        restored = checkpoints.restore(wanted)
+        restored = checkpoints.restore(abstract)
         first, state = restored if restored else (0, job.init())
-        claim(out, job.run)  # now that it can begin: what is mended is no other config
+        claim(out, job.run)  # only now: a failed start leaves no config behind
         _compare_data(out, job.source, first)
         _compare_base(out, job.base, first)
         if first:
             console.print(f'continuing from step {first}')
         window = MetricsWindow(job.run.batch, first, checkpoints.notes(first))
-        with logger.begin(out, first) as told, _progress(console) as progress:
-            step, state = Trainer(job, checkpoints, window, told, progress).run(first, state, stop)
+        with logger.open_logger(out, first) as run_logger, _progress(console) as progress:
+            trainer = Trainer(
+                job,
+                checkpoints=checkpoints,
+                window=window,
+                logger=run_logger,
+                progress=progress,
+            )
+            step, state = trainer.run(first, state, stop)
     if step < job.run.pace.steps:
         where = f'at step {step}, saved' if step else 'before the first step'
         console.print(f'stopped {where}; the same command goes on')
@@ -110,22 +138,34 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
 
 
 class Trainer:
-    """The steps of a run, and what is due after each."""
+    """The steps of a run, and what is due after each of them.
+
+    Args:
+        job: what is trained.
+        checkpoints: where the state is saved.
+        window: collects metrics from one report to the next.
+        logger: records metrics and sample grids.
+        progress: shows how far the run is.
+    """
 
     def __init__(
         self,
         job: Job,
+        *,
         checkpoints: Checkpoints,
         window: MetricsWindow,
-        told: RunLogger | NullLogger,
+        logger: Logger,
         progress: Progress,
     ) -> None:
         self._job, self._pace = job, job.run.pace
         self._checkpoints, self._window = checkpoints, window
-        self._report, self._progress = told, progress
+        self._logger, self._progress = logger, progress
 
     def run(self, first: int, state: TrainState, stop: Stop) -> tuple[int, TrainState]:
-        """Goes on from step `first` to the end, or until asked to stop; the step come to, saved."""
+        """Trains from step `first` to the end, or until asked to stop.
+
+        Returns the number of completed steps and the state after them, which is saved.
+        """
         task = self._progress.add_task(
             'training', total=self._pace.steps, completed=first, note='compiling'
         )
@@ -139,36 +179,39 @@ class Trainer:
             self._window.add(metrics)
             done = step + 1
             if self._is_due(done, self._pace.log):
-                note = self._tell(done)
+                note = self._report(done)
                 self._progress.update(task, completed=done, note=note)
             if self._is_due(done, self._pace.sample):
-                self._report.scalars(done, self._job.evaluate(state))
-                if (picture := self._job.picture(state)) is not None:
-                    self._report.picture(done, picture)
-                self._window.restart()
+                self._evaluate(done, state)
+                self._window.restart_clock()
             if self._is_due(done, self._pace.save):
                 self._save(done, state)
-                self._window.restart()
+                self._window.restart_clock()
         return self._pace.steps, state
 
-    def _is_due(self, done: int, every: int) -> bool:
-        return done % every == 0 or done == self._pace.steps
+    def _is_due(self, done: int, interval: int) -> bool:
+        return done % interval == 0 or done == self._pace.steps
 
-    def _tell(self, done: int) -> str:
-        """Reports the scalars since the last time, and notices a save that has failed."""
-        self._refuse(self._window.flaw())
-        scalars = self._window.close()
-        self._report.scalars(done, scalars)
+    def _report(self, done: int) -> str:
+        """Logs the mean metrics since the last report, and notices a save that has failed."""
+        self._check_finite(self._window.flaw())
+        metrics = self._window.close()
+        self._logger.log(done, metrics)
         self._checkpoints.check()
-        return f'loss {scalars["loss"]:.3f}, {scalars["images_per_second"]:.1f} images/s'
+        return f'loss {metrics["loss"]:.3f}, {metrics["images_per_second"]:.1f} images/s'
+
+    def _evaluate(self, done: int, state: TrainState) -> None:
+        self._logger.log(done, self._job.evaluate(state))
+        if (grid := self._job.sample_grid(state)) is not None:
+            self._logger.log_image(done, grid)
 
     def _save(self, done: int, state: TrainState) -> None:
-        self._refuse(self._window.flaw())
-        if flaw := state_flaw(state):
-            self._refuse(f'step {done}: {flaw}')
+        self._check_finite(self._window.flaw())
+        flaw = state_flaw(state)
+        self._check_finite(flaw and f'step {done}: {flaw}')
         self._checkpoints.save(done, state, self._window.pending())
 
-    def _refuse(self, flaw: str | None) -> None:
+    def _check_finite(self, flaw: str | None) -> None:
         """Raises a NotFiniteError if there is a flaw."""
         if not flaw:
             return
@@ -185,7 +228,7 @@ class Trainer:
 
 
 def newest(job: Job, out: Path) -> TrainState | None:
-    """The state of the newest checkpoint in `out`, which another process may be writing."""
+    """The state of the newest checkpoint in `out`; another process may be writing there."""
     checkpoints = Checkpoints(out / CHECKPOINTS, read_only=True)
     restored = checkpoints.restore(job.abstract())
     checkpoints.close()
@@ -196,9 +239,9 @@ def newest(job: Job, out: Path) -> TrainState | None:
 
 
 def claim(out: Path, run: Run | TokenizerRun) -> None:
-    """Makes `out` the folder of `run`; a UserError names the fields if it belongs to another.
+    """Makes `out` the folder of `run`; a UserError names the fields if it belongs to another run.
 
-    Another mesh or cache is no other run: it may go on on other devices, with the same codes.
+    A run may continue with another mesh or cache: its results do not depend on them.
     """
     check(out, run)
     path = out / CONFIG
@@ -208,14 +251,14 @@ def claim(out: Path, run: Run | TokenizerRun) -> None:
 
 
 def check(out: Path, run: Run | TokenizerRun) -> None:
-    """Raises UserError if `out` is the folder of another run; leaves it as it is."""
+    """Raises UserError if `out` is the folder of another run; writes nothing."""
     path = out / CONFIG
     if not path.exists():
         return
     fields = config.read_json(path)
     check_kind(fields, type(run), str(path))
     earlier = config.from_json(type(run), fields, str(path))
-    same = {name: getattr(run, name) for name in ELSEWHERE if hasattr(run, name)}
+    same = {name: getattr(run, name) for name in FREE_FIELDS if hasattr(run, name)}
     changed = config.differences(dataclasses.replace(earlier, **same), run)
     if changed:
         raise UserError(
@@ -225,31 +268,32 @@ def check(out: Path, run: Run | TokenizerRun) -> None:
 
 
 def _compare_data(out: Path, source: Source, first: int) -> None:
-    """Warns where a run goes on, from step `first`, with other data than it had; remembers these.
+    """Warns if a run continues, from step `first`, with other data than before; records the data.
 
-    Raises UserError where the processes of a run have different data. The order of the data depends
-    on how many there are, so one picture more changes every batch.
+    Raises UserError if the processes of a run have different data. The order of the data depends on
+    the number of examples, so one more image changes every batch.
     """
     if jax.process_count() > 1:
         peer_watchdog.check_same('training data', pipeline.outline(source))
     if jax.process_index() != 0:
         return
-    path, found = out / DATA, {'examples': len(source), 'fingerprint': source.fingerprint()}
-    known = config.read_json(path) if path.exists() else None
-    if first and known and known != found:
+    path, data = out / DATA, {'examples': len(source), 'fingerprint': source.fingerprint()}
+    earlier = config.read_json(path) if path.exists() else None
+    if first and earlier and earlier != data:
         log.warning(
-            '%s: the training data have changed since this run was last here (%s examples then, %s '
-            'now), so it goes on with other pictures, or in another order, than if they had '
-            'stayed; give another --out to begin anew',
+            '%s: the training data have changed since the run was interrupted (%s examples then, '
+            '%s now), so it continues with other images or in another order; give another --out '
+            'to start anew',
             out,
-            *(data['examples'] for data in (known, found)),
+            earlier['examples'],
+            data['examples'],
         )
-    if known != found:
-        config.write_json(path, found)
+    if earlier != data:
+        config.write_json(path, data)
 
 
 def _compare_base(out: Path, base: str, first: int) -> None:
-    """Remembers the digest of the frozen model of a run that begins; later it must be the same."""
+    """Records the digest of the frozen model when a run starts; later it must be the same."""
     if first:
         _check_base(out, base)
     if base and jax.process_index() == 0:
@@ -257,12 +301,12 @@ def _compare_base(out: Path, base: str, first: int) -> None:
 
 
 def _check_base(out: Path, base: str) -> None:
-    """Raises UserError if the frozen model of the run in `out` is not what it was."""
+    """Raises UserError if the frozen model of the run in `out` has changed."""
     path = out / BASE
     if path.exists() and config.read_json(path) != {'sha256': base}:
         raise UserError(
-            f'the model that {out} goes on from with --init has changed since the run began, and '
-            'its checkpoints fit no other: put the earlier one back, or give another --out'
+            f'the model that {out} started from with --init has changed since then, and its '
+            'checkpoints fit no other model: restore the earlier one, or give another --out'
         )
 
 

@@ -1,5 +1,6 @@
 """How is a transformer trained?"""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -17,185 +19,226 @@ from star_jax.core.flops import count_flops
 from star_jax.data import pipeline
 from star_jax.families.fit import check_tokenizer
 from star_jax.losses import tokens
+from star_jax.losses.tokens import Metrics
 from star_jax.parallel import peer_watchdog, rules
-from star_jax.sampling import program
-from star_jax.text import FeatureCache
-from star_jax.text import load as load_text
+from star_jax.sampling import program as sampling
+from star_jax.text.cache import FeatureCache
+from star_jax.text.encoder import load as load_text
 from star_jax.text.tokens import Tokens
 from star_jax.training import cache, summary, warm_start
-from star_jax.training.programs import Programs
+from star_jax.training.program import COUNTED, Frozen, StepInputs, build_program, init_params
 from star_jax.training.run import Run
-from star_jax.training.state import TrainState, averaged, init_sharded
+from star_jax.training.state import TrainState, abstract_state, init_sharded
 
-SHOWN = 16  # pictures of a sample grid
+SHOWN = 16  # images of a sample grid
 
 
 class TransformerJob:
-    """A transformer, a frozen tokenizer and what reads prompts, on captioned images.
+    """Trains a transformer on captioned images, with a frozen tokenizer and prompt encoder.
 
-    Of labelled images the caption is their label.
+    A class-conditional model uses the label of an image as its caption.
+
+    Attributes:
+        run: the config.
+        base: '', because no weights outside of the checkpoints belong to the state.
+        source: the training examples.
+        validation: the held-out examples.
+        images: both, with images where a cache replaces them: by 'data' and 'validation'.
+        origin: what a cache of this run is made of.
+        prompt_encoder: makes conditions of prompts.
+        tokenizer: config and parameters of the image tokenizer.
+        texts: the cache of text features; None where prompts are encoded in the training program.
+        program: the training program.
+        frozen: the arrays that it reads.
     """
 
-    PROGRAMS = Programs
     base = ''
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.mesh = run.mesh.build()
-        inside = self.mesh if run.features == 'inside' else None
-        self.encoder = run.model.prompt_encoder(functools.partial(load_text, run.text, mesh=inside))
-        self.source_of_codes = models.read_tokenizer(run.tokenizer)
-        vq = self.source_of_codes.config.at(run.model.schedule)
+        self._mesh = run.mesh.build()
+        mesh_inside = self._mesh if run.features == 'inside' else None
+        self.prompt_encoder = run.model.prompt_encoder(
+            functools.partial(load_text, run.text, mesh=mesh_inside)
+        )
+        self.tokenizer = models.read_tokenizer(run.tokenizer)
+        vq = self.tokenizer.config.at(run.model.schedule)
         check_tokenizer(
             run.model,
             vq,
             where=f'the tokenizer {run.tokenizer} does not fit',
             remedy='set model.codes and model.channels to those of the tokenizer',
         )
-        summary.check_batch(run.batch, vq.resolution, self.mesh)
-        self._rows = rules.process_rows(self.mesh, run.batch)
-        opened = {
+        summary.check_batch(run.batch, vq.resolution, self._mesh)
+        self._rows = rules.process_rows(self._mesh, run.batch)
+        sources = {
             'data': run.data.open(_enlarged(vq.resolution, run.enlarge)),
             'validation': run.validation.open(vq.resolution),
         }
-        self.pictures = {
-            name: one if self.encoder.field == 'caption' else pipeline.Labelled(one)
-            for name, one in opened.items()
+        self.images = {
+            name: source if self.prompt_encoder.field == 'caption' else pipeline.Labelled(source)
+            for name, source in sources.items()
         }
-        self.origin = cache.Origin(run=run, tokenizer=self.source_of_codes, encoder=self.encoder)
-        place = Path(run.cache) if run.cache else None
-        sources = self.origin.read(place, self.pictures) if place else self.pictures
-        self.source, self.validation = sources['data'], sources['validation']
-        self.texts = None
-        if cache.keeps_features(run, self.encoder):
-            self.texts = FeatureCache(self.encoder, place)
-        frozen, whose = self.source_of_codes, f' of the tokenizer {run.tokenizer}'
-        where = rules.shardings(frozen.config.abstract(), self.mesh, whose)
-        self.frozen = {
-            'tokenizer': rules.shard(frozen.params, where),
-            'encoder': self.encoder.params if self.texts is None else {},  # placed when read
-            'empty': rules.shard(self.encoder.encode(['']), rules.replicated(self.mesh)),
-        }
-        self.programs = self.PROGRAMS(
-            run,
-            self.mesh,
-            vq,
-            self.encoder,
-            inside=self.texts is None,
-            platform=self.mesh.devices.flat[0].platform,
+        self.origin = cache.Origin(
+            run=run, tokenizer=self.tokenizer, prompt_encoder=self.prompt_encoder
         )
-        self.model, self.tokenizer = self.programs.model, self.programs.tokenizer
-        program.sampling_method(run.model, run.sampling)  # a UserError before anything is computed
-        self._sample = program.compile_program(self.model, vq.build(run.dtype))
-        self._step = jax.jit(self.programs.train, donate_argnums=0)
-        self._score = jax.jit(self.programs.score, out_shardings=rules.replicated(self.mesh))
+        cache_folder = Path(run.cache) if run.cache else None
+        self.texts = None
+        if cache.keeps_features(run, self.prompt_encoder):
+            self.texts = FeatureCache(self.prompt_encoder, cache_folder)
+        self.program = build_program(
+            run,
+            self._mesh,
+            vq.build(),
+            platform=self._mesh.devices.flat[0].platform,
+            encode_prompts=self.prompt_encoder.apply if self.texts is None else None,
+        )
+        sources = self.images
+        if cache_folder:
+            encoded = self.program.abstract_encoded(self.tokenizer.params, 1)
+            example = jax.ShapeDtypeStruct(encoded.shape[1:], encoded.dtype)
+            sources = self.origin.read(cache_folder, self.images, example)
+        self.source, self.validation = sources['data'], sources['validation']
+        shardings = rules.shardings(
+            self.tokenizer.config.abstract(), self._mesh, f' of the tokenizer {run.tokenizer}'
+        )
+        empty = self.prompt_encoder.encode([''])
+        self.frozen = Frozen(
+            tokenizer=rules.shard(self.tokenizer.params, shardings),
+            empty=rules.shard(empty, rules.replicated(self._mesh)),
+            encoder=self.prompt_encoder.params if self.texts is None else {},  # sharded when loaded
+        )
+        sampling.sampling_method(run.model, run.sampling)  # a UserError before anything is computed
+        self._sample = sampling.compile_program(self.program.network, vq.build(run.dtype))
+        self._encode = jax.jit(self.program.encode, out_shardings=rules.batch_sharding(self._mesh))
+        self._train = jax.jit(self.program.train, donate_argnums=0)
+        self._score = jax.jit(self.program.score, out_shardings=rules.replicated(self._mesh))
 
     def summary(self) -> dict[str, str]:
-        state = jax.eval_shape(self.programs.build, jax.random.key(0))
-        rows = self.run.batch
-        codes_BL = np.zeros((rows, self.model.schedule.length), np.int32)
-        batch = {'codes': codes_BL, 'text': self._words([''] * rows)}
-        flops = count_flops(
-            self.programs.plain.train, nn.unbox(state), self.frozen, batch, jax.random.key(0)
+        run, program = self.run, self.program
+        state = jax.eval_shape(program.start, program.trained(run.model.abstract()))
+        inputs = StepInputs(
+            encoded=program.abstract_encoded(self.frozen.tokenizer, run.batch),
+            prompts=self._prompts([''] * run.batch),
         )
-        if not self.run.cache:
-            images = np.zeros((rows, *self.tokenizer.resolution, 3), np.uint8)
-            flops += count_flops(self.programs.encode, self.frozen['tokenizer'], images)
-        return summary.describe(state, self.model.schedule, flops, self.run, len(self.source))
+        args = (nn.unbox(state), self.frozen, inputs, jax.random.key(0))
+        platform = self._mesh.devices.flat[0].platform
+        countable = build_program(
+            dataclasses.replace(run, **COUNTED),
+            self._mesh,
+            program.tokenizer,
+            platform=platform,
+            encode_prompts=program.encode_prompts,
+        )
+        flops = count_flops(countable.train, *args)
+        if not run.cache:
+            shape = (run.batch, *program.tokenizer.resolution, 3)
+            images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+            flops += count_flops(program.encode, self.frozen.tokenizer, images)
+        return summary.describe(state, program.network.schedule, flops, run, len(self.source))
 
     def abstract(self) -> TrainState:
-        return self.programs.abstract()
+        params = self.program.trained(self.run.model.abstract())
+        return abstract_state(self.program.start, params, self._mesh)
 
     def init(self) -> TrainState:
-        init = functools.partial(init_sharded, self.programs.build, self.mesh)
-        key, where = jax.random.key(self.run.seed), self.run.init
-        if not where:
-            return init(key)
-        given = models.read(where).params  # before anything is compiled
-        params = warm_start.fitted(given, self.abstract(), where)
-        return warm_start.begin(init(key), params)
+        source = self.run.init
+        params = models.read(source).params if source else None  # before anything is compiled
+        return self._init(params, source)
 
-    def batches(self, step: int) -> Iterator[dict[str, Any]]:
+    def batches(self, step: int) -> Iterator[StepInputs]:
         if self.texts is not None and not self.run.cache:
             captions = map(self.source.captions, range(len(self.source)))
-            captions, shown = list(itertools.chain.from_iterable(captions)), not jax.process_index()
-            peer_watchdog.first_then_others(lambda: self.texts.warm(captions, progress=shown))
+            captions = list(itertools.chain.from_iterable(captions))
+            progress = jax.process_index() == 0
+            peer_watchdog.first_then_others(lambda: self.texts.warm(captions, progress=progress))
         for batch in pipeline.batches(
             self.source,
             batch=self.run.batch,
             seed=self.run.seed,
             step=step,
             rows=self._rows,
-            crop=self.tokenizer.resolution if self.run.enlarge > 1 else None,
+            crop=self.program.tokenizer.resolution if self.run.enlarge > 1 else None,
         ):
-            yield self._batch(batch)
+            yield self._inputs(batch)
 
-    def step(
-        self, step: int, state: TrainState, batch: dict[str, Any]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(self, step: int, state: TrainState, inputs: StepInputs) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(self.run.seed), step)
-        return self._step(state, self.frozen, batch, key)
+        return self._train(state, self.frozen, inputs, key)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Loss and accuracy, over all tokens and per scale, on the validation set."""
-        sums, count = 0.0, 0
+        """Loss and accuracy on the validation set, over all tokens and per scale."""
+        sums_2L, count, key = 0.0, 0, jax.random.key(0)
         for batch, real in pipeline.padded(self.validation, self.run.batch, self._rows):
-            losses = self._score(averaged(state), self.frozen, self._batch(batch))
-            sums += np.stack([np.asarray(x_BL)[:real].sum(0) for x_BL in losses])
+            losses = self._score(state.averaged, self.frozen, self._inputs(batch), key)
+            real_rows = (np.asarray(x_BL)[:real] for x_BL in (losses.nll_BL, losses.hit_BL))
+            sums_2L += np.stack([x_BL.sum(0) for x_BL in real_rows])
             count += real
-        scalars = tokens.scales(self.model.schedule, *(sums / count))
-        return {f'validation/{name}': float(value) for name, value in scalars.items()}
+        metrics = tokens.mean_per_scale(self.program.network.schedule, *(sums_2L / count))
+        return {f'validation/{name}': float(value) for name, value in metrics.items()}
 
-    def picture(self, state: TrainState) -> np.ndarray:
-        """Validation images over what is drawn from their captions."""
-        run, shown = self.run, pipeline.spread(self.pictures['validation'], SHOWN)
+    def sample_grid(self, state: TrainState) -> np.ndarray:
+        """Validation images above the images that are generated from their captions."""
+        run, shown = self.run, pipeline.spread(self.images['validation'], SHOWN)
         captions = shown['caption']
-        weights = {'model': self._weights(state), 'tokenizer': self.frozen['tokenizer']}
-        params = program.cast(weights, run.dtype)
-        read = self.encoder.encode if self.texts is None else self.texts.features
-        text, empty = read(captions), self.frozen['empty']
-        keys_B = program.image_keys(range(len(captions)))
-        inputs = program.inputs(run.model, run.sampling, keys_B=keys_B, prompted=text, empty=empty)
+        params = {'model': self._whole(state), 'tokenizer': self.frozen.tokenizer}
+        params = sampling.cast(params, run.dtype)
+        encode = self.prompt_encoder.encode if self.texts is None else self.texts.features
+        condition = encode(captions)
+        keys_B = sampling.image_keys(range(len(captions)))
+        inputs = sampling.inputs(
+            run.model, run.sampling, keys_B=keys_B, prompted=condition, empty=self.frozen.empty
+        )
         images = self._sample(params, inputs)
         return image_io.compare(shown['image'], rules.gather(images), captions, 'drawn')
 
     def encode(self, images: np.ndarray) -> jax.Array:
-        """Codes [B, L] of this process's uint8 images [B, H, W, 3]."""
-        return self.programs.encode(self.frozen['tokenizer'], rules.shard_batch(images, self.mesh))
+        """This process's uint8 images [B, H, W, 3], encoded by the tokenizer."""
+        return self._encode(self.frozen.tokenizer, rules.shard_batch(images, self._mesh))
 
     def export(self, state: TrainState, out: Path) -> None:
-        params = rules.gather(self._weights(state))
+        params = rules.gather(self._whole(state))
         if jax.process_index() != 0:
             return
-        reference = self.encoder.reference()
+        reference = self.prompt_encoder.reference()
         model = folder.StoredModel(
             config=self.run.model,
             params=params,
-            tokenizer=self.source_of_codes,
+            tokenizer=self.tokenizer,
             text=reference and folder.TextEncoderReference(**reference),
             sampling=self.run.sampling,
         )
         folder.write(out, model)
 
-    def _weights(self, state: TrainState) -> Any:
-        """The parameters of the whole model, to use."""
-        return averaged(state)
+    def _init(self, params: Any, source: str) -> TrainState:
+        """The state before step 0, with these parameters of `source` if there are any."""
+        if params is not None:
+            params = warm_start.fit(params, self.abstract(), source)
+        state = init_sharded(
+            self.program.start,
+            lambda key: self.program.trained(init_params(self.run, key)),
+            self._mesh,
+            jax.random.key(self.run.seed),
+        )
+        return state if params is None else warm_start.start(state, params)
 
-    def _batch(self, batch: pipeline.Batch) -> dict[str, Any]:
-        """Codes [B, L] and text, on the devices."""
+    def _whole(self, state: TrainState) -> Any:
+        """The parameters of the whole model, to evaluate and export."""
+        return self.program.whole(state.averaged, self.frozen)
+
+    def _inputs(self, batch: pipeline.Batch) -> StepInputs:
+        """A batch on the devices, its images encoded."""
         if self.run.cache:
-            codes_BL = rules.shard_batch(batch['codes'], self.mesh)
+            encoded = rules.shard_batch(batch['encoded'], self._mesh)
         else:
-            codes_BL = self.encode(batch['image'])
-        return {
-            'codes': codes_BL,
-            'text': rules.shard_batch(self._words(batch['caption']), self.mesh),
-        }
+            encoded = self.encode(batch['image'])
+        prompts = rules.shard_batch(self._prompts(batch['caption']), self._mesh)
+        return StepInputs(encoded=encoded, prompts=prompts)
 
-    def _words(self, captions: list[str]) -> Condition | Tokens:
-        """The host's part of the conditions: features, token ids, or labels."""
-        read = self.encoder.tokenize if self.texts is None else self.texts.features
-        return read(captions)
+    def _prompts(self, captions: list[str]) -> Condition | Tokens:
+        """What the host makes of captions: features, token ids, or labels."""
+        encode = self.prompt_encoder.tokenize if self.texts is None else self.texts.features
+        return encode(captions)
 
 
 def _enlarged(resolution: tuple[int, int], factor: float) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from star_jax.core import unmasking
 from star_jax.core.filters import NucleusFilter
 from star_jax.errors import UserError
 from star_jax.families.star import Star
+from star_jax.losses import refinement
+from star_jax.losses.refinement import ReleasedLoss, Unmasking
 from star_jax.protocols import SamplingMethod
 from star_jax.sampling.stable import (
     RANDOM_PASSES,
@@ -26,8 +28,6 @@ from star_jax.sampling.stable import (
     StableSampling,
     plan_passes,
 )
-from star_jax.training import refinement
-from star_jax.training.refinement import ReleasedLoss, Unmasking
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import GRADIENTS, INTEGERS, LATENTS, LOGITS, LOSSES, NORMS
 from star_jax.verify.generate import KNOWN_VERSIONS, OLD, RUN, Generations
@@ -187,7 +187,7 @@ def budgets_of_side(mode: str, passes: str, side: str) -> np.ndarray:
 @functools.cache
 def head_fn(star: Star) -> Callable:
     """(params, inputs, vectors, text) -> (features, logits) of the refined tokens, jitted."""
-    return jax.jit(functools.partial(refinement.guess, star.build()))
+    return jax.jit(functools.partial(refinement.refine, star.build()))
 
 
 @functools.cache
@@ -199,7 +199,7 @@ def head_gradient_fn(star: Star) -> Callable:
 
     def loss(head, params, inputs, vectors_BLC, text, codes_BL, visible_BL):
         params = params | {'refiner': head}
-        logits_BLV = refinement.guess(star.build(), params, inputs, vectors_BLC, text)[1]
+        logits_BLV = refinement.refine(star.build(), params, inputs, vectors_BLC, text)[1]
         return ReleasedLoss()(logits_BLV, codes_BL, visible_BL, star.schedule.length)
 
     return jax.jit(lambda params, *rest: jax.value_and_grad(loss)(params['refiner'], params, *rest))

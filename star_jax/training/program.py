@@ -1,0 +1,344 @@
+"""Which programs train a transformer?
+
+A program needs the sizes of a run, but no weights and no data: `plan` compiles the programs that a
+job runs. `TrainingProgram.loss` is what a step minimises.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from star_jax.core import condition
+from star_jax.core.codes import Targets
+from star_jax.losses import refinement, tokens
+from star_jax.losses.refinement import Unmasking
+from star_jax.losses.tokens import Metrics, TokenLosses
+from star_jax.nn.attention_dispatch import named
+from star_jax.nn.bind import bind
+from star_jax.nn.blocks import drop_paths
+from star_jax.nn.transformer import Transformer
+from star_jax.parallel.mesh import batch_shards
+from star_jax.training.optimizer import decayed, everything, gradient_norm
+from star_jax.training.run import Run
+from star_jax.training.state import TrainState
+
+TARGETS = 1  # folded into the key of a step for its training targets
+HEAD = 'refiner'  # the name of a refinement head among the parameters of a model
+
+# Changes to a run whose program can be counted: nothing is computed twice, and no kernel hides its
+# arithmetic.
+COUNTED = {'remat': False, 'attention': 'by_scale'}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a step does besides predicting tokens.
+
+    Attributes:
+        condition_drop: probability of the unprompted condition.
+        drop_path: rate of stochastic depth at the deepest layer.
+        keep_tokens: tokens that are kept; the others are dropped from the last scale (0: all).
+        balance: weight of a scale in the loss: 0 weights all tokens equally, 1 all scales.
+        label_smoothing: share of the uniform distribution in the labels.
+        loss_scale: factor of the loss, before gradients are clipped.
+        ema: decay of the moving average of the parameters (0: no average).
+        constants: names of the parameters that are not trained.
+    """
+
+    condition_drop: float = 0.0
+    drop_path: float = 0.0
+    keep_tokens: int = 0
+    balance: float = 0.0
+    label_smoothing: float = 0.0
+    loss_scale: float = 1.0
+    ema: float = 0.0
+    constants: frozenset[str] = frozenset()
+
+
+@flax.struct.dataclass
+class StepInputs:
+    """The batch of one step: arrays with one row per image.
+
+    Attributes:
+        encoded: the images, encoded by the tokenizer: [B, ...].
+        prompts: their conditions, or what the program's `encode_prompts` takes.
+    """
+
+    encoded: jax.Array
+    prompts: Any
+
+
+@flax.struct.dataclass
+class Frozen:
+    """Arrays that a step reads and does not change.
+
+    Attributes:
+        tokenizer: parameters of the tokenizer.
+        empty: the condition of the empty prompt, one row.
+        encoder: parameters of `encode_prompts`; empty where the program has none.
+        base: parameters of the model below a refinement head; None without a head.
+    """
+
+    tokenizer: Any
+    empty: Any
+    encoder: Any = flax.struct.field(default_factory=dict)
+    base: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingProgram:
+    """The programs that train a whole transformer, to be jitted by the caller.
+
+    Attributes:
+        network: the transformer.
+        tokenizer: the module whose codes it predicts.
+        optimizer: makes updates of gradients.
+        recipe: what a step does besides predicting tokens.
+        encode_prompts: parameters and tokenized prompts -> conditions, where prompts are encoded
+            inside the program; None where a batch holds conditions.
+        batch_groups: parts of the batch within which rows of the network may mix: the published
+            code mixes those of one device.
+    """
+
+    network: Transformer
+    tokenizer: nn.Module
+    optimizer: optax.GradientTransformation
+    recipe: Recipe = Recipe()
+    encode_prompts: Callable[[Any, Any], Any] | None = None
+    batch_groups: int = 1
+
+    def trained(self, params: Any) -> Any:
+        """The part of a model's parameters that is trained: all of them."""
+        return params
+
+    def base(self, params: Any) -> Any:
+        """The part of a model's parameters that is frozen: None."""
+        return None
+
+    def whole(self, params: Any, frozen: Frozen) -> Any:
+        """The parameters of the whole model, of the trained ones."""
+        return params
+
+    def start(self, params: Any) -> TrainState:
+        """The state before step 0, with these trained parameters."""
+        return TrainState.start(params, self.optimizer, ema=self.recipe.ema > 0)
+
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3], encoded by the tokenizer with its `params`."""
+        return tokens.encode(self.tokenizer, params, images)
+
+    def abstract_encoded(self, params: Any, batch: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of encoded images; the tokenizer's `params` may be abstract."""
+        images = jax.ShapeDtypeStruct((batch, *self.tokenizer.resolution, 3), jnp.uint8)
+        return jax.eval_shape(self.encode, params, images)
+
+    def train(
+        self, state: TrainState, frozen: Frozen, inputs: StepInputs, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """One update. Returns the state and the metrics of the step.
+
+        The gradient norm among them is that before clipping, 0 while gradients are accumulated.
+        """
+
+        def loss(params: Any) -> tuple[jax.Array, Metrics]:
+            return self.loss(params, frozen, inputs, key)
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.params)
+        recipe = self.recipe
+        state = state.update(gradients, self.optimizer, recipe.ema, recipe.constants)
+        return state, metrics | {'gradient_norm': gradient_norm(state.opt)}
+
+    def loss(
+        self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss that a step minimises, and its metrics (STAR specification 4).
+
+        The metric `loss` is the mean over the kept tokens, with label smoothing, but without
+        `balance` and `loss_scale`; the others are not smoothed.
+        """
+        recipe, network, batch = self.recipe, self._network, len(inputs.encoded)
+        drop_key, path_key, thin_key = jax.random.split(key, 3)
+        rows = paths = None
+        if recipe.keep_tokens:
+            rows = network.schedule.thin(thin_key, recipe.keep_tokens)
+        if recipe.drop_path:
+            paths = drop_paths(path_key, network.depth, batch, recipe.drop_path)
+        losses = tokens.token_losses(
+            network,
+            self.tokenizer.codes,
+            params,
+            self._targets(frozen, inputs, key),
+            self._drop_conditions(params, frozen, inputs, drop_key),
+            rows=rows,
+            paths=paths,
+            smoothing=recipe.label_smoothing,
+        )
+        count = losses.trained_BL.shape[1]
+        weights_L = tokens.token_weights(network.schedule, count, recipe.balance)
+        value = recipe.loss_scale * (weights_L * losses.trained_BL).mean()
+        trained_L, nll_L, hit_L = (loss_BL.mean(0) for loss_BL in losses)
+        metrics = tokens.mean_per_scale(network.schedule, nll_L, hit_L)
+        return value, metrics | {'loss': trained_L.mean()}
+
+    def score(self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> TokenLosses:
+        """The losses of every token, [B, L], with nothing dropped and nothing smoothed.
+
+        Give the same key for every model, so that held-out losses compare.
+        """
+        targets = self._targets(frozen, inputs, key)
+        condition = self.condition(frozen, inputs)
+        codes = self.tokenizer.codes
+        return tokens.token_losses(self._network, codes, params, targets, condition)
+
+    def condition(self, frozen: Frozen, inputs: StepInputs) -> Any:
+        """The conditions of a batch."""
+        if self.encode_prompts is None:
+            return inputs.prompts
+        encoded = self.encode_prompts(frozen.encoder, inputs.prompts)
+        return self.network.sharding.constrain_batch(encoded)
+
+    @property
+    def _network(self) -> Transformer:
+        return self.network.with_batch_groups(self.batch_groups)
+
+    def _targets(self, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> Targets:
+        """Inputs and labels of a batch, with a key of their own folded from that of the step."""
+        tokenizer = bind(self.tokenizer, frozen.tokenizer)
+        return tokenizer.training_targets(inputs.encoded, jax.random.fold_in(key, TARGETS))
+
+    def _drop_conditions(
+        self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
+    ) -> Any:
+        """The conditions of a batch, with the unprompted one in some rows at random."""
+        prompted = self.condition(frozen, inputs)
+        unprompted = bind(self.network, params).unprompted(prompted, frozen.empty)
+        drop_B = jax.random.bernoulli(key, self.recipe.condition_drop, (len(inputs.encoded),))
+        return condition.choose(drop_B, prompted, unprompted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefinementProgram(TrainingProgram):
+    """The programs that train the refinement head of a model whose other parameters are frozen.
+
+    Attributes:
+        unmasking: which tokens are shown, and the loss of the hidden ones.
+    """
+
+    unmasking: Unmasking
+
+    def trained(self, params: Any) -> Any:
+        """The parameters of the head."""
+        return params[HEAD]
+
+    def base(self, params: Any) -> Any:
+        """The parameters below the head."""
+        return {name: part for name, part in params.items() if name != HEAD}
+
+    def whole(self, params: Any, frozen: Frozen) -> Any:
+        return frozen.base | {HEAD: params}
+
+    def loss(
+        self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of the hidden tokens, and its metrics (STAR specification 9.1)."""
+        drop_key, path_key, show_key = jax.random.split(key, 3)
+        batch, rows = len(inputs.encoded), refinement.refined_rows(self.network)
+        shown_BR = self.unmasking.sample(show_key, (batch, len(rows)))
+        paths = None
+        if self.unmasking.noisy_base and self.recipe.drop_path:
+            paths = drop_paths(path_key, self.network.depth, batch, self.recipe.drop_path)
+        whole = self.whole(params, frozen)
+        condition = self._drop_conditions(whole, frozen, inputs, drop_key)
+        targets = self._targets(frozen, inputs, key)
+        logits_BRV = self._logits(whole, frozen, targets, shown_BR, condition, paths)
+        codes_BR, schedule = targets.codes_BL[:, rows], self.network.schedule
+        value = self.unmasking.loss(logits_BRV, codes_BR, shown_BR, schedule.length)
+        sums_3R = refinement.hidden_sums(logits_BRV, codes_BR, shown_BR).sum(1)
+        return value, refinement.mean_per_scale(schedule, rows, sums_3R) | {'loss': value}
+
+    def score(self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> jax.Array:
+        """`hidden_sums` [3, B, R] of a batch, of which the key hides tokens."""
+        rows = refinement.refined_rows(self.network)
+        shown_BR = self.unmasking.sample(key, (len(inputs.encoded), len(rows)))
+        targets = self._targets(frozen, inputs, key)
+        whole, condition = self.whole(params, frozen), self.condition(frozen, inputs)
+        logits_BRV = self._logits(whole, frozen, targets, shown_BR, condition)
+        return refinement.hidden_sums(logits_BRV, targets.codes_BL[:, rows], shown_BR)
+
+    def _logits(
+        self,
+        params: Any,
+        frozen: Frozen,
+        targets: Targets,
+        shown_BR: jax.Array,
+        condition: Any,
+        paths: jax.Array | None = None,
+    ) -> jax.Array:
+        """The head's logits [B, R, V]."""
+        codes_BR = targets.codes_BL[:, refinement.refined_rows(self.network)]
+        vectors_BRC = refinement.shown_vectors(self.tokenizer, frozen.tokenizer, codes_BR, shown_BR)
+        inputs = (self._network, params, targets.inputs_BLC, vectors_BRC, condition)
+        return refinement.refine(*inputs, paths=paths)[1]
+
+
+def build_program(
+    run: Run,
+    mesh: Mesh,
+    tokenizer: nn.Module,
+    *,
+    platform: str,
+    encode_prompts: Callable[[Any, Any], Any] | None = None,
+) -> TrainingProgram:
+    """The programs of a run: those of its refinement head if its model has one.
+
+    Args:
+        run: what is trained, and how.
+        mesh: the devices.
+        tokenizer: the module whose codes are predicted, with the schedule of the model.
+        platform: 'cpu', 'gpu' or 'tpu': chooses the attention kernel.
+        encode_prompts: as of `TrainingProgram`.
+    """
+    attend = named(run.attention, platform)
+    ways = batch_shards(mesh)
+    parts = {
+        'network': run.model.build(run.dtype, run.remat, run.unroll, attend).with_sharding(mesh),
+        'tokenizer': tokenizer,
+        'recipe': recipe(run, ways),
+        'encode_prompts': encode_prompts,
+        'batch_groups': ways,
+    }
+    if not run.model.refinement:
+        optimizer = run.optimizer.build(run.pace.steps, constants=run.model.constants)
+        return TrainingProgram(optimizer=optimizer, **parts)
+    decays = everything if run.unmasking.decay_all else decayed
+    optimizer = run.optimizer.build(run.pace.steps, decays)
+    return RefinementProgram(optimizer=optimizer, unmasking=run.unmasking, **parts)
+
+
+def recipe(run: Run, ways: int) -> Recipe:
+    """The recipe of a run, with its batch split over so many ways of the mesh."""
+    scaled = run.released_loss_scale and run.model.keep_tokens
+    return Recipe(
+        condition_drop=run.caption_drop,
+        drop_path=run.model.drop_path,
+        keep_tokens=run.model.keep_tokens,
+        balance=run.balance,
+        label_smoothing=run.label_smoothing,
+        loss_scale=run.batch // ways if scaled else 1.0,
+        ema=run.ema,
+        constants=run.model.constants,
+    )
+
+
+def init_params(run: Run, key: jax.Array) -> Any:
+    """The boxed random parameters of the model of a run; nothing is computed of inputs."""
+    family = run.model
+    inputs, condition = family.abstract_inputs(), family.abstract_condition()
+    return family.build().lazy_init(key, inputs, condition)['params']
