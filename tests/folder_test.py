@@ -471,7 +471,7 @@ def test_without_a_place_to_remember_it_goes_on(tmp_path, cache, caplog):
 def test_an_interrupted_reading_keeps_what_is_done(tmp_path, monkeypatch):
     fill(tmp_path, 6)
     monkeypatch.setattr(verdicts, 'PART', 2)
-    monkeypatch.setattr(verdicts.machine, 'cores', lambda: 1)
+    monkeypatch.setattr(verdicts.mesh, 'cores', lambda: 1)
     real, looked = photos.shorter_side, []
 
     def look(path: Path) -> int:

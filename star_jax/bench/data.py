@@ -8,7 +8,7 @@ from typing import Any
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
-from star_jax.parallel import machine
+from star_jax.parallel import machine, mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,6 @@ def run(source: Source, job: ReadingJob) -> dict[str, Any]:
         'images_per_second': pipelined,
         'one_thread_images_per_second': one_thread,
         'speedup': pipelined / one_thread,
-        'speedup_per_core': pipelined / one_thread / machine.cores(),
+        'speedup_per_core': pipelined / one_thread / mesh.cores(),
         'environment': machine.describe(),
     }

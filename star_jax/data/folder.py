@@ -26,7 +26,7 @@ from star_jax.data.listing import Fault
 from star_jax.data.pipeline import Example
 from star_jax.errors import UserError
 from star_jax.image_io import height_and_width
-from star_jax.parallel import machine
+from star_jax.parallel import mesh
 
 SPLITS = ('train', 'validation', 'all')
 MOST_ENLARGED = 4  # times: a shorter side below the wanted one's quarter shows too little
@@ -201,7 +201,7 @@ def prepare(folder: Folder, out: Path, size: int) -> Summary:
 
 def _records(source: Source, places: Sequence[int], split: str) -> Iterator[prepared.Record]:
     """In order, encoded by threads that are a few records ahead."""
-    threads = machine.cores()
+    threads = mesh.cores()
     records = grain.MapDataset.source(places).map(functools.partial(_record, source))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     return track(

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from star_jax import files
 from star_jax.data import photos
-from star_jax.parallel import machine
+from star_jax.parallel import mesh
 
 FORM = f'1, Pillow {PIL.__version__}'  # of what is remembered; another Pillow reads other files
 PART = 256  # pictures given to the threads at once: ctrl-c waits for those in work alone
@@ -51,7 +51,7 @@ def judge(root: Path, names: Sequence[str]) -> dict[str, Verdict]:
     known = _recall(place)
     stamps = {name: stamp(root / name) for name in names}
     missing = [name for name in names if _unknown(known.get(name), stamps[name])]
-    pool = ThreadPoolExecutor(machine.cores())
+    pool = ThreadPoolExecutor(mesh.cores())
     try:
         with _bar(len(missing)) as bar:
             task = bar.add_task(f'reading the images of {root}', total=len(missing))

@@ -9,14 +9,7 @@ import jax
 import jaxlib
 
 from star_jax.errors import UserError
-from star_jax.parallel import flags
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from star_jax.parallel import flags, mesh
 
 
 def host_memory() -> int:
@@ -44,6 +37,6 @@ def describe() -> dict[str, Any]:
         'platform': device.platform,
         'device': device.device_kind,
         'devices': jax.device_count(),
-        'cores': cores(),
+        'cores': mesh.cores(),
         'settings': {name: os.environ[name] for name in flags.NAMES if name in os.environ},
     }

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -109,3 +110,10 @@ def arrange_devices(shape: tuple[int, int, int, int], devices: Sequence[jax.Devi
 def batch_shards(mesh: Mesh) -> int:
     """The number of shards that the mesh splits a batch into."""
     return math.prod(mesh.shape[axis] for axis in ('data', 'fsdp'))
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -7,7 +7,7 @@ import pathlib
 import jax
 
 from star_jax import files
-from star_jax.parallel import compilation_cache, hosts, machine
+from star_jax.parallel import compilation_cache, hosts, mesh
 
 MAX_HOST_DEVICES = 8
 
@@ -39,4 +39,4 @@ def start(*, distributed: bool = False) -> None:
 
 def _host_devices() -> int:
     """One device per core, rounded down to a power of two."""
-    return min(2 ** (machine.cores().bit_length() - 1), MAX_HOST_DEVICES)
+    return min(2 ** (mesh.cores().bit_length() - 1), MAX_HOST_DEVICES)
