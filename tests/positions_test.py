@@ -14,6 +14,7 @@ from star_jax.nn.positions import (
     NoPositions,
     NormalisedRotary,
     RawRotary,
+    RoundedRotary,
     SinCos,
 )
 
@@ -151,6 +152,24 @@ def test_mixed_rotation_along_the_axes_is_the_fixed_rotation():
     coordinates = MixedRotary(theta=100.0, extent=32.0).coordinates(SCHEDULE)
     mixed = positions.learned_rotation(jnp.asarray(coordinates), frequencies)
     np.testing.assert_allclose(mixed[:, 0], fixed, atol=1e-5)
+
+
+def test_rounded_coordinates_lie_on_the_reference_grid():
+    xy = positions.rounded_xy(((1, 1), (3, 3), (2, 5)), (16, 16))
+    np.testing.assert_array_equal(xy[0], [0, 0])
+    np.testing.assert_array_equal(xy[1:4, 0], [0, 5, 11])
+    np.testing.assert_array_equal(xy[10:15, 0], [0, 3, 6, 10, 13])
+    np.testing.assert_array_equal(xy[10::5, 1], [0, 8])
+    halves = positions.rounded_xy(((1, 4),), (1, 6))[:, 0]  # 0, 1.5, 3, 4.5
+    np.testing.assert_array_equal(halves, [0, 2, 3, 4])
+
+
+def test_reference_grid_is_a_field_or_that_of_the_schedule():
+    schedule = Pyramid(((1, 1), (3, 3)), reference=(16, 16))
+    by_schedule = RoundedRotary(theta=100.0).rotation(schedule, 8)
+    by_field = RoundedRotary(theta=100.0, reference=(16, 16)).rotation(Pyramid.square((1, 3)), 8)
+    np.testing.assert_array_equal(by_schedule, by_field)
+    assert Pyramid.square((1, 3)).reference_grid == (3, 3)
 
 
 def test_every_head_has_a_rotation_of_its_own():

@@ -26,6 +26,18 @@ def pyramid_xy(grids: tuple[tuple[int, int], ...], extent: float | None = None) 
     return np.concatenate([grid_xy(h, w, extent) for h, w in grids])
 
 
+def rounded_xy(grids: tuple[tuple[int, int], ...], reference: tuple[int, int]) -> np.ndarray:
+    """[L, 2] coordinates of every token, stretched to a reference grid (height, width) and rounded.
+
+    Products are float32 and halves are rounded to even (Infinity specification 5.4).
+    """
+    coordinates = []
+    for height, width in grids:
+        stretch_2 = np.float32([reference[1] / width, reference[0] / height])
+        coordinates.append(np.rint(grid_xy(height, width).astype(np.float32) * stretch_2))
+    return np.concatenate(coordinates).astype(np.float64)
+
+
 def rotary_angles(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
     """[L, head_dim / 2] float32 angles: half of the planes turns with x, half with y.
 

@@ -106,6 +106,33 @@ class RawRotary(Positions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundedRotary(Positions):
+    """Rotary positions on a reference grid, to which every scale is stretched and rounded.
+
+    Source: Infinity specification 5.4, mode 2; Infinity's choice.
+
+    Attributes:
+        theta: base of the rotary frequencies.
+        reference: (height, width) of the reference grid (0 0: that of the schedule).
+    """
+
+    rotary = True
+
+    theta: float = 10000.0
+    reference: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        _check(self.theta)
+        if min(self.reference) < 0:
+            raise ValueError(f'a reference grid has no negative sides, unlike {self.reference}')
+
+    def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
+        grid = self.reference if all(self.reference) else schedule.reference_grid
+        xy_L2 = positions.rounded_xy(schedule.grids, grid)
+        return positions.rotation(positions.rotary_angles(xy_L2, head_width, self.theta))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedRotary(Positions):
     """Rotary positions with learned frequencies, angle = fx x + fy y (RoPE-Mixed).
 
@@ -164,7 +191,9 @@ class SinCos(Positions):
         return FixedTable(width, self.theta, tuple(map(tuple, xy_L2)))
 
 
-AnyPositions = NormalisedRotary | RawRotary | MixedRotary | Learned | SinCos | NoPositions
+AnyPositions = (
+    NormalisedRotary | RawRotary | RoundedRotary | MixedRotary | Learned | SinCos | NoPositions
+)
 
 
 class FixedTable(nn.Module):
