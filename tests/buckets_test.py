@@ -220,7 +220,7 @@ def test_padded_maps_are_resized_like_single_ones():
     @jax.jit
     def padded(index):
         small = padding.shrink(canvas, grids, index)
-        return padding.enlarge(tokens, grids, index, 6, 5), small
+        return padding.enlarge(tokens, grids, index, (6, 5)), small
 
     @jax.jit
     def alone():

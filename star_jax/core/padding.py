@@ -17,16 +17,14 @@ from star_jax.core import resize
 Grids = tuple[tuple[int, int], ...]  # (height, width) of the scales, none smaller than the last
 
 
-def enlarge(x_BLC: jax.Array, grids: Grids, index: jax.Array, height: int, width: int) -> jax.Array:
-    """Bicubic maps [B, height, width, C] of the tokens of scale `index`.
+def enlarge(x_BLC: jax.Array, grids: Grids, index: jax.Array, full: tuple[int, int]) -> jax.Array:
+    """Bicubic maps [B, *full, C] of the tokens of scale `index`.
 
     `x_BLC` has as many rows as the last of `grids` has cells; its padding must be finite.
     """
     cells = jnp.asarray(_token_of_cell(grids))[index]
     x_BhwC = x_BLC[:, cells].reshape(len(x_BLC), *grids[-1], -1)
-    rows, columns = _matrices(
-        resize.bicubic_matrix, tuple((grid, (height, width)) for grid in grids)
-    )
+    rows, columns = _matrices(resize.bicubic_matrix, tuple((grid, full) for grid in grids))
     return resize.resample(x_BhwC, jnp.asarray(rows)[index], jnp.asarray(columns)[index])
 
 

@@ -1,9 +1,9 @@
 """In what order are an image's tokens predicted?
 
-A schedule splits L tokens into S steps; the tokens of one step are drawn together, from every
+A schedule splits L tokens into S steps; the tokens of one step are sampled together, from every
 earlier step. Next-scale prediction (`Pyramid`) and next-token prediction (`Raster`) differ in
-nothing else. A network *reads* rows and *draws* tokens: a raster with a prefix of T rows reads
-T rows in its first step and draws one token from the last of them.
+nothing else. A network *reads* rows and *samples* tokens: a raster with a prefix of T rows reads
+T rows in its first step and samples one token from the last of them.
 """
 
 import dataclasses
@@ -19,8 +19,7 @@ from star_jax.core.buckets import Buckets
 from star_jax.core.visibility import StaticVisibility
 from star_jax.errors import UserError
 
-MOST_TOKENS = 2**20  # of one image: a hundred times those of 1024 px
-
+MOST_TOKENS = 2**20  # of one image: a hundred times as many as at 1024 px
 
 Grids = tuple[tuple[int, int], ...]  # (height, width) of every scale, in tokens
 
@@ -32,11 +31,13 @@ def square_grids(sides: tuple[int, ...]) -> Grids:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Step `index` of a schedule with the shapes of step `like`.
+    """A step of a schedule, perhaps inside a scan.
 
-    Outside a scan both are the same integer; inside one, `index` is traced. Where the step is
-    `padded`, its shapes and those of the next are at most those of `like`: rows and tokens behind
-    its own mean nothing.
+    Attributes:
+        index: the step; traced inside a scan.
+        like: the step whose shapes it has; equal to `index` outside a scan.
+        padded: the step and the next one are padded to the shapes of `like`; rows and tokens after
+            their own mean nothing.
     """
 
     index: int | jax.Array
@@ -53,9 +54,12 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """`count` neighbouring steps from `first` on whose shapes, and next shapes, are equal.
+    """Neighbouring steps that share a loop body.
 
-    Those of a `padded` group are made equal: all are padded to the last, the widest.
+    Attributes:
+        first: the first step.
+        count: how many steps.
+        padded: all are padded to the last, the widest; otherwise their shapes are equal.
     """
 
     first: int
@@ -68,20 +72,26 @@ class Group:
 
 
 class Schedule:
-    """Shared arithmetic; subclasses supply `sizes`, `reads` and `reach`."""
+    """Arithmetic of all schedules; subclasses define the attributes.
 
-    sizes: tuple[int, ...]  # tokens drawn by each step
-    reads: tuple[int, ...]  # rows read by each step
-    visible_rows: np.ndarray  # [rows]: how many rows, from row 0 on, each row sees
+    Attributes:
+        sizes: tokens sampled by each step.
+        reads: rows read by each step.
+        visible_rows: [rows], how many rows, from row 0 on, each row attends to.
+    """
+
+    sizes: tuple[int, ...]
+    reads: tuple[int, ...]
+    visible_rows: np.ndarray
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Token at which each step starts, and L."""
+        """[S + 1]: the token at which each step starts, and L."""
         return tuple(itertools.accumulate(self.sizes, initial=0))
 
     @functools.cached_property
     def starts(self) -> tuple[int, ...]:
-        """Row at which each step starts, and the number of rows."""
+        """[S + 1]: the row at which each step starts, and the number of rows."""
         return tuple(itertools.accumulate(self.reads, initial=0))
 
     @property
@@ -100,12 +110,12 @@ class Schedule:
 
     @functools.cached_property
     def step_of_token(self) -> np.ndarray:
-        """[L] int32: the step that draws each token."""
+        """[L] int32: the step that samples each token."""
         return np.repeat(np.arange(self.steps, dtype=np.int32), self.sizes)
 
     @property
     def scale_of_token(self) -> np.ndarray:
-        """[L] int32: the scale whose loss a token counts to."""
+        """[L] int32: the scale to whose metrics a token counts."""
         return self.step_of_token
 
     @functools.cached_property
@@ -117,7 +127,7 @@ class Schedule:
     def rows(self, step: Step) -> np.ndarray | jax.Array:
         """[reads] int32: the rows that `step` reads; a numpy array unless the step is traced.
 
-        Padding takes the rows of later steps; behind the last, that one over and over.
+        Padding takes the rows of later steps; after the last row, that row repeats.
         """
         local = np.arange(self.reads[step.like], dtype=np.int32)
         if isinstance(step.index, int):
@@ -126,7 +136,7 @@ class Schedule:
         return jnp.minimum(rows, self.starts[-1] - 1) if step.padded else rows
 
     def mask(self, rows: np.ndarray | jax.Array | None = None) -> np.ndarray | jax.Array:
-        """[query, key] bool over `rows` (all by default): what teacher forcing may see."""
+        """[query, key] bool over `rows` (None: all): the mask of teacher forcing."""
         rows = np.arange(self.starts[-1]) if rows is None else rows
         visible_rows = (
             self.visible_rows if isinstance(rows, np.ndarray) else jnp.asarray(self.visible_rows)
@@ -134,25 +144,32 @@ class Schedule:
         return rows[None, :] < visible_rows[rows][:, None]
 
     def visibility(self, rows: np.ndarray | jax.Array | None = None) -> StaticVisibility:
-        """How many of `rows` (all by default), from the first on, each of them sees.
+        """How many of `rows` (None: all), from the first on, each of them attends to.
 
-        Known rows must rise, or ValueError. Traced ones are those that `thin` leaves: of the last
-        step, which is seen by itself alone, some may be missing.
+        Traced rows are those of `thin`: only rows of the last step, to which no earlier row
+        attends, may be missing. Raises ValueError for known rows that don't rise.
         """
         if rows is None:
             return StaticVisibility.of(self.visible_rows)
         if not isinstance(rows, np.ndarray):
             return StaticVisibility.of(np.minimum(self.visible_rows[: len(rows)], len(rows)))
         if (np.diff(rows) <= 0).any():
-            raise ValueError('rows must rise, each of them once, to see those before them')
+            raise ValueError('rows must rise, each of them once, to attend to earlier ones')
         return StaticVisibility.of(np.searchsorted(rows, self.visible_rows[rows]))
 
     def groups(self, kinds: tuple | None = None, shared: Buckets = ()) -> tuple[Group, ...]:
-        """The steps as runs that one loop body serves.
+        """The steps, grouped by loop body.
 
-        A body also makes the inputs of the next step, so two neighbours share one when they read,
-        draw and are followed by equally many rows, and are of equal `kinds` (one per step); or when
-        they lie in one of the `shared` buckets. Raises UserError as `check_buckets` does.
+        A body also computes the inputs of the next step. So neighbours share one if they read as
+        many rows, sample as many tokens and are followed by as many rows, and are of one kind; or
+        if one bucket contains them.
+
+        Args:
+            kinds: how each step is sampled (None: all alike).
+            shared: the buckets.
+
+        Raises:
+            UserError: as of `check_buckets`.
         """
         kinds = kinds or (None,) * self.steps
         self.check_buckets(shared, kinds)
@@ -161,21 +178,26 @@ class Schedule:
         for first, last in shared:
             keys[first : last + 1] = [(first, last)] * (last + 1 - first)
         runs = itertools.groupby(range(self.steps), key=keys.__getitem__)
-        found = ((list(run), key in shared) for key, run in runs)
-        return tuple(Group(run[0], len(run), pad and len(run) > 1) for run, pad in found)
+        members = ((list(run), key in shared) for key, run in runs)
+        return tuple(Group(run[0], len(run), pad and len(run) > 1) for run, pad in members)
 
     def check_buckets(self, shared: Buckets, kinds: tuple) -> None:
-        """Raises UserError where steps of such `kinds` cannot share these bodies."""
+        """Raises UserError for buckets that are invalid for steps of these kinds."""
         if shared:
             raise UserError(
-                'only scales are put into buckets, and the steps of this model are none: its equal '
-                'steps share one body as they are, leave the buckets out'
+                'buckets are for scales, and the steps of this model are single tokens: they '
+                'share one body as they are, leave the buckets out'
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid(Schedule):
-    """Next-scale prediction: step k draws a whole grid (height, width), coarse to fine."""
+    """Next-scale prediction: each step samples a whole grid, coarse to fine.
+
+    Attributes:
+        grids: (height, width) of every step, in tokens.
+        reference: the grid that positions refer to ((0, 0): the last one).
+    """
 
     grids: Grids
     reference: tuple[int, int] = (0, 0)
@@ -211,16 +233,16 @@ class Pyramid(Schedule):
 
     @functools.cached_property
     def visible_rows(self) -> np.ndarray:
-        """A row sees its own step and all earlier ones."""
+        """A row attends to its own step and all earlier ones."""
         return np.repeat(np.asarray(self.starts[1:]), self.reads)
 
     def check_buckets(self, shared: Buckets, kinds: tuple) -> None:
-        """Raises UserError for buckets beyond the scales, or of scales of different kinds."""
+        """Raises UserError for buckets after the last scale, or of scales of different kinds."""
         buckets.check(shared, kinds)
 
     def thin(self, key: jax.Array, keep: int) -> jax.Array:
-        """[keep] int32 rows, in order: all but some of the last step's, which are drawn uniformly
-        without replacement (token dropping, STAR specification 4.1)."""
+        """[keep] int32 rows, in order: all but some rows of the last step, which are dropped
+        uniformly at random (token dropping, STAR specification 4.1)."""
         first, end = self.starts[-2:]
         kept = jax.random.permutation(key, jnp.arange(first, end))[: keep - first]
         return jnp.concatenate([jnp.arange(first), jnp.sort(kept)]).astype(jnp.int32)
@@ -228,7 +250,13 @@ class Pyramid(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Raster(Schedule):
-    """Next-token prediction over a grid, row by row, after `prefix` rows of condition."""
+    """Next-token prediction over a grid, row by row.
+
+    Attributes:
+        height: tokens along the height.
+        width: tokens along the width.
+        prefix: rows of the condition before the first token.
+    """
 
     height: int
     width: int
@@ -248,10 +276,10 @@ class Raster(Schedule):
 
     @functools.cached_property
     def visible_rows(self) -> np.ndarray:
-        """Causal, within the prefix too."""
+        """Causal, in the prefix, too."""
         return np.arange(1, self.starts[-1] + 1)
 
     @property
     def scale_of_token(self) -> np.ndarray:
-        """A raster has one scale."""
+        """[L]: zeros, for a raster has one scale."""
         return np.zeros(self.length, np.int32)

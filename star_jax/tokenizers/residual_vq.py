@@ -241,16 +241,16 @@ class ResidualVQ(nn.Module):
         return jnp.zeros((batch, *self.schedule.grids[-1], self.channels), jnp.float32)
 
     def advance(
-        self, canvas_BHWC: jax.Array, drawn: Sampled, step: Step
+        self, canvas_BHWC: jax.Array, sampled: Sampled, step: Step
     ) -> tuple[jax.Array, jax.Array | None]:
         """Adds a step's vectors. Returns the canvas and the next inputs, None after the end."""
         grids = self.schedule.grids
         if step.padded:
             alike = grids[: step.like + 1]
-            full = padding.enlarge(drawn.vectors_BLC, alike, step.index, *grids[-1])
+            full = padding.enlarge(sampled.vectors_BLC, alike, step.index, grids[-1])
             canvas_BHWC = canvas_BHWC + self._convolve(full, step)
         else:
-            vectors_BhwC = drawn.vectors_BLC.reshape(-1, *grids[step.like], self.channels)
+            vectors_BhwC = sampled.vectors_BLC.reshape(-1, *grids[step.like], self.channels)
             canvas_BHWC = canvas_BHWC + self.refine(vectors_BhwC, step)
         return canvas_BHWC, self.following(canvas_BHWC, step)
 
@@ -271,8 +271,8 @@ class ResidualVQ(nn.Module):
         for step in range(self.schedule.steps - 1):
             first, end = self.schedule.offsets[step : step + 2]
             codes = codes_BL[:, first:end]
-            drawn = Sampled(codes, self.embed(codes))
-            canvas, following = self.advance(canvas, drawn, Step.at(step))
+            sampled = Sampled(codes, self.embed(codes))
+            canvas, following = self.advance(canvas, sampled, Step.at(step))
             inputs.append(following)
         return jnp.concatenate(inputs, axis=1)
 
@@ -353,9 +353,9 @@ class VQTokenizer(nn.Module):
         return self.quantiser.blank(batch)
 
     def advance(
-        self, canvas_BHWC: jax.Array, drawn: Sampled, step: Step
+        self, canvas_BHWC: jax.Array, sampled: Sampled, step: Step
     ) -> tuple[jax.Array, jax.Array | None]:
-        return self.quantiser.advance(canvas_BHWC, drawn, step)
+        return self.quantiser.advance(canvas_BHWC, sampled, step)
 
     def following(self, canvas_BHWC: jax.Array, step: Step) -> jax.Array | None:
         return self.quantiser.following(canvas_BHWC, step)
