@@ -1,4 +1,4 @@
-"""Does a run find its last whole state again, bit for bit, whatever stopped it?"""
+"""Does a run restore its last complete state, bit for bit, after any kind of stop?"""
 
 import dataclasses
 import logging
@@ -36,7 +36,7 @@ def make_mesh(*sizes: int) -> jax.sharding.Mesh:
 
 
 def shardings(state: State, mesh: jax.sharding.Mesh) -> State:
-    """Matrices split over both axes, the rest whole on every device."""
+    """Shards matrices over both axes, and replicates all other arrays."""
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, P('data', 'model') if leaf.ndim == 2 else P()), state
     )
@@ -65,24 +65,24 @@ def make_state(mesh: jax.sharding.Mesh, ema: bool = True, seed: int = 0) -> Stat
     return jax.device_put(state, shardings(state, mesh))
 
 
-def abstract(state: State, where: State) -> State:
+def abstract(state: State, shardings: State) -> State:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
-        where,
+        shardings,
     )
 
 
 def assert_same(a: State, b: State) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    for leaf_a, leaf_b in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (leaf_a.dtype, leaf_a.shape) == (leaf_b.dtype, leaf_b.shape)
+        assert np.asarray(leaf_a).tobytes() == np.asarray(leaf_b).tobytes()
 
 
 @pytest.fixture
 def opened():
-    """Opens checkpoints that are closed when the test ends."""
+    """Opens checkpoints, and closes them when the test ends."""
     everything = []
 
     def open_folder(*args, **kwargs) -> training.Checkpoints:
@@ -96,7 +96,7 @@ def opened():
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    """A folder with whole steps 1 and 2, and the state of step 1."""
+    """A folder with the complete steps 1 and 2, and the state of step 1."""
     folder = tmp_path_factory.mktemp('saved')
     with training.Checkpoints(folder) as checkpoints:
         for step in (1, 2):
@@ -106,16 +106,16 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def two_steps(tmp_path, saved):
-    """A copy of it, to be spoiled."""
+    """A copy of it, which tests may damage."""
     shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
     return tmp_path, saved[1]
 
 
 @pytest.mark.parametrize('ema', [True, False])
 @pytest.mark.parametrize('sizes', [(4, 2), (2, 1), None])
-def test_a_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, opened, capfd, ema, sizes):
+def test_state_is_restored_bit_for_bit_on_any_mesh(tmp_path, opened, capfd, ema, sizes):
     state = make_state(make_mesh(4, 2), ema)
-    where = (
+    targets = (
         shardings(state, make_mesh(*sizes))
         if sizes
         else jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[3]), state)
@@ -123,14 +123,14 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, opened, capfd, ema
     checkpoints = opened(tmp_path)
     checkpoints.save(5, state)
     checkpoints.close()
-    step, restored = opened(tmp_path).restore(abstract(state, where))
+    step, restored = opened(tmp_path).restore(abstract(state, targets))
     assert step == 5
     assert_same(restored, state)
-    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == where
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == targets
     assert capfd.readouterr() == ('', '')
 
 
-def test_what_is_restored_does_not_depend_on_what_happens_to_the_saved_state(tmp_path, opened):
+def test_restored_state_is_independent_of_the_saved_arrays(tmp_path, opened):
     state = make_state(make_mesh(4, 2))
     truth = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf * 0 + 1, s), donate_argnums=0)
@@ -141,7 +141,7 @@ def test_what_is_restored_does_not_depend_on_what_happens_to_the_saved_state(tmp
     assert_same(checkpoints.restore(state)[1], truth)
 
 
-def test_the_newest_steps_are_kept_and_a_step_is_saved_once(tmp_path, opened):
+def test_save_keeps_the_newest_steps_and_saves_a_step_once(tmp_path, opened):
     checkpoints = opened(tmp_path, keep=2)
     assert checkpoints.latest() is None
     states = {step: make_state(make_mesh(1, 1), seed=step) for step in (1, 2, 3)}
@@ -156,7 +156,7 @@ def test_the_newest_steps_are_kept_and_a_step_is_saved_once(tmp_path, opened):
     assert_same(restored, states[3])
 
 
-def test_an_empty_or_missing_folder_restores_nothing(tmp_path, opened):
+def test_restore_returns_none_for_an_empty_folder(tmp_path, opened):
     state = make_state(make_mesh(1, 1))
     assert opened(tmp_path / 'new').restore(state) is None
     reader = opened(tmp_path / 'missing', read_only=True)
@@ -198,15 +198,15 @@ def tear_everything(step):
     step.mkdir()
 
 
-def flip(path, place):
-    """Turns over one bit of the byte at `place`."""
+def flip(path, offset):
+    """Flips one bit of the byte at an offset."""
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
-    'tear, why',
+    'tear, message',
     [
         (tear_missing, 'is missing'),
         (tear_cut, 'bytes, expected'),
@@ -217,7 +217,9 @@ def flip(path, place):
         (tear_everything, 'list of files'),
     ],
 )
-def test_a_torn_step_is_named_and_skipped(two_steps, opened, caplog, capfd, tear, why):
+def test_restore_skips_a_damaged_step_with_a_warning(
+    two_steps, opened, caplog, capfd, tear, message
+):
     folder, first = two_steps
     tear(folder / '2')
     checkpoints = opened(folder)
@@ -227,7 +229,7 @@ def test_a_torn_step_is_named_and_skipped(two_steps, opened, caplog, capfd, tear
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert 'step 2 is torn' in record.message
-    assert why in record.message
+    assert message in record.message
     checkpoints.save(2, first)
     checkpoints.wait()
     assert_same(checkpoints.restore(first)[1], first)
@@ -235,26 +237,26 @@ def test_a_torn_step_is_named_and_skipped(two_steps, opened, caplog, capfd, tear
     assert capfd.readouterr() == ('', '')
 
 
-def test_no_flipped_bit_of_any_file_changes_what_is_restored(two_steps, opened):
-    """Files that Orbax writes after the manifest are not in it, and hold nothing of the state."""
+def test_flipped_bit_never_changes_the_restored_state(two_steps, opened):
+    """The manifest lacks files that Orbax writes later, which contain no part of the state."""
     folder, first = two_steps
     second = make_state(make_mesh(1, 1), seed=2)
     step = folder / '2'
     random = np.random.default_rng(0)
     for path in sorted(path for path in step.rglob('*') if path.is_file()):
-        whole = path.read_bytes()
-        if not whole:
+        content = path.read_bytes()
+        if not content:
             continue
-        flip(path, random.integers(len(whole)))
-        found, restored = opened(folder, read_only=True).restore(first)
-        assert_same(restored, {1: first, 2: second}[found])
+        flip(path, random.integers(len(content)))
+        number, restored = opened(folder, read_only=True).restore(first)
+        assert_same(restored, {1: first, 2: second}[number])
         if 'state' in path.parts or path.name == 'notes.json':
-            assert found == 1, path
-        path.write_bytes(whole)
+            assert number == 1, path
+        path.write_bytes(content)
     assert opened(folder, read_only=True).restore(first)[0] == 2
 
 
-def test_notes_come_back_with_their_step(tmp_path, opened):
+def test_notes_are_restored_with_their_step(tmp_path, opened):
     state = make_state(make_mesh(1, 1))
     checkpoints = opened(tmp_path)
     checkpoints.save(1, state, notes=[{'loss': 0.1}])
@@ -264,8 +266,8 @@ def test_notes_come_back_with_their_step(tmp_path, opened):
     assert training.newest_complete_step(tmp_path) == 2
 
 
-def test_a_manifest_of_sizes_alone_is_still_read(two_steps, opened):
-    """Steps saved before there were checksums."""
+def test_manifest_without_checksums_is_read(two_steps, opened):
+    """The manifest then has one size per file."""
     folder, first = two_steps
     for step in ('1', '2'):
         item = folder / step / 'state'
@@ -282,7 +284,7 @@ def test_a_manifest_of_sizes_alone_is_still_read(two_steps, opened):
     assert checkpoints.notes(1) is None
 
 
-def test_a_reader_leaves_the_folder_as_it_is(two_steps, opened):
+def test_read_only_folder_stays_unchanged(two_steps, opened):
     folder, first = two_steps
     (folder / '3.orbax-checkpoint-tmp').mkdir()
     tear_cut(folder / '2')
@@ -291,7 +293,7 @@ def test_a_reader_leaves_the_folder_as_it_is(two_steps, opened):
     assert sorted(folder.rglob('*')) == before
 
 
-def test_another_state_is_refused_and_named(two_steps, opened):
+def test_restore_refuses_another_state_by_name(two_steps, opened):
     folder, first = two_steps
     params = dict(first.params)
     params['other'] = params.pop('half')
@@ -299,18 +301,18 @@ def test_another_state_is_refused_and_named(two_steps, opened):
     params['counts'] = params['counts'].astype(jnp.float32)
     with pytest.raises(UserError) as caught:
         opened(folder).restore(dataclasses.replace(first, params=params))
-    for said in (
+    for message in (
         'step 2: has another state',
         '1 missing (params/other)',
         '1 unknown (params/half)',
         'params/bits is uint32[2], expected uint32[3]',
         'params/counts is int32[2], expected float32[2]',
     ):
-        assert said in str(caught.value)
+        assert message in str(caught.value)
     assert sorted(entry.name for entry in folder.iterdir()) == ['1', '2']
 
 
-def test_a_failed_save_is_raised_as_soon_as_it_is_known(tmp_path, opened, monkeypatch):
+def test_check_raises_the_error_of_a_failed_save(tmp_path, opened, monkeypatch):
     def fail(*_):
         raise OSError('no space left')
 
@@ -340,7 +342,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_kill_during_a_save_leaves_the_earlier_steps(tmp_path, opened, caplog):
+def test_kill_during_a_save_keeps_the_earlier_steps(tmp_path, opened, caplog):
     run = subprocess.run([sys.executable, '-c', KILLED, tmp_path], check=False)
     assert run.returncode == -signal.SIGKILL
     step, restored = opened(tmp_path).restore({'x': jnp.zeros((4_000_000,))})

@@ -1,4 +1,4 @@
-"""Published files become model folders and come back bit for bit, or are refused by name."""
+"""Are published files converted to model folders and back bit for bit, or refused by name?"""
 
 import contextlib
 import dataclasses
@@ -57,16 +57,16 @@ def published_specs(name: str) -> dict[str, TensorSpec]:
 
 
 class Names:
-    """A published file of which only names and shapes are known; its buffers are as published."""
+    """A published file with names, shapes and buffers, but without parameters."""
 
-    def __init__(self, specs, made=None):
-        self._forms, self._made = specs, made or {}
+    def __init__(self, specs, computed=None):
+        self._specs, self._buffers = specs, computed or {}
 
     def specs(self):
-        return self._forms
+        return self._specs
 
     def read(self, name, row=None):
-        return self._made[name]()
+        return self._buffers[name]()
 
 
 @pytest.mark.parametrize(
@@ -101,23 +101,25 @@ class Names:
         ),
     ],
 )
-def test_published_names_tell_the_model(name, options, expected, parameters):
+def test_model_config_is_inferred_from_published_names(name, options, expected, parameters):
     specs = published_specs(name)
     config = infer.transformer(specs, ModelOptions(**options))
     assert config == expected
     table = ConversionTable.from_config(config, specs)
-    table.check(Names(specs, table.buffers), name)  # every tensor is used, made again, or ignored
+    table.check(
+        Names(specs, table.buffers), name
+    )  # every tensor is a parameter, a buffer, or ignored
     shapes = {entry.torch_name: table.shape(entry) for entry in table.entries}
-    made = {name: make() for name, make in table.buffers.items()}
-    left = table.ignored_names(specs)
-    assert set(specs) == {*shapes, *made, *left}
+    computed = {name: make() for name, make in table.buffers.items()}
+    ignored = table.ignored_names(specs)
+    assert set(specs) == {*shapes, *computed, *ignored}
     assert all(specs[name].shape == shape for name, shape in shapes.items())
-    assert all((made[n].shape, made[n].dtype) == tuple(specs[n]) for n in made)
-    unused = sum(math.prod(specs[name].shape) for name in left)
+    assert all((computed[n].shape, computed[n].dtype) == tuple(specs[n]) for n in computed)
+    unused = sum(math.prod(specs[name].shape) for name in ignored)
     assert sum(math.prod(leaf.shape) for leaf in table.abstract.values()) + unused == parameters
 
 
-def test_published_names_tell_the_tokenizer():
+def test_tokenizer_config_is_inferred_from_published_names():
     specs = published_specs('vae_ch160v4096z32')
     assert infer.tokenizer(specs, ModelOptions()) == VQ()
     table = ConversionTable.from_config(VQ(), specs)
@@ -127,7 +129,7 @@ def test_published_names_tell_the_tokenizer():
 
 
 def state_of(config, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
-    """A state dict as published: random parameters, buffers, and what nothing needs."""
+    """A state dict as published: random parameters, buffers and unused tensors."""
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(dtype), tiny.random_params(config.abstract())
@@ -136,14 +138,14 @@ def state_of(config, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
         hits = rng.normal(size=(10, config.codes)).astype(np.float32)
         return to_state(vq_entries(config, []), params) | {'quantize.ema_vocab_hit_SV': hits}
     if isinstance(config, Var):
-        made = buffers.var_buffers(config)
-        return to_state(var_entries(config), params) | {n: make() for n, make in made.items()}
-    made = {name: make() for name, make in buffers.star_buffers(config).items()}
+        computed = buffers.var_buffers(config)
+        return to_state(var_entries(config), params) | {n: make() for n, make in computed.items()}
+    computed = {name: make() for name, make in buffers.star_buffers(config).items()}
     unused = {'class_emb.weight': rng.normal(size=(11, config.width)).astype(np.float32)}
     if config.shared_adaln and config.refinement:
         for layer in range(config.refinement.blocks):
             unused[f'feat_extract_blocks.{layer}.ada_gss'] = rng.normal(size=(1, 1, 6, 16))
-    return to_state(star_entries(config), params) | made | unused
+    return to_state(star_entries(config), params) | computed | unused
 
 
 def save(path: Path, state) -> str:
@@ -152,7 +154,7 @@ def save(path: Path, state) -> str:
 
 
 def there_and_back(tmp_path: Path, state, tokenizer, *options: str) -> dict[str, dict]:
-    """The two files that a folder gives back."""
+    """The two state dicts of the conversion back."""
     file = save(tmp_path / 'model.safetensors', state)
     beside = save(tmp_path / 'vae.safetensors', tokenizer)
     words = ['--tokenizer', beside, '--sides', '1', '2', '4', '--groups', '4', *options]
@@ -182,7 +184,7 @@ ROTARY = dataclasses.replace(STAR, refinement=Refinement(first=2))
     ],
     ids=['star', 'star_learned', 'star_head_adaln', 'var', 'var_adaln'],
 )
-def test_a_file_comes_back_bit_for_bit(tmp_path, config):
+def test_file_is_converted_back_bit_for_bit(tmp_path, config):
     state, vae = state_of(config), state_of(VQ_SMALL, seed=1)
     back = there_and_back(tmp_path, state, vae, '--heads', '2', '--first-refined', '2')
     same(back['transformer'], state)
@@ -196,7 +198,7 @@ def test_a_file_comes_back_bit_for_bit(tmp_path, config):
 
 
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
-def test_narrow_floats_stay_narrow_on_disk(tmp_path, dtype):
+def test_conversion_keeps_narrow_floats(tmp_path, dtype):
     state, vae = state_of(STAR, dtype=dtype), state_of(VQ_SMALL)
     same(there_and_back(tmp_path, state, vae)['transformer'], state)
     kinds = {str(x.dtype) for x in jax.tree.leaves(models.read(tmp_path / 'folder').params)}
@@ -207,7 +209,7 @@ def test_narrow_floats_stay_narrow_on_disk(tmp_path, dtype):
     ('phis', 'name'),
     [(1, 'qresi'), (3, '{}'), (2, 'qresi_ls.{}'), (2, '{}')],
 )
-def test_every_way_to_call_phi_comes_back(tmp_path, phis, name):
+def test_conversion_keeps_every_naming_of_phi(tmp_path, phis, name):
     vq = dataclasses.replace(VQ_SMALL, phis=phis)
     state = state_of(vq)
     renamed = {}
@@ -227,13 +229,13 @@ def test_every_way_to_call_phi_comes_back(tmp_path, phis, name):
         (3, [f'quantize.quant_resi.{scale}' for scale in range(3)]),
     ],
 )
-def test_phis_of_our_own_are_called_as_the_originals_call_so_many(phis, names):
+def test_phi_names_default_to_those_of_the_original_code(phis, names):
     entries = vq_entries(dataclasses.replace(VQ_SMALL, phis=phis), [])
     kernels = [entry.torch_name for entry in entries if entry.param_name == 'quantiser/phi_kernel']
     assert kernels == [f'{name}.weight' for name in names]
 
 
-def test_the_tokenizer_of_a_folder_comes_back_whole(tmp_path):
+def test_tokenizer_of_a_folder_is_converted_back_completely(tmp_path):
     names = ((name.replace('.qresi_ls', ''), x) for name, x in state_of(VQ_SMALL).items())
     vae, state = dict(names), state_of(STAR)
     there_and_back(tmp_path, state_of(STAR, seed=2), vae)
@@ -245,7 +247,7 @@ def test_the_tokenizer_of_a_folder_comes_back_whole(tmp_path):
     same(load_file(tmp_path / 'again' / transfer.OUT['transformer']), state)
 
 
-def test_a_tokenizer_alone_becomes_a_folder(tmp_path):
+def test_tokenizer_file_is_converted_to_a_folder(tmp_path):
     state = state_of(VQ_SMALL)
     file = save(tmp_path / 'vae.safetensors', state)
     words = ['--sides', '1', '2', '4', '--groups', '4', '--out', str(tmp_path / 'folder')]
@@ -256,7 +258,7 @@ def test_a_tokenizer_alone_becomes_a_folder(tmp_path):
 
 
 class Tensor:
-    """As much of a torch tensor as is needed."""
+    """The part of a torch tensor that conversion uses."""
 
     def __init__(self, array):
         self._array, self.dtype, self.shape = array, f'torch.{array.dtype}', array.shape
@@ -267,7 +269,7 @@ class Tensor:
 
 @pytest.fixture
 def torch(monkeypatch) -> dict:
-    """A torch whose `load` gives what a test puts in, and what it was asked for."""
+    """A torch module whose `load` returns the content that a test sets, and records its calls."""
     fake = {'content': None, 'asked': []}
 
     def load(path, **options):
@@ -278,7 +280,7 @@ def torch(monkeypatch) -> dict:
     return fake
 
 
-def test_a_trainers_file_has_both_parts(tmp_path, torch):
+def test_trainer_file_has_both_parts(tmp_path, torch):
     state, vae = state_of(STAR), state_of(VQ_SMALL)
     parts = {
         'var_wo_ddp': {name: Tensor(x) for name, x in state.items()},
@@ -295,7 +297,7 @@ def test_a_trainers_file_has_both_parts(tmp_path, torch):
 
 
 def refused(tmp_path, capsys, state, *words: str) -> str:
-    """What is said of a file."""
+    """The error message for a file."""
     file = save(tmp_path / 'model.safetensors', state)
     beside = save(tmp_path / 'vae.safetensors', state_of(VQ_SMALL))
     words = words or ('--sides', '1', '2', '4', '--groups', '4', '--tokenizer', beside)
@@ -304,7 +306,7 @@ def refused(tmp_path, capsys, state, *words: str) -> str:
     return capsys.readouterr().err
 
 
-def test_each_wrong_tensor_is_named(tmp_path, capsys):
+def test_convert_names_each_wrong_tensor(tmp_path, capsys):
     state = state_of(STAR)
     del state['blocks.1.ffn.fc2.bias']
     state['surprise'] = np.zeros(3, np.float32)
@@ -315,14 +317,14 @@ def test_each_wrong_tensor_is_named(tmp_path, capsys):
     assert 'word_embed.bias is float32[3], expected float32[16]' in said
 
 
-def test_any_whole_width_of_an_mlp_is_read():
+def test_any_integer_mlp_width_is_inferred():
     star = dataclasses.replace(STAR, width=60, heads=3, mlp_ratio=123 / 60)  # 122.99... in all
     assert star.abstract()['blocks']['ffn']['fc1']['bias'].value.shape == (3, 123)
     specs = {name: TensorSpec(x.shape, x.dtype) for name, x in state_of(star).items()}
     assert infer.transformer(specs, ModelOptions(sides=(1, 2, 4))) == star
 
 
-def test_tensors_of_another_rank_are_refused():
+def test_infer_refuses_tensors_of_another_rank():
     for config in (STAR, dataclasses.replace(STAR, positions=Learned()), VQ_SMALL):
         tell = infer.tokenizer if isinstance(config, VQ) else infer.transformer
         specs = {name: TensorSpec(x.shape, x.dtype) for name, x in state_of(config).items()}
@@ -336,39 +338,39 @@ def test_tensors_of_another_rank_are_refused():
         infer.transformer(specs | flat, options)
 
 
-def test_layers_of_two_types_are_refused(tmp_path, capsys):
+def test_convert_refuses_layers_of_two_types(tmp_path, capsys):
     state = state_of(STAR)
     state['blocks.1.ffn.fc2.bias'] = state['blocks.1.ffn.fc2.bias'].astype(np.float16)
     said = refused(tmp_path, capsys, state)
     assert 'blocks.0.ffn.fc2.bias is float32 and blocks.1.ffn.fc2.bias is float16' in said
 
 
-def test_a_key_bias_that_is_not_zero_is_refused(tmp_path, capsys):
+def test_convert_refuses_a_nonzero_key_bias(tmp_path, capsys):
     state = state_of(STAR)
     state['blocks.1.cross_attn.zero_k_bias'] = np.ones(16, np.float32)
     assert 'blocks.1.cross_attn.zero_k_bias differs from' in refused(tmp_path, capsys, state)
 
 
-def test_scales_that_nothing_tells_are_asked_for(tmp_path, capsys):
+def test_convert_asks_for_scales_that_cannot_be_inferred(tmp_path, capsys):
     assert '--sides' in refused(tmp_path, capsys, state_of(STAR), '--groups', '4')
 
 
-def test_where_a_head_begins_is_asked_for(tmp_path, capsys):
+def test_convert_asks_for_the_first_refined_scale(tmp_path, capsys):
     assert '3 scales' in (said := refused(tmp_path, capsys, state_of(ROTARY)))
     assert '--first-refined' in said
 
 
-def test_a_transformer_without_tokenizer_is_refused(tmp_path, capsys):
+def test_convert_refuses_a_transformer_without_tokenizer(tmp_path, capsys):
     said = refused(tmp_path, capsys, state_of(STAR), '--sides', '1', '2', '4')
     assert 'has no image tokenizer' in said
 
 
-def test_a_tokenizer_of_other_codes_is_refused(tmp_path, capsys):
+def test_convert_refuses_a_tokenizer_with_other_codes(tmp_path, capsys):
     state = state_of(dataclasses.replace(STAR, codes=64))
     assert 'model.codes is 64, but tokenizer.codes is' in refused(tmp_path, capsys, state)
 
 
-def test_other_files_are_refused(tmp_path, capsys, torch):
+def test_convert_refuses_other_files(tmp_path, capsys, torch):
     file = save(tmp_path / 'x.safetensors', {'weight': np.zeros(3, np.float32)})
     for content in ([1], {'weight': 3}, {'trainer': {}}, {'trainer': {'var_wo_ddp': 4}}):
         torch['content'] = content
@@ -384,20 +386,20 @@ def test_other_files_are_refused(tmp_path, capsys, torch):
 @pytest.mark.parametrize(
     'content', [b'', b'version https://git-lfs.github.com/spec/v1\n', b'<!doctype html>' * 40]
 )
-def test_what_was_not_fetched_is_no_file_of_torch(tmp_path, content):
+def test_convert_refuses_an_incomplete_download(tmp_path, content):
     (tmp_path / 'x.pth').write_bytes(content)
     with pytest.raises(UserError, match='fetch it again'):
         published.read(tmp_path / 'x.pth')
 
 
-def test_without_torch_the_user_is_told(tmp_path, monkeypatch):
+def test_convert_reports_missing_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', None)
     (tmp_path / 'x.pth').write_bytes(published.ZIP)
     with pytest.raises(UserError, match='pip install torch'):
         published.read(tmp_path / 'x.pth')
 
 
-def test_text_travels_by_name_or_inside(tmp_path):
+def test_text_encoder_is_named_or_copied(tmp_path):
     state, vae = state_of(STAR), state_of(VQ_SMALL)
     there_and_back(tmp_path, state, vae, '--text', tiny.TEXT)
     named = models.read(tmp_path / 'folder').text
@@ -412,7 +414,7 @@ def test_text_travels_by_name_or_inside(tmp_path):
 
 
 @pytest.mark.parametrize('below', ['', 'tower'])
-def test_text_that_lies_in_the_folder_stays_there(tmp_path, below):
+def test_text_encoder_inside_the_folder_stays(tmp_path, below):
     state, vae = state_of(STAR), state_of(VQ_SMALL)
     there_and_back(tmp_path, state, vae, '--text', tiny.TEXT)
     place = tmp_path / 'folder' / 'text' / below
@@ -426,7 +428,7 @@ def test_text_that_lies_in_the_folder_stays_there(tmp_path, below):
 
 
 @pytest.mark.parametrize('shard_bytes', [100, 10**9])
-def test_streamed_arrays_are_those_of_the_library(tmp_path, shard_bytes):
+def test_streamed_arrays_equal_those_of_the_library(tmp_path, shard_bytes):
     rows = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
     tree = {
         'a': StreamedArray((4, 3, 2), rows.dtype, lambda: iter(rows)),
@@ -443,7 +445,7 @@ def test_streamed_arrays_are_those_of_the_library(tmp_path, shard_bytes):
     np.testing.assert_array_equal(opened.read('a', 2), rows[2])
 
 
-def test_parts_that_do_not_make_up_an_array_are_no_file(tmp_path):
+def test_write_refuses_parts_that_differ_from_their_array(tmp_path):
     short = StreamedArray((4,), np.dtype(np.float32), lambda: [np.zeros(3, np.float32)])
     with pytest.raises(ValueError, match='12 bytes'):
         stored.write(tmp_path / 'x.safetensors', {'x': short})

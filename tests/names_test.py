@@ -1,4 +1,4 @@
-"""The conversion tables hold exactly the published tensors (STAR specification 10)."""
+"""Do the conversion tables have exactly the published tensors (STAR specification 10)?"""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def published(golden, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def hollow(abstract):
-    """Arrays of these shapes that take no memory."""
+    """Arrays of these shapes that use no memory."""
     return jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), meta.unbox(abstract))
 
 
@@ -47,7 +47,7 @@ def count(tree) -> int:
         ('star_d30_1024', Star(**D30, sides=SIDES_1024), 1_678_738_696),
     ],
 )
-def test_the_transformers(golden, name, star, parameters):
+def test_star_entries_equal_the_published_names(golden, name, star, parameters):
     text = TextCondition(
         jax.ShapeDtypeStruct((1, 77, star.text_width), jnp.float32),
         jax.ShapeDtypeStruct((1, 77), jnp.int32),
@@ -59,7 +59,7 @@ def test_the_transformers(golden, name, star, parameters):
     assert count(params) + CLASSES * star.width == parameters
 
 
-def test_the_tokenizer(golden):
+def test_vq_entries_equal_the_published_names(golden):
     vq = VQ()
     names = published(golden, 'vae_ch160v4096z32')
     pixels = jax.ShapeDtypeStruct((1, *vq.resolution, 3), jnp.float32)

@@ -1,4 +1,4 @@
-"""Every recorded case is reproduced at its own tolerances, and `verify` would notice if not.
+"""Does this library reproduce every recorded case, and does `verify` detect deviations?
 
 The cases are those under $STAR_JAX_GOLDEN, by default the small ones that travel with the tests.
 """
@@ -21,7 +21,7 @@ from star_jax.verify import cases, check, comparison, sampler, star_options
 
 SMALL = Path(__file__).parent / 'golden'
 ROOT = Path(os.environ.get('STAR_JAX_GOLDEN', SMALL))
-TOO_LARGE = {('star', 'var'), ('star', 'star_sampler')}  # of these a clone has the laws alone
+TOO_LARGE = {('star', 'var'), ('star', 'star_sampler')}  # kinds without a case in the repository
 QUANTISER = SMALL / 'star' / 'dev_quant_256scales'
 TRAINING = SMALL / 'star' / 'dev_star_train'
 SMOOTHED = SMALL / 'star' / 'smoothed_star_train'
@@ -84,26 +84,26 @@ def failing(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize('folder', recorded_cases(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_recorded_case_is_reproduced(folder):
+def test_recorded_case_is_reproduced(folder):
     if kind_of(folder) not in check.KINDS:
         pytest.skip(f'no rules yet for cases of {" ".join(kind_of(folder))}')
-    found = check.verify(folder)
-    assert not [line for line in found.lines if line.verdict == comparison.FAIL]
-    assert not [line for line in found.lines if line.verdict == comparison.SKIPPED]
-    assert found.count(comparison.OK) > 0
+    report = check.verify(folder)
+    assert not [line for line in report.lines if line.verdict == comparison.FAIL]
+    assert not [line for line in report.lines if line.verdict == comparison.SKIPPED]
+    assert report.count(comparison.OK) > 0
 
 
-def test_every_kind_travels_with_the_tests():
+def test_every_kind_has_a_case_in_the_repository():
     folders = [path.parent for path in SMALL.rglob('config.json')]
     assert set(check.KINDS) - TOO_LARGE <= {kind_of(folder) for folder in folders}
 
 
-def test_the_goldens_stay_small():
+def test_recorded_cases_are_small():
     size = sum(path.stat().st_size for path in SMALL.rglob('*') if path.is_file())
     assert size <= 16 * 2**20
 
 
-def test_one_changed_weight_fails(tmp_path):
+def test_verify_detects_a_changed_weight(tmp_path):
     state = cases.read_arrays(QUANTISER / 'state_dict.safetensors')
     state['quantize.quant_resi.qresi_ls.2.bias'] = (
         state['quantize.quant_resi.qresi_ls.2.bias'] + 1e-3
@@ -112,21 +112,21 @@ def test_one_changed_weight_fails(tmp_path):
     assert 'fhat_5' in failed and 'fhat_4' not in failed  # scale 5 is the first of the third phi
 
 
-def test_one_changed_array_fails_alone(tmp_path):
+def test_verify_detects_only_the_changed_arrays(tmp_path):
     arrays = cases.read_arrays(QUANTISER / 'io.safetensors')
     arrays['fhat_3'][0, 0, 0, 0] += 1e-3
     arrays['idx_1'][0, 0] += 1
     assert failing(folder_of(tmp_path, QUANTISER, arrays)) == ['fhat_3', 'idx_1']
 
 
-def test_a_recorded_nan_or_another_shape_fails(tmp_path):
+def test_verify_detects_nan_and_another_shape(tmp_path):
     arrays = cases.read_arrays(QUANTISER / 'io.safetensors')
     arrays['fhat_3'][0, 0, 0, 0] = np.nan
     arrays['var_input'] = arrays['var_input'][:1]
     assert failing(folder_of(tmp_path, QUANTISER, arrays)) == ['fhat_3', 'var_input']
 
 
-def test_an_array_without_a_rule_fails_the_command(tmp_path, capsys):
+def test_verify_command_fails_for_an_array_without_a_rule(tmp_path, capsys):
     arrays = cases.read_arrays(QUANTISER / 'io.safetensors')
     few = {'f': arrays['f'], 'idx_0': arrays['idx_0']}
     assert check.main([folder_of(tmp_path, QUANTISER, few)]) == 0
@@ -136,7 +136,7 @@ def test_an_array_without_a_rule_fails_the_command(tmp_path, capsys):
     assert 'surprise' in printed and 'FAIL (no rule computes this array)' in printed
 
 
-def test_a_trained_parameter_that_is_wrong_or_unknown_fails(tmp_path):
+def test_verify_detects_a_wrong_or_unknown_trained_parameter(tmp_path):
     config = json.loads((TRAINING / 'config.json').read_text())
     for key in ('vae_config', 'vae_state_dict'):
         config[key] = str((TRAINING / config[key]).resolve())
@@ -162,7 +162,7 @@ def test_a_trained_parameter_that_is_wrong_or_unknown_fails(tmp_path):
         ('io.safetensors.gz', b'torn', 'gzipped'),
     ],
 )
-def test_a_damaged_case_is_a_users_mistake(tmp_path, file, content, message):
+def test_verify_reports_a_damaged_case(tmp_path, file, content, message):
     folder = folder_of(tmp_path, QUANTISER)
     path = folder / file
     if path.suffix == '.gz':
@@ -228,13 +228,13 @@ def test_verify_accepts_remarks_and_inert_options(tmp_path):
     star_options.OPTIONS['star'].check(config | {'drop_path_rate': 0.5}, tmp_path)
 
 
-def test_every_kind_lists_its_options():
+def test_every_kind_has_a_list_of_options():
     listed = {(family, kind) for family, kinds in check.OPTIONS.items() for kind in kinds}
     assert listed == set(check.KINDS)
 
 
 @pytest.mark.parametrize('kind', star_options.OPTIONS)
-def test_options_listed_as_read_are_named_in_the_code_that_reads_them(kind):
+def test_options_listed_as_read_occur_in_the_code(kind):
     folder = Path(star_options.__file__).parent
     sources = [path.read_text() for path in folder.glob('*.py') if path.stem != 'star_options']
     for name in star_options.OPTIONS[kind].read:
@@ -242,7 +242,7 @@ def test_options_listed_as_read_are_named_in_the_code_that_reads_them(kind):
         assert any(f"'{key}'" in source for source in sources), name
 
 
-def test_torch_computes_the_recorded_smoothed_case(tmp_path):
+def test_torch_reproduces_the_smoothed_case(tmp_path):
     """PyTorch's cross-entropy, clipping and AdamW give what `smoothed_star_train` holds."""
     pytest.importorskip('torch')
     smoothed_case.make(tmp_path)
@@ -254,22 +254,22 @@ def test_torch_computes_the_recorded_smoothed_case(tmp_path):
             np.testing.assert_allclose(array, recorded[key], rtol=1e-5, atol=5e-6, err_msg=key)
 
 
-def test_verify_fails_where_label_smoothing_is_ignored(tmp_path):
+def test_verify_detects_ignored_label_smoothing(tmp_path):
     failed = failing(with_changes(tmp_path, SMOOTHED, {'label_smoothing': 0.0}))
     assert 'losses' in failed and 'grad_norm_before_clip' in failed
 
 
-def test_raw_rotary_positions_are_read():
+def test_star_config_has_raw_rotary_positions():
     config = json.loads((TRAINING / 'config.json').read_text()) | {'rope_norm': -1, 'rope_theta': 9}
     star = cases.star_config(cases.Case(TRAINING, config, {}))
     assert star.positions == RawRotary(theta=9)
 
 
-def test_the_old_version_overwrites_filters_before_it_refines():
-    wanted = {1: 50, 9: 50, 10: 300, 12: 300, 13: 100}
-    for first, top_k in wanted.items():
-        found = sampler.overwritten(NucleusFilter(top_k=50, top_p=0.5), first)
-        assert found == NucleusFilter(top_k=top_k, top_p=0.8)
+def test_version_old_overwrites_filters_before_refinement():
+    expected = {1: 50, 9: 50, 10: 300, 12: 300, 13: 100}
+    for first, top_k in expected.items():
+        keep = sampler.overwritten(NucleusFilter(top_k=50, top_p=0.5), first)
+        assert keep == NucleusFilter(top_k=top_k, top_p=0.8)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,9 @@ def test_the_old_version_overwrites_filters_before_it_refines():
         (4, 0, 'quantize.quant_resi.qresi_ls.{}', (0, 2, 3), True),
     ],
 )
-def test_every_sharing_of_phi_and_the_z_norm(tmp_path, shared, counts, prefix, phis, znorm):
+def test_quantiser_matches_every_phi_sharing_and_z_norm(
+    tmp_path, shared, counts, prefix, phis, znorm
+):
     rng = np.random.default_rng(shared + counts)
     codebook = rng.normal(size=(9, 3)).astype(np.float32)
     f = rng.normal(size=(1, 3, 3, 3)).astype(np.float32)
