@@ -78,7 +78,7 @@ def test_classes_are_drawn_by_name_and_by_number(trained, tmp_path, capsys):
 def test_a_model_of_text_draws_no_classes(tmp_path, capsys):
     place = tiny.write_model(tmp_path / 'model')
     assert cli.main(['sample', '--model', place, '--class', '3', '--out', str(tmp_path / 'o')]) == 2
-    assert 'knows no classes' in capsys.readouterr().err
+    assert 'has no classes' in capsys.readouterr().err
 
 
 def test_classes_are_read_as_prompts():
