@@ -7,6 +7,7 @@ validation split. 300 steps memorise about twenty images; for many more images r
 To generalise to other images, watch the validation loss in metrics.jsonl.
 """
 
+from star_jax import files
 from star_jax.checkpoint import models
 from star_jax.core.settings import Settings
 from star_jax.data.folder import Folder
@@ -15,8 +16,8 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=models.read(models.SHIPPED).config,
-    init=models.SHIPPED,
+    model=models.read(files.SHIPPED).config,
+    init=files.SHIPPED,
     data=Folder(path='my_images'),
     validation=Folder(split='validation'),
     optimizer=AdamW(learning_rate=LearningRate(peak=5e-4, warmup_steps=20, shape='lin')),

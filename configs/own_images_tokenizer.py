@@ -5,6 +5,7 @@ star-jax train-tokenizer configs/own_images_tokenizer.py --data.path my_images -
 The codebook keeps its codes, so that the shipped transformer can be fine-tuned on this tokenizer.
 """
 
+from star_jax import files
 from star_jax.checkpoint import models
 from star_jax.data.folder import Folder
 from star_jax.training.optimizer import AdamW
@@ -12,8 +13,8 @@ from star_jax.training.run import Pace, TokenizerRun
 from star_jax.training.schedules import LearningRate
 
 run = TokenizerRun(
-    model=models.read_tokenizer(models.SHIPPED).config,
-    init=models.SHIPPED,
+    model=models.read_tokenizer(files.SHIPPED).config,
+    init=files.SHIPPED,
     data=Folder(path='my_images'),
     validation=Folder(split='validation'),
     optimizer=AdamW(
