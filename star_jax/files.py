@@ -125,7 +125,7 @@ def _remove_old(old: Path, folder: Path, is_replaced: Callable[[str], bool]) -> 
 def _locked(folder: Path) -> Iterator[bool]:
     """Locks a folder, which survives renaming; yields whether the lock was obtained.
 
-    It is not where another process holds the lock, or where the file system has no locks.
+    It is not obtained if another process has it, or if the file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

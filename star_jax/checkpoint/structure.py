@@ -104,7 +104,7 @@ def show(value: object) -> str:
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'" if a known name resembles the unknown one, else ''."""
+    """A question for the known name that resembles an unknown one, '' if none does."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean '{close[0]}'" if close else ''
 

@@ -1,7 +1,7 @@
 """How far is a computed array from a recorded one, and is that within the tolerance?
 
 Each array belongs to a tolerance class of `golden/star/README.md`. The case gives the tolerance of
-the class; the class says which factor it gets.
+the class, and the class has a factor.
 """
 
 import dataclasses

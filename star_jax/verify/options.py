@@ -1,4 +1,4 @@
-"""Does `verify` know every field of a case's config?
+"""Does a case have options that `verify` ignores?
 
 A field that no rule reads could change the computation without anyone noticing, so it is refused.
 Each kind of case lists its fields (`star_options`); this file applies such a list.
@@ -50,8 +50,8 @@ class Options:
                 check_value(path, name, value, limit)
             if not limits and not self._is_known(field, value):
                 raise UserError(
-                    f'{path}: {name} is an option that verify does not know, and it may change '
-                    "what is computed: implement it, or add it to the list of the case's kind"
+                    f'{path}: unknown option {name}, which may change the computation: implement '
+                    "it, or add it to the options of the case's kind"
                 )
 
     def _is_known(self, field: Field, value: Any) -> bool:
@@ -65,9 +65,7 @@ class Options:
 def check_value(path: Path, name: str, value: Any, implemented: Any) -> None:
     """Raises UserError unless an option has the value that is implemented."""
     if value != implemented:
-        raise UserError(
-            f'{path}: {name} is {value!r}, but verify computes only what {implemented!r} means'
-        )
+        raise UserError(f'{path}: {name} is {value!r}, but only {implemented!r} is implemented')
 
 
 def _fields(value: Any, field: Field) -> Iterator[tuple[Field, Any]]:

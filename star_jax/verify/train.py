@@ -119,7 +119,7 @@ def optimizer_of(case: Case) -> AdamW:
     """The optimizer of the original options."""
     option = functools.partial(case.option, 'optimizer')
     if not option('name').startswith('AdamW'):
-        raise UserError(f'{case.path}: optimizer.name must begin with AdamW')
+        raise UserError(f'{case.path}: optimizer.name must start with AdamW')
     beta1, beta2 = option('betas')
     try:
         return AdamW(
