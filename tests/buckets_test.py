@@ -274,10 +274,10 @@ def test_buckets_out_of_order_are_refused(shared):
         program.compile_program(STAR.build(), VQ.build(), shared)
 
 
-@pytest.mark.parametrize('wanted', [((0, 1, 2),), (3,), 3, (('a', 'b'),)])
-def test_buckets_other_than_pairs_are_refused(wanted):
+@pytest.mark.parametrize('shared', [((0, 1, 2),), (3,), 3, (('a', 'b'),)])
+def test_buckets_other_than_pairs_are_refused(shared):
     with pytest.raises(UserError, match='pairs of the first and the last scale'):
-        buckets.choose(wanted, SIZES, 'cpu')
+        buckets.choose(shared, SIZES, 'cpu')
 
 
 def test_raster_refuses_buckets():

@@ -11,9 +11,10 @@ from star_jax.core.codes import Bits, Index
 from star_jax.core.filters import NucleusFilter
 from star_jax.core.guidance import StepSettings, guide, linear_ramp
 from star_jax.core.pixels import to_uint8
-from star_jax.core.schedule import Step
+from star_jax.core.schedule import Pyramid, Step
 from star_jax.protocols import StepFns
 from star_jax.sampling.methods import FilteredSampling, SmoothSampling, soften, softness
+from star_jax.sampling.sampler import GivenCodes
 
 B, L, V, C = 3, 40, 12, 2
 BOOK = np.random.default_rng(9).normal(size=(V, C)).astype(np.float32)
@@ -122,6 +123,25 @@ def test_bits_are_filtered_and_sampled_one_by_one(keys_B):
     np.testing.assert_array_equal(trace.probs.max(-1) == 1, sure)
     np.testing.assert_array_equal(sampled.codes_BL[sure], probs.argmax(-1)[sure])
     assert (np.asarray(sampled.codes_BL) != probs.argmax(-1)).any()
+
+
+@pytest.mark.parametrize('codes', [Index(V), Bits(5)], ids=['index', 'bits'])
+def test_given_codes_replace_those_of_given_steps(codes):
+    """At known steps, and at traced ones that are padded."""
+    schedule = Pyramid.square((1, 2, 3))
+    random = np.random.default_rng(0)
+    steps = {k: random.integers(0, 2, (B, schedule.sizes[k], *codes.shape)) for k in (0, 2)}
+    given = GivenCodes.of_steps(steps, schedule, codes)
+    padded = jax.jit(
+        lambda index, sampled: given.replace_codes(sampled, schedule, Step(index, 2, padded=True))
+    )
+    for step, size in enumerate(schedule.sizes):
+        sampled = jnp.full((B, 9, *codes.shape), 7, codes.dtype)
+        expected = steps.get(step, sampled[:, :size])
+        found = given.replace_codes(sampled[:, :size], schedule, Step.at(step))
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(padded(step, sampled)[:, :size], expected)
+        assert found.dtype == codes.dtype
 
 
 def test_mixtures_are_softmaxes_of_noisy_logits(logits_RLV):

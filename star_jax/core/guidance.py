@@ -8,7 +8,7 @@ import numpy as np
 
 @flax.struct.dataclass
 class StepSettings:
-    """Guidance and temperature, as data of every step; families may add fields.
+    """Guidance and temperature of every step, as data.
 
     Attributes:
         guidance: [S] float32 weights w of `guide`. Without unprompted rows they are ignored.

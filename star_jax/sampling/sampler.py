@@ -109,10 +109,9 @@ class GivenCodes:
 
     def replace_codes(self, sampled: jax.Array, schedule: Schedule, step: Step) -> jax.Array:
         """The given codes of `step` where it is given, otherwise the `sampled` ones."""
-        size = sampled.shape[1]
-        after = [(0, 0), (0, size), *[(0, 0)] * (sampled.ndim - 2)]  # a slice must not be moved
-        first = jnp.asarray(schedule.offsets)[step.index]
-        given = jax.lax.dynamic_slice_in_dim(jnp.pad(self.codes, after), first, size, axis=1)
+        # A padded step never reaches beyond L: it is padded to a later one.
+        first, size = jnp.asarray(schedule.offsets)[step.index], sampled.shape[1]
+        given = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.codes), first, size, axis=1)
         return jnp.where(jnp.asarray(self.mask_S)[step.index], given.astype(sampled.dtype), sampled)
 
 
