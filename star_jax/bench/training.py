@@ -77,10 +77,10 @@ class TrainingJob:
             base=random_arrays(base) if base else None,
         )
         frozen = jax.device_put(frozen, rules.replicated(mesh))
-        shape = (run.batch, run.model.schedule.length)
-        codes_BL = np.random.default_rng(0).integers(0, run.model.codes, shape, np.int32)
+        encoded = program.abstract_encoded(frozen.tokenizer, run.batch)
         batch = StepInputs(
-            encoded=codes_BL, prompts=condition(run.model, run.batch, self.text_tokens)
+            encoded=_random_encoded(encoded, run.model.vocabulary.num_codes),
+            prompts=condition(run.model, run.batch, self.text_tokens),
         )
         batch = jax.device_put(batch, rules.batch_sharding(mesh))
         args = (state, frozen, batch, jax.random.key(0))
@@ -99,6 +99,14 @@ class TrainingJob:
             pixels=max(vq.resolution),
             next_args=_next_args,
         )
+
+
+def _random_encoded(abstract: jax.ShapeDtypeStruct, num_codes: int) -> np.ndarray:
+    """Random codes, or random features for tokenizers that encode images to features."""
+    random = np.random.default_rng(0)
+    if np.issubdtype(abstract.dtype, np.integer):
+        return random.integers(0, num_codes, abstract.shape, abstract.dtype)
+    return random.standard_normal(abstract.shape, np.float32).astype(abstract.dtype)
 
 
 def _forward(program: TrainingProgram) -> Callable[..., Any]:
