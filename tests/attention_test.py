@@ -16,7 +16,10 @@ from star_jax.nn import attention_dispatch, flash
 from star_jax.nn.cache import KV
 from star_jax.nn.flash import Flash
 from star_jax.nn.kernels import ByScale, Chunked, Dense, Kernel, Tiled
+from star_jax.nn.sharded_attention import ShardedAttention
 from star_jax.nn.splash import Splash
+from star_jax.parallel.mesh import MeshShape
+from star_jax.parallel.rules import ActivationSharding
 
 B, N, H = 2, 2, 4
 PYRAMID = Pyramid.square((1, 2, 2, 3))  # 18 rows
@@ -340,6 +343,26 @@ def test_a_tpu_agrees_with_the_formula(name):
     q_BLNH, kv = random(rows, keys, heads=4, kv_heads=2 if name == 'shared' else 4)
     pieces = pieces_of(kv, keys - 9) if name in ('past', 'written') else (kv,)
     assert_same(Splash(None, interpret=True), q_BLNH, pieces, visibility, atol=1e-5)
+
+
+SHARDED = {  # key/value heads, where the keys are cut, visibility
+    'rows': (2, (), Visibility(rows=PYRAMID.visibility())),
+    'heads_that_share_keys': (1, (), Visibility(rows=PYRAMID.visibility(), first_B=FIRST_B)),
+    'past': (2, (8,), Visibility(StaticVisibility.of(PYRAMID.visible_rows[8:]), FIRST_B)),
+    'written': (2, (8,), Visibility(TracedVisibility(jnp.array([12])), written=jnp.int32(2))),
+    'lengths': (2, (), Visibility(end_B=END_B)),
+    'mask': (2, (), Visibility(mask=jnp.arange(18)[None] <= jnp.arange(18)[:, None])),
+}
+
+
+@pytest.mark.parametrize('case', SHARDED)
+def test_devices_compute_what_one_computes(case):
+    """Images, heads and rows are split over two devices each."""
+    kv_heads, ends, visibility = SHARDED[case]
+    mesh = MeshShape(data=2, tensor=2, sequence=2).build()
+    q_BLNH, kv = random(18 - sum(ends), 18, heads=4, kv_heads=kv_heads)
+    sharded = ShardedAttention(Dense(), ActivationSharding(mesh))
+    assert_same(sharded, q_BLNH, pieces_of(kv, *ends), visibility)
 
 
 def test_platform_and_shape_decide_the_kernel():
