@@ -24,7 +24,7 @@ setup(
         'optax>=0.2.8',  # gradient transformations
         'orbax-checkpoint>=0.12.8',  # asynchronous checkpoints onto any mesh
         'grain>=0.2.18',  # deterministic, resumable input
-        'array_record>=0.8',  # the container of prepared sets
+        'array_record>=0.8',  # the container of prepared datasets
         'tensorflow-datasets>=4.9.10',  # the prepared format, read without TensorFlow
         'importlib_resources',  # tfds needs it to write a set and does not say so
         'transformers>=5',  # tokenizers of text encoders that have no tokenizer.json

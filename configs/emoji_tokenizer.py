@@ -1,4 +1,4 @@
-"""A tokenizer of emoji at 64 px; `star-jax data prepare emoji sets/emoji` writes the data set."""
+"""A tokenizer of emoji at 64 px; `star-jax data prepare emoji sets/emoji` writes the dataset."""
 
 from star_jax.core.schedule import square_grids
 from star_jax.data.prepared import Prepared

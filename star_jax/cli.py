@@ -50,7 +50,7 @@ JOURNEYS: dict[str, dict[str, tuple[str, str]]] = {
     },
     'Use your own images': {
         'data': (
-            'prepare, show or encode a data set',
+            'prepare, show or encode a dataset',
             'star-jax data prepare folder my_images sets/own',
         ),
     },

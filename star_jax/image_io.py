@@ -1,6 +1,6 @@
-"""How do pictures come in, get their size and go out to be looked at?
+"""How are images decoded, resized, saved and laid out in grids?
 
-Pillow work on uint8 arrays: (h, w, 3) RGB, 0 to 255, NHWC when stacked.
+All functions work on uint8 arrays: (h, w, 3) RGB, 0 to 255, NHWC when stacked.
 """
 
 import io
@@ -15,109 +15,124 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from star_jax.errors import UserError
 
-LEGIBLE = 128  # px: a cell narrower than this cannot hold a caption
-MARGIN = 8
+MIN_CELL = 128  # px: a narrower cell of a grid cannot hold a caption
+MARGIN = 8  # px
 CAPTION_SIZE = 12
 TITLE_SIZE = 18
-INK = (32, 32, 32)
+TEXT_COLOUR = (32, 32, 32)
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels, of such a pair or of the side of a square."""
+    """(height, width) of a size, which is such a pair or the side of a square, in pixels."""
     return (size, size) if isinstance(size, int) else size
 
 
 def crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """The centre of an image at the aspect ratio of `size` (a side, or height and width), RGB.
+    """The centre of an image, resized by Lanczos; transparency becomes white.
 
-    `image` is (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) uint8; transparency lies on white.
+    Args:
+        image: (h, w), (h, w, 1), (h, w, 3) or (h, w, 4) uint8.
+        size: side of a square, or (height, width), in pixels.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
     """
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
     return fit(Image.fromarray(image), size)
 
 
-def fit(picture: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
-    """The same for an image of any mode, by Lanczos: (height, width, 3) RGB, on white."""
-    picture, (height, width) = _on_white(picture), height_and_width(size)
-    if picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    return np.array(picture)
+def fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """`crop` of a Pillow image of any mode."""
+    image, (height, width) = _on_white(image), height_and_width(size)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return np.array(image)
 
 
 def decode(data: bytes) -> np.ndarray:
-    """An encoded picture (PNG, JPEG, WebP, ...) as (h, w, 3) RGB, transparency on white.
+    """Decodes an image file (PNG, JPEG, WebP, ...) to (h, w, 3) RGB, upright, on white.
 
-    Raises OSError where `data` is no picture that Pillow can read.
+    Raises OSError if Pillow cannot read them.
     """
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.array(_on_white(ImageOps.exif_transpose(picture)))
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(_on_white(ImageOps.exif_transpose(image)))
 
 
 def encode(image: np.ndarray) -> bytes:
-    """A (h, w, 3) picture as the bytes of a PNG file."""
+    """Encodes a (h, w, 3) image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format='PNG', optimize=True)
     return buffer.getvalue()
 
 
 def load_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """A picture file as (h, w, 3) RGB, upright, transparency on white.
+    """Loads an image file as (h, w, 3) RGB, upright; transparency becomes white.
 
-    Raises UserError where the file is missing or is no picture.
+    Raises UserError if the file is missing or is not an image.
     """
     try:
         return decode(Path(path).read_bytes())
     except FileNotFoundError:
-        raise UserError(f'no picture at {path}: give the path of an existing file') from None
+        raise UserError(f'no image at {path}: give the path of an existing file') from None
     except UnidentifiedImageError:
         raise UserError(
-            f'{path} is no picture that can be read: give a PNG, JPEG or WebP'
+            f'{path} is not an image in a known format: give a PNG, JPEG or WebP'
         ) from None
     except Image.DecompressionBombError:
         raise UserError(f'{path} has too many pixels to be decoded: make it smaller') from None
-    except (OSError, SyntaxError) as error:  # Pillow reports torn PNG chunks as SyntaxError
+    except (OSError, SyntaxError) as error:  # Pillow reports truncated PNG chunks as SyntaxError
         reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'the picture {path} cannot be read ({reason}): replace it') from None
+        raise UserError(f'the image {path} cannot be read ({reason}): replace it') from None
 
 
 def save_png(image: np.ndarray, path: str | os.PathLike[str]) -> Path:
-    """Writes a (h, w, 3) picture so that the file is either whole or absent.
+    """Writes a (h, w, 3) image to a PNG file completely or not at all.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError if the folder cannot be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
         try:
             with os.fdopen(handle, 'wb') as file:
                 file.write(encode(image))
-            Path(draft).chmod(0o644)  # mkstemp hides the file from everyone else
-            os.replace(draft, path)
+            Path(temporary).chmod(0o644)  # mkstemp lets only the owner read the file
+            os.replace(temporary, path)
         except BaseException:
-            Path(draft).unlink(missing_ok=True)
+            Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f'cannot write {path} ({error.strerror}): choose another place') from None
+        raise UserError(f'cannot write {path} ({error.strerror}): choose another path') from None
     return path
 
 
 def compare(
-    truths: np.ndarray, drawn: np.ndarray, captions: Sequence[str], word: str, columns: int = 8
+    originals: np.ndarray,
+    generated: np.ndarray,
+    captions: Sequence[str],
+    label: str,
+    columns: int = 8,
 ) -> np.ndarray:
-    """One picture: rows of `truths` with their captions, each over a row of what was drawn.
+    """A grid with rows of originals, each above the row of the corresponding generated images.
 
-    Both are (n, h, w, 3) uint8; `word` says below the second row what it is.
+    Args:
+        originals: (n, h, w, 3) uint8.
+        generated: (n, h, w, 3) uint8.
+        captions: one caption per original.
+        label: text below every generated image.
+        columns: images per row.
     """
     images, texts = [], []
-    columns = min(columns, len(truths))
-    for first in range(0, len(truths), columns):
-        some = slice(first, first + columns)
-        missing = columns - len(truths[some])
-        empty = [np.full_like(truths[0], 255)] * missing
-        images += [*truths[some], *empty, *drawn[some], *empty]
-        texts += [*captions[some], *[''] * missing, *[word] * len(drawn[some]), *[''] * missing]
+    columns = min(columns, len(originals))
+    for first in range(0, len(originals), columns):
+        row = slice(first, first + columns)
+        count = len(originals[row])
+        empty = [np.full_like(originals[0], 255)] * (columns - count)
+        no_text = [''] * len(empty)
+        images += [*originals[row], *empty, *generated[row], *empty]
+        texts += [*captions[row], *no_text, *[label] * count, *no_text]
     return grid(images, texts, columns)
 
 
@@ -127,55 +142,70 @@ def grid(
     columns: int | None = None,
     title: str | None = None,
 ) -> np.ndarray:
-    """One (h, w, 3) picture of all of them in rows, each above its wrapped caption.
+    """Images in rows on one (h, w, 3) image, each above its wrapped caption.
 
-    `images` are (h, w, 3) or (h, w, 4) uint8; small ones are enlarged by whole pixels so that
-    captions are legible. `columns` defaults to as many as make the grid about square.
-    Raises UserError where there is no image, or not one caption for each.
+    Args:
+        images: (h, w, 3) or (h, w, 4) uint8; small images are enlarged by an integer factor so that
+            captions are legible.
+        captions: one caption per image, or None.
+        columns: images per row (None: the grid is about square).
+        title: text above the grid, or None.
+
+    Raises:
+        UserError: there is no image, or the number of captions differs.
     """
     if len(images) == 0:
-        raise UserError('there is no image to draw: expected at least one')
+        raise UserError('the grid has no image: expected at least one')
     if captions is not None and len(captions) != len(images):
         raise UserError(f'{len(captions)} captions for {len(images)} images: expected one for each')
-    pictures = [_enlarge(_on_white(Image.fromarray(image))) for image in images]
-    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
-    width = max(picture.width for picture in pictures)
+    enlarged = [_enlarge(_on_white(Image.fromarray(image))) for image in images]
+    columns = min(columns or math.ceil(math.sqrt(len(enlarged))), len(enlarged))
+    width = max(image.width for image in enlarged)
     font = ImageFont.load_default(CAPTION_SIZE)
-    texts = [_wrap(caption, font, width) for caption in captions or [''] * len(pictures)]
-    rows = [_row(pictures[at : at + columns], texts[at : at + columns], font, width, columns)
-            for at in range(0, len(pictures), columns)]  # fmt: skip
+    texts = [_wrap(caption, font, width) for caption in captions or [''] * len(enlarged)]
+    rows = [
+        _grid_row(
+            enlarged[first : first + columns],
+            texts[first : first + columns],
+            font=font,
+            width=width,
+            columns=columns,
+        )
+        for first in range(0, len(enlarged), columns)
+    ]
     if title:
         rows.insert(0, _heading(title, rows[0].width))
     return np.array(_stack(rows))
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    """RGB, what was transparent being white."""
-    if picture.mode == 'RGB' and not picture.has_transparency_data:
-        return picture
-    if not picture.has_transparency_data:
-        return _eight_bits(picture).convert('RGB')
-    picture = picture.convert('RGBA')
-    white = Image.new('RGBA', picture.size, 'white')
-    return Image.alpha_composite(white, picture).convert('RGB')
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB; transparency becomes white."""
+    if image.mode == 'RGB' and not image.has_transparency_data:
+        return image
+    if not image.has_transparency_data:
+        return _eight_bits(image).convert('RGB')
+    image = image.convert('RGBA')
+    white = Image.new('RGBA', image.size, 'white')
+    return Image.alpha_composite(white, image).convert('RGB')
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit grey instead of scaling it."""
-    if not picture.mode.startswith('I'):
-        return picture
-    return Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey to eight bits, where Pillow would clip it."""
+    if not image.mode.startswith('I'):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
-def _enlarge(picture: Image.Image) -> Image.Image:
-    times = math.ceil(LEGIBLE / max(picture.size))
-    if times == 1:
-        return picture
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+def _enlarge(image: Image.Image) -> Image.Image:
+    factor = math.ceil(MIN_CELL / max(image.size))
+    if factor == 1:
+        return image
+    size = (image.width * factor, image.height * factor)
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Lines no wider than `width` px; words too long for a line are cut."""
+    """Breaks a text into lines of at most `width` px; words too long for a line are broken."""
     lines = ['']
     for word in text.split():
         longer = f'{lines[-1]} {word}'.strip()
@@ -191,28 +221,29 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return '\n'.join(lines)
 
 
-def _row(
-    pictures: Sequence[Image.Image],
+def _grid_row(
+    images: Sequence[Image.Image],
     texts: Sequence[str],
+    *,
     font: ImageFont.FreeTypeFont,
     width: int,
     columns: int,
 ) -> Image.Image:
-    height = max(picture.height for picture in pictures)
-    deepest = max(_depth(text, font) for text in texts)
+    height = max(image.height for image in images)
+    text_height = max(_text_height(text, font) for text in texts)
     row = Image.new(
-        'RGB', (MARGIN + columns * (width + MARGIN), height + deepest + MARGIN), 'white'
+        'RGB', (MARGIN + columns * (width + MARGIN), height + text_height + MARGIN), 'white'
     )
     draw = ImageDraw.Draw(row)
-    for column, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+    for column, (image, text) in enumerate(zip(images, texts, strict=True)):
         left = MARGIN + column * (width + MARGIN)
-        row.paste(picture, (left, 0))
-        draw.text((left, height + 2), text, fill=INK, font=font)
+        row.paste(image, (left, 0))
+        draw.text((left, height + 2), text, fill=TEXT_COLOUR, font=font)
     return row
 
 
-def _depth(text: str, font: ImageFont.FreeTypeFont) -> int:
-    """Height in px of a wrapped caption below its picture."""
+def _text_height(text: str, font: ImageFont.FreeTypeFont) -> int:
+    """Height in px of a wrapped caption, with the gap above it."""
     if not text:
         return 0
     draw = ImageDraw.Draw(Image.new('RGB', (1, 1)))
@@ -222,8 +253,8 @@ def _depth(text: str, font: ImageFont.FreeTypeFont) -> int:
 def _heading(title: str, width: int) -> Image.Image:
     font = ImageFont.load_default(TITLE_SIZE)
     text = _wrap(title, font, width - 2 * MARGIN)
-    heading = Image.new('RGB', (width, _depth(text, font) + MARGIN), 'white')
-    ImageDraw.Draw(heading).text((MARGIN, 0), text, fill=INK, font=font)
+    heading = Image.new('RGB', (width, _text_height(text, font) + MARGIN), 'white')
+    ImageDraw.Draw(heading).text((MARGIN, 0), text, fill=TEXT_COLOUR, font=font)
     return heading
 
 

@@ -243,7 +243,7 @@ def test_help_of_every_command_is_tested():
     [*run_config.COMMON.items(), (Run, run_config.PROGRAM), (Run, cache.COMMON)],
 )
 def test_common_options_exist(run_type, sections):
-    """Those of the data depend on the kind of data set."""
+    """Those of the data depend on the kind of dataset."""
     kinds = (Shapes(), Folder(), Prepared(path='sets/any'))
     runs = [run_type(data=data) for data in kinds]
     names = {option.name for run in runs for option in help_text.options(run_type, run)}

@@ -1,4 +1,4 @@
-"""The real set: named rightly, held out honestly, drawn once. No network, no npm."""
+"""Are emoji named, split and rendered correctly? No network, no npm."""
 
 import collections
 import hashlib
@@ -30,7 +30,7 @@ def iconify(names, **shape) -> str:
 
 @pytest.fixture
 def packages(tmp_path):
-    """A node_modules of five icons or so in four styles."""
+    """A node_modules with about five icons in each of four styles."""
     files = {
         '@iconify-json/noto/icons.json': iconify(
             ['violin', 'waving-hand', 'waving-hand-dark-skin-tone', 'flag-bosnia-and-herzegovina']
@@ -58,7 +58,7 @@ def packages(tmp_path):
 
 @pytest.fixture
 def renderer(monkeypatch):
-    """Draws every SVG in a colour of its own, and counts."""
+    """Renders every SVG in its own colour, and records the calls."""
     calls = []
 
     def svg_to_bytes(svg_string: str, width: int, height: int, **options) -> bytes:
@@ -79,7 +79,7 @@ def icon(label: str, style: str) -> emoji.Icon:
     return emoji.Icon(style=style, name=label, label=label)
 
 
-def test_one_concept_has_one_label_in_every_set(packages):
+def test_concept_has_one_label_in_every_style(packages):
     flag = 'flag: Bosnia & Herzegovina'
     assert labels(packages, 'noto') == {
         'violin': 'violin',
@@ -87,19 +87,21 @@ def test_one_concept_has_one_label_in_every_set(packages):
         'flag-bosnia-and-herzegovina': flag,
     }
     assert labels(packages, 'fluent-3d') == {'1f3bb': 'violin', '2702-fe0f': 'scissors'}
-    assert labels(packages, 'fluent-flat')['lighthouse'] == 'lighthouse'  # no Unicode name: its own
+    assert (
+        labels(packages, 'fluent-flat')['lighthouse'] == 'lighthouse'
+    )  # no Unicode name: the file name
 
 
-def test_words_run_together_are_told_apart_or_left_out(packages):
+def test_names_without_separators_are_resolved_or_left_out(packages):
     assert labels(packages, 'firefox') == {
-        'blackscissors': 'scissors',  # by the character's name
+        'blackscissors': 'scissors',  # by the name of the character
         'fiddle': 'violin',  # by a shortcode
         'wiredkeyboard': 'wired keyboard',  # a symbol that never became an emoji
-        'wave': 'water wave',  # not the waving hand that shortcodes mean
+        'wave': 'water wave',  # not the waving hand of the shortcode
     }
 
 
-def test_captions_go_from_the_fullest_to_the_simplest(packages):
+def test_captions_are_sorted_from_detailed_to_simple(packages):
     (violin,) = (i for i in emoji.read_icons(packages, ['fluent-flat']) if i.name == 'violin')
     assert violin.captions == (
         'violin, Fluent flat emoji (instrument, music)',
@@ -110,69 +112,69 @@ def test_captions_go_from_the_fullest_to_the_simplest(packages):
 
 
 @pytest.fixture(scope='module')
-def crowd():
+def many_icons():
     """2,000 labels in one to seven styles, and their splits."""
     styles = list(emoji.STYLES)
     icons = [icon(f'l{n}', style) for n in range(2000) for style in styles[: 1 + n % len(styles)]]
     return icons, emoji.split(icons)
 
 
-def test_held_out_labels_are_trained_in_no_style(crowd):
+def test_held_out_labels_are_trained_in_no_style(many_icons):
     splits = collections.defaultdict(set)
-    for one, name in zip(*crowd, strict=True):
-        splits[name].add(one.label)
+    for held_icon, name in zip(*many_icons, strict=True):
+        splits[name].add(held_icon.label)
     assert not splits['held_out_labels'] & (splits['train'] | splits['held_out_pairs'])
     assert 0.035 < len(splits['held_out_labels']) / 2000 < 0.065
 
 
-def test_held_out_pairs_are_trained_in_two_other_styles(crowd):
+def test_held_out_pairs_are_trained_in_two_other_styles(many_icons):
     trained = collections.Counter(
-        i.label for i, name in zip(*crowd, strict=True) if name == 'train'
+        i.label for i, name in zip(*many_icons, strict=True) if name == 'train'
     )
-    held_out = [i.label for i, name in zip(*crowd, strict=True) if name == 'held_out_pairs']
+    held_out = [i.label for i, name in zip(*many_icons, strict=True) if name == 'held_out_pairs']
     assert min(trained[label] for label in held_out) == 2
-    assert 0.035 < len(held_out) / len(crowd[0]) < 0.065
+    assert 0.035 < len(held_out) / len(many_icons[0]) < 0.065
 
 
-def test_a_concept_is_not_trained_under_another_gender():
+def test_held_out_concept_is_not_trained_in_another_gender():
     words = ('', 'man ', 'woman ', 'person ')
     styles = list(emoji.STYLES)
     icons = [icon(f'{word}job{n}', style) for n in range(300) for word in words for style in styles]
-    trained, asked = set(), set()
-    for one, name in zip(icons, emoji.split(icons), strict=True):
-        pair = (one.label.split()[-1], one.style)
+    trained, held_out = set(), set()
+    for job_icon, name in zip(icons, emoji.split(icons), strict=True):
+        pair = (job_icon.label.split()[-1], job_icon.style)
         if name == 'held_out_labels':
             pair = pair[0]
-        (trained if name == 'train' else asked).add(pair)
-    assert asked and not asked & (trained | {job for job, _ in trained})
+        (trained if name == 'train' else held_out).add(pair)
+    assert held_out and not held_out & (trained | {job for job, _ in trained})
     assert emoji.concept('man: red hair') == emoji.concept('woman: red hair') == 'red hair'
     assert emoji.concept('person walking: facing right') == emoji.concept('man walking')
     assert emoji.concept('person') == 'person' and emoji.concept('mango') == 'mango'
 
 
-def test_the_split_is_the_same_in_any_order(crowd):
-    icons, splits = crowd
+def test_split_does_not_depend_on_the_order(many_icons):
+    icons, splits = many_icons
     assert emoji.split(icons[::-1]) == splits[::-1]
 
 
-def test_drawing_resumes_at_the_missing_files(packages, renderer, tmp_path):
+def test_rendering_resumes_at_missing_files(packages, renderer, tmp_path):
     icons = emoji.read_icons(packages, ['noto'])
-    drawn = emoji.draw(icons, tmp_path / 'rendered', 8)
+    rendered = emoji.render_all(icons, tmp_path / 'rendered', 8)
     assert len(renderer.calls) == 3
-    drawn[1][1].unlink()
-    assert emoji.draw(icons, tmp_path / 'rendered', 8) == drawn
+    rendered[1][1].unlink()
+    assert emoji.render_all(icons, tmp_path / 'rendered', 8) == rendered
     assert len(renderer.calls) == 4
 
 
-def test_equal_pictures_stay_once(tmp_path):
-    drawn = []
+def test_identical_images_are_kept_once(tmp_path):
+    rendered = []
     for name, colour in (('a', 1), ('b', 2), ('c', 1)):
         path = image_io.save_png(np.full((4, 4, 3), colour, np.uint8), tmp_path / f'{name}.png')
-        drawn.append((icon(name, 'noto'), path))
-    assert emoji.distinct(drawn) == drawn[:2]
+        rendered.append((icon(name, 'noto'), path))
+    assert emoji.distinct(rendered) == rendered[:2]
 
 
-def test_the_set_is_written_whole(packages, renderer, tmp_path, monkeypatch):
+def test_dataset_is_written_completely(packages, renderer, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, 'install', lambda work: packages)
     monkeypatch.setattr(emoji, 'HELD_OUT_LABELS', 0.0)
     out = tmp_path / 'set'
@@ -183,14 +185,16 @@ def test_the_set_is_written_whole(packages, renderer, tmp_path, monkeypatch):
         source = prepared.Prepared(path=str(out), split=split).open(8)
         counts[split] = len(source)
         assert source[0]['image'].shape == (8, 8, 3)
-    assert counts == summary.images and counts.total() == 3 + 1 + 1 + 4  # equal ones stay once
+    assert (
+        counts == summary.images and counts.total() == 3 + 1 + 1 + 4
+    )  # identical images are kept once
     licences = prepared.Prepared(path=str(out), caption='licence').open(8)
     found = {licences[i]['captions'][0] for i in range(len(licences))}
     assert found <= {'Apache-2.0', 'MIT', 'CC-BY-4.0'}
     assert 1 <= sum(emoji.prepare(out, size=16, sets=sets, limit=4).images.values()) <= 4
 
 
-def test_missing_tools_are_told(tmp_path, monkeypatch):
+def test_missing_tools_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, 'which', lambda name: None)
     with pytest.raises(UserError, match='npm was not found.*install Node.js'):
         emoji.install(tmp_path)
@@ -201,7 +205,7 @@ def test_missing_tools_are_told(tmp_path, monkeypatch):
         emoji.prepare(tmp_path / 'set', sets=['apple'])
 
 
-def test_a_failing_npm_is_told(tmp_path, monkeypatch):
+def test_npm_failure_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, 'which', lambda name: name)
     failed = types.SimpleNamespace(returncode=1, stderr='npm error code ENOTFOUND')
     monkeypatch.setattr(emoji.subprocess, 'run', lambda *args, **options: failed)
@@ -209,7 +213,7 @@ def test_a_failing_npm_is_told(tmp_path, monkeypatch):
         emoji.install(tmp_path)
 
 
-def test_installed_packages_are_not_fetched_again(tmp_path, monkeypatch):
+def test_installed_packages_are_not_downloaded_again(tmp_path, monkeypatch):
     for package, version in emoji.pinned().items():
         path = tmp_path / 'node_modules' / package / 'package.json'
         path.parent.mkdir(parents=True)
@@ -218,7 +222,7 @@ def test_installed_packages_are_not_fetched_again(tmp_path, monkeypatch):
     assert emoji.install(tmp_path) == tmp_path / 'node_modules'
 
 
-def test_versions_are_pinned_and_no_host_is_named():
+def test_versions_are_pinned_without_a_host():
     lock = Path(emoji.__file__).with_name('emoji_package-lock.json').read_text()
     assert '://' not in lock
     for package, version in emoji.pinned().items():
@@ -227,7 +231,7 @@ def test_versions_are_pinned_and_no_host_is_named():
     assert {style.package for style in emoji.STYLES.values()} < set(emoji.pinned())
 
 
-def test_wide_icons_are_squared_on_white(tmp_path):
+def test_wide_icons_are_extended_to_squares_on_white(tmp_path):
     pytest.importorskip('resvg_py')
     path = tmp_path / '@iconify-json/noto/icons.json'
     path.parent.mkdir(parents=True)

@@ -271,7 +271,7 @@ def tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory) -> str:
-    """A prepared set of five pictures in each split."""
+    """A prepared dataset of five pictures in each split."""
 
     def records(split: str) -> Iterator[prepared.Record]:
         rng = np.random.default_rng(len(split))

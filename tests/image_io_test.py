@@ -1,4 +1,4 @@
-"""Pictures keep their middle, lie on white and are written whole."""
+"""Are images cropped at the centre, put on white and written completely?"""
 
 import io
 
@@ -10,7 +10,7 @@ from star_jax import image_io
 from star_jax.errors import UserError
 
 
-def test_square_keeps_the_centre():
+def test_crop_keeps_the_centre():
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, 4:8] = 200
     np.testing.assert_array_equal(image_io.crop(wide, 4), np.full((4, 4, 3), 200))
@@ -19,27 +19,27 @@ def test_square_keeps_the_centre():
     )
 
 
-def test_square_leaves_a_picture_of_that_size_alone():
+def test_crop_keeps_an_image_of_the_target_size():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     np.testing.assert_array_equal(image_io.crop(image, 16), image)
 
 
-def test_transparency_lies_on_white():
+def test_transparency_becomes_white():
     image = np.zeros((8, 8, 4), np.uint8)
     image[:4, :, 3] = 255
-    squared = image_io.crop(image, 8)
-    assert (squared[:4] == 0).all() and (squared[4:] == 255).all()
+    cropped = image_io.crop(image, 8)
+    assert (cropped[:4] == 0).all() and (cropped[4:] == 255).all()
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16'])
-def test_every_kind_of_picture_becomes_rgb(mode):
+def test_every_mode_becomes_rgb(mode):
     file = io.BytesIO()
     grey = Image.new('L', (6, 4), 255)
     if mode == 'I;16':
-        picture = Image.fromarray(np.full((4, 6), 65535, np.uint16))
+        original = Image.fromarray(np.full((4, 6), 65535, np.uint16))
     else:
-        picture = grey.convert('RGB').convert(mode)
-    picture.save(file, 'TIFF' if mode == 'CMYK' else 'PNG')
+        original = grey.convert('RGB').convert(mode)
+    original.save(file, 'TIFF' if mode == 'CMYK' else 'PNG')
     image = image_io.decode(file.getvalue())
     assert image.shape == (4, 6, 3) and image.dtype == np.uint8 and image.min() >= 254
 
@@ -49,14 +49,14 @@ def test_grey_arrays_become_rgb(shape):
     assert (image_io.crop(np.full(shape, 9, np.uint8), 3) == 9).all()
 
 
-def test_a_saved_picture_is_read_back(tmp_path):
+def test_saved_image_is_read_back(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8)
     path = image_io.save_png(image, tmp_path / 'new' / 'a.png')
     np.testing.assert_array_equal(image_io.load_image(path), image)
     assert [file.name for file in path.parent.iterdir()] == ['a.png']
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = image_io.save_png(np.zeros((2, 2, 3), np.uint8), tmp_path / 'a.png')
     before = path.read_bytes()
 
@@ -69,21 +69,21 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_missing_and_torn_files_are_told(tmp_path):
-    with pytest.raises(UserError, match='no picture at'):
+def test_missing_and_damaged_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match='no image at'):
         image_io.load_image(tmp_path / 'none.png')
     (tmp_path / 'text.png').write_text('hello')
-    with pytest.raises(UserError, match='no picture that can be read'):
+    with pytest.raises(UserError, match='not an image in a known format'):
         image_io.load_image(tmp_path / 'text.png')
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    (tmp_path / 'torn.png').write_bytes(image_io.encode(noise)[:3000])
+    (tmp_path / 'truncated.png').write_bytes(image_io.encode(noise)[:3000])
     with pytest.raises(UserError, match='cannot be read'):
-        image_io.load_image(tmp_path / 'torn.png')
+        image_io.load_image(tmp_path / 'truncated.png')
     with pytest.raises(UserError, match='cannot be read'):
         image_io.load_image(tmp_path)
 
 
-def test_a_grid_holds_every_picture_unblurred():
+def test_grid_shows_every_image_unblurred():
     images = [np.full((64, 64, 3), 40 * index, np.uint8) for index in range(5)]
     sheet = image_io.grid(images, columns=3)
     for index in range(5):
@@ -95,30 +95,32 @@ def test_a_grid_holds_every_picture_unblurred():
 def test_captions_wrap_inside_their_cell():
     images = np.zeros((2, 128, 128, 3), np.uint8)
     long = ['a small red circle to the left of a large blue square on a white background', 'x' * 90]
-    bare, captioned = image_io.grid(images, columns=2), image_io.grid(images, long, columns=2)
-    assert captioned.shape[1] == bare.shape[1] and captioned.shape[0] > bare.shape[0] + 30
-    ink_left = (captioned[bare.shape[0] :, : 128 + image_io.MARGIN] < 128).any()
+    plain, captioned = image_io.grid(images, columns=2), image_io.grid(images, long, columns=2)
+    assert captioned.shape[1] == plain.shape[1] and captioned.shape[0] > plain.shape[0] + 30
+    ink_left = (captioned[plain.shape[0] :, : 128 + image_io.MARGIN] < 128).any()
     gap = captioned[:, 128 + image_io.MARGIN + 1 : 128 + 2 * image_io.MARGIN - 1]
     assert ink_left and (gap > 128).all()
 
 
-def test_a_title_adds_a_line_on_top():
+def test_title_adds_a_line_on_top():
     images = np.zeros((1, 128, 128, 3), np.uint8)
-    assert len(image_io.grid(images, title='truth')) > len(image_io.grid(images))
+    assert len(image_io.grid(images, title='original')) > len(image_io.grid(images))
 
 
-def test_grids_of_nothing_are_told():
+def test_grids_without_images_or_captions_are_refused():
     with pytest.raises(UserError, match='no image'):
         image_io.grid([])
     with pytest.raises(UserError, match='1 captions for 2 images'):
         image_io.grid(np.zeros((2, 4, 4, 3), np.uint8), ['one'])
 
 
-def test_what_was_drawn_stands_below_its_truth():
-    truths = np.stack([np.full((128, 128, 3), 10 * index, np.uint8) for index in range(3)])
-    sheet = image_io.compare(truths, truths + 100, ['one', 'two', 'three'], 'drawn', columns=2)
-    for truth, drawn in zip(truths, truths + 100, strict=True):
+def test_generated_image_is_below_its_original():
+    originals = np.stack([np.full((128, 128, 3), 10 * index, np.uint8) for index in range(3)])
+    sheet = image_io.compare(
+        originals, originals + 100, ['one', 'two', 'three'], 'generated', columns=2
+    )
+    for original, generated in zip(originals, originals + 100, strict=True):
         above, below = (
-            np.argwhere((sheet == image[0, 0]).all(-1)).mean(0) for image in (truth, drawn)
+            np.argwhere((sheet == image[0, 0]).all(-1)).mean(0) for image in (original, generated)
         )
         assert below[0] > above[0] and abs(below[1] - above[1]) < 1

@@ -1,4 +1,4 @@
-"""Data order is a function of one integer."""
+"""Is the order of the data a function of one integer?"""
 
 import itertools
 
@@ -13,7 +13,7 @@ from star_jax.errors import UserError
 
 
 class Numbers:
-    """Example i is a 2 px picture of colour i with three captions."""
+    """Example i is a 2 px image of colour i with three captions."""
 
     def __init__(self, count: int):
         self.count = count
@@ -32,38 +32,38 @@ class Numbers:
 def take(count: int, source=None, **options) -> list[pipeline.Batch]:
     options = dict(batch=4, seed=7) | options
     iterator = pipeline.batches(source or Numbers(10), **options)
-    taken = list(itertools.islice(iterator, count))
+    batches = list(itertools.islice(iterator, count))
     iterator.close()
-    return taken
+    return batches
 
 
 def captions(batches: list[pipeline.Batch]) -> list[str]:
     return [caption for batch in batches for caption in batch['caption']]
 
 
-def assert_same(left: list[pipeline.Batch], right: list[pipeline.Batch]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
+def assert_same(actual: list[pipeline.Batch], expected: list[pipeline.Batch]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a['caption'] == b['caption'] and a['label'] == b['label']
         np.testing.assert_array_equal(a['image'], b['image'])
 
 
-def test_a_batch_keeps_pictures_captions_and_labels_together():
+def test_batch_keeps_images_captions_and_labels_together():
     for batch in take(5):
         assert batch['image'].shape == (4, 2, 2, 3) and batch['image'].dtype == np.uint8
         assert [str(image[0, 0, 0]) for image in batch['image']] == batch['label']
         assert [caption.split()[0] for caption in batch['caption']] == batch['label']
 
 
-def test_an_epoch_shows_every_example_once_in_a_new_order():
+def test_epoch_has_every_example_once_in_a_new_order():
     labels = [label for batch in take(10) for label in batch['label']]
     epochs = [labels[at : at + 10] for at in range(0, 40, 10)]
-    everything = sorted(map(str, range(10)))
-    assert all(sorted(epoch) == everything for epoch in epochs)
+    every_label = sorted(map(str, range(10)))
+    assert all(sorted(epoch) == every_label for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_every_caption_is_drawn():
+def test_every_caption_is_chosen():
     counts = {word: 0 for word in 'abc'}
     for caption in captions(take(150)):
         counts[caption.split()[1]] += 1
@@ -72,58 +72,60 @@ def test_every_caption_is_drawn():
 
 @pytest.mark.parametrize('step', [1, 2, 5, 23])
 @pytest.mark.parametrize('threads', [0, 1, 4])
-def test_a_restart_continues_where_it_would_have_been(step, threads):
+def test_restart_continues_at_its_step(step, threads):
     assert_same(take(30)[step:], take(30 - step, step=step, threads=threads))
 
 
 @pytest.mark.parametrize('shares', [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0,), (1, 2, 3)]])
-def test_any_rows_of_a_batch_are_those_of_the_global_batch(shares):
-    whole = take(6, step=3)
+def test_rows_of_a_process_are_rows_of_the_global_batch(shares):
+    global_batches = take(6, step=3)
     for rows in shares:
-        held = take(6, step=3, rows=rows)
-        assert captions(held) == [batch['caption'][row] for batch in whole for row in rows]
-        for part, batch in zip(held, whole, strict=True):
+        local_batches = take(6, step=3, rows=rows)
+        assert captions(local_batches) == [
+            batch['caption'][row] for batch in global_batches for row in rows
+        ]
+        for part, batch in zip(local_batches, global_batches, strict=True):
             np.testing.assert_array_equal(part['image'], batch['image'][list(rows)])
 
 
-def test_the_seed_decides_the_order():
+def test_order_depends_on_the_seed():
     assert captions(take(5)) == captions(take(5))
     assert captions(take(5)) != captions(take(5, seed=8))
 
 
-def test_a_batch_may_be_larger_than_the_set():
+def test_batch_may_be_larger_than_the_dataset():
     (batch,) = take(1, source=Numbers(3), batch=8)
     assert len(batch['label']) == 8 and set(batch['label']) == {'0', '1', '2'}
 
 
-def test_crops_are_parts_of_a_picture_drawn_anew_each_time():
+def test_crops_are_random_parts_of_an_image():
     class Large(Numbers):
         def __getitem__(self, index):
-            picture = np.arange(6 * 6 * 3, dtype=np.uint8).reshape(6, 6, 3)
-            return super().__getitem__(index) | {'image': picture}
+            image = np.arange(6 * 6 * 3, dtype=np.uint8).reshape(6, 6, 3)
+            return super().__getitem__(index) | {'image': image}
 
-    shown = np.concatenate([one['image'] for one in take(40, source=Large(10), crop=4)])
-    corners = shown[:, 0, 0, 0] // 3
+    crops = np.concatenate([batch['image'] for batch in take(40, source=Large(10), crop=4)])
+    corners = crops[:, 0, 0, 0] // 3
     whole = np.arange(6 * 6 * 3, dtype=np.uint8).reshape(6, 6, 3)
-    for picture, corner in zip(shown, corners, strict=True):
+    for crop, corner in zip(crops, corners, strict=True):
         top, left = divmod(int(corner), 6)
-        assert (picture == whole[top : top + 4, left : left + 4]).all()
+        assert (crop == whole[top : top + 4, left : left + 4]).all()
     assert set(corners) == {6 * top + left for top in range(3) for left in range(3)}
     assert_same(take(3, source=Large(10), crop=4, step=2), take(5, source=Large(10), crop=4)[2:])
 
 
-def test_evaluation_sees_everything_once_in_order():
-    seen = list(pipeline.sequential(Numbers(10), batch=4))
-    assert captions(seen) == [f'{index} a' for index in range(10)]
-    assert [len(batch['image']) for batch in seen] == [4, 4, 2]
+def test_sequential_batches_have_every_example_once_in_order():
+    batches = list(pipeline.sequential(Numbers(10), batch=4))
+    assert captions(batches) == [f'{index} a' for index in range(10)]
+    assert [len(batch['image']) for batch in batches] == [4, 4, 2]
 
 
 @pytest.mark.parametrize('rows', [None, (0, 1), (1, 3)])
-def test_evaluation_fills_the_last_batch_with_the_last_example(rows):
-    seen, real = zip(*pipeline.padded(Numbers(10), 4, rows), strict=True)
-    whole = [*range(10), 9, 9]
-    held = [whole[4 * batch + row] for batch in range(3) for row in rows or range(4)]
-    assert captions(seen) == [f'{index} a' for index in held] and real == (4, 4, 2)
+def test_padded_batches_repeat_the_last_example(rows):
+    batches, real = zip(*pipeline.padded_batches(Numbers(10), 4, rows), strict=True)
+    padded = [*range(10), 9, 9]
+    expected = [padded[4 * batch + row] for batch in range(3) for row in rows or range(4)]
+    assert captions(batches) == [f'{index} a' for index in expected] and real == (4, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_evaluation_fills_the_last_batch_with_the_last_example(rows):
         (dict(step=-1), 'step -1'),
     ],
 )
-def test_mistakes_are_told(options, sentence):
+def test_invalid_arguments_are_refused(options, sentence):
     source = options.pop('source', Numbers(10))
     with pytest.raises(UserError, match=sentence):
         pipeline.batches(source, **(dict(batch=4, seed=0) | options))
@@ -145,7 +147,7 @@ def test_mistakes_are_told(options, sentence):
             pipeline.sequential(source, batch=4)
 
 
-def test_show_draws_different_examples(tmp_path):
+def test_show_writes_different_examples(tmp_path):
     sheet = image_io.load_image(show(Numbers(200), tmp_path / 'a.png', count=6, columns=3))
     again = image_io.load_image(show(Numbers(200), tmp_path / 'b.png', count=6, columns=3))
     other = image_io.load_image(show(Numbers(200), tmp_path / 'c.png', count=6, columns=3, seed=1))
@@ -155,10 +157,10 @@ def test_show_draws_different_examples(tmp_path):
         show(Numbers(0), tmp_path / 'd.png')
 
 
-def test_shown_examples_are_spread_over_the_set():
+def test_evenly_spaced_examples_cover_the_dataset():
     source = Shapes(count=10).open(16)
-    shown = pipeline.spread(source, 4)
+    batch = pipeline.evenly_spaced(source, 4)
     expected = [source[index] for index in (0, 3, 6, 9)]
-    np.testing.assert_array_equal(shown['image'], [example['image'] for example in expected])
-    assert shown['caption'] == [example['captions'][0] for example in expected]
-    assert len(pipeline.spread(source, 99)['label']) == 10
+    np.testing.assert_array_equal(batch['image'], [example['image'] for example in expected])
+    assert batch['caption'] == [example['captions'][0] for example in expected]
+    assert len(pipeline.evenly_spaced(source, 99)['label']) == 10

@@ -1,4 +1,4 @@
-"""The set on disk gives back what was written, and says clearly what is wrong with it."""
+"""Does a prepared dataset return what was written, and are faults reported clearly?"""
 
 import json
 import re
@@ -17,7 +17,7 @@ def record(index: int, **extra: str) -> dict:
     return dict(
         key=f'k{index}',
         image=image_io.encode(image),
-        captions=(f'picture {index}, piñata', f'{index}'),
+        captions=(f'image {index}, piñata', f'{index}'),
         label=f'label {index}',
         source='test',
         licence='CC0',
@@ -32,16 +32,16 @@ def folder(tmp_path_factory):
     return prepared.write(tmp_path_factory.mktemp('sets') / 'tiny', splits)
 
 
-def test_every_record_comes_back(folder):
+def test_every_record_is_read_back(folder):
     source = prepared.Prepared(path=str(folder)).open(16)
     examples = sorted((source[i] for i in range(len(source))), key=lambda e: e['label'])
     assert [e['label'] for e in examples] == [f'label {i}' for i in range(7)]
     for index, example in enumerate(examples):
-        assert example['captions'] == (f'picture {index}, piñata', f'{index}')
+        assert example['captions'] == (f'image {index}, piñata', f'{index}')
         np.testing.assert_array_equal(example['image'], np.full((16, 16, 3), index, np.uint8))
 
 
-def test_splits_are_apart_and_can_be_sliced(folder):
+def test_splits_are_separate_and_can_be_sliced(folder):
     held_out = prepared.Prepared(path=str(folder), split='held_out').open(8)
     assert {held_out[i]['label'] for i in range(len(held_out))} == {'label 7', 'label 8'}
     assert len(prepared.Prepared(path=str(folder), split='train[:3]').open(8)) == 3
@@ -56,7 +56,7 @@ def test_order_depends_on_keys_alone(folder, tmp_path):
     assert order[0] == order[1]
 
 
-def test_fields_are_named_in_the_config(folder):
+def test_config_names_the_fields(folder):
     config = prepared.Prepared(path=str(folder), caption='licence', label='')
     example = config.open(8)[0]
     assert example['captions'] == ('CC0',) and example['label'] == ''
@@ -67,7 +67,7 @@ def test_extra_fields_are_kept(tmp_path):
     assert prepared.Prepared(path=str(folder), caption='style').open(8)[0]['captions'] == ('flat',)
 
 
-def test_a_new_set_replaces_the_old_and_nothing_else(folder, tmp_path):
+def test_new_dataset_replaces_only_an_old_dataset(folder, tmp_path):
     target = prepared.write(tmp_path / 'set', {'train': [record(1)]})
     prepared.write(target, {'train': [record(2), record(3)]})
     assert len(prepared.Prepared(path=str(target)).open(8)) == 2
@@ -79,15 +79,15 @@ def test_a_new_set_replaces_the_old_and_nothing_else(folder, tmp_path):
     assert (tmp_path / 'mine' / 'thesis.tex').exists()
 
 
-def test_an_interrupted_write_leaves_the_old_set(tmp_path):
+def test_interrupted_write_keeps_the_old_dataset(tmp_path):
     target = prepared.write(tmp_path / 'set', {'train': [record(1)]})
 
-    def torn():
+    def interrupted():
         yield record(2)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepared.write(target, {'train': torn()})
+        prepared.write(target, {'train': interrupted()})
     assert prepared.Prepared(path=str(target)).open(8)[0]['label'] == 'label 1'
     with pytest.raises(UserError, match='no record'):
         prepared.write(target, {'train': []})
@@ -97,28 +97,28 @@ def test_an_interrupted_write_leaves_the_old_set(tmp_path):
     'fields, sentence',
     [
         (dict(split='test'), "no split 'test': expected one of train, held_out"),
-        (dict(image='picture'), "no field 'picture' for image=: expected one of .*captions"),
+        (dict(image='photo'), "no field 'photo' for image=: expected one of .*captions"),
         (dict(caption='text'), "no field 'text' for caption="),
         (dict(label='class'), "no field 'class' for label="),
         (dict(image='label'), 'expected an image'),
     ],
 )
-def test_wrong_names_are_told_with_the_right_ones(folder, fields, sentence):
+def test_unknown_names_are_refused_with_the_known_names(folder, fields, sentence):
     with pytest.raises(UserError, match=sentence):
         prepared.Prepared(path=str(folder), **fields).open(8)
 
 
-def test_wrong_places_are_told(folder, tmp_path):
+def test_paths_that_are_no_dataset_are_refused(folder, tmp_path):
     missing = str(tmp_path / 'nowhere')
     with pytest.raises(UserError, match=re.escape(missing)):
         prepared.Prepared(path=missing).open(8)
     with pytest.raises(UserError, match='dataset_info.json'):
         prepared.Prepared(path=str(tmp_path)).open(8)
-    with pytest.raises(UserError, match='neither a folder nor a set'):
+    with pytest.raises(UserError, match='neither a folder nor a dataset'):
         prepared.Prepared(path='no_such_set_anywhere').open(8)
 
 
-def test_a_tfrecord_set_is_refused(folder, tmp_path):
+def test_tfrecord_dataset_is_refused(folder, tmp_path):
     copy = tmp_path / 'tfrecord'
     copy.mkdir()
     for name in ('dataset_info.json', 'features.json'):
@@ -129,7 +129,7 @@ def test_a_tfrecord_set_is_refused(folder, tmp_path):
         prepared.Prepared(path=str(copy)).open(8)
 
 
-def test_a_set_is_found_by_its_tfds_name(folder, tmp_path, monkeypatch):
+def test_dataset_is_found_by_its_tfds_name(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
     (tmp_path / 'captioned').mkdir()
     (tmp_path / 'captioned' / '1.0.0').symlink_to(folder)

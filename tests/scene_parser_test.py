@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from star_jax.data.captions import captions, claims
+from star_jax.data.captions import parse_caption, scene_captions
 from star_jax.data.scenes import COLOURS, SHAPES, Scene, Thing, scene
 from star_jax.data.shapes import render
 from star_jax.errors import UserError
@@ -41,7 +41,7 @@ def holding(readings: list[Reading], scenes: list[Scene]) -> float:
     """The share of the pictures in which every caption of their scene holds."""
     return np.mean(
         [
-            all(compare(seen, claims(caption)).all for caption in captions(shown))
+            all(compare(seen, parse_caption(caption)).all for caption in scene_captions(shown))
             for seen, shown in zip(readings, scenes, strict=True)
         ]
     )
@@ -102,9 +102,9 @@ def test_captions_of_other_pictures_do_not_hold(readings, scenes):
     # The next of the same split and number of things, which has the most in common.
     others = [*scenes[6:], *scenes[:6]]
     held = [
-        compare(seen, claims(caption)).all
+        compare(seen, parse_caption(caption)).all
         for seen, other in zip(readings, others, strict=True)
-        for caption in captions(other)
+        for caption in scene_captions(other)
     ]
     assert np.mean(held) <= 0.01
 
@@ -208,7 +208,7 @@ def test_a_speck_is_overlooked():
 @pytest.mark.parametrize('sentence', [SENTENCE, PLACED])
 def test_what_a_caption_leaves_open_is_not_judged(sentence):
     found = judge(render(PAIR, 64), sentence)
-    said = claims(sentence)
+    said = parse_caption(sentence)
     assert found.all and found.count and found.colours and found.shapes and found.pairs
     assert found.sizes is (True if said.things[0].size else None)
     assert found.places is (True if said.things[0].place else None)

@@ -40,7 +40,7 @@ def run(source: Source, job: ReadingJob) -> dict[str, Any]:
     """
     count = job.batch * job.batches
     if not len(source):
-        raise UserError('the data set is empty: expected at least one example')
+        raise UserError('the dataset is empty: expected at least one example')
     start = time.perf_counter()
     for index in range(count):
         source[index * len(source) // count]

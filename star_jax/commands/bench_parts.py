@@ -51,7 +51,7 @@ class BenchAttention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchData:
-    """Measures how fast batches are read from a data set, compared with a single thread.
+    """Measures how fast batches are read from a dataset, compared with a single thread.
 
     CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; its
     training data are read.
@@ -59,7 +59,7 @@ class BenchData:
     Example: star-jax bench data configs/shapes.py --threads 8
 
     Attributes:
-        data: data set to read.
+        data: dataset to read.
         size: side of the images in px (0: that of the run's tokenizer).
         batch: images per batch.
         batches: number of batches.

@@ -20,7 +20,7 @@ class Cache:
     """Encodes the images and captions of a run once, for `train --cache FOLDER`.
 
     CONFIG is the config that `train` is given. --cache names the folder; the default is one beside
-    the data set. An interrupted command continues when it is given again.
+    the dataset. An interrupted command continues when it is given again.
 
     Example: star-jax data cache configs/shapes.py --cache sets/shapes.codes
 

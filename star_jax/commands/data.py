@@ -59,7 +59,7 @@ class PrepareEmoji:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareFolder:
-    """Writes a prepared set of your own images with captions, as squares of one size.
+    """Writes a prepared dataset of your own images with captions, as squares of one size.
 
     The caption of cat.png is in cat.txt beside it, or in a metadata.jsonl or captions.jsonl with
     lines such as {"file_name": "cat.png", "text": "a cat"}. Unusable images are named and left out.
@@ -87,18 +87,18 @@ class PrepareFolder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Show:
-    """Writes a captioned grid of images of a data set.
+    """Writes a captioned grid of images of a dataset.
 
     Example: star-jax data show shapes --split held_out
 
     Attributes:
-        source: shapes, a folder of images or of a prepared set, or the name of a tfds set.
+        source: shapes, a folder of images or of a prepared dataset, or the name of a tfds set.
         split: split of the set ('': train; all images of a folder).
         size: side of the images in px.
         count: number of images.
         columns: number of images in a row.
         seed: seed of the choice of images.
-        image: field of a prepared set that holds the image.
+        image: field of a prepared dataset that holds the image.
         caption: field that holds the captions ('': captions; shapes has none).
         out: image file to write.
     """
@@ -197,7 +197,7 @@ def _cache(words: Sequence[str]) -> int:
 
 
 def _data_set(options: Show) -> Shapes | Prepared | Folder:
-    """The set that `source` names; a folder is a prepared set if it holds a description of one."""
+    """The dataset that `source` names; a folder with a dataset description is a prepared one."""
     name, split = options.source, options.split
     if name == 'shapes':
         return Shapes(split=split or 'train')

@@ -42,7 +42,7 @@ class Evaluate:
 
     Attributes:
         model: model or tokenizer folder, hub id, or 'shipped'.
-        data: shapes, the folder of a prepared set, or a folder of images with captions.
+        data: shapes, the folder of a prepared dataset, or a folder of images with captions.
         splits: splits of the data (none: all that are not for training).
         metrics: metrics to compute (none: all that the model and the data allow).
         count: images per split, and on shapes per number of objects.

@@ -13,8 +13,8 @@ from star_jax import files, image_io
 from star_jax.checkpoint import models
 from star_jax.commands import arguments
 from star_jax.core import pixels
-from star_jax.data.folder import MOST_ENLARGED
-from star_jax.data.photos import MOST_ASPECT
+from star_jax.data.folder import MAX_ENLARGEMENT
+from star_jax.data.image_files import MAX_ASPECT
 from star_jax.errors import UserError
 from star_jax.files import SHIPPED
 from star_jax.losses.tokenizer import psnr
@@ -72,11 +72,11 @@ def _load(path: Path, resolution: tuple[int, int]) -> np.ndarray:
     image = image_io.load_image(path)
     height, width = image.shape[:2]
     size = max(resolution)
-    short, least = min(height, width), -(-size // MOST_ENLARGED)
-    if short < least or max(height, width) > MOST_ASPECT * short:
+    short, least = min(height, width), -(-size // MAX_ENLARGEMENT)
+    if short < least or max(height, width) > MAX_ASPECT * short:
         raise UserError(
             f'{path} has {width} x {height} pixels, expected a shorter side of at least {least} '
-            f'for {size} px, and sides of at most {MOST_ASPECT} : 1: give another image'
+            f'for {size} px, and sides of at most {MAX_ASPECT} : 1: give another image'
         )
     return image_io.crop(image, resolution)
 

@@ -1,7 +1,7 @@
-"""How is a scene said in English, and what does such a sentence claim?
+"""Which English captions describe a scene, and what does a caption claim?
 
-`captions` says a scene, `claims` reads a sentence back, and `holds` compares a claim with a scene:
-whoever checks a picture against its caption goes the second and third step. The language:
+`scene_captions` describes a scene, `parse_caption` parses a caption, and `matches` compares the
+parsed claims with a scene; evaluation uses the last two on generated images. The language:
 
     caption = [opening] body ["on a white background"] | "a white background with" body
     body    = noun phrases joined by ",", "and" or a relation ("to the left of", "above", ...)
@@ -26,7 +26,7 @@ from star_jax.data.scenes import (
 )
 from star_jax.errors import UserError
 
-CLEAR_MARGIN = 1 / 16  # a relation is said only where one axis dominates by this much
+CLEAR_MARGIN = 1 / 16  # a caption states a relation only if one axis dominates by this much
 
 OPENINGS = ('a picture of', 'there is')
 PLACES = {
@@ -50,7 +50,14 @@ PHRASES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mention:
-    """One thing as a caption names it; what is None was not said."""
+    """One thing in a caption.
+
+    Attributes:
+        colour: a key of `scenes.COLOURS`.
+        shape: one of `scenes.SHAPES`.
+        size: one of `scenes.SIZES`, or None if the caption has no size.
+        place: a key of PLACES, or None if the caption has no place.
+    """
 
     colour: str
     shape: str
@@ -60,7 +67,13 @@ class Mention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Related:
-    """Thing number `first` (in the order of the mentions) is `relation` thing number `second`."""
+    """A relation between two things of a caption: the first is, for example, left of the second.
+
+    Attributes:
+        first: number of a thing in the order of the caption.
+        relation: a key of `scenes.RELATIONS`.
+        second: number of another thing.
+    """
 
     first: int
     relation: str
@@ -69,82 +82,89 @@ class Related:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claims:
-    """All that a caption says, and nothing that it leaves open."""
+    """Everything that a caption states.
+
+    Attributes:
+        things: in the order of the caption.
+        relations: stated relations between them.
+        background: colour of the background, or None if the caption has none.
+    """
 
     things: tuple[Mention, ...]
     relations: tuple[Related, ...] = ()
     background: str | None = None
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
-    """True captions of a scene, the fullest first, each naming colour and shape of every thing.
+def scene_captions(scene: Scene) -> tuple[str, ...]:
+    """True captions of a scene, the most detailed first.
 
-    Words and commas are fewer than 30, so that a text encoder of 32 tokens reads all of them.
+    Every caption names the colour and shape of every thing. It has fewer than 30 words and commas,
+    so that a text encoder of 32 tokens reads all of them.
     """
     bodies = tuple(_bodies(scene.things))
-    ground = f'{_with_article(scene.background)} background'
+    background = f'{_with_article(scene.background)} background'
     return (
-        *(f'{body} on {ground}' for body in bodies),
+        *(f'{body} on {background}' for body in bodies),
         *bodies,
         *(f'{opening} {bodies[0]}' for opening in OPENINGS),
-        f'{ground} with {bodies[0]}',
+        f'{background} with {bodies[0]}',
     )
 
 
-def claims(caption: str) -> Claims:
-    """What a caption of this language says. Raises `UserError` for any other sentence."""
+def parse_caption(caption: str) -> Claims:
+    """The claims of a caption. Raises `UserError` for a sentence outside of the language."""
     body, background = _split_background(_strip_opening(caption.strip().lower().rstrip('.')))
     nouns = list(_NOUN.finditer(body))
     edges = [0, *itertools.chain.from_iterable(noun.span() for noun in nouns), len(body)]
     between = [body[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
-    said = [_JOINTS.get(joint.strip()) for joint in between[1:-1]]
-    if not nouns or between[0] or between[-1] or None in said:
+    relations = [_JOINTS.get(joint.strip()) for joint in between[1:-1]]
+    if not nouns or between[0] or between[-1] or None in relations:
         raise UserError(
-            f'{caption!r} is no caption of the shapes language: write for example '
+            f'{caption!r} is not a caption of the shapes language: write for example '
             "'a small red circle to the left of a large blue square on a white background'"
         )
     return Claims(
         things=tuple(_mention(noun) for noun in nouns),
         relations=tuple(
-            Related(first=step, relation=name, second=step + 1)
-            for step, name in enumerate(said)
-            if name
+            Related(first=number, relation=relation, second=number + 1)
+            for number, relation in enumerate(relations)
+            if relation
         ),
         background=background,
     )
 
 
-def holds(claims: Claims, scene: Scene) -> bool:
-    """Whether a scene shows exactly the claimed things, as and where they are claimed."""
+def matches(claims: Claims, scene: Scene) -> bool:
+    """Whether a scene has exactly the claimed things, and all their claimed attributes."""
     by_name = {(thing.colour, thing.shape): thing for thing in scene.things}
-    said = [(mention.colour, mention.shape) for mention in claims.things]
-    if sorted(said) != sorted((thing.colour, thing.shape) for thing in scene.things):
+    names = [(mention.colour, mention.shape) for mention in claims.things]
+    if sorted(names) != sorted((thing.colour, thing.shape) for thing in scene.things):
         return False
-    shown = [by_name[name] for name in said]
+    things = [by_name[name] for name in names]
     return (
-        all(_fits(*pair) for pair in zip(claims.things, shown, strict=True))
+        all(_fits(*pair) for pair in zip(claims.things, things, strict=True))
         and all(
-            relation(shown[related.first], shown[related.second]) == related.relation
+            relation(things[related.first], things[related.second]) == related.relation
             for related in claims.relations
         )
         and claims.background in (None, scene.background)
     )
 
 
-def lies(thing: Thing, place: str) -> bool:
-    """Whether a thing is there: 'top' is a row, so what is in the top left is at the top, too."""
+def is_in_place(thing: Thing, place: str) -> bool:
+    """Whether a thing is in a place; 'top' is a whole row and includes 'top left'."""
     return set(place.split()) <= set(thing.place.split())
 
 
 def _fits(mention: Mention, thing: Thing) -> bool:
-    return mention.size in (None, thing.size) and lies(thing, mention.place or '')
+    return mention.size in (None, thing.size) and is_in_place(thing, mention.place or '')
 
 
 def _bodies(things: tuple[Thing, ...]) -> Iterator[str]:
     plain = [_noun(thing) for thing in things]
     sized = [_noun(thing, size=True) for thing in things]
     lists = [_placed(sized, things), _placed(plain, things), sized, plain]
-    # Three with sizes and places are too long for the text encoder, and always small.
+    # Three things with sizes and places are too long for the text encoder, and always small.
     for nouns in lists[len(things) == MAX_THINGS :]:
         yield _enumerate(nouns)
         if len(things) > 1:
@@ -153,7 +173,7 @@ def _bodies(things: tuple[Thing, ...]) -> Iterator[str]:
         name = relation(things[first], things[second], CLEAR_MARGIN)
         if name is None:
             continue
-        rest = [f', and {noun}' for step, noun in enumerate(plain) if step not in (first, second)]
+        rest = [f', and {noun}' for at, noun in enumerate(plain) if at not in (first, second)]
         for phrase in PHRASES[name]:
             yield ''.join((f'{plain[first]} {phrase} {plain[second]}', *rest))
         if not rest:
@@ -187,10 +207,10 @@ _NOUN = re.compile(
     rf'\ban? (?:(?P<size>{_any(SIZES)}) )?(?P<colour>{_any(COLOURS)}) (?P<shape>{_any(SHAPES)})\b'
     rf'(?: (?:in|at|on) the (?P<place>{_any(PLACES)})\b)?'
 )
-_GROUND = rf'an? (?P<colour>{_any(COLOURS)}) background'
+_BACKGROUND = rf'an? (?P<colour>{_any(COLOURS)}) background'
 _BACKGROUNDS = (
-    re.compile(rf'(?P<body>.+?),? on {_GROUND}'),
-    re.compile(rf'{_GROUND} with (?P<body>.+)'),
+    re.compile(rf'(?P<body>.+?),? on {_BACKGROUND}'),
+    re.compile(rf'{_BACKGROUND} with (?P<body>.+)'),
 )
 _JOINTS = {',': '', 'and': '', ', and': ''} | {
     phrase: name for name in RELATIONS for phrase in PHRASES[name]

@@ -1,8 +1,8 @@
-"""How does a folder of somebody's own images become a set?
+"""How does a folder of a user's images become a dataset?
 
-`listing` says which pictures lie there and what is said of them, `verdicts` which of them can be
-read, `splits` which are kept from training. What cannot be used is named in the log with its reason
-and left out. Pictures are read where they lie; `prepare` writes them into a prepared set instead.
+`listing` finds the images and their captions, `image_checks` finds which can be read, and `splits`
+chooses those that are held out. Images that cannot be used are left out and logged with the reason.
+Images are read from the folder; `prepare` writes them into a prepared dataset instead.
 """
 
 import collections
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from star_jax import image_io
-from star_jax.data import listing, photos, pipeline, prepared, splits, verdicts
+from star_jax.data import image_checks, image_files, listing, pipeline, prepared, splits
 from star_jax.data.listing import Fault
 from star_jax.data.pipeline import Example
 from star_jax.errors import UserError
@@ -29,9 +29,9 @@ from star_jax.image_io import height_and_width
 from star_jax.parallel import mesh
 
 SPLITS = ('train', 'validation', 'all')
-MOST_ENLARGED = 4  # times: a shorter side below the wanted one's quarter shows too little
+MAX_ENLARGEMENT = 4  # factor: smaller images show too little when enlarged to the target size
 TOO_SMALL = 'too small'
-NAMED = 5  # faults of each kind that the log names; it counts them all
+MAX_LOGGED = 5  # faults of each kind that are logged one by one; all are counted
 
 log = logging.getLogger(__name__)
 
@@ -61,63 +61,83 @@ class Folder:
         if not 0 <= self.held_out < 1:
             raise UserError(f'held_out is a share in [0, 1), not {self.held_out}')
 
-    def open(self, size: int | tuple[int, int]) -> 'Source':
-        """Its images as crops of `size`: a side, or height and width, in pixels.
+    def open(self, size: int | tuple[int, int]) -> 'FolderSource':
+        """The images of the split, cropped to a size.
 
-        The first time every image is decoded, to know which can be used. Faults of this split are
-        in the log. Raises UserError where there is no such folder, or nothing in it can be used.
+        On the first call every image is decoded to find which can be used. Faults of this split are
+        logged.
+
+        Args:
+            size: side of a square, or (height, width), in pixels.
+
+        Raises:
+            UserError: the folder does not exist, or holds no usable image.
         """
         root = _root(self.path)
-        listed = listing.read(root, self.caption)
-        if not listed.captions and not listed.faults:
+        contents = listing.read(root, self.caption)
+        if not contents.captions and not contents.faults:
             raise UserError(
                 f'{self.path} holds no image: expected PNG, JPEG or WebP files with captions in '
-                f'{" or ".join(listing.LISTS)}, or in a {listing.TEXT} file beside each'
+                f'{" or ".join(listing.LIST_NAMES)}, or in a {listing.TEXT_SUFFIX} file beside each'
             )
-        entries, faults = _judged(root, listed, max(height_and_width(size)))
+        entries, faults = _check_entries(root, contents, max(height_and_width(size)))
         if not entries:
             raise UserError(
-                f'{self.path} holds no image that can be used, skipped: {_counts(faults)}; '
+                f'{self.path} holds no usable image, skipped: {_counts(faults)}; '
                 f'the first is {faults[0].name}: {faults[0].reason}'
             )
-        source = Source(root=root, size=size, entries=entries, faults=faults)
-        source = source if self.split == 'all' else self._part(source)
-        _report(self.path, source)
+        source = FolderSource(root=root, size=size, entries=entries, faults=faults)
+        source = source if self.split == 'all' else self._select_split(source)
+        _log_faults(self.path, source)
         return source
 
-    def _part(self, source: 'Source') -> 'Source':
-        """What of all images is in this split."""
-        kept_back = splits.held_out([entry.name for entry in source.entries], self.held_out)
-        if self.split == 'validation' and not kept_back:
+    def _select_split(self, source: 'FolderSource') -> 'FolderSource':
+        """The images and faults of this split."""
+        held_out = splits.held_out([entry.name for entry in source.entries], self.held_out)
+        if self.split == 'validation' and not held_out:
             raise UserError(
                 f"{self.path} has no split 'validation' with {len(source)} usable image(s) and "
                 f"held_out {self.held_out}: use split='all', or add images"
             )
-        wanted = self.split == 'validation'
+        is_validation = self.split == 'validation'
         return dataclasses.replace(
             source,
-            entries=tuple(e for e in source.entries if (e.name in kept_back) == wanted),
+            entries=tuple(e for e in source.entries if (e.name in held_out) == is_validation),
             faults=tuple(
                 fault
                 for fault in source.faults
-                if (splits.fraction(fault.name) < self.held_out) == wanted
+                if (splits.fraction(fault.name) < self.held_out) == is_validation
             ),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An image that can be used: its path, what is said of it, its file when it was judged."""
+    """A usable image.
+
+    Attributes:
+        name: path relative to the folder.
+        captions: one or more captions.
+        stamp: `file_stamp` of the file when it was checked.
+        shorter_side: of the image, in pixels.
+    """
 
     name: str
     captions: tuple[str, ...]
     stamp: tuple[int, int]
-    shorter: int
+    shorter_side: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Source:
-    """Random access to the images; `faults` are the records that were left out."""
+class FolderSource:
+    """Random access to the images of a folder, a `pipeline.Source`.
+
+    Attributes:
+        root: the folder.
+        size: side of a square, or (height, width), in pixels.
+        entries: the usable images.
+        faults: the records that were left out.
+    """
 
     root: Path
     size: int | tuple[int, int]
@@ -126,8 +146,8 @@ class Source:
 
     @property
     def enlarged(self) -> int:
-        """How many images have a shorter side below the wanted one."""
-        return sum(entry.shorter < max(height_and_width(self.size)) for entry in self.entries)
+        """Number of images that are enlarged to the target size."""
+        return sum(entry.shorter_side < max(height_and_width(self.size)) for entry in self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -140,31 +160,38 @@ class Source:
         return self.entries[operator.index(index)].captions
 
     def label(self, index: int) -> str:
-        """A folder of images says no classes."""
+        """Empty: a folder of images has no labels."""
         return ''
 
     def fingerprint(self) -> str:
-        """Of the names, sizes and times of change of the images, and of all captions."""
+        """Digest of the names, sizes and modification times of the images, and of all captions."""
         return pipeline.fingerprint(self, *self.entries)
 
     def _image(self, entry: Entry) -> np.ndarray:
         path = self.root / entry.name
-        if verdicts.stamp(path) != entry.stamp:
+        if image_checks.file_stamp(path) != entry.stamp:
             raise UserError(
-                f'{path} has vanished or changed since the set was opened: '
-                'put it back, or begin again without it'
+                f'{path} has vanished or changed since the dataset was opened: '
+                'restore it, or start again without it'
             )
         try:
-            return photos.read(path, self.size)
-        except photos.UnfitError as fault:
+            return image_files.read(path, self.size)
+        except image_files.UnfitError as error:
             raise UserError(
-                f'{path} could be read when the set was opened, and now {fault}'
-            ) from fault
+                f'{path} could be read when the dataset was opened, but now {error}: restore it'
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was prepared: images of each split, records left out, and its cost."""
+    """What was prepared.
+
+    Attributes:
+        images: images per split.
+        skipped: records that were left out.
+        seconds: duration.
+        megabytes: size on disk.
+    """
 
     images: Mapping[str, int]
     skipped: int
@@ -173,47 +200,54 @@ class Summary:
 
 
 def prepare(folder: Folder, out: Path, size: int) -> Summary:
-    """Writes the images of a folder as (size, size) PNGs into a prepared set in the folder `out`.
+    """Writes the images of a folder as PNGs into a prepared dataset.
 
-    Its splits are `train` and `validation`, the latter only if any image is held out;
-    `folder.split` does not matter. Raises UserError as `Folder.open` and `prepared.write` do.
+    Its splits are `train` and, if an image is held out, `validation`.
+
+    Args:
+        folder: the images; `folder.split` is ignored.
+        out: folder of the prepared dataset.
+        size: side of the images in pixels.
+
+    Raises:
+        UserError: as `Folder.open` and `prepared.write`.
     """
     start = time.monotonic()
     prepared.check_free(Path(out))  # before all images are read
     source = dataclasses.replace(folder, split='all').open(size)
-    kept_back = splits.held_out([entry.name for entry in source.entries], folder.held_out)
+    held_out = splits.held_out([entry.name for entry in source.entries], folder.held_out)
     indices = collections.defaultdict(list)
     for index, entry in enumerate(source.entries):
-        indices['validation' if entry.name in kept_back else 'train'].append(index)
+        indices['validation' if entry.name in held_out else 'train'].append(index)
     prepared.write(
         out,
-        {split: _records(source, places, split) for split, places in sorted(indices.items())},
+        {split: _records(source, numbers, split) for split, numbers in sorted(indices.items())},
         name='folder',
         description=f'The images of a folder, {size} px, prepared by star_jax.data.folder.',
     )
     return Summary(
-        images={split: len(places) for split, places in sorted(indices.items())},
+        images={split: len(numbers) for split, numbers in sorted(indices.items())},
         skipped=len(source.faults),
         seconds=time.monotonic() - start,
         megabytes=sum(file.stat().st_size for file in Path(out).iterdir()) / 1e6,
     )
 
 
-def _records(source: Source, places: Sequence[int], split: str) -> Iterator[prepared.Record]:
-    """In order, encoded by threads that are a few records ahead."""
+def _records(source: FolderSource, numbers: Sequence[int], split: str) -> Iterator[prepared.Record]:
+    """The records in order, encoded by threads a few records ahead."""
     threads = mesh.cores()
-    records = grain.MapDataset.source(places).map(functools.partial(_record, source))
+    records = grain.MapDataset.source(numbers).map(functools.partial(_record, source))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     return track(
         records.to_iter_dataset(options),
         f'writing {split}',
-        total=len(places),
+        total=len(numbers),
         console=Console(stderr=True),
-        disable=len(places) < verdicts.SHOWN_FROM,
+        disable=len(numbers) < image_checks.PROGRESS_FROM,
     )
 
 
-def _record(source: Source, index: int) -> prepared.Record:
+def _record(source: FolderSource, index: int) -> prepared.Record:
     name, example = source.entries[index].name, source[index]
     return prepared.Record(
         key=name,
@@ -230,30 +264,32 @@ def _root(path: str) -> Path:
     root = Path(os.path.expanduser(path))
     if not path:
         raise UserError(
-            'no folder of images was given: name it with path= in a config, or --data.path FOLDER'
+            'no folder of images was given: set path= in a config, or --data.path FOLDER'
         )
     if not os.path.isdir(root):
-        raise UserError(f'{path} is no folder: expected one with images and their captions')
+        raise UserError(f'{path} is not a folder: expected a folder with images and their captions')
     if prepared.is_prepared(root):
-        raise UserError(f"{path} holds a prepared set: in a config write Prepared(path='{path}')")
+        raise UserError(
+            f"{path} holds a prepared dataset: in a config write Prepared(path='{path}')"
+        )
     return root
 
 
-def _judged(
-    root: Path, listed: listing.Listing, size: int
+def _check_entries(
+    root: Path, contents: listing.Listing, size: int
 ) -> tuple[tuple[Entry, ...], tuple[Fault, ...]]:
-    """What can be used at this size, sorted by name, and every fault."""
-    entries, faults = [], list(listed.faults)
-    for name, verdict in verdicts.judge(root, list(listed.captions)).items():
-        if verdict.kind:
-            faults.append(Fault(verdict.kind, name, verdict.reason))
-        elif verdict.shorter * MOST_ENLARGED < size:
-            least = -(-size // MOST_ENLARGED)
-            reason = f'its shorter side is {verdict.shorter} px, expected {least} for {size} px'
+    """The images that can be used at this size, sorted by name, and all faults."""
+    entries, faults = [], list(contents.faults)
+    for name, check in image_checks.check_images(root, list(contents.captions)).items():
+        if check.kind:
+            faults.append(Fault(check.kind, name, check.reason))
+        elif check.shorter_side * MAX_ENLARGEMENT < size:
+            least = -(-size // MAX_ENLARGEMENT)
+            reason = f'its shorter side is {check.shorter_side} px, expected {least} for {size} px'
             faults.append(Fault(TOO_SMALL, name, reason))
         else:
-            stamp = (verdict.length, verdict.changed)
-            entries.append(Entry(name, listed.captions[name], stamp, verdict.shorter))
+            stamp = (check.size, check.modified)
+            entries.append(Entry(name, contents.captions[name], stamp, check.shorter_side))
     return tuple(entries), tuple(faults)
 
 
@@ -262,17 +298,17 @@ def _counts(faults: Iterable[Fault]) -> str:
     return ', '.join(f'{kind} {count:,}' for kind, count in kinds.most_common())
 
 
-def _report(path: str, source: Source) -> None:
-    """Tells what was left out and why: the first of each kind by name, all by number."""
-    told = collections.Counter()
+def _log_faults(path: str, source: FolderSource) -> None:
+    """Logs the first faults of each kind by name, and the number of all."""
+    counts = collections.Counter()
     for fault in source.faults:
-        told[fault.kind] += 1
-        if told[fault.kind] <= NAMED:
+        counts[fault.kind] += 1
+        if counts[fault.kind] <= MAX_LOGGED:
             log.warning('%s: skipped %s (%s): %s', path, fault.name, fault.kind, fault.reason)
     if source.faults:
-        given = len(source.faults) + len(source)
-        counts = _counts(source.faults)
-        log.warning('%s: skipped %d of %d records: %s', path, len(source.faults), given, counts)
+        skipped, kinds = len(source.faults), _counts(source.faults)
+        total = skipped + len(source)
+        log.warning('%s: skipped %d of %d records: %s', path, skipped, total, kinds)
     if source.enlarged:
         sizes = f'{max(height_and_width(source.size))} px and are enlarged'
         log.warning('%s: %d of %d images are below %s', path, source.enlarged, len(source), sizes)

@@ -1,8 +1,8 @@
-"""Which pictures and captions does a step see?
+"""Which images and captions are in the batch of a step?
 
-The only way from a source to batches. The order of the data is a function of one integer, the step:
-samples are drawn globally, and every process reads the rows of each global batch that its devices
-hold. So a run continues where it stopped, on any number of processes.
+All batches of a source come from here. The order of the data is a function of one integer, the
+step: global batches are formed from one shuffled sequence, and every process reads the rows that
+its devices hold. So a run continues at any step, with any number of processes.
 """
 
 import dataclasses
@@ -17,11 +17,17 @@ import numpy as np
 
 from star_jax.errors import UserError
 
-TOUCHED = 16  # examples that a fingerprint looks at
+FINGERPRINT_EXAMPLES = 16  # examples that a fingerprint reads
 
 
 class Example(TypedDict):
-    """`image`: (S, S, 3) uint8 RGB. `captions`: one or more, fullest first. `label`: may be ''."""
+    """One captioned image.
+
+    Attributes:
+        image: (height, width, 3) uint8 RGB.
+        captions: one or more captions, the most detailed first.
+        label: name of the class, '' if there is none.
+    """
 
     image: np.ndarray
     captions: tuple[str, ...]
@@ -29,7 +35,13 @@ class Example(TypedDict):
 
 
 class Batch(TypedDict):
-    """`image`: (b, S, S, 3) uint8 RGB, with one caption and one label for each."""
+    """Several images, each with one caption and one label.
+
+    Attributes:
+        image: (batch, height, width, 3) uint8 RGB.
+        caption: one caption per image.
+        label: one label per image, '' if there is none.
+    """
 
     image: np.ndarray
     caption: list[str]
@@ -44,21 +56,21 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Those of example `index`, without its image."""
+        """The captions of example `index`, without reading its image."""
         ...
 
     def label(self, index: int) -> str:
-        """That of example `index`, without its image."""
+        """The label of example `index`, without reading its image."""
         ...
 
     def fingerprint(self) -> str:
-        """Another text when the set holds something else: what was made of it has then expired."""
+        """A text that changes with the contents: caches made from other contents are invalid."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A source whose only caption is its label, for models that are told a class."""
+    """A source with the label as its only caption, for class-conditional models."""
 
     source: Source
 
@@ -67,10 +79,10 @@ class Labelled:
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
-        return Example(**(example | {'captions': self._one(example['label'])}))
+        return Example(**(example | {'captions': self._captions(example['label'])}))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._one(self.label(index))
+        return self._captions(self.label(index))
 
     def label(self, index: int) -> str:
         return self.source.label(index)
@@ -78,9 +90,11 @@ class Labelled:
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
-    def _one(self, label: str) -> tuple[str]:
+    def _captions(self, label: str) -> tuple[str]:
         if not label:
-            raise UserError('the data have no labels: a model of classes needs a set that has them')
+            raise UserError(
+                'the data have no labels: a class-conditional model needs a dataset with labels'
+            )
         return (label,)
 
 
@@ -94,62 +108,82 @@ def batches(
     threads: int = 4,
     crop: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end from `step` on: each epoch in a new order, one caption drawn per image.
+    """Endless batches: every epoch has a new order, and every image one random caption.
 
-    A random part of `crop` (height, width) pixels of every image is used, each time anew (None: all
-    of it).
-    `batch` counts the images of all processes; this process gets the `rows` of it with these
-    numbers, by default all. `threads` read ahead, 0 reads in the caller's; `close()` of the
-    iterator stops them. Raises UserError for an empty source.
+    Args:
+        source: the dataset.
+        batch: images per batch, of all processes together.
+        seed: seed of order, captions and crops.
+        step: number of the first batch.
+        rows: the rows of every batch that this process reads (None: all).
+        threads: threads that read ahead (0: read in the thread of the caller); `close()` of the
+            iterator stops them.
+        crop: (height, width) in pixels of a random crop of every image (None: the whole image).
+
+    Raises:
+        UserError: the source is empty, or an argument is invalid.
     """
-    _require(source, batch)
+    _check_source(source, batch)
     rows = _check_rows(rows, batch)
     if step < 0:
-        raise UserError(f'a run goes on from step {step}: expected 0 or more')
+        raise UserError(f'the first batch has step {step}: expected 0 or more')
     samples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if crop:
         samples = samples.random_map(functools.partial(_crop, crop))
-    captioned = samples.random_map(_draw_caption)
-    held = grain.MapDataset.source(_Held(captioned, batch, rows))
-    # An endless set has no remainder, but without this grain's length overflows at size 1.
-    blocks = held.batch(len(rows), batch_fn=_collate, drop_remainder=True)
-    iterator = iter(blocks.to_iter_dataset(_read_options(threads)))
+    captioned = samples.random_map(_random_caption)
+    process_rows = grain.MapDataset.source(_BatchRows(captioned, batch, rows))
+    # An endless sequence has no remainder, but without `drop_remainder` the length that grain
+    # computes overflows at size 1.
+    collated = process_rows.batch(len(rows), batch_fn=_collate, drop_remainder=True)
+    iterator = iter(collated.to_iter_dataset(_read_options(threads)))
     iterator.set_state({'next_index': step})
     return iterator
 
 
 def sequential(source: Source, batch: int, threads: int = 4, first: int = 0) -> Iterator[Batch]:
-    """Every example from number `first` on, in order, with its first caption.
+    """All examples in order, each with its first caption; the last batch may be shorter.
 
-    The last batch may be short. Raises UserError for an empty source.
+    Args:
+        source: the dataset.
+        batch: images per batch.
+        threads: threads that read ahead.
+        first: number of the first example.
+
+    Raises:
+        UserError: the source is empty.
     """
-    _require(source, batch)
+    _check_source(source, batch)
     captioned = grain.MapDataset.source(source)[first:].map(_first_caption)
-    blocks = captioned.batch(batch, batch_fn=_collate)
-    return iter(blocks.to_iter_dataset(_read_options(threads)))
+    collated = captioned.batch(batch, batch_fn=_collate)
+    return iter(collated.to_iter_dataset(_read_options(threads)))
 
 
-def padded(
+def padded_batches(
     source: Source, batch: int, rows: Sequence[int] | None = None, threads: int = 4
 ) -> Iterator[tuple[Batch, int]]:
-    """As `sequential`, all batches of one size: the last repeats the last example.
+    """All examples in order, in batches of one size: the last one repeats the last example.
 
-    This process gets the `rows` of each with these numbers, by default all; with each comes how
-    many rows of the whole batch are real.
+    Args:
+        source: the dataset.
+        batch: images per batch, of all processes together.
+        rows: the rows of every batch that this process reads (None: all).
+        threads: threads that read ahead.
+
+    Yields:
+        A batch of these rows, and the number of rows of the global batch that are not repeated.
     """
-    _require(source, batch)
+    _check_source(source, batch)
     rows = _check_rows(rows, batch)
     captioned = grain.MapDataset.source(source).map(_first_caption)
-    held = grain.MapDataset.source(_Held(captioned, batch, rows))
-    blocks = held.batch(len(rows), batch_fn=_collate)
-    for number, block in enumerate(blocks.to_iter_dataset(_read_options(threads))):
-        yield block, min(batch, len(source) - number * batch)
+    process_rows = grain.MapDataset.source(_BatchRows(captioned, batch, rows))
+    collated = process_rows.batch(len(rows), batch_fn=_collate)
+    for number, part in enumerate(collated.to_iter_dataset(_read_options(threads))):
+        yield part, min(batch, len(source) - number * batch)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Held:
-    """The rows with these numbers of all batches of a set, in order; its last example again where
-    the last batch has no more."""
+class _BatchRows:
+    """Some rows of every batch, in order; a row after the last example repeats it."""
 
     samples: grain.MapDataset
     batch: int
@@ -160,8 +194,8 @@ class _Held:
         return min(batches * len(self.rows), sys.maxsize)
 
     def __getitem__(self, index: int) -> dict:
-        number, place = divmod(index, len(self.rows))
-        sample = number * self.batch + int(self.rows[place])
+        number, row = divmod(index, len(self.rows))
+        sample = number * self.batch + int(self.rows[row])
         return self.samples[min(sample, len(self.samples) - 1)]
 
 
@@ -172,17 +206,15 @@ def _check_rows(rows: Sequence[int] | None, batch: int) -> Sequence[int]:
     return rows
 
 
-def _require(source: Source, batch: int) -> None:
+def _check_source(source: Source, batch: int) -> None:
     if len(source) == 0:
-        raise UserError(
-            'the data set is empty: expected at least one example, choose another split'
-        )
+        raise UserError('the dataset is empty: expected at least one example, choose another split')
     if batch < 1:
         raise UserError(f'a batch of {batch}: expected at least one image')
 
 
 def _read_options(threads: int) -> grain.ReadOptions:
-    """Few batches ahead: grain's default of 500 would hold gigabytes of pictures."""
+    """Few batches ahead: with grain's default of 500, gigabytes of images would be in memory."""
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
 
 
@@ -193,7 +225,7 @@ def _crop(size: tuple[int, int], example: Example, rng: np.random.Generator) -> 
     return Example(**(example | {'image': image[top : top + height, left : left + width]}))
 
 
-def _draw_caption(example: Example, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
+def _random_caption(example: Example, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
     return _with_caption(example, int(rng.integers(len(example['captions']))))
 
 
@@ -201,10 +233,10 @@ def _first_caption(example: Example) -> dict[str, np.ndarray | str]:
     return _with_caption(example, 0)
 
 
-def _with_caption(example: Example, which: int) -> dict[str, np.ndarray | str]:
-    """The example with one caption; whatever stands for its image stays."""
-    kept = {name: value for name, value in example.items() if name != 'captions'}
-    return kept | {'caption': example['captions'][which]}
+def _with_caption(example: Example, number: int) -> dict[str, np.ndarray | str]:
+    """The example with one caption; all other fields stay (codes instead of an image, too)."""
+    others = {name: value for name, value in example.items() if name != 'captions'}
+    return others | {'caption': example['captions'][number]}
 
 
 def _collate(samples: Sequence[dict]) -> Batch:
@@ -215,42 +247,54 @@ def _collate(samples: Sequence[dict]) -> Batch:
     }
 
 
-def spread(source: Source, count: int) -> Batch:
-    """`count` examples, evenly spread over the source, with their first captions."""
-    _require(source, count)
-    return _collate([_first_caption(source[place]) for place in _places(source, count)])
+def evenly_spaced(source: Source, count: int) -> Batch:
+    """At most `count` examples, evenly spaced in the source, with their first captions."""
+    _check_source(source, count)
+    return _collate([_first_caption(source[index]) for index in _even_indices(source, count)])
 
 
 def fingerprint(source: Source, *facts: object) -> str:
-    """Hex digest of a set's length, of a few of its examples and of plain `facts` about the rest.
+    """Hex digest of the contents of a source, for its method `fingerprint`.
 
-    Raises UserError for an empty source.
+    It covers the length and a few examples.
+
+    Args:
+        source: the source.
+        facts: values that identify the rest of the contents; their `repr` is used.
+
+    Raises:
+        UserError: the source is empty.
     """
-    _require(source, TOUCHED)
+    _check_source(source, FINGERPRINT_EXAMPLES)
     digest = hashlib.sha256(repr((len(source), facts)).encode())
-    for place in _places(source, TOUCHED):
-        example = source[place]
+    for index in _even_indices(source, FINGERPRINT_EXAMPLES):
+        example = source[index]
         digest.update(example['image'].tobytes() + repr(example['captions']).encode())
     return digest.hexdigest()
 
 
-def outline(source: Source) -> str:
-    """How many examples a set has, and a few of its captions: what its copies have in common."""
-    _require(source, TOUCHED)
-    return repr((len(source), [source.captions(place) for place in _places(source, TOUCHED)]))
+def caption_fingerprint(source: Source) -> str:
+    """The number of examples and a few captions: equal for copies of a dataset at any size."""
+    _check_source(source, FINGERPRINT_EXAMPLES)
+    return repr(
+        (
+            len(source),
+            [source.captions(index) for index in _even_indices(source, FINGERPRINT_EXAMPLES)],
+        )
+    )
 
 
-def _places(source: Source, count: int) -> list[int]:
-    """Numbers of examples, evenly spread."""
+def _even_indices(source: Source, count: int) -> list[int]:
+    """Evenly spaced numbers of examples."""
     return [int(n) for n in np.linspace(0, len(source) - 1, min(count, len(source)))]
 
 
 def pad(batch: Batch, rows: int) -> tuple[Batch, int]:
-    """A batch with its last row repeated up to `rows`, and how many rows are real."""
+    """A batch with its last row repeated up to `rows`, and the number of rows before that."""
     real = len(batch['caption'])
-    places = np.minimum(np.arange(rows), real - 1)
+    indices = np.minimum(np.arange(rows), real - 1)
     padded = {
-        name: column[places] if isinstance(column, np.ndarray) else [column[n] for n in places]
+        name: column[indices] if isinstance(column, np.ndarray) else [column[n] for n in indices]
         for name, column in batch.items()
     }
     return padded, real

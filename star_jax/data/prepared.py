@@ -1,8 +1,8 @@
-"""How does a set of captioned images lie on disk?
+"""How is a dataset of captioned images stored on disk?
 
-As a TensorFlow-Datasets set in `array_record`: features, splits and version are described beside
-the records, and neither writing nor reading needs TensorFlow. Sets that others prepared in that
-format are read the same way, their fields named in the config.
+As a TensorFlow dataset in `array_record`: features, splits and version are described beside the
+records, and neither writing nor reading needs TensorFlow. Datasets from elsewhere in that format
+are read in the same way; the config names their fields.
 """
 
 import contextlib
@@ -22,15 +22,21 @@ from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
 from star_jax.errors import UserError
 
-INFO = 'dataset_info.json'  # tells a prepared set from any other folder
+INFO = 'dataset_info.json'  # in the folder of every prepared dataset
 TEXTS = ('label', 'source', 'licence', 'attribution')
 
 
 class Record(TypedDict):
-    """One captioned image to write; extra text fields of the set stand beside these.
+    """One captioned image to write. A dataset may have more text fields.
 
-    `key` names it uniquely in its split. `image`: the bytes of a PNG file. `captions`: one or more,
-    the fullest first.
+    Attributes:
+        key: name, unique in the split.
+        image: the bytes of a PNG file.
+        captions: one or more captions, the most detailed first.
+        label: name of the class, or ''.
+        source: origin of the image.
+        licence: licence of the image.
+        attribution: credit that the licence asks for.
     """
 
     key: str
@@ -44,11 +50,11 @@ class Record(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A data set in the format of TensorFlow Datasets.
+    """A dataset in the format of TensorFlow Datasets.
 
     Attributes:
-        path: folder that holds dataset_info.json, or the name of a set in the tfds data folder.
-        split: split of the set, or a slice of one such as train[:10%].
+        path: folder that holds dataset_info.json, or the name of a dataset in the tfds data folder.
+        split: split of the dataset, or a slice of one such as train[:10%].
         image: field that holds the image.
         caption: field that holds one caption, several captions, or a class.
         label: field that holds the label ('': none).
@@ -61,13 +67,16 @@ class Prepared:
     label: str = 'label'
 
     def open(self, size: int | tuple[int, int]) -> Source:
-        """Its examples as crops of `size`: a side, or height and width, in pixels.
+        """The examples of the split, with images cropped to a size.
 
-        Raises UserError where the set, its split or a field is missing, or where only TensorFlow
-        could read it.
+        Args:
+            size: side of a square, or (height, width), in pixels.
+
+        Raises:
+            UserError: the dataset, its split or a field is missing, or only TensorFlow can read it.
         """
         builder = _builder(self.path)
-        self._require_fields(builder.info.features)
+        self._check_fields(builder.info.features)
         splits = list(builder.info.splits)
         try:
             records = builder.as_data_source(
@@ -75,16 +84,16 @@ class Prepared:
             )
         except NotImplementedError:
             raise UserError(
-                f'the set {self.path} is stored as {builder.info.file_format.value}, '
+                f'the dataset {self.path} is stored as {builder.info.file_format.value}, '
                 'which needs TensorFlow: expected array_record, '
                 "prepare it again with file_format='array_record'"
             ) from None
         except ValueError:
             raise UserError(
-                f'the set {self.path} has no split {self.split!r}: '
+                f'the dataset {self.path} has no split {self.split!r}: '
                 f'expected one of {", ".join(splits)}'
             ) from None
-        return _Records(
+        return PreparedSource(
             config=self,
             folder=Path(builder.data_path),
             size=size,
@@ -92,7 +101,7 @@ class Prepared:
             features=builder.info.features,
         )
 
-    def _require_fields(self, features: Mapping[str, Any]) -> None:
+    def _check_fields(self, features: Mapping[str, Any]) -> None:
         for role, field in (
             ('image', self.image),
             ('caption', self.caption),
@@ -100,7 +109,7 @@ class Prepared:
         ):
             if field not in features and not (role == 'label' and field == ''):
                 raise UserError(
-                    f'the set {self.path} has no field {field!r} for {role}=: '
+                    f'the dataset {self.path} has no field {field!r} for {role}=: '
                     f'expected one of {", ".join(features)}'
                 )
         kind = features[self.image]
@@ -112,7 +121,17 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Records:
+class PreparedSource:
+    """Random access to a split, a `pipeline.Source`.
+
+    Attributes:
+        config: names the fields.
+        folder: the files.
+        size: side of a square, or (height, width), in pixels.
+        records: sequence of the stored records.
+        features: tfds features by field.
+    """
+
     config: Prepared
     folder: Path
     size: int | tuple[int, int]
@@ -124,7 +143,7 @@ class _Records:
 
     def __getitem__(self, index: int) -> Example:
         record = self._record(index)
-        # Pillow decodes faster than tfds and lets go of the interpreter lock.
+        # Pillow decodes faster than tfds and releases the interpreter lock.
         image = image_io.crop(image_io.decode(record[self.config.image]), self.size)
         captions = self._texts(record, self.config.caption)
         return Example(image=image, captions=captions, label=self._label(record))
@@ -136,14 +155,14 @@ class _Records:
         return self._label(self._record(index))
 
     def fingerprint(self) -> str:
-        """Of the files' names and sizes, and of a few records."""
+        """Digest of the names and sizes of the files, and of a few records."""
         sizes = sorted((file.name, file.stat().st_size) for file in self.folder.iterdir())
         return pipeline.fingerprint(self, *sizes)
 
     def _record(self, index: int) -> Mapping[str, Any]:
         try:
             return self.records[index]
-        except (RuntimeError, ValueError) as error:  # what array_record raises for damaged files
+        except (RuntimeError, ValueError) as error:  # raised by array_record for damaged files
             raise _damaged(self.config.path, error) from error
 
     def _label(self, record: Mapping[str, Any]) -> str:
@@ -157,7 +176,7 @@ class _Records:
             return (_text(feature, value),)
         except UnicodeDecodeError as error:
             raise UserError(
-                f'the field {field!r} of {self.config.path} holds what is no text in UTF-8: '
+                f'the field {field!r} of {self.config.path} is not text in UTF-8: '
                 'name another field with caption= or label='
             ) from error
 
@@ -171,20 +190,31 @@ def write(
     version: str = '1.0.0',
     extra: tuple[str, ...] = (),
 ) -> Path:
-    """Writes a set whole: `folder` holds the old one, or nothing, until the new one is complete.
+    """Writes a dataset; until it is complete, `folder` keeps its old contents.
 
-    `extra` names further text fields. Records are drawn once from each iterable and stored in an
-    order that only their keys decide.
-    Raises UserError for a split without records, or where `folder` cannot be written or holds
-    something else than a set.
+    Args:
+        folder: folder of the dataset; an existing prepared dataset is replaced.
+        splits: the records of every split, which are read once. Their keys alone decide the order
+            in which they are stored.
+        name: name of the dataset.
+        description: description of the dataset.
+        version: version of the dataset.
+        extra: names of more text fields of the records.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        UserError: a split has no record, or `folder` cannot be written or holds something else than
+            a prepared dataset.
     """
     folder = Path(folder).absolute()
     check_free(folder)
     work = folder.with_name(f'.{folder.name}.partial')
-    shutil.rmtree(work, ignore_errors=True)  # what an interrupted run left
+    shutil.rmtree(work, ignore_errors=True)  # the rest of an interrupted run
     try:
         work.mkdir(parents=True)
-        builder = _Captioned(
+        builder = _CaptionedBuilder(
             name=name,
             splits=splits,
             description=description,
@@ -198,23 +228,23 @@ def write(
             folder.replace(work / 'replaced')
         Path(builder.data_dir).replace(folder)
     except OSError as error:
-        raise UserError(f'{folder} cannot be written ({error}): choose another place') from error
+        raise UserError(f'{folder} cannot be written ({error}): choose another folder') from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
 def check_free(folder: Path) -> None:
-    """Raises UserError where `folder` holds something else than a prepared set."""
+    """Raises UserError if `folder` holds something else than a prepared dataset."""
     files.check_folder(folder)
     if folder.exists() and not _replaceable(folder):
         raise UserError(
-            f'{folder} holds something else than a prepared set: choose an empty folder'
+            f'{folder} holds something else than a prepared dataset: choose an empty folder'
         )
 
 
-class _Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What tfds needs to know to write a set; reading needs only the folder."""
+class _CaptionedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Describes a dataset to tfds, which writes it; reading needs only the folder."""
 
     VERSION = tfds.core.Version('1.0.0')
 
@@ -267,7 +297,7 @@ class _Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the download that tfds announces and its bars: writing takes seconds."""
+    """Suppresses the messages and progress bars of tfds: writing takes seconds."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -281,12 +311,12 @@ def _replaceable(folder: Path) -> bool:
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a prepared set, and not one of plain images."""
+    """Whether a folder holds a prepared dataset, not image files."""
     return os.path.isfile(Path(os.path.expanduser(path)) / INFO)
 
 
 def splits(path: str) -> tuple[str, ...]:
-    """The names of the splits of the set at `path`; UserErrors as of `Prepared.open`."""
+    """The names of the splits of a dataset; raises the UserErrors of `Prepared.open`."""
     return tuple(_builder(path).info.splits)
 
 
@@ -295,38 +325,38 @@ def _builder(path: str) -> tfds.core.DatasetBuilder:
     if is_prepared(path):
         try:
             return tfds.builder_from_directory(folder)
-        except Exception as error:  # tfds has no class of its own for what is damaged
+        except Exception as error:  # tfds has no exception class for damaged files
             raise _damaged(path, error) from error
     if not path:
-        raise UserError('no set was given: name the folder of a prepared one with path=')
+        raise UserError('no dataset was given: name the folder of a prepared dataset with path=')
     if os.path.isdir(folder):
         raise UserError(
-            f'{path} holds no prepared set: expected the folder with {INFO}, made by star-jax data '
-            f"prepare; images with captions are read where they lie by data=Folder(path='{path}')"
+            f'{path} holds no prepared dataset: expected a folder with {INFO}, made by star-jax '
+            f"data prepare; for image files with captions write data=Folder(path='{path}')"
         )
     if folder.is_absolute() or path.startswith(('.', '~')):
-        raise UserError(f'no folder {path}: expected a prepared set, see star-jax data prepare')
-    return _named(path)
+        raise UserError(f'no folder {path}: expected a prepared dataset, see star-jax data prepare')
+    return _builder_by_name(path)
 
 
 def _damaged(path: str, error: Exception) -> UserError:
     reason = str(error).partition('\n')[0]
-    return UserError(f'the set {path} is damaged ({reason}): prepare it again')
+    return UserError(f'the dataset {path} is damaged ({reason}): prepare it again')
 
 
-def _named(name: str) -> tfds.core.DatasetBuilder:
-    """A set in the tfds data folder, by name."""
+def _builder_by_name(name: str) -> tfds.core.DatasetBuilder:
+    """The builder of a dataset in the tfds data folder."""
     try:
         builder = tfds.builder(name)
-    except Exception as error:  # tfds runs the code of the set's author, which may raise anything
+    except Exception as error:  # tfds runs code of the dataset's author, which may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f'{name} is neither a folder nor a set that tfds can open ({reason}): '
-            'give the folder of a prepared set'
+            f'{name} is neither a folder nor a dataset that tfds can open ({reason}): '
+            'give the folder of a prepared dataset'
         ) from None
     if not builder.info.splits:
         raise UserError(
-            f'the set {name} is not prepared in {builder.data_dir}: '
+            f'the dataset {name} is not prepared in {builder.data_dir}: '
             "run tfds.builder(...).download_and_prepare(file_format='array_record') once"
         )
     return builder

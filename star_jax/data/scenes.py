@@ -1,8 +1,8 @@
-"""What does picture number n of the embedded set show?
+"""What does image number n of the embedded dataset show?
 
-A scene is one to three things on a plain background. `scene(n)` is a pure function of the number,
-and knows nothing of pixels or words: `shapes.render` draws a scene, `captions` describes it.
-Lengths are in units of the picture's side, x grows to the right and y downwards.
+A scene is one to three things on a plain background. `scene(n)` is a pure function of the number
+and does not depend on pixels or words: `shapes.render` renders a scene, `captions` describes it.
+Lengths are in units of the image's side; x grows to the right and y downwards.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from star_jax.errors import UserError
 
-# Least distance between any two colours is 117, so that a lossy tokenizer cannot swap them.
+# Any two colours are at least 117 apart, so that a lossy tokenizer cannot confuse them.
 COLOURS = {
     'red': (215, 0, 30),
     'green': (0, 150, 60),
@@ -35,12 +35,12 @@ RELATIONS = {
     'above': 'below',
     'below': 'above',
 }
-# How often each is drawn, out of 16.
+# Frequencies, out of 16.
 BACKGROUNDS = {'white': 6, 'gray': 3, 'black': 3, 'blue': 1, 'green': 1, 'yellow': 1, 'pink': 1}
 Option = TypeVar('Option')
 SPLITS = ('train', 'validation', 'held_out')
 
-# 9 of the 60 pairs: no colour twice, so each keeps five shapes to learn it from.
+# 9 of the 60 pairs, no colour twice: five shapes of each of these colours remain for training.
 HELD_OUT = (
     ('red', 'star'),
     ('green', 'ring'),
@@ -56,20 +56,28 @@ PAIRS = tuple(itertools.product(COLOURS, SHAPES))
 TRAINED = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 MAX_THINGS = 3
-LEAST_DISTANCE = 1 / 8  # of two centres, along the axis of a relation
+LEAST_DISTANCE = 1 / 8  # between two centres, along the axis of a relation
 SMALL_BELOW = 0.39
 
-# Scenes are drawn on a grid of 1/512: binary fractions, so every comparison is exact everywhere.
+# Coordinates are multiples of 1/512: binary fractions, so comparisons are exact on every machine.
 _GRID = 512
 _EXTENTS = {'small': (160, 176), 'large': (222, 236)}
-_BORDER = 6  # clear of the picture's edge
+_BORDER = 6  # between a bounding box and the edge of the image
 _GAP = 12  # between two bounding boxes
-_CLEAR = 8  # between a centre and the border of its third, so that its place is not a close call
+_CLEAR = 8  # between a centre and the border of its third, so that its place is unambiguous
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object: `extent` is the longer side of its bounding box, (`x`, `y`) the box's centre."""
+    """One object of a scene.
+
+    Attributes:
+        shape: one of SHAPES.
+        colour: a key of COLOURS.
+        extent: longer side of the bounding box.
+        x: horizontal centre of the bounding box.
+        y: vertical centre of the bounding box.
+    """
 
     shape: str
     colour: str
@@ -84,7 +92,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """The third of the picture along each axis, as in 'top left', 'right' or 'center'."""
+        """The third of the image along each axis: 'top left', 'right', 'center' and so on."""
         row = _third(self.y, ('top', '', 'bottom'))
         column = _third(self.x, ('left', '', 'right'))
         return f'{row} {column}'.strip() or 'center'
@@ -92,22 +100,27 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One to three things on a background; drawn by `scene`, or read back from a picture."""
+    """One to three things on a background.
+
+    Attributes:
+        things: the objects.
+        background: a key of BACKGROUNDS.
+    """
 
     things: tuple[Thing, ...]
     background: str
 
     @property
     def relation(self) -> str | None:
-        """What the first thing is to the second, if anything."""
+        """The relation of the first thing to the second, or None."""
         return relation(*self.things[:2]) if len(self.things) > 1 else None
 
 
 def relation(first: Thing, second: Thing, margin: float = 0.0) -> str | None:
-    """'left of', 'right of', 'above', 'below', or None where neither axis dominates.
+    """The relation of one thing to another: a key of RELATIONS, or None if neither axis dominates.
 
-    The centres are at least `LEAST_DISTANCE` apart along the relation's axis, and further apart
-    than along the other one by more than `margin`.
+    Along the axis of the relation the centres are at least `LEAST_DISTANCE` apart, and their
+    distance exceeds that along the other axis by more than `margin`.
     """
     right, down = first.x - second.x, first.y - second.y
     across, along = sorted((abs(right), abs(down)))
@@ -119,22 +132,30 @@ def relation(first: Thing, second: Thing, margin: float = 0.0) -> str | None:
 
 
 def scene(index: int, split: str = 'train', objects: tuple[int, ...] = (1, 2, 3)) -> Scene:
-    """Scene `index` of a split, with one of the given numbers of objects.
+    """Scene `index` of a split.
 
-    Scenes of 'train' and 'validation' hold trained pairs of colour and shape only; the first
-    thing of a 'held_out' scene is a held-out pair. Raises `UserError` for another split.
+    Scenes of 'train' and 'validation' have trained pairs of colour and shape only; the first thing
+    of a 'held_out' scene is a held-out pair.
+
+    Args:
+        index: number of the scene.
+        split: one of SPLITS.
+        objects: possible numbers of things.
+
+    Raises:
+        UserError: the split is unknown.
     """
     if split not in SPLITS:
         raise UserError(f'there is no split {split!r} of shapes: choose one of {", ".join(SPLITS)}')
-    words = _words(f'{split} {index}')
-    background = _choose(words, [name for name, n in BACKGROUNDS.items() for _ in range(n)])
-    number = _choose(words, objects)
-    pairs = _draw_pairs(words, split, number, background)
-    extents = [_draw_extent(words, number) for _ in range(number)]
+    randoms = _random_words(f'{split} {index}')
+    background = _choose(randoms, [name for name, n in BACKGROUNDS.items() for _ in range(n)])
+    number = _choose(randoms, objects)
+    pairs = _draw_pairs(randoms, split, number, background)
+    extents = [_draw_extent(randoms, number) for _ in range(number)]
     things = (
         Thing(shape=shape, colour=colour, extent=extent / _GRID, x=x / _GRID, y=y / _GRID)
         for (colour, shape), extent, (x, y) in zip(
-            pairs, extents, _draw_centres(words, extents), strict=True
+            pairs, extents, _draw_centres(randoms, extents), strict=True
         )
     )
     return Scene(things=tuple(things), background=background)
@@ -144,40 +165,41 @@ def _third(coordinate: float, names: tuple[str, str, str]) -> str:
     return names[(coordinate > 1 / 3) + (coordinate > 2 / 3)]
 
 
-def _words(seed: str) -> Iterator[int]:
-    """Endless 64-bit draws. A hash, since NumPy does not promise its streams across versions."""
+def _random_words(seed: str) -> Iterator[int]:
+    """Endless random 64-bit integers, from a hash: NumPy's streams may change with its version."""
     for block in itertools.count():
         yield from struct.unpack('<8Q', hashlib.blake2b(f'{seed} {block}'.encode()).digest())
 
 
-def _choose(words: Iterator[int], options: Sequence[Option]) -> Option:
-    return options[next(words) % len(options)]
+def _choose(randoms: Iterator[int], options: Sequence[Option]) -> Option:
+    return options[next(randoms) % len(options)]
 
 
 def _draw_pairs(
-    words: Iterator[int], split: str, number: int, background: str
+    randoms: Iterator[int], split: str, number: int, background: str
 ) -> list[tuple[str, str]]:
-    """Different pairs of colour and shape, none of the background's colour."""
+    """Different pairs of colour and shape; no colour is that of the background."""
     held_out = split == 'held_out'
     pairs: list[tuple[str, str]] = []
     for position in range(number):
         table = (HELD_OUT if position == 0 else PAIRS) if held_out else TRAINED
         free = [pair for pair in table if pair[0] != background and pair not in pairs]
-        pairs.append(_choose(words, free))
+        pairs.append(_choose(randoms, free))
     return pairs
 
 
-def _draw_extent(words: Iterator[int], number: int) -> int:
-    size = 'small' if number == MAX_THINGS else _choose(words, SIZES)
+def _draw_extent(randoms: Iterator[int], number: int) -> int:
+    size = 'small' if number == MAX_THINGS else _choose(randoms, SIZES)
     low, high = _EXTENTS[size]
-    return _choose(words, range(low, high + 1, 2))
+    return _choose(randoms, range(low, high + 1, 2))
 
 
-def _draw_centres(words: Iterator[int], extents: list[int]) -> list[tuple[int, int]]:
-    """Centres (x, y) whose boxes keep their distance: drawn together until they do."""
+def _draw_centres(randoms: Iterator[int], extents: list[int]) -> list[tuple[int, int]]:
+    """Centres (x, y) of separate boxes: all are drawn again until no two boxes are too close."""
     while True:
         centres = [
-            (_draw_coordinate(words, extent), _draw_coordinate(words, extent)) for extent in extents
+            (_draw_coordinate(randoms, extent), _draw_coordinate(randoms, extent))
+            for extent in extents
         ]
         if all(
             _apart(a, b) for a, b in itertools.combinations(zip(centres, extents, strict=True), 2)
@@ -185,21 +207,21 @@ def _draw_centres(words: Iterator[int], extents: list[int]) -> list[tuple[int, i
             return centres
 
 
-def _draw_coordinate(words: Iterator[int], extent: int) -> int:
-    """First the third, then the place in it: otherwise half of all objects lie in the center."""
+def _draw_coordinate(randoms: Iterator[int], extent: int) -> int:
+    """Draws a third, then a coordinate in it: otherwise half of all things were in the center."""
     edge = extent // 2 + _BORDER
     low, high = _choose(
-        words,
+        randoms,
         (
             (edge, _GRID // 3 - _CLEAR),
             (_GRID // 3 + 1 + _CLEAR, 2 * _GRID // 3 - _CLEAR),
             (2 * _GRID // 3 + 1 + _CLEAR, _GRID - edge),
         ),
     )
-    return low + next(words) % (high - low + 1)
+    return low + next(randoms) % (high - low + 1)
 
 
-def _apart(one: tuple[tuple[int, int], int], other: tuple[tuple[int, int], int]) -> bool:
-    (a, a_extent), (b, b_extent) = one, other
+def _apart(first: tuple[tuple[int, int], int], second: tuple[tuple[int, int], int]) -> bool:
+    (a, a_extent), (b, b_extent) = first, second
     distance = max(abs(a[0] - b[0]), abs(a[1] - b[1]))
     return distance >= (a_extent + b_extent) // 2 + _GAP

@@ -1,9 +1,9 @@
-"""Which pictures come with the package, without any download?
+"""Which images come with the package, without any download?
 
-Simple scenes with captions (`scenes`, `captions`), rendered by number at any resolution: the same
-number is the same scene at every size. Coverage of a pixel by a shape is computed from distances
-to the shape's edges inside its bounding box, so that one core draws thousands of pictures a second
-while the others train.
+Simple scenes with captions (`scenes`, `captions`), rendered by number at any resolution: one number
+is the same scene at every size. The coverage of a pixel is computed from distances to the edges of
+a shape, inside its bounding box, so that one core renders thousands of images per second while the
+others train.
 """
 
 import dataclasses
@@ -13,25 +13,25 @@ from collections.abc import Callable
 import numpy as np
 
 from star_jax.data import pipeline
-from star_jax.data.captions import captions
+from star_jax.data.captions import scene_captions
 from star_jax.data.pipeline import Example
 from star_jax.data.scenes import COLOURS, MAX_THINGS, SPLITS, Scene, Thing, scene
 from star_jax.errors import UserError
 from star_jax.image_io import height_and_width
 
-SMALLEST_SIDE = 16  # below, a small shape has five pixels and no form
+MIN_SIDE = 16  # in smaller images a small shape has five pixels and is not recognisable
 
-MOST = 2**31 - 1  # pictures; their order is drawn in 32 bits
-STRIDE = 13  # between the phrasings that a scene keeps; shares no factor with their number
+MAX_COUNT = 2**31 - 1  # images; grain shuffles in 32 bits
+STRIDE = 13  # between the captions that a scene keeps; coprime to their number
 
 RING_HOLE = 0.52  # of the outer radius
 CROSS_ARM = 0.36  # of the extent
-STAR_NOTCH = 0.45  # of the radius of its tips
+STAR_NOTCH = 0.45  # of the radius of the tips
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The embedded data set: rendered scenes of coloured shapes with captions.
+    """The embedded dataset: rendered scenes of coloured shapes with captions.
 
     Attributes:
         count: number of scenes.
@@ -47,8 +47,8 @@ class Shapes:
     phrasings: int = 2
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= MOST:
-            raise UserError(f'shapes holds 1 to {MOST:,} pictures, not {self.count}')
+        if not 1 <= self.count <= MAX_COUNT:
+            raise UserError(f'shapes has 1 to {MAX_COUNT:,} images, not {self.count}')
         if self.phrasings < 0:
             raise UserError(f'phrasings must be 0 (all) or more, not {self.phrasings}')
         if self.split not in SPLITS:
@@ -61,63 +61,68 @@ class Shapes:
                 f'give one or more of 1 to {MAX_THINGS}'
             )
 
-    def open(self, size: int | tuple[int, int]) -> 'Source':
-        """The set at `size` pixels a side; UserError for an image that is not square."""
+    def open(self, size: int | tuple[int, int]) -> 'ShapesSource':
+        """The dataset at `size` pixels a side; UserError for a size that is not square."""
         height, width = height_and_width(size)
         if height != width:
             raise UserError(
-                f'scenes of shapes are square, not {height} x {width} px: train on another set'
+                f'scenes of shapes are square, not {height} x {width} px: train on another dataset'
             )
-        return Source(shapes=self, size=height)
+        return ShapesSource(shapes=self, size=height)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """Random access to the set: dicts of `image` (uint8 (size, size, 3)), `captions`, `label`."""
+class ShapesSource:
+    """Random access to rendered scenes, a `pipeline.Source`.
+
+    Attributes:
+        shapes: the settings.
+        size: side of the images in pixels.
+    """
 
     shapes: Shapes
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < SMALLEST_SIDE:
-            raise UserError(f'shapes have at least {SMALLEST_SIDE} pixels a side, not {self.size}')
+        if self.size < MIN_SIDE:
+            raise UserError(f'shapes have at least {MIN_SIDE} pixels a side, not {self.size}')
 
     def __len__(self) -> int:
         return self.shapes.count
 
     def __getitem__(self, index: int) -> Example:
-        shown = self.scene(index)
+        scene = self.scene(index)
         return Example(
-            image=render(shown, self.size),
-            captions=self._captions(index, shown),
-            label=_label(shown),
+            image=render(scene, self.size),
+            captions=self._captions(index, scene),
+            label=_label(scene),
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of picture `index`, without drawing it."""
+        """The captions of image `index`, without rendering it."""
         return self._captions(index, self.scene(index))
 
     def label(self, index: int) -> str:
-        """Colour and shape of the first object of picture `index`, without drawing it."""
+        """Colour and shape of the first object of image `index`, without rendering it."""
         return _label(self.scene(index))
 
     def fingerprint(self) -> str:
-        """Of the settings, and of what is drawn and said."""
+        """Digest of the settings and of a few images and captions."""
         return pipeline.fingerprint(self, self.shapes)
 
-    def _captions(self, index: int, shown: Scene) -> tuple[str, ...]:
-        every = captions(shown)
+    def _captions(self, index: int, scene: Scene) -> tuple[str, ...]:
+        captions = scene_captions(scene)
         if not self.shapes.phrasings:
-            return every
-        # Neighbouring scenes keep different phrasings, and a scene no phrasing twice.
-        places = range(min(self.shapes.phrasings, len(every)))
-        return tuple(every[(index + place * STRIDE) % len(every)] for place in places)
+            return captions
+        # Neighbouring scenes keep different captions, and a scene keeps no caption twice.
+        numbers = range(min(self.shapes.phrasings, len(captions)))
+        return tuple(captions[(index + number * STRIDE) % len(captions)] for number in numbers)
 
     def scene(self, index: int) -> Scene:
-        """What picture `index` shows. Raises `IndexError` outside of the set."""
+        """The scene of image `index`. Raises `IndexError` for a number outside of the dataset."""
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f'picture {index} of a set of {len(self)}')
+            raise IndexError(f'image {index} of a dataset of {len(self)}')
         return scene(index, self.shapes.split, self.shapes.objects)
 
 
@@ -131,38 +136,39 @@ def render(scene: Scene, size: int) -> np.ndarray:
     image_hwc = np.empty((size, size, 3), np.uint8)
     image_hwc[:] = COLOURS[scene.background]
     for thing in scene.things:
-        _paint(image_hwc, thing)
+        _draw_thing(image_hwc, thing)
     return image_hwc
 
 
-def _paint(image_hwc: np.ndarray, thing: Thing) -> None:
+def _draw_thing(image_hwc: np.ndarray, thing: Thing) -> None:
     size = len(image_hwc)
     radius = thing.extent * size / 2
     rows, columns = _span(thing.y * size, radius, size), _span(thing.x * size, radius, size)
     down = (np.arange(rows.start, rows.stop) + 0.5 - thing.y * size)[:, None]
     right = (np.arange(columns.start, columns.stop) + 0.5 - thing.x * size)[None, :]
-    cover_hw1 = COVERAGES[thing.shape](right, down, radius)[:, :, None]
-    ground_hwc = image_hwc[rows, columns]
-    # The difference of two bytes is signed.
-    change_hwc = cover_hw1 * (np.float64(COLOURS[thing.colour]) - ground_hwc)
-    image_hwc[rows, columns] = np.rint(ground_hwc + change_hwc)
+    coverage_hw1 = COVERAGES[thing.shape](right, down, radius)[:, :, None]
+    background_hwc = image_hwc[rows, columns]
+    # In float64: the difference of two bytes has a sign.
+    change_hwc = coverage_hw1 * (np.float64(COLOURS[thing.colour]) - background_hwc)
+    image_hwc[rows, columns] = np.rint(background_hwc + change_hwc)
 
 
 def _span(centre: float, radius: float, size: int) -> slice:
     return slice(max(int(centre - radius) - 1, 0), min(int(centre + radius) + 2, size))
 
 
-# A coverage takes pixel centres relative to the centre of the shape's box, right (1, w) and
-# down (h, 1), and half its extent, all in pixels, and gives shares of 0 to 1, (h, w).
+# A coverage function takes pixel centres relative to the centre of the bounding box, `right` (1, w)
+# and `down` (h, 1), and half the extent `radius`, all in pixels. It returns the covered share of
+# every pixel, (h, w) in [0, 1].
 
 
 def _inside(depth: np.ndarray) -> np.ndarray:
-    """The covered share of a pixel whose centre lies `depth` pixels inside an edge."""
+    """The covered share of a pixel with its centre `depth` pixels inside an edge."""
     return np.clip(depth + 0.5, 0.0, 1.0)
 
 
 def _corner(depth: np.ndarray, other_depth: np.ndarray) -> np.ndarray:
-    """What two edges leave of a pixel: what they cut off overlaps outside of the shape only."""
+    """The share inside two edges; the parts outside of each overlap only outside of the shape."""
     return np.maximum(_inside(depth) + _inside(other_depth) - 1.0, 0.0)
 
 
@@ -191,14 +197,14 @@ def _cross(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _triangle(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
-    """Equilateral, a side at the bottom."""
+    """Equilateral, with a side at the bottom."""
     half_height = radius * np.sqrt(3) / 2
     slope, lean = (down + half_height) / 2, right * np.sqrt(3) / 2
     return _corner(slope - lean, slope + lean) * _inside(half_height - down)
 
 
 def _star(right: np.ndarray, down: np.ndarray, radius: float) -> np.ndarray:
-    """Five tips, one at the top: folded onto one tip, it is what two lines leave."""
+    """Five tips, one at the top; folded onto one tip, the star is the inside of two lines."""
     fifth = 2 * np.pi / 5
     tip = radius / np.sin(fifth)
     down = down - tip * (1 - np.cos(fifth / 2)) / 2  # from the box's centre to the star's

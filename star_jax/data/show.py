@@ -1,4 +1,4 @@
-"""What is in a set?"""
+"""What does a dataset contain?"""
 
 import os
 from pathlib import Path
@@ -17,15 +17,23 @@ def show(
     columns: int = 6,
     seed: int = 0,
 ) -> Path:
-    """Draws `count` examples, chosen by `seed`, with their first captions into a PNG at `path`.
+    """Writes a grid of examples with their first captions to a PNG file.
 
-    Raises UserError for an empty source.
+    Args:
+        source: the dataset.
+        path: the PNG file.
+        count: number of examples, chosen at random.
+        columns: columns of the grid.
+        seed: seed of the choice.
+
+    Raises:
+        UserError: the dataset is empty.
     """
     if len(source) == 0:
-        raise UserError('the data set is empty: there is nothing to show, choose another split')
+        raise UserError('the dataset is empty: there is nothing to show, choose another split')
     rng = np.random.default_rng(seed)
-    chosen = rng.choice(len(source), size=min(count, len(source)), replace=False)
-    examples = [source[int(index)] for index in chosen]
+    indices = rng.choice(len(source), size=min(count, len(source)), replace=False)
+    examples = [source[int(index)] for index in indices]
     images = [example['image'] for example in examples]
     captions = [example['captions'][0] for example in examples]
     title = f'{len(examples)} of {len(source)} examples'

@@ -1,6 +1,7 @@
-"""Which examples are kept from training?
+"""Which examples are held out from training?
 
-What a name decides stays decided: on every machine, whatever else is in the set.
+The split of an example depends on its name alone: it is the same on every machine and does not
+change when a dataset grows.
 """
 
 import hashlib
@@ -8,14 +9,15 @@ from collections.abc import Sequence
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1) that only the text decides."""
+    """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
 def held_out(names: Sequence[str], share: float) -> frozenset[str]:
-    """About `share` of the names, each chosen by itself; two or more are never all on one side.
+    """About `share` of the names, each chosen independently.
 
-    Of one name, or with a share of 0, none is held out.
+    Of two or more names at least one is held out and at least one is not. With a single name, or a
+    share of 0, none is held out.
     """
     if share == 0 or len(names) < 2:
         return frozenset()

@@ -40,14 +40,14 @@ class Alignment:
 def aligned(image_hwc: np.ndarray, caption: str) -> bool:
     """Whether all that a caption says holds in a picture, and nothing else is there.
 
-    The picture as for `reader.inspect`, the caption as for `captions.claims`.
+    The picture as for `reader.inspect`, the caption as for `captions.parse_caption`.
     """
     return judge(image_hwc, caption).all
 
 
 def judge(image_hwc: np.ndarray, caption: str) -> Alignment:
     """The single attributes of `aligned`."""
-    return compare(scene_parser.inspect(image_hwc), captions.claims(caption))
+    return compare(scene_parser.inspect(image_hwc), captions.parse_caption(caption))
 
 
 def compare(reading: Reading, claims: Claims) -> Alignment:
@@ -56,7 +56,7 @@ def compare(reading: Reading, claims: Claims) -> Alignment:
     scene = reading.scene
     matches = _match(said, shown)
     return Alignment(
-        all=scene is not None and captions.holds(claims, scene),
+        all=scene is not None and captions.matches(claims, scene),
         count=reading.background is not None and len(said) == len(shown) + len(reading.strange),
         colours=_same(
             [each.colour for each in said],
@@ -73,7 +73,7 @@ def compare(reading: Reading, claims: Claims) -> Alignment:
             if mention.size
         ),
         places=_every(
-            thing is not None and captions.lies(thing, mention.place)
+            thing is not None and captions.is_in_place(thing, mention.place)
             for mention, thing in zip(said, matches, strict=True)
             if mention.place
         ),

@@ -45,7 +45,7 @@ def groups(
 ) -> list[Group]:
     """`count` images for each split and, of shapes, for each number of objects.
 
-    `data` is 'shapes', a prepared set or a folder of captioned images, which may hold fewer;
+    `data` is 'shapes', a prepared dataset or a folder of captioned images, which may hold fewer;
     without `splits` all but those of training. Raises UserError where the set or a split is
     missing.
     """

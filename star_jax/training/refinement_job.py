@@ -59,7 +59,7 @@ class RefinementJob(TransformerJob):
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy of hidden tokens of the validation set; always the same are hidden."""
         sums_3R = 0.0
-        batches = pipeline.padded(self.validation, self.run.batch, self._rows)
+        batches = pipeline.padded_batches(self.validation, self.run.batch, self._rows)
         for number, (batch, real) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
             sums_3BR = self._score(state.averaged, self.frozen, self._inputs(batch), key)

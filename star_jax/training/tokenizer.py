@@ -101,7 +101,7 @@ class TokenizerJob:
         """PSNR, and per scale how many codes are used and how evenly, over the validation set."""
         ratios, counts = [], 0.0
         source = self.run.validation.open(self.run.model.resolution)
-        for batch, count in pipeline.padded(source, self.run.batch, self._rows):
+        for batch, count in pipeline.padded_batches(source, self.run.batch, self._rows):
             images = rules.shard_batch(batch['image'], self._mesh)
             ratio_B, usage_KV = self._score(state.averaged, images, count)
             ratios.append(np.asarray(ratio_B)[:count])
@@ -121,7 +121,7 @@ class TokenizerJob:
 
     def sample_grid(self, state: TrainState) -> np.ndarray:
         """Validation images above their reconstructions."""
-        shown = pipeline.spread(self.run.validation.open(self.run.model.resolution), SHOWN)
+        shown = pipeline.evenly_spaced(self.run.validation.open(self.run.model.resolution), SHOWN)
         decoded = rules.gather(self._reconstruct(state.averaged, shown['image']))
         return image_io.compare(shown['image'], decoded, shown['caption'], 'reconstructed')
 

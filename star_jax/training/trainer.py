@@ -274,7 +274,7 @@ def _compare_data(out: Path, source: Source, first: int) -> None:
     the number of examples, so one more image changes every batch.
     """
     if jax.process_count() > 1:
-        peer_watchdog.check_same('training data', pipeline.outline(source))
+        peer_watchdog.check_same('training data', pipeline.caption_fingerprint(source))
     if jax.process_index() != 0:
         return
     path, data = out / DATA, {'examples': len(source), 'fingerprint': source.fingerprint()}

@@ -169,7 +169,7 @@ class TransformerJob:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the validation set, over all tokens and per scale."""
         sums_2L, count, key = 0.0, 0, jax.random.key(0)
-        for batch, real in pipeline.padded(self.validation, self.run.batch, self._rows):
+        for batch, real in pipeline.padded_batches(self.validation, self.run.batch, self._rows):
             losses = self._score(state.averaged, self.frozen, self._inputs(batch), key)
             real_rows = (np.asarray(x_BL)[:real] for x_BL in (losses.nll_BL, losses.hit_BL))
             sums_2L += np.stack([x_BL.sum(0) for x_BL in real_rows])
@@ -179,7 +179,7 @@ class TransformerJob:
 
     def sample_grid(self, state: TrainState) -> np.ndarray:
         """Validation images above the images that are generated from their captions."""
-        run, shown = self.run, pipeline.spread(self.images['validation'], SHOWN)
+        run, shown = self.run, pipeline.evenly_spaced(self.images['validation'], SHOWN)
         captions = shown['caption']
         params = {'model': self._whole(state), 'tokenizer': self.frozen.tokenizer}
         params = sampling.cast(params, run.dtype)

@@ -1,0 +1,130 @@
+"""Which images of a folder can be read, without reading all of them at every start?
+
+An image is known to be readable only after it is decoded. So every image is decoded once, in
+threads, and the result is stored in the cache folder. It is valid while the file keeps its size and
+modification time.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import PIL
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from star_jax import files
+from star_jax.data import image_files
+from star_jax.parallel import mesh
+
+FORMAT = f'2, Pillow {PIL.__version__}'  # of the stored results, which depend on Pillow's version
+CHUNK = 256  # images queued at once: after ctrl-c only running threads must finish
+PROGRESS_FROM = 200  # images: fewer are read so fast that a progress bar is not needed
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCheck:
+    """The result of decoding an image file.
+
+    Attributes:
+        size: size of the file in bytes.
+        modified: modification time of the file in ns.
+        shorter_side: of the image, in pixels.
+        kind: kind of its fault, '' for a usable image.
+        reason: description of its fault, '' for a usable image.
+    """
+
+    size: int
+    modified: int
+    shorter_side: int = 0
+    kind: str = ''
+    reason: str = ''
+
+
+def check_images(root: Path, names: Sequence[str]) -> dict[str, ImageCheck]:
+    """Checks the images `names` of the folder `root`; shows a progress bar for many images.
+
+    Results are stored even if the call is interrupted.
+    """
+    path = files.cache_folder() / 'folders' / f'{_digest(str(root.resolve()))}.json'
+    checks = _load(path)
+    stamps = {name: file_stamp(root / name) for name in names}
+    unchecked = [name for name in names if not _is_valid(checks.get(name), stamps[name])]
+    pool = ThreadPoolExecutor(mesh.cores())
+    try:
+        with _progress_bar(len(unchecked)) as bar:
+            task = bar.add_task(f'reading the images of {root}', total=len(unchecked))
+            for first in range(0, len(unchecked), CHUNK):
+                chunk = unchecked[first : first + CHUNK]
+                results = pool.map(lambda name: _check(root / name, stamps[name]), chunk)
+                for name, check in zip(chunk, results, strict=True):
+                    checks[name] = check
+                    bar.advance(task)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if unchecked:
+            _save(path, checks)
+    return {name: checks[name] for name in names}
+
+
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and modification time in ns of a file; None if there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_valid(check: ImageCheck | None, stamp: tuple[int, int] | None) -> bool:
+    return check is not None and (check.size, check.modified) == stamp
+
+
+def _check(path: Path, stamp: tuple[int, int] | None) -> ImageCheck:
+    size, modified = stamp or (0, 0)
+    try:
+        return ImageCheck(size, modified, shorter_side=image_files.shorter_side(path))
+    except image_files.UnfitError as error:
+        return ImageCheck(size, modified, kind=error.kind, reason=str(error))
+
+
+def _load(path: Path) -> dict[str, ImageCheck]:
+    """Stored results; empty if the file is missing, damaged or of another format."""
+    try:
+        stored = json.loads(path.read_text('utf-8'))
+        if stored['format'] != FORMAT:
+            return {}
+        return {name: ImageCheck(*fields) for name, fields in stored['checks'].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _save(path: Path, checks: Mapping[str, ImageCheck]) -> None:
+    fields = {name: dataclasses.astuple(check) for name, check in checks.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as temporary:
+            temporary.write_text(json.dumps({'format': FORMAT, 'checks': fields}), 'utf-8')
+    except OSError as error:
+        log.warning('%s cannot be written (%s): all images are read again next time', path, error)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:24]
+
+
+def _progress_bar(count: int) -> Progress:
+    columns = (
+        TextColumn('{task.description}', markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=count < PROGRESS_FROM)
