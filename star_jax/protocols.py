@@ -42,6 +42,9 @@ class PromptEncoder(Protocol):
     @property
     def identity(self) -> str: ...
 
+    @property
+    def sha256(self) -> str: ...
+
     def reference(self) -> dict[str, str] | None:
         """How a model folder names it, or None if the model's own config holds it."""
 

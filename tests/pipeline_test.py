@@ -104,14 +104,15 @@ def test_crops_are_random_parts_of_an_image():
             image = np.arange(6 * 6 * 3, dtype=np.uint8).reshape(6, 6, 3)
             return super().__getitem__(index) | {'image': image}
 
-    crops = np.concatenate([batch['image'] for batch in take(40, source=Large(10), crop=4)])
+    crops = np.concatenate([batch['image'] for batch in take(40, source=Large(10), crop=(4, 4))])
     corners = crops[:, 0, 0, 0] // 3
     whole = np.arange(6 * 6 * 3, dtype=np.uint8).reshape(6, 6, 3)
     for crop, corner in zip(crops, corners, strict=True):
         top, left = divmod(int(corner), 6)
         assert (crop == whole[top : top + 4, left : left + 4]).all()
     assert set(corners) == {6 * top + left for top in range(3) for left in range(3)}
-    assert_same(take(3, source=Large(10), crop=4, step=2), take(5, source=Large(10), crop=4)[2:])
+    options = dict(source=Large(10), crop=(4, 4))
+    assert_same(take(3, step=2, **options), take(5, **options)[2:])
 
 
 def test_sequential_batches_have_every_example_once_in_order():

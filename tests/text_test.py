@@ -18,7 +18,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from star_jax.core.classes import Classes
 from star_jax.errors import UserError
+from star_jax.protocols import PromptEncoder
 from star_jax.text import cache, encoder
 from star_jax.text.cache import FeatureCache
 from star_jax.text.encoder import load
@@ -137,6 +139,16 @@ def test_parameters_have_logical_axes_and_run_on_a_mesh(tiny):
     captions, expected = recorded()
     text = jax.jit(tiny.apply)(params, tiny.tokenize(captions))
     assert_close(text.states_BTE, expected['states'])
+
+
+@pytest.mark.parametrize('encoder_class', [encoder.TextEncoder, Classes])
+def test_prompt_encoders_have_all_documented_members(encoder_class):
+    constants = set(PromptEncoder.__annotations__)
+    methods = {name for name in vars(PromptEncoder) if not name.startswith('_')}
+    assert {'field', 'tokenize', 'abstract_tokens'} <= constants | methods
+    for name in methods:
+        assert getattr(encoder_class, name).__doc__
+    assert constants <= set(dir(encoder_class))
 
 
 # Folders

@@ -152,7 +152,7 @@ class Icon:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was prepared.
+    """The result of `prepare`.
 
     Attributes:
         images: images per split.

@@ -184,7 +184,7 @@ class FolderSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was prepared.
+    """The result of `prepare`.
 
     Attributes:
         images: images per split.

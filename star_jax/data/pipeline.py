@@ -276,12 +276,8 @@ def fingerprint(source: Source, *facts: object) -> str:
 def caption_fingerprint(source: Source) -> str:
     """The number of examples and a few captions: equal for copies of a dataset at any size."""
     _check_source(source, FINGERPRINT_EXAMPLES)
-    return repr(
-        (
-            len(source),
-            [source.captions(index) for index in _even_indices(source, FINGERPRINT_EXAMPLES)],
-        )
-    )
+    indices = _even_indices(source, FINGERPRINT_EXAMPLES)
+    return repr((len(source), [source.captions(index) for index in indices]))
 
 
 def _even_indices(source: Source, count: int) -> list[int]:

@@ -122,9 +122,9 @@ class TextEncoder:
             boxed=self.abstract_params(),
         )
 
-    def tokenize(self, captions: Sequence[str]) -> Tokens:
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """The host part: [B, T] numpy int32, truncated and padded to `length`."""
-        return pad(self.token_ids(captions), len(captions), self.length, self.tower.pad_id)
+        return pad(self.token_ids(prompts), len(prompts), self.length, self.tower.pad_id)
 
     def apply(self, params: dict, tokens: Tokens) -> TextCondition:
         """The device part, pure: float32 features, with zero states at padding.
@@ -135,13 +135,13 @@ class TextEncoder:
         """
         return read_states(self.tower, self.pool, params, tokens)
 
-    def encode(self, captions: Sequence[str]) -> TextCondition:
-        """Features of any number of captions as numpy arrays, padded to `length`.
+    def encode(self, prompts: Sequence[str]) -> TextCondition:
+        """Features of any number of prompts as numpy arrays, padded to `length`.
 
-        A caption that occurs several times is encoded once. Batches have one size and hold captions
+        A caption that occurs several times is encoded once. Batches have one size and hold prompts
         of similar length. The result equals `apply` of `tokenize` up to rounding.
         """
-        unique = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+        unique = {caption: row for row, caption in enumerate(dict.fromkeys(prompts))}
         ids = self.token_ids(list(unique))
         multiple = self.length if self.pool.reads_padding else LENGTH_MULTIPLE
         outputs = []
@@ -156,7 +156,7 @@ class TextEncoder:
             states_NTE[rows, :T] = np.asarray(text.states_BTE)[: len(rows)]
             mask_NT[rows, :T] = np.asarray(text.mask_BT)[: len(rows)]
             pooled_NE[rows] = np.asarray(text.pooled_BE)[: len(rows)]
-        rows_B = np.array([unique[caption] for caption in captions], int)
+        rows_B = np.array([unique[caption] for caption in prompts], int)
         return TextCondition(
             states_BTE=states_NTE[rows_B], mask_BT=mask_NT[rows_B], pooled_BE=pooled_NE[rows_B]
         )

@@ -126,13 +126,13 @@ class EncoderWeights:
             if mapping.tensor not in tensors:
                 raise UserError(
                     f'{self.folder.path} has no tensor {mapping.tensor!r}, which its config.json '
-                    f'asks for; fetch the whole model again.'
+                    f'requires; fetch the whole model again.'
                 )
             shape = tensors.shape(mapping.tensor)
             if shape != (expected := mapping.tensor_shape(params[mapping.param].shape)):
                 raise UserError(
                     f'{self.folder.path}: {mapping.tensor} has shape {shape}, but its config.json '
-                    f'asks for {expected}; weights and config do not belong together.'
+                    f'requires {expected}; weights and config do not belong together.'
                 )
 
     def load(self, dtype: str, mesh: Mesh | None) -> dict:
