@@ -15,7 +15,7 @@ from concurrent import futures
 from pathlib import Path
 
 from star_jax.checkpoint import config
-from star_jax.parallel import startup
+from star_jax.parallel import mesh
 from star_jax.plan import plan_report
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ made with `--no-search`.
 def main(path: Path) -> None:
     rows = json.loads(path.read_text()) if path.exists() else {}
     write(path, rows)
-    with futures.ThreadPoolExecutor(startup.cores()) as pool:
+    with futures.ThreadPoolExecutor(mesh.cores()) as pool:
         jobs = [
             pool.submit(plan, stage, topology)
             for topology in TOPOLOGIES

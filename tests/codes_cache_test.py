@@ -171,7 +171,7 @@ def test_a_cache_that_is_not_there_or_not_finished_is_refused(run, place, tmp_pa
     with pytest.raises(UserError, match='holds no encoded images.*star-jax data cache'):
         job(run, tmp_path / 'nothing')
     next((place / 'data').glob('00003-*.npy')).unlink()
-    with pytest.raises(UserError, match='not complete, it lacks shard 3'):
+    with pytest.raises(UserError, match='incomplete, shard 3 is missing'):
         job(run, place)
 
 
@@ -208,7 +208,7 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(tmp_path):
             encoded.write(
                 tmp_path / 'data', key, count, lambda first, stop=stop: encode(first, stop)
             )
-        with pytest.raises(UserError, match='not complete'):
+        with pytest.raises(UserError, match='incomplete'):
             encoded.read(tmp_path / 'data', key, range(count), ROW)
     encoded.write(tmp_path / 'data', key, count, encode)
     assert asked == [0, 10, 20, 40]

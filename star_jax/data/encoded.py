@@ -1,10 +1,10 @@
-"""How are the encoded images of a set stored, so that each image is encoded once?
+"""How are the encoded images of a dataset stored, so that each image is encoded once?
 
-A folder holds `key.json`, which says what made the arrays, and shards of SHARD examples in order:
-`00000-<sha256>.npy`, arrays [n, ...], integers in the smallest type that holds them. The name of a
-shard contains its checksum, so a set is complete if every shard exists and matches its name. Shards
-are written to a temporary file and renamed, and never changed: an interrupted call continues after
-the last one.
+A folder holds `key.json`, which identifies everything that the arrays depend on, and shards of
+SHARD examples in order: `00000-<sha256>.npy`, arrays [n, ...], integers in the smallest type that
+holds them. The name of a shard contains its checksum, so that missing and damaged shards are found.
+A shard is written to a temporary file, renamed, and never changed: an interrupted call continues
+after the last complete shard.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
 
 KEY = 'key.json'
-SHARD = 16_384  # examples: a minute of work for one shard, and few files for a large set
+SHARD = 16_384  # examples: a minute of work for one shard, and few files for a large dataset
 
 Key = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ class EncodedSource:
     """A source whose images were encoded earlier.
 
     Attributes:
-        source: the set, whose captions and labels are used.
+        source: the source of captions and labels.
         shards: arrays [n, ...], mapped into memory.
         dtype: the dtype of encoded images.
     """
@@ -80,61 +80,61 @@ def read(folder: Path, key: Key, source: Source, example: ArraySpec) -> EncodedS
     Every shard is read once, to compare its checksum.
 
     Args:
-        folder: the folder of the set.
-        key: what the images must have been encoded from, and by what.
-        source: the set.
+        folder: folder of the encoded images.
+        key: identifies everything that the encoded images depend on.
+        source: the source of captions and labels.
         example: shape and dtype of one encoded image.
 
     Raises:
-        UserError: the folder has no encoded images, they were made by something else, or they are
-            incomplete, damaged or of another shape.
+        UserError: the folder has no encoded images, or they have another key, are incomplete or
+            damaged, or have another shape.
     """
-    again = f'make it with `star-jax data cache CONFIG --cache {folder.parent}`'
+    remedy = f'make it with `star-jax data cache CONFIG --cache {folder.parent}`'
     if not (folder / KEY).exists():
-        raise UserError(f'{folder} holds no encoded images: {again}')
+        raise UserError(f'{folder} holds no encoded images: {remedy}')
     changed = config.differences(config.read_json(folder / KEY), key)
     if changed:
         raise UserError(
-            f'{folder} was made for another run ({"; ".join(changed)}): {again} again, '
+            f'{folder} was made for another run ({"; ".join(changed)}): {remedy} again, '
             'or choose another folder'
         )
     shards = []
-    for number in range(_shards_of(len(source))):
-        path = _shard(folder, number)
+    for number in range(_num_shards(len(source))):
+        path = _shard_path(folder, number)
         if path is None:
-            raise UserError(f'{folder} is not complete, it lacks shard {number}: {again}')
-        if not _is_whole(path):
-            raise UserError(f'{path} is damaged: {again} again')
+            raise UserError(f'{folder} is incomplete, shard {number} is missing: {remedy}')
+        if not _is_intact(path):
+            raise UserError(f'{path} is damaged: {remedy} again')
         try:
             shards.append(_load(path, example))
         except ValueError as error:
-            raise UserError(f'{path} holds no encoded images ({error}): {again}') from error
+            raise UserError(f'{path} holds no encoded images ({error}): {remedy}') from error
     return EncodedSource(source, tuple(shards), np.dtype(example.dtype))
 
 
 def write(
     folder: Path, key: Key, count: int, encode: Callable[[int], Iterable[np.ndarray]]
 ) -> None:
-    """Writes the encoded images of a set.
+    """Writes the encoded images of a dataset.
 
-    Complete shards of the same key stay, so that a call continues an interrupted one; those of
-    another key are replaced.
+    Complete shards with the same key are kept, so that a call continues an interrupted one; shards
+    with another key are replaced.
 
     Args:
-        folder: the folder of the set.
-        key: what the images are encoded from, and by what.
-        count: examples of the set.
-        encode: the number of an example -> blocks of encoded images [n, ...] from there on.
+        folder: folder of the encoded images.
+        key: identifies everything that the encoded images depend on.
+        count: number of examples.
+        encode: `encode(first)` yields blocks [n, ...] of encoded images from example `first` on.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
     try:
         _prepare(folder, key)
-        done = _count_whole(folder, count)
-        for path in _paths(folder)[done:]:
+        done = _complete_shards(folder, count)
+        for path in _shard_paths(folder)[done:]:
             path.unlink()
-        if done < _shards_of(count):
+        if done < _num_shards(count):
             for number, encoded in enumerate(_rechunk(encode(done * SHARD)), done):
                 _save(folder, number, encoded)
     except OSError as error:
@@ -161,23 +161,23 @@ def _load(path: Path, example: ArraySpec) -> np.ndarray:
 
 
 def _prepare(folder: Path, key: Key) -> None:
-    """Writes the key; removes shards of another key."""
+    """Creates the folder and its key; deletes shards with another key."""
     path = folder / KEY
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() or config.differences(config.read_json(path), key):
-        for shard in _paths(folder):
+        for shard in _shard_paths(folder):
             shard.unlink()
         config.write_json(path, key)
 
 
-def _count_whole(folder: Path, count: int) -> int:
-    """How many shards an earlier call has completed."""
-    for number in range(_shards_of(count)):
-        path = _shard(folder, number)
-        if path is None or not _is_whole(path):
+def _complete_shards(folder: Path, count: int) -> int:
+    """Number of complete shards of an earlier call."""
+    for number in range(_num_shards(count)):
+        path = _shard_path(folder, number)
+        if path is None or not _is_intact(path):
             return number
-    return _shards_of(count)
+    return _num_shards(count)
 
 
 def _rechunk(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -209,18 +209,18 @@ def _stored_dtype(array: np.ndarray) -> np.dtype:
     return np.result_type(*(np.min_scalar_type(value) for value in (array.min(), array.max())))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     return path.stem.partition('-')[2] == weights.sha256(path)
 
 
-def _shard(folder: Path, number: int) -> Path | None:
+def _shard_path(folder: Path, number: int) -> Path | None:
     return next(iter(folder.glob(f'{number:05d}-*.npy')), None)
 
 
-def _paths(folder: Path) -> list[Path]:
-    """Every shard in order."""
+def _shard_paths(folder: Path) -> list[Path]:
+    """All shards in order."""
     return sorted(folder.glob('*.npy'))
 
 
-def _shards_of(count: int) -> int:
+def _num_shards(count: int) -> int:
     return -(-count // SHARD)
