@@ -72,7 +72,7 @@ def home(shared, tmp_path_factory) -> Path:
         return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TransformerJob, 'picture', pytest.fail)
+        patch.setattr(TransformerJob, 'sample_grid', pytest.fail)
         patch.setattr(trainer, '_print_summary', lambda *_: None)  # traces a step to count its work
         patch.setattr(story_of_a_run, 'build_job', remember)
         patch.setattr(story_of_a_run, 'main', train_or_invent)
