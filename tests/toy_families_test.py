@@ -186,7 +186,7 @@ def trained(images, tmp_path_factory):
     @functools.cache
     def run(name: str) -> tuple[Run, Path]:
         out = tmp_path_factory.mktemp(name)
-        tokenizer = folder.Tokenizer(
+        tokenizer = folder.StoredTokenizer(
             config=tokenizer_config(name), params=parts(name)[2]['tokenizer']
         )
         folder.write(out / 'tokenizer', tokenizer)
@@ -223,7 +223,7 @@ def test_a_learned_unconditional_embedding_is_trained(trained):
     _, out = trained('bit_scales')
     before = tiny.random_params(CONFIGS['bit_scales'].abstract())
     after = weights.flatten(models.read(out / 'model').params)['starter/unprompted']
-    job = train.job(trained('bit_scales')[0])
+    job = train.build_job(trained('bit_scales')[0])
     first = weights.flatten(nn.unbox(job.init().params))['starter/unprompted']
     assert np.abs(after - first).max() > 1e-4
     assert after.shape == before['starter']['unprompted'].shape
@@ -231,7 +231,7 @@ def test_a_learned_unconditional_embedding_is_trained(trained):
 
 def test_constants_are_saved_and_never_change(trained):
     run, out = trained('prefix_raster')
-    job = train.job(run)
+    job = train.build_job(run)
     state = job.init()
     first = weights.flatten(state.params)['starter/empty']
     after = weights.flatten(models.read(out / 'model').params)['starter/empty']

@@ -13,23 +13,38 @@ from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
 from star_jax.parallel import machine, rules
 from star_jax.parallel.mesh import batch_shards
+from star_jax.training.optimizer import parameter_name
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.state import TrainState
 
-LEAST_IN_ALL = 0.2  # shares of the codes below which a codebook counts as collapsed
-LEAST_AT_SCALE = 0.01  # a coarse scale says little and needs few codes, but more than one
+MIN_USED = 0.2  # share of the codes below which a codebook counts as collapsed
+MIN_USED_BY_SCALE = 0.01  # a coarse scale needs few codes, but more than one
 
 log = logging.getLogger(__name__)
 
 
 def describe(
-    state: TrainState, schedule: Schedule, flops: int, run: Run | TokenizerRun, images: int
+    state: TrainState,
+    schedule: Schedule,
+    *,
+    flops: int,
+    run: Run | TokenizerRun,
+    examples: int,
 ) -> dict[str, str]:
-    """Lines for a user. `state` may be abstract, `flops` are those of one step."""
+    """The size of a run, as lines for a user.
+
+    Args:
+        state: the state, which may be abstract.
+        schedule: the order of an image's tokens.
+        flops: floating-point operations of a step.
+        run: the config.
+        examples: number of training examples.
+    """
     state = nn.unbox(state)
-    epochs = run.batch * run.pace.steps / images
+    epochs = run.batch * run.pace.steps / examples
+    constants = run.model.constants if isinstance(run, Run) else frozenset()
     return {
-        'parameters': f'{_count(state.params):,}',
+        'parameters': f'{_count(state.params, constants):,}',
         'state in memory': f'{_bytes(state) / 2**20:,.0f} MiB (parameters, averages, optimizer)',
         'tokens per image': f'{schedule.length:,} in {schedule.steps} steps',
         'arithmetic per step': f'{flops / 1e9:,.1f} GFLOP',
@@ -45,7 +60,7 @@ def _processes() -> str:
 def check_batch(batch: int, resolution: tuple[int, int], mesh: Mesh) -> None:
     """A UserError if the mesh cannot split a batch of images, or if no memory holds it.
 
-    Only the pictures are counted, in float32, so that a batch which passes may still be too large.
+    Only the images are counted, in float32: a batch that passes may still be too large.
     """
     ways = batch_shards(mesh)
     if batch % ways:
@@ -62,35 +77,40 @@ def check_batch(batch: int, resolution: tuple[int, int], mesh: Mesh) -> None:
 
 
 def check_state(state: TrainState) -> None:
-    """A UserError if the memory of this machine, which a CPU works in, cannot hold a state."""
+    """Raises UserError if a CPU trains a state that the memory of this machine cannot hold."""
     if jax.default_backend() == 'cpu':
         size = _bytes(nn.unbox(state)) // jax.process_count()
         machine.check_memory('parameters, averages and optimizer of this model', size)
 
 
 def warn_of_collapse(usage_KV: np.ndarray) -> None:
-    """Warns if validation images use too small a share of the codes, at a scale or in all.
+    """Warns if validation images use too few of the codes, at one scale or at all scales together.
 
-    `usage_KV` counts how often each scale chose each code. Fewer tokens than codes tell nothing.
+    A scale with fewer tokens than codes cannot use all of them and is skipped.
+
+    Args:
+        usage_KV: how often each scale used each code.
     """
-    scales = {f'scale {scale}': (row, LEAST_AT_SCALE) for scale, row in enumerate(usage_KV)}
-    for where, (usage_V, least) in {
-        'all scales': (usage_KV.sum(0), LEAST_IN_ALL),
-        **scales,
-    }.items():
+    scales = {f'scale {scale}': (row, MIN_USED_BY_SCALE) for scale, row in enumerate(usage_KV)}
+    for name, (usage_V, least) in {'all scales': (usage_KV.sum(0), MIN_USED), **scales}.items():
         share = (usage_V > 0).mean()
         if usage_V.sum() >= len(usage_V) and share < least:
             log.warning(
                 'codebook collapse: %s of validation images use %.1f %% of the codes, '
                 'less than %.0f %%',
-                where,
+                name,
                 100 * share,
                 100 * least,
             )
 
 
-def _count(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+def _count(params: Any, constants: frozenset[str]) -> int:
+    """Numbers in parameters, except for those of constants."""
+    return sum(
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if parameter_name(path) not in constants
+    )
 
 
 def _bytes(tree: Any) -> int:

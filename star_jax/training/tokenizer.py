@@ -61,7 +61,13 @@ class TokenizerJob:
         images = jax.ShapeDtypeStruct((self.run.batch, *self.run.model.resolution, 3), jnp.uint8)
         train = functools.partial(self._train, True)
         flops = count_flops(train, nn.unbox(state), images, self._perceptual)
-        return summary.describe(state, self.tokenizer.schedule, flops, self.run, len(self.source))
+        return summary.describe(
+            state,
+            self.tokenizer.schedule,
+            flops=flops,
+            run=self.run,
+            examples=len(self.source),
+        )
 
     def abstract(self) -> TrainState:
         return abstract_state(self._start, self.run.model.abstract(), self._mesh)

@@ -135,7 +135,9 @@ class TransformerJob:
             shape = (run.batch, *program.tokenizer.resolution, 3)
             images = jax.ShapeDtypeStruct(shape, jnp.uint8)
             flops += count_flops(program.encode, self.frozen.tokenizer, images)
-        return summary.describe(state, program.network.schedule, flops, run, len(self.source))
+        return summary.describe(
+            state, program.network.schedule, flops=flops, run=run, examples=len(self.source)
+        )
 
     def abstract(self) -> TrainState:
         params = self.program.trained(self.run.model.abstract())
