@@ -76,7 +76,7 @@ def losses(job: TransformerJob, state: TrainState, steps: int) -> list[float]:
     return found
 
 
-def test_codes_of_a_cache_are_those_of_the_tokenizer(run, images, made):
+def test_cache_holds_the_codes_of_the_tokenizer(run, images, made):
     cached = job(run, made)
     encode = jax.jit(functools.partial(tokens.encode, images.program.tokenizer))
     for name in ('data', 'validation'):
@@ -92,7 +92,7 @@ def test_codes_of_a_cache_are_those_of_the_tokenizer(run, images, made):
     assert sorted(file.dtype for file in cached.source.shards) == [np.uint8] * 5
 
 
-def test_training_from_a_cache_is_training_from_images(run, images, made, monkeypatch):
+def test_training_from_a_cache_equals_training_from_images(run, images, made, monkeypatch):
     """Over more than an epoch, with drawn captions and dropped ones, and the held-out scores."""
     cached, state = job(run, made), images.init()
     with monkeypatch.context() as patch:
@@ -103,16 +103,14 @@ def test_training_from_a_cache_is_training_from_images(run, images, made, monkey
     assert scores == images.evaluate(state)
 
 
-def test_a_cache_serves_whatever_is_trained_on_it(run, made):
+def test_cache_serves_other_models_and_settings(run, made):
     """Only what decides codes and features is compared."""
     wider = dataclasses.replace(run.model, mlp_ratio=2.0)
     served = job(run, made, model=wider, batch=16, seed=5, caption_drop=0.5)
     assert len(next(iter(served.batches(0))).encoded) == 16
 
 
-def test_text_features_are_copied_from_the_users_cache_not_encoded_again(
-    run, made, tmp_path, monkeypatch
-):
+def test_text_features_are_copied_from_the_users_cache(run, made, tmp_path, monkeypatch):
     known = FeatureCache(load_text(run.text), made)
     captions = ['a red circle', 'a blue square']
     known.warm(captions)
@@ -122,7 +120,7 @@ def test_text_features_are_copied_from_the_users_cache_not_encoded_again(
     jax.tree.map(np.testing.assert_array_equal, other.features(captions), known.features(captions))
 
 
-def test_another_tokenizer_is_refused(run, made, tmp_path):
+def test_cache_refuses_another_tokenizer(run, made, tmp_path):
     params = jax.tree.map(np.copy, tiny.tokenizer_params())
     params['quantiser']['codebook'][0] += 1e-3
     folder.write(
@@ -132,12 +130,12 @@ def test_another_tokenizer_is_refused(run, made, tmp_path):
         job(run, made, tokenizer=str(tmp_path / 'other'))
 
 
-def test_other_scales_are_refused(run, made):
+def test_cache_refuses_other_scales(run, made):
     with pytest.raises(UserError, match=r'another run \(grids: '):
         job(run, made, model=dataclasses.replace(run.model, sides=(1, 3, 4)))
 
 
-def test_another_text_encoder_is_refused(run, made, tmp_path):
+def test_cache_refuses_another_text_encoder(run, made, tmp_path):
     other = Path(shutil.copytree(run.text, tmp_path / 'other'))
     words = (other / 'config.json').read_text()
     assert '1e-06' in words
@@ -154,12 +152,12 @@ def test_another_text_encoder_is_refused(run, made, tmp_path):
         ('validation', {'split': 'held_out'}, r'validation.split: '),
     ],
 )
-def test_another_set_is_refused(run, made, field, change, named):
+def test_cache_refuses_another_set(run, made, field, change, named):
     with pytest.raises(UserError, match=named):
         job(run, made, **{field: dataclasses.replace(getattr(run, field), **change)})
 
 
-def test_shapes_drawn_otherwise_are_refused(run, made, monkeypatch):
+def test_cache_refuses_shapes_rendered_differently(run, made, monkeypatch):
     from star_jax.data import shapes
 
     monkeypatch.setattr(shapes, 'RING_HOLE', 0.4)
@@ -167,7 +165,7 @@ def test_shapes_drawn_otherwise_are_refused(run, made, monkeypatch):
         job(run, made)
 
 
-def test_a_cache_that_is_not_there_or_not_finished_is_refused(run, place, tmp_path):
+def test_missing_or_incomplete_cache_is_refused(run, place, tmp_path):
     with pytest.raises(UserError, match='holds no encoded images.*star-jax data cache'):
         job(run, tmp_path / 'nothing')
     next((place / 'data').glob('00003-*.npy')).unlink()
@@ -176,7 +174,7 @@ def test_a_cache_that_is_not_there_or_not_finished_is_refused(run, place, tmp_pa
 
 
 @pytest.mark.parametrize('spoil', ['cut', 'flip'])
-def test_a_torn_shard_is_refused_and_made_again(run, made, place, spoil):
+def test_damaged_shard_is_refused_and_written_again(run, made, place, spoil):
     shard = next((place / 'data').glob('00002-*.npy'))
     data = bytearray(shard.read_bytes())
     if spoil == 'cut':
@@ -190,7 +188,7 @@ def test_a_torn_shard_is_refused_and_made_again(run, made, place, spoil):
     assert shards(place) == shards(made)
 
 
-def test_an_interrupted_cache_goes_on_where_it_stopped(tmp_path):
+def test_interrupted_cache_continues_after_the_last_shard(tmp_path):
     """Killed at any block, it is not taken for whole, and the same call completes it."""
     count, key = 48, {'made': 'by a test', 'examples': 48}
     rows = np.arange(count * 3, dtype=np.int32).reshape(count, 3)
@@ -221,14 +219,14 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(tmp_path):
     np.testing.assert_array_equal(np.concatenate(other.shards), rows + 1)
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_folder_of_other_files_is_not_overwritten(tmp_path):
     (tmp_path / 'thesis.txt').write_text('years of work')
     with pytest.raises(UserError, match='something else than encoded images'):
         encoded.write(tmp_path, {'examples': 1}, 1, lambda _: [np.zeros((1, 3), np.int32)])
     assert (tmp_path / 'thesis.txt').exists()
 
 
-def test_a_changed_folder_of_images_has_another_fingerprint(tmp_path):
+def test_fingerprint_changes_with_the_images_of_a_folder(tmp_path):
     def fingerprint() -> str:
         return Folder(path=str(tmp_path), split='all').open(16).fingerprint()
 
@@ -248,7 +246,7 @@ def test_a_changed_folder_of_images_has_another_fingerprint(tmp_path):
     assert len(set(seen)) == 4
 
 
-def test_a_cache_lies_beside_its_set(run, tmp_path):
+def test_cache_path_is_beside_its_set(run, tmp_path):
     beside = dataclasses.replace(run, data=Folder(path=str(tmp_path)))
     assert cache.cache_path(beside) == tmp_path.with_name(f'{tmp_path.name}.codes')
     embedded = cache.cache_path(run)
@@ -261,7 +259,7 @@ def shards(place: Path) -> list[str]:
     return sorted(path.name for path in (place / 'data').iterdir())
 
 
-def test_random_crops_have_no_codes_to_keep(run, tmp_path):
+def test_cache_refuses_random_crops(run, tmp_path):
     enlarged = dataclasses.replace(run, enlarge=1.5)
     with pytest.raises(UserError, match='enlarge 1.5 crops an image anew'):
         train.cache(enlarged)
@@ -269,7 +267,7 @@ def test_random_crops_have_no_codes_to_keep(run, tmp_path):
         dataclasses.replace(enlarged, cache=str(tmp_path))
 
 
-def test_training_sees_crops_and_validation_whole_pictures(run):
+def test_training_crops_images_and_validation_does_not(run):
     job = TransformerJob(dataclasses.replace(run, enlarge=1.5))
     side, _ = job.program.tokenizer.resolution
     assert job.source[0]['image'].shape[0] == round(1.5 * side)

@@ -184,7 +184,7 @@ def send(number: int, place: str, step: int) -> Callable[[str, int], None]:
         (signal.SIGINT, 'step', 9, 'at step 10, saved'),
     ],
 )
-def test_a_signal_stops_a_run_after_its_step(quiet, tmp_path, number, place, step, end):
+def test_signal_stops_a_run_after_its_step(quiet, tmp_path, number, place, step, end):
     handlers = [signal.getsignal(number) for number in faults.SIGNALS]
     ended, said = go(Walk(send(number, place, step)), tmp_path)
     assert not ended and said.endswith(f'stopped {end}; the same command goes on\n')
@@ -194,19 +194,19 @@ def test_a_signal_stops_a_run_after_its_step(quiet, tmp_path, number, place, ste
     assert outcome(tmp_path) == quiet
 
 
-def test_a_signal_at_the_end_changes_nothing(quiet, tmp_path):
+def test_signal_at_the_end_changes_nothing(quiet, tmp_path):
     assert go(Walk(send(signal.SIGTERM, 'export', 14)), tmp_path)[0]
     assert outcome(tmp_path) == quiet
 
 
-def test_stops_between_reports_add_up(quiet, tmp_path):
+def test_metrics_of_stopped_runs_are_joined(quiet, tmp_path):
     for step in (1, 2, 6, 7):
         assert not go(Walk(send(signal.SIGTERM, 'step', step)), tmp_path)[0]
     assert go(Walk(), tmp_path)[0]
     assert outcome(tmp_path) == quiet
 
 
-def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+def test_second_signal_ends_the_process(monkeypatch):
     ends = []
     monkeypatch.setattr(faults.os, '_exit', ends.append)
     with faults.Stop() as stop:
@@ -218,7 +218,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     assert ends == [130]
 
 
-def test_an_ignored_signal_stays_ignored():
+def test_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with faults.Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -226,7 +226,7 @@ def test_an_ignored_signal_stays_ignored():
     assert not stop.asked and signal.signal(signal.SIGINT, before) is signal.SIG_IGN
 
 
-def test_only_the_main_thread_listens():
+def test_only_the_main_thread_catches_signals():
     handlers = []
 
     def enter() -> None:
@@ -239,7 +239,7 @@ def test_only_the_main_thread_listens():
     assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_a_flipped_byte_costs_the_steps_since_the_checkpoint_before(quiet, tmp_path, caplog):
+def test_run_skips_a_damaged_checkpoint(quiet, tmp_path, caplog):
     assert not go(Walk(send(signal.SIGTERM, 'step', 11)), tmp_path)[0]
     newest = tmp_path / 'checkpoints' / '12' / 'state'
     largest = max(newest.rglob('d/*'), key=lambda path: path.stat().st_size)
@@ -261,7 +261,7 @@ def test_a_flipped_byte_costs_the_steps_since_the_checkpoint_before(quiet, tmp_p
         ('params/x', 10, 'step 10: params/x not finite after it'),
     ],
 )
-def test_what_is_no_number_stops_the_run_and_is_not_saved(tmp_path, poisoned, bad, named):
+def test_non_finite_values_stop_the_run_and_are_not_saved(tmp_path, poisoned, bad, named):
     with pytest.raises(RunError) as caught:
         go(Walk(poisoned=poisoned, bad=bad), tmp_path)
     message = str(caught.value)
@@ -272,7 +272,7 @@ def test_what_is_no_number_stops_the_run_and_is_not_saved(tmp_path, poisoned, ba
     assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
 
 
-def test_a_stop_does_not_save_what_is_no_number(tmp_path):
+def test_stop_does_not_save_non_finite_metrics(tmp_path):
     job = Walk(send(signal.SIGTERM, 'step', 8), 'other', 7)
     with pytest.raises(RunError, match='step 7: other is nan'):
         go(job, tmp_path)
@@ -280,7 +280,7 @@ def test_a_stop_does_not_save_what_is_no_number(tmp_path):
 
 
 @pytest.mark.parametrize('place, step, kept', [('evaluate', 6, 5), ('step', 0, None)])
-def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(quiet, tmp_path, place, step, kept):
+def test_full_disk_error_names_the_newest_complete_checkpoint(quiet, tmp_path, place, step, kept):
     def happens(*here: str | int) -> None:
         if here == (place, step):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'samples/1.png')
@@ -294,7 +294,7 @@ def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(quiet, tmp_path, 
     assert outcome(tmp_path) == quiet
 
 
-def test_a_full_disk_is_known_by_its_words_and_through_other_errors(tmp_path):
+def test_full_disk_is_recognized_by_message_and_cause(tmp_path):
     with pytest.raises(RunError, match='File too large'), faults.disk_watched(tmp_path):
         try:
             raise ValueError('OUT_OF_RANGE: Failed to write to file 11: File too large')
@@ -304,7 +304,7 @@ def test_a_full_disk_is_known_by_its_words_and_through_other_errors(tmp_path):
         raise UserError('something else')
 
 
-def test_what_stops_a_run_is_one_sentence_and_status_1(monkeypatch, tmp_path, capsys):
+def test_run_error_is_one_sentence_and_status_1(monkeypatch, tmp_path, capsys):
     def fail(*_: object) -> bool:
         raise RunError('step 8: loss is nan')
 
@@ -313,7 +313,7 @@ def test_what_stops_a_run_is_one_sentence_and_status_1(monkeypatch, tmp_path, ca
     assert capsys.readouterr().err == 'star-jax train-tokenizer: step 8: loss is nan\n'
 
 
-def test_other_data_than_before_are_warned_of_once(tmp_path, caplog):
+def test_changed_training_data_are_warned_of_once(tmp_path, caplog):
     said = []
     for step, examples in enumerate(('abc', 'abc', 'abcd', 'abcd', 'bcde')):
         job = Walk(send(signal.SIGTERM, 'batch', step))
@@ -325,7 +325,7 @@ def test_other_data_than_before_are_warned_of_once(tmp_path, caplog):
     assert 'training data have changed' in said[2][0] and '3 examples then, 4 now' in said[2][0]
 
 
-def test_the_order_of_own_images_is_told_by_their_listing(tmp_path, monkeypatch):
+def test_fingerprint_of_own_images_changes_with_their_files(tmp_path, monkeypatch):
     """What a run compares changes with a picture more, a caption, and the bytes of a picture."""
     monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path / 'cache'))
     own = tmp_path / 'own'
@@ -344,7 +344,7 @@ def test_the_order_of_own_images_is_told_by_their_listing(tmp_path, monkeypatch)
     assert known[-1] == Folder(path=str(own), split='all').open(16).fingerprint()
 
 
-def test_one_process_writes_for_all(tmp_path, monkeypatch):
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
     """The first one; all compute the same scores and pictures."""
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
     with logger.open_logger(tmp_path, 0) as run_logger:
@@ -360,7 +360,7 @@ def test_one_process_writes_for_all(tmp_path, monkeypatch):
     assert found == {'metrics', 'samples', 'events'}
 
 
-def test_what_a_killed_report_left_is_cleared_away(tmp_path):
+def test_logger_removes_temporary_files_of_a_killed_run(tmp_path):
     (tmp_path / 'samples').mkdir()
     own = [tmp_path / name for name in ('.note.0123abcd', '.metrics.jsonl.x', 'samples/a.0123abcd')]
     left = [tmp_path / '.metrics.jsonl.0123abcd', tmp_path / 'samples' / '.00000006.png.0123abcd']
@@ -381,7 +381,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(quiet, tmp_path):
+def test_lock_refuses_a_second_run_until_the_first_ends(quiet, tmp_path):
     words = [sys.executable, '-S', '-c', HOLDER, str(tmp_path / faults.LOCK)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == 'locked\n'
@@ -393,7 +393,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(quiet, tmp_
     assert outcome(tmp_path) == quiet
 
 
-def test_a_run_locks_its_folder_and_lets_go_of_it(tmp_path):
+def test_lock_is_released_when_a_run_ends(tmp_path):
     with faults.lock(tmp_path):
         said = f'in use by process {os.getpid()} on .* since'
         with pytest.raises(UserError, match=said), faults.lock(tmp_path):
@@ -402,7 +402,7 @@ def test_a_run_locks_its_folder_and_lets_go_of_it(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_lock_warns_of_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -412,7 +412,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     assert 'no locks here' in caplog.text
 
 
-def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path):
+def test_lock_refuses_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot be written'), faults.lock(tmp_path / 'file' / 'x'):
         pass
@@ -510,7 +510,7 @@ class Several:
         return self.end()
 
 
-def test_a_killed_run_ends_as_if_nothing_had_happened(environment, tmp_path):
+def test_killed_run_continues_bit_for_bit(environment, tmp_path):
     """kill -9 during a save, then the same command: equal bit for bit."""
     whole, torn = tmp_path / 'whole', tmp_path / 'torn'
     words = ('train', settings('train', tmp_path, steps=50))
@@ -525,7 +525,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(environment, tmp_path):
     assert_same('train', torn, whole, steps=50)
 
 
-def test_a_tokenizer_goes_on_as_if_it_had_never_stopped(tmp_path):
+def test_stopped_tokenizer_run_continues_bit_for_bit(tmp_path):
     """Unused codes move in the first step after the checkpoint."""
     job = TokenizerJob(tiny.TOKENIZER)
 
@@ -544,7 +544,7 @@ def test_a_tokenizer_goes_on_as_if_it_had_never_stopped(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, went_on, stayed)
 
 
-def test_after_a_full_disk_and_a_stop_the_same_process_goes_on(environment, tmp_path):
+def test_run_continues_after_a_full_disk_and_a_stop(environment, tmp_path):
     whole, torn = tmp_path / 'whole', tmp_path / 'torn'
     words = ('train-tokenizer', settings('train-tokenizer', tmp_path, steps=50))
     with Several(environment, Path(__file__).parent) as several:
@@ -575,7 +575,7 @@ def test_after_a_full_disk_and_a_stop_the_same_process_goes_on(environment, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize('command', ['train', 'train-tokenizer'])
-def test_kill_at_ten_random_points(command, environment, tmp_path):
+def test_run_killed_at_random_points_continues_bit_for_bit(command, environment, tmp_path):
     """While starting, between saves and during them: twenty points with both commands."""
     steps, chance = 300, random.Random(0)
     # A kill may leave half a program in the cache, which is then no cache for the other tests.

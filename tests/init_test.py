@@ -52,13 +52,13 @@ def assert_like(state: dict[str, np.ndarray], statistics: dict) -> None:
         assert abs(array.mean() - entry['mean']) <= error * 2**0.5 + 1e-6, name
 
 
-def test_the_base_model_starts_like_the_original(reference):
+def test_base_model_is_initialized_like_the_original(reference):
     state, statistics = fresh_state(depth=4), reference['stats']['base model (train_mode all)']
     assert_like(state, statistics)
     assert set(state) == {name for name in statistics if not name.endswith(IGNORED)}
 
 
-def test_a_refinement_head_starts_like_the_original(reference):
+def test_refinement_head_is_initialized_like_the_original(reference):
     """Only the head: its base model is loaded, and starts otherwise there."""
     state = fresh_state(depth=3, refinement=Refinement(first=2))
     kind = next(kind for kind in reference['stats'] if kind.startswith('with sampling head'))
@@ -73,7 +73,7 @@ def of_head(name: str) -> bool:
     return name.startswith(('feat_extract_blocks', 'pos_start_last', *outer))
 
 
-def test_shared_adaln_and_learned_positions_start_like_the_original(reference):
+def test_shared_adaln_and_learned_positions_are_initialized_like_the_original(reference):
     state = fresh_state(depth=4, shared_adaln=True, positions=Learned())
     assert_like(state, reference['stats']['rotary_pos_emb=False, shared_aln=True'])
     gates, rest = np.split(state['blocks.0.ada_gss'], [2], axis=2)

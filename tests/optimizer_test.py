@@ -12,8 +12,9 @@ from star_jax.convert.star import star_entries
 from star_jax.core.condition import TextCondition
 from star_jax.families.star import Star
 from star_jax.nn.positions import Learned
-from star_jax.training.optimizer import AdamW, clip_by_norm, decayed, gradient_norm
+from star_jax.training.optimizer import AdamW, clip_by_norm, decayed, everything, gradient_norm
 from star_jax.training.schedules import LearningRate, weight_decay_at
+from star_jax.training.state import TrainState
 
 NEVER = ('pos_1LC', 'pos_start', 'lvl_embed', 'ada_gss', 'scale_mul')
 
@@ -29,7 +30,7 @@ def abstract_params(star: Star):
 
 
 @pytest.mark.parametrize('adaln', [False, True])
-def test_the_decayed_group_is_the_published_one(adaln):
+def test_decayed_parameters_are_the_published_group(adaln):
     star = Star(
         depth=2,
         width=16,
@@ -49,7 +50,7 @@ def test_the_decayed_group_is_the_published_one(adaln):
         assert group.all() == published and group.any() == published, name
 
 
-def test_warm_up_starts_low_and_every_shape_falls_from_the_peak_to_the_end():
+def test_learning_rate_rises_to_the_peak_and_falls_to_the_end():
     for shape in ('lin0', 'lin', 'lin00', 'cos', 'exp', 'lin0.4'):
         rate = LearningRate(peak=3.0, warmup_steps=5, shape=shape)
         values = np.asarray(rate.at(np.arange(100), 100)) / 3
@@ -57,17 +58,17 @@ def test_warm_up_starts_low_and_every_shape_falls_from_the_peak_to_the_end():
         assert (np.diff(values[:6]) > 0).all() and (np.diff(values[5:]) <= 1e-7).all()
 
 
-def test_an_unknown_shape_is_refused():
+def test_learning_rate_refuses_an_unknown_shape():
     with pytest.raises(ValueError, match='lin0.5'):
         LearningRate(shape='step')
 
 
-def test_weight_decay_turns_from_first_to_last():
+def test_weight_decay_changes_from_first_to_last():
     values = [float(weight_decay_at(step, 11, 0.05, 0.08)) for step in (0, 5, 10)]
     np.testing.assert_allclose(values, [0.05, 0.065, 0.08], rtol=1e-6)
 
 
-def test_accumulation_updates_with_the_mean_at_the_rates_of_the_last_micro_iteration():
+def test_accumulation_updates_with_mean_gradients_at_the_last_rates():
     params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}
     keys = jax.random.split(jax.random.key(0), 4)
     gradients = [jax.tree.map(lambda x, k=k: jax.random.normal(k, x.shape), params) for k in keys]
@@ -95,10 +96,24 @@ def test_accumulation_updates_with_the_mean_at_the_rates_of_the_last_micro_itera
     np.testing.assert_allclose(moved['kernel'].ravel(), kernel, rtol=1e-5)
 
 
-def test_a_long_gradient_is_clipped_to_the_limit():
+def test_clipping_limits_the_gradient_norm():
     clip = clip_by_norm(2.0)
     long, state = clip.update({'a': jnp.array([30.0, 40.0])}, clip.init(None))
     short, _ = clip.update({'a': jnp.array([0.3, 0.4])}, state)
     np.testing.assert_allclose(long['a'], [1.2, 1.6], rtol=1e-5)
     np.testing.assert_allclose(short['a'], [0.3, 0.4])
     assert float(state.norm_before_clip) == 50
+
+
+def test_constants_have_no_gradient_and_no_update():
+    params = {'fc': {'kernel': jnp.ones((2, 2)), 'constant': jnp.full(2, 3.0)}}
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), params)
+    constants = frozenset({'fc/constant'})
+    optimizer = AdamW(weight_decay=0.5).build(10, everything, constants)
+    state = TrainState.start(params, optimizer, ema=True)
+    for _ in range(3):
+        state = state.update(gradients, optimizer, 0.9, constants)
+        assert gradient_norm(state.opt) == 1.0  # of the kernel alone
+    for tree in (state.params, state.ema):
+        np.testing.assert_array_equal(tree['fc']['constant'], params['fc']['constant'])
+        assert (tree['fc']['kernel'] < 1).all()

@@ -56,21 +56,21 @@ def leaves(tree) -> dict[str, np.ndarray]:
     return weights.flatten(jax.device_get(tree))
 
 
-def test_one_batch_can_be_learnt_by_heart(job):
+def test_training_overfits_one_batch(job):
     batch = take(job, 1)[0]
     _, losses = go(job, job.init(), [batch] * 250)
     assert losses[0] == pytest.approx(np.log(32), abs=0.2)
     assert losses[-1] < 0.3
 
 
-def test_the_loss_falls_on_pictures_not_seen_twice(job):
+def test_training_lowers_the_loss_of_new_images(job):
     before = job.evaluate(job.init())
     state, losses = go(job, job.init(), take(job, 40))
     assert np.mean(losses[-5:]) < losses[0] - 0.3
     assert job.evaluate(state)['validation/loss'] < before['validation/loss'] - 0.3
 
 
-def test_accumulated_steps_make_one_update_and_averages_follow(run):
+def test_accumulated_steps_make_one_update_and_one_average(run):
     optimizer = dataclasses.replace(run.optimizer, accumulate=2)
     job = TransformerJob(dataclasses.replace(run, optimizer=optimizer, ema=0.75))
     state = job.init()
@@ -87,14 +87,14 @@ def test_accumulated_steps_make_one_update_and_averages_follow(run):
 
 
 @pytest.mark.parametrize(('balance', 'shares'), [(0, (1, 4, 10)), (1, (1, 1, 1))])
-def test_balance_says_what_a_scale_weighs(balance, shares):
+def test_token_weights_balance_the_scales(balance, shares):
     weights_L = token_weights(Pyramid.square((1, 2, 4)), 15, balance)  # one token was dropped
     assert weights_L.mean() == pytest.approx(1)
     sums = [weights_L[:1].sum(), weights_L[1:5].sum(), weights_L[5:].sum()]
     np.testing.assert_allclose(np.array(sums) / sums[0], shares, rtol=1e-6)
 
 
-def test_a_balanced_loss_teaches_coarse_scales_first(job):
+def test_balanced_loss_trains_coarse_scales_first(job):
     balanced = TransformerJob(dataclasses.replace(job.run, balance=1.0))
     batch = take(job, 1)[0]
     first = {}
@@ -106,7 +106,7 @@ def test_a_balanced_loss_teaches_coarse_scales_first(job):
     assert first['balanced'] < first['plain']
 
 
-def test_text_encoded_inside_the_program_is_that_of_the_cache(run, job):
+def test_text_features_inside_the_program_equal_cached_ones(run, job):
     """To the cache's float16."""
     settings = dataclasses.replace(job.run, features='inside')
     _, inside = go(TransformerJob(settings), job.init(), take(TransformerJob(settings), 3))
@@ -122,7 +122,7 @@ def test_bfloat16_activations_train_float32_parameters(job):
     np.testing.assert_allclose(losses, full, atol=0.05)
 
 
-def test_a_collapsed_codebook_is_told(caplog):
+def test_summary_warns_of_a_collapsed_codebook(caplog):
     def usage(*used: int, times: int = 100) -> np.ndarray:
         return np.stack([np.arange(500) < count for count in used]) * times
 
@@ -135,7 +135,7 @@ def test_a_collapsed_codebook_is_told(caplog):
     assert 'all scales' in caplog.text and '15.0 %' in caplog.text
 
 
-def test_a_run_goes_on_from_a_model_folder(job, tmp_path):
+def test_run_starts_from_a_model_folder(job, tmp_path):
     state, _ = go(job, job.init(), take(job, 2))
     job.export(state, tmp_path / 'model')
     settings = dataclasses.replace(job.run, init=str(tmp_path / 'model'), seed=5, ema=0.5)
@@ -150,7 +150,7 @@ def test_a_run_goes_on_from_a_model_folder(job, tmp_path):
         TransformerJob(wider).init()
 
 
-def test_a_checkpoint_continues_on_another_mesh(run, job, tmp_path):
+def test_checkpoint_continues_on_another_mesh(run, job, tmp_path):
     batches = take(job, 4)
     state, _ = go(job, job.init(), batches[:2])
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -167,3 +167,23 @@ def test_a_checkpoint_continues_on_another_mesh(run, job, tmp_path):
     checkpoints.close()
     _, went_on = go(moved, restored, take(moved, 2, step), first=step)
     np.testing.assert_allclose(went_on, stayed, rtol=1e-5)
+
+
+def test_label_smoothing_changes_the_trained_loss_alone(job):
+    smoothed = TransformerJob(dataclasses.replace(job.run, label_smoothing=0.25))
+    state, inputs, key = job.init(), take(job, 1)[0], jax.random.key(0)
+
+    @jax.jit
+    def losses(params, inputs):
+        args = (params, job.frozen, inputs, key)
+        programs = (job.program, smoothed.program)
+        return [(*program.loss(*args), program.score(*args)) for program in programs]
+
+    (loss, metrics, score), (smooth_loss, smooth_metrics, smooth_score) = losses(
+        state.params, inputs
+    )
+    uniform = (smooth_loss - 0.75 * loss) / 0.25  # the mean of -log p over the codes
+    assert uniform > np.log(32) and smooth_loss == smooth_metrics.pop('loss')
+    assert loss == metrics.pop('loss')
+    jax.tree.map(np.testing.assert_array_equal, smooth_metrics, metrics)
+    jax.tree.map(np.testing.assert_array_equal, smooth_score, score)

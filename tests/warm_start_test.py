@@ -38,7 +38,7 @@ def state_of(star: Star, seed: int) -> TrainState:
 
 
 @pytest.mark.parametrize('adaln', [False, True])
-def test_rows_go_on_by_their_numbers(adaln):
+def test_warm_start_keeps_the_first_rows(adaln):
     small = dataclasses.replace(SMALL, positions=Learned(), shared_adaln=adaln)
     large = dataclasses.replace(small, sides=SIDES)
     old, fresh = state_of(small, 0), state_of(large, 1)
@@ -55,7 +55,7 @@ def test_rows_go_on_by_their_numbers(adaln):
         np.testing.assert_array_equal(after['table/table'][21:], other['table/table'][21:])
 
 
-def test_only_rows_may_be_missing():
+def test_warm_start_refuses_other_shapes():
     small, large = state_of(SMALL, 0), state_of(dataclasses.replace(SMALL, sides=SIDES), 1)
     with pytest.raises(UserError, match='levels'):
         warm_start.fit(large.params, small, 'it')  # of more scales
@@ -64,7 +64,7 @@ def test_only_rows_may_be_missing():
         warm_start.fit(small.params, wide, 'it')
 
 
-def test_a_run_begins_with_a_smaller_model_on_any_mesh(places):
+def test_run_starts_from_a_model_of_fewer_scales_on_a_mesh(places):
     init, tokenizer = places
     star = dataclasses.replace(SMALL, sides=SIDES, keep_tokens=24)
     mesh = MeshShape(data=2, fsdp=4)
