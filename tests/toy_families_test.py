@@ -221,12 +221,10 @@ def test_a_family_from_outside_trains_saves_loads_and_samples(name, trained):
 
 def test_a_learned_unconditional_embedding_is_trained(trained):
     _, out = trained('bit_scales')
-    before = tiny.random_params(CONFIGS['bit_scales'].abstract())
     after = weights.flatten(models.read(out / 'model').params)['starter/unprompted']
     job = train.build_job(trained('bit_scales')[0])
     first = weights.flatten(nn.unbox(job.init().params))['starter/unprompted']
     assert np.abs(after - first).max() > 1e-4
-    assert after.shape == before['starter']['unprompted'].shape
 
 
 def test_constants_are_saved_and_never_change(trained):
