@@ -15,6 +15,7 @@ from star_jax.errors import UserError
 from star_jax.training.run import Run
 
 COMMAND = 'study CONFIGS...'
+COMMON = {title: run_config.COMMON[Run][title] for title in ('model', 'data', 'training')}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,7 @@ def _load(paths: Sequence[Path]) -> dict[str, Run]:
 
 
 def _parse(option_words: Sequence[str], run: Run) -> Study:
-    return arguments.parse(
-        Study, option_words, COMMAND, Study(run=run), common=run_config.COMMON[Run]
-    )
+    return arguments.parse(Study, option_words, COMMAND, Study(run=run), common=COMMON)
 
 
 def _replace(run: Run, option_words: Sequence[str]) -> Study:
