@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from star_jax.core import resize
-
-Grids = tuple[tuple[int, int], ...]  # (height, width) of the scales, none smaller than the last
+from star_jax.core.schedule import Grids
 
 
 def enlarge(x_BLC: jax.Array, grids: Grids, index: jax.Array, full: tuple[int, int]) -> jax.Array:

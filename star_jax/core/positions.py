@@ -1,7 +1,7 @@
-"""Where does a token stand?
+"""Which coordinates does a token have, and how do they rotate queries and keys?
 
-Tables that are functions of the schedule alone. Normalised coordinates stretch every grid to the
-same extent, so that a token of a coarse scale lies where its pixels lie (STAR specification 3.2).
+The tables are functions of the schedule alone. Normalised coordinates stretch every grid to the
+same extent, so that a coarse token has the coordinates of its pixels (STAR specification 3.2).
 """
 
 import jax
@@ -39,7 +39,7 @@ def rounded_xy(grids: tuple[tuple[int, int], ...], reference: tuple[int, int]) -
 
 
 def rotary_angles(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
-    """[L, head_dim / 2] float32 angles: half of the planes turns with x, half with y.
+    """[L, head_dim / 2] float32 angles: half of the planes rotate with x, half with y.
 
     `head_dim` must divide by 4 (STAR specification 3.2).
     """

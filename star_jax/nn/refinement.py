@@ -1,8 +1,8 @@
-"""What are a scale's tokens, given those of them that are fixed already?
+"""Which tokens does a scale have, given the tokens that are already fixed?
 
-The refinement head of causal-driven stable sampling (STAR specification 9): a small network that
-reads a transformer's features beside the vectors of the fixed tokens. It knows one scale at a time
-and the pooled text, which stands before the tokens as a row of its own.
+The refinement head of causal-driven stable sampling (STAR specification 9) is a small network. Its
+inputs are the transformer's features and the code vectors of the fixed tokens of one scale, and the
+pooled text, which is a row before the tokens.
 """
 
 import jax
@@ -20,10 +20,24 @@ from star_jax.nn.transformer import Rows
 
 
 class Refiner(nn.Module):
-    """The head. `first` is the first step that it is meant for.
+    """The refinement head.
 
-    `starter` makes the text's row, `embedder` turns code vectors into rows, `merge` makes one row
-    of a token's own and its feature.
+    Attributes:
+        schedule: the schedule of the transformer.
+        first: the first step that the head refines.
+        width: channels D of a row.
+        depth: layers.
+        heads: attention heads.
+        starter: module from the condition to the text's row.
+        embedder: module from code vectors to rows.
+        merge: module from a token's row and feature, concatenated, to one row.
+        positions: rotation of queries and keys.
+        block: parts of a layer.
+        to_logits: the projection to logits.
+        init_rows: initializer of the level embeddings.
+        remat: compute activations again in the backward pass.
+        unroll: layers compiled side by side.
+        dtype: dtype of activations.
     """
 
     schedule: Schedule
@@ -50,18 +64,21 @@ class Refiner(nn.Module):
     def __call__(
         self, vectors_BLC: jax.Array, features_BLD: jax.Array, rows: Rows, text: TextCondition
     ) -> jax.Array:
-        """[B, L, V] float32 logits of the tokens at `rows`, which are those of whole steps.
+        """[B, L, V] float32 logits.
 
-        `vectors_BLC` are the code vectors of fixed tokens, zero elsewhere; `features_BLD` those of
-        the transformer before its last norm.
+        Args:
+            vectors_BLC: code vectors of fixed tokens, zero for the others.
+            features_BLD: features of the transformer before its last norm.
+            rows: rows of the tokens, all rows of whole steps.
+            text: the condition.
         """
         steps_L = jnp.asarray(self.schedule.step_of_row)[rows]
         start_B1D = self.starter(text)
-        own = jnp.concatenate([start_B1D, self.embedder(vectors_BLC) + self.levels[steps_L]], 1)
+        tokens = jnp.concatenate([start_B1D, self.embedder(vectors_BLC) + self.levels[steps_L]], 1)
         features = jnp.concatenate(
             [start_B1D.astype(self.dtype), features_BLD.astype(self.dtype)], 1
         )
-        x_BLD = self.merge(jnp.concatenate([own.astype(self.dtype), features], -1))
+        x_BLD = self.merge(jnp.concatenate([tokens.astype(self.dtype), features], -1))
         visibility = Visibility(mask=self._mask(rows))
         shared = Shared(rotation_LP2=self._rotation(rows), visibility=visibility)
         x_BLD, _ = self.blocks(x_BLD, PerLayer(), shared)

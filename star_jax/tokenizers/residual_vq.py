@@ -117,11 +117,11 @@ class VQ(TokenizerConfig):
         return VQTokenizer(self, dtype)
 
     def abstract(self) -> dict:
-        """The parameters of such a tokenizer, by shape and type alone, boxed with logical axes."""
+        """Shapes of the parameters, boxed with logical axes."""
         return _abstract(self)
 
 
-@functools.lru_cache(maxsize=16)  # traced again for every reader, it takes longer than the reading
+@functools.lru_cache(maxsize=16)  # tracing it takes longer than reading a model
 def _abstract(config: VQ) -> dict:
     images = jax.ShapeDtypeStruct((1, *config.resolution, 3), jnp.float32)
     return jax.eval_shape(config.build().init, jax.random.key(0), images)['params']
@@ -130,10 +130,12 @@ def _abstract(config: VQ) -> dict:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """What quantising features f leaves behind; gradients reach codebook and phi through it.
+    """The result of quantising features f; gradients flow through it to codebook and phi.
 
-    `codes`: per scale [B, h, w]. `targets`: per scale [B, h, w, C], the vectors looked up.
-    `canvases`: per scale [B, H, W, C], the sum of the scales so far.
+    Attributes:
+        codes: per scale [B, h, w] int32.
+        targets: per scale [B, h, w, C], the vectors whose nearest code was searched.
+        canvases: per scale [B, H, W, C], the sum of the scales so far.
     """
 
     codes: tuple[jax.Array, ...]
@@ -164,7 +166,16 @@ class Quantised:
 
 
 class ResidualVQ(nn.Module):
-    """Codebook and phi convolutions. Everything here is float32 at full matmul precision."""
+    """Codebook and phi convolutions; all arrays are float32, products have full precision.
+
+    Attributes:
+        schedule: grids of the scales.
+        codes: entries of the codebook.
+        channels: channels of a code vector.
+        phis: phi convolutions.
+        phi_ratio: share of the convolution in the output of a phi.
+        normalised: compare directions instead of distances.
+    """
 
     schedule: Pyramid
     codes: int
@@ -208,11 +219,11 @@ class ResidualVQ(nn.Module):
         return (squares - 2 * products).argmin(-1).astype(jnp.int32)
 
     def refine(self, vectors_BhwC: jax.Array, step: Step) -> jax.Array:
-        """What a scale adds to the canvas: its vectors at full size, through its phi."""
+        """The maps that a scale adds to the canvas: its vectors at full size, through its phi."""
         return self._convolve(resize.bicubic(vectors_BhwC, *self.schedule.grids[-1]), step)
 
     def _convolve(self, full: jax.Array, step: Step) -> jax.Array:
-        """Maps of full size through the phi of a scale."""
+        """Maps of full size, through the phi of a scale."""
         phi = jnp.asarray(phi_of_scale(self.phis, self.schedule.steps))[step.index]
         convolved = jax.lax.conv_general_dilated(
             full,
@@ -225,7 +236,7 @@ class ResidualVQ(nn.Module):
         return (1 - self.phi_ratio) * full + self.phi_ratio * (convolved + self.phi_bias[phi])
 
     def quantise(self, f_BHWC: jax.Array) -> Quantised:
-        """Scale by scale: the nearest codes of what is left (STAR specification 1.6)."""
+        """Finds, scale by scale, the nearest codes of the residual (STAR specification 1.6)."""
         codes, targets, canvases = [], [], []
         canvas = jnp.zeros_like(f_BHWC)
         for step, (height, width) in enumerate(self.schedule.grids):
@@ -278,7 +289,7 @@ class ResidualVQ(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Images <-> codes, and the canvas between them. Of `dtype` is the decoder alone."""
+    """Images <-> codes, and the canvas between them; `dtype` is that of the decoder."""
 
     config: VQ
     dtype: str = 'float32'
