@@ -1,4 +1,4 @@
-"""Is training from cached codes training from images, and is a cache that does not fit refused?"""
+"""Does training from a cache equal training from images, and are other caches refused?"""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ def made(run, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(made, tmp_path) -> Path:
-    """A copy that a test may spoil: a cache can be moved."""
+    """A copy that a test may damage: a cache can be moved."""
     return Path(shutil.copytree(made, tmp_path / 'moved.codes'))
 
 
@@ -93,7 +93,7 @@ def test_cache_holds_the_codes_of_the_tokenizer(run, images, made):
 
 
 def test_training_from_a_cache_equals_training_from_images(run, images, made, monkeypatch):
-    """Over more than an epoch, with drawn captions and dropped ones, and the held-out scores."""
+    """Over more than an epoch, with random and dropped captions, and on the validation set."""
     cached, state = job(run, made), images.init()
     with monkeypatch.context() as patch:
         for kind in (TransformerJob, TextEncoder):
@@ -104,7 +104,7 @@ def test_training_from_a_cache_equals_training_from_images(run, images, made, mo
 
 
 def test_cache_serves_other_models_and_settings(run, made):
-    """Only what decides codes and features is compared."""
+    """Only what codes and features depend on is compared."""
     wider = dataclasses.replace(run.model, mlp_ratio=2.0)
     served = job(run, made, model=wider, batch=16, seed=5, caption_drop=0.5)
     assert len(next(iter(served.batches(0))).encoded) == 16
@@ -173,11 +173,11 @@ def test_missing_or_incomplete_cache_is_refused(run, place, tmp_path):
         job(run, place)
 
 
-@pytest.mark.parametrize('spoil', ['cut', 'flip'])
-def test_damaged_shard_is_refused_and_written_again(run, made, place, spoil):
+@pytest.mark.parametrize('damage', ['cut', 'flip'])
+def test_damaged_shard_is_refused_and_written_again(run, made, place, damage):
     shard = next((place / 'data').glob('00002-*.npy'))
     data = bytearray(shard.read_bytes())
-    if spoil == 'cut':
+    if damage == 'cut':
         data = data[:-1]
     else:
         data[-1] ^= 1
@@ -189,7 +189,7 @@ def test_damaged_shard_is_refused_and_written_again(run, made, place, spoil):
 
 
 def test_interrupted_cache_continues_after_the_last_shard(tmp_path):
-    """Killed at any block, it is not taken for whole, and the same call completes it."""
+    """Interrupted at any block, it counts as incomplete, and the same call completes it."""
     count, key = 48, {'made': 'by a test', 'examples': 48}
     rows = np.arange(count * 3, dtype=np.int32).reshape(count, 3)
     asked = []

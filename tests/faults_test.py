@@ -1,4 +1,4 @@
-"""Whatever breaks in the night: is the run then the run to which nothing happened?"""
+"""After a signal, a kill, damage or a full disk: is the outcome that of an undisturbed run?"""
 
 import dataclasses
 import errno
@@ -39,8 +39,8 @@ LITTLE = 2**15  # bytes: enough for what a short run reports, too little for its
 PACE = Pace(steps=14, log=5, sample=6, save=5)
 
 
-def nothing(place: str, step: int) -> None:
-    """What happens in a quiet night."""
+def no_event(name: str, step: int) -> None:
+    """A run without faults."""
 
 
 class Examples(list):
@@ -58,9 +58,12 @@ def walk(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax
 
 
 class Walk:
-    """A job that is hardly any work. `happens` is told of every place that it comes to.
+    """A job with almost no work.
 
-    At step `bad` the scalar or array named `poisoned` becomes nan.
+    Args:
+        on_event: called with the name of each method of a job and the step.
+        poisoned: the metric or array that becomes nan at step `bad`.
+        bad: the step, counted from 1 (0: none).
     """
 
     source = Examples('abc')
@@ -68,12 +71,12 @@ class Walk:
 
     def __init__(
         self,
-        happens: Callable[[str, int], None] = nothing,
+        on_event: Callable[[str, int], None] = no_event,
         poisoned: str = '',
         bad: int = 0,
     ) -> None:
         self.run = dataclasses.replace(tiny.TOKENIZER, pace=PACE)
-        self._happens, self._poisoned, self._bad = happens, poisoned, bad
+        self._on_event, self._poisoned, self._bad = on_event, poisoned, bad
 
     def summary(self) -> dict[str, str]:
         return {}
@@ -82,36 +85,36 @@ class Walk:
         return jax.eval_shape(_begin)
 
     def init(self) -> TrainState:
-        self._happens('init', 0)
+        self._on_event('init', 0)
         return _begin()
 
     def batches(self, step: int) -> Iterator[jax.Array]:
         while True:
-            self._happens('batch', step)
+            self._on_event('batch', step)
             yield jnp.float32(step)
             step += 1
 
     def step(
         self, step: int, state: TrainState, batch: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        self._happens('step', step)
-        state, scalars = walk(state, batch)
-        if step + 1 == self._bad and self._poisoned in scalars:
-            scalars[self._poisoned] = jnp.float32(jnp.nan)
+        self._on_event('step', step)
+        state, metrics = walk(state, batch)
+        if step + 1 == self._bad and self._poisoned in metrics:
+            metrics[self._poisoned] = jnp.float32(jnp.nan)
         elif step + 1 == self._bad:
             state = state.replace(params={'x': state.params['x'] * jnp.nan})
-        return state, scalars
+        return state, metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        self._happens('evaluate', int(state.step))
+        self._on_event('evaluate', int(state.step))
         return {'validation/loss': float(state.params['x'][1])}
 
     def sample_grid(self, state: TrainState) -> np.ndarray:
-        self._happens('sample_grid', int(state.step))
+        self._on_event('sample_grid', int(state.step))
         return np.zeros((4, 4, 3), np.uint8)
 
     def export(self, state: TrainState, folder: Path) -> None:
-        self._happens('export', int(state.step))
+        self._on_event('export', int(state.step))
         folder.mkdir(exist_ok=True)
         np.save(folder / 'x.npy', np.asarray(state.params['x']))
 
@@ -121,7 +124,7 @@ def _begin() -> TrainState:
 
 
 class Stroll(Walk):
-    """A walk with so much to carry that a full disk meets it, and time to meet it in."""
+    """A walk with a larger state and slower steps, so that a full disk interrupts it."""
 
     def __init__(self) -> None:
         super().__init__(lambda *_: time.sleep(0.01))
@@ -135,22 +138,22 @@ class Stroll(Walk):
 
 
 def go(job: Walk, out: Path) -> tuple[bool, str]:
-    """What `train.main` does with a job: whether it came to its end, and what was said."""
-    said = Console(file=io.StringIO(), width=200)
+    """Trains a job as `train.main` does: whether it is complete, and the console's text."""
+    console = Console(file=io.StringIO(), width=200)
     with faults.Stop() as stop, faults.disk_watched(out / trainer.CHECKPOINTS), faults.lock(out):
-        return trainer.fit(job, out, said, stop), said.file.getvalue()
+        return trainer.fit(job, out, console, stop), console.file.getvalue()
 
 
 def outcome(out: Path) -> tuple[list[dict], bytes, list[str]]:
-    """What a run leaves: metrics but for their speed, parameters, names of pictures."""
-    pictures = sorted(path.name for path in (out / logger.SAMPLES).iterdir())
-    return metrics(out), (out / 'model' / 'x.npy').read_bytes(), pictures
+    """Metrics without their speed, parameters, and names of sample grids."""
+    grids = sorted(path.name for path in (out / logger.SAMPLES).iterdir())
+    return metrics(out), (out / 'model' / 'x.npy').read_bytes(), grids
 
 
 @pytest.fixture(scope='module')
-def quiet(tmp_path_factory):
-    """The outcome of a run to which nothing happens."""
-    out = tmp_path_factory.mktemp('quiet')
+def undisturbed(tmp_path_factory):
+    """The outcome of a run without faults."""
+    out = tmp_path_factory.mktemp('undisturbed')
     assert go(Walk(), out)[0]
     return outcome(out)
 
@@ -163,18 +166,18 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def send(number: int, place: str, step: int) -> Callable[[str, int], None]:
-    """Sends this process a signal at one place."""
+def send(number: int, name: str, step: int) -> Callable[[str, int], None]:
+    """Sends this process a signal at one event."""
 
-    def happens(*here: str | int) -> None:
-        if here == (place, step):
+    def on_event(*event: str | int) -> None:
+        if event == (name, step):
             os.kill(os.getpid(), number)
 
-    return happens
+    return on_event
 
 
 @pytest.mark.parametrize(
-    'number, place, step, end',
+    'number, event, step, end',
     [
         (signal.SIGTERM, 'init', 0, 'before the first step'),
         (signal.SIGINT, 'batch', 0, 'at step 1, saved'),
@@ -184,26 +187,26 @@ def send(number: int, place: str, step: int) -> Callable[[str, int], None]:
         (signal.SIGINT, 'step', 9, 'at step 10, saved'),
     ],
 )
-def test_signal_stops_a_run_after_its_step(quiet, tmp_path, number, place, step, end):
+def test_signal_stops_a_run_after_its_step(undisturbed, tmp_path, number, event, step, end):
     handlers = [signal.getsignal(number) for number in faults.SIGNALS]
-    ended, said = go(Walk(send(number, place, step)), tmp_path)
-    assert not ended and said.endswith(f'stopped {end}; the same command goes on\n')
+    complete, text = go(Walk(send(number, event, step)), tmp_path)
+    assert not complete and text.endswith(f'stopped {end}; the same command goes on\n')
     assert [signal.getsignal(number) for number in faults.SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
     assert go(Walk(), tmp_path)[0]
-    assert outcome(tmp_path) == quiet
+    assert outcome(tmp_path) == undisturbed
 
 
-def test_signal_at_the_end_changes_nothing(quiet, tmp_path):
+def test_signal_at_the_end_changes_nothing(undisturbed, tmp_path):
     assert go(Walk(send(signal.SIGTERM, 'export', 14)), tmp_path)[0]
-    assert outcome(tmp_path) == quiet
+    assert outcome(tmp_path) == undisturbed
 
 
-def test_metrics_of_stopped_runs_are_joined(quiet, tmp_path):
+def test_metrics_of_stopped_runs_are_joined(undisturbed, tmp_path):
     for step in (1, 2, 6, 7):
         assert not go(Walk(send(signal.SIGTERM, 'step', step)), tmp_path)[0]
     assert go(Walk(), tmp_path)[0]
-    assert outcome(tmp_path) == quiet
+    assert outcome(tmp_path) == undisturbed
 
 
 def test_second_signal_ends_the_process(monkeypatch):
@@ -239,17 +242,17 @@ def test_only_the_main_thread_catches_signals():
     assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_run_skips_a_damaged_checkpoint(quiet, tmp_path, caplog):
+def test_run_skips_a_damaged_checkpoint(undisturbed, tmp_path, caplog):
     assert not go(Walk(send(signal.SIGTERM, 'step', 11)), tmp_path)[0]
     newest = tmp_path / 'checkpoints' / '12' / 'state'
     largest = max(newest.rglob('d/*'), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
-    ended, said = go(Walk(), tmp_path)
-    assert ended and 'continuing from step 10' in said
+    complete, text = go(Walk(), tmp_path)
+    assert complete and 'continuing from step 10' in text
     assert 'step 12 is torn and skipped' in caplog.text and largest.name in caplog.text
-    assert outcome(tmp_path) == quiet
+    assert outcome(tmp_path) == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -279,19 +282,21 @@ def test_stop_does_not_save_non_finite_metrics(tmp_path):
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['5']
 
 
-@pytest.mark.parametrize('place, step, kept', [('evaluate', 6, 5), ('step', 0, None)])
-def test_full_disk_error_names_the_newest_complete_checkpoint(quiet, tmp_path, place, step, kept):
-    def happens(*here: str | int) -> None:
-        if here == (place, step):
+@pytest.mark.parametrize('event, step, kept', [('evaluate', 6, 5), ('step', 0, None)])
+def test_full_disk_error_names_the_newest_complete_checkpoint(
+    undisturbed, tmp_path, event, step, kept
+):
+    def on_event(*args: str | int) -> None:
+        if args == (event, step):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'samples/1.png')
 
     with pytest.raises(RunError) as caught:
-        go(Walk(happens), tmp_path)
+        go(Walk(on_event), tmp_path)
     message = str(caught.value)
     assert 'No space left on device: samples/1.png' in message
     assert (f'checkpoint of step {kept} is whole' if kept else 'no checkpoint yet') in message
     assert go(Walk(), tmp_path)[0]
-    assert outcome(tmp_path) == quiet
+    assert outcome(tmp_path) == undisturbed
 
 
 def test_full_disk_is_recognized_by_message_and_cause(tmp_path):
@@ -314,19 +319,22 @@ def test_run_error_is_one_sentence_and_status_1(monkeypatch, tmp_path, capsys):
 
 
 def test_changed_training_data_are_warned_of_once(tmp_path, caplog):
-    said = []
+    messages = []
     for step, examples in enumerate(('abc', 'abc', 'abcd', 'abcd', 'bcde')):
         job = Walk(send(signal.SIGTERM, 'batch', step))
         job.source = Examples(examples)
         caplog.clear()
         assert 'at step' in go(job, tmp_path)[1]
-        said.append([record.message for record in caplog.records])
-    assert [len(messages) for messages in said] == [0, 0, 1, 0, 1]
-    assert 'training data have changed' in said[2][0] and '3 examples then, 4 now' in said[2][0]
+        messages.append([record.message for record in caplog.records])
+    assert [len(texts) for texts in messages] == [0, 0, 1, 0, 1]
+    assert (
+        'training data have changed' in messages[2][0]
+        and '3 examples then, 4 now' in messages[2][0]
+    )
 
 
 def test_fingerprint_of_own_images_changes_with_their_files(tmp_path, monkeypatch):
-    """What a run compares changes with a picture more, a caption, and the bytes of a picture."""
+    """It changes with another image, another caption, and other bytes of an image."""
     monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path / 'cache'))
     own = tmp_path / 'own'
     own.mkdir()
@@ -345,7 +353,7 @@ def test_fingerprint_of_own_images_changes_with_their_files(tmp_path, monkeypatc
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    """The first one; all compute the same scores and pictures."""
+    """All processes compute the same metrics and sample grids."""
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
     with logger.open_logger(tmp_path, 0) as run_logger:
         run_logger.log(1, {'loss': 1.0})
@@ -381,7 +389,7 @@ sys.stdin.read()
 """
 
 
-def test_lock_refuses_a_second_run_until_the_first_ends(quiet, tmp_path):
+def test_lock_refuses_a_second_run_until_the_first_ends(undisturbed, tmp_path):
     words = [sys.executable, '-S', '-c', HOLDER, str(tmp_path / faults.LOCK)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == 'locked\n'
@@ -390,7 +398,7 @@ def test_lock_refuses_a_second_run_until_the_first_ends(quiet, tmp_path):
         assert not (tmp_path / 'config.json').exists()
         first.kill()
     assert go(Walk(), tmp_path)[0]
-    assert outcome(tmp_path) == quiet
+    assert outcome(tmp_path) == undisturbed
 
 
 def test_lock_is_released_when_a_run_ends(tmp_path):

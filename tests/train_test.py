@@ -1,4 +1,4 @@
-"""Does training learn, and can it go on from what was saved?"""
+"""Does training learn, and does it continue from checkpoints and model folders?"""
 
 import dataclasses
 import itertools
@@ -28,8 +28,8 @@ def caches(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> Run:
-    place = tiny.write_tokenizer(tmp_path_factory.mktemp('tokenizer') / 'model')
-    return dataclasses.replace(tiny.STAR, tokenizer=place)
+    tokenizer = tiny.write_tokenizer(tmp_path_factory.mktemp('tokenizer') / 'model')
+    return dataclasses.replace(tiny.STAR, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +40,8 @@ def job(run) -> TransformerJob:
     )
 
 
-def go(job: TransformerJob, state, batches, first: int = 0) -> tuple:
+def train(job: TransformerJob, state, batches, first: int = 0) -> tuple:
+    """The state after steps on these batches, and the loss of each."""
     losses = []
     for step, batch in enumerate(batches, first):
         state, metrics = job.step(step, state, batch)
@@ -49,6 +50,7 @@ def go(job: TransformerJob, state, batches, first: int = 0) -> tuple:
 
 
 def take(job: TransformerJob, count: int, step: int = 0) -> list:
+    """The first batches from `step` on."""
     return list(itertools.islice(job.batches(step), count))
 
 
@@ -58,14 +60,14 @@ def leaves(tree) -> dict[str, np.ndarray]:
 
 def test_training_overfits_one_batch(job):
     batch = take(job, 1)[0]
-    _, losses = go(job, job.init(), [batch] * 250)
+    _, losses = train(job, job.init(), [batch] * 250)
     assert losses[0] == pytest.approx(np.log(32), abs=0.2)
     assert losses[-1] < 0.3
 
 
 def test_training_lowers_the_loss_of_new_images(job):
     before = job.evaluate(job.init())
-    state, losses = go(job, job.init(), take(job, 40))
+    state, losses = train(job, job.init(), take(job, 40))
     assert np.mean(losses[-5:]) < losses[0] - 0.3
     assert job.evaluate(state)['validation/loss'] < before['validation/loss'] - 0.3
 
@@ -82,7 +84,7 @@ def test_accumulated_steps_make_one_update_and_one_average(run):
     end, means = leaves(state.params), leaves(state.ema)
     assert not np.array_equal(start['blocks/ffn/fc1/kernel'], end['blocks/ffn/fc1/kernel'])
     for name, mean in means.items():
-        keep = 2 / 11  # of the second step of a run: averages grow into their decay
+        keep = 2 / 11  # at the second step of a run: early averages reach back less far
         np.testing.assert_allclose(mean, keep * start[name] + (1 - keep) * end[name], atol=1e-6)
 
 
@@ -98,26 +100,26 @@ def test_balanced_loss_trains_coarse_scales_first(job):
     balanced = TransformerJob(dataclasses.replace(job.run, balance=1.0))
     batch = take(job, 1)[0]
     first = {}
-    for name, one in {'plain': job, 'balanced': balanced}.items():
-        state = one.init()
+    for name, trained in {'plain': job, 'balanced': balanced}.items():
+        state = trained.init()
         for step in range(20):
-            state, metrics = one.step(step, state, batch)
+            state, metrics = trained.step(step, state, batch)
         first[name] = float(metrics['loss/0'])
     assert first['balanced'] < first['plain']
 
 
 def test_text_features_inside_the_program_equal_cached_ones(run, job):
-    """To the cache's float16."""
+    """Up to the float16 of the cache."""
     settings = dataclasses.replace(job.run, features='inside')
-    _, inside = go(TransformerJob(settings), job.init(), take(TransformerJob(settings), 3))
-    _, cached = go(job, job.init(), take(job, 3))
+    _, inside = train(TransformerJob(settings), job.init(), take(TransformerJob(settings), 3))
+    _, cached = train(job, job.init(), take(job, 3))
     np.testing.assert_allclose(inside, cached, atol=2e-3)
 
 
 def test_bfloat16_activations_train_float32_parameters(job):
     half = TransformerJob(dataclasses.replace(job.run, dtype='bfloat16', remat=True))
-    state, losses = go(half, half.init(), take(half, 3))
-    _, full = go(job, job.init(), take(job, 3))
+    state, losses = train(half, half.init(), take(half, 3))
+    _, full = train(job, job.init(), take(job, 3))
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {'float32'}
     np.testing.assert_allclose(losses, full, atol=0.05)
 
@@ -127,7 +129,7 @@ def test_summary_warns_of_a_collapsed_codebook(caplog):
         return np.stack([np.arange(500) < count for count in used]) * times
 
     summary.warn_of_collapse(usage(25, 250))
-    summary.warn_of_collapse(usage(1, 250, times=2))  # two pictures have two coarsest codes
+    summary.warn_of_collapse(usage(1, 250, times=2))  # two images have two coarsest codes
     assert not caplog.records
     summary.warn_of_collapse(usage(1, 250, times=500))
     assert 'scale 0' in caplog.text and '0.2 %' in caplog.text and 'all scales' not in caplog.text
@@ -136,7 +138,7 @@ def test_summary_warns_of_a_collapsed_codebook(caplog):
 
 
 def test_run_starts_from_a_model_folder(job, tmp_path):
-    state, _ = go(job, job.init(), take(job, 2))
+    state, _ = train(job, job.init(), take(job, 2))
     job.export(state, tmp_path / 'model')
     settings = dataclasses.replace(job.run, init=str(tmp_path / 'model'), seed=5, ema=0.5)
     begun = TransformerJob(settings).init()
@@ -152,11 +154,11 @@ def test_run_starts_from_a_model_folder(job, tmp_path):
 
 def test_checkpoint_continues_on_another_mesh(run, job, tmp_path):
     batches = take(job, 4)
-    state, _ = go(job, job.init(), batches[:2])
+    state, _ = train(job, job.init(), batches[:2])
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(2, state)
     checkpoints.close()
-    _, stayed = go(job, state, batches[2:], first=2)
+    _, stayed = train(job, state, batches[2:], first=2)
 
     moved = TransformerJob(dataclasses.replace(job.run, mesh=MeshShape(data=2, fsdp=2, tensor=2)))
     where = jax.tree.map(
@@ -165,7 +167,7 @@ def test_checkpoint_continues_on_another_mesh(run, job, tmp_path):
     checkpoints = Checkpoints(tmp_path, read_only=True)
     step, restored = checkpoints.restore(where)
     checkpoints.close()
-    _, went_on = go(moved, restored, take(moved, 2, step), first=step)
+    _, went_on = train(moved, restored, take(moved, 2, step), first=step)
     np.testing.assert_allclose(went_on, stayed, rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""A model of more scales begins with what one of fewer has learnt."""
+"""Does a model of more scales start with the parameters of one of fewer?"""
 
 import dataclasses
 
@@ -21,14 +21,14 @@ SIDES = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope='module')
-def places(tmp_path_factory) -> tuple[str, str]:
-    """A model folder, and that of its tokenizer."""
+def sources(tmp_path_factory) -> tuple[str, str]:
+    """A model folder, and the folder of its tokenizer."""
     root = tmp_path_factory.mktemp('small')
     return tiny.write_model(root / 'model'), tiny.write_tokenizer(root / 'tokenizer')
 
 
 def state_of(star: Star, seed: int) -> TrainState:
-    """As fresh, but all different."""
+    """A state in which all numbers are random."""
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda x: jax.device_put(rng.normal(size=x.shape).astype(np.float32)),
@@ -42,8 +42,8 @@ def test_warm_start_keeps_the_first_rows(adaln):
     small = dataclasses.replace(SMALL, positions=Learned(), shared_adaln=adaln)
     large = dataclasses.replace(small, sides=SIDES)
     old, fresh = state_of(small, 0), state_of(large, 1)
-    begun = warm_start.start(fresh, warm_start.fit(old.params, fresh, 'it'))
-    for kept in (begun.params, begun.ema):
+    started = warm_start.start(fresh, warm_start.fit(old.params, fresh, 'it'))
+    for kept in (started.params, started.ema):
         before, after, other = map(flatten, (old.params, kept, fresh.params))
         for name, array in after.items():
             if name not in ('levels', 'table/table'):
@@ -64,12 +64,12 @@ def test_warm_start_refuses_other_shapes():
         warm_start.fit(small.params, wide, 'it')
 
 
-def test_run_starts_from_a_model_of_fewer_scales_on_a_mesh(places):
-    init, tokenizer = places
+def test_run_starts_from_a_model_of_fewer_scales_on_a_mesh(sources):
+    init, tokenizer = sources
     star = dataclasses.replace(SMALL, sides=SIDES, keep_tokens=24)
     mesh = MeshShape(data=2, fsdp=4)
     run = dataclasses.replace(tiny.STAR, init=init, tokenizer=tokenizer, model=star, mesh=mesh)
-    begun = flatten(jax.device_get(TransformerJob(run).init().params))
+    started = flatten(jax.device_get(TransformerJob(run).init().params))
     rows_SD = flatten(tiny.random_params(SMALL.abstract()))['levels']
-    np.testing.assert_array_equal(begun['levels'][:3], rows_SD)
-    assert 0.5 * star.std < begun['levels'][3].std() < 2 * star.std
+    np.testing.assert_array_equal(started['levels'][:3], rows_SD)
+    assert 0.5 * star.std < started['levels'][3].std() < 2 * star.std

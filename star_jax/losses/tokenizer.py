@@ -42,17 +42,17 @@ class Objective:
             raise ValueError(f'weights of losses must not be negative: {self}')
 
     def reconstruction(
-        self, images: jax.Array, painted: jax.Array, perceptual: Perceptual | None = None
+        self, images: jax.Array, decoded: jax.Array, perceptual: Perceptual | None = None
     ) -> dict[str, jax.Array]:
-        """The weighted losses of `painted` (not clamped) against `images` in [-1, 1]."""
-        error = painted - images
+        """The weighted losses of `decoded` (not clamped) against `images` in [-1, 1]."""
+        error = decoded - images
         parts = {
             'l1': self.l1 * jnp.abs(error).mean(),
             'l2': self.l2 * jnp.square(error).mean(),
             'edges': self.edges * (_slope(error, 1) + _slope(error, 2)),
         }
         if perceptual is not None:
-            parts['perceptual'] = self.perceptual * perceptual(images, painted).mean()
+            parts['perceptual'] = self.perceptual * perceptual(images, decoded).mean()
         return parts
 
     def quantisation(self, f_BHWC: jax.Array, quantised: Quantised) -> jax.Array:
@@ -61,9 +61,9 @@ class Objective:
         return self.quantiser * (losses_K.mean() if self.scales == 'mean' else losses_K.sum())
 
 
-def psnr(images: jax.Array, painted: jax.Array) -> jax.Array:
+def psnr(images: jax.Array, decoded: jax.Array) -> jax.Array:
     """[B] peak signal-to-noise ratios in dB of images in [-1, 1]."""
-    error = (painted.clip(-1, 1) - images) / 2
+    error = (decoded.clip(-1, 1) - images) / 2
     return -10 * jnp.log10(jnp.square(error).mean((1, 2, 3)) + 1e-10)
 
 

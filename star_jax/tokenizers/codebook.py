@@ -11,7 +11,7 @@ from star_jax.tokenizers.residual_vq import Quantised
 
 
 def usage(quantised: Quantised, size: int, weight_B: jax.Array | float = 1.0) -> jax.Array:
-    """[K, V] float32: how often each scale chose each code; images may have weights."""
+    """[K, V] float32: how often each scale used each code; images may have weights."""
 
     def count(codes_Bhw: jax.Array) -> jax.Array:
         weight_B11 = jnp.asarray(weight_B, jnp.float32).reshape(-1, 1, 1)
@@ -22,32 +22,40 @@ def usage(quantised: Quantised, size: int, weight_B: jax.Array | float = 1.0) ->
 
 
 def perplexity(usage_KV: jax.Array) -> jax.Array:
-    """[K]: the exponential of each scale's code entropy; V where all codes are equally likely."""
+    """[K]: the exponential of each scale's code entropy; V if all codes are equally likely."""
     probs = usage_KV / jnp.maximum(usage_KV.sum(-1, keepdims=True), 1)
     return jnp.exp(-jnp.sum(probs * jnp.log(probs + 1e-10), -1))
 
 
 def peel(f_BHWC: jax.Array, grids: tuple[tuple[int, int], ...]) -> list[jax.Array]:
-    """Per scale [B h w, C]: what a perfect quantiser would be asked for."""
-    rest, peeled = f_BHWC, []
+    """The vectors [B h w, C] that each scale would look up if earlier scales were exact."""
+    rest, vectors = f_BHWC, []
     for height, width in grids:
         coarse = resize.area(rest, height, width)
-        peeled.append(coarse.reshape(-1, coarse.shape[-1]))
+        vectors.append(coarse.reshape(-1, coarse.shape[-1]))
         rest = rest - resize.bicubic(coarse, *grids[-1])
-    return peeled
+    return vectors
 
 
 def start_codebook(
     key: jax.Array, f_BHWC: jax.Array, grids: tuple[tuple[int, int], ...], size: int
 ) -> jax.Array:
-    """[size, C]: k-means centres of what the scales of a batch of features would have to say.
+    """[size, C]: k-means centres of the vectors that a batch of features needs.
 
     Every scale has equal weight, however few its tokens.
+
+    Args:
+        key: chooses vectors and first centres.
+        f_BHWC: features.
+        grids: (height, width) of each scale.
+        size: number of codes.
     """
-    peeled = peel(f_BHWC, grids)
-    share = -(-8 * size // len(peeled))
-    keys = jax.random.split(key, len(peeled) + 1)
-    chosen = [_pick(k, vectors, share) for k, vectors in zip(keys[1:], peeled, strict=True)]
+    vectors_of_scales = peel(f_BHWC, grids)
+    count = -(-8 * size // len(vectors_of_scales))
+    keys = jax.random.split(key, len(vectors_of_scales) + 1)
+    chosen = [
+        _pick(k, vectors, count) for k, vectors in zip(keys[1:], vectors_of_scales, strict=True)
+    ]
     vectors_NC = jnp.concatenate(chosen)
     centres = vectors_NC[jax.random.permutation(keys[0], len(vectors_NC))[:size]]
 
@@ -61,16 +69,23 @@ def start_codebook(
     return jax.lax.scan(refine, centres, None, length=10)[0]
 
 
-def restart_dead(
+def restart_unused(
     key: jax.Array, usage_V: jax.Array, quantised: Quantised, codebook_VC: jax.Array
 ) -> jax.Array:
-    """Codes that nothing chose move to vectors that were asked for, every scale equally often."""
+    """The codebook with its unused codes replaced by target vectors, equally often of each scale.
+
+    Args:
+        key: chooses scales and vectors.
+        usage_V: how often each code was used.
+        quantised: a batch of quantised features.
+        codebook_VC: the codebook.
+    """
     keys = jax.random.split(key, len(quantised.targets) + 1)
     size = len(codebook_VC)
     vectors = [target.reshape(-1, target.shape[-1]) for target in quantised.targets]
-    offered = jnp.stack([_pick(k, v, size) for k, v in zip(keys[1:], vectors, strict=True)])
-    scale = jax.random.randint(keys[0], (size,), 0, len(offered))
-    fresh = offered[scale, jnp.arange(size)]
+    candidates = jnp.stack([_pick(k, v, size) for k, v in zip(keys[1:], vectors, strict=True)])
+    scale = jax.random.randint(keys[0], (size,), 0, len(candidates))
+    fresh = candidates[scale, jnp.arange(size)]
     return jnp.where((usage_V > 0)[:, None], codebook_VC, fresh)
 
 

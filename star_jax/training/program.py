@@ -94,7 +94,7 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingProgram:
-    """The programs that train a whole transformer, to be jitted by the caller.
+    """The programs that train all of a transformer, to be jitted by the caller.
 
     Attributes:
         network: the transformer.
@@ -122,8 +122,8 @@ class TrainingProgram:
         """The part of a model's parameters that is frozen: None."""
         return None
 
-    def whole(self, params: Any, frozen: Frozen) -> Any:
-        """The parameters of the whole model, of the trained ones."""
+    def model_params(self, params: Any, frozen: Frozen) -> Any:
+        """The parameters of the model, from the trained ones."""
         return params
 
     def start(self, params: Any) -> TrainState:
@@ -241,7 +241,8 @@ class RefinementProgram(TrainingProgram):
         """The parameters below the head."""
         return {name: part for name, part in params.items() if name != HEAD}
 
-    def whole(self, params: Any, frozen: Frozen) -> Any:
+    def model_params(self, params: Any, frozen: Frozen) -> Any:
+        """The parameters of head and base model."""
         return frozen.base | {HEAD: params}
 
     def loss(
@@ -254,10 +255,12 @@ class RefinementProgram(TrainingProgram):
         paths = None
         if self.unmasking.noisy_base and self.recipe.drop_path:
             paths = drop_paths(path_key, self.network.depth, batch, self.recipe.drop_path)
-        whole = self.whole(params, frozen)
-        condition = self._drop_conditions(whole, frozen, inputs, drop_key)
+        params = self.model_params(params, frozen)
+        condition = self._drop_conditions(params, frozen, inputs, drop_key)
         targets = self._targets(frozen, inputs, key)
-        logits_BRV = self._logits(whole, frozen, targets, shown_BR, condition, paths)
+        logits_BRV = self._logits(
+            params, frozen, targets, shown_BR, condition=condition, paths=paths
+        )
         codes_BR, schedule = targets.codes_BL[:, rows], self.network.schedule
         value = self.unmasking.loss(logits_BRV, codes_BR, shown_BR, schedule.length)
         sums_3R = refinement.hidden_sums(logits_BRV, codes_BR, shown_BR).sum(1)
@@ -268,8 +271,8 @@ class RefinementProgram(TrainingProgram):
         rows = refinement.refined_rows(self.network)
         shown_BR = self.unmasking.sample(key, (len(inputs.encoded), len(rows)))
         targets = self._targets(frozen, inputs, key)
-        whole, condition = self.whole(params, frozen), self.condition(frozen, inputs)
-        logits_BRV = self._logits(whole, frozen, targets, shown_BR, condition)
+        params, condition = self.model_params(params, frozen), self.condition(frozen, inputs)
+        logits_BRV = self._logits(params, frozen, targets, shown_BR, condition=condition)
         return refinement.hidden_sums(logits_BRV, targets.codes_BL[:, rows], shown_BR)
 
     def _logits(
@@ -278,6 +281,7 @@ class RefinementProgram(TrainingProgram):
         frozen: Frozen,
         targets: Targets,
         shown_BR: jax.Array,
+        *,
         condition: Any,
         paths: jax.Array | None = None,
     ) -> jax.Array:

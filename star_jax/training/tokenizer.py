@@ -191,7 +191,7 @@ class TokenizerJob:
         f_BHWC = tokenizer.features(pixels.to_signed(images))
         quantised = tokenizer.quantise(f_BHWC)
         usage_V = state.usage_KV.sum(0)
-        restart = functools.partial(codebook.restart_dead, key, usage_V, quantised)
+        restart = functools.partial(codebook.restart_unused, key, usage_V, quantised)
         return _with_codebooks(state, restart)
 
     def _score_batch(

@@ -183,7 +183,7 @@ class TransformerJob:
         """Validation images above the images that are generated from their captions."""
         run, shown = self.run, pipeline.evenly_spaced(self.images['validation'], SHOWN)
         captions = shown['caption']
-        params = {'model': self._whole(state), 'tokenizer': self.frozen.tokenizer}
+        params = {'model': self._model_params(state), 'tokenizer': self.frozen.tokenizer}
         params = sampling.cast(params, run.dtype)
         encode = self.prompt_encoder.encode if self.texts is None else self.texts.features
         condition = encode(captions)
@@ -192,14 +192,14 @@ class TransformerJob:
             run.model, run.sampling, keys_B=keys_B, prompted=condition, empty=self.frozen.empty
         )
         images = self._sample(params, inputs)
-        return image_io.compare(shown['image'], rules.gather(images), captions, 'drawn')
+        return image_io.compare(shown['image'], rules.gather(images), captions, 'sampled')
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """This process's uint8 images [B, H, W, 3], encoded by the tokenizer."""
         return self._encode(self.frozen.tokenizer, rules.shard_batch(images, self._mesh))
 
     def export(self, state: TrainState, out: Path) -> None:
-        params = rules.gather(self._whole(state))
+        params = rules.gather(self._model_params(state))
         if jax.process_index() != 0:
             return
         reference = self.prompt_encoder.reference()
@@ -224,9 +224,9 @@ class TransformerJob:
         )
         return state if params is None else warm_start.start(state, params)
 
-    def _whole(self, state: TrainState) -> Any:
-        """The parameters of the whole model, to evaluate and export."""
-        return self.program.whole(state.averaged, self.frozen)
+    def _model_params(self, state: TrainState) -> Any:
+        """The parameters of the model, to sample and export."""
+        return self.program.model_params(state.averaged, self.frozen)
 
     def _inputs(self, batch: pipeline.Batch) -> StepInputs:
         """A batch on the devices, its images encoded."""
