@@ -54,7 +54,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def sweep(reports: dict[str, dict[str, Any]]) -> Table:
     """One row per report; times of starts are given cold / with a cache of programs."""
-    table = _table('All measurements', *SUMMARY_COLUMNS)
+    table = number_table('All measurements', *SUMMARY_COLUMNS)
     for name, report in reports.items():
         table.add_row(name, *_summary_cells(report))
     return table
@@ -144,7 +144,7 @@ def attention(report: dict[str, Any]) -> Table:
         f'average; matrix rate {report["matrix_rate_gflops"]:,.1f} GFLOP/s'
     )
     columns = ('p50, s', 'p95/p50', 'GFLOP/s', 'of matrix rate', 'temporaries, MiB', 'to the first')
-    table = _table(title, 'passes', *columns)
+    table = number_table(title, 'passes', *columns)
     first: dict[str, float] = {}
     for row in report['kernels']:
         p50 = row['p50_seconds']
@@ -164,7 +164,7 @@ def attention(report: dict[str, Any]) -> Table:
 def data(report: dict[str, Any]) -> Table:
     """The report of `bench.data.run`."""
     columns = ('images/s', 'to one thread', 'per core')
-    table = _table(f'{report["examples"]:,} examples', *columns)
+    table = number_table(f'{report["examples"]:,} examples', *columns)
     one_thread, pipelined = report['one_thread_images_per_second'], report['images_per_second']
     per_core = 1 / report['environment']['cores']
     table.add_row('one thread', f'{one_thread:,.1f}', '1.00', f'{per_core:.0%}')
@@ -176,7 +176,7 @@ def data(report: dict[str, Any]) -> Table:
 def _start_table(report: dict[str, Any]) -> Table:
     """Stages of both processes, in seconds since the command started the process."""
     cold, warm = report['cold_start'], report['warm_start']
-    table = _table('Seconds since the process was started', 'cold', 'warm', 'warm/cold')
+    table = number_table('Seconds since the process was started', 'cold', 'warm', 'warm/cold')
     for stage, label in STAGES.items():
         table.add_row(label, *_pair(cold['stages'][stage], warm['stages'][stage]))
     table.add_section()
@@ -195,7 +195,7 @@ def _speed_table(report: dict[str, Any]) -> Table:
         f'{time["seconds_per_image"]:.3g} s per image, {time["images_per_second"]:.3g} images/s'
     )
     columns = ('seconds', 'of time', 'GFLOP', 'GFLOP/s', 'of matrix rate')
-    table = _table(title, *columns)
+    table = number_table(title, *columns)
     for name, part in report['parts'].items():
         cells = (
             f'{part["seconds"]:.3g}',
@@ -211,17 +211,9 @@ def _speed_table(report: dict[str, Any]) -> Table:
 
 
 def _memory_table(report: dict[str, Any]) -> Table:
-    table = _table('Memory', 'MiB', 'of weights')
+    table = number_table('Memory', 'MiB', 'of weights')
     for name, size in report['memory'].items():
         table.add_row(MEMORY[name], f'{size:,.1f}', f'{size / report["memory"]["weights"]:.2f} x')
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify='left')
-    table.add_column('')
-    for column in columns:
-        table.add_column(column, justify='right')
     return table
 
 

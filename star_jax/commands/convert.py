@@ -12,6 +12,7 @@ from rich.table import Table
 
 from star_jax import files
 from star_jax.commands import arguments
+from star_jax.console import pairs
 from star_jax.convert import transfer
 from star_jax.convert.infer import ModelOptions
 from star_jax.errors import UserError
@@ -80,13 +81,15 @@ def main(words: Sequence[str]) -> int:
 
 
 def _summary(parts: dict[str, transfer.Part]) -> Table:
-    table = Table(show_header=False, title='contents of the file')
+    rows = {}
     for name, part in parts.items():
-        table.add_row(name, str(part.config))
-        table.add_row('parameters', f'{part.parameters:,}')
-        table.add_row('recomputed from the sizes', _listed(part.table.buffers))
-        table.add_row('ignored', _listed(part.ignored))
-    return table
+        rows |= {
+            name: str(part.config),
+            f'parameters of the {name}': f'{part.parameters:,}',
+            f'recomputed, {name}': _listed(part.table.buffers),
+            f'ignored, {name}': _listed(part.ignored),
+        }
+    return pairs('contents of the file', rows)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from rich.progress import Progress
 
 from star_jax import files
 from star_jax.checkpoint import models
 from star_jax.commands import arguments
+from star_jax.console import progress_bar
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
@@ -125,8 +125,8 @@ def main(words: Sequence[str]) -> int:
 
 def _with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
     """The images of all batches, with a progress bar."""
-    with Progress() as progress:
-        task = progress.add_task('sampling', total=total)
+    with progress_bar() as progress:
+        task = progress.add_task('sampling', total=total, note='')
         for image in itertools.chain.from_iterable(batches):
             yield image
             progress.advance(task)

@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import PIL
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from star_jax import files
+from star_jax.console import progress_bar
 from star_jax.data import image_files
 from star_jax.parallel import mesh
 
@@ -59,8 +58,8 @@ def check_images(root: Path, names: Sequence[str]) -> dict[str, ImageCheck]:
     unchecked = [name for name in names if not _is_valid(checks.get(name), stamps[name])]
     pool = ThreadPoolExecutor(mesh.cores())
     try:
-        with _progress_bar(len(unchecked)) as bar:
-            task = bar.add_task(f'reading the images of {root}', total=len(unchecked))
+        with progress_bar(visible=len(unchecked) >= PROGRESS_FROM) as bar:
+            task = bar.add_task(f'reading the images of {root}', total=len(unchecked), note='')
             for first in range(0, len(unchecked), CHUNK):
                 chunk = unchecked[first : first + CHUNK]
                 results = pool.map(lambda name: _check(root / name, stamps[name]), chunk)
@@ -118,13 +117,3 @@ def _save(path: Path, checks: Mapping[str, ImageCheck]) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:24]
-
-
-def _progress_bar(count: int) -> Progress:
-    columns = (
-        TextColumn('{task.description}', markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=count < PROGRESS_FROM)

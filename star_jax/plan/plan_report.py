@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from star_jax.console import number_table
 from star_jax.parallel.chips import GIB, Chip
 from star_jax.plan.hlo import Collective
 
@@ -212,7 +213,7 @@ def sentences(report: PlanReport) -> list[str]:
 
 def _memory_table(report: PlanReport) -> Table:
     memory = report.memory
-    table = _table('Memory of one device', 'GiB', 'of available')
+    table = number_table('Memory of one device', 'GiB', 'of available')
     growing = 'activations' if report.separated else 'activations and temporaries'
     sizes = memory.resident | {growing: memory.activations}
     if report.separated:
@@ -226,7 +227,7 @@ def _memory_table(report: PlanReport) -> Table:
 
 def _collectives_table(report: PlanReport) -> Table:
     title = 'Sent by one device per run of the main program'
-    table = _table(title, 'devices of a group', 'count', 'GiB', 'of all')
+    table = number_table(title, 'devices of a group', 'count', 'GiB', 'of all')
     total = sum(item.bytes for item in report.collectives)
     for item in report.collectives:
         apart = item.local_size < item.group_size
@@ -245,7 +246,7 @@ def _collectives_table(report: PlanReport) -> Table:
 
 def _time_table(report: PlanReport) -> Table:
     seconds = report.seconds
-    table = _table('Time of a step, at least', 'seconds', 'of the step', 'bound by')
+    table = number_table('Time of a step, at least', 'seconds', 'of the step', 'bound by')
     for name, roof in report.roofs.items():
         limit = LIMITS[roof.limit]
         table.add_row(name, f'{roof.seconds:.4f}', f'{roof.seconds / seconds:.0%}', limit)
@@ -321,11 +322,3 @@ def _sent_by_kind(row: dict[str, Any]) -> list[tuple[str, int]]:
 def _gib(size: float) -> str:
     digits = 2 if size < 10 * GIB else 1
     return f'{size / GIB:,.{digits}f}' if math.isfinite(size) else '?'
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify='left')
-    table.add_column('')
-    for column in columns:
-        table.add_column(column, justify='right')
-    return table

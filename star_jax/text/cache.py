@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from safetensors.numpy import save
 
 from star_jax import files
+from star_jax.console import progress_bar
 from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.text.encoder import TextEncoder
@@ -110,7 +111,7 @@ class FeatureCache:
             progress: show a progress bar.
             other: a cache of the same encoder, from which captions are copied if present.
         """
-        with self._lock, _progress_bar(visible=progress) as bar:
+        with self._lock, progress_bar(visible=progress) as bar:
             if other and (present := other.present(self._missing(captions))):
                 self._add(present, bar, other.features)
             if missing := self._missing(captions):
@@ -143,7 +144,7 @@ class FeatureCache:
         encode: Callable[[list[str]], TextCondition] | None = None,
     ) -> None:
         encode = encode or self.encoder.encode
-        task = bar.add_task('encoding captions', total=len(missing), rate='')
+        task = bar.add_task('encoding captions', total=len(missing), note='')
         start = time.monotonic()
         done = 0
         for segment in _chunks(missing, SEGMENT_CAPTIONS):
@@ -152,7 +153,7 @@ class FeatureCache:
                 encoded.append((chunk, encode(chunk)))
                 done += len(chunk)
                 rate = f'{done / (time.monotonic() - start):.0f} captions/s'
-                bar.update(task, completed=done, rate=rate)
+                bar.update(task, completed=done, note=rate)
             self._write(encoded)
         self._index_new_segments()
 
@@ -257,14 +258,3 @@ def _memory_map(path: Path) -> dict[str, np.ndarray]:
         array = data[start + first : start + last].view(DTYPES[entry['dtype']])
         arrays[name] = array.reshape(entry['shape'])
     return arrays
-
-
-def _progress_bar(visible: bool) -> Progress:
-    columns = (
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[rate]}'),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not visible)

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from star_jax import files
 from star_jax.checkpoint import config, weights
 from star_jax.checkpoint.folder import StoredTokenizer
+from star_jax.console import progress_bar
 from star_jax.data import encoded, pipeline
 from star_jax.data.pipeline import Source
 from star_jax.protocols import PromptEncoder
@@ -82,7 +82,7 @@ class Origin:
             UserError: as of `encoded.write`.
         """
         for name, source in sources.items():
-            with _bar() as bar:
+            with progress_bar() as bar:
                 blocks = _Blocks(source, encode, self.run.batch, bar, f'encoding {name}')
                 encoded.write(folder / name, self.key(name, source), len(source), blocks)
         if keeps_features(self.run, self.prompt_encoder):
@@ -107,13 +107,13 @@ class _Blocks:
 
     def __call__(self, first: int) -> Iterator[np.ndarray]:
         start, done = time.monotonic(), first
-        task = self.bar.add_task(self.title, total=len(self.source), completed=first, rate='')
+        task = self.bar.add_task(self.title, total=len(self.source), completed=first, note='')
         for batch in pipeline.sequential(self.source, self.batch, first=first):
             padded, real = pipeline.pad(batch, self.batch)
             yield np.asarray(self.encode(padded['image']))[:real]
             done += real
             rate = f'{(done - first) / (time.monotonic() - start):.0f} images/s'
-            self.bar.update(task, completed=done, rate=rate)
+            self.bar.update(task, completed=done, note=rate)
 
 
 def cache_path(run: Run) -> Path:
@@ -160,14 +160,3 @@ def _captions(sources: Sources) -> list[str]:
     """All captions of all sets."""
     captions = (map(source.captions, range(len(source))) for source in sources.values())
     return list(itertools.chain.from_iterable(itertools.chain.from_iterable(captions)))
-
-
-def _bar() -> Progress:
-    columns = (
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[rate]}'),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))

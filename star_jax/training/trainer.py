@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress
 
 from star_jax.checkpoint import config
 from star_jax.checkpoint.training import Checkpoints
+from star_jax.console import pairs, progress_bar
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.errors import NotFiniteError, UserError
@@ -119,7 +119,7 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
         if first:
             console.print(f'continuing from step {first}')
         window = MetricsWindow(job.run.batch, first, checkpoints.notes(first))
-        with logger.open_logger(out, first) as run_logger, _progress(console) as progress:
+        with logger.open_logger(out, first) as run_logger, progress_bar(console) as progress:
             trainer = Trainer(
                 job,
                 checkpoints=checkpoints,
@@ -167,7 +167,7 @@ class Trainer:
         Returns the number of completed steps and the state after them, which is saved.
         """
         task = self._progress.add_task(
-            'training', total=self._pace.steps, completed=first, note='compiling'
+            'training', total=self._pace.steps, completed=first, note='steps, compiling'
         )
         batches = self._job.batches(first)
         for step in range(first, self._pace.steps):
@@ -180,7 +180,7 @@ class Trainer:
             done = step + 1
             if self._is_due(done, self._pace.log):
                 note = self._report(done)
-                self._progress.update(task, completed=done, note=note)
+                self._progress.update(task, completed=done, note=f'steps, {note}')
             if self._is_due(done, self._pace.sample):
                 self._evaluate(done, state)
                 self._window.restart_clock()
@@ -310,19 +310,5 @@ def _check_base(out: Path, base: str) -> None:
         )
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn('{task.completed}/{task.total} steps, {task.fields[note]},'),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 def _print_summary(job: Job, console: Console) -> None:
-    table = Table(show_header=False, title=type(job.run).__name__)
-    for name, value in job.summary().items():
-        table.add_row(name, value)
-    console.print(table)
+    console.print(pairs(type(job.run).__name__, job.summary()))
