@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from star_jax.console import number_table
+
 STAGES = {
     'imports': 'Python and imports',
     'JAX': 'JAX and its devices',
