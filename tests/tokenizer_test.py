@@ -354,3 +354,16 @@ def test_a_decoder_in_bfloat16_paints_the_same_picture():
     (traced,) = jax.make_jaxpr(decode)({'params': params}, canvas).out_avals
     convolutions = str(jax.make_jaxpr(decode)({'params': params}, canvas)).count('bf16[3,3,')
     assert traced.dtype == jnp.float32 and convolutions > 10
+
+
+def test_autoencoder_without_attention_has_a_latent_width_of_its_own():
+    sizes = Autoencoder(width=8, multipliers=(1, 2), blocks=1, groups=4, attention=False, latent=6)
+    vq = VQ(autoencoder=sizes, grids=square_grids((1, 2)), codes=16, channels=3)
+    params = nn.unbox(vq.abstract())
+    assert not [name for part in ('encoder', 'decoder') for name in params[part] if 'attn' in name]
+    assert params['encoder']['conv_out']['kernel'].shape[-1] == 6
+    assert params['quant_conv']['kernel'].shape[-2:] == (6, 3)
+    assert params['post_quant_conv']['kernel'].shape[-2:] == (3, 6)
+    images = jax.ShapeDtypeStruct((2, *vq.resolution, 3), jnp.float32)
+    decoded = jax.eval_shape(vq.build().apply, {'params': params}, images)
+    assert decoded.shape == images.shape
