@@ -39,7 +39,7 @@ def test_hits_are_codes_of_the_largest_logit(codes_BL):
     assert Index(V).hits(logits, codes_BL).tolist() == [[1, 1, 1], [1, 0, 1]]
 
 
-def test_codes_are_drawn_as_often_as_their_probability_says():
+def test_codes_are_sampled_with_their_probability():
     probs = np.array([0.5, 0.3, 0.2, 0.0])
     with np.errstate(divide='ignore'):
         logits = np.broadcast_to(np.log(probs), (2, 20000, 4)).astype(np.float32)
@@ -51,7 +51,7 @@ def test_codes_are_drawn_as_often_as_their_probability_says():
         assert shares[3] == 0
 
 
-def test_an_image_draws_from_its_own_key():
+def test_image_is_sampled_with_its_own_key():
     logits = np.zeros((2, 64, V), np.float32)
     keys = jax.random.split(jax.random.key(2), 3)
     first, second = draw(keys[:2], logits), draw(keys[::2], logits)
@@ -60,7 +60,7 @@ def test_an_image_draws_from_its_own_key():
     np.testing.assert_array_equal(draw(keys[1:2], logits[1:])[0], first[1])
 
 
-def test_the_rule_of_drawing_is_one_static_value():
+def test_sampling_rule_is_one_static_value():
     """It is a static field of a draw: were it new each time, every call would compile again."""
     assert Index(V).sample == Index(V).sample
     assert hash(Index(V).sample) == hash(Index(V).sample)

@@ -344,7 +344,7 @@ def guided_logits(sampled) -> np.ndarray:
     return np.concatenate([step.method.guided for step in sampled.trace.steps()], axis=1)
 
 
-def test_the_families_walk_known_and_traced_steps():
+def test_families_cover_static_and_traced_steps():
     counts = {
         name: [g.count for g in make().model.schedule.groups()] for name, make in FAMILIES.items()
     }
@@ -353,7 +353,7 @@ def test_the_families_walk_known_and_traced_steps():
     assert counts['raster'] == [1, 4, 1]
 
 
-def test_sampling_sees_what_training_sees(family):
+def test_sampling_computes_the_logits_of_training(family):
     """Step by step through the cache or all at once through the mask, known or traced steps."""
     prompted, unprompted = family.rows(range(B)), family.rows(range(B, 2 * B))
     free, guided = sample_rows(family, guidance=0.0), sample_rows(family, guidance=1.0)
@@ -521,20 +521,20 @@ def changed(family: Family, row: int, **edits) -> np.ndarray:
     return moved > 0
 
 
-def test_an_image_sees_its_own_text(star):
+def test_image_depends_on_its_own_text(star):
     states = star.conditions.states_BTE[:B]
     moved = changed(star, 1, states_BTE=states * [[[1]], [[-1]], [[1]]])
     assert moved.tolist() == [False, True, False]
 
 
-def test_released_images_see_the_first_text():
+def test_released_images_depend_on_the_first_text():
     family = FAMILIES['raw_adaln_without_level']()
     states = family.conditions.states_BTE[:B]
     assert not changed(family, 1, states_BTE=states * [[[1]], [[-1]], [[-1]]]).any()
     assert changed(family, 0, states_BTE=states * [[[-1]], [[1]], [[1]]]).all()
 
 
-def test_each_group_of_released_images_sees_its_own_first_text():
+def test_group_of_released_images_depends_on_its_first_text():
     family = FAMILIES['raw_adaln_without_level']()
     codes = np.random.default_rng(5).integers(0, V, (B, family.model.schedule.length))
     with_batch_groups = dataclasses.replace(family, model=family.model.with_batch_groups(B))
@@ -659,7 +659,7 @@ def test_a_path_of_zero_removes_its_branch_of_its_image():
     np.testing.assert_allclose(doubled[:, :1], rows, atol=1e-5)
 
 
-def test_tokens_that_training_drops_are_not_seen(star):
+def test_dropped_tokens_do_not_affect_the_others(star):
     """Kept rows are computed as if dropped rows did not exist (STAR specification 4.1)."""
     model, params, condition = star.model, star.params['model'], star.rows(range(B))
     last = model.schedule.starts[-2]

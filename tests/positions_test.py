@@ -57,7 +57,7 @@ def test_raw_coordinates_count_the_cells_of_each_scale():
         assert xy.max(0).tolist() == [side - 1, side - 1]
 
 
-def test_the_first_half_of_the_planes_turns_with_x_and_the_other_with_y():
+def test_first_half_of_the_planes_rotates_with_x_and_the_other_with_y():
     table = positions.rotary_angles(np.array([[3.0, 5.0]]), head_dim=8, theta=100)
     np.testing.assert_allclose(table, [[3, 0.3, 5, 0.5]], rtol=1e-6)
     assert table.dtype == np.float32
@@ -75,7 +75,7 @@ def test_widths_that_do_not_divide_by_four_are_refused(table):
         table(np.zeros((1, 2)), 6, 100.0)
 
 
-def test_neighbouring_channels_turn_together():
+def test_neighbouring_channels_rotate_together():
     x = np.arange(4.0, dtype=np.float32).reshape(1, 1, 1, 4)
     quarter = positions.rotation(np.array([[np.pi / 2, 0]], np.float32))
     np.testing.assert_allclose(rotate(x, quarter).ravel(), [-1, 0, 2, 3], atol=1e-6)

@@ -10,7 +10,7 @@ PYRAMID = Pyramid(((1, 1), (1, 2), (2, 2)))
 RASTER = Raster(2, 2, prefix=3)
 
 
-def test_a_pyramid_reads_and_draws_whole_grids():
+def test_pyramid_reads_and_samples_whole_grids():
     assert PYRAMID.sizes == (1, 2, 4)
     assert PYRAMID.reads == (1, 2, 4)
     assert PYRAMID.offsets == (0, 1, 3, 7)
@@ -21,7 +21,7 @@ def test_a_pyramid_reads_and_draws_whole_grids():
     assert PYRAMID.sampled_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_a_raster_reads_its_prefix_and_draws_one_token_a_step():
+def test_raster_reads_its_prefix_and_samples_one_token_per_step():
     assert RASTER.sizes == (1, 1, 1, 1)
     assert RASTER.reads == (3, 1, 1, 1)
     assert RASTER.offsets == (0, 1, 2, 3, 4)
@@ -32,7 +32,7 @@ def test_a_raster_reads_its_prefix_and_draws_one_token_a_step():
     assert RASTER.sampled_rows.tolist() == [2, 3, 4, 5]
 
 
-def test_a_row_of_a_pyramid_sees_its_own_step_and_all_earlier_ones():
+def test_pyramid_row_attends_to_its_step_and_all_earlier_steps():
     assert Pyramid(((1, 1), (1, 2), (1, 3))).mask().astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -43,12 +43,12 @@ def test_a_row_of_a_pyramid_sees_its_own_step_and_all_earlier_ones():
     ]
 
 
-def test_a_row_of_a_raster_sees_itself_and_all_earlier_ones_in_the_prefix_too():
+def test_raster_row_attends_to_itself_and_all_earlier_rows():
     assert RASTER.mask().tolist() == np.tri(6, dtype=bool).tolist()
 
 
 @pytest.mark.parametrize('schedule', [PYRAMID, RASTER])
-def test_the_mask_of_some_rows_is_that_part_of_the_whole_mask(schedule):
+def test_mask_of_some_rows_is_a_part_of_the_full_mask(schedule):
     kept = np.array([0, 1, 3, 5])
     expected = schedule.mask()[np.ix_(kept, kept)]
     np.testing.assert_array_equal(schedule.mask(kept), expected)
@@ -78,7 +78,7 @@ def test_steps_follow_one_another():
     assert Step(5, 2).next() == Step(6, 3)
 
 
-def test_neighbours_share_a_body_where_they_and_what_follows_have_equal_shapes():
+def test_neighbours_of_equal_shapes_share_a_loop_body():
     equal = Pyramid.square((1, 2, 2, 2, 3))
     assert equal.groups() == (Group(0, 1), Group(1, 2), Group(3, 1), Group(4, 1))
     # The second of two equal sides makes the inputs of a third side: nothing to share.
@@ -88,7 +88,7 @@ def test_neighbours_share_a_body_where_they_and_what_follows_have_equal_shapes()
     assert Raster(1, 1, prefix=2).groups() == (Group(0, 1),)
 
 
-def test_steps_that_are_drawn_differently_share_no_body():
+def test_steps_of_different_methods_share_no_loop_body():
     kinds = ('plain', 'plain', 'plain', 'other', 'other', 'plain')
     groups = Raster(2, 3, prefix=4).groups(kinds)
     assert groups == (Group(0, 1), Group(1, 2), Group(3, 2), Group(5, 1))
@@ -125,6 +125,6 @@ def test_schedules_of_equal_fields_are_equal_keys():
         lambda: Raster(2, 2, prefix=0),
     ],
 )
-def test_a_schedule_that_cannot_be_walked_is_refused(make):
+def test_invalid_schedules_are_refused(make):
     with pytest.raises(ValueError):
         make()

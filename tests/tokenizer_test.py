@@ -105,14 +105,14 @@ def narrow():
     return vq, params, images
 
 
-def test_each_scale_leaves_less(quantised, features):
+def test_residual_shrinks_with_every_scale(quantised, features):
     errors = [np.square(canvas - features).mean() for canvas in quantised.canvases]
     before = np.square(features).mean()
     assert before > errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.5 * before
 
 
-def test_a_scale_quantises_what_the_coarser_ones_left(quantised, params, features):
+def test_scale_quantises_the_residual_of_coarser_scales(quantised, params, features):
     canvas = np.zeros_like(features)
     for step, side in enumerate(SIDES):
         rest = np.asarray(resize.area(jnp.asarray(features - canvas), side, side))
@@ -123,13 +123,13 @@ def test_a_scale_quantises_what_the_coarser_ones_left(quantised, params, feature
         np.testing.assert_allclose(quantised.canvases[step], canvas, atol=1e-5)
 
 
-def test_codes_lie_coarse_to_fine_and_row_by_row(quantised):
+def test_codes_are_ordered_coarse_to_fine_and_row_by_row(quantised):
     expected = np.concatenate([np.asarray(c).reshape(8, -1) for c in quantised.codes], axis=1)
     np.testing.assert_array_equal(quantised.codes_BL, expected)
     assert quantised.codes_BL.shape == (8, Pyramid.square(SIDES).length)
 
 
-def test_walking_the_codes_paints_what_quantising_left(quantised, params):
+def test_folding_codes_gives_the_canvas_of_quantising(quantised, params):
     apply = functools.partial(quantiser().apply, {'params': params})
 
     @jax.jit
@@ -152,7 +152,7 @@ def test_walking_the_codes_paints_what_quantising_left(quantised, params):
         np.testing.assert_allclose(inputs[step], coarse, atol=1e-5)
 
 
-def test_the_decoder_sees_codes_and_the_encoder_a_gradient(quantised, params, features):
+def test_decoder_receives_codes_and_encoder_receives_a_gradient(quantised, params, features):
     weights = np.random.default_rng(3).normal(size=features.shape).astype(np.float32)
 
     @jax.jit
@@ -342,7 +342,7 @@ def test_sizes_that_cannot_be_built_are_refused(make):
         make()
 
 
-def test_a_decoder_in_bfloat16_paints_the_same_picture():
+def test_decoder_in_bfloat16_gives_the_same_image():
     tokenizer = models.read_tokenizer('shipped')
     canvas = 0.5 * jax.random.normal(jax.random.key(0), (2, 8, 8, tokenizer.config.channels))
     exact = tokenizer.config.build().apply({'params': tokenizer.params}, canvas, method='decode')

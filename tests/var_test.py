@@ -59,13 +59,13 @@ def trained(run, tmp_path_factory) -> tuple[list[float], str]:
     return losses, str(place)
 
 
-def test_labels_teach(trained):
+def test_training_learns_from_labels(trained):
     losses, _ = trained
     assert losses[0] == pytest.approx(np.log(32), abs=0.2)
     assert np.mean(losses[-5:]) < losses[0] - 0.3
 
 
-def test_classes_are_drawn_by_name_and_by_number(trained, tmp_path, capsys):
+def test_classes_are_sampled_by_name_and_by_number(trained, tmp_path, capsys):
     words = ['sample', '--model', trained[1], '--guidance', '1.5', '--out']
     assert cli.main([*words, str(tmp_path / 'a'), '--class', 'red circle', '3']) == 0
     assert [path.name for path in sorted(tmp_path.glob('a/0*'))] == ['00000.png', '00001.png']
@@ -75,7 +75,7 @@ def test_classes_are_drawn_by_name_and_by_number(trained, tmp_path, capsys):
     assert "no class 'red elephant'" in capsys.readouterr().err
 
 
-def test_a_model_of_text_draws_no_classes(tmp_path, capsys):
+def test_text_model_refuses_classes(tmp_path, capsys):
     place = tiny.write_model(tmp_path / 'model')
     assert cli.main(['sample', '--model', place, '--class', '3', '--out', str(tmp_path / 'o')]) == 2
     assert 'has no classes' in capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_classes_are_read_as_prompts():
             classes.encode([wrong])
 
 
-def test_a_set_without_labels_teaches_no_classes():
+def test_dataset_without_labels_is_refused():
     source = pipeline.Labelled(Shapes(count=3, objects=(1,)).open(16))
     example = source[1]
     assert source.captions(1) == example['captions'] == (example['label'],)
