@@ -15,7 +15,7 @@ from star_jax.checkpoint.weights import flatten
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.var import var_entries
 from star_jax.core.classes import Classes
-from star_jax.core.condition import LabelCondition, choose, stack
+from star_jax.core.condition import LabelCondition, choose, repeat, stack
 from star_jax.data import pipeline
 from star_jax.data.scenes import TRAINED
 from star_jax.data.shapes import Shapes
@@ -103,8 +103,9 @@ def test_dataset_without_labels_is_refused():
         nothing.captions(0)
 
 
-def test_labels_stack_and_drop_as_text_does():
-    labels, none = LabelCondition(jnp.array([4, 5])), LabelCondition(jnp.array([9]))
+def test_label_conditions_stack_and_drop_rows():
+    labels = LabelCondition(jnp.array([4, 5]))
+    none = repeat(LabelCondition(jnp.array([9])), labels)
     assert stack(labels, none).ids_B.tolist() == [4, 5, 9, 9]
     assert choose(jnp.array([False, True]), labels, none).ids_B.tolist() == [4, 9]
 
