@@ -828,7 +828,7 @@ def test_damaged_cache_is_ignored_and_kept(tmp_path, caplog, content):
     segment.write_bytes(content)
     again = FeatureCache(encoder, tmp_path).features(['a red circle'])
     np.testing.assert_array_equal(again.states_BTE, first.states_BTE)
-    assert segment.read_bytes() == content and 'torn' in caplog.text
+    assert segment.read_bytes() == content and 'damaged' in caplog.text
 
 
 def test_too_little_memory_ends_with_status_1(capfd, monkeypatch, prepare):

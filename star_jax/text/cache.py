@@ -111,11 +111,17 @@ class FeatureCache:
             progress: show a progress bar.
             other: a cache of the same encoder, from which captions are copied if present.
         """
-        with self._lock, progress_bar(visible=progress) as bar:
-            if other and (present := other.present(self._missing(captions))):
-                self._add(present, bar, other.features)
-            if missing := self._missing(captions):
-                self._add(missing, bar)
+        with self._lock:
+            missing = self._missing(captions)
+            if not missing:
+                return
+            self._create_folder()  # fails before anything is encoded
+            with progress_bar(visible=progress) as bar:
+                if other and (present := other.present(missing)):
+                    self._add(present, bar, other.features)
+                    missing = self._missing(captions)
+                if missing:
+                    self._add(missing, bar)
 
     def present(self, captions: Sequence[str]) -> list[str]:
         """The captions that are in the cache."""
@@ -200,8 +206,8 @@ class FeatureCache:
         # Names sort by age; the random part differs between processes that write at the same time.
         name = f'{time.time_ns():020d}-{secrets.token_hex(4)}{SUFFIX}'
         partial = self.folder / f'{name}.partial'
+        self._create_folder()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with partial.open('wb') as file:
                 file.write(save(arrays))
                 file.flush()
@@ -210,10 +216,19 @@ class FeatureCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            raise UserError(
-                f'The feature cache cannot write in {self.folder} ({error}); set {ROOT_VARIABLE} '
-                f'to a folder with free space.'
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _create_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f'The feature cache cannot write in {self.folder} ({error}); set {ROOT_VARIABLE} to a '
+            f'folder with free space.'
+        )
 
 
 def _key(caption: str) -> bytes:
