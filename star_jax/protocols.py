@@ -1,9 +1,11 @@
-"""Which contracts do the parts of a model fulfil?
+"""Interfaces: what do families, tokenizers, prompt encoders and samplers implement?
 
-A family is a config that builds a network; a tokenizer config builds a tokenizer. Whoever trains,
-samples, plans, saves or converts calls the methods written here and nothing else of a family.
-`Family` and `TokenizerConfig` are base classes with defaults: a config of one's own derives from
-them and is announced by `families.registry`. All others are structural.
+A family is a config that builds a network; a tokenizer config builds a tokenizer. Training of
+transformers, sampling, planning, benchmarks, model folders and evaluation of samples call the
+members written here and nothing else of them. (Training and evaluation of a *tokenizer* are written
+for `tokenizers.residual_vq.VQ`, and conversion has a table per family.) `Family` and
+`TokenizerConfig` are base classes with defaults: a config from outside of this package derives from
+them and is registered in `families.registry`. All others are structural.
 """
 
 import dataclasses
@@ -29,12 +31,16 @@ class PromptEncoder(Protocol):
 
     Attributes:
         field: which field of an example it reads.
+        width: channels of text features, 0 if it reads no text.
         params: its parameters on the devices, empty if nothing is computed.
         identity: hex digest of everything that decides the condition of a prompt.
         sha256: hex digest of its files, '' if it has none.
     """
 
     field: PromptField
+
+    @property
+    def width(self) -> int: ...
 
     @property
     def params(self) -> Any: ...
@@ -132,7 +138,10 @@ class Tokenizer(Protocol):
         """The canvas with a step's tokens, and the next step's inputs (None after the last)."""
 
     def following(self, canvas: Any, step: Step) -> jax.Array | None:
-        """The inputs of the step after `step`, [B, L, C]; None after the last."""
+        """The inputs of the step after `step`, [B, L, C]; None after the last.
+
+        Only schedules whose steps may share a bucket need it.
+        """
 
     def decode(self, canvas: Any) -> jax.Array:
         """[B, H, W, 3] images in [-1, 1]."""
@@ -144,7 +153,7 @@ class Tokenizer(Protocol):
 class StepFns(NamedTuple):
     """What a sampling method may call, closed over the parameters of network and tokenizer.
 
-    R rows are B prompted ones, or B prompted over B unprompted ones.
+    Arrays with R rows hold B conditional rows, or B conditional rows and then B unconditional ones.
 
     Attributes:
         codes: how logits become codes.
@@ -209,7 +218,7 @@ class SamplingMethod(Protocol):
 
         Args:
             keys_B: one key per image, already folded with the step.
-            features_RLD: of B prompted rows, or of B prompted over B unprompted ones.
+            features_RLD: of B conditional rows, or of B conditional and then B unconditional rows.
             settings: scalars of this step.
             step: the step, traced where steps share a loop body.
             step_fns: functions of network and tokenizer.
@@ -261,6 +270,9 @@ class Family:
     """Sizes and parts of a transformer of one family, and `build`.
 
     Attributes:
+        depth: layers of the network.
+        width: channels of a row.
+        heads: attention heads of queries.
         refinement: the head of stable sampling, for families that can have one.
         drop_path: rate of stochastic depth of the deepest layer.
         keep_tokens: tokens that a training step keeps (0: all).
@@ -269,6 +281,9 @@ class Family:
             gradient, weight decay, average or count.
     """
 
+    depth: ClassVar[int]
+    width: ClassVar[int]
+    heads: ClassVar[int]
     refinement: ClassVar[Any] = None
     drop_path: ClassVar[float] = 0.0
     keep_tokens: ClassVar[int] = 0

@@ -23,13 +23,15 @@ class Classes:
 
     Attributes:
         field: the field of a batch that holds the prompts.
-        sha256: empty, for there are no files.
+        sha256: empty, because there are no files.
+        width: 0, because no text is read.
         count: number of classes.
         names: one name per class, or empty.
     """
 
     field: ClassVar[Literal['label']] = 'label'
     sha256: ClassVar[str] = ''
+    width: ClassVar[int] = 0
 
     count: int
     names: tuple[str, ...] = ()

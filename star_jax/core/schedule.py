@@ -181,6 +181,12 @@ class Schedule:
         members = ((list(run), key in shared) for key, run in runs)
         return tuple(Group(run[0], len(run), pad and len(run) > 1) for run, pad in members)
 
+    def thin(self, key: jax.Array, keep: int) -> jax.Array:
+        """[keep] int32 rows that a training step keeps; UserError for schedules that keep all."""
+        raise UserError(
+            f'{type(self).__name__} cannot drop tokens in training: set model.keep_tokens to 0'
+        )
+
     def check_buckets(self, shared: Buckets, kinds: tuple) -> None:
         """Raises UserError for buckets that are invalid for steps of these kinds."""
         if shared:

@@ -138,7 +138,7 @@ class Star(Scales):
         )
 
     def _check_refinement(self, refinement: Refinement) -> None:
-        """Raises ValueError where the published code has no such head (STAR specification 9)."""
+        """Raises ValueError for a head that this model cannot have (STAR specification 9)."""
         if self.positions.rotation(self.schedule, self.head_width) is None:
             raise ValueError(
                 'a refinement head needs fixed rotary positions, not '
