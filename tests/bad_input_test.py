@@ -389,7 +389,7 @@ CASES: list[tuple[str, str, str]] = [
     ('another dtype', f'{SAMPLE} --dtype int8', "'int8'.*'float32', 'bfloat16'"),
     ('no images to evaluate', f'{EVALUATE} --count 0', 'at least 1, not 0'),
     ('too many images to evaluate', f'{EVALUATE} --count {TOO_MANY}', '1 to 2,147,483,647'),
-    ('more images than memory', f'{EVALUATE} --count {2 * 10**9}', 'pictures .*for less'),
+    ('more images than memory', f'{EVALUATE} --count {2 * 10**9}', 'images .*for less'),
     ('a seed of evaluate', f'{EVALUATE} --seed -1', 'seed must lie in'),
     ('guidance of evaluate', f'{EVALUATE} --guidance 1 nan', 'guidance must lie in .* not nan'),
     ('no temperature of evaluate', f'{EVALUATE} --temperature 0', 'temperature must lie in'),

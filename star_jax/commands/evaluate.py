@@ -17,8 +17,8 @@ from star_jax.commands import arguments
 from star_jax.core.settings import Dtype, Settings, StableVersion
 from star_jax.errors import UserError
 from star_jax.evaluation import eval_report, eval_tables
-from star_jax.evaluation.eval_context import Job, Subject
-from star_jax.evaluation.groups import SHAPES
+from star_jax.evaluation.eval_context import EvalContext, EvalOptions
+from star_jax.evaluation.groups import SHAPES_DATASET
 from star_jax.parallel import startup
 from star_jax.protocols import CrossAttentionMode
 
@@ -65,7 +65,7 @@ class Evaluate:
     """
 
     model: tyro.conf.Positional[str]
-    data: str = SHAPES
+    data: str = SHAPES_DATASET
     splits: tuple[str, ...] = ()
     metrics: tuple[Literal['tokenizer', 'lpips', 'loss', 'alignment', 'kid'], ...] = ()
     count: int = 250
@@ -86,16 +86,17 @@ class Evaluate:
 
 def main(words: Sequence[str]) -> int:
     options = arguments.parse(Evaluate, words, 'evaluate')
-    job = _job(options)
+    eval_options = _eval_options(options)
     for path in (options.out, options.grid):
         _check_writable(path)
     startup.start()
-    subject = Subject(job, _with_progress)
-    if options.grid is not None and subject.model is None:
+    context = EvalContext(eval_options, _with_progress)
+    if options.grid is not None and context.model is None:
         raise UserError(f'{options.model} holds only a tokenizer: --grid needs a model')
-    report = eval_report.run(subject)
+    report = eval_report.run(context)
     if options.grid is not None:
-        image_io.save_png(eval_report.grid(subject, job.settings[0]), options.grid)
+        grid = eval_report.sample_grid(context, eval_options.settings[0])
+        image_io.save_png(grid, options.grid)
     if options.out is not None:
         config.write_json(options.out, config.to_json(report))
     console = Console()
@@ -105,13 +106,13 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _job(options: Evaluate) -> Job:
+def _eval_options(options: Evaluate) -> EvalOptions:
     try:
-        return Job(
-            place=options.model,
+        return EvalOptions(
+            model=options.model,
             data=options.data,
             splits=options.splits,
-            parts=options.metrics,
+            metrics=options.metrics,
             count=options.count,
             seed=options.seed,
             batch=min(options.batch, options.count),

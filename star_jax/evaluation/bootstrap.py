@@ -1,4 +1,4 @@
-"""How sure is a score that comes from a sample of images?"""
+"""How precise is a score that is computed from a sample of images?"""
 
 import dataclasses
 
@@ -6,12 +6,19 @@ import numpy as np
 
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
-BLOCK = 1 << 20  # draws held at once
+BLOCK = 1 << 20  # weights in memory at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """A score over `count` images and the ends of its 95 % bootstrap interval."""
+    """A score with its 95 % bootstrap interval.
+
+    Attributes:
+        value: the score of all images.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        count: number of images.
+    """
 
     value: float
     low: float
@@ -20,33 +27,39 @@ class Score:
 
 
 def mean(values_N: np.ndarray, seed: int) -> Score:
-    """The mean of one number (or truth) per image.
+    """The mean over images, with the interval of the means of random resamples.
 
-    Images are drawn again with replacement; the interval holds the middle 95 % of the means. Of
-    equal values it has no width: none of 40 pictures is not surely none of 4,000.
-    Raises ValueError where there is no value.
+    Resamples have N images, with replacement; the interval holds the middle 95 % of their means.
+    The interval of equal values has width 0, although 0 hits of 40 do not prove 0 of 4,000.
+
+    Args:
+        values_N: one number or bool per image.
+        seed: seed of the resamples.
+
+    Raises:
+        ValueError: there is no value, or more than one axis.
     """
     values_N = np.asarray(values_N, np.float64)
     if values_N.ndim != 1 or not len(values_N):
         raise ValueError(f'expected at least one value per score, not shape {values_N.shape}')
-    weights = resamples(len(values_N), seed)
+    weights = resample_weights(len(values_N), seed)
     means = np.concatenate([weights_RN @ values_N for weights_RN in weights]) / len(values_N)
-    return interval(float(values_N.mean()), means, len(values_N))
+    return score(float(values_N.mean()), means, len(values_N))
 
 
-def resamples(count: int, seed: int, times: int = RESAMPLES) -> list[np.ndarray]:
-    """How often each of `count` images occurs in each of `times` resamples: blocks [R, count]."""
+def resample_weights(count: int, seed: int, resamples: int = RESAMPLES) -> list[np.ndarray]:
+    """How often each image occurs in each resample: blocks of shape [R, count]."""
     rng = np.random.default_rng(seed)
     probs_N = np.full(count, 1 / count)
-    rows = max(1, min(times, BLOCK // count))
+    rows = max(1, min(resamples, BLOCK // count))
     return [
-        rng.multinomial(count, probs_N, size=min(rows, times - first))
-        for first in range(0, times, rows)
+        rng.multinomial(count, probs_N, size=min(rows, resamples - first))
+        for first in range(0, resamples, rows)
     ]
 
 
-def interval(value: float, resampled_R: np.ndarray, count: int) -> Score:
-    """A score of `count` images with the percentiles of its resampled values."""
+def score(value: float, resampled_R: np.ndarray, count: int) -> Score:
+    """The score of `count` images, with percentiles of its resampled values as the interval."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled_R, [tail, 1 - tail])
     return Score(value=value, low=float(low), high=float(high), count=count)

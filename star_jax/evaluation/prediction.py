@@ -16,64 +16,76 @@ from star_jax.losses import tokens
 from star_jax.text.cache import FeatureCache
 from star_jax.text.encoder import TextEncoder
 
-Predict = Callable[[Source], Iterable['Predicted']]
+Predict = Callable[[Source], Iterable['Prediction']]
 
 
-class Predicted(NamedTuple):
-    """Of every token of some images, [N, L]: -log p in nats, and whether the most probable code
-    is the right one."""
+class Prediction(NamedTuple):
+    """How well the tokens of N images were predicted.
+
+    Attributes:
+        nll_NL: negative log-likelihood in nats.
+        hit_NL: 1 where the most probable code is the right one.
+    """
 
     nll_NL: np.ndarray
     hit_NL: np.ndarray
 
 
-def compile_model(model: StoredModel, encoder: TextEncoder, dtype: str, batch: int) -> Predict:
-    """What predicts a source, `batch` images at a time, all through one program.
+def compile_prediction(
+    model: StoredModel, encoder: TextEncoder, *, dtype: str, batch: int
+) -> Predict:
+    """A function that predicts the images of a source, all with one compiled program.
 
-    Captions are read through the cache that training uses, so a validation loss is the same here.
+    Captions are encoded through the cache that training uses, so the held-out loss of training is
+    the same.
+
+    Args:
+        model: transformer and tokenizer with their parameters.
+        encoder: the text encoder of the model.
+        dtype: of activations.
+        batch: images per call of the program.
     """
     network = model.config.build(dtype)
     tokenizer = model.tokenizer.config.at(model.config.schedule).build()
     params, frozen = jax.device_put((model.params, model.tokenizer.params))
-    texts = FeatureCache(encoder)
+    features = FeatureCache(encoder)
 
     @jax.jit
-    def program(params: Any, frozen: Any, images: jax.Array, text: TextCondition) -> Predicted:
+    def program(params: Any, frozen: Any, images: jax.Array, text: TextCondition) -> Prediction:
         encoded = tokens.encode(tokenizer, frozen, images)
         targets = tokens.held_out_targets(tokenizer, frozen, encoded)
         losses = tokens.token_losses(network, tokenizer.codes, params, targets, text)
-        return Predicted(losses.nll_BL, losses.hit_BL)
+        return Prediction(losses.nll_BL, losses.hit_BL)
 
-    def predict(source: Source) -> Iterable[Predicted]:
-        for some in pipeline.sequential(source, batch):
-            filled, real = pipeline.pad(some, batch)
-            text = texts.features(filled['caption'])
-            found = program(params, frozen, filled['image'], text)
-            yield Predicted(*(np.asarray(x_BL)[:real] for x_BL in found))
+    def predict(source: Source) -> Iterable[Prediction]:
+        for padded, real in pipeline.padded_batches(source, batch):
+            text = features.features(padded['caption'])
+            prediction = program(params, frozen, padded['image'], text)
+            yield Prediction(*(np.asarray(x_BL)[:real] for x_BL in prediction))
 
     return predict
 
 
-def join(parts: Iterable[Predicted]) -> Predicted:
-    """All of them as one."""
-    return Predicted(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+def concatenate(predictions: Iterable[Prediction]) -> Prediction:
+    """The predictions of all images."""
+    return Prediction(*(np.concatenate(arrays) for arrays in zip(*predictions, strict=True)))
 
 
-def scores(found: Predicted, schedule: Schedule, seed: int) -> dict[str, Any]:
+def scores(prediction: Prediction, schedule: Schedule, seed: int) -> dict[str, Any]:
     """Loss (nats per token) and accuracy, over all tokens and per scale."""
     scale_L = schedule.scale_of_token
     return {
-        'images': len(found.nll_NL),
-        **_means(found, np.ones(len(scale_L), bool), seed),
+        'count': len(prediction.nll_NL),
+        **_means(prediction, np.ones(len(scale_L), bool), seed),
         'scales': [
-            {'tokens': int(tokens), **_means(found, scale_L == scale, seed)}
-            for scale, tokens in enumerate(np.bincount(scale_L))
+            {'tokens': int(count), **_means(prediction, scale_L == scale, seed)}
+            for scale, count in enumerate(np.bincount(scale_L))
         ],
     }
 
 
-def _means(found: Predicted, here_L: np.ndarray, seed: int) -> dict[str, bootstrap.Score]:
+def _means(prediction: Prediction, mask_L: np.ndarray, seed: int) -> dict[str, bootstrap.Score]:
     return {
-        'loss': bootstrap.mean(found.nll_NL[:, here_L].mean(1), seed),
-        'accuracy': bootstrap.mean(found.hit_NL[:, here_L].mean(1), seed),
+        'loss': bootstrap.mean(prediction.nll_NL[:, mask_L].mean(1), seed),
+        'accuracy': bootstrap.mean(prediction.hit_NL[:, mask_L].mean(1), seed),
     }

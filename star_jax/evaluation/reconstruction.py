@@ -1,4 +1,4 @@
-"""What does a tokenizer keep of images?"""
+"""How well does a tokenizer reconstruct images?"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -18,14 +18,17 @@ from star_jax.nn.bind import bind
 from star_jax.nn.perceptual import Lpips
 from star_jax.tokenizers import codebook
 
-Reconstruct = Callable[[Source], Iterable['Reconstructed']]
+Reconstruct = Callable[[Source], Iterable['Reconstruction']]
 
 
-class Reconstructed(NamedTuple):
-    """Some images after the tokenizer.
+class Reconstruction(NamedTuple):
+    """N images after encoding, quantisation and decoding.
 
-    `images`: uint8 [N, H, W, 3]. `psnr_N` in dB. `lpips_N`: distances, or None where nothing
-    measures them. `usage_KV`: how often each scale chose each code.
+    Attributes:
+        images: uint8 [N, H, W, 3].
+        psnr_N: peak signal-to-noise ratios in dB.
+        lpips_N: perceptual distances, or None if they were not computed.
+        usage_KV: how often each scale used each code.
     """
 
     images: np.ndarray
@@ -34,56 +37,63 @@ class Reconstructed(NamedTuple):
     usage_KV: np.ndarray
 
 
-def compile_tokenizer(tokenizer: StoredTokenizer, lpips: Lpips | None, batch: int) -> Reconstruct:
-    """What reconstructs a source, `batch` images at a time, all through one program."""
+def compile_reconstruction(
+    tokenizer: StoredTokenizer, lpips: Lpips | None, batch: int
+) -> Reconstruct:
+    """A function that reconstructs the images of a source, all with one compiled program.
+
+    Args:
+        tokenizer: its config and parameters.
+        lpips: the perceptual network (None: no perceptual distances).
+        batch: images per call of the program.
+    """
     network, params = tokenizer.config.build(), jax.device_put(tokenizer.params)
     lpips = jax.device_put(lpips)
 
     @jax.jit
-    def program(params: Any, lpips: Lpips | None, images: jax.Array, real: int) -> Reconstructed:
+    def program(params: Any, lpips: Lpips | None, images: jax.Array, real: int) -> Reconstruction:
         bound, signed = bind(network, params), pixels.to_signed(images)
         codes = bound.quantise(bound.features(signed))
         decoded = bound.decode(codes.canvases[-1])
-        usage_KV = codebook.usage(codes, network.codes.size, jnp.arange(len(images)) < real)
-        distance_B = None if lpips is None else lpips(signed, decoded)
-        ratio_B = psnr(signed, decoded)
-        return Reconstructed(network.to_uint8(decoded), ratio_B, distance_B, usage_KV)
+        return Reconstruction(
+            images=network.to_uint8(decoded),
+            psnr_N=psnr(signed, decoded),
+            lpips_N=None if lpips is None else lpips(signed, decoded),
+            usage_KV=codebook.usage(codes, network.codes.size, jnp.arange(len(images)) < real),
+        )
 
-    def reconstruct(source: Source) -> Iterable[Reconstructed]:
-        for some in pipeline.sequential(source, batch):
-            filled, real = pipeline.pad(some, batch)
-            images, ratio_B, distance_B, usage_KV = program(params, lpips, filled['image'], real)
-            yield Reconstructed(
-                np.asarray(images)[:real],
-                np.asarray(ratio_B)[:real],
-                None if distance_B is None else np.asarray(distance_B)[:real],
-                np.asarray(usage_KV),
+    def reconstruct(source: Source) -> Iterable[Reconstruction]:
+        for padded, real in pipeline.padded_batches(source, batch):
+            result = jax.tree.map(np.asarray, program(params, lpips, padded['image'], real))
+            yield result._replace(
+                images=result.images[:real],
+                psnr_N=result.psnr_N[:real],
+                lpips_N=None if lpips is None else result.lpips_N[:real],
             )
 
     return reconstruct
 
 
-def join(parts: Iterable[Reconstructed]) -> Reconstructed:
-    """All of them as one."""
-    images, ratios, distances, counts = zip(*parts, strict=True)
-    return Reconstructed(
-        np.concatenate(images),
-        np.concatenate(ratios),
-        None if distances[0] is None else np.concatenate(distances),
-        sum(counts),
+def concatenate(reconstructions: Iterable[Reconstruction]) -> Reconstruction:
+    """The reconstructions of all images."""
+    images, psnrs, distances, usages = zip(*reconstructions, strict=True)
+    return Reconstruction(
+        images=np.concatenate(images),
+        psnr_N=np.concatenate(psnrs),
+        lpips_N=None if distances[0] is None else np.concatenate(distances),
+        usage_KV=sum(usages),
     )
 
 
-def scores(found: Reconstructed, grids: Grids, seed: int) -> dict[str, Any]:
-    """PSNR, LPIPS, and per scale the share of codes that is used and their perplexity."""
-    usage_KV = found.usage_KV
+def scores(reconstruction: Reconstruction, grids: Grids, seed: int) -> dict[str, Any]:
+    """PSNR and LPIPS; the share of used codes; the share and the perplexity of each scale."""
+    usage_KV, lpips_N = reconstruction.usage_KV, reconstruction.lpips_N
     perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(usage_KV)))
     used_K = (usage_KV > 0).mean(1)
-    lpips = None if found.lpips_N is None else bootstrap.mean(found.lpips_N, seed)
     return {
-        'images': len(found.images),
-        'psnr': bootstrap.mean(found.psnr_N, seed),
-        'lpips': lpips,
+        'count': len(reconstruction.images),
+        'psnr': bootstrap.mean(reconstruction.psnr_N, seed),
+        'lpips': None if lpips_N is None else bootstrap.mean(lpips_N, seed),
         'used': float((usage_KV.sum(0) > 0).mean()),
         'scales': [
             {'grid': list(grid), 'used': float(used), 'perplexity': float(perplexity)}

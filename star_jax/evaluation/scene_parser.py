@@ -1,9 +1,9 @@
-"""What does a picture of the embedded set show?
+"""Which scene does an image of the embedded dataset show?
 
-Read by classical vision, without any learned part, so that a score means the same thing for every
-model. The rim names the background; every pixel goes to the nearest colour, and the flat middle
-of a colour claims the edge around it; what a colour then covers is a shape, or is cut into pieces
-that are (`silhouettes`). What no shape explains is counted as strange, never taken for a thing.
+Classical vision without learned parts, so that a score is comparable between all models. The rim
+gives the background; every pixel is assigned to the nearest colour, and the flat interior of a
+colour includes the edge around it. A shape is fitted to each covered patch, or to each of the
+pieces into which the patch is cut (`shape_fitting`). A piece that no shape fits is unrecognised.
 """
 
 import dataclasses
@@ -13,41 +13,43 @@ import numpy as np
 from star_jax.core.resize import area_matrix
 from star_jax.data.scenes import COLOURS, Scene, Thing
 from star_jax.errors import UserError
-from star_jax.evaluation import silhouettes
-from star_jax.evaluation.silhouettes import Silhouette
+from star_jax.evaluation import shape_fitting
+from star_jax.evaluation.shape_fitting import FittedShape
 
-# Larger pictures are averaged down to this side. Scenes keep every place a pixel of it clear of
-# the next one, every size two and every relation four.
+# Larger images are averaged down to this side. In a scene every place is separated from the next
+# one by at least one pixel of it, every size by two and every relation by four.
 SIDE = 64
 
-# Nothing further than this from a colour has its name, or is it. Two of the ten are 117 apart or
-# more; behind a small tokenizer (23 to 27 dB) all flat middles were within 64, 99 % within 52.
+# A larger distance from a colour is a different colour. Two of the ten are 117 or more apart;
+# after a small tokenizer (23 to 27 dB) all flat interiors were within 64, 99 % within 52.
 COLOUR_DISTANCE = 90.0
-# Large things come as close as half a pixel to the rim, a blurred one tints it; this much is clear.
+# Large things are as close as half a pixel to the rim, and a blurred one changes its colour; at
+# least this share of the rim is clear.
 RIM_SHARE = 0.75
 
-# An edge passes near third colours, in a band of one or two pixels: a colour is there only where 8
-# of the 9 pixels around have it. The thinnest part of a thing is 5 pixels wide, so the flat middle
-# of the least thing is some 30 pixels. Blurred edges are wider: within 4 pixels of a middle, the
-# colours between its own and the background's are its edge.
+# An edge passes near third colours, in a band of one or two pixels. So a colour is present only
+# where 8 of the 9 pixels around have it. The thinnest part of a thing is 5 pixels wide, so the flat
+# interior of the smallest thing has about 30 pixels. Blurred edges are wider: within 4 pixels of an
+# interior, the colours between that of the thing and the background belong to its edge.
 CORE_NEIGHBOURS = 8
 CORE_PIXELS = 10
 EDGE = 4
-REACH = 8  # pixels from the flat middle of a large star to its tips, and to spare
+GROWTH = 8  # pixels; slightly more than from the flat interior of a large star to its tips
 
 FRINGE = 3  # pixels around the covered ones that hold the rest of a blurred edge
-DUST_PIXELS = 16  # less than this is a speck that nobody would name; the least star has 140
-# Pixels covered by half are part of a patch. Things of one colour, 1.5 pixels apart, may touch.
-CUTS = (0.5, 0.75, 0.9)
+SPECK_PIXELS = 16  # smaller patches are ignored; the smallest star has 140
+# Pixels that are covered by half belong to a patch. Things of one colour that are 1.5 pixels apart
+# may touch, so a patch is cut at higher levels, too.
+CUT_LEVELS = (0.5, 0.75, 0.9)
 
-# How far the outline of a thing may be off on average, in pixels. Rings of that tokenizer reach
-# 1.0, all else 0.8. An ellipse of 6 : 5 has 0.7, of 4 : 3 1.1; a half disc, a T and an L 2.
-DISPLACEMENT = 1.0
-# Which sizes, in pixels, can be called small or large: the set has 20 to 30.
-EXTENTS = (14.0, 42.0)
+# Largest mean displacement of an outline, in pixels. Rings after that tokenizer have up to 1.0, all
+# other shapes 0.8. An ellipse of 6 : 5 has 0.7, of 4 : 3 1.1; a half disc, a T and an L have 2.
+MAX_DISPLACEMENT = 1.0
+# Extents, in pixels, that count as small or large: the dataset has 20 to 30.
+EXTENT_RANGE = (14.0, 42.0)
 
-# A strange texture has no flat middle, but leaves a patch of wrong pixels, more than an edge wide.
-# What was read rightly behind that tokenizer left at most 22 of them.
+# An unknown texture has no flat interior, but leaves a patch of wrong pixels that is wider than an
+# edge. Images after that tokenizer that were parsed correctly had at most 22 such pixels.
 WRONG_PIXELS = 24
 
 _NAMES = tuple(COLOURS)
@@ -56,138 +58,148 @@ _POWER_N = (_PALETTE_N3**2).sum(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What was recognised in a picture.
+class ParsedScene:
+    """The recognised parts of an image.
 
-    `strange` has the colour of each patch that is no thing, '' where that has no name either.
+    Attributes:
+        things: the recognised things; lengths are in units of the side of the image.
+        background: a key of `scenes.COLOURS`, or None if the rim has no single named colour.
+        unrecognised: the colour of each patch that no shape fits, '' for an unnamed colour.
     """
 
     things: tuple[Thing, ...]
     background: str | None
-    strange: tuple[str, ...] = ()
+    unrecognised: tuple[str, ...] = ()
 
     @property
     def scene(self) -> Scene | None:
-        """The scene, if all of the picture was recognised."""
-        if self.strange or self.background is None:
+        """The scene, if all of the image was recognised."""
+        if self.unrecognised or self.background is None:
             return None
         return Scene(things=self.things, background=self.background)
 
 
-def read(image_hwc: np.ndarray) -> Scene | None:
-    """The scene that a picture shows, None where it shows anything else; as `inspect`."""
-    return inspect(image_hwc).scene
+def parse_scene(image_hwc: np.ndarray) -> Scene | None:
+    """The scene that an image shows, or None if a part of it is unrecognised; as `parse`."""
+    return parse(image_hwc).scene
 
 
-def inspect(image_hwc: np.ndarray) -> Reading:
-    """All that can be read in a uint8 RGB picture (S, S, 3), S at least 64; else `UserError`."""
-    picture_hwc = _shrink(image_hwc)
-    ground = _ground(picture_hwc)
-    if ground is None:
-        return Reading(things=(), background=None, strange=('',))
-    background = int(_nearest(ground))
-    cores = _cores(_nearest(picture_hwc), ground, background)
-    owners_hw = _grow(cores)
-    canvas_hwc = np.broadcast_to(ground, picture_hwc.shape).copy()
-    things, strange = [], []
+def parse(image_hwc: np.ndarray) -> ParsedScene:
+    """The background and the things of an image.
+
+    Args:
+        image_hwc: (S, S, 3) uint8 RGB, S at least 64.
+
+    Raises:
+        UserError: an image of another form.
+    """
+    image_hwc = _downscale(image_hwc)
+    rim_c = _rim_colour(image_hwc)
+    if rim_c is None:
+        return ParsedScene(things=(), background=None, unrecognised=('',))
+    background = int(_nearest_colour(rim_c))
+    cores = _cores(_nearest_colour(image_hwc), rim_c, background)
+    labels_hw = _grow(cores)
+    rendered_hwc = np.broadcast_to(rim_c, image_hwc.shape).copy()
+    things, unrecognised = [], []
     for label, core_hw in cores.items():
-        colour = np.median(picture_hwc[core_hw], axis=0)
-        if _distance(colour, _PALETTE_N3[label]) > COLOUR_DISTANCE:
-            strange.append('')
+        colour_c = np.median(image_hwc[core_hw], axis=0)
+        if _distance(colour_c, _PALETTE_N3[label]) > COLOUR_DISTANCE:
+            unrecognised.append('')
             continue
-        patch_hw = _patch(picture_hwc - ground, colour - ground, owners_hw == label)
-        for found in _explain(patch_hw):
-            if found is None:
-                strange.append(_NAMES[label])
+        patch_hw = _coverage(image_hwc - rim_c, colour_c - rim_c, labels_hw == label)
+        for fitted in _fit_shapes(patch_hw):
+            if fitted is None:
+                unrecognised.append(_NAMES[label])
             else:
-                things.append(_thing(found, _NAMES[label]))
-                canvas_hwc += found.cover_hw[:, :, None] * (colour - ground)
-    wrong_hw = _distance(picture_hwc, canvas_hwc) > COLOUR_DISTANCE
-    if not strange and _middle(wrong_hw).sum() >= WRONG_PIXELS:
-        strange.append('')
-    return Reading(things=tuple(things), background=_NAMES[background], strange=tuple(strange))
-
-
-def _thing(found: Silhouette, colour: str) -> Thing:
-    return Thing(
-        shape=found.shape,
-        colour=colour,
-        extent=found.extent / SIDE,
-        x=found.x / SIDE,
-        y=found.y / SIDE,
+                things.append(_thing(fitted, _NAMES[label]))
+                rendered_hwc += fitted.cover_hw[:, :, None] * (colour_c - rim_c)
+    wrong_hw = _distance(image_hwc, rendered_hwc) > COLOUR_DISTANCE
+    if not unrecognised and _interior(wrong_hw).sum() >= WRONG_PIXELS:
+        unrecognised.append('')
+    return ParsedScene(
+        things=tuple(things), background=_NAMES[background], unrecognised=tuple(unrecognised)
     )
 
 
-def _shrink(image_hwc: np.ndarray) -> np.ndarray:
-    """float64 (64, 64, 3)."""
+def _thing(fitted: FittedShape, colour: str) -> Thing:
+    return Thing(
+        shape=fitted.shape,
+        colour=colour,
+        extent=fitted.extent / SIDE,
+        x=fitted.x / SIDE,
+        y=fitted.y / SIDE,
+    )
+
+
+def _downscale(image_hwc: np.ndarray) -> np.ndarray:
+    """The image as float64 (64, 64, 3)."""
     side = len(image_hwc)
     if image_hwc.shape != (side, side, 3) or image_hwc.dtype != np.uint8 or side < SIDE:
         raise UserError(
-            f'a picture to read is a square of uint8 RGB with {SIDE} pixels a side or more, '
-            f'not {image_hwc.dtype} {image_hwc.shape}'
+            f'the scene parser needs a square image of uint8 RGB with {SIDE} pixels a side or '
+            f'more, not {image_hwc.dtype} {image_hwc.shape}'
         )
-    picture_hwc = image_hwc.astype(np.float64)
+    image_hwc = image_hwc.astype(np.float64)
     if side == SIDE:
-        return picture_hwc
+        return image_hwc
     matrix = area_matrix(side, SIDE).astype(np.float64)
-    rows = matrix @ picture_hwc.reshape(side, -1)
+    rows = matrix @ image_hwc.reshape(side, -1)
     return matrix @ rows.reshape(SIDE, side, 3)
 
 
-def _nearest(colours_c: np.ndarray) -> np.ndarray:
-    """The numbers of the nearest of the ten colours, (...) from (..., 3)."""
+def _nearest_colour(colours_c: np.ndarray) -> np.ndarray:
+    """Indices (...) of the nearest of the ten colours, from (..., 3)."""
     return np.argmin(_POWER_N - 2 * colours_c @ _PALETTE_N3.T, axis=-1)
 
 
-def _distance(one_c: np.ndarray, other_c: np.ndarray) -> np.ndarray:
-    return np.sqrt(((one_c - other_c) ** 2).sum(-1))
+def _distance(first_c: np.ndarray, second_c: np.ndarray) -> np.ndarray:
+    return np.sqrt(((first_c - second_c) ** 2).sum(-1))
 
 
-def _ground(picture_hwc: np.ndarray) -> np.ndarray | None:
-    """The colour (3,) of the picture's rim, if it has one."""
-    rim_N3 = np.concatenate(
-        [picture_hwc[0], picture_hwc[-1], picture_hwc[1:-1, 0], picture_hwc[1:-1, -1]]
-    )
-    ground = np.median(rim_N3, axis=0)
-    named = _distance(_PALETTE_N3[_nearest(ground)], ground) <= COLOUR_DISTANCE
-    plain = (_distance(rim_N3, ground) <= COLOUR_DISTANCE).mean() >= RIM_SHARE
-    return ground if named and plain else None
+def _rim_colour(image_hwc: np.ndarray) -> np.ndarray | None:
+    """The colour (3,) of the rim, or None if it has no single named colour."""
+    rim_N3 = np.concatenate([image_hwc[0], image_hwc[-1], image_hwc[1:-1, 0], image_hwc[1:-1, -1]])
+    median_c = np.median(rim_N3, axis=0)
+    named = _distance(_PALETTE_N3[_nearest_colour(median_c)], median_c) <= COLOUR_DISTANCE
+    uniform = (_distance(rim_N3, median_c) <= COLOUR_DISTANCE).mean() >= RIM_SHARE
+    return median_c if named and uniform else None
 
 
-def _cores(labels_hw: np.ndarray, ground: np.ndarray, background: int) -> dict[int, np.ndarray]:
-    """The flat middles (h, w) of each colour that is neither the background's nor an edge's."""
+def _cores(labels_hw: np.ndarray, rim_c: np.ndarray, background: int) -> dict[int, np.ndarray]:
+    """The flat interiors (h, w) of each colour, except the background and colours of edges."""
     counts = np.bincount(labels_hw.ravel(), minlength=len(_NAMES))
     counts[background] = 0
     labels = np.flatnonzero(counts >= CORE_PIXELS).tolist()
-    cores = _broad({label: _middle(labels_hw == label) for label in labels})
-    edges = {label: _between(ground, label) & cores.keys() for label in cores}
-    for label, between in edges.items():
-        near_hw = _widen(cores[label], EDGE) if between else None
-        for other in between:
-            cores[other] = cores[other] & ~near_hw
-    return _broad(cores)
+    cores = _large_enough({label: _interior(labels_hw == label) for label in labels})
+    edges = {label: _colours_between(rim_c, label) & cores.keys() for label in cores}
+    for label, edge_labels in edges.items():
+        near_hw = _dilate(cores[label], EDGE) if edge_labels else None
+        for edge_label in edge_labels:
+            cores[edge_label] = cores[edge_label] & ~near_hw
+    return _large_enough(cores)
 
 
-def _broad(cores: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+def _large_enough(cores: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
     return {label: core_hw for label, core_hw in cores.items() if core_hw.sum() >= CORE_PIXELS}
 
 
-def _between(ground: np.ndarray, label: int) -> set[int]:
-    """The other colours that an edge between the ground and a colour passes."""
-    steps = np.linspace(0, 1, 21)[:, None]
-    passed = _nearest(ground + steps * (_PALETTE_N3[label] - ground))
-    return set(passed.tolist()) - {label}
+def _colours_between(rim_c: np.ndarray, label: int) -> set[int]:
+    """The other colours on an edge between the background and a colour."""
+    shares = np.linspace(0, 1, 21)[:, None]
+    nearest = _nearest_colour(rim_c + shares * (_PALETTE_N3[label] - rim_c))
+    return set(nearest.tolist()) - {label}
 
 
-def _middle(mask_hw: np.ndarray) -> np.ndarray:
-    """Where a mask is more than an edge wide."""
+def _interior(mask_hw: np.ndarray) -> np.ndarray:
+    """The pixels where a mask is wider than an edge."""
     padded = np.pad(mask_hw, 1).astype(np.int8)
     rows = padded[:-2] + padded[1:-1] + padded[2:]
     count_hw = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
     return mask_hw & (count_hw >= CORE_NEIGHBOURS)
 
 
-def _widen(mask_hw: np.ndarray, pixels: int) -> np.ndarray:
+def _dilate(mask_hw: np.ndarray, pixels: int) -> np.ndarray:
     padded = np.pad(mask_hw, pixels)
     for axis in (0, 1):
         windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * pixels + 1, axis)
@@ -196,47 +208,54 @@ def _widen(mask_hw: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def _grow(cores: dict[int, np.ndarray]) -> np.ndarray:
-    """The colour whose middle is next to each pixel (h, w), -1 where none is within reach."""
-    owners_hw = np.full((SIDE, SIDE), -1, np.int8)
+    """The label (h, w) of the nearest core of each pixel, -1 beyond `GROWTH` pixels."""
+    labels_hw = np.full((SIDE, SIDE), -1, np.int8)
     for label, core_hw in cores.items():
-        owners_hw[core_hw] = label
-    for _ in range(REACH):
-        for lines in (owners_hw, owners_hw.T):
+        labels_hw[core_hw] = label
+    for _ in range(GROWTH):
+        for lines in (labels_hw, labels_hw.T):
             before = lines.copy()
-            for to, of in ((slice(1, None), slice(-1)), (slice(-1), slice(1, None))):
-                np.copyto(lines[to], before[of], where=lines[to] < 0)
-    return owners_hw
+            for target, source in ((slice(1, None), slice(-1)), (slice(-1), slice(1, None))):
+                np.copyto(lines[target], before[source], where=lines[target] < 0)
+    return labels_hw
 
 
-def _patch(off_hwc: np.ndarray, change: np.ndarray, owned_hw: np.ndarray) -> np.ndarray:
-    """How much of each pixel (h, w) a colour covers: 0 is the ground, 1 the colour."""
-    share_hw = np.where(owned_hw, off_hwc @ (change / (change @ change)), 0.0)
-    near_hw = _widen(share_hw > CUTS[0], FRINGE)
+def _coverage(difference_hwc: np.ndarray, change_c: np.ndarray, mask_hw: np.ndarray) -> np.ndarray:
+    """The share (h, w) of each pixel that a colour covers.
+
+    Args:
+        difference_hwc: the image minus the background.
+        change_c: the colour minus the background.
+        mask_hw: the pixels that may belong to the colour.
+    """
+    share_hw = np.where(mask_hw, difference_hwc @ (change_c / (change_c @ change_c)), 0.0)
+    near_hw = _dilate(share_hw > CUT_LEVELS[0], FRINGE)
     return np.where(near_hw, np.clip(share_hw, 0.0, 1.0), 0.0)
 
 
-def _explain(patch_hw: np.ndarray) -> list[Silhouette | None]:
-    """The shapes that make a patch: one if it fits, else those of its pieces; None is no shape."""
-    if patch_hw.sum() < DUST_PIXELS:
+def _fit_shapes(patch_hw: np.ndarray) -> list[FittedShape | None]:
+    """The one shape that fits a patch, or the shapes of its pieces; None for an unfitted piece."""
+    if patch_hw.sum() < SPECK_PIXELS:
         return []
-    best = silhouettes.fit(patch_hw)
-    if best.displacement <= DISPLACEMENT and EXTENTS[0] <= best.extent <= EXTENTS[1]:
+    best = shape_fitting.fit(patch_hw)
+    smallest, largest = EXTENT_RANGE
+    if best.displacement <= MAX_DISPLACEMENT and smallest <= best.extent <= largest:
         return [best]
     pieces = _cut(patch_hw)
     if len(pieces) == 1:
         return [None]
-    return [found for piece_hw in pieces for found in _explain(piece_hw)]
+    return [fitted for piece_hw in pieces for fitted in _fit_shapes(piece_hw)]
 
 
 def _cut(patch_hw: np.ndarray) -> list[np.ndarray]:
-    """A patch cut along its empty rows, or columns: the boxes of two things never overlap."""
-    for least in CUTS:
+    """Cuts a patch along empty rows or columns: the boxes of two things never overlap."""
+    for level in CUT_LEVELS:
         for axis in (0, 1):
-            full = np.flatnonzero((patch_hw > least).any(1 - axis))
-            last = np.flatnonzero(np.diff(full) > 1)
+            occupied = np.flatnonzero((patch_hw > level).any(1 - axis))
+            last = np.flatnonzero(np.diff(occupied) > 1)
             if len(last):
-                between = (full[last] + full[last + 1]) / 2
-                piece = np.searchsorted(between, np.arange(SIDE))
+                cuts = (occupied[last] + occupied[last + 1]) / 2
+                piece = np.searchsorted(cuts, np.arange(SIDE))
                 piece = np.expand_dims(piece, 1 - axis)
-                return [np.where(piece == n, patch_hw, 0.0) for n in range(len(between) + 1)]
+                return [np.where(piece == n, patch_hw, 0.0) for n in range(len(cuts) + 1)]
     return [patch_hw]

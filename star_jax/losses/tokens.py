@@ -36,15 +36,15 @@ class TokenLosses(NamedTuple):
 
 
 def encode(tokenizer: nn.Module, params: Any, images: jax.Array) -> jax.Array:
-    """What the tokenizer makes of uint8 images [B, H, W, 3].
+    """The tokenizer's encoding of uint8 images [B, H, W, 3]: codes, or features.
 
-    Compile it as a program of its own: then a cache on disk holds exactly what training computes.
+    Compile it as a separate program: then a cache on disk holds exactly what training computes.
     """
     return bind(tokenizer, params).encode(pixels.to_signed(images))
 
 
 def held_out_targets(tokenizer: nn.Module, params: Any, encoded: jax.Array) -> Targets:
-    """Inputs and labels of encoded held-out images: with a fixed key, so that losses compare."""
+    """Inputs and labels of encoded held-out images, with a fixed key: losses are comparable."""
     return bind(tokenizer, params).training_targets(encoded, jax.random.key(0))
 
 
@@ -63,11 +63,11 @@ def token_losses(
 
     Args:
         network: the transformer, with its `params`.
-        codes: how its logits are read.
+        codes: how its logits are parsed.
         targets: inputs and labels.
         condition: one row per image.
         rows: the rows that token dropping keeps (None: all).
-        paths: scales of stochastic depth, as of `drop_paths` (None: 1).
+        paths: scales of stochastic depth, as from `drop_paths` (None: 1).
         smoothing: label smoothing e; the trained loss of a token is (1 - e) times its cross-entropy
             plus e times the mean of -log p over all codes.
     """
@@ -106,7 +106,7 @@ def token_weights(schedule: Schedule, count: int, balance: float) -> np.ndarray:
     """[count] float32 weights of the first tokens of a schedule in the loss; their mean is 1.
 
     Args:
-        schedule: tells the scale of each token.
+        schedule: gives the scale of each token.
         count: tokens that are kept; token dropping drops tokens of the last scale.
         balance: 0 weights all tokens equally, 1 weights all scales equally.
     """
