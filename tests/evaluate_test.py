@@ -44,8 +44,8 @@ packaged = pytest.mark.skipif(
 def test_interval_covers_the_true_mean_at_its_confidence():
     rng = np.random.default_rng(0)
     scores = [bootstrap.mean(rng.random(80) < 0.7, seed) for seed in range(200)]
-    held = np.mean([score.low <= 0.7 <= score.high for score in scores])
-    assert 0.9 <= held <= 0.985
+    covered = np.mean([score.low <= 0.7 <= score.high for score in scores])
+    assert 0.9 <= covered <= 0.985
     assert all(score.low <= score.value <= score.high for score in scores)
 
 
@@ -312,8 +312,8 @@ def test_report_names_the_options_and_metrics(scores):
     assert (scores['count'], scores['seed'], scores['resolution']) == (3, 0, [SIDE, SIDE])
     assert scores['skipped'] == {} and not scores.keys() & {'alignment', 'kid'}
     assert scores['environment']['jax'] == jax.__version__
-    for part in ('tokenizer', 'loss'):
-        assert [row['split'] for row in scores[part]] == ['held_out', 'validation']
+    for metric in ('tokenizer', 'loss'):
+        assert [row['split'] for row in scores[metric]] == ['held_out', 'validation']
     assert 'PSNR' in scores['stdout'] and 'loss, nats' in scores['stdout']
 
 
@@ -339,8 +339,8 @@ def test_loss_is_the_mean_of_all_tokens(scores):
 def test_scores_do_not_depend_on_the_batch(model, scores, tmp_path):
     options = ('--metrics', 'loss', 'tokenizer', '--splits', 'held_out')
     other = evaluate(tmp_path, model, *options, '--count', 3, '--batch', 2)
-    for part, name in (('tokenizer', 'psnr'), ('loss', 'loss'), ('loss', 'accuracy')):
-        assert other[part][0][name] == pytest.approx(scores[part][0][name], rel=1e-5)
+    for metric, name in (('tokenizer', 'psnr'), ('loss', 'loss'), ('loss', 'accuracy')):
+        assert other[metric][0][name] == pytest.approx(scores[metric][0][name], rel=1e-5)
     assert other['tokenizer'][0]['scales'] == scores['tokenizer'][0]['scales']
 
 

