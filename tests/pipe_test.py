@@ -13,8 +13,8 @@ from star_jax.errors import UserError
 from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling.pipeline import Pipeline, batches
 
-# Decoders round differently in another batch, by about 1e-4 of a level of gray. No pixel of the images
-# of this seed lies within 1e-3 of a boundary between levels, so their bytes are equal on any machine.
+# In another batch the decoder rounds differently, by about 1e-4 of a level of gray. No pixel of the
+# images of this seed is within 1e-3 of a boundary between levels: bytes are equal on any machine.
 SEED = 339
 PROMPTS = ['a red circle', 'a small blue star', 'a green ring', 'two crosses', 'a cat']
 
