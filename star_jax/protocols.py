@@ -16,10 +16,12 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from star_jax.core.cache import KV
 from star_jax.core.codes import Codes, Sampled, Targets
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Schedule, Step
 from star_jax.core.settings import Dtype, Settings
+from star_jax.core.visibility import ALL, Visibility
 from star_jax.errors import UserError
 
 PromptField = Literal['caption', 'label']
@@ -148,6 +150,27 @@ class Tokenizer(Protocol):
 
     def to_uint8(self, images_BHWc: jax.Array) -> jax.Array:
         """uint8 images, rounded as the family's published code rounds."""
+
+
+class Kernel(Protocol):
+    """Computes attention. Each kernel chooses how it combines the pieces of the keys."""
+
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        """softmax(q k) v per head over the keys that each row attends to.
+
+        Args:
+            q_BLNH: the queries of L rows, scaled already. N divides by the number of key/value
+                heads.
+            past: the keys and values of earlier rows in the order of their numbers, in any number
+                of pieces; empty in training.
+            new: the keys and values that follow: of the same L rows, or of a text.
+            visibility: which of all these keys each row attends to.
+
+        Returns:
+            [B, L, N, H] in the dtype of the values.
+        """
 
 
 class StepFns(NamedTuple):
@@ -310,7 +333,7 @@ class Family:
         dtype: Dtype = 'float32',
         remat: bool = False,
         unroll: int = 1,
-        attend: Callable[..., jax.Array] = ...,
+        attend: Kernel = ...,
     ) -> nn.Module:
         """The network (`nn.transformer.Transformer`).
 

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from star_jax.core.cache import KV
 from star_jax.core.schedule import Pyramid, Raster
 from star_jax.core.visibility import ALL, StaticVisibility, TracedVisibility, Visibility, pack
 from star_jax.errors import UserError
 from star_jax.nn import attention_dispatch, flash
-from star_jax.nn.cache import KV
 from star_jax.nn.flash import Flash
-from star_jax.nn.kernels import ByScale, Chunked, Dense, Kernel, Tiled
+from star_jax.nn.kernels import ByScale, Chunked, Dense, Tiled
 from star_jax.nn.sharded_attention import ShardedAttention
 from star_jax.nn.splash import Splash
 from star_jax.parallel.mesh import MeshShape
 from star_jax.parallel.rules import ActivationSharding
+from star_jax.protocols import Kernel
 
 B, N, H = 2, 2, 4
 PYRAMID = Pyramid.square((1, 2, 2, 3))  # 18 rows

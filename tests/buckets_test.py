@@ -12,7 +12,8 @@ import tiny
 import star_jax
 from star_jax.commands import arguments, bench
 from star_jax.commands.sample import Sample
-from star_jax.core import buckets, padding, resize
+from star_jax.core import buckets, cache, padding, resize
+from star_jax.core.cache import KV
 from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.schedule import Group, Pyramid, Raster, Step
@@ -20,8 +21,6 @@ from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
-from star_jax.nn import cache
-from star_jax.nn.cache import KV
 from star_jax.nn.positions import Learned
 from star_jax.sampling import methods, program, stable
 from star_jax.sampling.sampler import GivenCodes, sample

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from star_jax.bench import timing
+from star_jax.core.cache import KV
 from star_jax.core.settings import Dtype
 from star_jax.core.visibility import StaticVisibility, Visibility
 from star_jax.nn.attention_dispatch import Name, named
-from star_jax.nn.cache import KV
-from star_jax.nn.kernels import Kernel
 from star_jax.parallel import machine
-from star_jax.protocols import Family
+from star_jax.protocols import Family, Kernel
 
 KERNELS: tuple[Name, ...] = ('dense', 'by_scale', 'chunked', 'automatic')  # of every platform
 GRADIENT_FACTOR = 3  # operations with the gradient, relative to the forward pass

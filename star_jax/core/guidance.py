@@ -1,4 +1,4 @@
-"""How strongly does the condition guide each step, and how varied are its samples?"""
+"""How strong is classifier-free guidance at each step, and how high is the temperature?"""
 
 import flax.struct
 import jax

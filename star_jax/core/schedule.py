@@ -1,4 +1,4 @@
-"""In what order are an image's tokens predicted?
+"""In what order are the tokens of an image predicted, and which mask follows (block-causal)?
 
 A schedule splits L tokens into S steps; the tokens of one step are sampled together, from every
 earlier step. Next-scale prediction (`Pyramid`) and next-token prediction (`Raster`) differ in

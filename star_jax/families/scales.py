@@ -16,9 +16,9 @@ from star_jax.families.decoder import Decoder
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, Scaled, SelfAttention
 from star_jax.nn.blocks import BlockParts, Mlp
-from star_jax.nn.kernels import Kernel
 from star_jax.nn.positions import AnyPositions, NormalisedRotary
 from star_jax.nn.transformer import Transformer
+from star_jax.protocols import Kernel
 from star_jax.tokenizers.residual_vq import VQ
 
 PLAIN_SCORE_SCALE = 0.25  # over sqrt(head width), without qk-norm (STAR specification 3.3)

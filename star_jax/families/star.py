@@ -19,11 +19,10 @@ from star_jax.nn.attention import CrossAttention
 from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.conditioning import LevelModulation, ModulationOffset, TextStart
 from star_jax.nn.heads import Head
-from star_jax.nn.kernels import Kernel
 from star_jax.nn.layers import LayerNorm, Linear
 from star_jax.nn.refinement import Refiner
 from star_jax.nn.transformer import Transformer
-from star_jax.protocols import CrossAttentionMode, PromptEncoder
+from star_jax.protocols import CrossAttentionMode, Kernel, PromptEncoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

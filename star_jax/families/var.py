@@ -19,10 +19,9 @@ from star_jax.families.scales import Scales
 from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.conditioning import LabelStart, ModulationOffset, VectorModulation
 from star_jax.nn.heads import ModulatedHead
-from star_jax.nn.kernels import Kernel
 from star_jax.nn.positions import AnyPositions, Learned
 from star_jax.nn.transformer import Transformer
-from star_jax.protocols import PromptEncoder
+from star_jax.protocols import Kernel, PromptEncoder
 
 HEAD_MODULATION_INIT = 0.5  # shrinks the weights of the head's modulation at the start
 

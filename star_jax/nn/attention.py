@@ -13,13 +13,13 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import positions
+from star_jax.core.cache import KV
 from star_jax.core.visibility import Visibility
 from star_jax.nn import layers
-from star_jax.nn.attention_dispatch import Automatic
-from star_jax.nn.cache import KV
-from star_jax.nn.kernels import Kernel
+from star_jax.nn.kernels import Dense
 from star_jax.nn.sharded_attention import ShardedAttention
 from star_jax.parallel.rules import ActivationSharding
+from star_jax.protocols import Kernel
 
 MAX_LOG_SCALE = float(np.log(100))  # learned score scales stop here (STAR specification 3.3)
 
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
     scores: Callable[..., nn.Module]
     kernel_init: layers.Initializer
     out_init: layers.Initializer
-    attend: Kernel = Automatic()
+    attend: Kernel = Dense()
     sharding: ActivationSharding = ActivationSharding()
     kv_heads: int = 0
     biases: tuple[str, ...] = ('q', 'v', 'proj')
@@ -166,7 +166,7 @@ class CrossAttention(nn.Module):
     scores: Callable[..., nn.Module]
     kernel_init: layers.Initializer
     released: bool = False
-    attend: Kernel = Automatic()
+    attend: Kernel = Dense()
     groups: int = 1
     sharding: ActivationSharding = ActivationSharding()
 

@@ -8,11 +8,12 @@ from typing import Literal
 
 import jax
 
+from star_jax.core.cache import KV
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.errors import UserError
-from star_jax.nn.cache import KV
 from star_jax.nn.flash import HALVES, Flash
-from star_jax.nn.kernels import ByScale, Chunked, Dense, Kernel, Tiled
+from star_jax.nn.kernels import ByScale, Chunked, Dense, Tiled
+from star_jax.protocols import Kernel
 
 Name = Literal['automatic', 'dense', 'by_scale', 'chunked', 'flash', 'splash']
 PLATFORMS = {'flash': 'gpu', 'splash': 'tpu'}  # the platform that a kernel is made for

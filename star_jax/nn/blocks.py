@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from star_jax.core.cache import KV
 from star_jax.core.positions import learned_rotation
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.nn import layers
-from star_jax.nn.cache import KV
 from star_jax.parallel.rules import ActivationSharding
 
 PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block

@@ -11,9 +11,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.cache import KV, join
 from star_jax.core.visibility import ALL, TracedVisibility, Visibility
-from star_jax.nn.cache import KV, join
-from star_jax.nn.kernels import ByScale, Chunked, Dense, Kernel
+from star_jax.nn.kernels import ByScale, Chunked, Dense
+from star_jax.protocols import Kernel
 
 HALVES = (jnp.bfloat16, jnp.float16)
 

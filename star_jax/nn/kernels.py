@@ -6,35 +6,13 @@ with; these skip keys that no row attends to, or keep less in memory.
 
 import dataclasses
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.cache import HEADS, KV, join
 from star_jax.core.visibility import ALL, StaticVisibility, TracedVisibility, Visibility, masks
-from star_jax.nn.cache import HEADS, KV, join
-
-
-class Kernel(Protocol):
-    """Computes attention. Each kernel chooses how it combines the pieces of the keys."""
-
-    def __call__(
-        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
-    ) -> jax.Array:
-        """softmax(q k) v per head over the keys that each row attends to.
-
-        Args:
-            q_BLNH: the queries of L rows, scaled already. N divides by the number of key/value
-                heads.
-            past: the keys and values of earlier rows in the order of their numbers, in any number
-                of pieces; empty in training.
-            new: the keys and values that follow: of the same L rows, or of a text.
-            visibility: which of all these keys each row attends to.
-
-        Returns:
-            [B, L, N, H] in the dtype of the values.
-        """
-        ...
+from star_jax.protocols import Kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +28,8 @@ class Dense:
         pieces = (*past, new)
         batch, rows, heads, width = q_BLNH.shape
         q_BLKGH = q_BLNH.reshape(batch, rows, new.heads, heads // new.heads, width)
-        hidden = masks(visibility, tuple(kv.rows for kv in pieces))
-        scores = [_scores(q_BLKGH, kv, mask) for kv, mask in zip(pieces, hidden, strict=True)]
+        visible = masks(visibility, tuple(kv.rows for kv in pieces))
+        scores = [_scores(q_BLKGH, kv, mask) for kv, mask in zip(pieces, visible, strict=True)]
         if not past:
             weights_BKGLM = jax.nn.softmax(scores[0]).astype(new.values.dtype)
             y_BKGLH = jnp.einsum('BKGLM,BKMH->BKGLH', weights_BKGLM, new.values)
@@ -96,7 +74,7 @@ def _split_softmax(scores: list[jax.Array], pieces: tuple[KV, ...]) -> jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Tiled:
-    """The formula for some images, or for some heads of one image, after the other.
+    """The formula for one group of images, or of heads of one image, at a time.
 
     A processor is up to four times as fast while the scores of a turn stay in its cache. Fewer than
     two turns are not worth it.

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from star_jax.core.cache import AXES, KV, ROWS
 from star_jax.core.visibility import ALL, StaticVisibility, TracedVisibility, Visibility
-from star_jax.nn.cache import AXES, KV, ROWS
-from star_jax.nn.kernels import Kernel
 from star_jax.parallel.rules import ActivationSharding
+from star_jax.protocols import Kernel
 
 
 @dataclasses.dataclass(frozen=True)

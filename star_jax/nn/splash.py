@@ -15,9 +15,10 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from star_jax.core.cache import KV, join
 from star_jax.core.visibility import ALL, StaticVisibility, Visibility
-from star_jax.nn.cache import KV, join
-from star_jax.nn.kernels import Chunked, Kernel
+from star_jax.nn.kernels import Chunked
+from star_jax.protocols import Kernel
 
 BLOCKS = (512, 256, 128)  # what the kernels take, the fastest first
 FILLING = 1.125  # of the least cost of padding, what a larger block may cost

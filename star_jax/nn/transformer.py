@@ -16,11 +16,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from star_jax.core.cache import AXES, KV, Cache
 from star_jax.core.schedule import Schedule
 from star_jax.core.visibility import ALL, StaticVisibility, Visibility
 from star_jax.nn import layers
 from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
-from star_jax.nn.cache import AXES, KV, Cache
 from star_jax.nn.positions import Positions
 from star_jax.parallel.rules import ActivationSharding
 

@@ -16,11 +16,11 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core.buckets import Buckets
+from star_jax.core.cache import KV, Cache
 from star_jax.core.codes import Codes, Sampled
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.nn.bind import bind
-from star_jax.nn.cache import KV, Cache
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
 

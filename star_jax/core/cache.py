@@ -1,4 +1,4 @@
-"""How are keys and values kept between the steps of sampling?
+"""How are keys and values cached between the steps of sampling (the key/value cache)?
 
 The order of their axes is decided here alone: heads before rows, so that the rows of a head are
 neighbours in memory, for one new row as for many. Kernels read `KV` through its methods or by
