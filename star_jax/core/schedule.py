@@ -37,7 +37,7 @@ class Step:
         index: the step; traced inside a scan.
         like: the step whose shapes it has; equal to `index` outside a scan.
         padded: the step and the next one are padded to the shapes of `like`; rows and tokens after
-            their own mean nothing.
+            their own are ignored.
     """
 
     index: int | jax.Array
@@ -136,7 +136,8 @@ class Schedule:
         return jnp.minimum(rows, self.starts[-1] - 1) if step.padded else rows
 
     def mask(self, rows: np.ndarray | jax.Array | None = None) -> np.ndarray | jax.Array:
-        """[query, key] bool over `rows` (None: all): the mask of teacher forcing."""
+        """[query, key] bool over `rows` (None: all): the mask of teacher forcing, for
+        conversion and tests (attention uses `visibility`)."""
         rows = np.arange(self.starts[-1]) if rows is None else rows
         visible_rows = (
             self.visible_rows if isinstance(rows, np.ndarray) else jnp.asarray(self.visible_rows)

@@ -53,7 +53,7 @@ def compile_prediction(
     @jax.jit
     def program(params: Any, frozen: Any, images: jax.Array, text: TextCondition) -> Prediction:
         encoded = tokens.encode(tokenizer, frozen, images)
-        targets = tokens.held_out_targets(tokenizer, frozen, encoded)
+        targets = tokens.teacher_forcing(tokenizer, frozen, encoded, jax.random.key(0))
         losses = tokens.token_losses(network, tokenizer.codes, params, targets, text)
         return Prediction(losses.nll_BL, losses.hit_BL)
 

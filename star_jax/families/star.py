@@ -155,7 +155,7 @@ class Star(Scales):
             )
 
     def _refiner(self, refinement: Refinement, attend: Kernel, **settings: Any) -> Refiner:
-        """Its weights start as all others do, and its outputs are not shrunk."""
+        """The refinement head; all its weights use `init`, without depth scaling."""
         init, inner = self.init, (None, 'embed')
         return Refiner(
             schedule=self.schedule,

@@ -20,6 +20,8 @@ from star_jax.nn.transformer import Transformer
 
 Metrics = dict[str, jax.Array]
 
+TARGETS = 1  # folded into the key of a step for its inputs and labels
+
 
 class TokenLosses(NamedTuple):
     """The losses of every token, [B, L] float32 each.
@@ -43,9 +45,14 @@ def encode(tokenizer: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     return bind(tokenizer, params).encode(pixels.to_signed(images))
 
 
-def held_out_targets(tokenizer: nn.Module, params: Any, encoded: jax.Array) -> Targets:
-    """Inputs and labels of encoded held-out images, with a fixed key: losses are comparable."""
-    return bind(tokenizer, params).training_targets(encoded, jax.random.key(0))
+def teacher_forcing(
+    tokenizer: nn.Module, params: Any, encoded: jax.Array, key: jax.Array
+) -> Targets:
+    """Inputs and labels of encoded images, with a key of their own that is folded from `key`.
+
+    Held-out losses compare only if all of them use the same key.
+    """
+    return bind(tokenizer, params).training_targets(encoded, jax.random.fold_in(key, TARGETS))
 
 
 def token_losses(
@@ -74,15 +81,16 @@ def token_losses(
     network = bind(network, params)
     features_BRD = network.features(targets.inputs_BLC, condition, rows, paths)
     logits = codes.parse(network.head(features_BRD, condition))
-    # Labels move to the rows that predict them: rows that are sharded cannot move cheaply.
-    at_L = network.schedule.sampled_rows if rows is None else np.arange(len(rows))
+    # Labels move to the rows that predict them: rows that are sharded cannot move cheaply. Only
+    # pyramids drop tokens, and a row of a pyramid is a token.
+    row_of_token_L = network.schedule.sampled_rows if rows is None else np.arange(len(rows))
     labels = targets.codes_BL if rows is None else targets.codes_BL[:, rows]
     shape = (*features_BRD.shape[:2], *labels.shape[2:])
-    labels = jnp.zeros(shape, labels.dtype).at[:, at_L].set(labels)
+    labels = jnp.zeros(shape, labels.dtype).at[:, row_of_token_L].set(labels)
     nll_BR = codes.nll(logits, labels)
     trained_BR = codes.nll(logits, labels, smoothing) if smoothing else nll_BR
     losses = (trained_BR, nll_BR, codes.hits(logits, labels))
-    return TokenLosses(*(loss_BR[:, at_L] for loss_BR in losses))
+    return TokenLosses(*(loss_BR[:, row_of_token_L] for loss_BR in losses))
 
 
 def mean_per_scale(schedule: Schedule, nll_L: jax.Array, hit_L: jax.Array) -> Metrics:

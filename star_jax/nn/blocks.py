@@ -99,7 +99,7 @@ class PerLayer(NamedTuple):
     Attributes:
         past: cached keys and values, in pieces.
         text_kv: keys and values of the text, or None.
-        paths_2B: scales of the two residual branches of every image, or None.
+        paths_2B: per image, scales of the residual branches of self-attention and MLP, or None.
         frequencies_NP2: learned rotary frequencies, or None.
     """
 
@@ -142,6 +142,7 @@ class Block(nn.Module):
         self.modulate = parts.modulation() if parts.modulation else None
 
     def text_kv(self, carry: tuple, text: Any) -> tuple[tuple, KV | None]:
+        """Keys and values of the text; the empty carry is what a scan over layers requires."""
         return carry, self.cross.text_kv(text) if self.cross else None
 
     def __call__(self, x_BLD: jax.Array, layer: PerLayer, shared: Shared) -> tuple[jax.Array, KV]:

@@ -1,9 +1,9 @@
 """What predicts the tokens of a step from all earlier ones?
 
-One network for every family; a family is the set of parts passed in. Sampling and training use the
-same weights in a different order, so the network has five methods: `start`, `embed`, `text_kv`,
-`trunk` and `head`. Suffixes: B batch, L rows, M cached rows, D width, N heads, H head width,
-P = H/2 rotation planes, V logits, S steps, T text tokens, E text width.
+One network for every family; a family is the set of parts passed in. Training calls `features` and
+`head`; sampling calls `start`, `text_kv` and `empty_cache` once, then `trunk`, `head` and `embed` in
+every step; both call `unprompted`. Suffixes: B batch, L rows, M cached rows, D width, N heads,
+H head width, P = H/2 rotation planes, V logits, S steps, T text tokens, E text width.
 """
 
 import dataclasses
@@ -89,11 +89,11 @@ class Transformer(nn.Module):
     def __call__(self, inputs: jax.Array, condition: Any) -> jax.Array:
         """Teacher-forced flat logits [B, rows, V] of all rows."""
         features_BLD = self.features(inputs, condition)[:, : self.schedule.starts[-1]]
-        if self.refiner and self.is_initializing():
+        if self.refiner and self.is_initializing():  # creates the parameters of the head
             first = self.schedule.starts[1]
             rows = np.arange(first, self.schedule.starts[-1])
             self.refine(inputs, features_BLD[:, first:], rows, condition)
-        if self.is_initializing():
+        if self.is_initializing():  # creates the parameters of a learned unconditional row
             self.unprompted(condition, jax.tree.map(lambda x: x[:1], condition))
         return self.head(features_BLD, condition)
 
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
             inputs: [B, L, C], the inputs of every step but the first.
             condition: a pytree with one row per image.
             rows: the rows to keep (None: all); traced ones are those of a schedule's `thin`.
-            paths: [depth, 2, B] scales of the two residual branches of each layer (`drop_paths`).
+            paths: [depth, 2, B] scales of the branches of self-attention and MLP (`drop_paths`).
 
         Returns:
             [B, R, D]: features of the rows, and after them padding up to a number of rows that the

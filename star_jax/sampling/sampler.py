@@ -30,7 +30,7 @@ class StepTrace(NamedTuple):
 
     Attributes:
         method: logits before and after guidance, and filtered probabilities.
-        sampled: [B, L, *codes.shape] codes that the method sampled, given ones notwithstanding.
+        sampled: [B, L, *codes.shape] codes of the method, before given codes replace them.
         canvas: the tokenizer's canvas after the step.
         inputs: the tokenizer's inputs of the next step; None after the last.
     """
@@ -89,7 +89,7 @@ class GivenCodes:
     """Codes that are fed back instead of the sampled ones.
 
     Attributes:
-        codes: [B, L, *codes.shape] of all steps; those of steps that are not given mean nothing.
+        codes: [B, L, *codes.shape] of all steps; those of other steps are ignored.
         mask_S: [S] bool, True for the steps that are given.
     """
 
@@ -135,7 +135,7 @@ def sample(
         tokenizer: its tokenizer.
         params: parameters of both, as 'model' and 'tokenizer'.
         keys_B: one key per image, which is folded with each step.
-        condition: prompted over unprompted rows, one of each per image, or prompted rows alone (no
+        condition: B conditional rows and then B unconditional ones, or conditional rows alone (no
             guidance).
         settings: guidance and temperature of every step.
         method: how codes are sampled.
@@ -211,12 +211,12 @@ def sample(
         x_RLD, cache, canvas = carry
         padding = schedule.reads[last.like] - x_RLD.shape[1]
         x_RLD = jnp.pad(x_RLD, ((0, 0), (0, padding), (0, 0)))
-        carry, outputs = scan(run_step, group, (x_RLD, cache, canvas))
+        carry, outputs = scan_group(run_step, group, (x_RLD, cache, canvas))
         x_RLD, cache, canvas = carry
         inputs = tok().following(canvas, last)  # of the step after the bucket, at its own size
         if inputs is not None:
             x_RLD = embed(inputs, last.next())
-        return (x_RLD, cache, canvas), cut(outputs, schedule, group, inputs)
+        return (x_RLD, cache, canvas), unpad_outputs(outputs, schedule, group, inputs)
 
     carry, outputs = (x_RLD, cache, canvas), []
     for group in groups:
@@ -242,16 +242,16 @@ def run_group(
     Returns the carry, and the outputs stacked along a new first axis, in a list.
     """
     if group.count > 1:
-        carry, outputs = scan(run_step, group, carry)
+        carry, outputs = scan_group(run_step, group, carry)
         return carry, [outputs]
     carry, output = run_step(carry, Step.at(group.first))
     return carry, [jax.tree.map(lambda x: x[None], output)]
 
 
-def scan(
+def scan_group(
     run_step: Callable[[Any, Step], tuple[Any, StepOutput]], group: Group, carry: Any
 ) -> tuple[Any, StepOutput]:
-    """The same with one body for all steps of the group."""
+    """Folds `run_step` over the steps of a group in one scanned loop body; see `run_group`."""
     like = group.members[-1 if group.padded else 0]
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, StepOutput]:
@@ -260,7 +260,7 @@ def scan(
     return jax.lax.scan(body, carry, jnp.asarray(group.members))
 
 
-def cut(
+def unpad_outputs(
     outputs: StepOutput, schedule: Schedule, group: Group, inputs: jax.Array | None
 ) -> list[StepOutput]:
     """The outputs of each step of a bucket without their padding.

@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from star_jax.core import condition
+from star_jax.core import condition as conditions
 from star_jax.core.codes import Targets
 from star_jax.losses import refinement, tokens
 from star_jax.losses.refinement import Unmasking
@@ -29,8 +29,7 @@ from star_jax.training.optimizer import decayed, everything, gradient_norm
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
 
-TARGETS = 1  # folded into the key of a step for its training targets
-HEAD = 'refiner'  # the name of a refinement head among the parameters of a model
+REFINER = 'refiner'  # the name of a refinement head among the parameters of a model
 
 # Changes to a run whose program can be counted: nothing is computed twice, and no kernel hides its
 # arithmetic.
@@ -209,9 +208,8 @@ class TrainingProgram:
         return self.network.with_batch_groups(self.batch_groups)
 
     def _targets(self, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> Targets:
-        """Inputs and labels of a batch, with a key of their own folded from that of the step."""
-        tokenizer = bind(self.tokenizer, frozen.tokenizer)
-        return tokenizer.training_targets(inputs.encoded, jax.random.fold_in(key, TARGETS))
+        """Inputs and labels of a batch."""
+        return tokens.teacher_forcing(self.tokenizer, frozen.tokenizer, inputs.encoded, key)
 
     def _drop_conditions(
         self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
@@ -220,7 +218,7 @@ class TrainingProgram:
         prompted = self.condition(frozen, inputs)
         unprompted = bind(self.network, params).unprompted(prompted, frozen.empty)
         drop_B = jax.random.bernoulli(key, self.recipe.condition_drop, (len(inputs.encoded),))
-        return condition.choose(drop_B, prompted, unprompted)
+        return conditions.choose(drop_B, prompted, unprompted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,15 +233,15 @@ class RefinementProgram(TrainingProgram):
 
     def trained(self, params: Any) -> Any:
         """The parameters of the head."""
-        return params[HEAD]
+        return params[REFINER]
 
     def base(self, params: Any) -> Any:
         """The parameters below the head."""
-        return {name: part for name, part in params.items() if name != HEAD}
+        return {name: part for name, part in params.items() if name != REFINER}
 
     def model_params(self, params: Any, frozen: Frozen) -> Any:
         """The parameters of head and base model."""
-        return frozen.base | {HEAD: params}
+        return frozen.base | {REFINER: params}
 
     def loss(
         self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
@@ -314,7 +312,7 @@ def build_program(
     parts = {
         'network': run.model.build(run.dtype, run.remat, run.unroll, attend).with_sharding(mesh),
         'tokenizer': tokenizer,
-        'recipe': recipe(run, ways),
+        'recipe': build_recipe(run, ways),
         'encode_prompts': encode_prompts,
         'batch_groups': ways,
     }
@@ -326,7 +324,7 @@ def build_program(
     return RefinementProgram(optimizer=optimizer, unmasking=run.unmasking, **parts)
 
 
-def recipe(run: Run, ways: int) -> Recipe:
+def build_recipe(run: Run, ways: int) -> Recipe:
     """The recipe of a run, with its batch split over so many ways of the mesh."""
     scaled = run.released_loss_scale and run.model.keep_tokens
     return Recipe(

@@ -12,7 +12,7 @@ from star_jax.errors import UserError
 from star_jax.losses import refinement
 from star_jax.parallel import rules
 from star_jax.protocols import Family
-from star_jax.training.program import HEAD
+from star_jax.training.program import REFINER
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
 from star_jax.training.transformer import TransformerJob
@@ -41,7 +41,7 @@ class RefinementJob(TransformerJob):
                 f'{run.text} has {self.prompt_encoder.sha256}: name that one with --text'
             )
         params = dict(model.params)
-        self._head = params.pop(HEAD, None)
+        self._head = params.pop(REFINER, None)
         expected = rules.abstract(self.program.base(run.model.abstract()), self._mesh)
         params = weights.unflatten(weights.fit(weights.flatten(params), expected, run.init))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, expected)
