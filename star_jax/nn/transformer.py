@@ -1,8 +1,8 @@
 """What predicts the tokens of a step from all earlier ones?
 
 One network for every family; a family is the set of parts passed in. Training calls `features` and
-`head`; sampling calls `start`, `text_kv` and `empty_cache` once, then `trunk`, `head` and `embed` in
-every step; both call `unprompted`. Suffixes: B batch, L rows, M cached rows, D width, N heads,
+`head`; sampling calls `start`, `text_kv` and `empty_cache` once, then `trunk`, `head` and `embed`
+in every step; both call `unprompted`. Suffixes: B batch, L rows, M cached rows, D width, N heads,
 H head width, P = H/2 rotation planes, V logits, S steps, T text tokens, E text width.
 """
 
