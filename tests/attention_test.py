@@ -81,8 +81,8 @@ def formula(q_BLNH, past, new, visibility: Visibility) -> jax.Array:
     number_M = jnp.where(number_M < before, number_M, number_M - before + written)
     unwritten_M = (jnp.arange(before + new.rows) < before) & (number_M >= written)
     upper_L = jnp.full(rows, written + new.rows)
-    if visibility.rows is not None:
-        upper_L = jnp.broadcast_to(jnp.asarray(visibility.rows.keys_L), rows)
+    if visibility.bounds is not None:
+        upper_L = jnp.broadcast_to(jnp.asarray(visibility.bounds.bound_L), rows)
     first_B = jnp.zeros(B, int) if visibility.first_B is None else visibility.first_B
     end_B = jnp.full(B, before + new.rows) if visibility.end_B is None else visibility.end_B
     lower_BL = jnp.minimum(first_B[:, None], upper_L[None] - 1)
@@ -112,12 +112,12 @@ def assert_same(
 
 
 def rows_of(visibility: StaticVisibility | None) -> int:
-    return 5 if visibility is None else visibility.rows
+    return 5 if visibility is None else visibility.bounds
 
 
 def test_dense_computes_a_softmax_over_visible_keys():
     q_BLNH, kv = random(2, 3)
-    y_BLNH = Dense()(q_BLNH, (), kv, Visibility(rows=StaticVisibility.of(np.array([1, 2]))))
+    y_BLNH = Dense()(q_BLNH, (), kv, Visibility(bounds=StaticVisibility.of(np.array([1, 2]))))
     keys_BMNH, values_BMNH = kv.to_rows()
     np.testing.assert_allclose(y_BLNH[:, 0], values_BMNH[:, 0], rtol=1e-6)
     scores = np.einsum('nh,mnh->nm', q_BLNH[1, 1], keys_BMNH[1, :2])
@@ -133,7 +133,7 @@ ALL_KERNELS = {'dense': Dense(), **KERNELS}
 @pytest.mark.parametrize('kernel', ALL_KERNELS.values(), ids=ALL_KERNELS)
 def test_kernels_agree_with_the_formula(kernel, name):
     bounds, keys = BOUNDS[name]
-    assert_same(kernel, *random(rows_of(bounds), keys), Visibility(rows=bounds))
+    assert_same(kernel, *random(rows_of(bounds), keys), Visibility(bounds=bounds))
 
 
 @pytest.mark.parametrize('name', ['pyramid', 'raster', 'everything'])
@@ -141,7 +141,7 @@ def test_kernels_agree_with_the_formula(kernel, name):
 def test_kernels_hide_the_first_keys_of_an_image(kernel, name):
     """Rows of hidden padding attend to themselves alone."""
     bounds, keys = BOUNDS[name]
-    visibility = Visibility(rows=bounds, first_B=FIRST_B)
+    visibility = Visibility(bounds=bounds, first_B=FIRST_B)
     assert_same(kernel, *random(rows_of(bounds), keys), visibility)
 
 
@@ -166,7 +166,7 @@ PAST = {  # upper bounds, keys, where the keys are cut, keys that images hide
 def test_kernels_read_the_past_in_pieces(kernel, name):
     bounds, keys, ends, first_B = PAST[name]
     q_BLNH, kv = random(4 if bounds is None else bounds.rows, keys)
-    visibility = Visibility(rows=bounds, first_B=first_B)
+    visibility = Visibility(bounds=bounds, first_B=first_B)
     assert_same(ALL_KERNELS[kernel], q_BLNH, pieces_of(kv, *ends), visibility)
 
 
@@ -181,7 +181,7 @@ def test_kernels_hide_rows_that_are_not_written(kernel, name):
             'each': TracedVisibility(written + jnp.array([1, 2, 4, 3])),
             'all': None,
         }[name]
-        visibility = Visibility(rows=bounds, written=jnp.int32(written))
+        visibility = Visibility(bounds=bounds, written=jnp.int32(written))
         assert_same(ALL_KERNELS[kernel], q_BLNH, pieces_of(kv, 2, 6), visibility)
 
 
@@ -190,7 +190,7 @@ def test_query_heads_share_keys_in_order(kernel):
     """Head i of 6 reads key head i // 3 of 2."""
     bounds = StaticVisibility.of(PYRAMID.visible_rows[5:])
     q_BLNH, kv = random(bounds.rows, 18, heads=6, kv_heads=2)
-    visibility = Visibility(rows=bounds, first_B=FIRST_B)
+    visibility = Visibility(bounds=bounds, first_B=FIRST_B)
     assert_same(kernel, q_BLNH, pieces_of(kv, 2, 5), visibility)
 
 
@@ -203,8 +203,8 @@ def test_shared_keys_are_not_repeated_in_memory(kernel):
 
 def test_traced_bounds_agree_with_static_ones():
     """Of some rows in any order, as where queries are split over devices."""
-    keys_L = np.random.default_rng(1).permutation(PYRAMID.visible_rows)[:10]
-    visibility = Visibility(rows=TracedVisibility(jnp.asarray(keys_L)))
+    bound_L = np.random.default_rng(1).permutation(PYRAMID.visible_rows)[:10]
+    visibility = Visibility(bounds=TracedVisibility(jnp.asarray(bound_L)))
     assert_same(KERNELS['chunked_by_scale'], *random(10, 18), visibility)
 
 
@@ -284,14 +284,17 @@ def flash_here(monkeypatch) -> Kernel:
 
 
 def test_float32_is_not_for_cudnn():
-    assert_same(Flash(), *random(18, 18), Visibility(rows=PYRAMID.visibility()))
+    assert_same(Flash(), *random(18, 18), Visibility(bounds=PYRAMID.visibility()))
 
 
 @pytest.mark.parametrize('first_B', [None, FIRST_B], ids=['all', 'padded'])
 @pytest.mark.parametrize('schedule', [Pyramid.square((1, 4, 8, 8)), RASTER], ids=str)
 def test_a_gpu_needs_no_mask(flash_here, schedule, first_B):
     bounds = schedule.visibility()
-    arrays, visibility = random(bounds.rows, bounds.rows), Visibility(rows=bounds, first_B=first_B)
+    arrays, visibility = (
+        random(bounds.rows, bounds.rows),
+        Visibility(bounds=bounds, first_B=first_B),
+    )
     assert_same(flash_here, *arrays, visibility)
     with pytest.raises(RuntimeError, match='cuDNN'):
         Flash()(arrays[0], (), arrays[1], visibility)
@@ -310,7 +313,7 @@ def test_a_gpu_counts_the_rows_that_are_written(flash_here):
     q_BLNH, kv = random(4, 10)
     for written in (1, 3, 6):
         bounds = TracedVisibility(jnp.array([written + 3]))
-        visibility = Visibility(rows=bounds, written=jnp.int32(written))
+        visibility = Visibility(bounds=bounds, written=jnp.int32(written))
         assert_same(flash_here, q_BLNH, pieces_of(kv, 2, 6), visibility)
 
 
@@ -321,7 +324,7 @@ def test_a_gpu_counts_the_rows_that_are_written(flash_here):
 def test_a_gpu_agrees_with_the_formula(schedule, first_B):
     bounds, rng = schedule.visibility(), np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, bounds.rows, 4, 64)), 'bfloat16') for _ in range(3))
-    visibility = Visibility(rows=bounds, first_B=first_B)
+    visibility = Visibility(bounds=bounds, first_B=first_B)
     assert_same(Flash(), q / 8, KV.from_rows(k, v), visibility, atol=0.05)
 
 
@@ -331,14 +334,14 @@ def test_a_gpu_agrees_with_the_formula(schedule, first_B):
 def test_a_tpu_agrees_with_the_formula(name):
     bounds = Pyramid.square((1, 2, 3, 4, 6, 8)).visibility()  # 130 rows, two blocks
     visibility, keys = {
-        'known': (Visibility(rows=bounds), 130),
-        'traced': (Visibility(rows=TracedVisibility(jnp.asarray(bounds.keys_L))), 130),
+        'known': (Visibility(bounds=bounds), 130),
+        'traced': (Visibility(bounds=TracedVisibility(jnp.asarray(bounds.bound_L))), 130),
         'past': (ALL, 140),
-        'unseen': (Visibility(rows=StaticVisibility.of(np.arange(1, 10))), 260),
-        'padded': (Visibility(rows=Raster(8, 16, 3).visibility(), first_B=FIRST_B), 130),
+        'unseen': (Visibility(bounds=StaticVisibility.of(np.arange(1, 10))), 260),
+        'padded': (Visibility(bounds=Raster(8, 16, 3).visibility(), first_B=FIRST_B), 130),
         'lengths': (Visibility(end_B=END_B), 7),
         'written': (Visibility(TracedVisibility(jnp.array([34])), written=jnp.int32(30)), 140),
-        'shared': (Visibility(rows=bounds), 130),
+        'shared': (Visibility(bounds=bounds), 130),
     }[name]
     rows = 9 if name in ('past', 'unseen', 'lengths', 'written') else 130
     q_BLNH, kv = random(rows, keys, heads=4, kv_heads=2 if name == 'shared' else 4)
@@ -347,8 +350,8 @@ def test_a_tpu_agrees_with_the_formula(name):
 
 
 SHARDED = {  # key/value heads, where the keys are cut, visibility
-    'rows': (2, (), Visibility(rows=PYRAMID.visibility())),
-    'heads_that_share_keys': (1, (), Visibility(rows=PYRAMID.visibility(), first_B=FIRST_B)),
+    'rows': (2, (), Visibility(bounds=PYRAMID.visibility())),
+    'heads_that_share_keys': (1, (), Visibility(bounds=PYRAMID.visibility(), first_B=FIRST_B)),
     'past': (2, (8,), Visibility(StaticVisibility.of(PYRAMID.visible_rows[8:]), FIRST_B)),
     'written': (2, (8,), Visibility(TracedVisibility(jnp.array([12])), written=jnp.int32(2))),
     'lengths': (2, (), Visibility(end_B=END_B)),

@@ -47,7 +47,7 @@ from star_jax.text.cache import FeatureCache
 from star_jax.text.encoder import load as load_text
 from star_jax.training import trainer
 from star_jax.training.run import Run, TokenizerRun
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 GOLDEN = Path(__file__).parent / 'golden' / 'star' / 'dev_rope'
 TOO_MANY = 10**30

@@ -26,7 +26,7 @@ from star_jax.text.encoder import load as load_text
 from star_jax.training import cache, train
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 ROW = jax.ShapeDtypeStruct((3,), np.int32)
 SHARD = 10  # examples: the tiny set then has five shards, the last one short

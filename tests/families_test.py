@@ -417,7 +417,7 @@ def test_trace_holds_start_rows_and_the_final_cache(name):
             np.arange(schedule.starts[-1]),
             text_kv=network.text_kv(condition),
             condition=condition,
-            visibility=Visibility(rows=schedule.visibility()),
+            visibility=Visibility(bounds=schedule.visibility()),
         )
         return start, kv
 

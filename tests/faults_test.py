@@ -31,7 +31,7 @@ from star_jax.errors import RunError, UserError
 from star_jax.training import faults, logger, train, trainer
 from star_jax.training.run import Pace
 from star_jax.training.state import TrainState
-from star_jax.training.tokenizer import TokenizerJob
+from star_jax.training.tokenizer_job import TokenizerJob
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds until a run is taken for hung, on a busy machine

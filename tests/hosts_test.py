@@ -23,7 +23,7 @@ from star_jax.errors import RunError, UserError
 from star_jax.parallel import hosts, peer_watchdog, rendezvous
 from star_jax.training import faults, train
 from star_jax.training.run import Pace, Run
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 STEPS = 30
 IMPORTS = 90  # seconds

@@ -15,7 +15,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / 'star_jax'
 TARGETS = (
     'star_jax.training.program',
-    'star_jax.training.transformer',
+    'star_jax.training.transformer_job',
     'star_jax.sampling.pipeline',
 )
 

@@ -17,7 +17,7 @@ from star_jax.tokenizers import perceptual
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.run import Pace, TokenizerRun
-from star_jax.training.tokenizer import TokenizerJob
+from star_jax.training.tokenizer_job import TokenizerJob
 
 WIDTHS = (4, 4, 8, 8, 8)
 packaged = pytest.mark.skipif(

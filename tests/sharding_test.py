@@ -17,7 +17,7 @@ from star_jax.parallel import rules
 from star_jax.parallel.mesh import AXES, MeshShape
 from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram, init_params
 from star_jax.training.state import TrainState, abstract_state, init_sharded
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 pytestmark = pytest.mark.usefixtures('compiled_here')
 

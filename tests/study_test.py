@@ -24,7 +24,7 @@ from star_jax.studies import study, study_report, summary
 from star_jax.training import train as story_of_a_run
 from star_jax.training import trainer
 from star_jax.training.run import Pace, Run
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 STUDIED = Path(__file__).parents[1] / 'configs' / 'study'
 SEEDS = (3, 4)

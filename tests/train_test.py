@@ -16,7 +16,7 @@ from star_jax.losses.tokens import token_weights
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import summary
 from star_jax.training.run import Pace, Run
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 
 @pytest.fixture(scope='module', autouse=True)

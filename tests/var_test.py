@@ -23,7 +23,7 @@ from star_jax.errors import UserError
 from star_jax.families.var import Var
 from star_jax.training.optimizer import decayed
 from star_jax.training.run import Pace, Run
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 VAR = Var(
     depth=2,

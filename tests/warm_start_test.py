@@ -14,7 +14,7 @@ from star_jax.nn.positions import Learned
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import warm_start
 from star_jax.training.state import TrainState
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 SMALL = dataclasses.replace(tiny.STAR.model, sides=(1, 2, 4))
 SIDES = (1, 2, 3, 4)

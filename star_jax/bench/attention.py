@@ -54,7 +54,7 @@ def run(job: AttentionJob) -> dict[str, Any]:
     schedule, heads = job.model.schedule, job.model.heads
     rows = schedule.starts[-1]
     shape = (3, job.batch, rows, heads, job.model.width // heads)
-    visibility = Visibility(rows=StaticVisibility.of(schedule.visible_rows))
+    visibility = Visibility(bounds=StaticVisibility.of(schedule.visible_rows))
     q_BLNH, *kv = jax.random.normal(jax.random.key(0), shape, job.dtype)
     args = (q_BLNH, KV.from_rows(*kv))
     pairs = int(np.sum(schedule.visible_rows, dtype=np.int64))

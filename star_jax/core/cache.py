@@ -69,12 +69,12 @@ def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Vis
     joined = KV(*(jnp.concatenate(arrays, axis=ROWS) for arrays in zip(*pieces, strict=True)))
     if visibility.written is None:
         return joined, visibility
-    bounds = visibility.rows
+    bounds = visibility.bounds
     if bounds is None:
         bounds = TracedVisibility((visibility.written + new.rows)[None])
     elif isinstance(bounds, StaticVisibility):
-        bounds = TracedVisibility(jnp.asarray(bounds.keys_L))
-    return joined.write(new, visibility.written), visibility.replace(rows=bounds, written=None)
+        bounds = TracedVisibility(jnp.asarray(bounds.bound_L))
+    return joined.write(new, visibility.written), visibility.replace(bounds=bounds, written=None)
 
 
 @flax.struct.dataclass
@@ -125,11 +125,11 @@ class Cache:
         first, end = schedule.starts[step.like : step.like + 2]
         if isinstance(step.index, int):
             bounds = StaticVisibility.of(schedule.visible_rows[first:end])
-            return (self.kv.part(0, first),) if first else (), Visibility(rows=bounds)
+            return (self.kv.part(0, first),) if first else (), Visibility(bounds=bounds)
         rows = schedule.rows(step)
-        keys_L = jnp.asarray(schedule.visible_rows, jnp.int32)[rows]
+        bound_L = jnp.asarray(schedule.visible_rows, jnp.int32)[rows]
         if np.ptp(schedule.visible_rows[first:end]) == 0:
-            keys_L = keys_L[:1]  # all rows of a step attend to the same keys
+            bound_L = bound_L[:1]  # all rows of a step attend to the same keys
         kept = first if step.padded else self.kv.rows
-        visibility = Visibility(rows=TracedVisibility(keys_L), written=rows[0])
+        visibility = Visibility(bounds=TracedVisibility(bound_L), written=rows[0])
         return (self.kv.part(0, kept),), visibility

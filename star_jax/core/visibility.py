@@ -43,18 +43,18 @@ class StaticVisibility:
     runs: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, keys_L: np.ndarray) -> 'StaticVisibility':
+    def of(cls, bound_L: np.ndarray) -> 'StaticVisibility':
         """From the upper bound of each row, at least 1."""
-        if len(keys_L) and min(keys_L) < 1:
-            raise ValueError(f'every row must see a key, not {min(keys_L)} of them')
-        return cls(tuple((len(list(run)), key) for key, run in itertools.groupby(keys_L.tolist())))
+        if len(bound_L) and min(bound_L) < 1:
+            raise ValueError(f'every row must see a key, not {min(bound_L)} of them')
+        return cls(tuple((len(list(run)), key) for key, run in itertools.groupby(bound_L.tolist())))
 
     @property
     def rows(self) -> int:
         return sum(rows for rows, _ in self.runs)
 
     @functools.cached_property
-    def keys_L(self) -> np.ndarray:
+    def bound_L(self) -> np.ndarray:
         """[rows] int32: the upper bound of each row."""
         rows, keys = np.asarray(self.runs, np.int32).reshape(-1, 2).T
         return np.repeat(keys, rows)
@@ -98,7 +98,7 @@ class StaticVisibility:
 class TracedVisibility(NamedTuple):
     """Upper bounds as an array: [rows] int32, or [1] where all rows have the same; at least 1."""
 
-    keys_L: jax.Array
+    bound_L: jax.Array
 
 
 @flax.struct.dataclass
@@ -109,7 +109,7 @@ class Visibility:
     to nothing, and in a causal order a row of hidden padding attends to itself alone.
 
     Attributes:
-        rows: the upper bound of each row, counted over the past and the new keys; None: all keys.
+        bounds: the upper bound of each row, counted over the past and the new keys; None: all keys.
         first_B: [B] int32, the keys before it are hidden in that image; None: none are.
         end_B: [B] int32, at least 1: the keys from it on are hidden in that image; None: none are.
         written: scalar int32, the number of past rows that are written. New keys are numbered from
@@ -119,7 +119,7 @@ class Visibility:
             Only the kernels that write scores to memory take it.
     """
 
-    rows: StaticVisibility | TracedVisibility | None = None
+    bounds: StaticVisibility | TracedVisibility | None = None
     first_B: jax.Array | None = None
     end_B: jax.Array | None = None
     written: jax.Array | None = None
@@ -141,8 +141,8 @@ def masks(visibility: Visibility, counts: tuple[int, ...]) -> list[jax.Array | N
         return jnp.split(mask_BNLM, starts[1:-1], axis=-1)
     past = starts[-2] if visibility.written is None else visibility.written
     upper_11L1, lower_B1L1, end_B111 = None, None, None
-    if visibility.rows is not None:
-        upper_11L1 = jnp.asarray(visibility.rows.keys_L)[None, None, :, None]
+    if visibility.bounds is not None:
+        upper_11L1 = jnp.asarray(visibility.bounds.bound_L)[None, None, :, None]
     if visibility.first_B is not None:
         total = jnp.full((1, 1, 1, 1), past + counts[-1], jnp.int32)
         last_11L1 = (total if upper_11L1 is None else upper_11L1) - 1
@@ -170,8 +170,8 @@ def _sees_all(visibility: Visibility, keys: int) -> bool:
     """Whether the upper bounds of all rows are known to include the first `keys` keys."""
     return (
         visibility.written is None
-        and isinstance(visibility.rows, StaticVisibility)
-        and visibility.rows.sees_all(keys)
+        and isinstance(visibility.bounds, StaticVisibility)
+        and visibility.bounds.sees_all(keys)
     )
 
 

@@ -126,7 +126,9 @@ class SelfAttention(nn.Module):
         q_BLNH = self.order(rotate, compare.queries, q_BLNH).astype(dtype)
         new = KV.from_rows(k_BLKH, v_BLKH)
         y_BLNH = ShardedAttention(self.attend, self.sharding)(q_BLNH, past, new, visibility)
-        gather = GatherHeads(self.width, shape, self.out_init, 'proj' in self.biases, name='proj')
+        gather = OutputProjection(
+            self.width, shape, self.out_init, 'proj' in self.biases, name='proj'
+        )
         return gather(y_BLNH), new
 
     def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -183,7 +185,7 @@ class CrossAttention(nn.Module):
         self.q_bias = layers.Bias(shape, ('heads', None))
         self.v_bias = layers.Bias(shape, ('heads', None))
         self.compare = self.scores()
-        self.proj = GatherHeads(self.width, shape, self.kernel_init)
+        self.proj = OutputProjection(self.width, shape, self.kernel_init)
 
     def text_kv(self, states_BTE: jax.Array) -> KV:
         """The keys and values of text states [B, T, E]."""
@@ -207,7 +209,7 @@ class CrossAttention(nn.Module):
         return x.reshape(self.groups, -1, *x.shape[1:])[:, 0]
 
 
-class GatherHeads(nn.Module):
+class OutputProjection(nn.Module):
     """The output projection, with a bias unless `bias` is off."""
 
     width: int

@@ -34,16 +34,16 @@ class Flash:
     def __call__(
         self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
     ) -> jax.Array:
-        bounds = visibility.rows
-        several = isinstance(bounds, TracedVisibility) and len(bounds.keys_L) > 1
+        bounds = visibility.bounds
+        several = isinstance(bounds, TracedVisibility) and len(bounds.bound_L) > 1
         if q_BLNH.dtype not in HALVES or visibility.mask is not None or several:
             return self.otherwise(q_BLNH, past, new, visibility)
         kv, visibility = join(past, new, visibility)
-        bounds, end_B = visibility.rows, visibility.end_B
+        bounds, end_B = visibility.bounds, visibility.end_B
         if isinstance(bounds, TracedVisibility):
-            end_B = jnp.broadcast_to(bounds.keys_L, len(q_BLNH)) if end_B is None else end_B
-            end_B = jnp.minimum(end_B, bounds.keys_L)
-            visibility = visibility.replace(rows=None, end_B=end_B)
+            end_B = jnp.broadcast_to(bounds.bound_L, len(q_BLNH)) if end_B is None else end_B
+            end_B = jnp.minimum(end_B, bounds.bound_L)
+            visibility = visibility.replace(bounds=None, end_B=end_B)
         elif bounds is not None and bounds.is_causal(kv.rows) and end_B is None:
             return self._causal(q_BLNH, kv, visibility.first_B)
         return ByScale(self._fused, Dense())(q_BLNH, (), kv, visibility)

@@ -172,12 +172,12 @@ class ByScale:
     def __call__(
         self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
     ) -> jax.Array:
-        bounds, before = visibility.rows, sum(kv.rows for kv in past)
+        bounds, before = visibility.bounds, sum(kv.rows for kv in past)
         if not isinstance(bounds, StaticVisibility) or visibility.written is not None:
             return self.inner(q_BLNH, past, new, visibility)
         if bounds.sees_all(before + new.rows):
-            return self.inner(q_BLNH, past, new, visibility.replace(rows=None))
-        if before and min(bounds.keys_L) <= before:
+            return self.inner(q_BLNH, past, new, visibility.replace(bounds=None))
+        if before and min(bounds.bound_L) <= before:
             (new, _), past, before = join(past, new, visibility), (), 0
         return jnp.concatenate(
             [
@@ -185,7 +185,7 @@ class ByScale:
                     q_BLNH[:, span.first : span.end],
                     past,
                     new.part(0, span.keys - before),
-                    visibility.replace(rows=span.within),
+                    visibility.replace(bounds=span.within),
                 )
                 for span in bounds.spans(self.rows)
             ],
@@ -208,11 +208,11 @@ class Chunked:
         kv, visibility = join(past, new, visibility)
         length = q_BLNH.shape[1]
         split = functools.partial(_split, length=length, chunks=-(-length // self.rows))
-        bounds, mask, varying = visibility.rows, visibility.mask, {}
+        bounds, mask, varying = visibility.bounds, visibility.mask, {}
         if isinstance(bounds, StaticVisibility) and bounds.sees_all(kv.rows):
-            visibility = visibility.replace(rows=None)
-        elif bounds is not None and len(bounds.keys_L) == length:
-            varying['rows'] = TracedVisibility(split(jnp.asarray(bounds.keys_L), axis=0))
+            visibility = visibility.replace(bounds=None)
+        elif bounds is not None and len(bounds.bound_L) == length:
+            varying['bounds'] = TracedVisibility(split(jnp.asarray(bounds.bound_L), axis=0))
         if mask is not None and mask.ndim > 1 and mask.shape[-2] == length:
             varying['mask'] = split(mask, axis=mask.ndim - 2)
 

@@ -67,12 +67,12 @@ class ShardedAttention:
 
     def _per_row(self, visibility: Visibility, keys: int) -> Visibility:
         """The same with bounds that can be split, because each device has other rows."""
-        bounds = visibility.rows
+        bounds = visibility.bounds
         if not isinstance(bounds, StaticVisibility):
             return visibility
         if visibility.written is None and bounds.sees_all(keys):
-            return visibility.replace(rows=None)
-        return visibility.replace(rows=TracedVisibility(jnp.asarray(bounds.keys_L)))
+            return visibility.replace(bounds=None)
+        return visibility.replace(bounds=TracedVisibility(jnp.asarray(bounds.bound_L)))
 
     def _specs(self, visibility: Visibility, heads: str | None) -> Visibility:
         """How visibility is split: as the queries are."""
@@ -80,11 +80,11 @@ class ShardedAttention:
         def specs(x: jax.Array | None, *names: str | None) -> PartitionSpec | None:
             return None if x is None else self.sharding.spec(x.shape, *names[-x.ndim :])
 
-        bounds = visibility.rows
+        bounds = visibility.bounds
         if isinstance(bounds, TracedVisibility):
-            bounds = TracedVisibility(specs(bounds.keys_L, 'tokens'))
+            bounds = TracedVisibility(specs(bounds.bound_L, 'tokens'))
         return Visibility(
-            rows=bounds,
+            bounds=bounds,
             first_B=specs(visibility.first_B, 'batch'),
             end_B=specs(visibility.end_B, 'batch'),
             written=None if visibility.written is None else PartitionSpec(),

@@ -43,33 +43,33 @@ class Splash:
         if visibility.mask is not None:
             return self.otherwise(q_BLNH, past, new, visibility)
         kv, visibility = join(past, new, visibility)
-        rows, heads, bounds = *q_BLNH.shape[1:3], visibility.rows
+        rows, heads, bounds = *q_BLNH.shape[1:3], visibility.bounds
         if bounds is None:
             bounds = StaticVisibility(((rows, kv.rows),))
         if isinstance(bounds, StaticVisibility):
             # Keys that no row attends to would have undefined gradients.
-            kv = kv.part(0, min(kv.rows, int(bounds.keys_L.max())))
-            keys_L, pad = bounds.keys_L, np.pad
+            kv = kv.part(0, min(kv.rows, int(bounds.bound_L.max())))
+            bound_L, pad = bounds.bound_L, np.pad
         else:  # masked too, but no block is skipped
-            keys_L, pad = jnp.broadcast_to(bounds.keys_L, rows), jnp.pad
+            bound_L, pad = jnp.broadcast_to(bounds.bound_L, rows), jnp.pad
         blocks = _block(rows), _block(kv.rows)
         q_BNLH = _fill(q_BLNH.swapaxes(1, 2), blocks[0])
         kv_BKMH = KV(*(_fill(x, blocks[1]) for x in kv))
-        keys_L = pad(keys_L, (0, -rows % blocks[0]), mode='edge')
-        kernel = self._kernel(keys_L, heads, kv_BKMH.rows, _sizes(*blocks))
-        segments = _segments(keys_L, kv.rows, kv_BKMH.rows, visibility)
+        bound_L = pad(bound_L, (0, -rows % blocks[0]), mode='edge')
+        kernel = self._kernel(bound_L, heads, kv_BKMH.rows, _sizes(*blocks))
+        segments = _segments(bound_L, kv.rows, kv_BKMH.rows, visibility)
         return jax.vmap(kernel)(q_BNLH, *kv_BKMH, segments).swapaxes(1, 2)[:, :rows]
 
     def _kernel(
-        self, keys_L: np.ndarray | jax.Array, heads: int, keys: int, sizes: splash.BlockSizes
+        self, bound_L: np.ndarray | jax.Array, heads: int, keys: int, sizes: splash.BlockSizes
     ) -> Callable[..., jax.Array]:
         """[N, L, H] queries, [K, M, H] keys and values, segments -> [N, L, H]."""
-        if isinstance(keys_L, np.ndarray):
-            mask = splash.MultiHeadMask([VisibilityMask(keys_L, keys)] * heads)
+        if isinstance(bound_L, np.ndarray):
+            mask = splash.MultiHeadMask([VisibilityMask(bound_L, keys)] * heads)
             return splash.make_splash_mha_single_device(
                 mask, block_sizes=sizes, interpret=self.interpret
             )
-        info = MaskInfo(None, None, None, None, keys_L)
+        info = MaskInfo(None, None, None, None, bound_L)
         return splash_attention_kernel.SplashAttentionKernel(
             info,
             info,
@@ -86,7 +86,7 @@ class Splash:
 
 
 def _segments(
-    keys_L: np.ndarray | jax.Array, keys: int, padded: int, visibility: Visibility
+    bound_L: np.ndarray | jax.Array, keys: int, padded: int, visibility: Visibility
 ) -> splash.SegmentIds | None:
     """Segments of the rows and of the `padded` keys of each image; None where none are hidden.
 
@@ -99,7 +99,7 @@ def _segments(
     batch = len(end_B if first_B is None else first_B)
     first_B1 = jnp.zeros((batch, 1), jnp.int32) if first_B is None else first_B[:, None]
     end_B1 = jnp.full((batch, 1), keys, jnp.int32) if end_B is None else end_B[:, None]
-    upper_1L, number_1M = jnp.asarray(keys_L, jnp.int32)[None], jnp.arange(padded)[None]
+    upper_1L, number_1M = jnp.asarray(bound_L, jnp.int32)[None], jnp.arange(padded)[None]
     before_BM = jnp.where(number_1M < first_B1, number_1M + 1, 0)
     return splash.SegmentIds(
         q=jnp.where(upper_1L <= first_B1, upper_1L, 0),
@@ -120,8 +120,8 @@ class VisibilityMask(splash.Mask):
 
     mask_function = staticmethod(sees)
 
-    def __init__(self, keys_L: np.ndarray, keys: int) -> None:
-        self.q_sequence = keys_L.astype(np.int32)
+    def __init__(self, bound_L: np.ndarray, keys: int) -> None:
+        self.q_sequence = bound_L.astype(np.int32)
         self.keys = keys
 
     @property

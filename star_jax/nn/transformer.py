@@ -129,7 +129,7 @@ class Transformer(nn.Module):
             rows,
             text_kv=self.text_kv(condition),
             condition=condition,
-            visibility=Visibility(rows=visibility),
+            visibility=Visibility(bounds=visibility),
             paths=paths,
         )
         return features_BLD
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         if not any(more):
             return x_BLD, rows, visibility
         pad = np.pad if isinstance(rows, np.ndarray) else jnp.pad
-        visibility = StaticVisibility.of(np.pad(visibility.keys_L, more, mode='edge'))
+        visibility = StaticVisibility.of(np.pad(visibility.bound_L, more, mode='edge'))
         return jnp.pad(x_BLD, ((0, 0), more, (0, 0))), pad(rows, more, mode='edge'), visibility
 
     def _add_positions(self, x_BLD: jax.Array, rows: Rows) -> jax.Array:

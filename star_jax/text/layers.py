@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from star_jax.nn.attention import GatherHeads
+from star_jax.nn.attention import OutputProjection
 from star_jax.nn.layers import Bias, Einsum, Linear, Table, layer_norm
 
 # Parameters are loaded from a folder; initial values are never used.
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
         fused_BTKNH = qkv(E, shape)(x_BTE)
         fused_BTKNH = Bias((3, *shape), (None, 'heads', None), name='qkv_bias')(fused_BTKNH)
         attended_BTNH = attend(*jnp.unstack(fused_BTKNH, axis=2), visible, scale=shape[1] ** -0.5)
-        return GatherHeads(E, shape, INIT, name='out')(attended_BTNH)
+        return OutputProjection(E, shape, INIT, name='out')(attended_BTNH)
 
 
 def qkv(width: int, shape: tuple[int, int]) -> Einsum:

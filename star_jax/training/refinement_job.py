@@ -15,7 +15,7 @@ from star_jax.protocols import Family
 from star_jax.training.program import REFINER
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
-from star_jax.training.transformer import TransformerJob
+from star_jax.training.transformer_job import TransformerJob
 
 FREE_FIELDS = ('refinement', 'drop_path', 'keep_tokens')  # in which the frozen model may differ
 

@@ -121,13 +121,13 @@ def build_job(run: Run | TokenizerRun) -> trainer.Job:
     """The job that a run describes."""
     run = resolve(run)
     if isinstance(run, TokenizerRun):
-        from star_jax.training.tokenizer import TokenizerJob
+        from star_jax.training.tokenizer_job import TokenizerJob
 
         return TokenizerJob(run)
     if run.model.refinement:
         from star_jax.training.refinement_job import RefinementJob
 
         return RefinementJob(run)
-    from star_jax.training.transformer import TransformerJob
+    from star_jax.training.transformer_job import TransformerJob
 
     return TransformerJob(run)

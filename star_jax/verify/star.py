@@ -193,7 +193,7 @@ def layer_fn(config: Family, rows: Rows) -> Callable:
             positions,
             text_kv=text_kv,
             condition=condition,
-            visibility=Visibility(rows=visibility),
+            visibility=Visibility(bounds=visibility),
         )
         return features_BLD
 
