@@ -537,7 +537,7 @@ CASES: list[tuple[str, str, str]] = [
     ('an unknown field of a run', 'train {unknown.json}', "bach: .*did you mean 'batch'"),
     ('an ill-typed field of a run', 'train {typed.json}', 'batch: given "8", expected a whole'),
     ('a part of no model', 'train {model.json}', 'unknown kind "Rotary", did you mean'),
-    ('a count for no integer', 'train {huge.json}', 'data: shapes holds 1 to 2,147,483,647'),
+    ('a count for no integer', 'train {huge.json}', 'data: shapes has 1 to 2,147,483,647'),
     ('a number for no float', 'train {infinite.json}', 'batch: given Infinity, expected a whole'),
     ('NUL in JSON', 'train {nul.json}', 'init: .* expected text without NUL'),
     ('half a character in JSON', 'train {lone.json}', 'text that UTF-8 can encode'),
