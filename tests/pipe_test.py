@@ -44,6 +44,7 @@ def test_image_does_not_depend_on_the_batch(pipe, images):
     np.testing.assert_array_equal(again, images)
 
 
+@pytest.mark.usefixtures('compiled_here')
 def test_image_does_not_depend_on_a_mesh_that_shards_parameters(folder, images):
     pipe = star_jax.load(
         folder, mesh=MeshShape(data=1, fsdp=2, tensor=2, sequence=2).build_on_first()
