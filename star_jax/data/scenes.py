@@ -195,7 +195,7 @@ def _draw_extent(randoms: Iterator[int], number: int) -> int:
 
 
 def _draw_centres(randoms: Iterator[int], extents: list[int]) -> list[tuple[int, int]]:
-    """Centres (x, y) of separate boxes: all are drawn again until no two boxes are too close."""
+    """Centres (x, y) of separate boxes: all are sampled again until no two boxes are too close."""
     while True:
         centres = [
             (_draw_coordinate(randoms, extent), _draw_coordinate(randoms, extent))
