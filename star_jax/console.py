@@ -30,16 +30,16 @@ def progress_bar(console: Console | None = None, visible: bool = True) -> Progre
 
 def number_table(title: str, *columns: str) -> Table:
     """A table whose first column holds names, and whose others hold numbers on the right."""
-    made = Table(title=title, title_justify='left')
-    made.add_column('')
+    result = Table(title=title, title_justify='left')
+    result.add_column('')
     for column in columns:
-        made.add_column(column, justify='right')
-    return made
+        result.add_column(column, justify='right')
+    return result
 
 
 def pairs(title: str, values: Mapping[str, str]) -> Table:
     """A table of names and values without a header."""
-    made = Table(show_header=False, title=title)
+    result = Table(show_header=False, title=title)
     for name, value in values.items():
-        made.add_row(name, value)
-    return made
+        result.add_row(name, value)
+    return result
