@@ -32,14 +32,14 @@ class MetricsWindow:
     """The metrics of every step since the last report: their means, and the speed.
 
     Args:
-        batch: images of a step.
+        batch: images of a step, on average.
         step: the step after which the window starts.
         pending: the metrics of the steps before it that were not reported yet, as an interrupted
             run has saved them.
     """
 
     def __init__(
-        self, batch: int, step: int, pending: Sequence[Mapping[str, float]] | None = None
+        self, batch: float, step: int, pending: Sequence[Mapping[str, float]] | None = None
     ) -> None:
         self._batch = batch
         self._metrics: list[Metrics] = [_to_float32(metrics) for metrics in pending or ()]

@@ -5,8 +5,10 @@ A config file is one expression of these dataclasses, named `run`; the run's fol
 """
 
 import dataclasses
+import statistics
 from typing import Any, Literal
 
+from star_jax.core.schedule import Grids
 from star_jax.core.settings import Dtype, Settings
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
@@ -61,6 +63,23 @@ class Pace:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SizeInTurn:
+    """Training steps at another image size, in turn with those at the model's own.
+
+    Attributes:
+        grids: height and width of each scale in tokens, from coarse to fine.
+        batch: images per step, over all devices.
+    """
+
+    grids: Grids
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f'batch must be at least 1, not {self.batch}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRun:
     """The config of a run that trains an image tokenizer.
 
@@ -74,6 +93,7 @@ class TokenizerRun:
         optimizer: optimizer and its schedules.
         pace: length of the run, reports and checkpoints.
         batch: images per step, over all devices.
+        other_sizes: further image sizes of the same model: each step trains the next size in turn.
         plain_steps: steps without the quantiser at the start; then k-means initialises the
             codebook.
         restart_every: steps between two restarts of unused codes at current feature vectors.
@@ -91,12 +111,24 @@ class TokenizerRun:
     optimizer: AdamW = AdamW(weight_decay=0.0)
     pace: Pace = Pace()
     batch: int = 64
+    other_sizes: tuple[SizeInTurn, ...] = ()
     plain_steps: int = 500
     restart_every: int = 50
     restart_until: float = 0.6
     ema: float = 0.0
     mesh: MeshShape = MeshShape()
     seed: int = 0
+
+    @property
+    def sizes(self) -> tuple[SizeInTurn, ...]:
+        """All sizes in turn, the model's own first."""
+        own = SizeInTurn(grids=self.model.schedule.grids, batch=self.batch)
+        return (own, *self.other_sizes)
+
+    @property
+    def mean_batch(self) -> float:
+        """Images per step, on average over the sizes."""
+        return statistics.fmean(size.batch for size in self.sizes)
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -178,6 +210,11 @@ class Run:
     sampling: Settings = Settings()
     mesh: MeshShape = MeshShape()
     seed: int = 0
+
+    @property
+    def mean_batch(self) -> float:
+        """Images per step: all steps have the same number."""
+        return self.batch
 
     def __post_init__(self) -> None:
         _check_common(self)

@@ -41,14 +41,14 @@ def describe(
         examples: number of training examples.
     """
     state = nn.unbox(state)
-    epochs = run.batch * run.pace.steps / examples
+    epochs = run.mean_batch * run.pace.steps / examples
     constants = run.model.constants if isinstance(run, Run) else frozenset()
     return {
         'parameters': f'{_count(state.params, constants):,}',
         'state in memory': f'{_bytes(state) / 2**20:,.0f} MiB (parameters, averages, optimizer)',
         'tokens per image': f'{schedule.length:,} in {schedule.steps} steps',
         'arithmetic per step': f'{flops / 1e9:,.1f} GFLOP',
-        'images': f'{run.batch} per step, {run.pace.steps:,} steps, {epochs:,.2f} epochs',
+        'images': f'{run.mean_batch:g} per step, {run.pace.steps:,} steps, {epochs:,.2f} epochs',
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}' + _processes(),
     }
 

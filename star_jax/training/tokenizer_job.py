@@ -1,7 +1,10 @@
 """How is a tokenizer trained?"""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,40 @@ from star_jax import image_io
 from star_jax.checkpoint import folder, models
 from star_jax.core import pixels
 from star_jax.core.flops import count_flops
+from star_jax.core.schedule import Pyramid
 from star_jax.data import pipeline
+from star_jax.errors import UserError
 from star_jax.losses.tokenizer import Perceptual, psnr
 from star_jax.losses.tokens import Metrics
 from star_jax.nn.bind import bind
 from star_jax.parallel import rules
 from star_jax.tokenizers import codebook, perceptual
 from star_jax.training import summary, warm_start
-from star_jax.training.run import TokenizerRun
+from star_jax.training.run import SizeInTurn, TokenizerRun
 from star_jax.training.state import TrainState, abstract_state, init_sharded
 
 SHOWN = 16  # images of a reconstruction grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedSize:
+    """One image size of a run.
+
+    Attributes:
+        tokenizer: the module, with the scales of this size.
+        batch: images per step, over all devices.
+        rows: the rows of a batch that this process reads.
+        source: the training images.
+        validation: the held-out images.
+        group: the name of its scores.
+    """
+
+    tokenizer: nn.Module
+    batch: int
+    rows: Sequence[int]
+    source: pipeline.Source
+    validation: pipeline.Source
+    group: str
 
 
 class TokenizerJob:
@@ -33,8 +59,9 @@ class TokenizerJob:
     Attributes:
         run: the config.
         base: '', because no weights outside of the checkpoints belong to the state.
-        source: the training images.
-        tokenizer: the module.
+        sizes: the image sizes, which train in turn; the model's own is the first.
+        source: the training images at the model's own size.
+        tokenizer: the module with the scales of that size.
         optimizer: makes updates of gradients.
     """
 
@@ -43,13 +70,19 @@ class TokenizerJob:
     def __init__(self, run: TokenizerRun) -> None:
         self.run = run
         self._mesh = run.mesh.build()
-        summary.check_batch(run.batch, run.model.resolution, self._mesh)
-        self._rows = rules.process_rows(self._mesh, run.batch)
-        self.tokenizer = run.model.build()
+        self.sizes = [self._size(size) for size in run.sizes]
+        self._tokenizers = {size.tokenizer.resolution: size.tokenizer for size in self.sizes}
+        if len(self._tokenizers) < len(self.sizes):
+            sizes = ', '.join('{} x {}'.format(*size.tokenizer.resolution) for size in self.sizes)
+            raise UserError(
+                f'two of the sizes in turn have images of the same size ({sizes}): '
+                'give other_sizes with another last grid'
+            )
+        self.source, self.tokenizer = self.sizes[0].source, self.sizes[0].tokenizer
+        self._most_scales = max(size.tokenizer.schedule.steps for size in self.sizes)
         self.optimizer = run.optimizer.build(run.pace.steps)
         distance = perceptual.load() if run.objective.perceptual else None
         self._perceptual = rules.shard(distance, rules.replicated(self._mesh))
-        self.source = run.data.open(run.model.resolution)
         self._trains = {
             quantised: jax.jit(functools.partial(self._train, quantised), donate_argnums=0)
             for quantised in (False, True)
@@ -58,13 +91,15 @@ class TokenizerJob:
 
     def summary(self) -> dict[str, str]:
         state = jax.eval_shape(self._start, self.run.model.abstract())
-        images = jax.ShapeDtypeStruct((self.run.batch, *self.run.model.resolution, 3), jnp.uint8)
         train = functools.partial(self._train, True)
-        flops = count_flops(train, nn.unbox(state), images, self._perceptual)
+        flops = []
+        for size in self.sizes:
+            images = jax.ShapeDtypeStruct((size.batch, *size.tokenizer.resolution, 3), jnp.uint8)
+            flops.append(count_flops(train, nn.unbox(state), images, self._perceptual))
         return summary.describe(
             state,
             self.tokenizer.schedule,
-            flops=flops,
+            flops=round(statistics.fmean(flops)),
             run=self.run,
             examples=len(self.source),
         )
@@ -82,14 +117,19 @@ class TokenizerJob:
         return state if params is None else warm_start.start(state, params)
 
     def batches(self, step: int) -> Iterator[jax.Array]:
-        for batch in pipeline.batches(
-            self.source,
-            batch=self.run.batch,
-            seed=self.run.seed,
-            step=step,
-            rows=self._rows,
-        ):
-            yield rules.shard_batch(batch['image'], self._mesh)
+        turns = len(self.sizes)
+        batches = [
+            pipeline.batches(
+                size.source,
+                batch=size.batch,
+                seed=self.run.seed,
+                step=(step - turn + turns - 1) // turns,
+                rows=size.rows,
+            )
+            for turn, size in enumerate(self.sizes)
+        ]
+        for turn in itertools.count(step):
+            yield rules.shard_batch(next(batches[turn % turns])['image'], self._mesh)
 
     def step(self, step: int, state: TrainState, images: jax.Array) -> tuple[TrainState, Metrics]:
         run = self.run
@@ -104,30 +144,18 @@ class TokenizerJob:
         return state, metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """PSNR, and per scale how many codes are used and how evenly, over the validation set."""
-        ratios, counts = [], 0.0
-        source = self.run.validation.open(self.run.model.resolution)
-        for batch, count in pipeline.padded_batches(source, self.run.batch, self._rows):
-            images = rules.shard_batch(batch['image'], self._mesh)
-            ratio_B, usage_KV = self._score(state.averaged, images, count)
-            ratios.append(np.asarray(ratio_B)[:count])
-            counts += np.asarray(usage_KV)
-        used_K = (counts > 0).mean(1)
-        perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(counts)))
-        scores = {'validation/psnr': float(np.concatenate(ratios).mean())}
-        for scale, (used, spread) in enumerate(zip(used_K, perplexity_K, strict=True)):
-            scores |= {
-                f'validation/used/{scale}': float(used),
-                f'validation/perplexity/{scale}': float(spread),
-            }
-        scores['validation/used'] = float((counts.sum(0) > 0).mean())
-        if int(state.step) > self.run.plain_steps:
-            summary.warn_of_collapse(np.asarray(counts))
+        """PSNR, and per scale how many codes are used and how evenly, over the validation set.
+
+        Scores of other sizes have the size in their names.
+        """
+        scores = {}
+        for size in self.sizes:
+            scores |= self._evaluate(size, state)
         return scores
 
     def sample_grid(self, state: TrainState) -> np.ndarray:
-        """Validation images above their reconstructions."""
-        shown = pipeline.evenly_spaced(self.run.validation.open(self.run.model.resolution), SHOWN)
+        """Validation images above their reconstructions, at the model's own size."""
+        shown = pipeline.evenly_spaced(self.sizes[0].validation, SHOWN)
         decoded = rules.gather(self._reconstruct(state.averaged, shown['image']))
         return image_io.compare(shown['image'], decoded, shown['caption'], 'reconstructed')
 
@@ -136,9 +164,49 @@ class TokenizerJob:
         if jax.process_index() == 0:
             folder.write(out, folder.StoredTokenizer(config=self.run.model, params=params))
 
+    def _size(self, size: SizeInTurn) -> TrainedSize:
+        """What trains at a size. Raises UserError if the model, the mesh or the data refuse it."""
+        run = self.run
+        model = run.model.at(Pyramid(size.grids))
+        own = size.grids == run.model.schedule.grids
+        height, width = model.resolution
+        summary.check_batch(size.batch, model.resolution, self._mesh)
+        return TrainedSize(
+            tokenizer=model.build(),
+            batch=size.batch,
+            rows=rules.process_rows(self._mesh, size.batch),
+            source=run.data.open(model.resolution),
+            validation=run.validation.open(model.resolution),
+            group='validation' if own else f'validation/{height}x{width}',
+        )
+
+    def _evaluate(self, size: TrainedSize, state: TrainState) -> dict[str, float]:
+        ratios, counts = [], 0.0
+        for batch, count in pipeline.padded_batches(size.validation, size.batch, size.rows):
+            images = rules.shard_batch(batch['image'], self._mesh)
+            ratio_B, usage_KV = self._score(state.averaged, images, count)
+            ratios.append(np.asarray(ratio_B)[:count])
+            counts += np.asarray(usage_KV)
+        used_K = (counts > 0).mean(1)
+        perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(counts)))
+        scores = {f'{size.group}/psnr': float(np.concatenate(ratios).mean())}
+        for scale, (used, spread) in enumerate(zip(used_K, perplexity_K, strict=True)):
+            scores |= {
+                f'{size.group}/used/{scale}': float(used),
+                f'{size.group}/perplexity/{scale}': float(spread),
+            }
+        scores[f'{size.group}/used'] = float((counts.sum(0) > 0).mean())
+        if int(state.step) > self.run.plain_steps:
+            summary.warn_of_collapse(np.asarray(counts))
+        return scores
+
+    def _tokenizer(self, params: Any, images: jax.Array) -> Any:
+        """The tokenizer with the scales of the size of these images, bound to its parameters."""
+        return bind(self._tokenizers[images.shape[1:3]], params)
+
     def _start(self, params: Any) -> TrainState:
         """The state before step 0."""
-        usage = (self.tokenizer.schedule.steps, self.run.model.codes)
+        usage = (self._most_scales, self.run.model.codes)
         return TrainState.start(params, self.optimizer, ema=self.run.ema > 0, usage=usage)
 
     def _init_params(self, key: jax.Array) -> Any:
@@ -153,7 +221,7 @@ class TokenizerJob:
 
         Without the quantiser the decoder reads the features themselves.
         """
-        tokenizer, signed = bind(self.tokenizer, params), pixels.to_signed(images)
+        tokenizer, signed = self._tokenizer(params, images), pixels.to_signed(images)
         f_BHWC = tokenizer.features(signed)
         codes = tokenizer.quantise(f_BHWC)
         canvas_BHWC = codes.straight_through(f_BHWC) if quantised else f_BHWC
@@ -171,23 +239,21 @@ class TokenizerJob:
         parts, psnr_B, codes = aux
         state = state.update(gradients, self.optimizer, self.run.ema)
         usage_KV = codebook.usage(codes, self.run.model.codes)
-        state = state.replace(usage_KV=state.usage_KV + usage_KV)
+        state = state.replace(usage_KV=state.usage_KV.at[: len(usage_KV)].add(usage_KV))
         used = (usage_KV.sum(0) > 0).mean()
         return state, {'loss': value, 'psnr': psnr_B.mean(), 'used': used, **parts}
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _start_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
-        tokenizer = bind(self.tokenizer, state.params)
+        tokenizer = self._tokenizer(state.params, images)
         f_BHWC = tokenizer.features(pixels.to_signed(images))
-        sizes = self.run.model
-        vectors_VC = codebook.start_codebook(
-            key, f_BHWC, self.tokenizer.schedule.grids, sizes.codes
-        )
+        grids, size = tokenizer.schedule.grids, self.run.model.codes
+        vectors_VC = codebook.start_codebook(key, f_BHWC, grids, size)
         return _with_codebooks(state, lambda _: vectors_VC)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _restart_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
-        tokenizer = bind(self.tokenizer, state.params)
+        tokenizer = self._tokenizer(state.params, images)
         f_BHWC = tokenizer.features(pixels.to_signed(images))
         quantised = tokenizer.quantise(f_BHWC)
         usage_V = state.usage_KV.sum(0)
@@ -198,7 +264,7 @@ class TokenizerJob:
         self, params: Any, images: jax.Array, count: int
     ) -> tuple[jax.Array, jax.Array]:
         """PSNR of each image and the code counts of the first `count`."""
-        tokenizer, signed = bind(self.tokenizer, params), pixels.to_signed(images)
+        tokenizer, signed = self._tokenizer(params, images), pixels.to_signed(images)
         codes = tokenizer.quantise(tokenizer.features(signed))
         decoded = tokenizer.decode(codes.canvases[-1])
         real_B = jnp.arange(len(images)) < count
@@ -207,7 +273,7 @@ class TokenizerJob:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
-        return pixels.to_uint8(bind(self.tokenizer, params)(pixels.to_signed(images)))
+        return pixels.to_uint8(self._tokenizer(params, images)(pixels.to_signed(images)))
 
 
 def _with_codebooks(state: TrainState, change: Callable[[jax.Array], jax.Array]) -> TrainState:

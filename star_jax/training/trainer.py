@@ -118,7 +118,7 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
         _compare_base(out, job.base, first)
         if first:
             console.print(f'continuing from step {first}')
-        window = MetricsWindow(job.run.batch, first, checkpoints.notes(first))
+        window = MetricsWindow(job.run.mean_batch, first, checkpoints.notes(first))
         with logger.open_logger(out, first) as run_logger, progress_bar(console) as progress:
             trainer = Trainer(
                 job,
