@@ -44,8 +44,8 @@ JOURNEYS: dict[str, dict[str, tuple[str, str]]] = {
             'star-jax export runs/mine --out models/mine',
         ),
         'study': (
-            'train several configs under equal conditions and compare them',
-            'star-jax study configs/study/*.py --seeds 0 1 2',
+            'run a study of many units, and report what it found',
+            'star-jax study run configs/study/positions.py',
         ),
     },
     'Use your own images': {

@@ -189,6 +189,7 @@ def objects(path: Path, home: Path) -> None:
 
 
 IMPORTS = 'from star_jax.training.run import Run, TokenizerRun\n'
+STUDY = 'from star_jax.studies.positions import PositionsStudy\nstudy = PositionsStudy(stages=())\n'
 INPUTS: dict[str, Write] = {
     # Any file or folder.
     'empty': data(''),
@@ -272,6 +273,7 @@ INPUTS: dict[str, Write] = {
     'no_run.py': data('x = 1\n'),
     'other_run.py': data('run = 3\n'),
     'class.py': data(f'{IMPORTS}run = Run\n'),
+    'study.py': data(STUDY),
     'tokenizer.py': data(f'{IMPORTS}run = TokenizerRun()\n'),
     'typed.py': data(f'{IMPORTS}run = Run(data=3, tokenizer=None)\n'),
     'keyword.py': data(f'{IMPORTS}run = Run(bach=8)\n'),
@@ -342,7 +344,6 @@ RECONSTRUCT = 'reconstruct --model {home}/model --out {out}'
 EVALUATE = 'evaluate {home}/model --data shapes --metrics loss'
 BENCH = 'bench sample {home}/model'
 SHOW = 'data show shapes --out {out}/set.png'
-STUDY = 'study --out {out}'
 MISMATCH = 'weights and config do not belong together'
 
 CASES: list[tuple[str, str, str]] = [
@@ -353,7 +354,7 @@ CASES: list[tuple[str, str, str]] = [
     ('an option of no command', 'smaple --seed 1', 'star-jax --help lists them'),
     ('an unknown option', f'{SAMPLE} --temprature 1', 'did you mean --temperature; .* --help'),
     ('an unknown option of train', f'{TRAIN} --model.depht 3', 'did you mean --model.depth'),
-    ('an unknown option of study', 'study {home}/star.json --sedes 1', 'did you mean --seeds'),
+    ('an unknown option of study', 'study run {study.py} --olny a', 'did you mean --only'),
     ('an unknown option of verify', 'verify x --quick 1', 'Unrecognized options: --quick'),
     ('an unknown option of export', 'export x --quick 1', '--quick'),
     ('an unknown option of evaluate', f'{EVALUATE} --quick 1', '--quick'),
@@ -365,7 +366,8 @@ CASES: list[tuple[str, str, str]] = [
     ('no run to export', 'export', r'expected RUN \(folder of the run\)'),
     ('nothing to evaluate', 'evaluate', "hub id, or 'shipped'"),
     ('nothing to verify', 'verify', 'there is no case to verify'),
-    ('nothing to study', 'study', 'expected configs after study'),
+    ('nothing to study', 'study', 'expected one of run, report, cost after study'),
+    ('a study without a file', 'study run', 'FILE'),
     ('nothing to measure', 'bench', 'expected sample, train, .* after bench'),
     ('nothing to do with data', 'data', 'expected one of prepare, show, cache'),
     ('another action on data', 'data shwo', "not 'shwo'"),
@@ -426,8 +428,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a negative decay', f'{TRAIN} --optimizer.weight-decay -1', 'decays must not be negative'),
     ('a negative loss', f'{TOKENIZER} --objective.l1 -1', 'must not be negative'),
     ('steps below 0', f'{TOKENIZER} --plain-steps -1', 'plain_steps must not be negative'),
-    ('seeds of a study', 'study {home}/star.json --seeds 0 0', 'seeds must be different'),
-    ('a seed too large for a study', f'study {{home}}/star.json --seeds {2**32}', 'seed'),
+    ('rounds of a study', 'study cost {study.py} --rounds 0', 'rounds must be at least 1'),
     # Prompts.
     ('no prompt', 'sample --model {home}/model', 'there is no prompt: give some in quotes'),
     ('no file of prompts', f'{PROMPTS} {{nothing}}', 'No such file.*one prompt per line'),
@@ -547,8 +548,9 @@ CASES: list[tuple[str, str, str]] = [
     ("a model's config", 'train {home}/model/config.json', '--init FOLDER` starts from a model'),
     ("a tokenizer's config of cache", 'data cache {home}/tokenizer.json', 'train-tokenizer'),
     ("a tokenizer's config of bench", 'bench sample {home}/tokenizer.json', 'train-tokenizer'),
-    ("a tokenizer's config of study", 'study {home}/tokenizer.json', 'train-tokenizer'),
-    ('a config that a study cannot read', 'study {home}/star.json {syntax.py}', 'line 1'),
+    ('a config that is no study', 'study run {tokenizer.py}', "defines no 'study'"),
+    ('a study that cannot be read', 'study run {syntax.py}', 'line 1'),
+    ('a study that is no Python', 'study run {home}/star.json', "expected a .py file that defines 'study'"),
     # Parts that do not fit.
     ('a model for no memory', f'{TRAIN} --model.depth 1048576', 'optimizer .* GiB.*ask for less'),
     ('no layers', f'{TRAIN} --model.depth 0', r'depth must lie in \[1, 1048576\], not 0'),
@@ -604,12 +606,11 @@ CASES: list[tuple[str, str, str]] = [
     ('a run in another kind', f'{TRAIN[:-5]}{{tokenizer_run}}', 'for star-jax train-tokenizer'),
     ('a run in a torn one', f'{TRAIN[:-5]}{{torn_run}}', 'damaged or was cut short'),
     ('a run in a model', f'{TRAIN[:-5]}{{home}}/model', 'belongs to a model folder'),
-    ('a study below a file', 'study {home}/star.json --out {words}/x', 'cannot be written'),
-    ('a study in a file', 'study {home}/star.json --out {words}', 'is a file'),
-    ('a run of a study in a file', 'study {home}/star.json --out {file_of_runs}',
-     'seed-0 cannot be written'),
-    ('a study in a folder', 'study {home}/star.json --out {folder_of_study}', 'json is a folder'),
-    ('a config of a study twice', 'study {home}/star.json {home}/star.json', 'two configs are cal'),
+    ('results below a file', 'study run {study.py} --results {words}/x', 'cannot be written'),
+    ('results in a file', 'study run {study.py} --results {words}', 'is a file'),
+    ('work in a file', 'study run {study.py} --results {out} --work {words}', 'is a file'),
+    ('a report of no units', 'study report {home}/model --out {out}/r', 'config.json is damaged'),
+    ('a report in a folder', 'study report {home} --out {folder_of_report}/report', 'is a folder'),
     ('codes below a file', 'data cache {home}/star.json --cache {words}/x', 'cannot be written'),
     ('codes in a folder of words', 'data cache {home}/star.json --cache {holds_data}',
      'holds something else than encoded images'),
@@ -675,8 +676,7 @@ INPUTS |= {
     'file_of_checkpoints': with_file('checkpoints'),
     'folder_of_metrics': with_folder('metrics.jsonl'),
     'no_model': with_file('model/notes.txt'),
-    'file_of_runs': with_file('star'),
-    'folder_of_study': with_folder('study.json'),
+    'folder_of_report': with_folder('report.json'),
     'circle': lambda path, home: path.symlink_to(path.name),
     'dangling': lambda path, home: path.symlink_to('nowhere'),
     'pixel.png': image_file(1, 1),

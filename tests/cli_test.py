@@ -104,7 +104,6 @@ HELP_OF = [
     ('train', 'configs/star_d30_1024_sampler.py'),
     ('train', 'configs/own_images.py'),
     ('train', 'configs/var_d16.py'),
-    ('train', 'configs/study/table_sincos.py'),
     ('train-tokenizer',),
     ('train-tokenizer', 'configs/own_images_tokenizer.py'),
     ('sample',),
@@ -118,7 +117,9 @@ HELP_OF = [
     ('verify',),
     ('evaluate',),
     ('plan',),
-    ('study',),
+    ('study', 'run'),
+    ('study', 'report'),
+    ('study', 'cost'),
     ('bench', 'sample'),
     ('bench', 'train'),
     ('bench', 'buckets'),
@@ -126,7 +127,7 @@ HELP_OF = [
     ('bench', 'data'),
     ('bench', 'suite'),
 ]
-LISTS = [('data',), ('data', 'prepare'), ('bench',)]  # commands of commands
+LISTS = [('data',), ('data', 'prepare'), ('study',), ('bench',)]  # commands of commands
 
 
 def command_name(words: Sequence[str]) -> str:

@@ -1,34 +1,41 @@
-"""Is a study a fair comparison, and are its numbers those that the runs reported?"""
+"""Are units made once and whole, and does a report call what is there, and nothing else?"""
 
 import dataclasses
 import io
 import json
-import re
-import shutil
-import statistics
-import weakref
+import os
+import signal
+import subprocess
+import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny
 from rich.console import Console
 
 from star_jax import cli
-from star_jax.checkpoint import config, weights
+from star_jax.checkpoint import config, folder, weights
+from star_jax.core.schedule import Pyramid, square_grids
+from star_jax.core.settings import Settings
 from star_jax.errors import NotFiniteError, UserError
-from star_jax.nn.positions import Learned, NoPositions
-from star_jax.studies import study, study_report, summary
-from star_jax.training import train as story_of_a_run
-from star_jax.training import trainer
-from star_jax.training.run import Pace, Run
-from star_jax.training.transformer_job import TransformerJob
+from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary
+from star_jax.studies import curves, positions_report, statistics, transfer, units
+from star_jax.studies import positions_unit as unit_module
+from star_jax.studies.arms import KINDS, Arm, DataSet, LargerSize
+from star_jax.studies.positions import PositionsStudy, Stage
+from star_jax.studies.positions_result import Carried, HeldOut, PositionsResult
+from star_jax.studies.reference import ReferenceUnit
+from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.training.run import Pace
 
-STUDIED = Path(__file__).parents[1] / 'configs' / 'study'
-SEEDS = (3, 4)
-STEPS = 4
+STUDY = Path(__file__).parents[1] / 'configs' / 'study' / 'positions.py'
+SEEDS = (0, 1, 2)
+STUDIES = 200
+NOISE = 0.01
+TIMES = ('hardware', 'seconds')  # fields of a result that a second making may change
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -37,66 +44,6 @@ def caches(tmp_path_factory):
         patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
         patch.setenv('COLUMNS', '100')
         yield
-
-
-@pytest.fixture(scope='module')
-def shared(tmp_path_factory) -> Run:
-    place = tiny.write_tokenizer(tmp_path_factory.mktemp('tokenizer') / 'model')
-    pace = Pace(steps=STEPS, log=2, sample=2, save=4)
-    return dataclasses.replace(tiny.STAR, tokenizer=place, pace=pace)
-
-
-@pytest.fixture(scope='module')
-def home(shared, tmp_path_factory) -> Path:
-    """Two configs, and a study of them."""
-    home = tmp_path_factory.mktemp('home')
-    config.write(home / 'rotary.json', shared)
-    config.write(home / 'learned.json', with_model(shared, positions=Learned()))
-    jobs, build, train = [], story_of_a_run.build_job, story_of_a_run.main
-
-    def remember(run: Run) -> TransformerJob:
-        job = build(run)
-        jobs.append(weakref.ref(job))
-        return job
-
-    def train_or_invent(run: Run, out: Path, *how: object) -> bool:
-        """The first seed's runs are real, and the others as if they had gone a little worse."""
-        if run.seed == SEEDS[0]:
-            return train(run, out, *how)
-        first = out.with_name(f'seed-{SEEDS[0]}')
-        shutil.copytree(first / 'model', out / 'model')
-        config.write(out / 'config.json', run)
-        lines = map(json.loads, (first / 'metrics.jsonl').read_text().splitlines())
-        worse = [{k: v if k == 'step' else 1.1 * v for k, v in line.items()} for line in lines]
-        (out / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in worse))
-        return True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TransformerJob, 'sample_grid', pytest.fail)
-        patch.setattr(trainer, '_print_summary', lambda *_: None)  # traces a step to count its work
-        patch.setattr(story_of_a_run, 'build_job', remember)
-        patch.setattr(story_of_a_run, 'main', train_or_invent)
-        status, out, err = star_jax(*words(home))
-    assert status == 0, err
-    assert len(jobs) == 4 and not any(job() for job in jobs), 'what has ended leaves the memory'
-    assert not list(home.glob('out/*/*/samples/*')), 'nobody looks at them'
-    assert [f'run {n} of 4' in out for n in range(1, 6)] == [True] * 4 + [False]
-    shutil.copytree(home / 'out', home / 'kept')
-    return home
-
-
-@pytest.fixture(scope='module')
-def report(home) -> dict:
-    return json.loads((home / 'out' / 'study.json').read_text())
-
-
-def with_model(run: Run, **changes: object) -> Run:
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
-
-
-def words(home: Path, *options: object) -> list:
-    configs = [home / 'rotary.json', home / 'learned.json']
-    return ['study', *configs, '--seeds', *SEEDS, '--out', home / 'out', *options]
 
 
 def star_jax(*words: object) -> tuple[int, str, str]:
@@ -110,297 +57,431 @@ def star_jax(*words: object) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-def complaint(*words: object) -> str:
-    """The one sentence on stderr of a study that must be refused."""
-    status, _, err = star_jax('study', *words)
+def error_of(*words: object) -> str:
+    """The one sentence on stderr of a command that must be refused."""
+    status, _, err = star_jax(*words)
     assert status == 2, err
-    assert err.startswith('star-jax study: ') and err.count('\n') == 1, err
+    assert err.count('\n') == 1, err
     return err
 
 
-def lines(home: Path, name: str, seed: int) -> list[dict]:
-    path = home / 'out' / name / f'seed-{seed}' / 'metrics.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()]
+# Synthetic units
 
 
-def files(home: Path) -> dict[str, bytes]:
-    return {name: (home / 'out' / name).read_bytes() for name in ('study.json', 'study.md')} | {
-        'study.png': (home / 'out' / 'study.png').read_bytes()
+def synthetic(arm: str, seed: int, loss: float, **changes: object) -> PositionsResult:
+    """A unit whose losses are all `loss`, and whose share of right images is half of it."""
+    kind, _, without = arm.partition(',')
+    held_out = HeldOut(step=10, loss=loss, accuracy=0.5, scales=(loss, loss))
+    aligned = tuple(
+        unit_module.Aligned(objects=n, count=250, all=loss / 2, number=0.5, colours=0.5, shapes=0.5)
+        for n in (1, 2)
+    )
+    larger = Carried(
+        size=128,
+        steps=312,
+        before=held_out,
+        after=held_out,
+        aligned_before=aligned,
+        aligned_after=aligned,
+    )
+    fields = {
+        'study': 'positions',
+        'kind': kind,
+        'level_embedding': not without,
+        'seed': seed,
+        'data': 'shapes',
+        'commit': 'abc',
+        'images': 100,
+        'hardware': ({'cores': 2, 'device': 'cpu', 'jax': '0.10.2'},),
+        'positions': KINDS[kind](),
+        'settings': 'same',
+        'tokenizer': 'sha',
+        'parameters': 1,
+        'curve': (held_out,) * 10,
+        'area': loss,
+        'fall': 0.0,
+        'aligned': aligned,
+        'larger': larger,
     }
+    return PositionsResult(**(fields | changes))
 
 
-# The numbers.
-
-
-def test_report_holds_the_metrics_of_the_runs(home, report):
-    final = {}
-    for run in report['runs']:
-        reported = lines(home, run['config'], run['seed'])
-        held_out = [line for line in reported if 'validation/loss' in line]
-        assert run['curve'] == [[line['step'], line['validation/loss']] for line in held_out]
-        assert {f'validation/{name}': x for name, x in run['final'].items()} | {
-            'step': STEPS
-        } == held_out[-1]
-        assert {'loss', 'accuracy', 'loss/0', 'loss/2', 'accuracy/1'} <= run['final'].keys()
-        speeds = [line['images_per_second'] for line in reported if 'images_per_second' in line]
-        assert run['images_per_second'] == statistics.median(speeds)
-        final[run['config'], run['seed']] = run['final']
-    assert config.read(home / 'out' / 'learned' / 'seed-4' / 'config.json', Run).seed == 4
-    assert [*final] == [(name, seed) for seed in SEEDS for name in ('rotary', 'learned')]
-    first, other = report['outcomes']
-    for name, score in other['scores'].items():
-        ours, theirs = (
-            np.array([final[which, seed][name] for seed in SEEDS])
-            for which in ('learned', 'rotary')
-        )
-        assert score['mean'] == pytest.approx(ours.mean())
-        assert score['deviation'] == pytest.approx(ours.std(ddof=1))
-        assert score['difference'] == pytest.approx((ours - theirs).mean())
-        assert score['low'] <= score['difference'] <= score['high']
-        assert first['scores'][name]['difference'] is None
-    assert other['parameters'] - first['parameters'] == 21 * 32, 'the learned table'
-    assert other['differences'] == ['model.positions: NormalisedRotary -> Learned']
-
-
-def test_tables_print_the_metrics(home, report):
-    page = (home / 'out' / 'study.md').read_text()
-    for one in report['outcomes']:
-        loss = one['scores']['loss']
-        row = next(line for line in page.splitlines() if line.startswith(f'| {one["config"]} |'))
-        assert f'{loss["mean"]:.3f} ± {loss["deviation"]:.3f}' in row
-        assert f'{one["scores"]["loss/2"]["mean"]:.3f} ±' in page
-        assert f'| {one["parameters"]:,} | {one["images_per_second"]:.1f} |' in page
-    assert '2 seeds are few' in page and 'model.positions: NormalisedRotary -> Learned' in page
-
-
-def test_interval_is_students():
-    score = summary.compare({1: 1.1, 2: 2.3, 5: 3.2}, {1: 1.0, 2: 2.0, 5: 3.0})
-    # Differences 0.1, 0.3, 0.2: mean 0.2, deviation 0.1; t is 4.3027 at two degrees of freedom.
-    assert (score.low, score.high) == pytest.approx(
-        (0.2 - 4.3027 * 0.1 / 3**0.5, 0.44841), abs=1e-5
-    )
-    assert not score.excludes_zero
-    assert summary.compare({1: 1.5, 2: 2.5, 3: 3.51}, {1: 1.0, 2: 2.0, 3: 3.0}).excludes_zero
-    alone = summary.compare({1: 1.5}, {1: 1.0})
-    assert alone == summary.Comparison(
-        mean=1.5, deviation=None, difference=0.5, low=None, high=None
-    )
-
-
-def test_comparison_pairs_common_seeds():
-    score = summary.compare({1: 1.1, 3: 9.0}, {1: 1.0, 2: 5.0})
-    assert (score.mean, score.difference) == (pytest.approx(5.05), pytest.approx(0.1))
-    assert score.low is None
-    assert summary.compare({1: 1.1}, {}).difference is None
-
-
-# Going on.
-
-
-def test_finished_study_only_writes_the_same_report(home, monkeypatch):
-    before = files(home)
-    assert before['study.png'].startswith(b'\x89PNG')
-    for name in before:
-        (home / 'out' / name).unlink()
-    monkeypatch.setattr(story_of_a_run, 'main', pytest.fail)
-    status, out, _ = star_jax(*words(home))
-    assert status == 0 and 'run 1 of 4' not in out
-    assert files(home) == before
-
-
-def test_only_missing_runs_are_trained(home, report, monkeypatch):
-    """A run deleted, one stopped before its model was written."""
-    shutil.rmtree(home / 'out' / 'learned' / 'seed-3')
-    shutil.rmtree(home / 'out' / 'rotary' / 'seed-4' / 'model')
-    trained = train_from_memory(monkeypatch, home)
-    status, out, _ = star_jax(*words(home))
-    assert status == 0
-    assert trained == ['learned/seed-3', 'rotary/seed-4']
-    assert 'run 3 of 4' in out and 'run 4 of 4' in out
-    again = json.loads((home / 'out' / 'study.json').read_text())
-    assert scores(again) == scores(report)
-
-
-def test_stopped_run_stops_the_study(home, monkeypatch):
-    shutil.rmtree(home / 'out' / 'rotary' / 'seed-3' / 'model')
-    before = files(home)
-    with monkeypatch.context() as patch:
-        patch.setattr(story_of_a_run, 'main', lambda *_: False)
-        status, out, _ = star_jax(*words(home))
-    assert status == 0 and 'the same command continues it' in out
-    assert files(home) == before
-    train_from_memory(monkeypatch, home)
-    assert star_jax(*words(home))[0] == 0
-    assert files(home) == before
-
-
-def test_non_finite_run_is_named_and_the_others_continue(home, report, monkeypatch):
-    """The first config's, so that the others have one seed less to be compared with."""
-    shutil.rmtree(home / 'out' / 'rotary' / 'seed-3')
-    shutil.rmtree(home / 'out' / 'learned' / 'seed-4')
-    trained = train_from_memory(monkeypatch, home, failing='rotary/seed-3')
-    status, out, _ = star_jax(*words(home))
-    assert (status, trained) == (0, ['rotary/seed-3', 'learned/seed-4'])
-    assert 'lower the rate' in out and 'rotary, seed 3' in out and 'step 2: loss is nan' in out
-    again = json.loads((home / 'out' / 'study.json').read_text())
-    first, other = again['outcomes']
-    assert first['failures'] == {'3': 'step 2: loss is nan'} and not other['failures']
-    assert first['scores']['loss']['mean'] == report['runs'][2]['final']['loss']
-    assert other['scores']['loss']['mean'] == report['outcomes'][1]['scores']['loss']['mean']
-    assert '| rotary (1 of 2) |' in (home / 'out' / 'study.md').read_text()
-    assert star_jax(*words(home))[0] == 0 and len(trained) == 2, 'it would come to the same end'
-    shutil.rmtree(home / 'out' / 'rotary' / 'seed-3')
-    train_from_memory(monkeypatch, home)
-    assert star_jax(*words(home))[0] == 0
-    assert json.loads((home / 'out' / 'study.json').read_text()) == report
-
-
-def test_study_without_a_finished_run_is_reported(home, monkeypatch):
-    trained = train_from_memory(monkeypatch, home, failing='rotary/seed-3')
-    options = ['--seeds', '3', '--out', home / 'lost']
-    status, out, _ = star_jax('study', home / 'rotary.json', *options)
-    assert status == 0 and trained == ['rotary/seed-3'] and 'step 2: loss is nan' in out
-    assert not (home / 'lost' / 'study.png').exists()
-
-
-def test_a_damaged_report_is_told(home):
-    path = home / 'out' / 'learned' / 'seed-4' / 'metrics.jsonl'
-    whole = path.read_text()
-    for torn in (whole[: len(whole) // 2], '\n'.join(whole.splitlines()[:-1])):
-        path.write_text(torn)
-        assert 'learned/seed-4' in complaint(*words(home)[1:])
-    path.write_text(whole)
-
-
-def train_from_memory(monkeypatch, home: Path, failing: str = '') -> list[str]:
-    """The runs that are trained from now on; each ends as the same run ended before, or fails."""
-    trained = []
-
-    def end(run: Run, out: Path, *_: object) -> bool:
-        trained.append(f'{out.parent.name}/{out.name}')
-        if trained[-1] == failing:
-            raise NotFiniteError('step 2: loss is nan: lower the rate', 'step 2: loss is nan')
-        shutil.copytree(home / 'kept' / trained[-1], out, dirs_exist_ok=True)
-        return True
-
-    monkeypatch.setattr(story_of_a_run, 'main', end)
-    return trained
-
-
-def scores(report: dict) -> list:
-    return [(run['config'], run['seed'], run['final'], run['curve']) for run in report['runs']]
-
-
-# Equal conditions.
-
-
-@pytest.mark.parametrize(
-    ('changes', 'named'),
-    [
-        ({'batch': 16}, 'batch: 8 -> 16'),
-        ({'data': dataclasses.replace(tiny.DATA, count=40)}, 'data.count'),
-        ({'validation': tiny.DATA}, 'validation'),
-        ({'pace': Pace(steps=5, log=2, sample=2, save=2)}, 'pace.steps'),
-        ({'optimizer': dataclasses.replace(tiny.OPTIMIZER, clip=1.0)}, 'optimizer.clip'),
-        ({'tokenizer': 'another'}, 'tokenizer'),
-        ({'text': 'another'}, 'text'),
-        ({'caption_drop': 0.0}, 'caption_drop'),
-    ],
-)
-def test_unequal_conditions_are_refused(shared, changes, named):
-    with pytest.raises(UserError, match=named):
-        study.Study(configs={'a': shared, 'b': dataclasses.replace(shared, **changes)}, seeds=(0,))
-
-
-def test_another_task_is_refused_and_another_model_is_not(shared):
-    with pytest.raises(UserError, match='model.sides'):
-        study.Study(configs={'a': shared, 'b': with_model(shared, sides=(1, 4))}, seeds=(0,))
-    other = dataclasses.replace(with_model(shared, depth=1, qk_norm=False), seed=9)
-    asked = study.Study(configs={'a': shared, 'b': other}, seeds=(0,))
-    assert asked.differences()['b'] == ['model.depth: 2 -> 1', 'model.qk_norm: true -> false']
-
-
-@pytest.mark.parametrize(
-    ('words', 'named'),
-    [
-        (lambda home: [], 'expected configs'),
-        (lambda home: [home / 'none.py'], 'none.py'),
-        (lambda home: [home / 'rotary.json', home / 'rotary.json'], "'rotary'"),
-        (lambda home: [home / 'rotary.json', '--seeds', '1', '1'], 'seeds'),
-        (lambda home: [home / 'rotary.json', '--seeds', '-1'], 'seeds'),
-        (lambda home: [home / 'rotary.json', '--seed', '7'], '--seeds'),
-        (lambda home: [home / 'rotary.json', '--batch', '0'], 'batch'),
-        (lambda home: [home / 'unfit.json', '--out', home / 'unfit'], 'model.codes is 16'),
-        (lambda home: words(home, '--batch', '16')[1:], 'batch: 8 -> 16'),
-    ],
-)
-def test_what_cannot_be_studied_is_told_before_anything_trains(home, shared, words, named):
-    config.write(home / 'unfit.json', with_model(shared, codes=16))
-    assert named in complaint(*words(home))
-    assert not (home / 'unfit').exists()
-
-
-def test_unknown_options_exit_with_2(home):
-    status, _, err = star_jax('study', home / 'rotary.json', '--bach', '4')
-    assert status == 2 and '--bach' in err
-    status, out, _ = star_jax('study', '--help')
-    assert status == 0 and '--seeds' in out and 'star-jax study configs/' in out
-
-
-def test_seed_has_the_same_meaning_for_every_config(shared):
-    """The first weights of all that two models share; the order of data is the seed's alone."""
-    jobs = [
-        TransformerJob(with_model(dataclasses.replace(shared, seed=5), **changes))
-        for changes in ({}, {'positions': NoPositions(), 'level_embedding': False})
+def synthetic_study(random: np.random.Generator, effects: dict[str, float]) -> list:
+    """All units of a study whose arms differ by these effects only."""
+    offsets = random.normal(scale=10 * NOISE, size=len(SEEDS))
+    return [
+        synthetic(arm, seed, 1 + effects.get(arm, 0) + offsets[seed] + random.normal(scale=NOISE))
+        for arm in positions_report.ARMS
+        for seed in SEEDS
     ]
-    levels, plain = (weights.flatten(jax.device_get(job.init().params)) for job in jobs)
-    assert levels.keys() - plain.keys() == {'levels'}
-    for name, array in plain.items():
-        np.testing.assert_array_equal(array, levels[name], err_msg=name)
 
 
-# The tables, the plot, and the configs that come with the project.
-
-
-@pytest.mark.parametrize('scales', [4, 10])
-def test_tables_fit_a_terminal(scales):
-    columns = ['config', *[f'scale {scale}' for scale in range(scales)]]
-    row = ['rotary_without_levels', *['5.123 ± 0.012'] * scales]
-    cells = study_report.Cells(title='Held-out loss by scale', columns=columns, rows=[row, row])
-    report = io.StringIO()
-    console = Console(file=report, width=200)
-    for table in cells.for_terminal():
-        console.print(table)
-    text = report.getvalue()
-    assert max(map(len, text.splitlines())) <= 80
-    assert re.findall(r'scale \d', text) == columns[1:]
-    assert text.count('5.123 ± 0.012') == 2 * scales
-
-
-def test_names_of_lines_do_not_overlap():
-    assert study_report.spread([0.2, 0.5, 0.9], 0.1) == pytest.approx([0.2, 0.5, 0.9])
-    assert study_report.spread([0.5, 0.52, 0.5], 0.1) == pytest.approx(
-        [0.406667, 0.606667, 0.506667]
+def test_null_studies_are_called_in_seven_percent_at_most():
+    random = np.random.default_rng(0)
+    called = sum(
+        any(
+            answer.adjusted < statistics.ERROR_RATE
+            for answer in positions_report.answers(synthetic_study(random, {}))
+        )
+        for _ in range(STUDIES)
     )
-    crowded = study_report.spread([1.0] * 5 + [0.0] * 5, 0.1)
-    assert min(np.diff(np.sort(crowded))) >= 0.1 - 1e-9
-    assert min(crowded) >= 0 and max(crowded) <= 1 + 1e-9
+    assert called <= 0.07 * STUDIES
 
 
-def test_one_point_and_one_seed_are_plotted(tmp_path):
-    study_report.plot({'a': [[(5, 1.0)]], 'b': [[(5, 1.0)]]}, '1 seed', tmp_path / 'plot.png')
-    assert (tmp_path / 'plot.png').stat().st_size > 1000
+def test_an_interval_covers_the_true_difference_in_95_percent():
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(STUDIES):
+        results = synthetic_study(random, {'normalised': -0.005})
+        scores = {(one.arm, one.seed): one.area for one in results}
+        found = statistics.difference(scores, 'normalised', 'learned')
+        assert found.freedom == 18  # 30 units, 10 arms, 3 seeds
+        covered += found.low <= -0.005 <= found.high
+    assert 0.92 * STUDIES <= covered <= 0.98 * STUDIES
 
 
-def test_shipped_study_compares_positions_only():
-    runs = {path.stem: config.load_run(path, Run) for path in sorted(STUDIED.glob('*.py'))}
-    asked = study.Study(configs=runs, seeds=(0, 1, 2))
-    assert next(iter(runs)) == 'rotary_normalised'
-    assert asked.differences() == {
-        'rotary_normalised': [],
-        'rotary_raw': ['model.positions: NormalisedRotary -> RawRotary'],
-        'rotary_without_levels': ['model.level_embedding: true -> false'],
-        'table_learned': ['model.positions: NormalisedRotary -> Learned'],
-        'table_sincos': ['model.positions: NormalisedRotary -> SinCos'],
-        'without_positions': ['model.positions: NormalisedRotary -> NoPositions'],
+def test_a_known_difference_is_found_and_given_a_verdict():
+    effects = {'normalised': -0.2, 'raw': 0.2, 'normalised, no levels': -0.5}
+    results = synthetic_study(np.random.default_rng(6), effects)
+    answers = positions_report.answers(results)
+    assert [answer.verdict for answer in answers] == [
+        'confirmed',  # area: normalised below learned
+        'confirmed',  # at the larger size: normalised below raw
+        'refuted',  # without levels: lower instead of higher
+        'left open',  # rounded: no difference
+        'refuted',  # area: raw above learned
+        'refuted',  # final loss of raw and learned: not the same
+        'refuted',  # alignment, here half the loss: lower
+    ]
+    first = answers[0].found
+    assert first.low < -0.2 < first.high and first.p < 1e-6
+
+
+def test_same_means_an_interval_within_the_margin():
+    (claim,) = [claim for claim in positions_report.CLAIMS if claim.expected == 'same']
+
+    def verdict(low: float, high: float, p: float) -> str:
+        found = statistics.Difference(value=(low + high) / 2, low=low, high=high, p=p, freedom=18)
+        return claim.verdict(found, p)
+
+    assert verdict(0.001, 0.019, 0.01) == 'confirmed'
+    assert verdict(-0.03, 0.01, 0.5) == 'left open'
+    assert verdict(0.03, 0.05, 0.001) == 'refuted'
+    assert verdict(0.015, 0.05, 0.001) == 'left open'
+
+
+def test_holm_steps_down():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([]) == []
+
+
+def test_an_arm_without_units_is_not_measured():
+    results = [one for one in synthetic_study(np.random.default_rng(3), {}) if one.kind != 'raw']
+    answers = positions_report.answers(results)
+    assert [answer.verdict == 'not measured' for answer in answers] == [
+        'raw' in (answer.claim.first, answer.claim.second) for answer in answers
+    ]
+    assert positions_report.answers([]) and statistics.difference({}, 'a', 'b') is None
+
+
+# Reports
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """A folder with the files of a synthetic study, and of a failed unit."""
+    place = tmp_path / 'results'
+    place.mkdir()
+    for one in synthetic_study(np.random.default_rng(4), {'learned': 0.2}):
+        config.write(place / f'{one.arm}-{one.seed}.json', one)
+    failed = {'curve': (), 'area': None, 'fall': None, 'aligned': (), 'larger': None}
+    one = synthetic('none', 7, 1.0, failure='step 7: loss is nan', **failed)
+    config.write(place / 'failed.json', one)
+    return place
+
+
+def change(path: Path, **fields: object) -> None:
+    config.write_json(path, config.read_json(path) | fields)
+
+
+def test_report_writes_tables_numbers_and_curves(results, tmp_path):
+    status, out, err = star_jax('study', 'report', results, '--out', tmp_path / 'report')
+    assert status == 0, err
+    numbers = config.read_json(tmp_path / 'report.json')
+    assert len(numbers['units']) == 31 and len(numbers['primary']) == 7
+    assert numbers['primary'][0]['verdict'] == 'confirmed'
+    tables = (tmp_path / 'report_tables.md').read_text()
+    assert 'rounded, no levels' in tables and 'step 7: loss is nan' in tables
+    assert '128 px' in tables and 'abc' in tables
+    assert (tmp_path / 'report.png').read_bytes().startswith(b'\x89PNG')
+    assert 'Primary comparisons' in out
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob('report*')}
+    assert star_jax('study', 'report', results, '--out', tmp_path / 'report')[0] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.glob('report*')} == kept
+
+
+@pytest.mark.parametrize(
+    ('fields', 'sentence'),
+    [
+        ({'commit': 'def'}, 'units of 2 different commits (abc, def)'),
+        ({'settings': 'other'}, '2 different settingss'),
+        ({'tokenizer': 'other'}, '2 different tokenizers'),
+        ({'kind': 'rotten'}, "there is no kind 'rotten' of positions"),
+        ({'positions': {'kind': 'Learnt'}}, 'Learnt'),
+        ({'positions': {'kind': 'NormalisedRotary', 'theta': 5.0}}, 'have different positions'),
+        ({'study': 'colours'}, "a unit of the study 'colours'"),
+        ({'curve': []}, 'the curve has 0 points, expected 10'),
+        ({'area': 'low'}, 'area'),
+        ({'seed': 1}, 'seed 1 has two files'),
+    ],
+)
+def test_report_refuses_units_that_do_not_compare(results, fields, sentence):
+    change(results / 'normalised-0.json', **fields)
+    error = error_of('study', 'report', results)
+    assert sentence.replace('settingss', 'settings') in error, error
+
+
+def test_report_names_a_damaged_file_and_what_to_do(results, tmp_path):
+    (results / 'normalised-0.json').write_text('{"study": "posi')
+    assert 'normalised-0.json is damaged' in (error := error_of('study', 'report', results))
+    assert '`star-jax study run` makes this unit again' in error
+    assert 'has no results of units' in error_of('study', 'report', tmp_path / 'nowhere')
+
+
+def test_the_words_after_study_are_checked(tmp_path):
+    assert 'expected one of run, report, cost' in error_of('study')
+    assert "not 'rnu'" in error_of('study', 'rnu')
+    empty = tmp_path / 'empty.py'
+    empty.write_text('study = 3')
+    assert 'expected a study' in error_of('study', 'run', empty)
+    empty.write_text('')
+    assert "defines no 'study'" in error_of('study', 'run', empty)
+    assert 'there is no unit' in error_of('study', 'run', STUDY, '--only', 'shapes-raw-9')
+
+
+# The shipped study
+
+
+def test_the_study_is_the_registered_one():
+    study = units.load(STUDY)
+    names = [unit.name for unit in study.units]
+    assert names[:3] == ['shapes-reference', 'shapes-normalised-0', 'shapes-rounded-0']
+    assert len(names) == 1 + 21 + 9 + 6 + 6
+    assert {unit.data.settings for unit in study.units if unit.data.name == 'shapes'} == {
+        study.units[0].data.settings
     }
+    first = study.units[1]
+    run, larger = first.run, first.larger_run(Path('init'))
+    assert run.pace.steps * run.batch == 100_000 and run.model.schedule.length == 103
+    assert larger.model.schedule.length == 359 and larger.data.count == 312 * 16
+    rates = [float(larger.optimizer.learning_rate.at(step, 312)) for step in (0, 100, 311)]
+    assert rates == pytest.approx([2e-4] * 3)
+    status, out, _ = star_jax('study', 'run', STUDY, '--list')
+    assert status == 0 and out.split() == names
+
+
+def test_kinds_and_names_must_agree():
+    with pytest.raises(ValueError, match="no kind 'sinus'"):
+        Arm(kind='sinus', positions=NoPositions())
+    with pytest.raises(ValueError, match='learned are Learned, not NoPositions'):
+        Arm(kind='learned', positions=NoPositions())
+    twice = Stage(data=tiny_data(), arms=(Arm(kind='none', positions=NoPositions()),) * 2)
+    with pytest.raises(ValueError, match="two units are called 'tiny-none-0'"):
+        PositionsStudy(stages=(twice,))
+
+
+# Carried to a larger size
+
+
+def test_a_level_is_copied_and_learned_rows_are_interpolated():
+    small, large = (Pyramid(square_grids(sides)) for sides in ((1, 2), (1, 2, 4)))
+    table_LD = np.arange(5 * 3, dtype=np.float32).reshape(5, 3)
+    params = {'levels': np.arange(2.0)[:, None], 'table': {'table': table_LD}, 'other': np.ones(2)}
+    extended = transfer.extend(params, small, large)
+    assert extended['levels'][:, 0].tolist() == [0, 1, 1]
+    rows_RD = extended['table']['table']
+    assert np.array_equal(rows_RD[:5], table_LD) and rows_RD.shape == (21, 3)
+    # torch.nn.functional.interpolate(mode='bilinear', align_corners=False), first row of channel 0
+    assert rows_RD[5:9, 0].tolist() == pytest.approx([3.0, 3.75, 5.25, 6.0])
+    assert np.array_equal(extended['other'], params['other'])
+    with pytest.raises(UserError, match='the same grids and one more'):
+        transfer.extend(params, small, Pyramid(square_grids((1, 3, 4))))
+
+
+# A unit
+
+
+def tiny_data(tokenizer: str = '', sampled: int = 0) -> DataSet:
+    pace = Pace(steps=10, log=1, sample=100, save=2, keep=1)
+    return DataSet(
+        name='tiny',
+        run=dataclasses.replace(
+            tiny.STAR, tokenizer=tokenizer, pace=pace, sampling=Settings(guidance=1.0, top_k=5)
+        ),
+        sampled=sampled,
+        larger=LargerSize(sides=(1, 2, 4, 8), steps=2),
+    )
+
+
+def write_study(place: Path) -> Path:
+    """A study of two arms at 64 and 128 px, with an untrained tokenizer, as a file."""
+    stem = Autoencoder(width=8, multipliers=(1, 1, 1), blocks=1, groups=4, stem=4)
+    vq = dataclasses.replace(tiny.TOKENIZER.model, autoencoder=stem, phis=1)
+    params = tiny.random_params(vq.abstract())
+    folder.write(place / 'tokenizer', folder.StoredTokenizer(config=vq, params=params))
+    arms = (
+        Arm(kind='learned', positions=Learned(), seeds=(3,)),
+        Arm(kind='normalised', positions=NormalisedRotary(theta=100, extent=32), seeds=(3,)),
+    )
+    data = tiny_data(str(place / 'tokenizer'), sampled=2)
+    study = PositionsStudy(stages=(Stage(data=data, arms=arms),), codes=str(place / 'codes'))
+    config.write(place / 'study.json', study)
+    path = place / 'study.py'
+    path.write_text(
+        'from pathlib import Path\n'
+        'from star_jax.checkpoint import config\n'
+        'from star_jax.studies.positions import PositionsStudy\n'
+        "study = config.read(Path(__file__).with_name('study.json'), PositionsStudy)\n"
+    )
+    return path
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory) -> Path:
+    """A folder with a study of one finished unit."""
+    place = tmp_path_factory.mktemp('study')
+    status, _, err = star_jax(*run_words(write_study(place), '--only', 'tiny-learned-3'))
+    assert status == 0, err
+    return place
+
+
+def run_words(study: Path, *options: object) -> list:
+    place = study.parent
+    return [
+        'study',
+        'run',
+        study,
+        '--results',
+        place / 'results',
+        '--work',
+        place / 'work',
+        *options,
+    ]
+
+
+def lasting(path: Path) -> dict:
+    """The fields of a result that making it again must not change."""
+    return {name: x for name, x in config.read_json(path).items() if name not in TIMES}
+
+
+def test_a_unit_measures_everything_at_both_sizes(made):
+    path = made / 'results' / 'tiny-learned-3.json'
+    opening = ['study', 'kind', 'level_embedding', 'seed', 'data', 'commit', 'images', 'hardware']
+    assert list(config.read_json(path))[:8] == opening
+    result = config.read(path, PositionsResult)
+    assert [point.step for point in result.curve] == list(range(1, 11))
+    assert result.area == pytest.approx(np.mean([point.loss for point in result.curve]))
+    assert result.fall == result.curve[7].loss - result.curve[9].loss
+    assert [one.objects for one in result.aligned] == [1, 2]
+    larger = result.larger
+    assert larger.size == 128 and len(larger.before.scales) == 4 == len(larger.after.scales)
+    assert larger.before.loss != larger.after.loss
+    assert result.images == 80 and result.positions == Learned()
+    trained = weights.flatten(folder.read(made / 'work/tiny-learned-3/trained/model').params)
+    carried = weights.flatten(folder.read(made / 'work/tiny-learned-3/extended').params)
+    assert {name for name in trained if trained[name].shape != carried[name].shape} == {
+        'levels',
+        'table/table',
+    }
+
+
+def test_a_finished_unit_is_kept_and_a_damaged_one_made_again(made, monkeypatch):
+    path = made / 'results' / 'tiny-learned-3.json'
+    before = path.read_bytes()
+    words = run_words(made / 'study.py', '--only', 'tiny-learned-3')
+    with monkeypatch.context() as patch:
+        patch.setattr(unit_module.PositionsUnit, 'measure', pytest.fail)
+        assert star_jax(*words)[0] == 0 and path.read_bytes() == before
+    first = lasting(path)
+    path.write_bytes(before[:300])
+    status, out, err = star_jax(*words)
+    assert status == 0, err
+    assert 'made again' in out and lasting(path) == first
+
+
+def test_what_a_unit_lacks_is_named_and_the_next_is_made(made, monkeypatch, tmp_path):
+    study = units.load(made / 'study.py')
+    tried = []
+
+    def measure(self, work, console):
+        tried.append(self.name)
+        raise UserError('there is no such tokenizer')
+
+    monkeypatch.setattr(unit_module.PositionsUnit, 'measure', measure)
+    monkeypatch.setattr(ReferenceUnit, 'measure', measure)
+    with pytest.raises(UserError, match='3 units could not be made .*no such tokenizer'):
+        units.run(study, tmp_path / 'results', tmp_path / 'work', Console(quiet=True))
+    assert tried == ['tiny-reference', 'tiny-learned-3', 'tiny-normalised-3']
+
+
+def test_a_unit_whose_loss_is_not_finite_is_recorded(made, monkeypatch, tmp_path):
+    def measure(self, work, console):
+        raise NotFiniteError('stopped', 'step 4: loss is nan')
+
+    monkeypatch.setattr(unit_module.PositionsUnit, 'measure', measure)
+    study = units.load(made / 'study.py')
+    only = ['tiny-normalised-3']
+    assert units.run(study, tmp_path / 'r', tmp_path / 'w', Console(quiet=True), only)
+    result = config.read(tmp_path / 'r' / 'tiny-normalised-3.json', PositionsResult)
+    assert result.failure == 'step 4: loss is nan' and not result.curve
+
+
+@pytest.mark.slow
+def test_a_killed_unit_continues_to_the_same_result(tmp_path):
+    """Killed at different moments; every start goes on where the last one was killed."""
+    path = write_study(tmp_path)
+    command = [sys.executable, '-m', 'star_jax', *map(str, run_words(path))]
+    command += ['--only', 'tiny-learned-3']
+    environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+    assert subprocess.run(command, env=environment).returncode == 0
+    result = tmp_path / 'results' / 'tiny-learned-3.json'
+    whole = lasting(result)
+    work = tmp_path / 'work'
+    for mark in ('trained/checkpoints/*', 'aligned.json', 'before.json', 'trained_larger/config*'):
+        result.unlink(missing_ok=True)
+        if mark.startswith('trained/'):
+            work.rename(tmp_path / 'kept')
+        process = subprocess.Popen(command, env=environment)
+        while not list((work / 'tiny-learned-3').glob(mark)) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert lasting(result) == whole
+
+
+# Curves
+
+
+def test_names_of_lines_keep_their_distance():
+    moved = curves.spread([0.5, 0.51, 0.9], 0.1)
+    assert np.diff(sorted(moved)).min() >= 0.1 - 1e-9
+    assert moved[0] < moved[1] < moved[2]
+    assert curves.spread([1.0, 1.0], 0.2) == pytest.approx([0.8, 1.0])
+
+
+def test_once_computes_once_and_again_after_damage(tmp_path):
+    path, calls = tmp_path / 'a' / 'once.json', []
+
+    def compute() -> dict:
+        calls.append(1)
+        return {'x': 1 / 3}
+
+    assert units.once(path, compute) == units.once(path, compute) == {'x': 1 / 3}
+    path.write_text('{"x": 0.3')
+    assert units.once(path, compute) == json.loads(path.read_text()) and len(calls) == 2
+
+
+def test_the_commit_is_that_of_the_repository():
+    commit = units.read_commit()
+    assert commit == units.UNKNOWN or len(commit.removesuffix('-modified')) == 40

@@ -1,84 +1,127 @@
-"""`star-jax study CONFIGS...`"""
+"""`star-jax study run FILE`, `study report FOLDER`, `study cost FILE`"""
 
 import dataclasses
-import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from star_jax import files
-from star_jax.commands import arguments, run_config
+from star_jax.commands import arguments
 from star_jax.errors import UserError
-from star_jax.training.run import Run
 
-COMMAND = 'study CONFIGS...'
-COMMON = {title: run_config.COMMON[Run][title] for title in ('model', 'data', 'training')}
+USAGE = """usage: star-jax study run|report|cost [...]   (each has --help)
+
+  star-jax study run configs/study/positions.py      makes the units that have no result yet
+  star-jax study report docs/results/positions       tables and plots of all results
+  star-jax study cost configs/study/positions.py     a training step of every kind, timed in turn
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
-    """Trains several configs under equal conditions with the same seeds, and compares them.
+class StudyRun:
+    """Makes the units of a study that have no result yet, one after another.
 
-    CONFIGS are Python files that define `run` (see configs/study/) or config.json files of runs;
-    they may differ only in their model, and all are compared with the first. Options replace a
-    field in all of them; with --cache FOLDER the images are encoded once for all runs. An
-    interrupted study continues when the same command is given again, more --seeds add runs, and a
-    finished one only writes its report.
+    FILE is a Python file that defines `study`. A unit trains and evaluates one model and ends with
+    one JSON file. An interrupted unit continues when the same command is given again; a damaged
+    result is made again.
 
-    Example: star-jax study configs/study/*.py --seeds 0 1 2 --out runs/positions --pace.steps 800
+    Example: star-jax study run configs/study/positions.py
 
     Attributes:
-        run: config of the runs.
-        seeds: seeds of the initial parameters and of the order of the data; every config is trained
-            with each.
-        out: folder of study.json, study.md, study.png and, per config, a folder with one run per
-            seed.
+        file: the study.
+        results: folder of the results, one JSON file each.
+        work: folder of checkpoints, encoded images and intermediate results.
+        only: names of the units to make (none: all).
+        list: print the names of all units and which have a result, and make none.
     """
 
-    run: Annotated[Run, tyro.conf.arg(name='')] = Run()
-    seeds: tuple[int, ...] = (0, 1, 2)
-    out: Path = Path('runs/study')
+    file: tyro.conf.Positional[Path]
+    results: Path = Path('docs/results/positions')
+    work: Path = Path('runs/positions')
+    only: tuple[str, ...] = ()
+    list: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyReport:
+    """Writes tables and plots of whatever results a folder holds.
+
+    Results of several commits or settings do not compare and are refused.
+
+    Example: star-jax study report docs/results/positions --out docs/positions
+
+    Attributes:
+        folder: folder of results, as `study run` writes them.
+        out: the files are OUT.json, OUT_tables.md and OUT.png.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    out: Path = Path('docs/positions')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyCost:
+    """Times a training step of every kind of a study, all in turn.
+
+    Example: star-jax study cost configs/study/positions.py
+
+    Attributes:
+        file: the study.
+        out: JSON file to write.
+        rounds: how often every kind is timed.
+    """
+
+    file: tyro.conf.Positional[Path]
+    out: Path = Path('docs/positions_cost.json')
+    rounds: int = 15
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f'rounds must be at least 1, not {self.rounds}')
 
 
 def main(words: Sequence[str]) -> int:
-    words = list(words)
-    paths = [Path(word) for word in itertools.takewhile(lambda word: word[:1] != '-', words)]
-    option_words = words[len(paths) :]
-    if not paths:
-        _parse(option_words, Run())  # prints --help
-        raise UserError('expected configs after study, such as configs/study/*.py')
-    configs = {name: _replace(run, option_words) for name, run in _load(paths).items()}
-    from star_jax.studies import study  # only after the arguments are checked
+    actions = {'run': _run, 'report': _report, 'cost': _cost}
+    if arguments.asks_for_help(words[:1]):
+        sys.stdout.write(USAGE)
+        return 0
+    if not words or words[0] not in actions:
+        found = f', not {words[0]!r}' if words else ''
+        raise UserError(f'expected one of {", ".join(actions)} after study{found}')
+    return actions[words[0]](words[1:])
 
-    first = next(iter(configs.values()))
-    runs = {name: options.run for name, options in configs.items()}
-    files.check_folder(first.out)
-    study.main(study.Study(configs=runs, seeds=first.seeds), first.out, Console())
+
+def _run(words: Sequence[str]) -> int:
+    options = arguments.parse(StudyRun, words, 'study run')
+    from star_jax.studies import units  # only after the arguments are checked
+
+    study, console = units.load(options.file), Console()
+    if options.list:
+        for unit in study.units:
+            made = (options.results / f'{unit.name}.json').exists()
+            sys.stdout.write(f'{unit.name}{"  made" if made else ""}\n')
+        return 0
+    units.run(study, options.results, options.work, console, options.only)
     return 0
 
 
-def _load(paths: Sequence[Path]) -> dict[str, Run]:
-    """The runs of config files by name. Raises UserError if two have the same name."""
-    runs = {}
-    for path in paths:
-        run = run_config.load(path, Run)
-        name = path.parent.name if path.name == 'config.json' else path.stem
-        if name in runs:
-            raise UserError(f'two configs are called {name!r}: a study needs different names')
-        runs[name] = run
-    return runs
+def _report(words: Sequence[str]) -> int:
+    options = arguments.parse(StudyReport, words, 'study report')
+    from star_jax.studies import positions_report
+
+    for suffix in ('.json', '.png'):
+        files.check_file(options.out.with_suffix(suffix))
+    positions_report.write(options.folder, options.out, Console())
+    return 0
 
 
-def _parse(option_words: Sequence[str], run: Run) -> Study:
-    return arguments.parse(Study, option_words, COMMAND, Study(run=run), common=COMMON)
+def _cost(words: Sequence[str]) -> int:
+    options = arguments.parse(StudyCost, words, 'study cost')
+    from star_jax.studies import cost, units
 
-
-def _replace(run: Run, option_words: Sequence[str]) -> Study:
-    """The arguments with the run of one config, whose fields the options replace."""
-    options = _parse(option_words, run)
-    if options.run.seed != run.seed:
-        raise UserError('a study gives every config the same --seeds: leave out --seed')
-    return options
+    files.check_file(options.out)
+    cost.measure(units.load(options.file), options.out, options.rounds, Console())
+    return 0

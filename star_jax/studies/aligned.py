@@ -1,0 +1,72 @@
+"""How many images that a model samples show what their prompts state?"""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from star_jax.checkpoint import folder
+from star_jax.data.shapes import Shapes
+from star_jax.evaluation import alignment
+from star_jax.sampling import loading
+
+OBJECTS = (1, 2)  # in the scenes whose alignment is scored
+BATCH = 50  # images per run of a program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Aligned:
+    """How many sampled images show what their prompts state; shares of the images.
+
+    Attributes:
+        objects: objects that a prompt states.
+        count: images.
+        all: everything stated holds, and nothing else is shown.
+        number: as many objects as stated.
+        colours: the stated colours.
+        shapes: the stated shapes.
+    """
+
+    objects: int
+    count: int
+    all: float
+    number: float
+    colours: float
+    shapes: float
+
+
+def sampled_alignment(model: folder.StoredModel, source: str, count: int) -> list[Aligned]:
+    """Alignment of the images that a model samples from the prompts of validation scenes.
+
+    Args:
+        model: the model; its recommended settings are used.
+        source: the name of the model, for errors.
+        count: images for each number of objects; image i uses seed i and prompt i.
+    """
+    pipe = loading.prepare(model, source)
+    resolution = model.tokenizer.config.at(model.config.schedule).resolution
+    result = []
+    for objects in OBJECTS:
+        scenes = Shapes(count=count, split='validation', objects=(objects,), phrasings=1)
+        opened = scenes.open(resolution)
+        prompts = [opened.captions(index)[0] for index in range(count)]
+        images = pipe.stream(prompts, range(count), pipe.recommended, min(BATCH, count))
+        checks = [
+            alignment.check(image, prompt)
+            for image, prompt in zip(itertools.chain.from_iterable(images), prompts, strict=True)
+        ]
+
+        def share(name: str, checks: Sequence[alignment.Alignment] = checks) -> float:
+            return statistics.fmean(bool(getattr(check, name)) for check in checks)
+
+        result.append(
+            Aligned(
+                objects=objects,
+                count=count,
+                all=share('all'),
+                number=share('count'),
+                colours=share('colours'),
+                shapes=share('shapes'),
+            )
+        )
+    return result

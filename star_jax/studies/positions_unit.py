@@ -1,0 +1,226 @@
+"""How is one unit of the study of positions made?
+
+A unit trains one kind of positions with one seed on one data set. It measures the held-out loss
+along the training, how many sampled images show what their prompts state, and how the same weights
+do at a larger image size, before and after a short training there.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from star_jax.checkpoint import config, folder, models
+from star_jax.data.shapes import Shapes
+from star_jax.errors import UserError
+from star_jax.studies import transfer, units
+from star_jax.studies.aligned import Aligned, sampled_alignment
+from star_jax.studies.arms import POINTS, Arm, DataSet
+from star_jax.studies.positions_result import NAME, Carried, HeldOut, PositionsResult
+from star_jax.training import train, trainer
+from star_jax.training.logger import METRICS
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run, resolve
+from star_jax.training.schedules import LearningRate
+
+HELD_OUT = 'validation/'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositionsUnit:
+    """One arm with one seed on one data set, a `units.Unit`.
+
+    Attributes:
+        data: the data set.
+        arm: the arm.
+        seed: the seed.
+        codes: folder of encoded images.
+    """
+
+    data: DataSet
+    arm: Arm
+    seed: int
+    codes: str
+
+    result_class = PositionsResult
+
+    @property
+    def name(self) -> str:
+        levels = '' if self.arm.level_embedding else '-no-levels'
+        return f'{self.data.name}-{self.arm.kind}{levels}-{self.seed}'
+
+    @property
+    def run(self) -> Run:
+        """The training at the first size."""
+        run, arm = self.data.run, self.arm
+        model = dataclasses.replace(
+            run.model, positions=arm.positions, level_embedding=arm.level_embedding
+        )
+        pace = dataclasses.replace(run.pace, sample=run.pace.steps // POINTS)
+        return resolve(
+            dataclasses.replace(
+                run, model=model, pace=pace, seed=self.seed, cache=self._cache(run.model.sides)
+            )
+        )
+
+    def larger_run(self, init: Path) -> Run:
+        """The training at the larger size, from a model folder of that size."""
+        run, larger = self.run, self.data.larger
+        rate = LearningRate(
+            peak=larger.rate * run.optimizer.learning_rate.peak,
+            warmup_steps=0,
+            end=1.0,
+            shape='lin',
+        )
+        optimizer: AdamW = dataclasses.replace(run.optimizer, learning_rate=rate)
+        images = run.data
+        if isinstance(images, Shapes):  # one pass over as many scenes as the steps need
+            images = dataclasses.replace(images, count=larger.steps * run.batch)
+        return dataclasses.replace(
+            run,
+            model=dataclasses.replace(run.model, sides=larger.sides),
+            init=str(init),
+            data=images,
+            optimizer=optimizer,
+            pace=Pace(steps=larger.steps, log=larger.steps, sample=larger.steps, save=larger.steps),
+            cache=self._cache(larger.sides),
+        )
+
+    def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
+        start, run = time.monotonic(), self.run
+        train.cache(run)
+        trained = work / 'trained'
+        if not train.main(run, trained, _job_without_grids):
+            return None
+        training = time.monotonic() - start
+        model = functools.partial(models.read, trained / trainer.MODEL)
+        curve = _curve(trained, run.pace)
+        fields = self._head() | {
+            'curve': curve,
+            'area': statistics.fmean(point.loss for point in curve),
+            'fall': curve[-1 - POINTS // 5].loss - curve[-1].loss,
+            'aligned': self._aligned(model, work / 'aligned.json'),
+        }
+        if self.data.larger:
+            larger = self._carried(model, work)
+            if larger is None:
+                return None
+            fields['larger'] = larger
+        return fields | {'seconds': {'training': training, 'unit': time.monotonic() - start}}
+
+    def failed(self, reason: str) -> dict[str, Any]:
+        return self._head() | {'failure': reason}
+
+    def _head(self) -> dict[str, Any]:
+        """The fields of a result that need no training."""
+        run = self.run
+        parameters = jax.tree.leaves(run.model.abstract())
+        return {
+            'study': NAME,
+            'kind': self.arm.kind,
+            'level_embedding': self.arm.level_embedding,
+            'seed': self.seed,
+            'data': self.data.name,
+            'images': run.batch * run.pace.steps,
+            'positions': self.arm.positions,
+            'settings': self.data.settings,
+            'tokenizer': models.digest(run.tokenizer),
+            'parameters': sum(math.prod(leaf.shape) for leaf in parameters),
+        }
+
+    def _carried(self, model: Callable[[], folder.StoredModel], work: Path) -> Carried | None:
+        """What the model reaches at the larger size; None if it was asked to stop."""
+        larger = self.data.larger
+        extended = work / 'extended'
+        if not (extended / folder.CONFIG).exists():
+            folder.write(extended, self._extend(model()))
+        run, trained = self.larger_run(extended), work / 'trained_larger'
+        train.cache(run)
+
+        def score() -> dict[str, float]:
+            job = train.build_job(run)
+            return job.evaluate(job.init())
+
+        before = units.once(work / 'before.json', score)
+        sampled = functools.partial(models.read, extended)
+        aligned_before = self._aligned(sampled, work / 'aligned_before.json')
+        if not train.main(run, trained, _job_without_grids):
+            return None
+        sampled = functools.partial(models.read, trained / trainer.MODEL)
+        aligned_after = self._aligned(sampled, work / 'aligned_after.json')
+        return Carried(
+            size=sampled().tokenizer.config.at(run.model.schedule).resolution[0],
+            steps=larger.steps,
+            before=_held_out(before, 0),
+            after=_read_metrics(trained)[larger.steps],
+            aligned_before=aligned_before,
+            aligned_after=aligned_after,
+        )
+
+    def _extend(self, model: folder.StoredModel) -> folder.StoredModel:
+        """The model at the larger size, not trained there."""
+        changed = dataclasses.replace(model.config, sides=self.data.larger.sides)
+        params = transfer.extend(model.params, model.config.schedule, changed.schedule)
+        return dataclasses.replace(model, config=changed, params=params)
+
+    def _aligned(self, model: Callable[[], folder.StoredModel], path: Path) -> tuple[Aligned, ...]:
+        """Alignment of sampled images, kept in a file."""
+        if not self.data.sampled:
+            return ()
+
+        def score() -> list[dict[str, Any]]:
+            scores = sampled_alignment(model(), self.data.run.tokenizer, self.data.sampled)
+            return [config.to_json(one) for one in scores]
+
+        return tuple(config.from_json(Aligned, one) for one in units.once(path, score))
+
+    def _cache(self, sides: Sequence[int]) -> str:
+        return str(Path(self.codes) / f'{self.data.name}-{sides[-1]}')
+
+
+def _job_without_grids(run: Run) -> trainer.Job:
+    """A job that samples no grids: their program takes the longest to compile."""
+    job = train.build_job(run)
+    job.sample_grid = lambda state: None
+    return job
+
+
+def _curve(out: Path, pace: Pace) -> tuple[HeldOut, ...]:
+    points = _read_metrics(out)
+    return tuple(points[step] for step in sorted(points) if step % (pace.steps // POINTS) == 0)
+
+
+def _read_metrics(out: Path) -> dict[int, HeldOut]:
+    """Held-out scores of a finished run by step. Raises UserError if they are damaged."""
+    path = out / METRICS
+    try:
+        lines = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+        scored = [line for line in lines if f'{HELD_OUT}loss' in line]
+        return {line['step']: _held_out(line, line['step']) for line in scored}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f'{path} is damaged, although the run has finished: delete {out} and give the same '
+            'command to train it again'
+        ) from error
+
+
+def _held_out(scores: Mapping[str, float], step: int) -> HeldOut:
+    scales = sorted(
+        (int(name.rpartition('/')[2]), value)
+        for name, value in scores.items()
+        if name.startswith(f'{HELD_OUT}loss/')
+    )
+    return HeldOut(
+        step=step,
+        loss=scores[f'{HELD_OUT}loss'],
+        accuracy=scores[f'{HELD_OUT}accuracy'],
+        scales=tuple(value for _, value in scales),
+    )

@@ -1,0 +1,234 @@
+"""How are the units of a study made?
+
+A study is a list of units, each described by a few fields: one kind of model, one seed, one data
+set. Making a unit ends with one small JSON file; the units without a file are made in order, so the
+same command continues after a stop, on the same machine or with a part of the units on another.
+"""
+
+import contextlib
+import gc
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from rich.console import Console
+
+from star_jax import files
+from star_jax.checkpoint import config
+from star_jax.errors import NotFiniteError, UserError
+from star_jax.parallel import machine, startup
+from star_jax.training import faults
+
+PACKAGE = Path(__file__).parents[1]
+MAX_BYTES = 50_000  # of a unit's file: it is committed
+UNKNOWN = 'unknown'  # the commit of a package outside of a repository
+
+
+class Unit(Protocol):
+    """One unit of a study.
+
+    Attributes:
+        name: its name, which is that of its file, without the suffix.
+        result_class: the dataclass of its result, whose fields `commit` and `hardware` are filled
+            in by the caller.
+    """
+
+    name: str
+    result_class: type
+
+    def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
+        """The fields of the result, or None if it was asked to stop; the same call continues.
+
+        Args:
+            work: a folder of its own, and whatever an earlier call left in it.
+            console: shows the progress.
+
+        Raises:
+            UserError: something that the unit needs is missing.
+            NotFiniteError: a loss became non-finite.
+        """
+        ...
+
+    def failed(self, reason: str) -> dict[str, Any]:
+        """The fields of the result of a unit whose loss became non-finite."""
+        ...
+
+
+class Study(Protocol):
+    """A list of units.
+
+    Attributes:
+        name: the name of the study.
+        units: all units, in the order in which they are made.
+    """
+
+    name: str
+    units: Sequence[Unit]
+
+
+def load(path: Path) -> Study:
+    """The study of a Python file that defines `study`. Raises UserError as `config.load_run`."""
+    if path.suffix != '.py':
+        raise UserError(f"{path}: expected a .py file that defines 'study'")
+    study = config.load_run(path, name='study')
+    if not hasattr(study, 'units'):
+        raise UserError(f"{path}: 'study' is a {type(study).__name__}, expected a study")
+    return study
+
+
+def run(
+    study: Study, results: Path, work: Path, console: Console, only: Sequence[str] = ()
+) -> bool:
+    """Makes the units that have no file yet, in order. Returns whether all of them exist now.
+
+    A damaged file is made again. A unit that cannot be made is named, and the next one is made.
+
+    Args:
+        study: the study.
+        results: the folder of the units' files.
+        work: the folder of checkpoints and intermediate results.
+        console: shows the progress.
+        only: names of the units to make (none: all).
+
+    Raises:
+        UserError: a name in `only` is unknown, a folder cannot be used, or some units could not be
+            made; it names them and says why.
+    """
+    startup.start()
+    files.check_folder(results)
+    files.check_folder(work)
+    chosen = _choose(study.units, only)
+    commit = read_commit()
+    missing = [unit for unit in chosen if not _is_made(unit, results, console)]
+    refused, seconds = {}, []
+    for number, unit in enumerate(missing):
+        done = len(chosen) - len(missing) + number
+        console.rule(f'unit {done + 1} of {len(chosen)}: {unit.name}{_estimate(seconds, missing)}')
+        start = time.monotonic()
+        try:
+            is_made = _make(unit, results, work / unit.name, commit, console)
+        except UserError as error:
+            refused[unit.name] = str(error)
+            console.print(f'{unit.name} is left out: {error}', soft_wrap=True, highlight=False)
+            continue
+        finally:
+            gc.collect()  # a job refers to itself, and the next one needs its memory
+            jax.clear_caches()
+        if not is_made:
+            console.print(f'stopped in {unit.name}; the same command continues it')
+            return False
+        seconds.append(time.monotonic() - start)
+    if refused:
+        reasons = '; '.join(f'{name}: {reason}' for name, reason in refused.items())
+        raise UserError(f'{len(refused)} units could not be made ({reasons})')
+    return True
+
+
+def read(path: Path, choose: Callable[[Any], type]) -> Any:
+    """The result in a unit's file. Raises UserError if the file is missing or damaged.
+
+    Args:
+        path: the file.
+        choose: gives the class of the result, from the JSON tree of the file.
+    """
+    try:
+        fields = config.read_json(path)
+        return config.from_json(choose(fields), fields, where=str(path))
+    except UserError as error:
+        raise UserError(
+            f'{path} is damaged ({error}): `star-jax study run` makes this unit again'
+        ) from error
+
+
+def once(path: Path, compute: Any) -> Any:
+    """The JSON tree that `compute()` returned, kept in a file: it is computed once."""
+    if path.exists():
+        with contextlib.suppress(UserError):
+            return config.read_json(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config.write_json(path, compute())
+    return config.read_json(path)
+
+
+def read_commit() -> str:
+    """The commit of this package, with '-modified' if its code or the configs differ from it."""
+    root = PACKAGE.parent
+
+    def git(*words: str) -> str:
+        command = ('git', '-C', str(root), *words)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        tracked = git('ls-files', '--error-unmatch', str(PACKAGE / '__init__.py'))
+        commit = git('rev-parse', 'HEAD')
+        changed = git('status', '--porcelain', '--', str(PACKAGE), 'configs')
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN
+    return f'{commit}-modified' if tracked and changed else commit
+
+
+def _choose(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:
+    names = [unit.name for unit in units]
+    if unknown := sorted(set(only) - set(names)):
+        raise UserError(f'there is no unit {unknown[0]!r}: choose of {", ".join(names)}')
+    return [unit for unit in units if not only or unit.name in only]
+
+
+def _is_made(unit: Unit, results: Path, console: Console) -> bool:
+    path = _path(unit, results)
+    if not path.exists():
+        return False
+    try:
+        read(path, lambda _: unit.result_class)
+    except UserError as error:
+        console.print(f'made again: {error}', soft_wrap=True, highlight=False)
+        return False
+    return True
+
+
+def _make(unit: Unit, results: Path, work: Path, commit: str, console: Console) -> bool:
+    """Makes one unit and writes its file. Returns False if it was asked to stop."""
+    work.mkdir(parents=True, exist_ok=True)
+    with faults.lock(work):
+        try:
+            fields = unit.measure(work, console)
+        except NotFiniteError as error:
+            fields = unit.failed(error.flaw)
+            console.print(f'failed, the other units continue: {error}', soft_wrap=True)
+    if fields is None:
+        return False
+    result = unit.result_class(**fields, commit=commit, hardware=(machine.describe(),))
+    results.mkdir(parents=True, exist_ok=True)
+    config.write(_path(unit, results), result)
+    size = _path(unit, results).stat().st_size
+    if size > MAX_BYTES:
+        raise UserError(f'{unit.name} has {size:,} bytes of results, expected {MAX_BYTES:,}')
+    return True
+
+
+def _path(unit: Unit, results: Path) -> Path:
+    return results / f'{unit.name}.json'
+
+
+def _estimate(seconds: Sequence[float], missing: Sequence[Unit]) -> str:
+    """The remaining time in words, from the units that were made; '' before the first."""
+    if not seconds:
+        return ''
+    hours = (len(missing) - len(seconds)) * sum(seconds) / len(seconds) / 3600
+    return f', {hours:,.1f} hours left'
+
+
+def unit_files(folder: Path) -> list[Path]:
+    """The JSON files of a folder of results, by name.
+
+    Raises UserError if there is no folder, or none in it.
+    """
+    paths = sorted(folder.glob('*.json')) if folder.is_dir() else []
+    if not paths:
+        raise UserError(
+            f'{folder} has no results of units: give a folder in which `star-jax study run` wrote'
+        )
+    return paths
