@@ -75,7 +75,7 @@ class StudyCost:
     """
 
     file: tyro.conf.Positional[Path]
-    out: Path = Path('docs/positions_cost.json')
+    out: Path = Path('runs/positions_cost.json')
     rounds: int = 15
 
     def __post_init__(self) -> None:
