@@ -112,7 +112,7 @@ def assert_same(
 
 
 def rows_of(visibility: StaticVisibility | None) -> int:
-    return 5 if visibility is None else visibility.bounds
+    return 5 if visibility is None else visibility.rows
 
 
 def test_dense_computes_a_softmax_over_visible_keys():

@@ -102,6 +102,7 @@ def has_locked(processes: Processes, out: Path) -> bool:
     return lock.exists() and f'process {processes.processes[0].pid} ' in lock.read_text()
 
 
+@pytest.mark.slow
 def test_run_continues_with_four_and_with_two_processes(run, alone, tmp_path):
     """A tensor axis spans processes; a signal to one process stops all."""
     out = tmp_path / 'out'

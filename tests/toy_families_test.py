@@ -205,7 +205,10 @@ def trained(images, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name',
+    ['bit_scales', *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != 'bit_scales')],
+)
 def test_a_family_from_outside_trains_saves_loads_and_samples(name, trained):
     run, out = trained(name)
     metrics = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
