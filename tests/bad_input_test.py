@@ -550,7 +550,7 @@ CASES: list[tuple[str, str, str]] = [
     ("a tokenizer's config of bench", 'bench sample {home}/tokenizer.json', 'train-tokenizer'),
     ('a config that is no study', 'study run {tokenizer.py}', "defines no 'study'"),
     ('a study that cannot be read', 'study run {syntax.py}', 'line 1'),
-    ('a study that is no Python', 'study run {home}/star.json', "expected a .py file that defines 'study'"),
+    ('a study in JSON', 'study run {home}/star.json', "expected a .py file that defines 'study'"),
     # Parts that do not fit.
     ('a model for no memory', f'{TRAIN} --model.depth 1048576', 'optimizer .* GiB.*ask for less'),
     ('no layers', f'{TRAIN} --model.depth 0', r'depth must lie in \[1, 1048576\], not 0'),
