@@ -55,6 +55,35 @@ def rotation(angles_LP: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles_LP), np.sin(angles_LP)], axis=-1).astype(np.float32)
 
 
+def interpolated_rotation(
+    grids: tuple[tuple[int, int], ...],
+    extents: tuple[float, float],
+    head_dim: int,
+    theta: float,
+) -> np.ndarray:
+    """[L, P, 2] float32: cosines and sines, interpolated between those of whole coordinates.
+
+    Half of the planes rotate with the row, half with the column. The first and the last cell of an
+    axis have the coordinates 0 and `extents` - 1 (rows, columns); an axis of one cell has 0. An
+    interpolated row is shorter than 1 (Infinity specification 5.4, mode 1).
+    """
+    freqs_F = theta ** -(np.arange(0, head_dim, 4) / head_dim)
+
+    def along(size: int, extent: float) -> np.ndarray:
+        place_N = np.arange(size) * (extent - 1) / max(size - 1, 1)
+        low_N = np.minimum(np.floor(place_N), extent - 1)
+        corners_2NF = np.stack([low_N, np.minimum(low_N + 1, extent - 1)])[..., None] * freqs_F
+        low_NF2, high_NF2 = np.stack([np.cos(corners_2NF), np.sin(corners_2NF)], axis=-1)
+        return low_NF2 + (place_N - low_N)[:, None, None] * (high_NF2 - low_NF2)
+
+    scales = []
+    for height, width in grids:
+        y, x = np.divmod(np.arange(height * width), width)
+        halves = along(height, extents[0])[y], along(width, extents[1])[x]
+        scales.append(np.concatenate(halves, axis=1))
+    return np.concatenate(scales).astype(np.float32)
+
+
 def learned_rotation(xy_L2: jax.Array, frequencies_NP2: jax.Array) -> jax.Array:
     """[L, N, P, 2] float32: cosine and sine of x fx + y fy, for the frequencies of one layer."""
     frequencies_NP2 = frequencies_NP2.astype(jnp.float32)

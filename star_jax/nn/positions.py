@@ -7,7 +7,7 @@ come from `core/positions.py`.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from flax import linen as nn
 from star_jax.core import positions
 from star_jax.core.schedule import Pyramid, Schedule
 from star_jax.nn import layers
+
+INTERPOLATED = 128  # cells of the longer side whose cosines and sines are interpolated
 
 
 def _check(theta: float, extent: float = 0.0) -> None:
@@ -133,6 +135,41 @@ class RoundedRotary(Positions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceRotary(Positions):
+    """Rotary positions on the reference grid of a schedule; Infinity's choice.
+
+    Half of the planes rotate with the row, then half with the column, unlike in the other kinds
+    (Infinity specification 5.4).
+
+    Attributes:
+        theta: base of the rotary frequencies.
+        mode: 'rounded': every scale is stretched to the reference grid and rounded (published);
+            'cells': the cells of each scale are counted; 'interpolated': every scale spans a grid
+            of 128 cells along its longer side, and cosines and sines are interpolated.
+    """
+
+    rotary = True
+
+    theta: float = 10000.0
+    mode: Literal['rounded', 'cells', 'interpolated'] = 'rounded'
+
+    def __post_init__(self) -> None:
+        _check(self.theta)
+
+    def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
+        if self.mode == 'interpolated':
+            high, wide = schedule.reference_grid
+            longest = max(high, wide)
+            extents = (int(INTERPOLATED / longest * high), int(INTERPOLATED / longest * wide))
+            return positions.interpolated_rotation(schedule.grids, extents, head_width, self.theta)
+        xy_L2 = positions.pyramid_xy(schedule.grids)
+        if self.mode == 'rounded':
+            xy_L2 = positions.rounded_xy(schedule.grids, schedule.reference_grid)
+        yx_L2 = xy_L2[:, ::-1]
+        return positions.rotation(positions.rotary_angles(yx_L2, head_width, self.theta))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedRotary(Positions):
     """Rotary positions with learned frequencies, angle = fx x + fy y (RoPE-Mixed).
 
@@ -192,7 +229,14 @@ class SinCos(Positions):
 
 
 AnyPositions = (
-    NormalisedRotary | RawRotary | RoundedRotary | MixedRotary | Learned | SinCos | NoPositions
+    NormalisedRotary
+    | RawRotary
+    | RoundedRotary
+    | ReferenceRotary
+    | MixedRotary
+    | Learned
+    | SinCos
+    | NoPositions
 )
 
 
