@@ -1,7 +1,9 @@
 """Which codes may be sampled, given their logits?
 
-STAR specification 8: first top-k (all ties at the k-th logit stay), then top-p inside what is
-left. A filter sets logits to -inf and never reorders them.
+First top-k (all ties at the k-th logit stay), then top-p inside what is left. A filter sets logits
+to -inf and never reorders them. Families differ at ties: a `NucleusFilter` keeps all codes that are
+as probable as the rarest of the nucleus (STAR specification 8), a `BitFilter` ranks equal codes by
+their number (Infinity specification 7).
 """
 
 import flax.struct
@@ -34,6 +36,36 @@ class NucleusFilter:
         if self.top_p is None:
             return logits
         return jnp.where(logits >= _nucleus(highest, logits, self.top_p), logits, -jnp.inf)
+
+
+@flax.struct.dataclass
+class BitFilter:
+    """Temperature, then top-k, then top-p, for distributions over a few values such as bits.
+
+    Attributes:
+        top_k: how many values stay, static (0, or at least as many as there are values: off).
+        top_p: the mass that stays, a traced number in [0, 1]; None compiles without this filter.
+    """
+
+    top_k: int = flax.struct.field(pytree_node=False, default=0)
+    top_p: float | jax.Array | None = None
+
+    def __call__(self, logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+        """Logits [..., V] -> float32 logits over `temperature`, -inf where a value is removed.
+
+        Time and memory grow with the square of V.
+        """
+        logits = NucleusFilter(top_k=self.top_k)(logits, temperature)
+        if self.top_p is None:
+            return logits
+        probs = jax.nn.softmax(logits)
+        values = jnp.arange(logits.shape[-1])
+        one, other = logits[..., :, None], logits[..., None, :]
+        earlier = (other < one) | ((other == one) & (values <= values[:, None]))
+        # The mass of all values up to each one, from the rarest on; the last of them always stays.
+        mass = jnp.sum(probs[..., None, :], axis=-1, where=earlier)
+        last = earlier.sum(-1) == logits.shape[-1]
+        return jnp.where((mass > 1 - self.top_p) | last, logits, -jnp.inf)
 
 
 def _nucleus(highest: jax.Array, logits: jax.Array, top_p: float | jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ from star_jax.tokenizers.residual_vq import VQ, phi_of_scale
 from star_jax.verify import options
 from star_jax.verify.star_options import OPTIONS
 
+STATE = 'state_dict.safetensors'  # where the config names no file
 AFTER = 'state_dict_after'
 QUANTISER = 'quantize.'  # prefix of the quantiser's tensors
 RAW = -1  # the rope_norm of coordinates in cells
@@ -46,11 +47,13 @@ class Case:
         folder: folder of the case.
         config: content of its `config.json`.
         arrays: recorded arrays by name, and the tensors of `state_dict_after` under this prefix.
+        marks: the tolerances of its family; None where each config has its own.
     """
 
     folder: Path
     config: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
+    marks: Mapping[str, float] | None = None
 
     @property
     def path(self) -> Path:
@@ -91,12 +94,12 @@ class Case:
 
     @property
     def tolerances(self) -> Mapping[str, float | str]:
-        return self.option('tolerances')
+        return self.option('tolerances') if self.marks is None else self.marks
 
     @functools.cached_property
     def state(self) -> dict[str, np.ndarray]:
         """The state dict, in the original names."""
-        file = self.option('state_dict_file')
+        file = self.optional('state_dict_file', STATE)
         if not isinstance(file, str):
             raise UserError(f'{self.folder}: this kind of case needs a state_dict_file')
         return read_arrays(self.folder / file)
@@ -137,7 +140,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     gzipped = path if path.suffix == '.gz' else _gzipped(path)
     if gzipped != path and (path.exists() or not gzipped.exists()):
-        return weights.load(path)
+        return weights.flatten(weights.load(path))
     try:
         return safetensors.numpy.load(gzip.decompress(gzipped.read_bytes()))
     except (OSError, EOFError, zlib.error, safetensors.SafetensorError) as error:

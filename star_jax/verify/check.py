@@ -4,6 +4,7 @@
 float32 precision on every platform.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ import jax
 from rich.console import Console
 
 from star_jax.errors import UserError
-from star_jax.verify import comparison, rules, star_options
+from star_jax.verify import comparison, infinity_options, rules, star_options
 from star_jax.verify.cases import Case, read_case
 from star_jax.verify.comparison import CaseReport
 from star_jax.verify.function_cases import Rope, Sampling, Schedules
 from star_jax.verify.generate import Generations
+from star_jax.verify.infinity import BitFilters, RotaryTables
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
 from star_jax.verify.tokenizer import Quantiser, Vqvae
@@ -36,8 +38,11 @@ KINDS = {
     ('star', 'var'): ClassConditional,
     ('star', 'sampling'): Sampling,
     ('star', 'schedule'): Schedules,
+    ('infinity', 'rope2d'): RotaryTables,
+    ('infinity', 'sampling'): BitFilters,
 }
-OPTIONS = {'star': star_options.OPTIONS}
+OPTIONS = {'star': star_options.OPTIONS, 'infinity': infinity_options.OPTIONS}
+MARKS = {'infinity': infinity_options.MARKS}  # of families whose cases carry no tolerances
 
 
 def verify(folder: Path) -> CaseReport:
@@ -55,6 +60,7 @@ def verify(folder: Path) -> CaseReport:
             f'{", ".join(map(" ".join, KINDS))}'
         )
     OPTIONS[kind[0]][kind[1]].check(case.config, case.path)
+    case = dataclasses.replace(case, marks=MARKS.get(kind[0]))
     with jax.default_matmul_precision('highest'):
         return CaseReport(folder.resolve().name, _lines(case, KINDS[kind]))
 

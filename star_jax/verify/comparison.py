@@ -1,6 +1,6 @@
 """How far is a computed array from a recorded one, and is that within the tolerance?
 
-Each array belongs to a tolerance class of `golden/star/README.md`. The case gives the tolerance of
+Each array belongs to a tolerance class. The case, or a table of its family, gives the tolerance of
 the class, and the class has a factor.
 """
 
@@ -21,16 +21,26 @@ NORMS = 'gradient_norms_relative'
 GRADIENTS = 'gradients_relative_to_max'
 PARAMETERS = 'trained_parameters'
 SCHEDULES = 'schedules_relative_to_peak'
+TOKENIZED = 'tokenizer_outputs'
+ACTIVATIONS = 'activations_relative_to_max'
+GENERATED = 'generated_logits_relative_to_max'
+FLOORED_GRADIENTS = 'gradients_relative_to_max_with_floor'
+BYTES = 'bytes_of_images'
+
+FLOOR = 5e-3  # of FLOORED_GRADIENTS, in units of the tolerance: 1e-6 where it is 2e-4
 
 # Factors of the tolerances, as functions of the recorded array; 1 for the other classes.
 FACTORS: Mapping[str, Callable[[np.ndarray], np.ndarray | float]] = {
-    LATENTS: lambda recorded: max(1.0, np.abs(recorded).max(initial=0)),
-    GRADIENTS: lambda recorded: np.abs(recorded).max(initial=0),
+    LATENTS: lambda recorded: max(1.0, _largest(recorded)),
+    GRADIENTS: lambda recorded: _largest(recorded),
+    ACTIVATIONS: lambda recorded: _largest(recorded),
+    GENERATED: lambda recorded: _largest(recorded),
+    FLOORED_GRADIENTS: lambda recorded: _largest(recorded) + FLOOR,
     LOSSES: np.abs,
     NORMS: np.abs,
 }
 
-OK, FAIL, SKIPPED, INPUT = 'ok', 'FAIL', 'SKIPPED', 'input'
+OK, FAIL, SKIPPED, INPUT, INFORMATION = 'ok', 'FAIL', 'SKIPPED', 'input', 'information'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Line:
         name: name of the array.
         error: absolute error of the element whose error is largest relative to its tolerance.
         tolerance: absolute tolerance of that element; both are NaN if nothing was compared.
-        verdict: OK, FAIL, SKIPPED or INPUT.
+        verdict: OK, FAIL, SKIPPED, INPUT or INFORMATION.
         note: the reason of the verdict, may be empty.
     """
 
@@ -86,21 +96,25 @@ def compare(
     tolerances: Mapping[str, float | str],
     unit: float = 1.0,
 ) -> Line:
-    """Compares one array; integers must be equal, whatever their class.
+    """Compares one array; integers must be equal, except for the BYTES of images.
 
     Args:
         name: name of the array.
         computed: our array.
         recorded: the array of the case.
-        tolerance_class: its class.
-        tolerances: the tolerance of each class, from the config.
+        tolerance_class: its class, or INFORMATION: the error is reported and never fails.
+        tolerances: the tolerance of each class.
         unit: factor of the tolerance, such as the peak of a learning rate.
     """
     computed, recorded = np.asarray(computed), np.asarray(recorded)
     if computed.shape != recorded.shape:
         return uncompared(name, FAIL, f'shape {computed.shape}, recorded {recorded.shape}')
-    exact = tolerance_class == INTEGERS or recorded.dtype.kind in 'iub'
+    exact = tolerance_class == INTEGERS or (
+        recorded.dtype.kind in 'iub' and tolerance_class != BYTES
+    )
     computed, recorded = computed.astype(np.float64), recorded.astype(np.float64)
+    if tolerance_class == INFORMATION:
+        return Line(name, _largest(computed - recorded), np.inf, INFORMATION)
     tolerance = 0.0 if exact else _tolerance(tolerances, tolerance_class) * unit
     factor = 1.0 if exact else FACTORS.get(tolerance_class, np.ones_like)(recorded)
     errors = np.abs(computed - recorded).ravel()
@@ -121,9 +135,14 @@ def write(report: CaseReport, seconds: float, console: Console) -> None:
             numbers = f'{line.error:9.2e} {line.tolerance:9.2e}'
         verdict = f'{line.verdict} ({line.note})' if line.note else line.verdict
         _print(console, f'{line.name:<{width}}  {numbers}  {verdict}', line.verdict == FAIL)
-    counts = ', '.join(f'{report.count(verdict)} {verdict}' for verdict in (OK, INPUT, SKIPPED))
+    shown = (OK, INPUT, SKIPPED, *([INFORMATION] if report.count(INFORMATION) else []))
+    counts = ', '.join(f'{report.count(verdict)} {verdict}' for verdict in shown)
     verdict = f'{report.count(FAIL)} FAIL' if report.failed else 'passes'
     _print(console, f'{report.case}: {verdict} ({counts}; {seconds:.1f} s)\n', report.failed)
+
+
+def _largest(array: np.ndarray) -> float:
+    return np.abs(array).max(initial=0)
 
 
 def _tolerance(tolerances: Mapping[str, float | str], tolerance_class: str) -> float:

@@ -20,7 +20,7 @@ class Rule:
 
     Attributes:
         pattern: a regular expression that matches the whole name.
-        tolerance_class: the class of the arrays (`comparison`), or INPUT.
+        tolerance_class: the class of the arrays (`comparison`), INPUT or INFORMATION.
         compute: takes the groups of the pattern as strings and returns the array in the recorded
             layout; raises LookupError where the config describes no such array. None for inputs.
         unit: factor of the tolerance.

@@ -1,0 +1,49 @@
+"""Which options may a recorded case of Infinity have, and how exact must it be?
+
+The cases carry no tolerances: the marks are those of section 2 of the README beside them.
+"""
+
+from collections.abc import Mapping
+
+from star_jax.verify.comparison import (
+    ACTIVATIONS,
+    BYTES,
+    FLOORED_GRADIENTS,
+    GENERATED,
+    LATENTS,
+    LOSSES,
+    TABLES,
+    TOKENIZED,
+)
+from star_jax.verify.options import Options
+
+MARKS: Mapping[str, float] = {
+    TABLES: 2e-5,
+    LATENTS: 1e-5,  # of quantisers and self-correction; absolute below 1, where sums may cancel
+    TOKENIZED: 1e-4,
+    ACTIVATIONS: 1e-4,
+    FLOORED_GRADIENTS: 2e-4,
+    LOSSES: 1e-5,
+    GENERATED: 5e-4,
+    BYTES: 1,
+}
+
+ANY = ('family', 'kind')
+DESCRIPTIVE = ('batch', 'case', 'min_*_margin*', 'n_params', '*seed', 'torch')
+
+OPTIONS: Mapping[str, Options] = {
+    'rope2d': Options(
+        read=(
+            *ANY,
+            'head_dim',
+            'pad_to_multiplier',
+            *(f'tables.*.{name}' for name in ('mode', 'ratio', 'pn', 'schedule')),
+            *(f'apply.{name}' for name in ('mode', 'ratio', 'scale_inds', 'schedule')),
+        ),
+        descriptive=(*DESCRIPTIVE, 'tables.*.rows', 'apply.heads', 'apply.pn'),
+    ),
+    'sampling': Options(
+        read=(*ANY, *(f'combos.*.{name}' for name in ('id', 'top_k', 'top_p'))),
+        descriptive=(*DESCRIPTIVE, 'combos.*.V'),
+    ),
+}
