@@ -18,6 +18,14 @@ from pathlib import Path
 from star_jax.errors import UserError
 
 SHIPPED = 'shipped'
+SPECIAL = {  # files that may have no end
+    stat.S_IFIFO: 'a pipe',
+    stat.S_IFCHR: 'a device',
+    stat.S_IFBLK: 'a device',
+    stat.S_IFSOCK: 'a socket',
+}
+MOST_TEXT = 2**26  # bytes of a config, an index or a list that a user writes
+LONGEST_NAME = 255  # bytes of the name of a file
 TEMPORARY = re.compile(r'\.(.+)\.[0-9a-f]{8}')  # the name of a file that is not yet complete
 
 
@@ -177,6 +185,38 @@ def check_folder(path: Path) -> None:
         raise UserError(f'{path} is a file, expected the name of a folder: choose another path')
     absolute = path.absolute()
     _check_writable(path, (absolute, *absolute.parents))
+
+
+def check_regular(path: str | Path, most: int | None = None) -> None:
+    """Checks, before a file is read, that reading it ends.
+
+    A pipe may wait for ever, and a device may have no end. A missing file is not reported here.
+
+    Args:
+        path: the file.
+        most: its largest size in bytes (None: any).
+
+    Raises:
+        UserError: the path is a pipe, a device or a socket, or the file is too large.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return
+    kind = stat.S_IFMT(status.st_mode)
+    if kind in SPECIAL:
+        raise UserError(f'{path} is {SPECIAL[kind]}, expected a regular file: name another path')
+    if most is not None and kind == stat.S_IFREG and status.st_size > most:
+        raise UserError(
+            f'{path} has {status.st_size:,} bytes, expected at most {most:,}: it is another kind '
+            'of file, name another path'
+        )
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a value from a file names a file in the same folder."""
+    plain = isinstance(name, str) and name not in ('', '.', '..') and name.isprintable()
+    return plain and '/' not in name and len(os.fsencode(name)) <= LONGEST_NAME
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from star_jax import files
 from star_jax.errors import UserError
 
 MIN_CELL = 128  # px: a narrower cell of a grid cannot hold a caption
@@ -71,6 +72,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises UserError if the file is missing or is not an image.
     """
+    files.check_regular(path)
     try:
         return decode(Path(path).read_bytes())
     except FileNotFoundError:

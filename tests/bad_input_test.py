@@ -34,7 +34,7 @@ import tiny
 from PIL import Image
 
 import star_jax
-from star_jax import cli, image_io
+from star_jax import checksums, cli, files, image_io
 from star_jax.bench import process as benchmark
 from star_jax.checkpoint import config, models, weights
 from star_jax.core.filters import NucleusFilter
@@ -188,6 +188,37 @@ def objects(path: Path, home: Path) -> None:
     np.savez(path, np.array([Trap(path.parent / 'unpickled')], object), allow_pickle=True)
 
 
+def index_of(name: str) -> Write:
+    """A model whose index names one file."""
+    text = json.dumps({'weight_map': {'a': name}})
+    return model_weights(lambda path: path.with_name(f'{path.name}.index.json').write_text(text))
+
+
+def change(path: Path) -> None:
+    """Changes one bit of a number."""
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def spoil(path: Path) -> None:
+    flat = weights.flatten(weights.load(path))
+    flat[next(iter(flat))].flat[0] = np.nan
+    weights.save(path, weights.unflatten(flat))
+
+
+def sums(path: Path) -> Path:
+    return path.with_name(checksums.SUMS)
+
+
+ENDLESS = '/dev/zero'
+SUFFIXES = ('json', 'py', 'pth', 'safetensors', 'txt', 'png')
+FOREIGN = 'import dataclasses\n@dataclasses.dataclass\nclass C:\n  x: "Unknown"\n'
+INHERITS = (
+    'import dataclasses\nfrom star_jax.training.run import Run\n'
+    '@dataclasses.dataclass(frozen=True, kw_only=True)\n'
+    'class Mine(Run):\n  x: "Unknown" = None\nrun = Mine()\n'
+)
 IMPORTS = 'from star_jax.training.run import Run, TokenizerRun\n'
 STUDY = 'from star_jax.studies.positions import PositionsStudy\nstudy = PositionsStudy(stages=())\n'
 INPUTS: dict[str, Write] = {
@@ -255,7 +286,21 @@ INPUTS: dict[str, Write] = {
             '{"weight_map": {"a": ["../../secret"]}}'
         )
     ),
+    'empty_index': index_of(''),
+    'pipe_of_weights': model_weights(lambda path: (path.unlink(), os.mkfifo(path))),
+    'device_of_weights': model_weights(lambda path: (path.unlink(), path.symlink_to(ENDLESS))),
+    'pipe_of_sums': model_weights(
+        lambda path: (sums(path).unlink(), os.mkfifo(sums(path)))
+    ),
+    'changed_weights': model_weights(change),
+    'changed_tokenizer_weights': model_weights(change, 'tokenizer'),
+    'nan_weights': model_weights(lambda path: (sums(path).unlink(), spoil(path))),
     # Text encoders.
+    'text_layers': encoder(num_hidden_layers=10**6),
+    'text_index': copied('text', lambda path: (
+        (path / 'model.safetensors').unlink(),
+        (path / 'model.safetensors.index.json').write_text('{"weight_map": {"a": ""}}'),
+    )),
     'text_list': copied('text', lambda path: (path / 'config.json').write_text('[]')),
     'text_typed': encoder(hidden_size='32'),
     'text_heads': encoder(num_attention_heads=5),
@@ -266,7 +311,29 @@ INPUTS: dict[str, Write] = {
         'text',
         lambda path: ((path / 'model.safetensors').unlink(), unpickled(path / 'pytorch_model.bin')),
     ),
+    # Files without an end.
+    'pipe': lambda path, home: os.mkfifo(path),
+    **{f'pipe.{kind}': lambda path, home: os.mkfifo(path) for kind in SUFFIXES},
+    **{f'device.{kind}': lambda path, home: path.symlink_to(ENDLESS) for kind in SUFFIXES},
+    'sparse.json': lambda path, home: (path.touch(), os.truncate(path, files.MOST_TEXT + 1)),
+    'sparse.py': lambda path, home: (path.touch(), os.truncate(path, files.MOST_TEXT + 1)),
+    'images_of_pipes': lambda path, home: (path.mkdir(), os.mkfifo(path / 'a.png'),
+                                           (path / 'a.txt').write_text('grey')),
+    'list_of_pipes': lambda path, home: (image_folder((8, 8))(path, home),
+                                         os.mkfifo(path / 'metadata.jsonl')),
+    'pipe_of_case': copied('case', lambda path: (
+        (path / 'io.safetensors.gz').unlink(), os.mkfifo(path / 'io.safetensors.gz'))),
     # Configs of runs.
+    'ends.py': data('raise GeneratorExit\n'),
+    'cancels.py': data('import asyncio\nraise asyncio.CancelledError\n'),
+    'speechless.py': data(f'class E(Exception):\n  def __str__(self): {"1 / 0"}\nraise E\n'),
+    'claims.py': data(f'{IMPORTS}class C:\n  __class__ = Run\nrun = C()\n'),
+    'foreign.py': data(f'{FOREIGN}run = C(x=3)\n'),
+    'foreign_study.py': data(f'{FOREIGN}study = C(x=3)\n'),
+    'units.py': data('import types\nstudy = types.SimpleNamespace(name="a", units=[3])\n'),
+    'inherits.py': data(INHERITS),
+    'scales.json': rewritten('star.json', model__sides=[1] * 100_000),
+    'levels.json': rewritten('tokenizer.json', model__autoencoder__multipliers=[1] * 100_000),
     'syntax.py': data('run = (\n'),
     'raises.py': data('x = 1\n1 / 0\n'),
     'exits.py': data('raise SystemExit(3)\n'),
@@ -500,7 +567,48 @@ CASES: list[tuple[str, str, str]] = [
     ('a model that is not measured', 'bench sample {fewer_weights}', MISMATCH),
     ('a config of no bench', 'bench sample {no_run.py}', "defines no 'run'"),
     ('other sizes for weights', f'{BENCH} --depth 3', 'have their sizes: leave out depth: 2 -> 3'),
+    ('an index of no name', f'{MODEL} {{empty_index}}', 'files in the same folder'),
+    ('weights that changed', f'{MODEL} {{changed_weights}}',
+     r'model\.safetensors changed since .* restore it; .*--no-check'),
+    ('a tokenizer that changed', 'reconstruct x --model {changed_tokenizer_weights}',
+     r'tokenizer\.safetensors changed since'),
+    ('a changed model to score', 'evaluate {changed_weights}', 'changed since'),
+    ('a changed model to convert', 'convert {changed_weights} --out {out}', 'changed since'),
+    ('a changed model to measure', 'bench sample {changed_weights}', 'changed since'),
+    ('a changed model to go on from', f'{TRAIN} --init {{changed_weights}}', 'changed since'),
+    ('weights that are no numbers', f'{MODEL} {{nan_weights}}', 'NaN or infinite weights'),
+    # Files without an end.
+    ('a pipe as config', 'train {pipe.json}', 'is a pipe, expected a regular file'),
+    ('a pipe as Python config', 'train {pipe.py}', 'is a pipe, expected'),
+    ('a device as config', 'train-tokenizer {device.json}', 'is a device, expected'),
+    ('a device as Python config', 'bench train {device.py}', 'is a device, expected'),
+    ('a device as study', 'study run {device.py}', 'is a device, expected'),
+    ('a pipe to plan', 'plan {pipe.py} --topology 8xA100-80G', 'is a pipe, expected'),
+    ('a config of 64 MiB', 'train {sparse.json}', 'has 67,108,865 bytes, expected at most'),
+    ('a Python config of 64 MiB', 'train {sparse.py}', 'has 67,108,865 bytes, expected at most'),
+    ('a pipe as weights', f'{MODEL} {{pipe_of_weights}}', 'model.safetensors is a pipe, expected'),
+    ('a device as weights', f'{MODEL} {{device_of_weights}}', 'is a device, expected'),
+    ('a pipe as list of weights', f'{MODEL} {{pipe_of_sums}}', 'SHA256SUMS is a pipe, expected'),
+    ('a pipe to convert', 'convert {pipe.pth} --out {out}', 'is a pipe, expected'),
+    ('a device to convert', 'convert {device.safetensors} --out {out}', 'is a device, expected'),
+    ('a pipe of prompts', f'{PROMPTS} {{pipe.txt}}', 'is a pipe, expected'),
+    ('a device of prompts', f'{PROMPTS} {{device.txt}}', 'is a device, expected'),
+    ('a pipe as image', f'{RECONSTRUCT} {{pipe.png}}', 'is a pipe, expected'),
+    ('a device as image', f'{RECONSTRUCT} {{device.png}}', 'is a device, expected'),
+    ('a pipe among images', 'data prepare folder {images_of_pipes} {out}', 'no regular file'),
+    ('a pipe of captions', 'data prepare folder {list_of_pipes} {out}', 'is a pipe, expected'),
+    ('a pipe as case', 'verify {pipe_of_case}', 'is a pipe, expected'),
+    # Sizes that take for ever.
+    ('a million blocks', f'{TOKENIZER} --model.autoencoder.blocks 1000000', r'in \[1, 32\]'),
+    ('a hundred thousand levels', 'train-tokenizer {levels.json}', 'too many levels'),
+    ('a hundred thousand scales', 'train {scales.json}', '100,000 scales is too long'),
+    ('a single code', f'{TRAIN} --model.codes 1', 'codes must be at least 2'),
+    ('a million layers of text', f'{SAMPLE} --text {{text_layers}}', 'at most 1,024 layers'),
+    ('a million layers at once', f'{TRAIN} --unroll 1000000', r'unroll .* in \[1, 1024\]'),
+    ('a batch of no plan', f'plan {{home}}/star.json --topology 8xA100-80G --batch {10**12}',
+     'batch of a plan is at most 1,048,576'),
     # Text encoders.
+    ('an index of no name of text', f'{SAMPLE} --text {{text_index}}', "no 'weight_map' of files"),
     ('another text encoder', f'{MODEL} {{other_text}}',
      'trained with the text encoder of sha256 0'),
     ('a text encoder of another width', f'{MODEL} {{wide_text}}', MISMATCH),
@@ -528,6 +636,14 @@ CASES: list[tuple[str, str, str]] = [
     ('a config that asserts', 'train {asserts.py}', r'line 1: \(AssertionError\)'),
     ('a config that imports', 'train {imports.py}', 'line 1: No module named'),
     ('a config that exits', 'train {exits.py}', 'exits.py, line 1: .*SystemExit'),
+    ('a config that ends a generator', 'train {ends.py}', r'line 1: \(GeneratorExit\)'),
+    ('a config that cancels', 'train {cancels.py}', r'line 2: \(CancelledError\)'),
+    ('an error without words', 'train {speechless.py}', r'line 3: \(E\)'),
+    ('a run that claims its class', 'train {claims.py}', "'run' is a C, expected a Run object"),
+    ('a run of a foreign class', 'train {foreign.py}', "'run' is a C, expected a Run object"),
+    ('a run of a class of its own', 'train {inherits.py}', "'run' is a Mine, "),
+    ('a study of a foreign class', 'study run {foreign_study.py}', "'study' is a C, "),
+    ('a study without units', 'study run {units.py}', 'is a SimpleNamespace, expected a study'),
     ('a config without a run', 'train {no_run.py}', "defines no 'run'; expected a line"),
     ('a run of another type', 'train {other_run.py}', "'run' is a int, expected a Run object"),
     ('a class as run', 'train {class.py}', "'run' is a type"),

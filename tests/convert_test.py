@@ -1,7 +1,10 @@
 """Are published files converted to model folders and back bit for bit, or refused by name?"""
 
+import argparse
+import collections
 import contextlib
 import dataclasses
+import datetime
 import gzip
 import itertools
 import json
@@ -153,6 +156,9 @@ def save(path: Path, state) -> str:
     return str(path)
 
 
+OPTIONS = ('--sides', '1', '2', '4', '--groups', '4')
+
+
 def there_and_back(tmp_path: Path, state, tokenizer, *options: str) -> dict[str, dict]:
     """The two state dicts of the conversion back."""
     file = save(tmp_path / 'model.safetensors', state)
@@ -287,7 +293,7 @@ def test_trainer_file_has_both_parts(tmp_path, torch):
         'vae_local': {name: Tensor(x) for name, x in vae.items()},
     }
     torch['content'] = {'epoch': 1, 'iter': 2, 'trainer': {'config': {}, 'var_opt': {}, **parts}}
-    (tmp_path / 'star.pth').write_bytes(published.ZIP)
+    (tmp_path / 'star.pth').write_bytes(published.torch_files.ZIP)
     words = ['--sides', '1', '2', '4', '--groups', '4', '--out', str(tmp_path / 'folder')]
     assert cli.main(['convert', str(tmp_path / 'star.pth'), *words]) == 0
     assert torch['asked'] == [{'map_location': 'cpu', 'weights_only': True, 'mmap': True}]
@@ -338,11 +344,209 @@ def test_infer_refuses_tensors_of_another_rank():
         infer.transformer(specs | flat, options)
 
 
-def test_convert_refuses_layers_of_two_types(tmp_path, capsys):
+@pytest.mark.parametrize('kinds', [('float16', 'float32'), ('bfloat16', 'float16', 'float64')])
+def test_layers_of_several_types_are_promoted_and_converted_back(tmp_path, kinds):
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    kept = dict(zip(state, itertools.cycle(kinds)))
+    state = {
+        name: x.astype(kept[name] if 'zero' not in name else x.dtype) for name, x in state.items()
+    }
+    same(there_and_back(tmp_path, state, vae)['transformer'], state)
+    flat = weights.flatten(weights.load(tmp_path / 'folder' / 'model.safetensors'))
+    bias = np.stack([state[f'blocks.{layer}.ffn.fc2.bias'] for layer in range(3)]).astype('f8')
+    np.testing.assert_array_equal(flat['blocks/ffn/fc2/bias'].astype('f8'), bias)
+
+
+@pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'float8_e5m2'])
+def test_weights_of_8_bits_are_widened_and_converted_back(tmp_path, dtype):
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    state = {name: x if 'zero' in name else x.astype(dtype) for name, x in state.items()}
+    transfer.write(tmp_path / 'fp8.safetensors', state)
+    words = ['--tokenizer', save(tmp_path / 'vae.SAFETENSORS', vae), *OPTIONS]
+    file, out = str(tmp_path / 'fp8.safetensors'), str(tmp_path / 'folder')
+    assert cli.main(['convert', file, *words, '--out', out]) == 0
+    params = weights.flatten(models.read(out).params)
+    assert {str(x.dtype) for x in params.values()} == {'float32'}
+    bias = np.stack([state[f'blocks.{layer}.ffn.fc2.bias'] for layer in range(3)])
+    np.testing.assert_array_equal(params['blocks/ffn/fc2/bias'], bias.astype(np.float32))
+    assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
+    back = stored.StoredTensors([tmp_path / 'back' / transfer.OUT['transformer']])
+    same({name: back.read(name) for name in back.names()}, state)
+
+
+def wrapped(state, *words: str) -> dict:
+    """The state dict with names of wrappers before its names, and between them in a block."""
+    prefix = ''.join(f'{word}.' for word in words)
+    inner = '.'.join(['blocks.0', *words[:1], ''])
+    return {prefix + name.replace('blocks.0.', inner): x for name, x in state.items()}
+
+
+WRAPPERS = sorted(published.WRAPPERS)
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_names_of_wrappers_are_removed_in_any_order(tmp_path, capsys, count):
+    state, vae = state_of(STAR), save(tmp_path / 'vae.bin', state_of(VQ_SMALL))
+    for words in itertools.islice(itertools.permutations(WRAPPERS, count), 0, None, 9):
+        file = save(tmp_path / 'model.safetensors', wrapped(state, *words))
+        out = str(tmp_path / '.'.join(words))
+        assert cli.main(['convert', file, '--tokenizer', vae, *OPTIONS, '--out', out]) == 0
+        found = to_state(star_entries(STAR), models.read(out).params)
+        same(found, {name: state[name] for name in found})
+        assert all(word in capsys.readouterr().out for word in words[:1])
+
+
+def nested(place: str, state: object, **more: object) -> dict:
+    content = state
+    for word in reversed(place.split('.')):
+        content = {word: content}
+    return {'epoch': 3, 'lr': 1e-3} | content | more
+
+
+@pytest.mark.parametrize(
+    'place', ['state_dict', 'model', 'ema', 'module', 'model_ema', 'trainer.var_wo_ddp', 'a.b.c']
+)
+@pytest.mark.parametrize('prefix', ['', 'model.', 'module.net.'])
+def test_state_dict_is_found_anywhere_in_a_file(tmp_path, torch, place, prefix):
+    state = {f'{prefix}{name}': Tensor(x) for name, x in state_of(STAR).items()}
+    unused = {'loss.weight': Tensor(np.zeros(2))} if prefix else {}
+    torch['content'] = nested(place, state | unused, optimizer={'state': {0: Tensor(np.ones(1))}})
+    (tmp_path / 'x.CKPT').write_bytes(published.torch_files.ZIP)
+    found = published.read(tmp_path / 'x.CKPT')
+    (name, part), tensors = found.parts.popitem(), state_of(STAR)
+    assert name == 'transformer' and part.tensors.specs().keys() == tensors.keys()
+    np.testing.assert_array_equal(
+        part.tensors.read('head_logits.bias'), tensors['head_logits.bias']
+    )
+    assert 'optimizer' in found.unused and len(found.unused) == 1 + bool(unused)
+
+
+def test_ema_is_taken_unless_another_part_is_named(tmp_path, torch, capsys):
+    states = [state_of(STAR, seed) for seed in range(3)]
+    dicts = [{name: Tensor(x) for name, x in state.items()} for state in states]
+    torch['content'] = {'model': dicts[0], 'ema': dicts[1], 'args': object()}
+    (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
+    bias = 'head_logits.bias'
+    for part, expected in {'': 1, 'ema': 1, 'model': 0}.items():
+        found = published.read(tmp_path / 'x.pth', part).parts['transformer']
+        np.testing.assert_array_equal(found.tensors.read(bias), states[expected][bias])
+    with pytest.raises(UserError, match="no state dict 'best': it has model, ema"):
+        published.read(tmp_path / 'x.pth', 'best')
+    torch['content'] = {'student': dicts[0], 'teacher': dicts[1]}
+    with pytest.raises(UserError, match=r'several .* \(student, teacher\): choose one with --part'):
+        published.read(tmp_path / 'x.pth')
+    torch['content'] = dicts[0] | {f'module.{bias}': dicts[1][bias]}
+    with pytest.raises(UserError, match='two tensors head_logits.bias'):
+        published.read(tmp_path / 'x.pth')
+
+
+def test_gradients_are_detached(tmp_path, torch):
+    class Parameter(Tensor):
+        requires_grad = True
+
+        def numpy(self):
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad")
+
+        def detach(self):
+            return Tensor(self._array)
+
     state = state_of(STAR)
-    state['blocks.1.ffn.fc2.bias'] = state['blocks.1.ffn.fc2.bias'].astype(np.float16)
+    torch['content'] = {name: Parameter(x) for name, x in state.items()}
+    (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
+    tensors = published.read(tmp_path / 'x.pth').parts['transformer'].tensors
+    same({name: tensors.read(name) for name in tensors.names()}, state)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16', 'float64'])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys, dtype, value):
+    names = ['blocks.1.ffn.fc2.bias', 'head_logits.weight']
+    state = {name: x if 'zero' in name else x.astype(dtype) for name, x in state_of(STAR).items()}
+    for name in names:
+        state[name].flat[-1] = value
     said = refused(tmp_path, capsys, state)
-    assert 'blocks.0.ffn.fc2.bias is float32 and blocks.1.ffn.fc2.bias is float16' in said
+    assert 'NaN or infinite' in said and all(name in said for name in names), said
+    file, vae = str(tmp_path / 'model.safetensors'), str(tmp_path / 'vae.safetensors')
+    words = ['--tokenizer', vae, *OPTIONS, '--allow-nonfinite', '--out', str(tmp_path / 'folder')]
+    assert cli.main(['convert', file, *words]) == 0
+    found = to_state(star_entries(STAR), models.read(tmp_path / 'folder').params)
+    assert not np.isfinite(found[names[0]]).all()  # a folder that was made so is loaded
+
+
+def test_harmless_classes_are_read_as_stand_ins(tmp_path, torch, monkeypatch):
+    """torch refuses a file at first; its classes decide what happens then."""
+    known, loads = [], []
+
+    @contextlib.contextmanager
+    def safe_globals(classes):
+        known.extend(classes)
+        yield
+        known.clear()
+
+    def load(path, **options):
+        assert options['weights_only']
+        loads.append(list(known))
+        if not known:
+            raise TypeError('Unsupported global')
+        return {name: Tensor(x) for name, x in state_of(STAR).items()}
+
+    classes = ['argparse.Namespace', 'pathlib.PosixPath', 'numpy._core.multiarray.scalar']
+    serialization = types.SimpleNamespace(
+        safe_globals=safe_globals, get_unsafe_globals_in_checkpoint=lambda path: classes
+    )
+    module = types.SimpleNamespace(load=load, serialization=serialization)
+    monkeypatch.setitem(sys.modules, 'torch', module)
+    (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
+    assert published.read(tmp_path / 'x.pth').parts.keys() == {'transformer'}
+    assert {name for _, name in loads[1]} == set(classes)
+    for part, _ in loads[1]:  # anything may be built of them, and nothing is kept
+        vars(part('a', 1))
+        part.__new__(part, 'a').__setstate__({'b': 2})
+    for name in ('posix.system', 'builtins.eval', '__main__.Config', 'numpy.f2py.x', 'os.PathLike'):
+        classes[:] = ['argparse.Namespace', name]
+        with pytest.raises(UserError, match=f'plain data .{name}., which could execute code'):
+            published.read(tmp_path / 'x.pth')
+
+
+def test_real_files_of_torch_are_read(tmp_path):
+    torch = pytest.importorskip('torch')
+    tensors = {name: torch.from_numpy(x) for name, x in state_of(STAR).items()}
+    beside = {
+        'args': argparse.Namespace(lr=1.0, path=Path('a')),
+        'best': np.float32(3),
+        'counts': collections.defaultdict(list, {'a': [np.arange(2)]}),
+        'time': datetime.datetime(2026, 1, 1),
+    }
+    for number, zipped in enumerate([True, False]):
+        file = tmp_path / f'{number}.PT'
+        content = {'state_dict': wrapped(tensors, 'module'), **beside}
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        if zipped:  # torch lists the classes of such files
+            found = published.read(file).parts['transformer'].tensors
+            same({name: found.read(name) for name in found.names()}, state_of(STAR))
+        torch.save(content | {'x': torch.nn.Linear}, file, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match='could execute code'):
+            published.read(file)
+
+
+def test_numbers_of_layers_beyond_all_tensors_are_refused(tmp_path, capsys):
+    state = state_of(STAR) | {'blocks.1000000.ffn.fc1.bias': np.zeros(1, np.float32)}
+    assert 'blocks.1000000 and only' in refused(tmp_path, capsys, state)
+    many = {f'blocks.{"9" * 5000}.ffn.fc1.bias': np.zeros(1, np.float32)}
+    assert '1 unknown (blocks.999' in refused(tmp_path, capsys, state_of(STAR) | many)
+
+
+def test_published_shards_are_read_through_their_index(tmp_path):
+    state = state_of(STAR)
+    names = list(state)
+    shards = {f'{n}.safetensors': names[n::2] for n in range(2)}
+    for shard, mine in shards.items():
+        save(tmp_path / shard, {name: state[name] for name in mine})
+    index = tmp_path / 'model.safetensors.index.json'
+    weight_map = {name: shard for shard, mine in shards.items() for name in mine}
+    index.write_text(json.dumps({'weight_map': weight_map}))
+    tensors = published.read(index).parts['transformer'].tensors
+    same({name: tensors.read(name) for name in names}, state)
 
 
 def test_convert_refuses_a_nonzero_key_bias(tmp_path, capsys):
@@ -374,7 +578,7 @@ def test_convert_refuses_other_files(tmp_path, capsys, torch):
     file = save(tmp_path / 'x.safetensors', {'weight': np.zeros(3, np.float32)})
     for content in ([1], {'weight': 3}, {'trainer': {}}, {'trainer': {'var_wo_ddp': 4}}):
         torch['content'] = content
-        (tmp_path / 'x.pth').write_bytes(published.ZIP)
+        (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
         with pytest.raises(UserError, match='no published'):
             published.read(tmp_path / 'x.pth')
     with pytest.raises(UserError, match='no published'):
@@ -394,7 +598,7 @@ def test_convert_refuses_an_incomplete_download(tmp_path, content):
 
 def test_convert_reports_missing_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', None)
-    (tmp_path / 'x.pth').write_bytes(published.ZIP)
+    (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
     with pytest.raises(UserError, match='pip install torch'):
         published.read(tmp_path / 'x.pth')
 

@@ -137,6 +137,10 @@ def test_load_names_missing_files_and_wrong_indices(tmp_path):
     index.write_text('{"weight_map": {"x": "../../secret.safetensors"}}')
     with pytest.raises(UserError, match='files in the same folder'):
         weights.load(path)
+    for name in ('', '.', '..', 'a\0b', 'a/b', 'x' * 300, 3):
+        index.write_text(json.dumps({'weight_map': {'x': name}}))
+        with pytest.raises(UserError, match='files in the same folder'):
+            weights.load(path)
     index.write_text('{}')
     with pytest.raises(UserError, match="'weight_map'"):
         weights.load(path)
@@ -193,6 +197,7 @@ def test_model_is_read_as_it_was_written(tmp_path):
     assert_same(model.params, MODEL.params)
     assert_same(model.tokenizer.params, ALONE.params)
     assert sorted(entry.name for entry in path.iterdir()) == [
+        'SHA256SUMS',
         'config.json',
         'model.safetensors',
         'tokenizer.safetensors',
@@ -256,6 +261,7 @@ def test_write_replaces_a_model_folder_and_keeps_other_files(tmp_path):
     folder.write(path, ALONE)
     assert sorted(entry.name for entry in path.iterdir()) == [
         'README.md',
+        'SHA256SUMS',
         'config.json',
         'tokenizer.safetensors',
     ]

@@ -81,8 +81,9 @@ def read_json(path: str | Path) -> Any:
     """Reads a JSON tree.
 
     Raises:
-        UserError: the file is missing or damaged, with the line.
+        UserError: the file is missing, damaged (with the line) or no regular file.
     """
+    files.check_regular(path, files.MOST_TEXT)
     try:
         return json.loads(Path(path).read_text('utf-8-sig'), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
@@ -133,15 +134,27 @@ def load_run(path: str | Path, cls: type[Config] = object, name: str = 'run') ->
     namespace = _execute(path)
     if name not in namespace:
         raise UserError(f"{path}: defines no '{name}'; expected a line '{name} = ...'")
-    if not isinstance(namespace[name], cls):
-        given, expected = type(namespace[name]).__name__, structure.describe(cls)
-        raise UserError(f"{path}: '{name}' is a {given}, expected {expected}")
     run = namespace[name]
-    return check(run, where=str(path)) if dataclasses.is_dataclass(type(run)) else run
+    # The type decides: objects may claim any other `__class__`.
+    if not issubclass(type(run), cls):
+        given, expected = type(run).__name__, structure.describe(cls)
+        raise UserError(f"{path}: '{name}' is a {given}, expected {expected}")
+    if not dataclasses.is_dataclass(type(run)):
+        return run
+    try:
+        return check(run, where=str(path))
+    except UserError:
+        raise
+    except Exception as error:  # a class of the file may hold anything
+        raise UserError(
+            f"{path}: '{name}' is a {type(run).__name__}, whose fields cannot be checked "
+            f'({_words(error)}): expected classes of star_jax with plain values'
+        ) from error
 
 
 def _execute(path: Path) -> dict[str, Any]:
     """The names that a Python file defines."""
+    files.check_regular(path, files.MOST_TEXT)
     try:
         source = path.read_bytes()
     except OSError as error:
@@ -152,13 +165,22 @@ def _execute(path: Path) -> dict[str, Any]:
     except SyntaxError as error:
         line = f', line {error.lineno}' if error.lineno else ''
         raise UserError(f'{path}{line}: {error.msg}') from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, GeneratorExit and whatever else a file raises
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = f', line {lines[-1]}' if lines else ''
-        message = f'{error} ({type(error).__name__})'.lstrip()
-        raise UserError(f'{path}{line}: {message}') from error
+        raise UserError(f'{path}{line}: {_words(error)}') from error
     return namespace
+
+
+def _words(error: BaseException) -> str:
+    """The message and the class of an error."""
+    try:
+        return f'{error} ({type(error).__name__})'.lstrip()
+    except Exception:  # a class of the file
+        return f'({type(error).__name__})'
 
 
 def _dump(data: object, indent: int | None = None) -> str:

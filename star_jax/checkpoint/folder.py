@@ -4,6 +4,7 @@
     model.safetensors       parameters of the transformer ('/'-joined names, layers stacked)
     tokenizer.safetensors   parameters of the image tokenizer, which every folder has
     ignored.safetensors     unused tensors of a converted file, for the conversion back
+    SHA256SUMS              SHA-256 of every file of weights, compared when they are loaded
     text/                   a copy of the text encoder, unless config.json has another source
 
 A folder without a transformer has the family 'tokenizer' and only the tokenizer's files. The names
@@ -14,11 +15,11 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_jax import files
+from star_jax import checksums, files
 from star_jax.checkpoint import config, structure, weights
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
@@ -34,10 +35,10 @@ TEXT_SOURCE = f'./{TEXT}'  # the source of a text encoder inside the folder
 TOKENIZER_ONLY = 'tokenizer'  # the family of a folder without a transformer
 
 MODEL_FILE = re.compile(
-    r'config\.json|text|ignored\.safetensors|(model|tokenizer)(-\d+-of-\d+)?\.safetensors(\.index\.json)?'
+    r'config\.json|SHA256SUMS|text|ignored\.safetensors|(model|tokenizer)(-\d+-of-\d+)?\.safetensors(\.index\.json)?'
 )
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
-HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.model']  # never pickled weights
+HUB_FILES = ['*.json', '*.safetensors', checksums.SUMS, '*.txt', '*.model']  # never pickled weights
 
 
 Load = Callable[[Path], Any]
@@ -87,6 +88,8 @@ def write(
     folder: str | Path,
     content: StoredModel | StoredTokenizer,
     fill: Callable[[Path], None] | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model folder, atomically.
 
@@ -97,9 +100,11 @@ def write(
         folder: the folder to write.
         content: a model, or a tokenizer only.
         fill: writes further files to the new folder.
+        allow_nonfinite: write NaN and infinite weights, too.
 
     Raises:
-        UserError: `folder` exists and is no model folder, or cannot be written.
+        UserError: `folder` exists and is no model folder, or cannot be written, or weights are not
+            finite.
     """
     folder = Path(folder).absolute()
     check_free(folder)
@@ -110,11 +115,17 @@ def write(
         return _is_model_file(name) and not (keeps_text and name == TEXT)
 
     with files.replacing_folder(folder, is_replaced) as new:
-        weights.save(new / TOKENIZER, tokenizer.params)
+        flaws: list[str] = []
+        digests = weights.save(new / TOKENIZER, tokenizer.params, not_finite=flaws)
         if isinstance(content, StoredModel):
-            weights.save(new / MODEL, content.params)
+            digests |= weights.save(new / MODEL, content.params, not_finite=flaws)
+        if flaws and not allow_nonfinite:
+            raise not_finite(folder, flaws)
         if fill:
             fill(new)
+        if (new / IGNORED).exists():
+            digests[IGNORED] = weights.sha256(new / IGNORED)
+        checksums.write(new, digests)
         config.write_json(new / CONFIG, _describe(content, tokenizer))
 
 
@@ -170,13 +181,33 @@ def digest(folder: str | Path) -> str:
     folder = Path(folder)
     _read_config(folder)
     total = hashlib.sha256()
-    for path in sorted(
-        path for path in folder.iterdir() if _is_model_file(path.name) and path.is_file()
-    ):
-        with path.open('rb') as file:
-            content = hashlib.file_digest(file, 'sha256').hexdigest()
+    paths = (path for path in folder.iterdir() if path.is_file())
+    for path in sorted(path for path in paths if _is_model_file(path.name)):
+        if path.name == checksums.SUMS:  # follows from the others
+            continue
+        content = checksums.sha256(path)
         total.update(f'{path.name} {content}\n'.encode())
     return total.hexdigest()
+
+
+def weight_files(folder: Path, parts: Sequence[str]) -> list[str]:
+    """The names of the files of weights, sharded or not, with their indices; raises as `read`."""
+    names = []
+    for part in parts:
+        if part == MODEL and has_only_tokenizer(folder):
+            continue
+        names += [path.name for path in weights.paths(folder / part)]
+        if (index := weights.index_path(folder / part)).exists():
+            names.append(index.name)
+    return names
+
+
+def not_finite(path: Path, names: Sequence[str]) -> UserError:
+    """The UserError for weights that are NaN or infinite."""
+    return UserError(
+        f'{path}: NaN or infinite weights ({weights.listed(names)}), of which no model makes '
+        'images: use another checkpoint or file'
+    )
 
 
 def find(source: str | Path) -> Path:

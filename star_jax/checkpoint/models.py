@@ -3,45 +3,80 @@
 'shipped' is the small model in this package.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from star_jax.checkpoint import folder, weights
+from star_jax import checksums
+from star_jax.checkpoint import folder, stored, weights
 from star_jax.core.settings import Settings
 from star_jax.families.fit import check_tokenizer
 
 Part = TypeVar('Part', folder.StoredModel, folder.StoredTokenizer)
 
 
-def read(source: str | Path) -> folder.StoredModel:
-    """Reads a model, with parameters in the types of a new one.
+def read(source: str | Path, check: bool = True) -> folder.StoredModel:
+    """Reads a model, with parameters in the types of a new one; arguments as of `reading`."""
+    with reading(source, check) as model:
+        return model
+
+
+@contextlib.contextmanager
+def reading(source: str | Path, check: bool = True) -> Iterator[folder.StoredModel]:
+    """A model, whose files are checked while the body uses it.
 
     Args:
         source: a folder, a hub id, or 'shipped'.
+        check: compare the files with the SHA-256 that the folder keeps; of a folder that keeps
+            none, check that the weights are finite.
 
     Raises:
         UserError: `folder.read` refuses the folder, weights do not fit their config, or the
-            tokenizer does not fit the transformer.
+            tokenizer does not fit the transformer; at the end of the body, if a file changed since
+            the folder was written.
     """
     path = folder.find(source)
-    model = folder.read(path)
-    check_tokenizer(
-        model.config,
-        model.tokenizer.config,
-        where=str(path / folder.CONFIG),
-        remedy='export the model again from its run',
-    )
-    model.tokenizer.config.at(model.config.schedule)
-    tokenizer = _with_checked_params(model.tokenizer, path / folder.TOKENIZER)
-    model = _with_checked_params(model, path / folder.MODEL)
-    return dataclasses.replace(model, tokenizer=tokenizer)
+    with verifying(path, check):
+        model = folder.read(path, load=_unread)
+        check_tokenizer(
+            model.config,
+            model.tokenizer.config,
+            where=str(path / folder.CONFIG),
+            remedy='export the model again from its run',
+        )
+        model.tokenizer.config.at(model.config.schedule)
+        tokenizer = _with_params(model.tokenizer, path / folder.TOKENIZER, check)
+        model = _with_params(model, path / folder.MODEL, check)
+        yield dataclasses.replace(model, tokenizer=tokenizer)
 
 
-def read_tokenizer(source: str | Path) -> folder.StoredTokenizer:
-    """Reads the tokenizer of any model folder; raises as `read`."""
+def read_tokenizer(source: str | Path, check: bool = True) -> folder.StoredTokenizer:
+    """Reads the tokenizer of any model folder; arguments and errors as of `reading`."""
     path = folder.find(source)
-    return _with_checked_params(folder.read_tokenizer(path), path / folder.TOKENIZER)
+    with verifying(path, check, parts=(folder.TOKENIZER,)):
+        tokenizer = folder.read_tokenizer(path, load=_unread)
+        return _with_params(tokenizer, path / folder.TOKENIZER, check)
+
+
+@contextlib.contextmanager
+def verifying(
+    path: Path, check: bool, parts: Sequence[str] = (folder.MODEL, folder.TOKENIZER)
+) -> Iterator[None]:
+    """Compares weights with the SHA-256 that their folder keeps, while the body uses them.
+
+    Args:
+        path: the model folder.
+        check: whether to do so at all.
+        parts: names of the weights.
+
+    Raises:
+        UserError: at the end of the body, if a file changed since the folder was written.
+    """
+    names = folder.weight_files(path, parts) if check else []
+    with checksums.verifying(path, names):
+        yield
 
 
 def has_only_tokenizer(source: str | Path) -> bool:
@@ -59,7 +94,16 @@ def digest(source: str | Path) -> str:
     return folder.digest(folder.find(source))
 
 
-def _with_checked_params(part: Part, path: Path) -> Part:
-    """The part, whose parameters must have the names and shapes of its config."""
-    params = weights.fit(weights.flatten(part.params), part.config.abstract(), str(path))
-    return dataclasses.replace(part, params=weights.unflatten(params))
+def _unread(path: Path) -> dict[str, Any]:
+    """The parameters at `path`, before they are read."""
+    return {}
+
+
+def _with_params(part: Part, path: Path, check: bool) -> Part:
+    """The part with its parameters, which must have the names and shapes of its config."""
+    params = weights.load(path, like=part.config.abstract())
+    if check and checksums.read(path.parent) is None:
+        flat = weights.flatten(params)
+        if names := [name for name, array in flat.items() if not stored.is_finite(array)]:
+            raise folder.not_finite(path, names)
+    return dataclasses.replace(part, params=params)

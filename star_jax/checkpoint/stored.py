@@ -5,6 +5,7 @@ part while `write` writes it.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,8 +34,12 @@ NAMES = {
     'uint16': 'U16',
     'uint8': 'U8',
     'bool': 'BOOL',
+    'float8_e4m3fn': 'F8_E4M3',
+    'float8_e5m2': 'F8_E5M2',
 }
 DTYPES = {short: jnp.dtype(name) for name, short in NAMES.items()}
+RAW = ('F8_E4M3', 'F8_E5M2')  # types that the library does not read into numpy
+BLOCK = 2**22  # elements that are checked at a time, to need little memory
 ALIGNMENT = 8  # bytes; arrays start at multiples
 
 
@@ -85,16 +90,29 @@ class StoredTensors:
         self._file = {}
         for path in paths:
             file = open_file(path)
-            self._file |= dict.fromkeys(file.keys(), (path, file))
+            self._file |= {name: (path, file, name) for name in file.offset_keys()}
+
+    def names(self) -> list[str]:
+        """The names of the arrays, in the order of the files."""
+        return list(self._file)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return {name: self._spec(name) for name in self._file}
 
+    def renamed(self, names: Mapping[str, str]) -> 'StoredTensors':
+        """The arrays of `names`, which maps new names to those here."""
+        renamed = StoredTensors([])
+        renamed._file = {new: self._file[name] for new, name in names.items()}
+        return renamed
+
     def read(self, name: str, row: int | None = None) -> np.ndarray:
-        path, file = self._file[name]
+        path, file, stored = self._file[name]
         spec = self._spec(name)
+        if NAMES[spec.dtype.name] in RAW:
+            array = _read_raw(path, stored, spec)
+            return array if row is None else array[row]
         try:
-            array = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+            array = file.get_tensor(stored) if row is None else file.get_slice(stored)[row]
         except (AttributeError, TypeError, safetensors.SafetensorError) as error:
             raise UserError(
                 f'{path}: {name} has type {spec.dtype}, which is not supported: save it in float32'
@@ -102,11 +120,20 @@ class StoredTensors:
         return array.reshape(spec.shape if row is None else spec.shape[1:])
 
     def _spec(self, name: str) -> TensorSpec:
-        path, file = self._file[name]
-        tensor = file.get_slice(name)
+        path, file, stored = self._file[name]
+        tensor = file.get_slice(stored)
         if tensor.get_dtype() not in DTYPES:
             raise UserError(f'{path}: {name} has type {tensor.get_dtype()}, which is not supported')
         return TensorSpec(tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
+
+
+def _read_raw(path: Path, name: str, spec: TensorSpec) -> np.ndarray:
+    """An array whose type the library does not know; it has checked the header."""
+    with path.open('rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        start, end = json.loads(file.read(length))[name]['data_offsets']
+        file.seek(8 + length + start)
+        return np.frombuffer(file.read(end - start), spec.dtype).reshape(spec.shape)
 
 
 def open_file(path: Path) -> safetensors.safe_open:
@@ -115,6 +142,7 @@ def open_file(path: Path) -> safetensors.safe_open:
     Raises:
         UserError: the file is missing or damaged.
     """
+    files.check_regular(path)
     try:
         return safetensors.safe_open(path, framework='np')
     except FileNotFoundError as error:
@@ -126,13 +154,22 @@ def open_file(path: Path) -> safetensors.safe_open:
         raise UserError(f'{path}: the file is damaged or was cut short ({error})') from error
 
 
-def write(path: Path, flat: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def write(
+    path: Path,
+    flat: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    not_finite: list[str] | None = None,
+) -> str:
     """Writes arrays to a safetensors file, which is replaced atomically.
 
     Args:
         path: the file.
         flat: arrays, or `StreamedArray`s of which one part at a time is in memory, by name.
         metadata: strings to store beside the arrays.
+        not_finite: to this list, names of arrays with NaN or infinite values are appended.
+
+    Returns:
+        SHA-256 of the file, hexadecimal.
 
     Raises:
         ValueError: the parts of an array differ from its shape or type.
@@ -148,23 +185,43 @@ def write(path: Path, flat: Mapping[str, Any], metadata: Mapping[str, str] | Non
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % ALIGNMENT)
     with files.replacing(path) as temporary:
+        digest = hashlib.sha256()
         with temporary.open('wb') as file:
-            file.write(len(text).to_bytes(8, 'little') + text)
+
+            def append(content: Any) -> None:
+                file.write(content)
+                digest.update(content)
+
+            append(len(text).to_bytes(8, 'little') + text)
             for name in names:
-                _write_array(file, name, flat[name])
+                if not _write_array(append, name, flat[name], check=not_finite is not None):
+                    not_finite.append(name)
         temporary.chmod(0o644)
+    return digest.hexdigest()
 
 
-def _write_array(file: Any, name: str, leaf: Any) -> None:
-    written = 0
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an array has no NaN or infinite value."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    flat = array.reshape(-1)
+    blocks = range(0, flat.size, BLOCK)
+    return all(np.isfinite(flat[start : start + BLOCK]).all() for start in blocks)
+
+
+def _write_array(append: Callable[[Any], None], name: str, leaf: Any, *, check: bool) -> bool:
+    """Writes an array. Returns False if `check` is set and a value is NaN or infinite."""
+    written, finite = 0, True
     for part in _parts(leaf):
         array = np.asarray(part, order='C')
         if array.dtype != leaf.dtype:
             raise ValueError(f'{name} of {leaf.dtype} has a part of {array.dtype}')
-        file.write(array.reshape(-1).view(np.uint8))
+        append(array.reshape(-1).view(np.uint8))
+        finite = finite and (not check or is_finite(array))
         written += array.nbytes
     if written != leaf.nbytes:
         raise ValueError(f'the parts of {name} have {written} bytes, its shape {leaf.nbytes}')
+    return finite
 
 
 def _parts(leaf: Any) -> Iterator[np.ndarray]:

@@ -6,14 +6,14 @@ than one shard is split over several files with an index, in the layout of Huggi
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 
+from star_jax import files
 from star_jax.checkpoint import config, stored
 from star_jax.errors import UserError
 
@@ -51,7 +51,8 @@ def save(
     tree: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+    not_finite: list[str] | None = None,
+) -> dict[str, str]:
     """Writes a tree of arrays to safetensors files.
 
     Every file is replaced atomically. A sharded tree becomes readable when its index, the last
@@ -62,24 +63,31 @@ def save(
         tree: arrays that this process can address, or `stored.StreamedArray`s.
         metadata: strings to store beside the arrays.
         shard_bytes: a larger tree is split into shards of at most this size.
+        not_finite: to this list, names of arrays with NaN or infinite values are appended.
+
+    Returns:
+        The SHA-256 of every written file by name.
     """
     path = Path(path)
     shards = _shards(flatten(tree), shard_bytes)
     if len(shards) == 1:
-        stored.write(path, shards[0], metadata)
-        _index_path(path).unlink(missing_ok=True)
-        return
-    _index_path(path).unlink(missing_ok=True)
+        digest = stored.write(path, shards[0], metadata, not_finite)
+        index_path(path).unlink(missing_ok=True)
+        return {path.name: digest}
+    index_path(path).unlink(missing_ok=True)
     names = [
         f'{path.stem}-{n:05}-of-{len(shards):05}.safetensors' for n in range(1, len(shards) + 1)
     ]
-    for name, shard in zip(names, shards, strict=True):
-        stored.write(path.with_name(name), shard, metadata)
+    digests = {
+        name: stored.write(path.with_name(name), shard, metadata, not_finite)
+        for name, shard in zip(names, shards, strict=True)
+    }
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     size = sum(leaf.nbytes for shard in shards for leaf in shard.values())
     index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
-    config.write_json(_index_path(path), index)
+    config.write_json(index_path(path), index)
     path.unlink(missing_ok=True)
+    return digests | {index_path(path).name: sha256(index_path(path))}
 
 
 def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -93,13 +101,16 @@ def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, A
     Raises:
         UserError: the file is missing or damaged, or differs from `like`.
     """
-    flat = {name: leaf for file in paths(Path(path)) for name, leaf in _read_file(file)}
-    if like is not None:
-        flat = fit(flat, like, where=str(path))
+    where, tensors = str(path), stored.StoredTensors(paths(Path(path)))
+    specs = tensors.specs()
     try:
-        return unflatten(flat)
+        unflatten(specs)
     except ValueError as error:
         raise UserError(f'{path}: {error}') from error
+    if like is not None:
+        check(specs, like, where)  # before any array is in memory
+    flat = {name: tensors.read(name) for name in specs}
+    return unflatten(flat if like is None else fit(flat, like, where))
 
 
 def fit(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -108,13 +119,18 @@ def fit(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> dict[st
     Raises:
         UserError: names the arrays that are missing, unknown, or of another shape or type.
     """
+    check(flat, like, where)
     expected = flatten(like)
-    if flaws := mismatches(flat, expected, fits):
+    return {name: flat[name].astype(leaf.dtype, copy=False) for name, leaf in expected.items()}
+
+
+def check(flat: Mapping[str, Any], like: Mapping[str, Any], where: str) -> None:
+    """Checks the names, shapes and types of arrays; raises as `fit`."""
+    if flaws := mismatches(flat, flatten(like), fits):
         raise UserError(
             f'{where}: the arrays are not those of this config: {flaws}; weights and config do not '
             'belong together'
         )
-    return {name: flat[name].astype(leaf.dtype, copy=False) for name, leaf in expected.items()}
 
 
 def mismatches(
@@ -136,7 +152,7 @@ def mismatches(
     ]
     flaws = {'missing': missing, 'unknown': unknown, 'of another shape or type': wrong}
     return '; '.join(
-        f'{len(names)} {flaw} ({_listed(names)})' for flaw, names in flaws.items() if names
+        f'{len(names)} {flaw} ({listed(names)})' for flaw, names in flaws.items() if names
     )
 
 
@@ -178,34 +194,23 @@ def _shards(flat: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
     return shards
 
 
-def _index_path(path: Path) -> Path:
+def index_path(path: Path) -> Path:
+    """The index of the shards of `path`."""
     return path.with_name(f'{path.name}.index.json')
 
 
 def paths(path: Path) -> list[Path]:
     """The files with the arrays of `path`: those of its index, or `path` itself."""
-    index = _index_path(path)
+    index = index_path(path)
     if not index.exists():
         return [path]
     data = config.read_json(index)
     names = data.get('weight_map') if isinstance(data, dict) else None
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: expected an index with a 'weight_map'")
-    if any(not isinstance(name, str) or Path(name).name != name for name in names.values()):
+    if not all(map(files.is_file_name, names.values())):
         raise UserError(f'{index}: expected names of files in the same folder')
     return [path.with_name(name) for name in dict.fromkeys(names.values())]
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    with stored.open_file(path) as file:
-        for name in file.offset_keys():
-            try:
-                yield name, file.get_tensor(name)
-            except AttributeError as error:
-                kind = file.get_slice(name).get_dtype()
-                raise UserError(
-                    f'{path}: {name} has type {kind}, which is not supported'
-                ) from error
 
 
 def fits(array: Any, expected: Any) -> bool:
@@ -218,6 +223,7 @@ def _describe(leaf: Any) -> str:
     return f'{leaf.dtype}{list(leaf.shape)}'
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
     return f'{", ".join(names[:SHOWN])}{more}'

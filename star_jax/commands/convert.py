@@ -35,7 +35,11 @@ class Convert:
         tokenizer: image tokenizer: its published file, or a model folder (training files of STAR
             contain one).
         text: text encoder: a folder, package:NAME, or a hub id.
+        part: which weights of a file with several, such as model or ema ('': those of the
+            exponential moving average).
+        allow_nonfinite: convert weights that are NaN or infinite, too.
         copy_text: copy the text encoder into the model folder, instead of only naming it there.
+        check: compare the weights of a model folder with the SHA-256 that it keeps.
         model_options: what the file does not contain.
     """
 
@@ -44,6 +48,9 @@ class Convert:
     tokenizer: str = ''
     text: str = ''
     copy_text: bool = False
+    check: bool = True
+    part: str = ''
+    allow_nonfinite: bool = False
     model_options: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
 
 
@@ -51,14 +58,10 @@ def main(words: Sequence[str]) -> int:
     options = arguments.parse(Convert, words, 'convert')
     console, start = Console(), time.monotonic()
     if options.source.is_dir():
-        if (
-            options.tokenizer
-            or options.text
-            or options.copy_text
-            or options.model_options != ModelOptions()
-        ):
+        alone = Convert(source=options.source, out=options.out, check=options.check)
+        if options != alone:
             raise UserError('a model folder describes itself: give only --out')
-        for path in transfer.to_files(options.source, options.out):
+        for path in transfer.to_files(options.source, options.out, options.check):
             console.print(f'written: {path}', highlight=False, soft_wrap=True)
         return 0
     if options.copy_text and not options.text:
@@ -67,28 +70,43 @@ def main(words: Sequence[str]) -> int:
     text = (
         transfer.TextSource(source=options.text, inside=options.copy_text) if options.text else None
     )
-    parts = transfer.to_folder(
+    parts, unused = transfer.to_folder(
         options.source,
         options.out,
         options=options.model_options,
         tokenizer=options.tokenizer,
         text=text,
+        selection=transfer.Selection(
+            part=options.part,
+            allow_nonfinite=options.allow_nonfinite,
+            check=options.check,
+        ),
     )
-    console.print(_summary(parts))
+    console.print(_summary(parts, unused))
     seconds = time.monotonic() - start
     console.print(f'model folder: {options.out} ({seconds:.1f} s)', highlight=False, soft_wrap=True)
     return 0
 
 
-def _summary(parts: dict[str, transfer.Part]) -> Table:
+def _summary(parts: dict[str, transfer.Part], unused: Sequence[str]) -> Table:
     rows = {}
     for name, part in parts.items():
+        source = part.source
+        if source.path:
+            others = f' (also there: {", ".join(source.others)})' if source.others else ''
+            rows |= {f'path of the {name}': f'{source.path}{others}'}
+        if source.wrappers:
+            rows |= {f'removed from names, {name}': ', '.join(source.wrappers)}
+        if types := part.converted_types:
+            rows |= {f'wider types, {name}': _listed(types)}
         rows |= {
             name: str(part.config),
             f'parameters of the {name}': f'{part.parameters:,}',
             f'recomputed, {name}': _listed(part.table.buffers),
             f'ignored, {name}': _listed(part.ignored),
         }
+    if unused:
+        rows |= {'not used': ', '.join(unused)}
     return pairs('contents of the file', rows)
 
 

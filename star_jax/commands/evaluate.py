@@ -62,6 +62,7 @@ class Evaluate:
         cross_attention: cross-attention of a STAR model: 'as_trained', 'corrected', or 'released',
             in which the unprompted row of an image (for the loss: every image of a batch) uses that
             of the first row.
+        check: compare the weights with the SHA-256 that the model folder keeps.
     """
 
     model: tyro.conf.Positional[str]
@@ -82,6 +83,7 @@ class Evaluate:
     text: str = ''
     dtype: Dtype = 'float32'
     cross_attention: CrossAttentionMode = 'as_trained'
+    check: bool = True
 
 
 def main(words: Sequence[str]) -> int:
@@ -90,7 +92,7 @@ def main(words: Sequence[str]) -> int:
     for path in (options.out, options.grid):
         _check_writable(path)
     startup.start()
-    context = EvalContext(eval_options, _with_progress)
+    context = EvalContext(eval_options, _with_progress, options.check)
     if options.grid is not None and context.model is None:
         raise UserError(f'{options.model} holds only a tokenizer: --grid needs a model')
     report = eval_report.run(context)

@@ -14,6 +14,7 @@ from star_jax import files
 from star_jax.checkpoint import config
 from star_jax.commands import arguments, run_config
 from star_jax.core.buckets import Buckets
+from star_jax.core.sizes import LARGEST_BATCH
 from star_jax.errors import UserError
 from star_jax.plan import plan_report, planning, topologies
 from star_jax.training.run import Run
@@ -60,6 +61,11 @@ def main(words: Sequence[str]) -> int:
     default = Plan(run=run, topology='')
     options = arguments.parse(Plan, words, 'plan [CONFIG]', default, run_config.PROGRAM)
     config.check(options.run, where='the settings of the run')
+    if options.run.batch > LARGEST_BATCH:
+        raise UserError(
+            f'the batch of a plan is at most {LARGEST_BATCH:,}, not {options.run.batch:,}: give a '
+            'smaller --batch'
+        )
     if not options.topology:
         raise UserError(f'no --topology is given: name one, such as {topologies.EXAMPLES}')
     if not 0 <= options.price < math.inf:

@@ -36,11 +36,13 @@ class Reconstruct:
         images: image files.
         model: model or tokenizer folder, hub id, or 'shipped'.
         out: folder of the reconstructions.
+        check: compare the weights with the SHA-256 that the model folder keeps.
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     model: str = SHIPPED
     out: Path = Path('reconstructed')
+    check: bool = True
 
 
 def main(words: Sequence[str]) -> int:
@@ -49,7 +51,7 @@ def main(words: Sequence[str]) -> int:
         raise UserError('there is no image: give the paths of some image files')
     files.check_folder(options.out)
     startup.start()
-    folder = models.read_tokenizer(options.model)
+    folder = models.read_tokenizer(options.model, options.check)
     images = [_load(path, folder.config.resolution) for path in options.images]
     reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
     grids = folder.config.grids

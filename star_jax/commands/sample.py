@@ -26,6 +26,7 @@ from star_jax.sampling import loading, pipeline, program
 from star_jax.sampling.sample_folder import SampleFolder
 
 NO_TEXT = ('Cc', 'Cs')  # categories of Unicode: control characters, surrogates
+OPEN = ('/dev/fd/', '/dev/stdin', '/proc/self/fd/')  # pipes that a shell has opened: `<(command)`
 MAX_CHARACTERS = 2_000  # of a prompt; text encoders read a few hundred at most
 COMMON = {'sampling': ('guidance', 'top-k', 'top-p', 'temperature')}
 
@@ -54,6 +55,7 @@ class Sample:
         buckets: pairs of the first and the last scale that share a program body: compiles faster,
             samples slower, the same images (none: chosen by platform).
         mesh: devices along each mesh axis, which split parameters and batches.
+        check: compare the weights with the SHA-256 that the model folder keeps.
         settings: how images are sampled.
     """
 
@@ -69,6 +71,7 @@ class Sample:
     cross_attention: CrossAttentionMode = 'as_trained'
     buckets: Buckets | None = None
     mesh: MeshShape = MeshShape(data=1)
+    check: bool = True
     settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
 
     def __post_init__(self) -> None:
@@ -86,7 +89,6 @@ def main(words: Sequence[str]) -> int:
     prompts = _prompts(options)
     files.check_folder(options.out)
     startup.start()
-    model = {'source': options.model, 'sha256': models.digest(options.model)}
     pipe = loading.load(
         options.model,
         text=options.text,
@@ -94,6 +96,7 @@ def main(words: Sequence[str]) -> int:
         mesh=options.mesh.build_on_first(),
         cross_attention=options.cross_attention,
         buckets=options.buckets,
+        check=options.check,
     )
     if options.classes and pipe.encoder.field != 'label':
         raise UserError(f'{options.model} samples from text and has no classes: give prompts')
@@ -101,7 +104,7 @@ def main(words: Sequence[str]) -> int:
         pipe.encoder.encode(prompts)  # refuses unknown classes before anything is written
     same = {
         'settings': dataclasses.asdict(options.settings),
-        'model': model,
+        'model': {'source': options.model, 'sha256': models.digest(options.model)},
         'text': pipe.encoder.reference(),
         'dtype': options.dtype,
         'cross_attention': options.cross_attention,
@@ -178,6 +181,8 @@ def _read_prompts(options: Sample) -> list[str]:
         return list(options.prompt)
     if options.prompt:
         raise UserError('prompts are given in quotes or in --prompts FILE: leave one out')
+    if not str(options.prompts).startswith(OPEN):
+        files.check_regular(options.prompts, files.MOST_TEXT)
     try:
         lines = options.prompts.read_text(encoding='utf-8-sig').splitlines()
     except OSError as error:

@@ -187,8 +187,14 @@ def _heads(specs: Specs, width: int, options: ModelOptions) -> int:
 
 def _count(specs: Specs, prefix: str) -> int:
     """The number of members `prefix.0.`, `prefix.1.`, ..."""
-    matches = (re.match(rf'{re.escape(prefix)}\.(\d+)\.', name) for name in specs)
-    return max((int(match[1]) for match in matches if match), default=-1) + 1
+    matches = (re.match(rf'{re.escape(prefix)}\.(\d{{1,9}})\.', name) for name in specs)
+    count = max((int(match[1]) for match in matches if match), default=-1) + 1
+    if count > len(specs):
+        raise UserError(
+            f'the file has a tensor of {prefix}.{count - 1} and only {len(specs):,} tensors in '
+            'all, so most of the others are missing'
+        )
+    return count
 
 
 def _require(specs: Specs, rank: int, *names: str) -> None:

@@ -1,147 +1,262 @@
 """Which state dicts does a published file contain?
 
-A file is safetensors, or `.pth`, which torch reads without executing anything. It holds the nested
-dict of a STAR trainer, or the flat state dict of a VAR, a STAR or a tokenizer (STAR specification
-10).
+A file is safetensors, or a file of torch. It is the state dict of a VAR, a STAR or a tokenizer, or
+nested dicts with some of them, such as the file of a STAR trainer (STAR specification 10) or of
+Lightning. A tensor that every model of a kind has identifies its state dict, whatever precedes its
+name: names of wrappers (`module.`) and the path in the file (`state_dict`, `model.`) are removed.
 """
 
-from collections.abc import Mapping
+import collections
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from star_jax.checkpoint.stored import StoredTensors, Tensors, TensorSpec
+from star_jax import files
+from star_jax.checkpoint import weights
+from star_jax.checkpoint.stored import StoredTensors, Tensors
+from star_jax.convert import torch_files
+from star_jax.convert.torch_files import TorchTensors
 from star_jax.errors import UserError
 
-SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
-TRAINER = 'trainer'
-TRANSFORMER, TOKENIZER = 'var_wo_ddp', 'vae_local'  # parts of a STAR trainer
+SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.tar', '.safetensors', '.index.json')
+INDEX = '.index.json'
 TOKENIZER_TENSOR = 'quantize.embedding.weight'  # identifies the state dict of a tokenizer
 TRANSFORMER_TENSOR = 'word_embed.weight'  # identifies the state dict of a transformer
-ZIP, PICKLE, TAR = b'PK\x03\x04', b'\x80', b'ustar'  # signatures of torch files, newest first
-TAR_OFFSET = 257  # of the tar signature, in bytes
+KINDS = {'transformer': TRANSFORMER_TENSOR, 'tokenizer': TOKENIZER_TENSOR}
+# Names that DistributedDataParallel, torch.compile, FSDP and activation checkpoints put into names.
+WRAPPERS = frozenset(
+    ('module', '_orig_mod', '_fsdp_wrapped_module', '_fpw_module', '_checkpoint_wrapped_module')
+)
+FLAT = '_flat_param'  # ending of the tensors of FSDP that contain many parameters
+EMA = re.compile(r'(?:.*[._])?ema(?:[._].*)?', re.IGNORECASE)
+SAFETENSORS_HEADER = 100_000_000  # most bytes of a header
+DEEPEST = 16  # most dicts inside each other
+EXPECTED = (
+    'expected the dict of a STAR trainer, or the state dict of a transformer or of a tokenizer'
+)
 
 
-class TorchTensors:
-    """The tensors of a state dict that torch maps into memory (`stored.Tensors`)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateDict:
+    """A state dict in a file.
 
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self._tensors = tensors
+    Attributes:
+        tensors: its tensors by their published names.
+        path: its dotted path in the file ('': it is the file).
+        wrappers: the names of wrappers that were removed.
+        others: paths of further state dicts of the same kind.
+    """
 
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return {
-            name: TensorSpec(tuple(x.shape), jnp.dtype(_type_name(x)))
-            for name, x in self._tensors.items()
-        }
-
-    def read(self, name: str, row: int | None = None) -> np.ndarray:
-        tensor = self._tensors[name] if row is None else self._tensors[name][row]
-        if _type_name(tensor) == 'bfloat16':  # numpy has no bfloat16
-            return tensor.view(dtype=_torch().int16).numpy().view(jnp.bfloat16)
-        return tensor.numpy()
+    tensors: Tensors
+    path: str = ''
+    wrappers: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
-def read(path: Path) -> dict[str, Tensors]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    """The content of a file.
+
+    Attributes:
+        parts: its state dicts under 'transformer', 'tokenizer', or both.
+        unused: where else it has tensors.
+    """
+
+    parts: Mapping[str, StateDict]
+    unused: tuple[str, ...]
+
+
+def is_file(source: str) -> bool:
+    """Whether a source names a published file, not a folder or a hub id."""
+    return os.path.isfile(source) or source.lower().endswith(SUFFIXES)
+
+
+def read(path: Path, part: str = '', *, required: bool = True) -> PublishedFile:
     """Reads the state dicts of a file.
 
-    Returns:
-        The tensors under 'transformer', 'tokenizer', or both.
+    Args:
+        path: the file, or the index of several safetensors files.
+        part: which one to take if the file has several of a kind: a word of its path ('': that of
+            an exponential moving average).
+        required: whether to refuse a file without `part`.
 
     Raises:
-        UserError: the file is missing, damaged or of another layout, contains more than tensors
-            and plain data, or needs torch, which is not installed.
+        UserError: the file is missing, damaged or of another layout, contains classes that are not
+            known to be harmless, or needs torch, which is not installed.
     """
-    if path.suffix == '.safetensors':
-        return _classify(StoredTensors([path]), path)
-    content = _load_torch(path)
-    if not isinstance(content, Mapping):
-        raise _layout_error(path, f'it holds a {type(content).__name__}')
-    if TRAINER not in content:
-        return _classify(TorchTensors(_tensors(content, path)), path)
-    trainer = content[TRAINER]
-    if not isinstance(trainer, Mapping) or TRANSFORMER not in trainer:
-        raise _layout_error(path, f'its {TRAINER!r} has no {TRANSFORMER!r}')
-    parts = {'transformer': TorchTensors(_tensors(trainer[TRANSFORMER], path))}
-    if trainer.get(TOKENIZER):
-        parts['tokenizer'] = TorchTensors(_tensors(trainer[TOKENIZER], path))
-    return parts
+    dicts = list(_dicts(path))
+    found = [candidate for tensors in dicts for candidate in _candidates(*tensors)]
+    if not found:
+        raise _layout_error(path, [name for _, tensors in dicts for name in tensors.names()])
+    if part and required and not any(each.has(part) for each in found):
+        raise UserError(f'{path} has no state dict {part!r}: it has {_paths(found)}')
+    by_kind = {kind: [each for each in found if each.kind == kind] for kind in KINDS}
+    chosen = {kind: _choose(some, part, path) for kind, some in by_kind.items() if some}
+    parts = {
+        kind: StateDict(
+            tensors=candidate.tensors.renamed(candidate.names),
+            path=candidate.path,
+            wrappers=candidate.wrappers,
+            others=tuple(each.path for each in by_kind[kind] if each is not candidate),
+        )
+        for kind, candidate in chosen.items()
+    }
+    return PublishedFile(parts=parts, unused=tuple(_unused(dicts, list(chosen.values()))))
 
 
-def _classify(tensors: Tensors, path: Path) -> dict[str, Tensors]:
-    """A flat state dict under the name of its part."""
-    names = tensors.specs()
-    if TOKENIZER_TENSOR in names:
-        return {'tokenizer': tensors}
-    if TRANSFORMER_TENSOR in names:
-        return {'transformer': tensors}
-    raise _layout_error(path, f'it has neither {TRANSFORMER_TENSOR} nor {TOKENIZER_TENSOR}')
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Candidate:
+    """A state dict in a dict of tensors.
+
+    Attributes:
+        kind: 'transformer' or 'tokenizer'.
+        path: dotted path in the file.
+        tensors: the tensors of the dict.
+        names: published names and those in the dict.
+        duplicates: published names that two tensors of the dict have.
+        wrappers: names of wrappers that were removed.
+    """
+
+    kind: str
+    path: str
+    tensors: Any
+    names: Mapping[str, str]
+    duplicates: tuple[str, ...]
+    wrappers: tuple[str, ...]
+
+    def has(self, part: str) -> bool:
+        """Whether `part` is its path or a word of it."""
+        return part in (self.path, *self.path.split('.'))
 
 
-def _layout_error(path: Path, flaw: str) -> UserError:
-    return UserError(
-        f'{path} is no published STAR, VAR or tokenizer file: {flaw}; expected the dict of a STAR '
-        f'trainer, or the state dict of a transformer or of a tokenizer'
-    )
-
-
-def _tensors(content: Any, path: Path) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise _layout_error(path, f'instead of a state dict it has a {type(content).__name__}')
-    others = [name for name, value in content.items() if not hasattr(value, 'numpy')]
-    if others:
-        raise _layout_error(path, f'{others[0]!r} is no tensor')
-    return content
-
-
-def _load_torch(path: Path) -> Any:
-    """The content of a torch file, mapped into memory if its format allows that."""
-    if not path.is_file():
-        raise UserError(f'{path}: there is no such file')
-    _check_signature(path)
-    torch = _torch()
-    for mapped in (True, False):
-        try:
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
-        except (RuntimeError, ValueError, EOFError, OSError) as error:
-            if not mapped:
-                reason = str(error).partition('\n')[0]
-                raise UserError(
-                    f'{path}: the file is damaged or was cut short ({reason})'
-                ) from error
-        except Exception as error:  # pickle.UnpicklingError, without importing pickle
-            raise UserError(
-                f'{path} holds more than tensors and plain data, which could execute code, so it '
-                'is not opened: save its state dict as safetensors'
-            ) from error
-    raise AssertionError
-
-
-def _check_signature(path: Path) -> None:
-    """Raises UserError for a file that torch did not write, such as a failed download."""
-    try:
-        with path.open('rb') as file:
-            head = file.read(TAR_OFFSET + len(TAR))
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
-    if not (head.startswith((ZIP, PICKLE)) or head[TAR_OFFSET:] == TAR):
+def _dicts(path: Path) -> Iterator[tuple[str, Any]]:
+    """The dotted path and the tensors of every dict in a file."""
+    if path.name.lower().endswith(INDEX):
+        whole = path.with_name(path.name[: -len(INDEX)])
+        yield '', StoredTensors(weights.paths(whole))
+        return
+    head = _head(path)
+    length = int.from_bytes(head[:8], 'little')
+    is_safetensors = head[8:9] == b'{' and length <= SAFETENSORS_HEADER
+    is_torch = torch_files.is_torch(head)
+    if is_safetensors or (path.suffix.lower() == '.safetensors' and not is_torch):
+        yield '', StoredTensors([path])
+        return
+    if not is_torch:
         raise UserError(
             f'{path} is no file of torch, or the download failed (a git-lfs pointer, a web page): '
             'fetch it again'
         )
+    content = torch_files.load(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f'{_not_published(path)}: it holds a {type(content).__name__}; {EXPECTED}')
+    seen: set[int] = set()
+    pending = [((), content)]
+    while pending:
+        keys, inner = pending.pop()
+        if id(inner) in seen or len(keys) > DEEPEST:
+            continue
+        seen.add(id(inner))
+        named = [(str(key), value) for key, value in inner.items()]
+        if tensors := {name: value for name, value in named if torch_files.is_tensor(value)}:
+            yield '.'.join(keys), TorchTensors(tensors)
+        pending += [((*keys, name), x) for name, x in named[::-1] if isinstance(x, Mapping)]
 
 
-def _torch() -> Any:
+def _head(path: Path) -> bytes:
+    """The first bytes of a file. Raises UserError if it cannot be read."""
+    files.check_regular(path)
     try:
-        import torch  # an optional extra, and slow to import
-    except ImportError as error:
+        with path.open('rb') as file:
+            return file.read(torch_files.HEAD)
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: there is no such file') from error
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+
+
+def _candidates(path: str, tensors: Any) -> Iterator[_Candidate]:
+    """The state dicts among the tensors of one dict."""
+    names = tensors.names()
+    plain = {name: _without_wrappers(name) for name in names}
+    found = {
+        (kind, name.removesuffix(tensor))
+        for name in plain.values()
+        for kind, tensor in KINDS.items()
+        if name == tensor or name.endswith(f'.{tensor}')
+    }
+    prefixes = sorted({prefix for _, prefix in found}, key=len, reverse=True)
+    # A tensor belongs to the longest of the prefixes of its name.
+    owner = {n: next((p for p in prefixes if plain[n].startswith(p)), None) for n in names}
+    for kind, prefix in sorted(found):
+        mine = [name for name in names if owner[name] == prefix]
+        short = [plain[name].removeprefix(prefix) for name in mine]
+        removed = (word for name in mine for word in name.split('.') if word in WRAPPERS)
+        yield _Candidate(
+            kind=kind,
+            path='.'.join(filter(None, [path, prefix.removesuffix('.')])),
+            tensors=tensors,
+            names=dict(zip(short, mine, strict=True)),
+            duplicates=tuple(name for name, n in collections.Counter(short).items() if n > 1),
+            wrappers=tuple(dict.fromkeys(removed)),
+        )
+
+
+def _choose(found: Sequence[_Candidate], part: str, path: Path) -> _Candidate:
+    """The state dict to take among those of a kind."""
+    asked = [each for each in found if part and each.has(part)]
+    averaged = [each for each in found if EMA.fullmatch(each.path)]
+    choice = next((some for some in (asked, found, averaged) if len(some) == 1), None)
+    if choice is None or len(asked) > 1:
         raise UserError(
-            'reading a .pth file needs torch: run `pip install torch`, or save the state dict of '
-            'the file as safetensors on another machine'
-        ) from error
-    return torch
+            f'{path} has several state dicts of a {found[0].kind} ({_paths(asked or found)}): '
+            'choose one with --part NAME'
+        )
+    if flaws := choice[0].duplicates:
+        raise UserError(
+            f'{path} has two tensors {flaws[0]}, with and without the names of wrappers: save the '
+            'state dict of one model'
+        )
+    return choice[0]
 
 
-def _type_name(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix('torch.')
+def _unused(dicts: Sequence[tuple[str, Any]], chosen: Sequence[_Candidate]) -> list[str]:
+    """Where the tensors are that no chosen state dict has."""
+    used = {(id(each.tensors), name) for each in chosen for name in each.names.values()}
+    left = (
+        f'{path}.{_without_wrappers(name)}'.lstrip('.')
+        for path, tensors in dicts
+        for name in tensors.names()
+        if (id(tensors), name) not in used
+    )
+    heads = {word for each in chosen for word in each.path.split('.')}
+    return list(dict.fromkeys(_head_of(name, heads) for name in left))
+
+
+def _head_of(name: str, heads: set[str]) -> str:
+    """The first words of a name, up to the first that is none of `heads`."""
+    words = name.split('.')
+    more = next((n for n, word in enumerate(words) if word not in heads), len(words) - 1)
+    return '.'.join(words[: more + 1])
+
+
+def _paths(found: Sequence[_Candidate]) -> str:
+    return ', '.join(each.path or 'the file itself' for each in found)
+
+
+def _without_wrappers(name: str) -> str:
+    return '.'.join(word for word in name.split('.') if word not in WRAPPERS)
+
+
+def _not_published(path: Path) -> str:
+    return f'{path} is no published STAR, VAR or tokenizer file'
+
+
+def _layout_error(path: Path, names: Sequence[str]) -> UserError:
+    flaw = f'it has neither {TRANSFORMER_TENSOR} nor {TOKENIZER_TENSOR}'
+    if any(name.endswith(FLAT) for name in names):
+        flaw = 'it holds flat parameters of FSDP: save a full state dict'
+    return UserError(f'{_not_published(path)}: {flaw}; {EXPECTED}')

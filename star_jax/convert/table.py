@@ -1,14 +1,16 @@
 """Which tensors must a state dict have, and how is it converted without loading all of it?"""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
 from star_jax.checkpoint import weights
-from star_jax.checkpoint.stored import StreamedArray, Tensors, TensorSpec
+from star_jax.checkpoint.stored import StreamedArray, Tensors, TensorSpec, is_finite
 from star_jax.convert.buffers import Buffers, star_buffers, var_buffers
 from star_jax.convert.entries import Entry
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
@@ -17,6 +19,8 @@ from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.protocols import Family
 from star_jax.tokenizers.residual_vq import VQ
+
+BFLOAT16 = jnp.dtype('bfloat16')  # represents all values of the 8 bit floats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,8 @@ class ConversionTable:
         """Checks names, shapes and types of the tensors, and the values of buffers.
 
         Raises:
-            UserError: names tensors that are missing, unknown or of another shape, layers of
-                different types, or a buffer with other values.
+            UserError: names tensors that are missing, unknown or of another shape, or a buffer
+                with other values.
         """
         specs = tensors.specs()
         expected = {
@@ -73,15 +77,6 @@ class ConversionTable:
         parameters = {name: spec for name, spec in specs.items() if name not in skipped}
         if flaws := weights.mismatches(parameters, expected, weights.fits):
             raise UserError(f'{where}: the tensors do not fit the inferred config: {flaws}')
-        first_layer: dict[str, str] = {}
-        for entry in self.entries:
-            name = entry.torch_name
-            first = first_layer.setdefault(entry.param_name, name)
-            if specs[first].dtype != specs[name].dtype:
-                raise UserError(
-                    f'{where}: {first} is {specs[first].dtype} and {name} is {specs[name].dtype}, '
-                    'but all layers are stored in one type: save them in the same type'
-                )
         for name in self.buffers.keys() & specs.keys():
             if not np.array_equal(tensors.read(name), self.buffers[name]()):
                 raise UserError(
@@ -89,35 +84,78 @@ class ConversionTable:
                     'file is for another computation than the published one'
                 )
 
-    def params(self, tensors: Tensors) -> dict[str, Any]:
-        """The parameters, each read and converted only when it is written."""
+    def params(self, tensors: Tensors, not_finite: list[str]) -> dict[str, Any]:
+        """The parameters, each read and converted only when it is written.
+
+        The layers of a parameter are stored in one type, which represents all values of theirs.
+
+        Args:
+            tensors: the published tensors.
+            not_finite: to this list, names of tensors with NaN or infinite values are appended
+                while they are read.
+        """
         specs, entries = tensors.specs(), {}
         for entry in self.entries:
             entries.setdefault(entry.param_name, []).append(entry)
-        flat = {
-            name: StreamedArray(
-                self.abstract[name].shape, specs[rows[0].torch_name].dtype, _stream(tensors, rows)
-            )
-            for name, rows in entries.items()
-        }
+        flat = {}
+        for name, rows in entries.items():
+            dtype = _common_dtype({specs[entry.torch_name].dtype for entry in rows})
+            parts = _stream(tensors, rows, dtype, not_finite)
+            flat[name] = StreamedArray(self.abstract[name].shape, dtype, parts)
         return weights.unflatten(flat)
 
-    def state(self, params: Tensors) -> dict[str, Any]:
-        """The published tensors, each read and converted only when it is written."""
-        specs = params.specs()
-        buffers = {name: make() for name, make in self.buffers.items()}
-        return buffers | {
-            entry.torch_name: StreamedArray(
-                self.shape(entry), specs[entry.param_name].dtype, _stream_back(params, entry)
-            )
+    def converted_types(self, tensors: Tensors, params: Mapping[str, Any]) -> dict[str, str]:
+        """The types of the tensors that are stored in another one, by published name."""
+        specs, flat = tensors.specs(), weights.flatten(params)
+        return {
+            entry.torch_name: specs[entry.torch_name].dtype.name
             for entry in self.entries
+            if specs[entry.torch_name].dtype != flat[entry.param_name].dtype
         }
 
+    def state(self, params: Tensors, types: Mapping[str, str]) -> dict[str, Any]:
+        """The published tensors, each read and converted only when it is written.
 
-def _stream(tensors: Tensors, entries: Sequence[Entry]) -> Callable[[], Iterable[np.ndarray]]:
+        Args:
+            params: the parameters.
+            types: the result of `converted_types`.
+        """
+        specs = params.specs()
+        state: dict[str, Any] = {name: make() for name, make in self.buffers.items()}
+        for entry in self.entries:
+            name = entry.torch_name
+            dtype = jnp.dtype(types.get(name, specs[entry.param_name].dtype))
+            parts = _stream_back(params, entry, dtype)
+            state[name] = StreamedArray(self.shape(entry), dtype, parts)
+        return state
+
+
+def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest type beside the 8 bit ones that represents all values of `dtypes`."""
+    wide = [BFLOAT16 if dtype.itemsize == 1 else dtype for dtype in dtypes]
+    return functools.reduce(jnp.promote_types, wide)
+
+
+def _stream(
+    tensors: Tensors, entries: Sequence[Entry], dtype: np.dtype, not_finite: list[str]
+) -> Callable[[], Iterable[np.ndarray]]:
     ordered = sorted(entries, key=lambda entry: entry.row or 0)
-    return lambda: (entry.to_param(tensors.read(entry.torch_name)) for entry in ordered)
+
+    def parts() -> Iterator[np.ndarray]:
+        for entry in ordered:
+            array = tensors.read(entry.torch_name)
+            if not is_finite(array):
+                not_finite.append(entry.torch_name)
+            yield entry.to_param(array).astype(dtype, copy=False)
+
+    return parts
 
 
-def _stream_back(params: Tensors, entry: Entry) -> Callable[[], Iterable[np.ndarray]]:
-    return lambda: [entry.to_torch(params.read(entry.param_name, entry.row))]
+def _stream_back(
+    params: Tensors, entry: Entry, dtype: np.dtype
+) -> Callable[[], Iterable[np.ndarray]]:
+    def parts() -> Iterator[np.ndarray]:
+        array = entry.to_torch(params.read(entry.param_name, entry.row))
+        yield array.astype(dtype, copy=False)
+
+    return parts

@@ -6,6 +6,7 @@ from the sizes, or ignored for a known reason. The folder keeps ignored tensors 
 """
 
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +15,17 @@ from typing import Any
 
 from star_jax import files
 from star_jax.checkpoint import folder, models, weights
-from star_jax.checkpoint.stored import StoredTensors, StreamedArray, Tensors, TensorSpec, write
+from star_jax.checkpoint.stored import (
+    NAMES,
+    StoredTensors,
+    StreamedArray,
+    Tensors,
+    TensorSpec,
+    write,
+)
 from star_jax.convert import infer, published
 from star_jax.convert.infer import ModelOptions
+from star_jax.convert.published import StateDict
 from star_jax.convert.table import ConversionTable
 from star_jax.core.schedule import Grids
 from star_jax.core.settings import Settings, StableSettings
@@ -28,6 +37,7 @@ from star_jax.text.encoder_folder import CONFIG, INDEX, absolute_source, locate
 from star_jax.tokenizers.residual_vq import VQ
 
 QUANTISER = 'quantize.'  # prefix of the ignored tensors of a tokenizer
+TYPES = 'types'  # metadata: the types of tensors that are stored in another one
 PHIS = 'phis'  # metadata of `ignored.safetensors`: the file's name of the first phi kernel
 STATE = 'state_dict.safetensors'
 OUT = {'transformer': f'transformer.{STATE}', 'tokenizer': f'tokenizer.{STATE}'}
@@ -47,18 +57,47 @@ class TextSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which weights of a file are converted.
+
+    Attributes:
+        part: which state dict to take of several of a kind (see `published.read`).
+        allow_nonfinite: accept NaN and infinite weights.
+        check: compare the tokenizer's model folder with the SHA-256 that it keeps.
+    """
+
+    part: str = ''
+    allow_nonfinite: bool = False
+    check: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
     """A published state dict whose tensors passed the check of its table.
 
     Attributes:
         config: the inferred config.
         table: the conversion table of the config.
-        tensors: the published tensors.
+        source: the state dict.
+        params: the parameters, each read when it is written.
+        not_finite: names of tensors with NaN or infinite values, once all are written.
+        where: the file.
     """
 
     config: Family | VQ
     table: ConversionTable
-    tensors: Tensors
+    source: StateDict
+    params: Mapping[str, Any]
+    not_finite: list[str]
+    where: str
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.source.tensors
+
+    @property
+    def converted_types(self) -> dict[str, str]:
+        return self.table.converted_types(self.tensors, self.params)
 
     @property
     def ignored(self) -> dict[str, StreamedArray]:
@@ -78,7 +117,8 @@ def to_folder(
     options: ModelOptions,
     tokenizer: str = '',
     text: TextSource | None = None,
-) -> dict[str, Part]:
+    selection: Selection = Selection(),
+) -> tuple[dict[str, Part], tuple[str, ...]]:
     """Converts a published file to a model folder.
 
     Args:
@@ -87,23 +127,27 @@ def to_folder(
         options: fields of the config that the file does not contain.
         tokenizer: published file or model folder of the tokenizer, for files without one.
         text: the text encoder, if the model has one.
+        selection: which weights are converted.
 
     Returns:
-        The parts of the file by name: 'transformer', 'tokenizer', or both.
+        The parts of the file by name ('transformer', 'tokenizer', or both), and where else it has
+        tensors.
 
     Raises:
-        UserError: a file is no published model, or the folder cannot be written.
+        UserError: a file is no published model, has weights that are not finite, or the folder
+            cannot be written.
     """
     folder.check_free(out)
-    state_dicts = published.read(file)
+    source = published.read(file, selection.part)
+    state_dicts = dict(source.parts)
     image_tokenizer = ignored_file = None
-    if tokenizer and Path(tokenizer).suffix in published.SUFFIXES:
-        tokenizer_file = published.read(Path(tokenizer))
-        if 'tokenizer' not in tokenizer_file:
+    if tokenizer and published.is_file(tokenizer):
+        other = published.read(Path(tokenizer), selection.part, required=False)
+        if 'tokenizer' not in other.parts:
             raise UserError(f'{tokenizer} holds no tokenizer')
-        state_dicts |= {'tokenizer': tokenizer_file['tokenizer']}
+        state_dicts |= {'tokenizer': other.parts['tokenizer']}
     elif tokenizer:
-        image_tokenizer = models.read_tokenizer(tokenizer)
+        image_tokenizer = models.read_tokenizer(tokenizer, selection.check)
         ignored_file = folder.find(tokenizer) / folder.IGNORED
     parts, grids = {}, ()
     if 'transformer' in state_dicts:
@@ -123,38 +167,52 @@ def to_folder(
         content = _model(parts['transformer'], image_tokenizer, text, str(file))
 
     def fill(new: Path) -> None:
+        if not selection.allow_nonfinite:
+            _refuse_nonfinite(parts.values())
         _write_ignored(new / folder.IGNORED, parts.values(), ignored_file)
         if text and text.inside:
             _copy_text(text.source, new / folder.TEXT)
 
     with files.writing(out):
-        folder.write(out, content, fill)
-    return parts
+        folder.write(out, content, fill, allow_nonfinite=True)  # `fill` has refused them
+    return parts, source.unused
 
 
-def to_files(model_folder: Path, out: Path) -> list[Path]:
+def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
     """Converts a model folder to state dicts with the published names, in the folder `out`.
+
+    Args:
+        model_folder: the model folder.
+        out: the folder of the files.
+        check: compare the weights with the SHA-256 that the model folder keeps.
 
     Returns:
         The written files.
 
     Raises:
-        UserError: there is no model folder, or it cannot be read.
+        UserError: there is no model folder, it cannot be read, or its weights changed.
     """
     files.check_folder(out)
+    with models.verifying(model_folder, check):
+        return _to_files(model_folder, out)
+
+
+def _to_files(model_folder: Path, out: Path) -> list[Path]:
     alone = folder.has_only_tokenizer(model_folder)
     load = _open
     model = None if alone else folder.read(model_folder, load)
     tokenizer = model.tokenizer if model else folder.read_tokenizer(model_folder, load)
     path = model_folder / folder.IGNORED
     ignored = StoredTensors([path]) if path.exists() else None
-    names = [weights.read_metadata(path).get(PHIS, '')] if ignored else []
+    metadata = weights.read_metadata(path) if ignored else {}
+    names = [metadata.get(PHIS, '')] if ignored else []
     written = []
     for name, part in {'transformer': model, 'tokenizer': tokenizer}.items():
         if part is None:
             continue
         table = ConversionTable.from_config(part.config, _phi_names(names, part.config))
-        state = table.state(_checked(part.params, table, model_folder / f'{name}'))
+        params = _checked(part.params, table, model_folder / f'{name}')
+        state = table.state(params, _types(metadata, name, path))
         if ignored:
             state |= _ignored_of(ignored, of_tokenizer=name == 'tokenizer')
         written.append(out / OUT[name])
@@ -164,9 +222,10 @@ def to_files(model_folder: Path, out: Path) -> list[Path]:
     return written
 
 
-def _part(tensors: Tensors, options: ModelOptions, where: str, grids: Grids = ()) -> Part:
-    specs = tensors.specs()
+def _part(source: StateDict, options: ModelOptions, where: str, grids: Grids = ()) -> Part:
+    tensors, not_finite = source.tensors, []
     try:
+        specs = tensors.specs()
         if published.TOKENIZER_TENSOR in specs:
             config = infer.tokenizer(specs, options, grids)
         else:
@@ -175,11 +234,29 @@ def _part(tensors: Tensors, options: ModelOptions, where: str, grids: Grids = ()
         raise UserError(f'{where}: {error}') from error
     table = ConversionTable.from_config(config, specs)
     table.check(tensors, where)
-    return Part(config=config, table=table, tensors=tensors)
+    return Part(
+        config=config,
+        table=table,
+        source=source,
+        params=table.params(tensors, not_finite),
+        not_finite=not_finite,
+        where=where,
+    )
+
+
+def _refuse_nonfinite(parts: Iterable[Part]) -> None:
+    """Raises UserError if the parts, which have been read, have weights that are not finite."""
+    for part in parts:
+        if part.not_finite:
+            raise UserError(
+                f'{part.where}: NaN or infinite weights ({weights.listed(part.not_finite)}), of '
+                'which no model makes images: get another file, or convert it as it is with '
+                '--allow-nonfinite'
+            )
 
 
 def _tokenizer(part: Part) -> folder.StoredTokenizer:
-    return folder.StoredTokenizer(config=part.config, params=part.table.params(part.tensors))
+    return folder.StoredTokenizer(config=part.config, params=part.params)
 
 
 def _model(
@@ -192,7 +269,7 @@ def _model(
         raise UserError(f'{where} is a class-conditional model and reads no text: leave --text out')
     return folder.StoredModel(
         config=part.config,
-        params=part.table.params(part.tensors),
+        params=part.params,
         tokenizer=dataclasses.replace(tokenizer, config=tokenizer.config.at(part.config.schedule)),
         text=_reference(text) if text else None,
         sampling=_published_sampling(part.config),
@@ -224,17 +301,32 @@ def _copy_text(source: str, to: Path) -> None:
 
 def _write_ignored(path: Path, parts: Iterable[Part], earlier: Path | None) -> None:
     """Writes the ignored tensors of the parts and those of the tokenizer's folder in `earlier`."""
-    ignored, phis = {}, {}
+    ignored, notes = {}, {}
     if earlier and earlier.exists():
         ignored = _ignored_of(StoredTensors([earlier]), of_tokenizer=True)
-        phis = weights.read_metadata(earlier)
+        notes = {k: v for k, v in weights.read_metadata(earlier).items() if 'transformer' not in k}
     for part in parts:
         ignored |= part.ignored
         if isinstance(part.config, VQ):
             kernels = (e for e in part.table.entries if e.param_name == 'quantiser/phi_kernel')
-            phis = {PHIS: next(kernels).torch_name}
-    if ignored or phis:
-        write(path, ignored, phis)
+            notes |= {PHIS: next(kernels).torch_name}
+        if types := part.converted_types:
+            name = 'tokenizer' if isinstance(part.config, VQ) else 'transformer'
+            notes |= {f'{TYPES} of the {name}': json.dumps(types)}
+    if ignored or notes:
+        write(path, ignored, notes)
+
+
+def _types(metadata: Mapping[str, str], name: str, path: Path) -> dict[str, str]:
+    """The types that the tensors of a part had in its file, where they differ."""
+    text = metadata.get(f'{TYPES} of the {name}', '{}')
+    try:
+        types = json.loads(text)
+        if NAMES.keys() >= set(types.values()):
+            return types
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        pass
+    raise UserError(f'{path}: its metadata name no types of tensors: convert the file again')
 
 
 def _phi_names(first: Sequence[str], config: Family | VQ) -> list[str]:

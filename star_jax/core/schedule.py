@@ -20,6 +20,7 @@ from star_jax.core.visibility import StaticVisibility
 from star_jax.errors import UserError
 
 MOST_TOKENS = 2**20  # of one image: a hundred times as many as at 1024 px
+MOST_SCALES = 128  # of a pyramid, ten times as many as at 1024 px: each is traced on its own
 
 Grids = tuple[tuple[int, int], ...]  # (height, width) of every scale, in tokens
 
@@ -210,6 +211,11 @@ class Pyramid(Schedule):
     reference: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        if len(self.grids) > MOST_SCALES:
+            raise ValueError(
+                f'a pyramid of {len(self.grids):,} scales is too long, expected at most '
+                f'{MOST_SCALES}: give fewer sides'
+            )
         if not self.grids or any(h < 1 or w < 1 for h, w in self.grids):
             raise ValueError(f'a pyramid needs grids of at least 1 x 1, not {self.grids}')
         for (h, w), (next_h, next_w) in itertools.pairwise(self.grids):
@@ -272,6 +278,11 @@ class Raster(Schedule):
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.prefix) < 1:
             raise ValueError(f'a raster needs positive height, width and prefix, not {self}')
+        if self.height * self.width + self.prefix > MOST_TOKENS:
+            raise ValueError(
+                f'a raster of {self.height:,} x {self.width:,} tokens after {self.prefix:,} rows '
+                f'is too long, expected at most {MOST_TOKENS:,}'
+            )
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:

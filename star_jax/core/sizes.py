@@ -1,11 +1,13 @@
 """How large may a part of a network be?"""
 
+MOST_LAYERS = 1024  # of parts that are traced one by one
+LARGEST_BATCH = 2**20  # images of a batch
 LARGEST = 2**20  # larger than any size in use, and the product of three fits 64 bits
 
 
-def check_sizes(**sizes: float | tuple[float, ...]) -> None:
-    """Raises a ValueError that names the first size, or tuple of sizes, outside [1, LARGEST]."""
+def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None:
+    """Raises a ValueError that names the first size, or a size of a tuple, outside [1, most]."""
     for name, size in sizes.items():
-        values = size if isinstance(size, tuple) else (size,)
-        if not all(1 <= value <= LARGEST for value in values):
-            raise ValueError(f'{name} must lie in [1, {LARGEST}], not {size}')
+        for value in size if isinstance(size, tuple) else (size,):
+            if not 1 <= value <= most:
+                raise ValueError(f'{name} must lie in [1, {most}], not {value}')

@@ -96,6 +96,8 @@ def _decoded(path: Path, target: int) -> Iterator[tuple[Image.Image, int]]:
         path: the file.
         target: longer side in pixels for which the image is decoded.
     """
+    if path.exists() and not path.is_file():  # reading a pipe or a device may not end
+        raise UnfitError(UNREADABLE, 'it is no regular file')
     try:
         with path.open('rb') as file:
             image = _open(file)

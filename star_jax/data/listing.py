@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from star_jax import files
 from star_jax.data import image_files
 from star_jax.data.image_files import UnfitError
 from star_jax.errors import UserError
@@ -127,6 +128,7 @@ def _unreadable(path: str | Path, error: OSError) -> UserError:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The numbers and bytes of the lines of a list that are not empty."""
+    files.check_regular(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -176,6 +178,8 @@ def _text_file_captions(root: Path, name: str | None) -> list[str]:
     """The captions in the text file of an image."""
     if name is None:
         raise UnfitError(NO_CAPTION, f'it is in no list and has no {TEXT_SUFFIX} file beside it')
+    if (root / name).exists() and not (root / name).is_file():
+        raise UnfitError(NO_CAPTION, f'{name} is no regular file')
     try:
         data = (root / name).read_bytes()
     except OSError as error:

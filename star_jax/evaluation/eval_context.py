@@ -68,6 +68,8 @@ class EvalOptions:
 class EvalContext:
     """The loaded tokenizer and model, and the groups of images to evaluate them on.
 
+    `check` is whether weights are compared with the SHA-256 that the model folder keeps.
+
     Attributes:
         options: what is evaluated.
         model: the stored model, or None if the folder holds only a tokenizer.
@@ -79,13 +81,13 @@ class EvalContext:
         UserError: a folder or dataset that cannot be read, or a model of classes.
     """
 
-    def __init__(self, options: EvalOptions, track: TrackProgress) -> None:
+    def __init__(self, options: EvalOptions, track: TrackProgress, check: bool = True) -> None:
         self.options = options
         if models.has_only_tokenizer(options.model):
-            self.model, tokenizer = None, models.read_tokenizer(options.model)
+            self.model, tokenizer = None, models.read_tokenizer(options.model, check)
             schedule = tokenizer.config.schedule
         else:
-            self.model = _read_text_model(options)
+            self.model = _read_text_model(options, check)
             tokenizer, schedule = self.model.tokenizer, self.model.config.schedule
         self.tokenizer = dataclasses.replace(tokenizer, config=tokenizer.config.at(schedule))
         self.resolution = self.tokenizer.config.resolution
@@ -121,9 +123,10 @@ class EvalContext:
         return collected
 
 
-def _read_text_model(options: EvalOptions) -> StoredModel:
+def _read_text_model(options: EvalOptions, check: bool) -> StoredModel:
     """The model, with the cross-attention of the options. Raises UserError for one of classes."""
-    model = loading.with_cross_attention(models.read(options.model), options.cross_attention)
+    model = models.read(options.model, check)
+    model = loading.with_cross_attention(model, options.cross_attention)
     if not model.config.text_width:
         raise UserError(
             f'{options.model} samples from classes, and evaluation needs captions: expected a '

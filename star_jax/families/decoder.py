@@ -38,6 +38,8 @@ class Decoder(Family):
     def __post_init__(self) -> None:
         check_sizes(depth=self.depth, width=self.width, heads=self.heads)
         check_sizes(codes=self.codes, channels=self.channels)
+        if self.codes < 2:
+            raise ValueError('codes must be at least 2, or there is nothing to predict, not 1')
         check_sizes(**{'mlp_ratio times width': self.mlp_ratio * self.width})
         if self.width % self.heads:
             raise ValueError(f'width {self.width} does not divide into {self.heads} heads')

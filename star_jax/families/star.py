@@ -42,6 +42,7 @@ class Refinement:
             raise ValueError(
                 f'a refinement needs a first scale and blocks of at least 1, not {self}'
             )
+        check_sizes(first=self.first, blocks=self.blocks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ def load(
     mesh: Mesh | None = None,
     cross_attention: CrossAttentionMode = 'as_trained',
     buckets: Buckets | None = None,
+    check: bool = True,
 ) -> Pipeline:
     """Loads a pipeline.
 
@@ -33,13 +34,15 @@ def load(
             row of an image attends to the text of its prompted row.
         buckets: the first and the last of scales that share a part of the program (by default
             those that suit the platform): equal images, faster to compile, slower to run.
+        check: compare the weights with the SHA-256 that the model folder keeps.
 
     Raises:
-        UserError: a folder that cannot be read, a text encoder that the model was not trained with,
-            or invalid buckets.
+        UserError: a folder that cannot be read, weights that changed since it was written, a text
+            encoder that the model was not trained with, or invalid buckets.
     """
-    model = with_cross_attention(models.read(source), cross_attention)
-    return prepare(model, str(source), text=text, dtype=dtype, mesh=mesh, buckets=buckets)
+    with models.reading(source, check) as model:  # checked while it is put on the devices
+        model = with_cross_attention(model, cross_attention)
+        return prepare(model, str(source), text=text, dtype=dtype, mesh=mesh, buckets=buckets)
 
 
 def prepare(

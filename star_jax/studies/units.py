@@ -74,9 +74,24 @@ def load(path: Path) -> Study:
     if path.suffix != '.py':
         raise UserError(f"{path}: expected a .py file that defines 'study'")
     study = config.load_run(path, name='study')
-    if not hasattr(study, 'units'):
+    if not _is_study(study):
         raise UserError(f"{path}: 'study' is a {type(study).__name__}, expected a study")
     return study
+
+
+def _is_study(study: object) -> bool:
+    """Whether an object of a Python file, which may be of any class, has units."""
+    try:
+        units = list(study.units)
+        return all(
+            files.is_file_name(unit.name)
+            and isinstance(unit.result_class, type)
+            and callable(unit.measure)
+            and callable(unit.failed)
+            for unit in units
+        )
+    except Exception:
+        return False
 
 
 def run(

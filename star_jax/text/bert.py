@@ -82,7 +82,7 @@ def build_tower(config: Mapping) -> Tower:
         positions=hf_config.size(config, 'max_position_embeddings', 512),
         types=hf_config.size(config, 'type_vocab_size', 2),
         width=width,
-        depth=hf_config.size(config, 'num_hidden_layers', 12),
+        depth=hf_config.depth(config, 'num_hidden_layers', 12),
         heads=hf_config.num_heads(config, width, 12),
         mlp=hf_config.size(config, 'intermediate_size', 3072),
         eps=hf_config.epsilon(config, 'layer_norm_eps', 1e-12),

@@ -81,7 +81,7 @@ def build_tower(config: Mapping) -> Tower:
         vocab=hf_config.size(config, 'vocab_size', 49408),
         positions=hf_config.size(config, 'max_position_embeddings', 77),
         width=width,
-        depth=hf_config.size(config, 'num_hidden_layers', 12),
+        depth=hf_config.depth(config, 'num_hidden_layers', 12),
         heads=hf_config.num_heads(config, width, 8),
         mlp=hf_config.size(config, 'intermediate_size', 2048),
         eps=hf_config.epsilon(config, 'layer_norm_eps', 1e-5),

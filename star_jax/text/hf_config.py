@@ -7,7 +7,7 @@ field raises `UserError` for an invalid value.
 from collections.abc import Mapping
 from typing import Any
 
-from star_jax.core.sizes import LARGEST
+from star_jax.core.sizes import LARGEST, MOST_LAYERS
 from star_jax.errors import UserError
 
 # The sizes of encoders of published models, by the width of their states, for plans and benchmarks
@@ -47,6 +47,16 @@ def size(config: Mapping, name: str, default: int) -> int:
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise UserError(
             f'{name} is {value!r} in the text encoder; expected a whole number in [1, {LARGEST}].'
+        )
+    return value
+
+
+def depth(config: Mapping, name: str, default: int) -> int:
+    """A field that is a number of layers."""
+    value = size(config, name, default)
+    if value > MOST_LAYERS:
+        raise UserError(
+            f'{name} is {value:,} in the text encoder; expected at most {MOST_LAYERS:,} layers.'
         )
     return value
 

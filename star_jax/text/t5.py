@@ -164,7 +164,7 @@ def build_tower(config: Mapping) -> Tower:
     module = T5(
         vocab=hf_config.size(config, 'vocab_size', 32128),
         width=hf_config.size(config, 'd_model', 512),
-        depth=hf_config.size(config, 'num_layers', 6),
+        depth=hf_config.depth(config, 'num_layers', 6),
         heads=hf_config.size(config, 'num_heads', 8),
         head_width=hf_config.size(config, 'd_kv', 64),
         eps=hf_config.epsilon(config, 'layer_norm_epsilon', 1e-6),

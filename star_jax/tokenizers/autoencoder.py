@@ -15,6 +15,8 @@ from flax import linen as nn
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 
+MOST_BLOCKS = 32  # of a level: each is traced on its own
+MOST_LEVELS = 16  # each halves the image
 ZEROS = nn.initializers.zeros  # residual branches start as the identity
 
 
@@ -43,10 +45,17 @@ class Autoencoder:
     latent: int = 0
 
     def __post_init__(self) -> None:
-        check_sizes(width=self.width, blocks=self.blocks, groups=self.groups, stem=self.stem)
+        check_sizes(width=self.width, groups=self.groups, stem=self.stem)
+        check_sizes(MOST_BLOCKS, blocks=self.blocks)
+        if len(self.multipliers) > MOST_LEVELS:
+            raise ValueError(
+                f'an autoencoder of {len(self.multipliers):,} multipliers has too many levels, '
+                f'expected at most {MOST_LEVELS}'
+            )
         check_sizes(multipliers=self.multipliers, widths=self.widths)
         if self.latent < 0:
             raise ValueError(f'latent must not be negative (0: the codebook), not {self.latent}')
+        check_sizes(latent=self.latent or 1)
         if not self.multipliers:
             raise ValueError('an autoencoder needs at least one of the multipliers of its width')
         if self.width % self.groups:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from star_jax.core.schedule import Grids
 from star_jax.core.settings import Dtype, Settings
+from star_jax.core.sizes import MOST_LAYERS
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
@@ -236,8 +237,10 @@ class Run:
                 f'enlarge {self.enlarge} crops an image anew each time, and a cache holds one '
                 'encoding of each image: leave out one of the two'
             )
-        if self.unroll < 1:
-            raise ValueError(f'unroll is a number of layers, at least 1, not {self.unroll}')
+        if not 1 <= self.unroll <= MOST_LAYERS:
+            raise ValueError(
+                f'unroll is a number of layers in [1, {MOST_LAYERS}], not {self.unroll}'
+            )
 
 
 COMMANDS = {Run: 'train', TokenizerRun: 'train-tokenizer'}

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from star_jax import files
 from star_jax.checkpoint import config as configs
 from star_jax.checkpoint import weights
 from star_jax.convert.entries import Entry, to_params
@@ -34,6 +35,7 @@ from star_jax.verify import options
 from star_jax.verify.star_options import OPTIONS
 
 STATE = 'state_dict.safetensors'  # where the config names no file
+MOST_BYTES = 2**33  # of the arrays of a case
 AFTER = 'state_dict_after'
 QUANTISER = 'quantize.'  # prefix of the quantiser's tensors
 RAW = -1  # the rope_norm of coordinates in cells
@@ -141,8 +143,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     gzipped = path if path.suffix == '.gz' else _gzipped(path)
     if gzipped != path and (path.exists() or not gzipped.exists()):
         return weights.flatten(weights.load(path))
+    files.check_regular(gzipped)
     try:
-        return safetensors.numpy.load(gzip.decompress(gzipped.read_bytes()))
+        with gzip.open(gzipped) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f'{gzipped} has more than {MOST_BYTES:,} bytes, so it is no case')
+        return safetensors.numpy.load(content)
     except (OSError, EOFError, zlib.error, safetensors.SafetensorError) as error:
         raise UserError(f'{gzipped}: cannot be read as gzipped safetensors ({error})') from error
 

@@ -1,0 +1,204 @@
+"""How is a file of torch read without executing anything in it?
+
+Only `torch.load(weights_only=True)` opens it. Training scripts save more than tensors: paths,
+command lines, numbers of numpy, configs. Objects of the classes in `HARMLESS` are read as empty
+stand-ins, which execute nothing; a file with any other class is refused.
+"""
+
+import collections
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from star_jax.checkpoint.stored import TensorSpec
+from star_jax.errors import UserError
+
+ZIP, PICKLE, TAR = b'PK\x03\x04', b'\x80', b'ustar'  # signatures of torch files, newest first
+TAR_OFFSET = 257  # of the tar signature, in bytes
+HEAD = TAR_OFFSET + len(TAR)  # bytes that contain the signature
+BITS = {1: 'uint8', 2: 'int16'}  # torch's type of equal width, for floats that numpy lacks
+SHOWN = 8  # classes in one message
+
+LISTS = re.compile(r'collections\.deque')
+DICTS = re.compile(
+    r'collections\.defaultdict|easydict\.EasyDict|addict\.addict\.Dict|munch\.Munch'
+    r'|yacs\.config\.CfgNode|(pytorch_lightning|lightning)(\.\w+)*\.AttributeDict'
+    r'|lightning_(fabric|utilities)(\.\w+)*\.AttributeDict'
+)
+HARMLESS = re.compile(
+    r'argparse\.Namespace|types\.SimpleNamespace|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path'
+    r'|builtins\.(bool|dict|float|frozenset|int|list|object|range|slice|str|tuple)|typing\.Any'
+    r'|datetime\.(date|datetime|time|timedelta|timezone)|decimal\.Decimal|fractions\.Fraction'
+    r'|uuid\.(UUID|SafeUUID)|numpy\.(dtype|ndarray|dtypes\.\w+DType)'
+    r'|numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)'
+    r'|numpy\.random\._\w+\.\w+|omegaconf\.(base|dictconfig|listconfig|nodes|omegaconf)\.\w+'
+    r'|ml_collections(\.\w+)*\.(Frozen)?ConfigDict|(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)(\.\w+)+'
+)
+
+
+class _StandIn:
+    """Stands for an object beside the tensors, and holds nothing of it."""
+
+    def __new__(cls, *_: object) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _DictStandIn:
+    """Stands for the class of a dict, whose items are read."""
+
+    def __new__(cls, *_: object) -> Any:
+        return collections.OrderedDict()
+
+
+class _ListStandIn:
+    """Stands for the class of a list, whose items are read."""
+
+    def __new__(cls, *_: object) -> Any:
+        return []
+
+
+STAND_INS = {LISTS: _ListStandIn, DICTS: _DictStandIn, HARMLESS: _StandIn}
+# For files whose classes torch cannot list.
+COMMON = (
+    *('argparse.Namespace', 'pathlib.PosixPath', 'pathlib.WindowsPath', 'collections.defaultdict'),
+    *('numpy.dtype', 'numpy.ndarray', 'numpy.core.multiarray.scalar'),
+    *('numpy._core.multiarray.scalar', 'numpy.core.multiarray._reconstruct'),
+    'numpy._core.multiarray._reconstruct',
+)
+
+
+class TorchTensors:
+    """The tensors of a state dict that torch maps into memory (`stored.Tensors`)."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {
+            name: TensorSpec(tuple(x.shape), _dtype(name, x)) for name, x in self._tensors.items()
+        }
+
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        tensor = self._tensors[name]
+        dtype = _dtype(name, tensor)
+        if getattr(tensor, 'requires_grad', False):
+            tensor = tensor.detach()
+        if row is not None:
+            tensor = tensor[row]
+        if dtype.isbuiltin == 1:
+            return tensor.numpy()
+        bits = getattr(_torch(), BITS[dtype.itemsize])
+        return tensor.view(dtype=bits).numpy().view(dtype)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def renamed(self, names: Mapping[str, str]) -> 'TorchTensors':
+        """The tensors of `names`, which maps new names to those here."""
+        return TorchTensors({new: self._tensors[name] for new, name in names.items()})
+
+
+def is_tensor(value: object) -> bool:
+    return all(hasattr(value, name) for name in ('numpy', 'dtype', 'shape'))
+
+
+def is_torch(head: bytes) -> bool:
+    """Whether the first `HEAD` bytes of a file are those of a file of torch."""
+    return head.startswith((ZIP, PICKLE)) or head[TAR_OFFSET:HEAD] == TAR
+
+
+def load(path: Path) -> Any:
+    """The content of a torch file, mapped into memory if its format allows that.
+
+    Raises:
+        UserError: the file is damaged or holds a class that is not known to be harmless, or torch
+            is not installed.
+    """
+    torch = _torch()
+    try:
+        return _load(torch, path)
+    except UserError:
+        raise
+    except Exception as error:  # pickle.UnpicklingError, without importing pickle
+        names = _other_classes(torch, path)
+        dangerous = [name for name in names if _stand_in(name) is None]
+        if dangerous or not hasattr(torch, 'serialization'):
+            raise _refusal(path, dangerous) from error
+        stand_ins = [(_stand_in(name), name) for name in names]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return _load(torch, path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _refusal(path, []) from error
+
+
+def _load(torch: Any, path: Path) -> Any:
+    for mapped in (True, False):
+        try:
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
+        except (RuntimeError, ValueError, EOFError, OSError) as error:
+            if not mapped:
+                reason = str(error).partition('\n')[0]
+                raise UserError(
+                    f'{path}: the file is damaged or was cut short ({reason})'
+                ) from error
+    raise AssertionError
+
+
+def _other_classes(torch: Any, path: Path) -> list[str]:
+    """The classes in a file beside those that torch reads itself."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # an old format, or one of another protocol
+        return list(COMMON)
+
+
+def _stand_in(name: str) -> type | None:
+    return next((part for known, part in STAND_INS.items() if known.fullmatch(name)), None)
+
+
+def _refusal(path: Path, classes: list[str]) -> UserError:
+    more = f' and {len(classes) - SHOWN} more' if len(classes) > SHOWN else ''
+    listed = f' ({", ".join(classes[:SHOWN])}{more})' if classes else ''
+    return UserError(
+        f'{path} holds more than tensors and plain data{listed}, which could execute code, so it '
+        'is not opened: save its state dict as safetensors'
+    )
+
+
+def _dtype(name: str, tensor: Any) -> np.dtype:
+    kind = str(tensor.dtype).removeprefix('torch.')
+    layout = str(getattr(tensor, 'layout', 'torch.strided')).removeprefix('torch.')
+    if layout != 'strided':
+        raise UserError(f'{name} is a tensor of layout {layout}, which is not supported')
+    if getattr(tensor, 'is_meta', False):
+        raise UserError(f'{name} has no values: it was saved from the device meta')
+    try:
+        return jnp.dtype(kind)
+    except TypeError as error:
+        raise UserError(
+            f'{name} has type {kind}, which is not supported: save it in float32'
+        ) from error
+
+
+def _torch() -> Any:
+    try:
+        import torch  # an optional extra, and slow to import
+    except ImportError as error:
+        raise UserError(
+            'reading a .pth file needs torch: run `pip install torch`, or save the state dict of '
+            'the file as safetensors on another machine'
+        ) from error
+    return torch
