@@ -37,38 +37,65 @@ def redirect_warnings(write: Callable[[str], object]) -> None:
 
 
 class _Stream(io.FileIO):
-    """A file or pipe; bytes that are written after the reader has closed it are discarded."""
+    """A file or pipe; what is written after the first error is discarded.
 
-    closed_by_reader = False
+    Attributes:
+        error: the error, unless the reader has closed the pipe.
+        discards: whether there was an error.
+    """
+
+    error: OSError | None = None
+    discards = False
 
     def write(self, content: bytes | memoryview) -> int:
-        if self.closed_by_reader:
+        if self.discards:
             return len(content)
         try:
             return super().write(content)
-        except BrokenPipeError:
-            self.closed_by_reader = True
+        except OSError as error:
+            self.discards = True
+            self.error = None if isinstance(error, BrokenPipeError) else error
             return len(content)
 
 
 def ignore_broken_pipes() -> None:
-    """Discards output after its reader has closed the pipe (`| head -1`), and continues.
+    """Discards output that cannot be written, and continues; `flush` returns the error.
 
-    A run must not lose its model because the reader of its log has exited.
+    A run must not lose its model because the reader of its log has exited (`| head -1`), the disk
+    of the log is full, or the caller has closed the output (`>&-`).
     """
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        _open_if_closed(number, name)
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):  # closed, or replaced by the caller
+        if not isinstance(stream, io.TextIOWrapper):  # replaced by the caller
             continue
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
         raw = _Stream(stream.fileno(), 'wb', closefd=False)
         options = {'encoding': stream.encoding, 'errors': stream.errors}
         options |= {field: getattr(stream, field) for field in ('line_buffering', 'write_through')}
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
 
 
+def _open_if_closed(number: int, name: str) -> None:
+    """Opens a standard stream that the caller has closed, as one that discards everything.
+
+    Otherwise the next file that is opened gets its number, and messages are written into it.
+    """
+    try:
+        os.fstat(number)
+    except OSError:
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != number:
+            os.dup2(null, number)
+            os.close(null)
+    if getattr(sys, name) is None:
+        setattr(sys, name, open(number, 'w' if number else 'r', closefd=False))  # noqa: SIM115 (it stays open)
+
+
 def flush() -> OSError | None:
-    """Flushes stdout; if that fails, returns the error and discards the rest.
+    """Flushes stdout. Returns the first error of writing to it.
 
     Without this, the interpreter prints a traceback at exit.
     """
@@ -77,11 +104,9 @@ def flush() -> OSError | None:
         if stream is not None:
             stream.flush()
     except OSError as error:
-        raw = getattr(getattr(stream, 'buffer', None), 'raw', None)
-        if isinstance(raw, _Stream):
-            raw.closed_by_reader = True
         return error
-    return None
+    raw = getattr(getattr(stream, 'buffer', None), 'raw', None)
+    return raw.error if isinstance(raw, _Stream) else None
 
 
 def exit_on_signals(statuses: Mapping[signal.Signals, int], line: str) -> Callable[[], None]:

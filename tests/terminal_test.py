@@ -206,3 +206,57 @@ def test_replacing_folder_recovers_from_a_kill_between_two_renames(tmp_path):
     replace(folder, 'second')
     assert [path.name for path in tmp_path.iterdir()] == ['model']
     assert contents(folder) == {'weights': 'second', 'notes': 'of the user'}
+
+
+# Outputs that are closed or full.
+
+PRINT = """
+import sys
+from star_jax import cli
+from star_jax.console import progress_bar, number_table
+from rich.console import Console
+
+def work(arguments, load):
+    console = Console()
+    for _ in range(999):
+        console.rule('unit')
+        sys.stdout.write('output\\n')
+        sys.stdout.flush()
+    console.print(number_table('title', 'column'))
+    with progress_bar() as progress:
+        progress.add_task('task', total=1, note='')
+    open(sys.argv[1], 'x').close()
+    return 0
+
+cli._run = work
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize('output', ['>&-', '>&- 2>&-', '<&- >&- 2>&-', '2>&- | true', '| head -1'])
+def test_command_continues_without_its_outputs(tmp_path, output):
+    line = f'{{ "$0" -c "$1" "$2"; echo $? > "$3"; }} {output}'
+    words = [sys.executable, PRINT, str(tmp_path / 'done'), str(tmp_path / 'status')]
+    done = subprocess.run(
+        ['bash', '-c', line, *words], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / 'status').read_text() == '0\n', done.stderr
+    assert (tmp_path / 'done').read_text() == '' and 'Traceback' not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device of Linux')
+def test_command_ends_its_work_before_it_reports_a_full_output(tmp_path):
+    with open('/dev/full', 'w') as full:
+        status, output = run('-c', PRINT, tmp_path / 'done', stdout=full.fileno())
+    assert (tmp_path / 'done').exists() and status == 1
+    assert output.splitlines()[-1] == (
+        'star-jax: the output cannot be written (No space left on device)'
+    )
+
+
+@pytest.mark.parametrize('words', [['--help'], ['bench', 'train', '--help'], ['--version']])
+def test_help_without_an_output_is_no_error(words):
+    line = 'exec "$@" >&-'
+    command = ['bash', '-c', line, 'bash', sys.executable, '-m', 'star_jax', *words]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, '')

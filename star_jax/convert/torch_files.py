@@ -36,7 +36,7 @@ HARMLESS = re.compile(
     r'|uuid\.(UUID|SafeUUID)|numpy\.(dtype|ndarray|dtypes\.\w+DType)'
     r'|numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)'
     r'|numpy\.random\._\w+\.\w+|omegaconf\.(base|dictconfig|listconfig|nodes|omegaconf)\.\w+'
-    r'|ml_collections(\.\w+)*\.(Frozen)?ConfigDict|(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)(\.\w+)+'
+    r'|ml_collections(\.\w+)*\.(Frozen)?ConfigDict|(pytorch_)?lightning(_\w+)?(\.\w+)+'
 )
 
 
