@@ -116,8 +116,8 @@ def verifying(folder: Path, names: Iterable[str]) -> Iterator[None]:
     if changed:
         raise UserError(
             f'{folder}: {", ".join(changed)} changed since the folder was written (the SHA-256 is '
-            f'not that of {SUMS}): restore it; if the change is meant, give --no-check, or write '
-            f'the list anew with `{REMEDY}`'
+            f'not that of {SUMS}): restore it; if the change is meant, write the list anew with '
+            f'`{REMEDY}` (sample, evaluate, reconstruct and convert also take --no-check)'
         )
 
 

@@ -353,7 +353,7 @@ def test_layers_of_several_types_are_promoted_and_converted_back(tmp_path, kinds
     }
     same(there_and_back(tmp_path, state, vae)['transformer'], state)
     flat = weights.flatten(weights.load(tmp_path / 'folder' / 'model.safetensors'))
-    bias = np.stack([state[f'blocks.{layer}.ffn.fc2.bias'] for layer in range(3)]).astype('f8')
+    bias = [state[f'blocks.{layer}.ffn.fc2.bias'].astype('f8') for layer in range(3)]
     np.testing.assert_array_equal(flat['blocks/ffn/fc2/bias'].astype('f8'), bias)
 
 
@@ -384,16 +384,19 @@ def wrapped(state, *words: str) -> dict:
 WRAPPERS = sorted(published.WRAPPERS)
 
 
-@pytest.mark.parametrize('count', [1, 2, 3])
-def test_names_of_wrappers_are_removed_in_any_order(tmp_path, capsys, count):
+def test_names_of_wrappers_are_removed_in_any_order(tmp_path, capsys):
     state, vae = state_of(STAR), save(tmp_path / 'vae.bin', state_of(VQ_SMALL))
-    for words in itertools.islice(itertools.permutations(WRAPPERS, count), 0, None, 9):
+    orders = [x for count in (1, 2, 3) for x in itertools.permutations(WRAPPERS, count)]
+    for words in orders:
         file = save(tmp_path / 'model.safetensors', wrapped(state, *words))
-        out = str(tmp_path / '.'.join(words))
-        assert cli.main(['convert', file, '--tokenizer', vae, *OPTIONS, '--out', out]) == 0
-        found = to_state(star_entries(STAR), models.read(out).params)
-        same(found, {name: state[name] for name in found})
-        assert all(word in capsys.readouterr().out for word in words[:1])
+        part = published.read(Path(file)).parts['transformer']
+        assert set(part.wrappers) == set(words) and part.path == ''
+        same({name: part.tensors.read(name) for name in part.tensors.names()}, state)
+    out = str(tmp_path / 'folder')
+    assert cli.main(['convert', file, '--tokenizer', vae, *OPTIONS, '--out', out]) == 0
+    found = to_state(star_entries(STAR), models.read(out).params)
+    same(found, {name: state[name] for name in found})
+    assert all(word in capsys.readouterr().out for word in words[:1])
 
 
 def nested(place: str, state: object, **more: object) -> dict:
