@@ -114,10 +114,11 @@ def verifying(folder: Path, names: Iterable[str]) -> Iterator[None]:
             raise
         changed = [name for name, digest in found.items() if digest.result() != listed.get(name)]
     if changed:
+        have = 'has' if len(changed) == 1 else 'have'
         raise UserError(
-            f'{folder}: {", ".join(changed)} changed since the folder was written (the SHA-256 is '
-            f'not that of {SUMS}): restore it; if the change is meant, write the list anew with '
-            f'`{REMEDY}` (sample, evaluate, reconstruct and convert also take --no-check)'
+            f'{folder}: {", ".join(changed)} {have} changed since the folder was written (its '
+            f'SHA-256 is not that of {SUMS}): restore it; if the change is meant, write the list '
+            f'anew with `{REMEDY}` (sample, evaluate, reconstruct, convert also take --no-check)'
         )
 
 

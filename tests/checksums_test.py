@@ -68,7 +68,7 @@ def test_list_is_that_of_sha256sum(model):
 def test_changed_weights_are_refused_by_name(model, name):
     models.read(model)
     flip(model / name)
-    with pytest.raises(UserError, match=f'{name} changed since .* restore it; .*--no-check'):
+    with pytest.raises(UserError, match=f'{name} has changed since .* restore it; .*--no-check'):
         models.read(model)
     models.read(model, check=False)
     if name == PARTS[1]:
@@ -135,7 +135,7 @@ def test_unlisted_files_and_torn_lists_are_refused(model):
     sums = model / checksums.SUMS
     text = sums.read_text()
     sums.write_text(''.join(line for line in text.splitlines(True) if 'tokenizer' in line))
-    with pytest.raises(UserError, match=r'model\.safetensors changed'):
+    with pytest.raises(UserError, match=r'model\.safetensors has changed'):
         models.read(model)
     sums.write_text(text[:-30])
     with pytest.raises(UserError, match='line 2 has no SHA-256 and name'):

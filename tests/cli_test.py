@@ -350,7 +350,7 @@ def test_export_and_verify_refuse_other_folders(tmp_path):
 
 
 def test_trained_tokenizer_reconstructs_images(tokenizer, tmp_path):
-    names = ['config.json', 'tokenizer.safetensors']
+    names = ['SHA256SUMS', 'config.json', 'tokenizer.safetensors']
     assert sorted(path.name for path in (tokenizer / 'model').iterdir()) == names
     for name in 'ab':
         image_io.save_png(np.full((20, 30, 3), 200, np.uint8), tmp_path / f'{name}.png')
