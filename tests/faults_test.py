@@ -109,6 +109,10 @@ class Walk:
         self._on_event('evaluate', int(state.step))
         return {'validation/loss': float(state.params['x'][1])}
 
+    def compile_grid(self) -> int:
+        self._on_event('compile_grid', 0)
+        return 3 * 2**20
+
     def sample_grid(self, state: TrainState) -> np.ndarray:
         self._on_event('sample_grid', int(state.step))
         return np.zeros((4, 4, 3), np.uint8)
@@ -195,6 +199,38 @@ def test_signal_stops_a_run_after_its_step(undisturbed, tmp_path, number, event,
     assert signal.set_wakeup_fd(-1) == -1
     assert go(Walk(), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize('event', ['evaluate', 'sample_grid'])
+@pytest.mark.parametrize('step', [6, 12, 14])
+def test_a_failed_evaluation_is_made_after_the_restart(undisturbed, tmp_path, event, step):
+    def fail(*happened: str | int) -> None:
+        if happened == (event, step):
+            raise RuntimeError('the device is lost')
+
+    with pytest.raises(RuntimeError):
+        go(Walk(fail), tmp_path)
+    events = []
+    assert go(Walk(lambda *happened: events.append(happened)), tmp_path)[0]
+    assert outcome(tmp_path) == undisturbed
+    if step == PACE.steps:
+        assert ('step', step - 1) not in events, 'the state is saved before it is evaluated'
+
+
+def test_no_grid_is_compiled_or_sampled_where_none_is_wanted(undisturbed, tmp_path):
+    events = []
+    walk = Walk(lambda name, _: events.append(name))
+    walk.run = dataclasses.replace(walk.run, pace=dataclasses.replace(PACE, images=0))
+    assert go(walk, tmp_path)[0]
+    assert not {'compile_grid', 'sample_grid'} & set(events)
+    assert outcome(tmp_path) == (*undisturbed[:2], [])
+
+
+def test_memory_of_grids_is_printed_before_the_first_step(tmp_path):
+    events = []
+    _, text = go(Walk(lambda name, _: events.append(name)), tmp_path)
+    assert 'sample grids of 16 images: 3 MiB of temporaries per device' in text
+    assert events.index('compile_grid') < events.index('step')
 
 
 def test_signal_at_the_end_changes_nothing(undisturbed, tmp_path):

@@ -171,6 +171,21 @@ def test_checkpoint_continues_on_another_mesh(run, job, tmp_path):
     np.testing.assert_allclose(went_on, stayed, rtol=1e-5)
 
 
+def test_sample_grid_is_split_over_the_mesh(job):
+    """Three images on four devices: one is filled up, and none stays whole on every device."""
+
+    def grid_on(mesh: MeshShape) -> tuple[int, np.ndarray]:
+        pace = dataclasses.replace(job.run.pace, images=3)
+        sampled = TransformerJob(dataclasses.replace(job.run, mesh=mesh, pace=pace))
+        return sampled.compile_grid(), sampled.sample_grid(sampled.init())
+
+    size, grid = grid_on(MeshShape(data=1, fsdp=1, tensor=8))
+    split_size, split_grid = grid_on(MeshShape(data=2, fsdp=2, tensor=2))
+    assert split_size < 0.6 * size
+    assert split_grid.shape == grid.shape
+    assert np.abs(split_grid.astype(int) - grid).max() <= 1
+
+
 def test_label_smoothing_changes_the_trained_loss_alone(job):
     smoothed = TransformerJob(dataclasses.replace(job.run, label_smoothing=0.25))
     state, inputs, key = job.init(), take(job, 1)[0], jax.random.key(0)

@@ -27,7 +27,7 @@ SCHEDULE = (
     'ema',
     'seed',
 )
-REPORTS = ('pace.log', 'pace.sample', 'pace.save', 'pace.keep')
+REPORTS = ('pace.log', 'pace.sample', 'pace.images', 'pace.save', 'pace.keep')
 MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.sequence')
 
 # The options of a run that --help describes.

@@ -26,12 +26,10 @@ from star_jax.studies.aligned import Aligned, sampled_alignment
 from star_jax.studies.arms import POINTS, Arm, DataSet
 from star_jax.studies.positions_result import NAME, Carried, HeldOut, PositionsResult
 from star_jax.training import train, trainer
-from star_jax.training.logger import METRICS
+from star_jax.training.logger import HELD_OUT, METRICS
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run, resolve
 from star_jax.training.schedules import LearningRate
-
-HELD_OUT = 'validation/'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,8 @@ class PositionsUnit:
         model = dataclasses.replace(
             run.model, positions=arm.positions, level_embedding=arm.level_embedding
         )
-        pace = dataclasses.replace(run.pace, sample=run.pace.steps // POINTS)
+        # The program of sample grids takes the longest to compile.
+        pace = dataclasses.replace(run.pace, sample=run.pace.steps // POINTS, images=0)
         return resolve(
             dataclasses.replace(
                 run, model=model, pace=pace, seed=self.seed, cache=self._cache(run.model.sides)
@@ -90,7 +89,13 @@ class PositionsUnit:
             init=str(init),
             data=images,
             optimizer=optimizer,
-            pace=Pace(steps=larger.steps, log=larger.steps, sample=larger.steps, save=larger.steps),
+            pace=Pace(
+                steps=larger.steps,
+                log=larger.steps,
+                sample=larger.steps,
+                images=0,
+                save=larger.steps,
+            ),
             cache=self._cache(larger.sides),
         )
 
@@ -98,7 +103,7 @@ class PositionsUnit:
         start, run = time.monotonic(), self.run
         train.cache(run)
         trained = work / 'trained'
-        if not train.main(run, trained, _job_without_grids):
+        if not train.main(run, trained):
             return None
         training = time.monotonic() - start
         model = functools.partial(models.read, trained / trainer.MODEL)
@@ -152,7 +157,7 @@ class PositionsUnit:
         before = units.once(work / 'before.json', score)
         sampled = functools.partial(models.read, extended)
         aligned_before = self._aligned(sampled, work / 'aligned_before.json')
-        if not train.main(run, trained, _job_without_grids):
+        if not train.main(run, trained):
             return None
         sampled = functools.partial(models.read, trained / trainer.MODEL)
         aligned_after = self._aligned(sampled, work / 'aligned_after.json')
@@ -184,13 +189,6 @@ class PositionsUnit:
 
     def _cache(self, sides: Sequence[int]) -> str:
         return str(Path(self.codes) / f'{self.data.name}-{sides[-1]}')
-
-
-def _job_without_grids(run: Run) -> trainer.Job:
-    """A job that samples no grids: their program takes the longest to compile."""
-    job = train.build_job(run)
-    job.sample_grid = lambda state: None
-    return job
 
 
 def _curve(out: Path, pace: Pace) -> tuple[HeldOut, ...]:

@@ -23,6 +23,7 @@ from star_jax.training.faults import first_flaw
 
 SAMPLES = 'samples'
 METRICS = 'metrics.jsonl'
+HELD_OUT = 'validation/'  # names of metrics of the validation set begin so
 STEPS_AHEAD = 2  # dispatched steps: enough to keep a device busy, and a run stops soon
 
 Metrics = Mapping[str, jax.Array | np.ndarray]
@@ -89,6 +90,8 @@ class Logger(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
+    def is_evaluated(self, step: int) -> bool: ...
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def log_image(self, step: int, image_hwc: np.ndarray) -> None: ...
@@ -110,6 +113,9 @@ class NullLogger:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def is_evaluated(self, step: int) -> bool:
+        return False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -142,6 +148,14 @@ class RunLogger:
     def __exit__(self, kind: type | None, *_: object) -> None:
         with contextlib.suppress(*[OSError] if kind else []):
             self._events.close()
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether metrics of the validation set after `step` steps are recorded."""
+        lines = map(json.loads, self._path.read_text().splitlines())
+        return any(
+            line['step'] == step and any(name.startswith(HELD_OUT) for name in line)
+            for line in lines
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._path.open('a') as file:

@@ -28,6 +28,8 @@ from star_jax.training.optimizer import AdamW
 
 MAX_STEPS = 2**31 - 1  # programs count them in int32
 
+MAX_GRID = 1024  # images: more fit on no screen
+
 MAX_ENLARGE = 4  # beyond, a crop shows too little of an image
 
 Data = Shapes | Prepared | Folder
@@ -40,7 +42,8 @@ class Pace:
     Attributes:
         steps: training steps of the whole run.
         log: steps between two reports of the metrics.
-        sample: steps between two sample grids, each with the metrics of the validation set.
+        sample: steps between two evaluations: the metrics of the validation set, and a sample grid.
+        images: images of a sample grid (0: no grids).
         save: steps between two checkpoints; a multiple of log.
         keep: number of newest checkpoints that are kept.
     """
@@ -48,12 +51,17 @@ class Pace:
     steps: int = 10_000
     log: int = 50
     sample: int = 1_000
+    images: int = 16
     save: int = 500
     keep: int = 2
 
     def __post_init__(self) -> None:
         if min(self.steps, self.log, self.sample, self.save, self.keep) < 1:
             raise ValueError(f'every field of a pace must be at least 1: {self}')
+        if not 0 <= self.images <= MAX_GRID:
+            raise ValueError(
+                f'images of a sample grid must lie in [0, {MAX_GRID}] (0: none), not {self.images}'
+            )
         if self.steps > MAX_STEPS:
             raise ValueError(f'steps must be at most {MAX_STEPS}, not {self.steps}')
         if self.save % self.log:

@@ -78,8 +78,14 @@ class Job(Protocol):
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Metrics of the validation set."""
 
-    def sample_grid(self, state: TrainState) -> np.ndarray | None:
-        """An image that shows the quality of the state, uint8 (h, w, 3); None for no image."""
+    def compile_grid(self) -> int:
+        """Compiles what `sample_grid` runs; the bytes of its temporaries on each device.
+
+        Raises UserError if it does not fit into the memory of a device.
+        """
+
+    def sample_grid(self, state: TrainState) -> np.ndarray:
+        """An image of `pace.images` images that shows the quality of the state, uint8 (h, w, 3)."""
 
     def export(self, state: TrainState, folder: Path) -> None:
         """Writes a model folder, from the first process; all processes must call it."""
@@ -118,6 +124,8 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
         _compare_base(out, job.base, first)
         if first:
             console.print(f'continuing from step {first}')
+        if job.run.pace.images and first < job.run.pace.steps:
+            _compile_grid(job, console)
         window = MetricsWindow(job.run.mean_batch, first, checkpoints.notes(first))
         with logger.open_logger(out, first) as run_logger, progress_bar(console) as progress:
             trainer = Trainer(
@@ -169,6 +177,8 @@ class Trainer:
         task = self._progress.add_task(
             'training', total=self._pace.steps, completed=first, note='steps, compiling'
         )
+        if first and self._is_due(first, self._pace.sample) and not self._is_evaluated(first):
+            self._evaluate(first, state)  # interrupted after the save of that step
         batches = self._job.batches(first)
         for step in range(first, self._pace.steps):
             if stop.agreed():
@@ -181,11 +191,11 @@ class Trainer:
             if self._is_due(done, self._pace.log):
                 note = self._report(done)
                 self._progress.update(task, completed=done, note=f'steps, {note}')
+            if self._is_due(done, self._pace.save):  # first: nothing that a grid does costs steps
+                self._save(done, state)
+                self._window.restart_clock()
             if self._is_due(done, self._pace.sample):
                 self._evaluate(done, state)
-                self._window.restart_clock()
-            if self._is_due(done, self._pace.save):
-                self._save(done, state)
                 self._window.restart_clock()
         return self._pace.steps, state
 
@@ -201,9 +211,15 @@ class Trainer:
         return f'loss {metrics["loss"]:.3f}, {metrics["images_per_second"]:.1f} images/s'
 
     def _evaluate(self, done: int, state: TrainState) -> None:
-        self._logger.log(done, self._job.evaluate(state))
-        if (grid := self._job.sample_grid(state)) is not None:
-            self._logger.log_image(done, grid)
+        metrics = self._job.evaluate(state)
+        if self._pace.images:
+            self._logger.log_image(done, self._job.sample_grid(state))
+        self._logger.log(done, metrics)  # last: these metrics mark a finished evaluation
+
+    def _is_evaluated(self, done: int) -> bool:
+        """Whether the metrics of the validation set after `done` steps are recorded."""
+        answer = 'yes' if self._logger.is_evaluated(done) else 'no'
+        return peer_watchdog.broadcast_text(answer) == 'yes'
 
     def _save(self, done: int, state: TrainState) -> None:
         self._check_finite(self._window.flaw())
@@ -307,6 +323,19 @@ def _check_base(out: Path, base: str) -> None:
         raise UserError(
             f'the model that {out} started from with --init has changed since then, and its '
             'checkpoints fit no other model: restore the earlier one, or give another --out'
+        )
+
+
+def _compile_grid(job: Job, console: Console) -> None:
+    """Compiles the program of the sample grids before step 0, and prints the memory that it needs.
+
+    Raises UserError if it does not fit.
+    """
+    size = job.compile_grid()
+    if size:
+        console.print(
+            f'sample grids of {job.run.pace.images} images: {size / 2**20:,.0f} MiB of temporaries '
+            'per device'
         )
 
 

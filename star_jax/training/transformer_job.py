@@ -28,9 +28,8 @@ from star_jax.text.tokens import Tokens
 from star_jax.training import cache, summary, warm_start
 from star_jax.training.program import COUNTED, Frozen, StepInputs, build_program, init_params
 from star_jax.training.run import Run
+from star_jax.training.sample_grid import SampleGrid
 from star_jax.training.state import TrainState, abstract_state, init_sharded
-
-SHOWN = 16  # images of a sample grid
 
 
 class TransformerJob:
@@ -109,7 +108,15 @@ class TransformerJob:
             encoder=self.prompt_encoder.params if self.texts is None else {},  # sharded when loaded
         )
         sampling.sampling_method(run.model, run.sampling)  # a UserError before anything is computed
-        self._sample = sampling.compile_program(self.program.network, vq.build(run.dtype))
+        self._grid = SampleGrid(
+            config=run.model,
+            settings=run.sampling,
+            images=run.pace.images,
+            network=self.program.network,
+            tokenizer=vq.build(run.dtype),
+            mesh=self._mesh,
+            dtype=run.dtype,
+        )
         self._encode = jax.jit(self.program.encode, out_shardings=rules.batch_sharding(self._mesh))
         self._train = jax.jit(self.program.train, donate_argnums=0)
         self._score = jax.jit(self.program.score, out_shardings=rules.replicated(self._mesh))
@@ -179,20 +186,20 @@ class TransformerJob:
         metrics = tokens.mean_per_scale(self.program.network.schedule, *(sums_2L / count))
         return {f'validation/{name}': float(value) for name, value in metrics.items()}
 
+    def compile_grid(self) -> int:
+        params = self._sampling_params(self.abstract())
+        empty = self.frozen.empty
+        prompted = jax.eval_shape(lambda: self.frozen.empty)
+        return self._grid.compile(params, prompted, empty)
+
     def sample_grid(self, state: TrainState) -> np.ndarray:
         """Validation images above the images that are generated from their captions."""
-        run, shown = self.run, pipeline.evenly_spaced(self.images['validation'], SHOWN)
+        shown = pipeline.evenly_spaced(self.images['validation'], self.run.pace.images)
         captions = shown['caption']
-        params = {'model': self._model_params(state), 'tokenizer': self.frozen.tokenizer}
-        params = sampling.cast(params, run.dtype)
         encode = self.prompt_encoder.encode if self.texts is None else self.texts.features
-        condition = encode(captions)
-        keys_B = sampling.image_keys(range(len(captions)))
-        inputs = sampling.inputs(
-            run.model, run.sampling, keys_B=keys_B, prompted=condition, empty=self.frozen.empty
-        )
-        images = self._sample(params, inputs)
-        return image_io.compare(shown['image'], rules.gather(images), captions, 'sampled')
+        params = self._sampling_params(state)
+        images = self._grid.sample(params, encode, captions, self.frozen.empty)
+        return image_io.compare(shown['image'], images, captions, 'sampled')
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """This process's uint8 images [B, H, W, 3], encoded by the tokenizer."""
@@ -223,6 +230,9 @@ class TransformerJob:
             jax.random.key(self.run.seed),
         )
         return state if params is None else warm_start.start(state, params)
+
+    def _sampling_params(self, state: TrainState) -> Any:
+        return {'model': self._model_params(state), 'tokenizer': self.frozen.tokenizer}
 
     def _model_params(self, state: TrainState) -> Any:
         """The parameters of the model, to sample and export."""
