@@ -13,8 +13,9 @@ from star_jax.checkpoint.training import Checkpoints
 from star_jax.core.schedule import Pyramid
 from star_jax.errors import UserError
 from star_jax.losses.tokens import token_weights
+from star_jax.parallel import rules
 from star_jax.parallel.mesh import MeshShape
-from star_jax.training import summary
+from star_jax.training import sample_grid, summary
 from star_jax.training.run import Pace, Run
 from star_jax.training.transformer_job import TransformerJob
 
@@ -171,17 +172,24 @@ def test_checkpoint_continues_on_another_mesh(run, job, tmp_path):
     np.testing.assert_allclose(went_on, stayed, rtol=1e-5)
 
 
-def test_sample_grid_is_split_over_the_mesh(job):
-    """Three images on four devices: one is filled up, and none stays whole on every device."""
+def test_sample_grid_is_split_over_the_mesh(job, monkeypatch):
+    """Three images are filled up to a number that the devices divide; none stays whole on all."""
+    shares, gather = [], rules.gather
 
-    def grid_on(mesh: MeshShape) -> tuple[int, np.ndarray]:
+    def remember(images: jax.Array) -> np.ndarray:
+        shares.append((len(images), images.sharding.shard_shape(images.shape)[0]))
+        return gather(images)
+
+    def grid_on(mesh: MeshShape) -> np.ndarray:
         pace = dataclasses.replace(job.run.pace, images=3)
         sampled = TransformerJob(dataclasses.replace(job.run, mesh=mesh, pace=pace))
-        return sampled.compile_grid(), sampled.sample_grid(sampled.init())
+        assert sampled.compile_grid() > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sample_grid.rules, 'gather', remember)
+            return sampled.sample_grid(sampled.init())
 
-    size, grid = grid_on(MeshShape(data=1, fsdp=1, tensor=8))
-    split_size, split_grid = grid_on(MeshShape(data=2, fsdp=2, tensor=2))
-    assert split_size < 0.6 * size
+    grid, split_grid = grid_on(MeshShape(data=8)), grid_on(MeshShape(data=2, fsdp=2, tensor=2))
+    assert shares == [(8, 1), (4, 1)]
     assert split_grid.shape == grid.shape
     assert np.abs(split_grid.astype(int) - grid).max() <= 1
 

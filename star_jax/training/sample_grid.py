@@ -23,7 +23,7 @@ from star_jax.nn.transformer import Transformer
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
 from star_jax.protocols import Family
-from star_jax.sampling import program
+from star_jax.sampling import program as sampling
 
 NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in the compiler's errors
 
@@ -56,8 +56,8 @@ class SampleGrid:
     mesh: Mesh
     dtype: str
 
-    def compile(self, params: Any, prompted: Any, empty: Any) -> int:
-        """Compiles the program. Returns the bytes of its temporaries on each device.
+    def compile(self, params: Any, prompted: Any, empty: Any) -> jax.stages.Compiled:
+        """Compiles the program.
 
         Args:
             params: parameters 'model' and 'tokenizer', abstract or not, with shardings.
@@ -68,18 +68,18 @@ class SampleGrid:
             UserError: the program does not fit into the memory of a device.
         """
         count, split = padded_count(self.images, self.mesh), rules.batch_sharding(self.mesh)
-        rows = jax.eval_shape(lambda: program.image_keys(range(count)))
+        rows = jax.eval_shape(lambda: sampling.image_keys(range(count)))
         abstract = functools.partial(jax.ShapeDtypeStruct, sharding=split)
         prompted = jax.tree.map(lambda x: abstract((count, *x.shape[1:]), x.dtype), prompted)
         inputs = self._inputs(abstract(rows.shape, rows.dtype), prompted, empty)
-        types = jax.eval_shape(functools.partial(program.cast, dtype=self.dtype), params)
+        types = jax.eval_shape(functools.partial(sampling.cast, dtype=self.dtype), params)
         params = jax.tree.map(
             lambda x, new: jax.ShapeDtypeStruct(x.shape, new.dtype, sharding=x.sharding),
             params,
             types,
         )
         try:
-            compiled = self._program.lower(params, inputs).compile()
+            return self.program.lower(params, inputs).compile()
         except jax.errors.JaxRuntimeError as error:
             if NO_MEMORY not in str(error):
                 raise
@@ -87,14 +87,19 @@ class SampleGrid:
                 f'a sample grid of {self.images} images ({count} on this mesh) does not fit into '
                 f'the memory of a device ({error}): give fewer with --pace.images, or 0 for none'
             ) from error
-        return compiled.memory_analysis().temp_size_in_bytes
 
     def sample(
-        self, params: Any, encode: Callable[[Sequence[str]], Any], captions: list[str], empty: Any
+        self,
+        run: sampling.Program,
+        params: Any,
+        encode: Callable[[Sequence[str]], Any],
+        captions: list[str],
+        empty: Any,
     ) -> np.ndarray:
         """uint8 [images, H, W, 3] on every host, of these captions; image i uses seed i.
 
         Args:
+            run: `program`, or what `compile` made of it.
             params: as of `compile`, on the devices.
             encode: captions -> their conditions.
             captions: at most `images`.
@@ -104,21 +109,20 @@ class SampleGrid:
         rows = rules.process_rows(self.mesh, count)
         padded = [*captions, *[''] * (count - len(captions))]
         keys_B, prompted = rules.shard_batch(
-            (program.image_keys(rows), encode([padded[row] for row in rows])), self.mesh
+            (sampling.image_keys(rows), encode([padded[row] for row in rows])), self.mesh
         )
-        images = self._program(
-            program.cast(params, self.dtype), self._inputs(keys_B, prompted, empty)
-        )
+        images = run(sampling.cast(params, self.dtype), self._inputs(keys_B, prompted, empty))
         return rules.gather(images)[: len(captions)]
 
     @functools.cached_property
-    def _program(self) -> Any:
+    def program(self) -> Any:
+        """The jitted program."""
         sizes, platform = self.network.schedule.sizes, self.mesh.devices.flat[0].platform
         buckets = choose(None, sizes, platform)
-        return program.compile_program(self.network, self.tokenizer, buckets)
+        return sampling.compile_program(self.network, self.tokenizer, buckets)
 
-    def _inputs(self, keys_B: Any, prompted: Any, empty: Any) -> program.SamplingInputs:
-        inputs = program.inputs(
+    def _inputs(self, keys_B: Any, prompted: Any, empty: Any) -> sampling.SamplingInputs:
+        inputs = sampling.inputs(
             self.config, self.settings, keys_B=keys_B, prompted=prompted, empty=empty
         )
         arrays = jax.tree.map(jnp.asarray, (inputs.settings, inputs.method))

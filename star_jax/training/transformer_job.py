@@ -117,6 +117,7 @@ class TransformerJob:
             mesh=self._mesh,
             dtype=run.dtype,
         )
+        self._run_grid = self._grid.program
         self._encode = jax.jit(self.program.encode, out_shardings=rules.batch_sharding(self._mesh))
         self._train = jax.jit(self.program.train, donate_argnums=0)
         self._score = jax.jit(self.program.score, out_shardings=rules.replicated(self._mesh))
@@ -190,7 +191,8 @@ class TransformerJob:
         params = self._sampling_params(self.abstract())
         empty = self.frozen.empty
         prompted = jax.eval_shape(lambda: self.frozen.empty)
-        return self._grid.compile(params, prompted, empty)
+        self._run_grid = self._grid.compile(params, prompted, empty)
+        return self._run_grid.memory_analysis().temp_size_in_bytes
 
     def sample_grid(self, state: TrainState) -> np.ndarray:
         """Validation images above the images that are generated from their captions."""
@@ -198,7 +200,7 @@ class TransformerJob:
         captions = shown['caption']
         encode = self.prompt_encoder.encode if self.texts is None else self.texts.features
         params = self._sampling_params(state)
-        images = self._grid.sample(params, encode, captions, self.frozen.empty)
+        images = self._grid.sample(self._run_grid, params, encode, captions, self.frozen.empty)
         return image_io.compare(shown['image'], images, captions, 'sampled')
 
     def encode(self, images: np.ndarray) -> jax.Array:
