@@ -321,6 +321,9 @@ INPUTS: dict[str, Write] = {
                                            (path / 'a.txt').write_text('grey')),
     'list_of_pipes': lambda path, home: (image_folder((8, 8))(path, home),
                                          os.mkfifo(path / 'metadata.jsonl')),
+    'pipe_of_set': copied('set', lambda path: (
+        (path / 'features.json').unlink(), os.mkfifo(path / 'features.json'))),
+    'pipe_as_record': lambda path, home: (path.mkdir(), os.mkfifo(path / 'samples.jsonl')),
     'pipe_of_case': copied('case', lambda path: (
         (path / 'io.safetensors.gz').unlink(), os.mkfifo(path / 'io.safetensors.gz'))),
     # Configs of runs.
@@ -597,6 +600,8 @@ CASES: list[tuple[str, str, str]] = [
     ('a device as image', f'{RECONSTRUCT} {{device.png}}', 'is a device, expected'),
     ('a pipe among images', 'data prepare folder {images_of_pipes} {out}', 'no regular file'),
     ('a pipe of captions', 'data prepare folder {list_of_pipes} {out}', 'is a pipe, expected'),
+    ('a pipe as dataset', 'data show {pipe_of_set} --out {out}', 'features.json is a pipe, expected'),
+    ('a pipe as record', f'{SAMPLE[:-5]}{{pipe_as_record}}', 'samples.jsonl is a pipe, expected'),
     ('a pipe as case', 'verify {pipe_of_case}', 'is a pipe, expected'),
     # Sizes that take for ever.
     ('a million blocks', f'{TOKENIZER} --model.autoencoder.blocks 1000000', r'in \[1, 32\]'),

@@ -433,7 +433,11 @@ def test_ema_is_taken_unless_another_part_is_named(tmp_path, torch, capsys):
     for part, expected in {'': 1, 'ema': 1, 'model': 0}.items():
         found = published.read(tmp_path / 'x.pth', part).parts['transformer']
         np.testing.assert_array_equal(found.tensors.read(bias), states[expected][bias])
-    with pytest.raises(UserError, match="no state dict 'best': it has model, ema"):
+    torch['content']['ema'] |= {'n_averaged': Tensor(np.array(3)), 'decay': Tensor(np.ones(1))}
+    found = published.read(tmp_path / 'x.pth')
+    assert found.parts['transformer'].tensors.specs().keys() == states[1].keys()
+    assert {'model', 'ema.n_averaged', 'ema.decay'} == set(found.unused)
+    with pytest.raises(UserError, match="no state dict 'best: it has model, ema"):
         published.read(tmp_path / 'x.pth', 'best')
     torch['content'] = {'student': dicts[0], 'teacher': dicts[1]}
     with pytest.raises(UserError, match=r'several .* \(student, teacher\): choose one with --part'):

@@ -96,6 +96,11 @@ class StoredTensors:
         """The names of the arrays, in the order of the files."""
         return list(self._file)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array, whatever its type is."""
+        _, file, stored = self._file[name]
+        return tuple(file.get_slice(stored).get_shape())
+
     def specs(self) -> Mapping[str, TensorSpec]:
         return {name: self._spec(name) for name in self._file}
 

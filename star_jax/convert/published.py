@@ -8,6 +8,7 @@ name: names of wrappers (`module.`) and the path in the file (`state_dict`, `mod
 
 import collections
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -180,7 +181,8 @@ def _head(path: Path) -> bytes:
 
 def _candidates(path: str, tensors: Any) -> Iterator[_Candidate]:
     """The state dicts among the tensors of one dict."""
-    names = tensors.names()
+    # Averaged models count their updates (`n_averaged`, `decay`); no weight is a single number.
+    names = [name for name in tensors.names() if '.' in name or math.prod(tensors.shape(name)) > 1]
     plain = {name: _without_wrappers(name) for name in names}
     found = {
         (kind, name.removesuffix(tensor))

@@ -103,6 +103,9 @@ class TorchTensors:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
     def renamed(self, names: Mapping[str, str]) -> 'TorchTensors':
         """The tensors of `names`, which maps new names to those here."""
         return TorchTensors({new: self._tensors[name] for new, name in names.items()})

@@ -323,6 +323,8 @@ def splits(path: str) -> tuple[str, ...]:
 def _builder(path: str) -> tfds.core.DatasetBuilder:
     folder = Path(os.path.expanduser(path))
     if is_prepared(path):
+        for file in folder.iterdir():
+            files.check_regular(file)
         try:
             return tfds.builder_from_directory(folder)
         except Exception as error:  # tfds has no exception class for damaged files

@@ -70,6 +70,7 @@ class SampleFolder:
         path = self._folder / RECORD
         if not path.exists():
             return set()
+        files.check_regular(path)
         try:
             complete, _, torn = path.read_text('utf-8').rpartition('\n')
             lines = [json.loads(line) for line in complete.splitlines()]

@@ -136,6 +136,7 @@ class RunLogger:
         self._samples.mkdir(exist_ok=True)
         files.remove_temporary_files(out, METRICS)
         files.remove_temporary_files(self._samples, '*.png')
+        files.check_regular(self._path)
         lines = self._path.read_text(errors='replace') if self._path.exists() else ''
         kept = [line for line in lines.splitlines() if _step_of(line) <= step]
         with files.replacing(self._path) as draft:
