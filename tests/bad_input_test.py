@@ -600,7 +600,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a device as image', f'{RECONSTRUCT} {{device.png}}', 'is a device, expected'),
     ('a pipe among images', 'data prepare folder {images_of_pipes} {out}', 'no regular file'),
     ('a pipe of captions', 'data prepare folder {list_of_pipes} {out}', 'is a pipe, expected'),
-    ('a pipe as dataset', 'data show {pipe_of_set} --out {out}', 'features.json is a pipe, expected'),
+    ('a pipe as dataset', 'data show {pipe_of_set} --out {out}', 'json is a pipe, expected'),
     ('a pipe as record', f'{SAMPLE[:-5]}{{pipe_as_record}}', 'samples.jsonl is a pipe, expected'),
     ('a pipe as case', 'verify {pipe_of_case}', 'is a pipe, expected'),
     # Sizes that take for ever.
@@ -610,6 +610,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a single code', f'{TRAIN} --model.codes 1', 'codes must be at least 2'),
     ('a million layers of text', f'{SAMPLE} --text {{text_layers}}', 'at most 1,024 layers'),
     ('a million layers at once', f'{TRAIN} --unroll 1000000', r'unroll .* in \[1, 1024\]'),
+    ('a batch of no bench', f'{BENCH} --batch {10**9}', 'GiB, and this machine .*ask for less'),
     ('a batch of no plan', f'plan {{home}}/star.json --topology 8xA100-80G --batch {10**12}',
      'batch of a plan is at most 1,048,576'),
     # Text encoders.

@@ -18,6 +18,7 @@ from star_jax.core.flops import count_flops
 from star_jax.core.settings import Dtype, Settings
 from star_jax.nn.bind import bind
 from star_jax.nn.kernels import ByScale
+from star_jax.parallel import machine
 from star_jax.protocols import Family, TokenizerConfig
 from star_jax.sampling import program
 from star_jax.text.encoder import TOWERS, read_states
@@ -58,6 +59,9 @@ class SamplingJob:
                 f'batch, repeats and text_tokens must be at least 1, not {self.batch}, '
                 f'{self.repeats} and {self.text_tokens}'
             )
+        rows = self.text_tokens * self.model.text_width
+        rows += self.model.schedule.sizes[-1] * self.model.width
+        machine.check_memory(f'a batch of {self.batch:,} images', 4 * self.batch * rows)
 
     @property
     def tokenizer(self) -> TokenizerConfig:
