@@ -135,22 +135,22 @@ class _Candidate:
 
 def _dicts(path: Path) -> Iterator[tuple[str, Any]]:
     """The dotted path and the tensors of every dict in a file."""
+    shards = [path]
     if path.name.lower().endswith(INDEX):
-        whole = path.with_name(path.name[: -len(INDEX)])
-        yield '', StoredTensors(weights.paths(whole))
-        return
-    head = _head(path)
-    length = int.from_bytes(head[:8], 'little')
-    is_safetensors = head[8:9] == b'{' and length <= SAFETENSORS_HEADER
-    is_torch = torch_files.is_torch(head)
-    if is_safetensors or (path.suffix.lower() == '.safetensors' and not is_torch):
-        yield '', StoredTensors([path])
-        return
-    if not is_torch:
-        raise UserError(
-            f'{path} is no file of torch, or the download failed (a git-lfs pointer, a web page): '
-            'fetch it again'
-        )
+        shards = weights.paths(path.with_name(path.name[: -len(INDEX)]))
+    are_torch = [_is_torch(shard) for shard in shards]
+    if not any(are_torch):
+        yield '', StoredTensors(shards)
+    elif len(shards) == 1:
+        yield from _torch_dicts(path)
+    elif all(are_torch):
+        dicts = [tensors for shard in shards for _, tensors in _torch_dicts(shard)]
+        yield '', TorchTensors.merged(dicts)
+    else:
+        raise UserError(f'{path} names files of torch beside safetensors: give one kind of file')
+
+
+def _torch_dicts(path: Path) -> Iterator[tuple[str, TorchTensors]]:
     content = torch_files.load(path)
     if not isinstance(content, Mapping):
         raise UserError(f'{_not_published(path)}: it holds a {type(content).__name__}; {EXPECTED}')
@@ -167,16 +167,26 @@ def _dicts(path: Path) -> Iterator[tuple[str, Any]]:
         pending += [((*keys, name), x) for name, x in named[::-1] if isinstance(x, Mapping)]
 
 
-def _head(path: Path) -> bytes:
-    """The first bytes of a file. Raises UserError if it cannot be read."""
+def _is_torch(path: Path) -> bool:
+    """Whether a file is one of torch, not safetensors. Raises UserError if it is neither."""
     files.check_regular(path)
     try:
         with path.open('rb') as file:
-            return file.read(torch_files.HEAD)
+            head = file.read(torch_files.HEAD)
     except FileNotFoundError as error:
         raise UserError(f'{path}: there is no such file') from error
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= SAFETENSORS_HEADER:
+        return False
+    if torch_files.is_torch(head):
+        return True
+    if path.suffix.lower() == '.safetensors':
+        return False
+    raise UserError(
+        f'{path} is no file of torch, or the download failed (a git-lfs pointer, a web page): '
+        'fetch it again'
+    )
 
 
 def _candidates(path: str, tensors: Any) -> Iterator[_Candidate]:

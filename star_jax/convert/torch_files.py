@@ -7,7 +7,7 @@ stand-ins, which execute nothing; a file with any other class is refused.
 
 import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class TorchTensors:
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         self._tensors = tensors
+
+    @classmethod
+    def merged(cls, parts: Iterable['TorchTensors']) -> 'TorchTensors':
+        """The tensors of several files."""
+        return cls({name: tensor for part in parts for name, tensor in part._tensors.items()})
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return {
