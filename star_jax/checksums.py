@@ -125,7 +125,7 @@ def verifying(folder: Path, names: Iterable[str]) -> Iterator[None]:
 def _sha256_or_none(path: Path, stop: threading.Event) -> str | None:
     try:
         return remembered([path], lambda: _hash(path, stop))
-    except (OSError, _StoppedError):
+    except (OSError, UserError, _StoppedError):  # the body reports what cannot be read
         return None
 
 
@@ -135,6 +135,7 @@ class _StoppedError(Exception):
 
 def _hash(path: Path, stop: threading.Event) -> str:
     digest = hashlib.sha256()
+    files.check_regular(path)
     with path.open('rb', buffering=0) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
