@@ -194,10 +194,7 @@ def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
     """
     files.check_folder(out)
     with models.verifying(model_folder, check):
-        return _to_files(model_folder, out)
-
-
-def _to_files(model_folder: Path, out: Path) -> list[Path]:
+        pass  # before anything is written
     alone = folder.has_only_tokenizer(model_folder)
     load = _open
     model = None if alone else folder.read(model_folder, load)
