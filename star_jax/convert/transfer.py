@@ -193,12 +193,10 @@ def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
         UserError: there is no model folder, it cannot be read, or its weights changed.
     """
     files.check_folder(out)
-    with models.verifying(model_folder, check):
-        pass  # before anything is written
     alone = folder.has_only_tokenizer(model_folder)
-    load = _open
-    model = None if alone else folder.read(model_folder, load)
-    tokenizer = model.tokenizer if model else folder.read_tokenizer(model_folder, load)
+    with models.verifying(model_folder, check):  # before anything is written
+        model = None if alone else folder.read(model_folder, _open)
+        tokenizer = model.tokenizer if model else folder.read_tokenizer(model_folder, _open)
     path = model_folder / folder.IGNORED
     ignored = StoredTensors([path]) if path.exists() else None
     metadata = weights.read_metadata(path) if ignored else {}
