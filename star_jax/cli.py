@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 
-from star_jax import __version__, terminal
+from star_jax import __version__, files, terminal
 from star_jax.errors import RunError, UserError
 from star_jax.parallel import malloc
 
@@ -85,6 +85,7 @@ COMMANDS = {name: text for commands in JOURNEYS.values() for name, text in comma
 MODULES = {'train-tokenizer': 'train_tokenizer'}
 RESUMABLE = ('train', 'train-tokenizer')  # stopping one is no failure: the same command continues
 DEPENDENCIES = ('jax', 'flax')  # whose versions --version prints
+TERMINATED = {signal.SIGTERM: 143, signal.SIGHUP: 129}  # exit statuses, as in shells
 INTERRUPTED = 130  # exit status after ctrl-c, as in shells
 NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in JAX's errors
 SMALLER = 'give a smaller batch or model, or split the model over more devices'
@@ -122,13 +123,15 @@ def _load_with_handlers(command: str) -> types.ModuleType:
     terminal.redirect_warnings(lambda warning: _report(command, f'warning: {warning}', 0))
     if command in RESUMABLE:
         statuses = dict.fromkeys((signal.SIGTERM, signal.SIGINT), 0)
-        terminal.exit_on_signals(statuses, f'{name}: stopped; the same command continues the run')
+        line = f'{name}: stopped; the same command continues the run'
+        terminal.exit_on_signals(statuses, line, files.remove_unfinished)
         return _load(command)
     restore = terminal.exit_on_signals({signal.SIGINT: INTERRUPTED}, f'{name}: stopped')
     try:
         return _load(command)
     finally:
         restore()
+        terminal.exit_at_once(TERMINATED, f'{name}: stopped', files.remove_unfinished)
 
 
 def _run(words: list[str], load: Callable[[str], types.ModuleType]) -> int:

@@ -1,16 +1,19 @@
 """How is a file or a folder replaced so that no reader ever opens half of it? Can it be written?
 
-A killed process may leave temporary files and folders behind; the next writer removes them.
+A killed process may leave temporary files and folders behind. Those of a running process are
+locked; the next writer of the same folder, or of a file of the same kind in it, removes the others.
 """
 
 import contextlib
 import fcntl
 import fnmatch
+import glob
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +29,7 @@ SPECIAL = {  # files that may have no end
 }
 MOST_TEXT = 2**26  # bytes of a config, an index or a list that a user writes
 LONGEST_NAME = 255  # bytes of the name of a file
+ABANDONED_AFTER = 86_400  # seconds, on a file system without locks
 TEMPORARY = re.compile(r'\.(.+)\.[0-9a-f]{8}')  # the name of a file that is not yet complete
 
 
@@ -43,23 +47,26 @@ def shipped_folder() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success the file written there replaces `path`.
 
-    The folder must exist. On an error an earlier file at `path` stays as it was.
+    The folder must exist. On an error an earlier file at `path` stays as it was. The first call for
+    a folder and a suffix removes what killed processes left of such files there.
     """
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
+    _remove_abandoned_once(path)
+    temporary, lock = _create_temporary(path)
+    _unfinished.add(temporary)
     try:
         yield temporary
         with temporary.open('rb') as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
+        os.close(lock)
         with contextlib.suppress(NotADirectoryError):
             temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
 
 
 def remove_temporary_files(folder: Path, pattern: str) -> None:
-    """Removes the temporary files that a killed `replacing` left.
-
-    No other process may be writing these files.
+    """Removes the temporary files that killed processes left of `replacing`.
 
     Args:
         folder: the folder of the files.
@@ -68,7 +75,64 @@ def remove_temporary_files(folder: Path, pattern: str) -> None:
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match and fnmatch.fnmatchcase(match[1], pattern) and path.is_file():
-            path.unlink()
+            with contextlib.suppress(OSError):
+                if _is_abandoned(path):
+                    path.unlink()
+
+
+def remove_unfinished() -> None:
+    """Removes the temporary files and folders of this process, which is about to exit."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+_unfinished: set[Path] = set()  # temporary files and folders of this process
+_searched: set[tuple[Path, str]] = set()  # folders and patterns of `_remove_abandoned_once`
+
+
+def _remove_abandoned_once(path: Path) -> None:
+    """Removes temporary files of killed processes; one search per process, as folders are large."""
+    pattern = f'*{glob.escape(path.suffix)}' if path.suffix else glob.escape(path.name)
+    search = (path.parent.absolute(), pattern)
+    if search not in _searched:
+        _searched.add(search)
+        with contextlib.suppress(OSError):
+            remove_temporary_files(path.parent, pattern)
+
+
+def _create_temporary(path: Path) -> tuple[Path, int]:
+    """A new empty file beside `path`, and a descriptor that locks it."""
+    while True:
+        temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(descriptor)
+        if os.fstat(descriptor).st_nlink:  # not removed before it was locked
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether no running process has locked a temporary file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return time.time() - os.fstat(descriptor).st_mtime > ABANDONED_AFTER
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks a file or folder; False if another process has it or the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -86,6 +150,7 @@ def replacing_folder(folder: Path, is_replaced: Callable[[str], bool]) -> Iterat
     """
     _clean_up(folder, is_replaced)
     new = _temporary(folder, 'new')
+    _unfinished.add(new)
     try:
         new.mkdir(parents=True)
         with _locked(new):
@@ -100,6 +165,7 @@ def replacing_folder(folder: Path, is_replaced: Callable[[str], bool]) -> Iterat
                 new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        _unfinished.discard(new)
 
 
 def _clean_up(folder: Path, is_replaced: Callable[[str], bool]) -> None:
@@ -137,12 +203,7 @@ def _locked(folder: Path) -> Iterator[bool]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        has_lock = True
-    except OSError:
-        has_lock = False
-    try:
-        yield has_lock
+        yield _lock(descriptor)
     finally:
         os.close(descriptor)
 

@@ -6,7 +6,6 @@ All functions work on uint8 arrays: (h, w, 3) RGB, 0 to 255, NHWC when stacked.
 import io
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -96,15 +95,8 @@ def save_png(image: np.ndarray, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-        try:
-            with os.fdopen(handle, 'wb') as file:
-                file.write(encode(image))
-            Path(temporary).chmod(0o644)  # mkstemp lets only the owner read the file
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(encode(image))
     except OSError as error:
         raise UserError(f'cannot write {path} ({error.strerror}): choose another path') from None
     return path
@@ -182,10 +174,9 @@ def grid(
 
 def _on_white(image: Image.Image) -> Image.Image:
     """RGB; transparency becomes white."""
-    if image.mode == 'RGB' and not image.has_transparency_data:
-        return image
+    image = _eight_bits(image)
     if not image.has_transparency_data:
-        return _eight_bits(image).convert('RGB')
+        return image if image.mode == 'RGB' else image.convert('RGB')
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')
     return Image.alpha_composite(white, image).convert('RGB')
@@ -195,7 +186,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Scales 16-bit grey to eight bits, where Pillow would clip it."""
     if not image.mode.startswith('I'):
         return image
-    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    grey = np.asarray(image)
+    reduced = Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8))
+    if isinstance(transparent := image.info.get('transparency'), int):
+        reduced.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
+    return reduced
 
 
 def _enlarge(image: Image.Image) -> Image.Image:

@@ -11,8 +11,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Mapping
+
+LONGEST_CLEANING = 60  # seconds
+LONGEST_FLUSH = 1
 
 
 class _WarningHandler(logging.Handler):
@@ -109,8 +113,12 @@ def flush() -> OSError | None:
     return raw.error if isinstance(raw, _Stream) else None
 
 
-def exit_on_signals(statuses: Mapping[signal.Signals, int], line: str) -> Callable[[], None]:
-    """Makes each of these signals print one line and exit with its status.
+def exit_on_signals(
+    statuses: Mapping[signal.Signals, int],
+    line: str,
+    clean_up: Callable[[], None] = lambda: None,
+) -> Callable[[], None]:
+    """Makes each of these signals clean up, print one line and exit with its status.
 
     Python's own handler of ctrl-c raises at any point, and half-imported modules turn that into
     other errors. An ignored signal stays ignored. Outside the main thread, which alone may set
@@ -123,9 +131,7 @@ def exit_on_signals(statuses: Mapping[signal.Signals, int], line: str) -> Callab
     def end(number: int, _: types.FrameType | None) -> None:
         with contextlib.suppress(RuntimeError):  # the signal interrupted a write
             flush()
-        with contextlib.suppress(OSError):
-            os.write(2, f'{line}\n'.encode())
-        os._exit(statuses[signal.Signals(number)])
+        _exit(statuses[signal.Signals(number)], line, clean_up)
 
     undo = contextlib.ExitStack()
     if threading.current_thread() is threading.main_thread():
@@ -133,3 +139,45 @@ def exit_on_signals(statuses: Mapping[signal.Signals, int], line: str) -> Callab
             if signal.getsignal(number) is not signal.SIG_IGN:
                 undo.callback(signal.signal, number, signal.signal(number, end))
     return undo.close
+
+
+def exit_at_once(
+    statuses: Mapping[signal.Signals, int], line: str, clean_up: Callable[[], None]
+) -> None:
+    """Like `exit_on_signals`, but even while the main thread computes outside of Python.
+
+    Python runs its handlers between two instructions of the main thread, and a compilation is one
+    instruction. So a thread reads the numbers of the signals from a pipe.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait(number: int, _: types.FrameType | None) -> None:
+        """Keeps the main thread from writing while its temporary files are removed."""
+        time.sleep(LONGEST_CLEANING)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if signal.getsignal(number[0]) is wait:  # a run that trains has its own handlers
+                # The main thread may wait in the middle of a write, which locks the stream.
+                flushing = threading.Thread(target=flush, daemon=True)
+                flushing.start()
+                flushing.join(LONGEST_FLUSH)
+                _exit(statuses[signal.Signals(number[0])], line, clean_up)
+
+    threading.Thread(target=watch, daemon=True).start()
+    for number in statuses:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, wait)
+
+
+def _exit(status: int, line: str, clean_up: Callable[[], None]) -> None:
+    """Ends the process, whatever its threads do."""
+    with contextlib.suppress(OSError):
+        clean_up()
+    with contextlib.suppress(OSError):
+        os.write(2, f'{line}\n'.encode())
+    os._exit(status)

@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -210,27 +211,24 @@ def write(
     """
     folder = Path(folder).absolute()
     check_free(folder)
-    work = folder.with_name(f'.{folder.name}.partial')
-    shutil.rmtree(work, ignore_errors=True)  # the rest of an interrupted run
     try:
-        work.mkdir(parents=True)
-        builder = _CaptionedBuilder(
-            name=name,
-            splits=splits,
-            description=description,
-            version=version,
-            extra=extra,
-            data_dir=str(work),
-        )
-        with _quiet():
-            builder.download_and_prepare()
-        if folder.exists():
-            folder.replace(work / 'replaced')
-        Path(builder.data_dir).replace(folder)
+        with files.replacing_folder(folder, lambda _: True) as new:
+            with _quiet(), _temporary_files_in(new / 'temporary'):
+                builder = _CaptionedBuilder(
+                    name=name,
+                    splits=splits,
+                    description=description,
+                    version=version,
+                    extra=extra,
+                    data_dir=str(new / 'work'),
+                )
+                builder.download_and_prepare()
+            for file in Path(builder.data_dir).iterdir():
+                file.rename(new / file.name)
+            for name in ('temporary', 'work'):
+                shutil.rmtree(new / name)
     except OSError as error:
         raise UserError(f'{folder} cannot be written ({error}): choose another folder') from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
@@ -306,6 +304,17 @@ def _quiet() -> Iterator[None]:
         tfds.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Puts temporary files into a new folder: tfds makes some that it never removes."""
+    folder.mkdir()
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and (is_prepared(folder) or not any(folder.iterdir()))
 
@@ -349,7 +358,8 @@ def _damaged(path: str, error: Exception) -> UserError:
 def _builder_by_name(name: str) -> tfds.core.DatasetBuilder:
     """The builder of a dataset in the tfds data folder."""
     try:
-        builder = tfds.builder(name)
+        with tempfile.TemporaryDirectory() as work, _temporary_files_in(Path(work) / 'tfds'):
+            builder = tfds.builder(name)
     except Exception as error:  # tfds runs code of the dataset's author, which may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

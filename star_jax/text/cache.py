@@ -11,12 +11,9 @@ for 14 tokens of MiniLM), and its 11 significant bits are finer than the bfloat1
 network.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -38,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 ROOT_VARIABLE = 'STAR_JAX_CACHE'
 SUFFIX = '.safetensors'
+DIGITS = 16  # of the digest in the name of a segment
 KEY_BYTES = 16  # a million captions collide with probability 1e-27
 STORED_DTYPE = np.float16
 DTYPES = {'U8': np.uint8, 'I64': np.int64, 'F16': STORED_DTYPE}
@@ -203,19 +201,16 @@ class FeatureCache:
             'states': _to_stored([text.states_BTE[text.mask_BT > 0] for _, text in encoded]),
             'pooled': _to_stored([text.pooled_BE for _, text in encoded]),
         }
-        # Names sort by age; the random part differs between processes that write at the same time.
-        name = f'{time.time_ns():020d}-{secrets.token_hex(4)}{SUFFIX}'
-        partial = self.folder / f'{name}.partial'
+        content = save(arrays)
+        # Names sort by age; the digest differs between processes that write at the same time.
+        digest = hashlib.sha256(content).hexdigest()[:DIGITS]
         self._create_folder()
         try:
-            with partial.open('wb') as file:
-                file.write(save(arrays))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.folder / name)
+            with files.replacing(
+                self.folder / f'{time.time_ns():020d}-{digest}{SUFFIX}'
+            ) as temporary:
+                temporary.write_bytes(content)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             raise self._unwritable(error) from error
 
     def _create_folder(self) -> None:
@@ -229,6 +224,11 @@ class FeatureCache:
             f'The feature cache cannot write in {self.folder} ({error}); set {ROOT_VARIABLE} to a '
             f'folder with free space.'
         )
+
+
+def segment_paths(root: Path) -> list[Path]:
+    """The segments of all encoders below the root of a cache."""
+    return sorted((root / 'text').glob(f'*/*-{"?" * DIGITS}{SUFFIX}'))
 
 
 def _key(caption: str) -> bytes:
