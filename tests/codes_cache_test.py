@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from star_jax import image_io
+from star_jax import cli, image_io
 from star_jax.checkpoint import folder
 from star_jax.data import encoded
 from star_jax.data.folder import Folder
@@ -217,6 +218,97 @@ def test_interrupted_cache_continues_after_the_last_shard(tmp_path):
     encoded.write(tmp_path / 'data', key | {'made': 'otherwise'}, count, lambda _: [rows + 1])
     other = encoded.read(tmp_path / 'data', key | {'made': 'otherwise'}, range(count), ROW)
     np.testing.assert_array_equal(np.concatenate(other.shards), rows + 1)
+
+
+@pytest.fixture
+def four_shards(tmp_path) -> tuple[Path, np.ndarray]:
+    """A folder of 40 encoded images in four shards, and the images."""
+    rows = np.arange(120, dtype=np.int32).reshape(40, 3)
+    encoded.write(tmp_path / 'cache' / 'data', {}, 40, lambda first: [rows[first:]])
+    return tmp_path / 'cache', rows
+
+
+def flip(path: Path, position: int) -> None:
+    """Changes one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_opening_reads_a_sample_and_maps_shards_at_use(four_shards, monkeypatch):
+    folder, rows = four_shards
+    monkeypatch.setattr(encoded, 'SAMPLED', 2)
+    monkeypatch.setattr(encoded.weights, 'sha256', lambda _: pytest.fail('read a whole shard'))
+    read, mapped = [], []
+    is_intact, map_shard = encoded._Shard.is_block_intact, encoded._Shard.map
+    monkeypatch.setattr(
+        encoded._Shard, 'is_block_intact', lambda *args: read.append(args) or is_intact(*args)
+    )
+    monkeypatch.setattr(encoded._Shard, 'map', lambda s: mapped.append(s) or map_shard(s))
+    source = encoded.read(folder / 'data', {}, Captions(40), ROW)
+    assert len(read) == 2 and not mapped
+    for index in (31, 39, 5, 32):
+        np.testing.assert_array_equal(source[index]['encoded'], rows[index])
+    assert [shard.path.name[:5] for shard in mapped] == ['00003', '00000']
+    monkeypatch.setattr(encoded, 'MAX_MAPPED', 1)
+    few = encoded.read(folder / 'data', {}, Captions(40), ROW)
+    np.testing.assert_array_equal(np.concatenate(few.shards), rows)
+
+
+class Captions(Sequence[str]):
+    """A source of captions."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> str:
+        return str(index)
+
+    def captions(self, index: int) -> tuple[str]:
+        return (str(index),)
+
+
+def test_check_finds_and_removes_damaged_files(four_shards, monkeypatch, capsys):
+    """Damage outside of the sample, which no opening finds, is found and made again alone."""
+    folder, rows = four_shards
+    monkeypatch.setattr(encoded, 'SAMPLED', 2)  # blocks of the first and the last shard
+    assert cli.main(['data', 'check', str(folder)]) == 0
+    assert '4 files, 0.0 GB, all intact' in capsys.readouterr().out
+    before = sorted(path.name for path in (folder / 'data').iterdir())
+    flip(next((folder / 'data').glob('00001-*')), -20)
+    encoded.read(folder / 'data', {}, Captions(40), ROW)
+    assert cli.main(['data', 'check', str(folder)]) == 2
+    assert '1 of 4 files' in (error := capsys.readouterr().err) and 'data/00001-' in error
+    assert cli.main(['data', 'check', str(folder), '--remove']) == 2
+    with pytest.raises(UserError, match='incomplete, shard 1 is missing'):
+        encoded.read(folder / 'data', {}, Captions(40), ROW)
+    asked = []
+    encoded.write(folder / 'data', {}, 40, lambda first: asked.append(first) or [rows[first:]])
+    assert asked == [10] and before == sorted(path.name for path in (folder / 'data').iterdir())
+    assert cli.main(['data', 'check', str(folder.parent)]) == 2
+    assert 'holds no encoded images or features' in capsys.readouterr().err
+
+
+def test_check_reads_text_features(run, made, tmp_path, capsys):
+    place = Path(shutil.copytree(made, tmp_path / 'copy'))
+    segment = next((place / 'text').glob('*/*.safetensors'))
+    assert cache.check(place).damaged == ()
+    flip(segment, -1)
+    assert cache.check(place).damaged == (segment,)
+
+
+def test_killed_writes_leave_nothing_after_the_next_one(tmp_path):
+    """Other temporary files stay: those of a running process, and those of other kinds."""
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    (folder / 'key.json').write_text('{}')
+    left = folder / '.00000-abc.npy.0123abcd'
+    left.touch()
+    encoded.write(folder, {}, 1, lambda _: [np.zeros((1, 3), np.int32)])
+    assert sorted(path.suffix for path in folder.iterdir()) == ['.json', '.npy']
 
 
 def test_folder_of_other_files_is_not_overwritten(tmp_path):

@@ -1,4 +1,4 @@
-"""`star-jax data prepare emoji OUT`, `data prepare folder IMAGES OUT`, `data show SET`"""
+"""`star-jax data prepare emoji OUT`, `prepare folder IMAGES OUT`, `show SET`, `check CACHE`"""
 
 import dataclasses
 import os
@@ -16,12 +16,13 @@ from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 
-USAGE = """usage: star-jax data prepare|show|cache [...]   (each has --help)
+USAGE = """usage: star-jax data prepare|show|cache|check [...]   (each has --help)
 
   star-jax data prepare emoji sets/emoji          downloads and writes a set of captioned emoji
   star-jax data prepare folder my_images sets/me  writes a set of your own images with captions
   star-jax data show my_images                    writes a captioned grid of any set
   star-jax data cache configs/shapes.py           encodes the images and captions of a run once
+  star-jax data check sets/me.codes               compares all of that with its checksums
 """
 PREPARE_USAGE = """usage: star-jax data prepare emoji|folder [...]   (each has --help)
 
@@ -31,6 +32,7 @@ PREPARE_USAGE = """usage: star-jax data prepare emoji|folder [...]   (each has -
 
 MAX_SIZE = 4096  # px, of the side of an image in a set
 MAX_SHOWN = 1024  # images of a grid
+SHOWN = 5  # names of damaged files in a message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,10 @@ class PrepareEmoji:
 class PrepareFolder:
     """Writes a prepared dataset of your own images with captions, as squares of one size.
 
-    The caption of cat.png is in cat.txt beside it, or in a metadata.jsonl or captions.jsonl with
-    lines such as {"file_name": "cat.png", "text": "a cat"}. Unusable images are named and left out.
+    The caption of cat.png is in cat.txt beside it, or in a list: metadata.jsonl with lines such as
+    {"file_name": "cat.png", "text": "a cat"}, metadata.json, metadata.csv. Parquet sets and tar
+    archives are read, too. Folders train, val and test are splits. Unusable images are named and
+    left out.
 
     Example: star-jax data prepare folder my_images sets/me --size 128
 
@@ -70,9 +74,10 @@ class PrepareFolder:
         images: folder of the images.
         out: folder of the set.
         size: side of the images in px: the centre square, resized with a Lanczos filter.
-        held_out: approximate share of the images in the split 'validation' (0: no such split).
-        caption: field of the captions in the .jsonl file ('': the first of text, caption and
-            captions).
+        held_out: approximate share of the images in the split 'validation' if no folder is named
+            after a split (0: no such split).
+        caption: field or column of the captions in a list or a Parquet file ('': the first of text,
+            caption and captions).
     """
 
     images: tyro.conf.Positional[Path]
@@ -124,6 +129,23 @@ class Show:
             raise ValueError(f'seed must not be negative, not {self.seed}')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """Compares all encoded images and features of a cache with their checksums.
+
+    Opening a cache compares the sizes of its files and a sample of their contents.
+
+    Example: star-jax data check sets/me.codes
+
+    Attributes:
+        cache: folder of the cache.
+        remove: remove damaged files, so that data cache makes them again.
+    """
+
+    cache: tyro.conf.Positional[Path]
+    remove: bool = False
+
+
 def _check_size(size: int) -> None:
     """Raises ValueError for an invalid side of the images, in px."""
     if not 1 <= size <= MAX_SIZE:
@@ -131,7 +153,7 @@ def _check_size(size: int) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    actions = {'prepare': _prepare, 'show': _show, 'cache': _cache}
+    actions = {'prepare': _prepare, 'show': _show, 'cache': _cache, 'check': _check}
     return _choose(actions, words, 'data', USAGE)
 
 
@@ -176,7 +198,7 @@ def _prepare_folder(words: Sequence[str]) -> int:
 def _print(
     out: Path, counts: Mapping[str, int], description: str, megabytes: float, seconds: float
 ) -> int:
-    splits = ', '.join(f'{name} {count:,}' for name, count in counts.items())
+    splits = folder.counts_text(counts)
     sys.stdout.write(f'{out}: {splits} {description}, {megabytes:.1f} MB, {seconds:.0f} s\n')
     return 0
 
@@ -194,6 +216,24 @@ def _cache(words: Sequence[str]) -> int:
     from star_jax.commands import cache  # imports all of training
 
     return cache.main(words)
+
+
+def _check(words: Sequence[str]) -> int:
+    options = arguments.parse(Check, words, 'data check')
+    from star_jax.training import cache  # imports all of training
+
+    folder, found = options.cache, cache.check(options.cache, options.remove)
+    total = found.intact + len(found.damaged)
+    if not found.damaged:
+        sys.stdout.write(f'{folder}: {total:,} files, {found.size / 1e9:.1f} GB, all intact\n')
+        return 0
+    names = ', '.join(str(path.relative_to(folder)) for path in found.damaged[:SHOWN])
+    state = 'were damaged and are removed' if options.remove else 'are damaged'
+    remedy = '' if options.remove else 'remove them with --remove, and '
+    raise UserError(
+        f'{len(found.damaged):,} of {total:,} files in {folder} {state} ({names}): {remedy}make '
+        f'them again with `star-jax data cache CONFIG --cache {folder}`'
+    )
 
 
 def _data_set(options: Show) -> Shapes | Prepared | Folder:

@@ -2,16 +2,25 @@
 
 A folder holds `key.json`, which identifies everything that the arrays depend on, and shards of
 SHARD examples in order: `00000-<sha256>.npy`, arrays [n, ...], integers in the smallest type that
-holds them. The name of a shard contains its checksum, so that missing and damaged shards are found.
-A shard is written to a temporary file, renamed, and never changed: an interrupted call continues
-after the last complete shard.
+holds them. After the array follow the digests of its blocks of BLOCK examples.
+
+The digests are computed once, when a shard is written. Opening compares the sizes of all files and
+the digests of a few blocks, `check` those of all files. A shard is mapped into memory when its
+first example is read, and only the pages of the examples that are read are loaded. A shard is
+written to a temporary file, renamed, and never changed: an interrupted call continues after the
+last complete shard.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
+import mmap
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -19,11 +28,17 @@ import numpy as np
 
 from star_jax import files
 from star_jax.checkpoint import config, weights
+from star_jax.console import progress_bar
 from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
+from star_jax.parallel import mesh
 
 KEY = 'key.json'
 SHARD = 16_384  # examples: a minute of work for one shard, and few files for a large dataset
+BLOCK = 64  # examples
+SAMPLED = 64  # blocks whose digests are compared at opening
+DIGEST = 16  # bytes
+MAX_MAPPED = 256  # shards: each holds a file descriptor, and the usual limit is 1024 per process
 
 Key = Mapping[str, Any]
 
@@ -48,19 +63,19 @@ class EncodedSource:
 
     Attributes:
         source: the source of captions and labels.
-        shards: arrays [n, ...], mapped into memory.
+        shards: arrays [n, ...].
         dtype: the dtype of encoded images.
     """
 
     source: Source
-    shards: tuple[np.ndarray, ...]
+    shards: Sequence[np.ndarray]
     dtype: np.dtype
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> EncodedExample:
-        shard, row = divmod(operator.index(index), len(self.shards[0]))
+        shard, row = divmod(operator.index(index), SHARD)
         encoded = self.shards[shard][row].astype(self.dtype)
         return EncodedExample(encoded=encoded, captions=self.captions(index))
 
@@ -74,10 +89,102 @@ class EncodedSource:
         return self.source.fingerprint()
 
 
-def read(folder: Path, key: Key, source: Source, example: ArraySpec) -> EncodedSource:
-    """The encoded images of `source` in a folder, mapped into memory.
+class _MappedShards(Sequence[np.ndarray]):
+    """Shards, each of which is mapped into memory when it is used. Threads may share it."""
 
-    Every shard is read once, to compare its checksum.
+    def __init__(self, shards: Sequence['_Shard']) -> None:
+        self._shards = shards
+        self._mapped: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        with self._lock:
+            if number not in self._mapped:
+                self._mapped[number] = self._shards[number].map()
+                if len(self._mapped) > MAX_MAPPED:
+                    self._mapped.popitem(last=False)
+            self._mapped.move_to_end(number)
+            return self._mapped[number]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A file of encoded images, from its header.
+
+    Attributes:
+        path: the file.
+        shape: [n, ...].
+        dtype: type of the arrays.
+        start: position of the array in the file.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+
+    @staticmethod
+    def open(path: Path) -> '_Shard':
+        """Reads the header; raises ValueError if the file holds no such arrays."""
+        with path.open('rb') as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f'version {version} of the format of numpy')
+            shape, in_fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject or in_fortran_order or not shape:
+                raise ValueError(f'an array of {dtype} with shape {shape}')
+            return _Shard(path, shape, dtype, file.tell())
+
+    @property
+    def end(self) -> int:
+        """Position after the array, where its digests begin."""
+        return self.start + self.dtype.itemsize * int(np.prod(self.shape))
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.shape[0] // BLOCK)
+
+    def like(self, example: ArraySpec) -> '_Shard':
+        """The shard with the type of `example`; ValueError unless it holds such arrays."""
+        stored, wanted = self.dtype, np.dtype(example.dtype)
+        if stored.kind == 'V' and stored.itemsize == wanted.itemsize:
+            stored = wanted  # numpy's format has no name for bfloat16
+        shape = tuple(example.shape)
+        if self.shape[1:] != shape or not np.can_cast(stored, wanted, 'same_kind'):
+            raise ValueError(
+                f'{stored} arrays of shape {self.shape[1:]}, expected {wanted} of {shape}'
+            )
+        return dataclasses.replace(self, dtype=stored)
+
+    def has_size(self, count: int) -> bool:
+        """Whether it holds `count` examples, and the file is as long as its header says."""
+        size = self.end + DIGEST * self.num_blocks
+        return self.shape[0] == count and os.path.getsize(self.path) == size
+
+    def is_block_intact(self, block: int) -> bool:
+        width = (self.end - self.start) // self.shape[0]
+        first, last = block * BLOCK, min((block + 1) * BLOCK, self.shape[0])
+        with self.path.open('rb') as file:
+            file.seek(self.start + first * width)
+            digest = _digest(file.read((last - first) * width))
+            file.seek(self.end + block * DIGEST)
+            return file.read(DIGEST) == digest
+
+    def map(self) -> np.ndarray:
+        with self.path.open('rb') as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)  # read no neighbours of an example
+        count = int(np.prod(self.shape))
+        return np.frombuffer(mapped, self.dtype, count, self.start).reshape(self.shape)
+
+
+def read(folder: Path, key: Key, source: Source, example: ArraySpec) -> EncodedSource:
+    """The encoded images of `source` in a folder.
+
+    The sizes of all shards and the digests of a few blocks are compared.
 
     Args:
         folder: folder of the encoded images.
@@ -98,18 +205,20 @@ def read(folder: Path, key: Key, source: Source, example: ArraySpec) -> EncodedS
             f'{folder} was made for another run ({"; ".join(changed)}): {remedy} again, '
             'or choose another folder'
         )
-    shards = []
-    for number in range(_num_shards(len(source))):
-        path = _shard_path(folder, number)
-        if path is None:
+    paths, shards = _shard_paths(folder), []
+    for number, rows in enumerate(_sizes(len(source))):
+        if number not in paths:
             raise UserError(f'{folder} is incomplete, shard {number} is missing: {remedy}')
-        if not _is_intact(path):
-            raise UserError(f'{path} is damaged: {remedy} again')
+        path = paths[number]
         try:
-            shards.append(_load(path, example))
+            shards.append(_Shard.open(path).like(example))
         except ValueError as error:
             raise UserError(f'{path} holds no encoded images ({error}): {remedy}') from error
-    return EncodedSource(source, tuple(shards), np.dtype(example.dtype))
+        if not shards[-1].has_size(rows):
+            raise UserError(f'{path} is damaged: {remedy} again')
+    if damaged := _damaged_in_sample(shards):
+        raise UserError(f'{min(damaged)} is damaged: {remedy} again')
+    return EncodedSource(source, _MappedShards(shards), np.dtype(example.dtype))
 
 
 def write(
@@ -131,14 +240,48 @@ def write(
     """
     try:
         _prepare(folder, key)
-        done = _complete_shards(folder, count)
-        for path in _shard_paths(folder)[done:]:
-            path.unlink()
-        if done < _num_shards(count):
-            for number, encoded in enumerate(_rechunk(encode(done * SHARD)), done):
-                _save(folder, number, encoded)
+        sizes = _sizes(count)
+        complete, shards = _complete_shards(folder, sizes), iter(())
+        for number in range(len(sizes)):
+            if number in complete:
+                continue
+            if number == 0 or number - 1 in complete:  # the first of several
+                shards = _rechunk(encode(number * SHARD))
+            _save(folder, number, next(shards))
     except OSError as error:
         raise UserError(f'{folder} cannot be written ({error}): choose another folder') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The result of `check`.
+
+    Attributes:
+        intact: number of intact files.
+        size: of all files, in bytes.
+        damaged: the other files.
+    """
+
+    intact: int
+    size: int
+    damaged: tuple[Path, ...]
+
+
+def check(paths: Sequence[Path]) -> Check:
+    """Compares files with the digests in their names: NAME-DIGEST.SUFFIX."""
+    with progress_bar() as bar, ThreadPoolExecutor(mesh.cores()) as pool:
+        task, damaged = bar.add_task('reading', total=len(paths), note=''), []
+        for path, intact in zip(paths, pool.map(_is_intact, paths), strict=True):
+            bar.advance(task)
+            if not intact:
+                damaged.append(path)
+    size = sum(path.stat().st_size for path in paths)
+    return Check(len(paths) - len(damaged), size, tuple(damaged))
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards in a folder of encoded images, in order."""
+    return [path for _, path in sorted(_shard_paths(folder).items())]
 
 
 def check_free(folder: Path) -> None:
@@ -147,37 +290,40 @@ def check_free(folder: Path) -> None:
         raise UserError(f'{folder} holds something else than encoded images: choose another folder')
 
 
-def _load(path: Path, example: ArraySpec) -> np.ndarray:
-    """A shard, mapped into memory; ValueError unless it holds arrays like `example`."""
-    shard, dtype = np.load(path, mmap_mode='r', allow_pickle=False), np.dtype(example.dtype)
-    if shard.dtype.kind == 'V' and shard.itemsize == dtype.itemsize:
-        shard = shard.view(dtype)  # numpy's format has no name for bfloat16
-    if shard.shape[1:] != tuple(example.shape) or not np.can_cast(shard.dtype, dtype, 'same_kind'):
-        raise ValueError(
-            f'{shard.dtype} arrays of shape {shard.shape[1:]}, expected {dtype} of '
-            f'{tuple(example.shape)}'
-        )
-    return shard
-
-
 def _prepare(folder: Path, key: Key) -> None:
     """Creates the folder and its key; deletes shards with another key."""
     path = folder / KEY
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() or config.differences(config.read_json(path), key):
-        for shard in _shard_paths(folder):
+        for shard in shard_paths(folder):
             shard.unlink()
         config.write_json(path, key)
 
 
-def _complete_shards(folder: Path, count: int) -> int:
-    """Number of complete shards of an earlier call."""
-    for number in range(_num_shards(count)):
-        path = _shard_path(folder, number)
-        if path is None or not _is_intact(path):
-            return number
-    return _num_shards(count)
+def _complete_shards(folder: Path, sizes: Sequence[int]) -> set[int]:
+    """The complete shards of earlier calls; removes all others."""
+    complete = {}
+    for number, path in _shard_paths(folder).items():
+        try:
+            shard = _Shard.open(path)
+        except ValueError:
+            continue
+        if number < len(sizes) and shard.has_size(sizes[number]):
+            complete[number] = shard
+    damaged = _damaged_in_sample(list(complete.values()))
+    kept = {number: shard.path for number, shard in complete.items() if shard.path not in damaged}
+    for path in set(folder.glob('*.npy')) - set(kept.values()):
+        path.unlink()
+    return set(kept)
+
+
+def _damaged_in_sample(shards: Sequence[_Shard]) -> set[Path]:
+    """Shards of which one of at most SAMPLED blocks, evenly spaced, is damaged."""
+    blocks = [(shard, block) for shard in shards for block in range(shard.num_blocks)]
+    chosen = np.linspace(0, len(blocks) - 1, min(SAMPLED, len(blocks))).astype(int)
+    sample = [blocks[number] for number in chosen]
+    return {shard.path for shard, block in sample if not shard.is_block_intact(block)}
 
 
 def _rechunk(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -195,8 +341,11 @@ def _rechunk(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _save(folder: Path, number: int, encoded: np.ndarray) -> None:
+    stored = np.ascontiguousarray(encoded.astype(_stored_dtype(encoded)))
     buffer = io.BytesIO()
-    np.save(buffer, encoded.astype(_stored_dtype(encoded)), allow_pickle=False)
+    np.save(buffer, stored, allow_pickle=False)
+    for first in range(0, len(stored), BLOCK):
+        buffer.write(_digest(stored[first : first + BLOCK].tobytes()))
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     with files.replacing(folder / f'{number:05d}-{digest}.npy') as temporary:
         temporary.write_bytes(buffer.getbuffer())
@@ -210,17 +359,20 @@ def _stored_dtype(array: np.ndarray) -> np.dtype:
 
 
 def _is_intact(path: Path) -> bool:
-    return path.stem.partition('-')[2] == weights.sha256(path)
+    digest = path.stem.partition('-')[2]
+    return bool(digest) and weights.sha256(path).startswith(digest)
 
 
-def _shard_path(folder: Path, number: int) -> Path | None:
-    return next(iter(folder.glob(f'{number:05d}-*.npy')), None)
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:DIGEST]
 
 
-def _shard_paths(folder: Path) -> list[Path]:
-    """All shards in order."""
-    return sorted(folder.glob('*.npy'))
+def _shard_paths(folder: Path) -> dict[int, Path]:
+    """The shards by their numbers."""
+    numbers = ((path.stem.partition('-')[0], path) for path in sorted(folder.glob('*-*.npy')))
+    return {int(number): path for number, path in numbers if number.isdecimal()}
 
 
-def _num_shards(count: int) -> int:
-    return -(-count // SHARD)
+def _sizes(count: int) -> list[int]:
+    """The number of examples of each shard."""
+    return [min(SHARD, count - first) for first in range(0, count, SHARD)]

@@ -27,8 +27,9 @@ from star_jax.checkpoint.folder import StoredTokenizer
 from star_jax.console import progress_bar
 from star_jax.data import encoded, pipeline
 from star_jax.data.pipeline import Source
+from star_jax.errors import UserError
 from star_jax.protocols import PromptEncoder
-from star_jax.text.cache import FeatureCache
+from star_jax.text.cache import FeatureCache, segment_paths
 from star_jax.training.run import Data, Run
 
 SETS = ('data', 'validation')  # of a run
@@ -138,6 +139,30 @@ def check_free(folder: Path) -> None:
     files.check_folder(folder)
     for name in SETS:
         encoded.check_free(folder / name)
+
+
+def check(folder: Path, remove: bool = False) -> encoded.Check:
+    """Reads every file of a cache and compares its digest.
+
+    Args:
+        folder: the cache.
+        remove: remove damaged files, which `data cache` then makes again.
+
+    Raises:
+        UserError: the folder holds no cache.
+    """
+    paths = [path for name in SETS for path in encoded.shard_paths(folder / name)]
+    paths += segment_paths(folder)
+    if not paths:
+        raise UserError(
+            f'{folder} holds no encoded images or features: expected a folder that '
+            '`star-jax data cache CONFIG` has made'
+        )
+    found = encoded.check(paths)
+    if remove:
+        for path in found.damaged:
+            path.unlink()
+    return found
 
 
 def _digest(tokenizer: StoredTokenizer) -> str:
