@@ -26,6 +26,7 @@ setup(
         'grain>=0.2.18',  # deterministic, resumable input
         'array_record>=0.8',  # the container of prepared datasets
         'tensorflow-datasets>=4.9.10',  # the prepared format, read without TensorFlow
+        'pyarrow>=14',  # Parquet sets of images (tfds brings it); older ones unpickle types
         'importlib_resources',  # tfds needs it to write a set and does not say so
         'transformers>=5',  # tokenizers of text encoders that have no tokenizer.json
         'tokenizers>=0.23',  # tokenizer.json of a Hugging Face folder
@@ -37,7 +38,7 @@ setup(
         'docstring_parser>=0.16',  # descriptions of options, for --help (tyro brings it)
         'cattrs>=26',  # dataclasses to JSON and strictly back
         'rich>=13',  # progress bars and tables
-        'Pillow>=11',  # pictures
+        'Pillow>=11.3',  # images; AVIF since 11.3
         'matplotlib>=3.10',  # the plot at the end of a study: hours of training shall not miss it
         'scipy>=1.13',  # Student's t, for intervals over a few seeds (JAX brings it)
         'tensorboardX>=2.6',  # event files without TensorFlow

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from star_jax import cli, image_io
 from star_jax.checkpoint import config, models
-from star_jax.data import folder, image_checks, image_files, listing, pipeline, splits
+from star_jax.data import folder, image_checks, image_files, listing, lists, pipeline, splits, tree
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.errors import UserError
@@ -87,7 +87,7 @@ def test_captions_are_read_from_text_files(tmp_path):
     }
 
 
-@pytest.mark.parametrize('name', listing.LIST_NAMES)
+@pytest.mark.parametrize('name', ['metadata.jsonl', 'captions.jsonl', 'Metadata.JSONL'])
 def test_captions_are_read_from_a_list(tmp_path, name):
     for image in ('a.png', 'sub/b.png', 'sub/c.png', 'd.png'):
         add(tmp_path, image)
@@ -161,10 +161,6 @@ def enormous() -> bytes:
     return bytes(data)
 
 
-def sixteen_bits() -> Image.Image:
-    return Image.fromarray(np.full((20, 20), 40_000, np.uint16))
-
-
 FAULTS = {
     'cut short': (damage, image_files.UNREADABLE, 'cut short or damaged'),
     'empty file': (lambda root: write(root, b''), image_files.UNREADABLE, 'the file is empty'),
@@ -179,7 +175,11 @@ FAULTS = {
         image_files.UNREADABLE,
         'conv',
     ),
-    '16 bits': (lambda root: save(root, sixteen_bits()), image_files.WRONG_MODE, 'I;16'),
+    '32 bits': (
+        lambda root: save(root, Image.new('I', (20, 20)), 'bad.tif'),
+        image_files.WRONG_MODE,
+        'are I,',
+    ),
     'floats': (
         lambda root: save(root, Image.new('F', (20, 20)), 'bad.tif'),
         image_files.WRONG_MODE,
@@ -199,15 +199,15 @@ FAULTS = {
         image_files.TOO_LARGE,
         '20000 x 20000 pixels',
     ),
-    'no caption': (lambda root: add(root, 'bad.png'), listing.NO_CAPTION, 'no .txt file beside'),
+    'no caption': (lambda root: add(root, 'bad.png'), lists.NO_CAPTION, 'no .txt file beside'),
     'empty caption': (
         lambda root: add(root, 'bad.png', ' \n\t'),
-        listing.EMPTY_CAPTION,
+        lists.EMPTY_CAPTION,
         'are empty',
     ),
     'latin-1': (
         lambda root: [add(root, 'bad.png'), (root / 'bad.txt').write_bytes(b'pi\xf1ata')],
-        listing.NOT_UTF8,
+        tree.NOT_UTF8,
         'byte 2',
     ),
     'text alone': (
@@ -222,15 +222,15 @@ LINES = {
     'absolute': ('{"file_name": "/etc/passwd", "text": "x"}', listing.NO_IMAGE, 'is outside of'),
     'nul': ('{"file_name": "a\\u0000.png", "text": "x"}', listing.NO_IMAGE, 'there is no'),
     'long name': (json.dumps({'image': 'x' * 999, 'text': 'x'}), listing.NO_IMAGE, 'there is no'),
-    'blank': ('{"file_name": "ok.png", "text": "  "}', listing.EMPTY_CAPTION, 'are empty'),
-    'wordless': ('{"file_name": "ok.png", "label": 3}', listing.NO_CAPTION, 'no text or caption'),
-    'number': ('{"file_name": "ok.png", "text": 3}', listing.BAD_LINE, 'its caption is not text'),
-    'numbers': ('{"file_name": "ok.png", "text": ["a", 3]}', listing.BAD_LINE, 'is not text'),
-    'nameless': ('{"text": "x"}', listing.BAD_LINE, 'no file_name or image'),
-    'no JSON': ('{"file_name": "ok.png", "text": "x"', listing.BAD_LINE, 'not JSON'),
-    'no object': ('["ok.png", "x"]', listing.BAD_LINE, 'not a JSON object'),
-    'deep': ('[' * 100_000, listing.BAD_LINE, 'not JSON'),
-    'surrogate': ('{"file_name": "ok.png", "text": "\\ud800"}', listing.NOT_UTF8, 'half a char'),
+    'blank': ('{"file_name": "ok.png", "text": "  "}', lists.EMPTY_CAPTION, 'are empty'),
+    'wordless': ('{"file_name": "ok.png", "label": 3}', lists.NO_CAPTION, 'no text or caption'),
+    'number': ('{"file_name": "ok.png", "text": 3}', lists.BAD_LINE, 'its caption is not text'),
+    'numbers': ('{"file_name": "ok.png", "text": ["a", 3]}', lists.BAD_LINE, 'is not text'),
+    'nameless': ('{"text": "x"}', lists.BAD_LINE, 'no file_name or image'),
+    'no JSON': ('{"file_name": "ok.png", "text": "x"', lists.BAD_LINE, 'not JSON'),
+    'no object': ('["ok.png", "x"]', lists.BAD_LINE, 'not a JSON object'),
+    'deep': ('[' * 100_000, lists.BAD_LINE, 'not JSON'),
+    'surrogate': ('{"file_name": "ok.png", "text": "\\ud800"}', tree.NOT_UTF8, 'half a char'),
 }
 
 
@@ -266,14 +266,14 @@ def test_line_that_is_not_utf8_affects_no_other_line(tmp_path):
     lines = b'{"image": "a.png", "text": "pi\xf1ata"}\n{"image": "a.png", "text": "a"}'
     (tmp_path / 'captions.jsonl').write_bytes(lines)
     source = Folder(path=str(tmp_path), split='all').open(16)
-    assert source.faults[0].kind == listing.NOT_UTF8 and source.captions(0) == ('a',)
+    assert source.faults[0].kind == tree.NOT_UTF8 and source.captions(0) == ('a',)
 
 
 def test_name_that_is_not_utf8_is_reported(tmp_path, caplog):
     add(tmp_path, 'a.png', 'a')
     shutil.copy(tmp_path / 'a.png', bytes(tmp_path) + b'/pi\xf1ata.png')
     source = Folder(path=str(tmp_path), split='all').open(16)
-    assert [(f.kind, f.name) for f in source.faults] == [(listing.NOT_UTF8, 'pi\\xf1ata.png')]
+    assert [(f.kind, f.name) for f in source.faults] == [(tree.NOT_UTF8, 'pi\\xf1ata.png')]
 
 
 def test_log_names_the_first_faults_of_a_kind_and_counts_all(tmp_path, caplog):
@@ -300,8 +300,9 @@ def test_paths_that_are_no_folder_of_images_are_refused(tmp_path):
         Folder(path=str(tmp_path / 'nowhere')).open(16)
     with pytest.raises(UserError, match='holds no image.*metadata.jsonl'):
         Folder(path=str(tmp_path)).open(16)
-    with pytest.raises(UserError, match="split 'test': choose one of train, validation, all"):
-        Folder(split='test')
+    message = "split 'held_out': choose one of train, validation, test, all"
+    with pytest.raises(UserError, match=message):
+        Folder(split='held_out')
     with pytest.raises(UserError, match='share'):
         Folder(held_out=1.0)
 
@@ -507,6 +508,16 @@ def test_interrupted_reading_keeps_finished_checks(tmp_path, monkeypatch):
     decoded += ['x'] * 4
     assert len(Folder(path=str(tmp_path), split='all').open(8)) == 6
     assert decoded[4:] == ['03.png', '04.png', '05.png']
+
+
+def test_killed_reading_keeps_checks(tmp_path, cache, monkeypatch):
+    fill(tmp_path, 5)
+    monkeypatch.setattr(image_checks, 'CHUNK', 2)
+    monkeypatch.setattr(image_checks, 'SAVED_EVERY', -1)
+    saved, save = [], image_checks._save
+    monkeypatch.setattr(image_checks, '_save', lambda *a: saved.append(len(a[1])) or save(*a))
+    Folder(path=str(tmp_path), split='all').open(8)
+    assert saved == [2, 4, 5, 5]
 
 
 def test_image_that_vanishes_or_changes_is_refused(tmp_path):

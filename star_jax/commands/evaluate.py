@@ -43,7 +43,7 @@ class Evaluate:
     Attributes:
         model: model or tokenizer folder, hub id, or 'shipped'.
         data: shapes, the folder of a prepared dataset, or a folder of images with captions.
-        splits: splits of the data (none: all that are not for training).
+        splits: splits of the data (none: test if there is one, else all that are not for training).
         metrics: metrics to compute (none: all that the model and the data allow).
         count: images per split, and on shapes per number of objects.
         seed: seed of the first image; image i uses seed + i, and the intervals depend on it, too.

@@ -17,6 +17,7 @@ from star_jax.commands import arguments
 from star_jax.console import progress_bar
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Dtype, Settings
+from star_jax.data import lists
 from star_jax.errors import UserError
 from star_jax.files import SHIPPED
 from star_jax.parallel import startup
@@ -166,6 +167,8 @@ def _check(prompt: str) -> None:
             f'the prompt {ascii(prompt[:30])} holds {ascii(character)}, which is no text: expected '
             'UTF-8 without control characters'
         )
+    if not lists.is_visible(prompt):
+        raise UserError(f'a prompt has only invisible characters ({ascii(prompt)}): write one')
 
 
 def _read_prompts(options: Sample) -> list[str]:

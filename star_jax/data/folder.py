@@ -22,13 +22,14 @@ from rich.progress import track
 
 from star_jax import image_io
 from star_jax.data import image_checks, image_files, listing, pipeline, prepared, splits
-from star_jax.data.listing import Fault
 from star_jax.data.pipeline import Example
+from star_jax.data.tree import Fault, File
 from star_jax.errors import UserError
 from star_jax.image_io import height_and_width
 from star_jax.parallel import mesh
 
-SPLITS = ('train', 'validation', 'all')
+ALL = 'all'
+SPLITS = (*splits.SPLITS, ALL)
 MAX_ENLARGEMENT = 4  # factor: smaller images show too little when enlarged to the target size
 TOO_SMALL = 'too small'
 MAX_LOGGED = 5  # faults of each kind that are logged one by one; all are counted
@@ -40,11 +41,15 @@ log = logging.getLogger(__name__)
 class Folder:
     """A folder of images with captions, and the folders below it, as `listing` describes.
 
+    The folders train, val and test in it (or other common names of them, in any case) are its
+    splits; images beside them are for training. Without a folder val, the split 'validation' is the
+    test images. A folder without any of them has the splits 'train' and 'validation'.
+
     Attributes:
         path: folder of the images.
-        split: 'train', 'validation', or 'all'.
-        held_out: approximate share of the images in the split 'validation'; the path of an image
-            decides its split, so that adding images moves no others.
+        split: 'train', 'validation', 'test', or 'all', which is all but the test images.
+        held_out: approximate share of the images in the split 'validation' if no folder is named
+            after a split; the path of an image decides, so that adding images moves no others.
         caption: field of the list of captions ('': the first of text, caption and captions).
     """
 
@@ -73,12 +78,34 @@ class Folder:
         Raises:
             UserError: the folder does not exist, or holds no usable image.
         """
+        source = self.open_all(size)
+        assigned = source.assign(self.held_out)
+        counts, split = assigned.counts(source.names), self.split
+        if split == splits.VALIDATION and split not in counts and splits.TEST in counts:
+            log.warning(
+                '%s has no folder of validation images: its test images are the split validation',
+                self.path,
+            )
+            split = splits.TEST
+        kept = {splits.TRAIN, splits.VALIDATION} if split == ALL else {split}
+        found = dataclasses.replace(
+            source,
+            entries=tuple(e for e in source.entries if assigned.split(e.name) in kept),
+            faults=tuple(f for f in source.faults if assigned.fault_split(f.name) in kept),
+        )
+        if not found.entries:
+            raise self._no_split(counts, assigned.by_folder)
+        _log_faults(self.path, found)
+        return found
+
+    def open_all(self, size: int | tuple[int, int]) -> 'FolderSource':
+        """The images of all splits, those for tests, too; arguments and errors as of `open`."""
         root = _root(self.path)
         contents = listing.read(root, self.caption)
         if not contents.captions and not contents.faults:
             raise UserError(
                 f'{self.path} holds no image: expected PNG, JPEG or WebP files with captions in '
-                f'{" or ".join(listing.LIST_NAMES)}, or in a {listing.TEXT_SUFFIX} file beside each'
+                f'metadata.jsonl or another list, or in a {listing.TEXT_SUFFIX} file beside each'
             )
         entries, faults = _check_entries(root, contents, max(height_and_width(size)))
         if not entries:
@@ -86,28 +113,25 @@ class Folder:
                 f'{self.path} holds no usable image, skipped: {_counts(faults)}; '
                 f'the first is {faults[0].name}: {faults[0].reason}'
             )
-        source = FolderSource(root=root, size=size, entries=entries, faults=faults)
-        source = source if self.split == 'all' else self._select_split(source)
-        _log_faults(self.path, source)
-        return source
+        files = {entry.name: contents.files[entry.name] for entry in entries}
+        return FolderSource(root=root, size=size, entries=entries, files=files, faults=faults)
 
-    def _select_split(self, source: 'FolderSource') -> 'FolderSource':
-        """The images and faults of this split."""
-        held_out = splits.held_out([entry.name for entry in source.entries], self.held_out)
-        if self.split == 'validation' and not held_out:
-            raise UserError(
-                f"{self.path} has no split 'validation' with {len(source)} usable image(s) and "
-                f"held_out {self.held_out}: use split='all', or add images"
+    def has_test_images(self) -> bool:
+        """Whether there is a split 'test'; raises UserError as `open`."""
+        contents = listing.read(_root(self.path), self.caption)
+        return any(splits.named(name) == splits.TEST for name in contents.captions)
+
+    def _no_split(self, counts: Mapping[str, int], by_folder: bool) -> UserError:
+        """The error for a split without images."""
+        if by_folder:
+            add = '' if self.split == ALL else f'add a folder {self.split}, or '
+            return UserError(
+                f'{self.path} has no usable images of the split {self.split!r}, its folders hold '
+                f'{counts_text(counts)}: {add}name another split'
             )
-        is_validation = self.split == 'validation'
-        return dataclasses.replace(
-            source,
-            entries=tuple(e for e in source.entries if (e.name in held_out) == is_validation),
-            faults=tuple(
-                fault
-                for fault in source.faults
-                if (splits.fraction(fault.name) < self.held_out) == is_validation
-            ),
+        return UserError(
+            f'{self.path} has no split {self.split!r} with {sum(counts.values())} usable image(s) '
+            f"and held_out {self.held_out}: use split='all', or add images"
         )
 
 
@@ -136,13 +160,23 @@ class FolderSource:
         root: the folder.
         size: side of a square, or (height, width), in pixels.
         entries: the usable images.
+        files: where they are, by their names.
         faults: the records that were left out.
     """
 
     root: Path
     size: int | tuple[int, int]
     entries: tuple[Entry, ...]
+    files: Mapping[str, File]
     faults: tuple[Fault, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.entries]
+
+    def assign(self, held_out: float) -> splits.Assignment:
+        """The splits of its images, of which a share is held out if no folder decides."""
+        return splits.assign(self.names, [fault.name for fault in self.faults], held_out)
 
     @property
     def enlarged(self) -> int:
@@ -168,14 +202,14 @@ class FolderSource:
         return pipeline.fingerprint(self, *self.entries)
 
     def _image(self, entry: Entry) -> np.ndarray:
-        path = self.root / entry.name
-        if image_checks.file_stamp(path) != entry.stamp:
+        path, file = self.root / entry.name, self.files[entry.name]
+        if image_checks.file_stamp(file) != entry.stamp:
             raise UserError(
                 f'{path} has vanished or changed since the dataset was opened: '
                 'restore it, or start again without it'
             )
         try:
-            return image_files.read(path, self.size)
+            return image_files.read(file, self.size)
         except image_files.UnfitError as error:
             raise UserError(
                 f'{path} could be read when the dataset was opened, but now {error}: restore it'
@@ -202,7 +236,7 @@ class Summary:
 def prepare(folder: Folder, out: Path, size: int) -> Summary:
     """Writes the images of a folder as PNGs into a prepared dataset.
 
-    Its splits are `train` and, if an image is held out, `validation`.
+    Its splits are those of the folder that have images.
 
     Args:
         folder: the images; `folder.split` is ignored.
@@ -214,11 +248,12 @@ def prepare(folder: Folder, out: Path, size: int) -> Summary:
     """
     start = time.monotonic()
     prepared.check_free(Path(out))  # before all images are read
-    source = dataclasses.replace(folder, split='all').open(size)
-    held_out = splits.held_out([entry.name for entry in source.entries], folder.held_out)
+    source = folder.open_all(size)
+    _log_faults(folder.path, source)
+    assigned = source.assign(folder.held_out)
     indices = collections.defaultdict(list)
     for index, entry in enumerate(source.entries):
-        indices['validation' if entry.name in held_out else 'train'].append(index)
+        indices[assigned.split(entry.name)].append(index)
     prepared.write(
         out,
         {split: _records(source, numbers, split) for split, numbers in sorted(indices.items())},
@@ -226,7 +261,7 @@ def prepare(folder: Folder, out: Path, size: int) -> Summary:
         description=f'The images of a folder, {size} px, prepared by star_jax.data.folder.',
     )
     return Summary(
-        images={split: len(numbers) for split, numbers in sorted(indices.items())},
+        images=assigned.counts(source.names),
         skipped=len(source.faults),
         seconds=time.monotonic() - start,
         megabytes=sum(file.stat().st_size for file in Path(out).iterdir()) / 1e6,
@@ -280,7 +315,7 @@ def _check_entries(
 ) -> tuple[tuple[Entry, ...], tuple[Fault, ...]]:
     """The images that can be used at this size, sorted by name, and all faults."""
     entries, faults = [], list(contents.faults)
-    for name, check in image_checks.check_images(root, list(contents.captions)).items():
+    for name, check in image_checks.check_images(root, contents.files).items():
         if check.kind:
             faults.append(Fault(check.kind, name, check.reason))
         elif check.shorter_side * MAX_ENLARGEMENT < size:
@@ -291,6 +326,11 @@ def _check_entries(
             stamp = (check.size, check.modified)
             entries.append(Entry(name, contents.captions[name], stamp, check.shorter_side))
     return tuple(entries), tuple(faults)
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Images per split: 'train 30, validation 10'."""
+    return ', '.join(f'{split} {count:,}' for split, count in counts.items())
 
 
 def _counts(faults: Iterable[Fault]) -> str:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +20,12 @@ import PIL
 from star_jax import files
 from star_jax.console import progress_bar
 from star_jax.data import image_files
+from star_jax.data.tree import File
 from star_jax.parallel import mesh
 
-FORMAT = f'2, Pillow {PIL.__version__}'  # of the stored results, which depend on Pillow's version
+FORMAT = f'3, Pillow {PIL.__version__}'  # of the stored results, which depend on Pillow's version
 CHUNK = 256  # images queued at once: after ctrl-c only running threads must finish
+SAVED_EVERY = 60  # seconds
 PROGRESS_FROM = 200  # images: fewer are read so fast that a progress bar is not needed
 
 log = logging.getLogger(__name__)
@@ -47,36 +50,43 @@ class ImageCheck:
     reason: str = ''
 
 
-def check_images(root: Path, names: Sequence[str]) -> dict[str, ImageCheck]:
-    """Checks the images `names` of the folder `root`; shows a progress bar for many images.
+def check_images(root: Path, images: Mapping[str, File]) -> dict[str, ImageCheck]:
+    """Checks the images of the folder `root` by their names; shows a progress bar for many images.
 
-    Results are stored even if the call is interrupted.
+    Results are stored even if the call is interrupted, and those until a minute ago if the process
+    is killed.
     """
     path = files.cache_folder() / 'folders' / f'{_digest(str(root.resolve()))}.json'
     checks = _load(path)
-    stamps = {name: file_stamp(root / name) for name in names}
-    unchecked = [name for name in names if not _is_valid(checks.get(name), stamps[name])]
-    pool = ThreadPoolExecutor(mesh.cores())
+    stamps = {name: file_stamp(image) for name, image in images.items()}
+    unchecked = [name for name in images if not _is_valid(checks.get(name), stamps[name])]
+    pool, saved = ThreadPoolExecutor(mesh.cores()), time.monotonic()
     try:
         with progress_bar(visible=len(unchecked) >= PROGRESS_FROM) as bar:
             task = bar.add_task(f'reading the images of {root}', total=len(unchecked), note='')
             for first in range(0, len(unchecked), CHUNK):
                 chunk = unchecked[first : first + CHUNK]
-                results = pool.map(lambda name: _check(root / name, stamps[name]), chunk)
+                results = pool.map(lambda name: _check(images[name], stamps[name]), chunk)
                 for name, check in zip(chunk, results, strict=True):
                     checks[name] = check
                     bar.advance(task)
+                if time.monotonic() - saved > SAVED_EVERY:
+                    _save(path, checks)
+                    saved = time.monotonic()
     finally:
         pool.shutdown(cancel_futures=True)
         if unchecked:
             _save(path, checks)
-    return {name: checks[name] for name in names}
+    return {name: checks[name] for name in images}
 
 
-def file_stamp(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and modification time in ns of a file; None if there is no file."""
+def file_stamp(file: File) -> tuple[int, int] | None:
+    """Size in bytes and modification time in ns of a file; None if there is no file.
+
+    Those of the container for a file in another file.
+    """
     try:
-        status = os.stat(path)
+        status = os.stat(file)
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
@@ -86,10 +96,10 @@ def _is_valid(check: ImageCheck | None, stamp: tuple[int, int] | None) -> bool:
     return check is not None and (check.size, check.modified) == stamp
 
 
-def _check(path: Path, stamp: tuple[int, int] | None) -> ImageCheck:
+def _check(file: File, stamp: tuple[int, int] | None) -> ImageCheck:
     size, modified = stamp or (0, 0)
     try:
-        return ImageCheck(size, modified, shorter_side=image_files.shorter_side(path))
+        return ImageCheck(size, modified, shorter_side=image_files.shorter_side(file))
     except image_files.UnfitError as error:
         return ImageCheck(size, modified, kind=error.kind, reason=str(error))
 

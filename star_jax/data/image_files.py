@@ -1,33 +1,46 @@
 """Can a file be an image of a dataset, and what are its pixels at a given size?
 
-PNG, JPEG, WebP, BMP, and the first frame of GIF and TIFF are read; the first bytes of a file decide
-its format. Grey, palettes, transparency (on white), CMYK and black-and-white become RGB; colour
-profiles are not applied. Other modes (16-bit grey, floats, LAB) are refused, because their range in
-eight bits is unknown.
+PNG, JPEG, WebP, AVIF, BMP, PPM, and the first frame of GIF and TIFF are read; the first bytes of a
+file decide its format. Grey (of 8 or 16 bits), palettes, transparency (on white), CMYK and
+black-and-white become RGB; colour profiles are not applied. Other modes (32-bit integers, floats,
+LAB) are refused, because their range in eight bits is unknown.
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from star_jax import image_io
 from star_jax.image_io import height_and_width
 
-SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
+# fmt: off
+SUFFIXES = frozenset((
+    '.png', '.apng', '.jpg', '.jpeg', '.jpe', '.jfif', '.pjpeg', '.pjp', '.webp', '.avif', '.bmp',
+    '.dib', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm', '.pnm',
+))
 # Image formats that are not read: reported, not ignored.
-UNSUPPORTED = frozenset({'.heic', '.heif', '.avif', '.jxl', '.jp2', '.svg', '.psd', '.dng', '.cr2'})
-MODES = frozenset({'1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'})
+UNSUPPORTED = frozenset((
+    '.heic', '.heif', '.hif', '.avifs', '.jxl', '.jp2', '.j2k', '.jpx', '.svg', '.psd', '.xcf',
+    '.tga', '.ico', '.exr', '.hdr', '.dds', '.qoi', '.eps', '.dng', '.cr2', '.cr3', '.nef', '.arw',
+    '.orf', '.raf', '.rw2',
+))
+# fmt: on
+FORMATS = 'PNG, JPEG, WebP, AVIF, BMP, PPM, GIF and TIFF'
+SIXTEEN_BITS = frozenset({'I;16', 'I;16L', 'I;16B', 'I;16N'})
+MODES = frozenset({'1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'}) | SIXTEEN_BITS
 MAX_ASPECT = 3  # longer side divided by the shorter
 MAX_PIXELS = 178_956_970  # when decoded: Pillow, too, refuses larger images as decompression bombs
 LARGE = 2**24  # pixels: larger images are decoded one at a time, to limit the memory
@@ -46,7 +59,10 @@ _READERS = (
     (b'GIF8', GifImageFile),
     (b'II*\0', TiffImageFile),
     (b'MM\0*', TiffImageFile),
+    *((b'P%d' % number, PpmImageFile) for number in range(1, 7)),
 )
+AVIF_BRANDS = (b'avif', b'avis')  # in the first box of the file, which HEIC has, too
+START = 64  # bytes that decide the format
 _large_image_lock = threading.Lock()
 
 
@@ -62,20 +78,28 @@ class UnfitError(Exception):
         self.kind = kind
 
 
-def shorter_side(path: Path) -> int:
+class ImageSource(Protocol):
+    """Where an image file is: a `Path`, or a file in another file, whose path `os.fspath` returns."""
+
+    def __fspath__(self) -> str: ...
+
+    def open(self, mode: str = 'rb') -> BinaryIO: ...
+
+
+def shorter_side(source: ImageSource) -> int:
     """The shorter side in pixels of an image file, which is decoded completely.
 
     Raises UnfitError if the image cannot be used at any size.
     """
-    with _decoded(path, 1) as (_, shorter):
+    with _decoded(source, 1) as (_, shorter):
         return shorter
 
 
-def read(path: Path, size: int | tuple[int, int]) -> np.ndarray:
+def read(source: ImageSource, size: int | tuple[int, int]) -> np.ndarray:
     """The centre of an image file, upright and resized by Lanczos.
 
     Args:
-        path: the file.
+        source: the file.
         size: side of a square, or (height, width), in pixels.
 
     Returns:
@@ -84,22 +108,22 @@ def read(path: Path, size: int | tuple[int, int]) -> np.ndarray:
     Raises:
         UnfitError: as `shorter_side`.
     """
-    with _decoded(path, max(height_and_width(size))) as (image, _):
+    with _decoded(source, max(height_and_width(size))) as (image, _):
         return image_io.fit(image, size)
 
 
 @contextlib.contextmanager
-def _decoded(path: Path, target: int) -> Iterator[tuple[Image.Image, int]]:
+def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, int]]:
     """The image, possibly reduced by its decoder, and its shorter side before that.
 
     Args:
-        path: the file.
+        source: the file.
         target: longer side in pixels for which the image is decoded.
     """
-    if path.exists() and not path.is_file():  # reading a pipe or a device may not end
+    if os.path.exists(source) and not os.path.isfile(source):  # reading a pipe or a device may not end
         raise UnfitError(UNREADABLE, 'it is no regular file')
     try:
-        with path.open('rb') as file:
+        with source.open('rb') as file:
             image = _open(file)
             _check(image)
             shorter = min(image.size)
@@ -123,14 +147,20 @@ def _decoded(path: Path, target: int) -> Iterator[tuple[Image.Image, int]]:
 
 def _open(file: BinaryIO) -> Image.Image:
     """Reads the header. Image.open refuses large JPEGs before they can be reduced."""
-    start = file.read(16)
+    start = file.read(START)
     file.seek(0)
     if not start:
         raise UnfitError(UNREADABLE, 'the file is empty')
     for magic, reader in _READERS:
         if start.startswith(magic):
             return reader(file)
-    raise UnfitError(UNREADABLE, 'it is none of PNG, JPEG, WebP, BMP, GIF and TIFF: convert it')
+    if start[4:8] == b'ftyp' and any(brand in start for brand in AVIF_BRANDS):
+        if not features.check('avif'):
+            raise UnfitError(UNREADABLE, 'this installation of Pillow reads no AVIF: convert it')
+        return AvifImageFile(file)
+    raise UnfitError(
+        UNREADABLE, 'it is none of PNG, JPEG, WebP, AVIF, BMP, GIF and TIFF: convert it'
+    )
 
 
 def _check(image: Image.Image) -> None:

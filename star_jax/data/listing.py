@@ -1,54 +1,31 @@
 """Which images does a folder hold, and what are their captions?
 
-- A list, `metadata.jsonl` or `captions.jsonl`, in the folder or in any folder below it: one JSON
-  object per line, with the path of an image relative to the folder of the list (`file_name` or
-  `image`) and its captions (`text`, `caption` or `captions`; a string or a list of strings).
-  Several lines may describe one image.
-- An image in no list has a text file of the same name, `cat.txt` for `cat.png`: every line that is
-  not empty is one caption.
+- A list (`lists`) in the folder or in any folder below it describes images by their paths relative
+  to the folder of the list. Several records may describe one image.
+- A Parquet file (`tables`) holds images and captions, or is a list.
+- An image in no list has its captions beside it: `cat.txt` or `cat.caption` for `cat.png`, in which
+  every line that is not empty is one caption, or `cat.json` with the fields of a record.
+- A tar archive (`tree`) is read like a folder; so are the shards of a WebDataset.
 
-All text is UTF-8. Files and folders with names that start with a dot are ignored, and so are
-folders that are symbolic links.
+All text is UTF-8. Files and folders with names that start with a dot are ignored.
 """
 
 import collections
 import dataclasses
-import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from star_jax import files
-from star_jax.data import image_files
+from star_jax.data import image_files, lists, tables, tree
 from star_jax.data.image_files import UnfitError
-from star_jax.errors import UserError
+from star_jax.data.lists import NO_CAPTION
+from star_jax.data.tree import Fault, File, Tree
 
-LIST_NAMES = ('metadata.jsonl', 'captions.jsonl')
-IMAGE_FIELDS = ('file_name', 'image')
-CAPTION_FIELDS = ('text', 'caption', 'captions')
 TEXT_SUFFIX = '.txt'
+TEXT_SUFFIXES = (TEXT_SUFFIX, '.caption')
+RECORD_SUFFIX = '.json'
 
-NO_CAPTION = 'no caption'
-EMPTY_CAPTION = 'empty caption'
-NOT_UTF8 = 'not UTF-8'
 NO_IMAGE = 'no image'
-BAD_LINE = 'bad line'
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """A record that cannot be used.
-
-    Attributes:
-        kind: kind of fault.
-        name: the file or line.
-        reason: description of the fault.
-    """
-
-    kind: str
-    name: str
-    reason: str
+OTHER_LIST = 'other list'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +33,14 @@ class Listing:
     """The images of a folder.
 
     Attributes:
-        captions: captions by the path of an image relative to the folder, with '/', sorted.
+        captions: captions by the path of an image relative to the folder, with '/', sorted; a row
+            of a Parquet file counts as a file below it.
+        files: where the images are, by the same path.
         faults: records that cannot be used.
     """
 
     captions: Mapping[str, tuple[str, ...]]
+    files: Mapping[str, File]
     faults: tuple[Fault, ...]
 
 
@@ -69,150 +49,133 @@ def read(root: Path, caption_field: str = '') -> Listing:
 
     Args:
         root: the folder.
-        caption_field: field of the lists that holds the captions ('': one of CAPTION_FIELDS).
+        caption_field: field of the lists that holds the captions ('': one of
+            `lists.CAPTION_FIELDS`).
 
     Raises:
         UserError: the folder or a list cannot be read.
     """
-    names, faults = _walk(root)
-    captions, listed = collections.defaultdict(list), set()
-    for name in (name for name in names if PurePosixPath(name).name in LIST_NAMES):
-        for number, line in _lines(root / name):
-            try:
-                fields = _parse_line(line)
-                image = _image_path(fields, PurePosixPath(name).parent)
-                listed.add(image)
-                if not os.path.isfile(root / image):
-                    raise UnfitError(NO_IMAGE, f'there is no {image}')
-                line_captions = _line_captions(fields, caption_field)
-                captions[image] += line_captions
-            except UnfitError as error:
-                faults.append(Fault(error.kind, f'{name}, line {number}', str(error)))
-    suffixes = image_files.SUFFIXES | image_files.UNSUPPORTED
-    images = {name for name in names if _suffix(name) in suffixes}
-    texts = {_stem(name): name for name in names if _suffix(name) == TEXT_SUFFIX}
-    for name in sorted(images - listed):
+    reader = _Reader(tree.read(root), caption_field)
+    for name in reader.tree.names:
+        if lists.is_list(name):
+            reader.add_list(name)
+        elif tree.suffix(name) == tables.SUFFIX:
+            reader.add_table(name)
+        elif tree.suffix(name) in lists.UNNAMED:
+            stems = ' or '.join(lists.STEMS)
+            reader.fault(OTHER_LIST, name, f'lists of captions are named {stems}: rename it')
+    reader.add_images()
+    return reader.listing()
+
+
+class _Reader:
+    """Collects the captions and faults of a folder."""
+
+    def __init__(self, files: Tree, caption_field: str) -> None:
+        self.tree = files
+        self._field = caption_field
+        self._captions = collections.defaultdict(list)
+        self._cells: dict[str, File] = {}
+        self._listed: set[str] = set()
+        self._faults = list(files.faults)
+
+    def fault(self, kind: str, name: str, reason: str) -> None:
+        self._faults.append(Fault(kind, name, reason))
+
+    def listing(self) -> Listing:
+        captions = {name: tuple(self._captions[name]) for name in sorted(self._captions)}
+        files = {name: self._cells.get(name) or self.tree.file(name) for name in captions}
+        return Listing(captions, files, tuple(sorted(self._faults, key=lambda fault: fault.name)))
+
+    def add_list(self, name: str) -> None:
         try:
-            captions[name] = _text_file_captions(root, texts.get(_stem(name)))
+            data = self.tree.read(name)
+        except OSError as error:
+            raise tree.unreadable(self.tree.root / name, error) from error
+        for where, record in lists.read(name, data):
+            self._add_record(name, f'{name}, {where}' if where else name, record)
+
+    def add_table(self, name: str) -> None:
+        """Adds the rows of a Parquet file."""
+        if name in self.tree.members:
+            self.fault(tree.NOT_UNPACKED, name, 'Parquet in an archive is not read: unpack it')
+            return
+        try:
+            for number, row in enumerate(tables.read(self.tree.root / name, self._field)):
+                place = f'{name}/{number:08d}'
+                if row.image is None:
+                    self._add_record(name, place, row.fields)
+                    continue
+                try:
+                    self._captions[place] = lists.captions(row.fields, self._field)
+                    self._cells[place] = row.image
+                except UnfitError as error:
+                    self.fault(error.kind, place, str(error))
         except UnfitError as error:
-            faults.append(Fault(error.kind, name, str(error)))
-    for stem in texts.keys() - {_stem(name) for name in images | listed}:
-        faults.append(Fault(NO_IMAGE, texts[stem], 'there is no image of that name beside it'))
-    ordered = {name: tuple(captions[name]) for name in sorted(captions)}
-    return Listing(ordered, tuple(sorted(faults, key=lambda fault: fault.name)))
+            is_index = _stem(name) + tree.ARCHIVE in self.tree.archives
+            if not (error.kind == tables.NO_IMAGES and is_index):  # of the archive beside it
+                self.fault(error.kind, name, str(error))
 
+    def _add_record(self, name: str, place: str, record: lists.Record | UnfitError) -> None:
+        """Adds a record of the list `name`."""
+        try:
+            if isinstance(record, UnfitError):
+                raise record
+            path = _image_path(lists.image_name(record), PurePosixPath(name).parent)
+            image = self.tree.find(path)
+            self._listed.add(image or path)
+            if image is None:
+                raise UnfitError(NO_IMAGE, f'there is no {path}')
+            self._captions[image] += lists.captions(record, self._field)
+        except UnfitError as error:
+            self.fault(error.kind, place, str(error))
 
-def _walk(root: Path) -> tuple[list[str], list[Fault]]:
-    """The relative paths of all files below `root`, and those that are not UTF-8."""
-
-    def fail(error: OSError) -> None:
-        raise _unreadable(error.filename, error) from error
-
-    paths, faults = [], []
-    for folder, subfolders, names in os.walk(root, onerror=fail):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
-        for name in (name for name in names if not name.startswith('.')):
-            path = (Path(folder) / name).relative_to(root).as_posix()
+    def add_images(self) -> None:
+        """Adds the images that are in no list, with the captions beside them."""
+        suffixes = image_files.SUFFIXES | image_files.UNSUPPORTED
+        images = {name for name in self.tree.names if tree.suffix(name) in suffixes}
+        beside = collections.defaultdict(dict)
+        for name in self.tree.names:
+            suffix = tree.suffix(name)
+            if suffix in (*TEXT_SUFFIXES, RECORD_SUFFIX) and not lists.is_list(name):
+                beside[_stem(name)][suffix] = name
+        for name in sorted(images - self._listed):
             try:
-                path.encode()
-                paths.append(path)
-            except UnicodeEncodeError:
-                escaped = os.fsencode(path).decode(errors='backslashreplace')
-                faults.append(Fault(NOT_UTF8, escaped, 'its name is not UTF-8'))
-    return sorted(paths), faults
+                self._captions[name] = self._captions_beside(beside.get(_stem(name), {}))
+            except UnfitError as error:
+                self.fault(error.kind, name, str(error))
+        for stem in beside.keys() - {_stem(name) for name in images | self._listed}:
+            for suffix, name in beside[stem].items():
+                if suffix != RECORD_SUFFIX or name in self.tree.members:
+                    self.fault(NO_IMAGE, name, 'there is no image of that name beside it')
+
+    def _captions_beside(self, names: Mapping[str, str]) -> list[str]:
+        """The captions of an image from the files beside it, by their suffixes."""
+        fault = UnfitError(NO_CAPTION, f'it is in no list and has no {TEXT_SUFFIX} file beside it')
+        for suffix in (*TEXT_SUFFIXES, RECORD_SUFFIX):
+            name = names.get(suffix)
+            if name is None:
+                continue
+            try:
+                data = self.tree.read(name)
+                if suffix == RECORD_SUFFIX:
+                    return lists.captions(lists.parse_object(data), self._field)
+                return lists.text_captions(data)
+            except UnfitError as error:
+                fault = fault if fault.kind != NO_CAPTION else error
+            except OSError as error:
+                fault = UnfitError(NO_CAPTION, f'{name} cannot be read ({error.strerror})')
+        raise fault
 
 
-def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f'{path} cannot be read ({error.strerror}): change its permissions')
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The numbers and bytes of the lines of a list that are not empty."""
-    files.check_regular(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    for number, line in enumerate(data.split(b'\n'), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _parse_line(line: bytes) -> dict[str, Any]:
-    text = _decode(line)
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnfitError(BAD_LINE, f'it is not JSON ({error})') from error
-    if not isinstance(fields, dict):
-        raise UnfitError(BAD_LINE, 'it is not a JSON object')
-    return fields
-
-
-def _image_path(fields: dict[str, Any], folder: PurePosixPath) -> str:
-    """The path of the image of a line, relative to the root."""
-    name = next((fields[key] for key in IMAGE_FIELDS if key in fields), None)
-    if not isinstance(name, str) or not name:
-        raise UnfitError(BAD_LINE, f'it has no {" or ".join(IMAGE_FIELDS)} with a path')
-    path = PurePosixPath(_check_unicode(name).replace('\\', '/'))
+def _image_path(name: str, folder: PurePosixPath) -> str:
+    """The path of an image relative to the root, from its path in a list."""
+    path = PurePosixPath(name.replace('\\', '/'))
     if path.is_absolute() or '..' in path.parts:
         raise UnfitError(NO_IMAGE, f'{name} is outside of the folder of its list')
     return str(folder / path)
 
 
-def _line_captions(fields: dict[str, Any], caption_field: str) -> list[str]:
-    """The captions of a line that are not empty."""
-    keys = (caption_field,) if caption_field else CAPTION_FIELDS
-    value = next((fields[key] for key in keys if key in fields), None)
-    if value is None:
-        raise UnfitError(NO_CAPTION, f'it has no {" or ".join(keys)}')
-    captions = value if isinstance(value, list) else [value]
-    if not all(isinstance(caption, str) for caption in captions):
-        raise UnfitError(
-            BAD_LINE, 'its caption is not text, expected a string or a list of strings'
-        )
-    return _not_empty([_check_unicode(caption) for caption in captions])
-
-
-def _text_file_captions(root: Path, name: str | None) -> list[str]:
-    """The captions in the text file of an image."""
-    if name is None:
-        raise UnfitError(NO_CAPTION, f'it is in no list and has no {TEXT_SUFFIX} file beside it')
-    if (root / name).exists() and not (root / name).is_file():
-        raise UnfitError(NO_CAPTION, f'{name} is no regular file')
-    try:
-        data = (root / name).read_bytes()
-    except OSError as error:
-        raise UnfitError(NO_CAPTION, f'{name} cannot be read ({error.strerror})') from error
-    return _not_empty(_decode(data).splitlines())
-
-
-def _not_empty(captions: list[str]) -> list[str]:
-    stripped = [caption.strip() for caption in captions if caption.strip()]
-    if not stripped:
-        raise UnfitError(EMPTY_CAPTION, 'its captions are empty')
-    return stripped
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UnfitError(NOT_UTF8, f'its text is not UTF-8 at byte {error.start}') from error
-
-
-def _check_unicode(text: str) -> str:
-    """The text; UnfitError for half of a surrogate pair, which JSON can contain."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UnfitError(NOT_UTF8, f'its text has half a character at {error.start}') from error
-    return text
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
-
-
 def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(''))
+    """A path without its suffix, in one Unicode normal form."""
+    return tree.normal(str(PurePosixPath(name).with_suffix('')))

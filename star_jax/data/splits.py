@@ -1,11 +1,101 @@
-"""Which examples are held out from training?
+"""Which examples are trained on, and which are held out from training?
 
-The split of an example depends on its name alone: it is the same on every machine and does not
-change when a dataset grows.
+Folders named after splits decide it. Where there are none, the split of an example depends on a
+hash of its name alone: it is the same on every machine and does not change when a dataset grows.
 """
 
+import collections
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+
+TRAIN, VALIDATION, TEST = 'train', 'validation', 'test'
+SPLITS = (TRAIN, VALIDATION, TEST)
+# Names of folders, in any case, and of containers such as train-00000-of-00002.parquet.
+NAMES = {
+    'train': TRAIN,
+    'training': TRAIN,
+    'val': VALIDATION,
+    'valid': VALIDATION,
+    'validation': VALIDATION,
+    'dev': VALIDATION,
+    'test': TEST,
+    'testing': TEST,
+    'eval': TEST,
+    'evaluation': TEST,
+}
+CONTAINERS = ('.parquet', '.tar')
+
+_ANY = '|'.join(sorted(NAMES, key=len, reverse=True))
+_FOLDER = re.compile(rf'({_ANY})[-_. ]?\d*')  # val2017, too
+_CONTAINER = re.compile(rf'({_ANY})(?![a-z])')
+
+
+def named(path: str) -> str | None:
+    """The split after which the first folder of a path is named, or a container in the path.
+
+    Args:
+        path: path relative to the dataset; images in containers count as files below them.
+    """
+    *folders, _ = PurePosixPath(path.casefold()).parts
+    if not folders:
+        return None
+    numbers = [at for at, part in enumerate(folders) if part.endswith(CONTAINERS)]
+    matches = [_FOLDER.fullmatch(folders[0])]
+    if numbers:  # any folder around a container, its name, and the first folder in it
+        inside = folders[numbers[0] + 1 : numbers[0] + 2]
+        matches += [_FOLDER.fullmatch(part) for part in folders[1 : numbers[0]]]
+        matches += [_CONTAINER.match(folders[numbers[0]])]
+        matches += [_FOLDER.fullmatch(part) for part in inside]
+    found = next((match for match in matches if match), None)
+    return NAMES[found[1]] if found else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """The split of every name.
+
+    Attributes:
+        by_folder: whether folders decide.
+        share: share of the names that are held out otherwise.
+        held_out: those names.
+    """
+
+    by_folder: bool
+    share: float
+    held_out: frozenset[str]
+
+    def split(self, name: str) -> str:
+        """The split of an image; TRAIN if folders decide and its own is named after no split."""
+        if self.by_folder:
+            return named(name) or TRAIN
+        return VALIDATION if name in self.held_out else TRAIN
+
+    def fault_split(self, name: str) -> str:
+        """The split that reports a fault, so that each is reported once."""
+        if self.by_folder:
+            return self.split(name)
+        return VALIDATION if fraction(name) < self.share else TRAIN
+
+    def counts(self, names: Iterable[str]) -> dict[str, int]:
+        """The number of names per split that has any."""
+        numbers = collections.Counter(map(self.split, names))
+        return {split: numbers[split] for split in SPLITS if numbers[split]}
+
+
+def assign(names: Sequence[str], others: Sequence[str], share: float) -> Assignment:
+    """The splits of names.
+
+    Args:
+        names: paths of images relative to their dataset.
+        others: paths of what cannot be used, whose folders count, too.
+        share: share of the names that are held out if no folder is named after a split.
+    """
+    by_folder = any(map(named, (*names, *others)))
+    chosen = frozenset() if by_folder else held_out(names, share)
+    return Assignment(by_folder=by_folder, share=share, held_out=chosen)
 
 
 def fraction(text: str) -> float:

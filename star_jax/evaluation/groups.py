@@ -12,6 +12,7 @@ from star_jax.data.pipeline import Example, Source
 from star_jax.data.prepared import Prepared
 from star_jax.data.scenes import MAX_THINGS
 from star_jax.data.shapes import Shapes
+from star_jax.data.splits import TEST, TRAIN, VALIDATION
 from star_jax.errors import UserError
 
 SHAPES_DATASET = 'shapes'
@@ -53,7 +54,7 @@ def load_groups(
 
     Args:
         data: 'shapes', the folder of a prepared dataset, or a folder of images with captions.
-        splits: names of splits (none: all that are not for training).
+        splits: names of splits (none: `test` if there is one, else all that are not for training).
         count: images per group; a dataset may have fewer.
         size: pixels of a side, or height and width.
 
@@ -80,8 +81,12 @@ def _scenes(split: str, objects: int, count: int) -> Shapes:
 def _datasets(data: str, splits: Sequence[str]) -> dict[str, Prepared | Folder]:
     """The dataset of each split."""
     if Path(data).is_dir() and not prepared.is_prepared(data):
-        return {split: Folder(path=data, split=split) for split in splits or ['validation']}
-    splits = splits or [split for split in prepared.splits(data) if split != 'train']
+        if not splits:
+            splits = [TEST if Folder(path=data).has_test_images() else VALIDATION]
+        return {split: Folder(path=data, split=split) for split in splits}
+    if not splits:
+        present = prepared.splits(data)
+        splits = [TEST] if TEST in present else [split for split in present if split != TRAIN]
     if not splits:
         raise UserError(
             f'{data} has only the split train: give --splits train to evaluate on training images'
