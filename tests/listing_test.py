@@ -126,6 +126,9 @@ def test_null_in_every_field_is_no_caption(tmp_path):
     add(tmp_path, 'a.png')
     (tmp_path / 'metadata.jsonl').write_text('{"file_name": "a.png", "text": null}')
     assert kinds(tmp_path) == {'metadata.jsonl, line 1': lists.NO_CAPTION}
+    assert not listing.read(tmp_path).captions
+    (tmp_path / 'a.txt').write_text('beside it')
+    assert listing.read(tmp_path).captions == {'a.png': ('beside it',)}
 
 
 CSV_FAULTS = {

@@ -126,12 +126,13 @@ class _Reader:
             self._listed.add(image or path)
             if image is None:
                 raise UnfitError(NO_IMAGE, f'there is no {path}')
-            self._captions[image] += lists.captions(record, self._field)
+            captions = lists.captions(record, self._field)
+            self._captions[image] += captions
         except UnfitError as error:
             self.fault(error.kind, place, str(error))
 
     def add_images(self) -> None:
-        """Adds the images that are in no list, with the captions beside them."""
+        """Adds the images without captions in lists, with the captions beside them."""
         suffixes = image_files.SUFFIXES | image_files.UNSUPPORTED
         images = {name for name in self.tree.names if tree.suffix(name) in suffixes}
         beside = collections.defaultdict(dict)
@@ -139,9 +140,12 @@ class _Reader:
             suffix = tree.suffix(name)
             if suffix in (*TEXT_SUFFIXES, RECORD_SUFFIX) and not lists.is_list(name):
                 beside[_stem(name)][suffix] = name
-        for name in sorted(images - self._listed):
+        for name in sorted(images - self._captions.keys()):
+            names = beside.get(_stem(name), {})
+            if name in self._listed and not names:
+                continue  # a fault of its list
             try:
-                self._captions[name] = self._captions_beside(beside.get(_stem(name), {}))
+                self._captions[name] = self._captions_beside(names)
             except UnfitError as error:
                 self.fault(error.kind, name, str(error))
         for stem in beside.keys() - {_stem(name) for name in images | self._listed}:
