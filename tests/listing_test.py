@@ -256,11 +256,14 @@ def test_linked_folders_are_read_once(tmp_path):
 
 def test_pipes_and_devices_are_reported_and_not_opened(tmp_path):
     add(tmp_path, 'a.png', 'a')
-    for name in ('b.png', 'metadata.jsonl', 'a.json'):
+    for name in ('b.png', 'c.csv', 'a.json'):
         os.mkfifo(tmp_path / name)
     (tmp_path / 'zero.png').symlink_to('/dev/zero')
-    expected = dict.fromkeys(('b.png', 'metadata.jsonl', 'a.json'), tree.NOT_A_FILE)
+    expected = dict.fromkeys(('b.png', 'c.csv', 'a.json'), tree.NOT_A_FILE)
     assert kinds(tmp_path) == expected | {'zero.png': tree.LINK}
+    os.mkfifo(tmp_path / 'metadata.csv')
+    with pytest.raises(UserError, match='metadata.csv is a pipe, expected a regular file'):
+        listing.read(tmp_path)
 
 
 # Containers.

@@ -79,7 +79,7 @@ class UnfitError(Exception):
 
 
 class ImageSource(Protocol):
-    """Where an image file is: a `Path`, or a file in another file, whose path `os.fspath` returns."""
+    """Where an image file is: a `Path`, or a file in another, whose path `os.fspath` returns."""
 
     def __fspath__(self) -> str: ...
 
@@ -120,7 +120,8 @@ def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, in
         source: the file.
         target: longer side in pixels for which the image is decoded.
     """
-    if os.path.exists(source) and not os.path.isfile(source):  # reading a pipe or a device may not end
+    # Reading a pipe or a device may not end.
+    if os.path.exists(source) and not os.path.isfile(source):
         raise UnfitError(UNREADABLE, 'it is no regular file')
     try:
         with source.open('rb') as file:

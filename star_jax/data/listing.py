@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from star_jax import files
 from star_jax.data import image_files, lists, tables, tree
 from star_jax.data.image_files import UnfitError
 from star_jax.data.lists import NO_CAPTION
@@ -56,6 +57,9 @@ def read(root: Path, caption_field: str = '') -> Listing:
         UserError: the folder or a list cannot be read.
     """
     reader = _Reader(tree.read(root), caption_field)
+    for name in (fault.name for fault in reader.tree.faults if fault.kind == tree.NOT_A_FILE):
+        if lists.is_list(name):
+            files.check_regular(root / name)
     for name in reader.tree.names:
         if lists.is_list(name):
             reader.add_list(name)
@@ -71,21 +75,21 @@ def read(root: Path, caption_field: str = '') -> Listing:
 class _Reader:
     """Collects the captions and faults of a folder."""
 
-    def __init__(self, files: Tree, caption_field: str) -> None:
-        self.tree = files
+    def __init__(self, found: Tree, caption_field: str) -> None:
+        self.tree = found
         self._field = caption_field
         self._captions = collections.defaultdict(list)
         self._cells: dict[str, File] = {}
         self._listed: set[str] = set()
-        self._faults = list(files.faults)
+        self._faults = list(found.faults)
 
     def fault(self, kind: str, name: str, reason: str) -> None:
         self._faults.append(Fault(kind, name, reason))
 
     def listing(self) -> Listing:
         captions = {name: tuple(self._captions[name]) for name in sorted(self._captions)}
-        files = {name: self._cells.get(name) or self.tree.file(name) for name in captions}
-        return Listing(captions, files, tuple(sorted(self._faults, key=lambda fault: fault.name)))
+        places = {name: self._cells.get(name) or self.tree.file(name) for name in captions}
+        return Listing(captions, places, tuple(sorted(self._faults, key=lambda fault: fault.name)))
 
     def add_list(self, name: str) -> None:
         try:

@@ -192,7 +192,7 @@ def _walk(root: Path) -> tuple[list[str], list[Fault]]:
             elif entry.is_symlink():
                 faults.append(Fault(LINK, name, 'it leads to no file or folder'))
             else:
-                faults.append(Fault(NOT_A_FILE, name, 'it is a device, a pipe or a socket'))
+                faults.append(Fault(NOT_A_FILE, name, 'it is no regular file'))
     return names, faults
 
 
