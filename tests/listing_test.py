@@ -361,10 +361,12 @@ def test_damaged_and_packed_archives_are_reported(tmp_path):
     data = (tmp_path / 'cut.tar').read_bytes()
     (tmp_path / 'cut.tar').write_bytes(data[: data.index(b'b.png') + 550])
     (tmp_path / 'set.zip').write_bytes(b'PK')
+    (tmp_path / 'data.arrow').write_bytes(b'ARROW1')
     found = listing.read(tmp_path)
     assert found.captions == {'cut.tar/a.png': ('one',)}
     assert {f.name: f.kind for f in found.faults} == {
         'cut.tar': image_files.UNREADABLE,
+        'data.arrow': listing.OTHER_CONTAINER,
         'set.zip': tree.NOT_UNPACKED,
     }
 

@@ -25,8 +25,12 @@ TEXT_SUFFIX = '.txt'
 TEXT_SUFFIXES = (TEXT_SUFFIX, '.caption')
 RECORD_SUFFIX = '.json'
 
+# Containers of images that are not read: reported, not ignored.
+OTHER_CONTAINERS = ('.arrow', '.feather', '.tfrecord', '.h5', '.hdf5', '.npz', '.mdb', '.beton')
+
 NO_IMAGE = 'no image'
 OTHER_LIST = 'other list'
+OTHER_CONTAINER = 'other container'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,8 @@ def read(root: Path, caption_field: str = '') -> Listing:
         elif tree.suffix(name) in lists.UNNAMED:
             stems = ' or '.join(lists.STEMS)
             reader.fault(OTHER_LIST, name, f'lists of captions are named {stems}: rename it')
+        elif tree.suffix(name) in OTHER_CONTAINERS:
+            reader.fault(OTHER_CONTAINER, name, 'write its images as files, Parquet or tar')
     reader.add_images()
     return reader.listing()
 
