@@ -50,7 +50,7 @@ JOURNEYS: dict[str, dict[str, tuple[str, str]]] = {
     },
     'Use your own images': {
         'data': (
-            'prepare, show or encode a dataset',
+            'prepare, show, encode or check a dataset',
             'star-jax data prepare folder my_images sets/own',
         ),
     },

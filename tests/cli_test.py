@@ -114,6 +114,7 @@ HELP_OF = [
     ('data', 'prepare', 'folder'),
     ('data', 'show'),
     ('data', 'cache'),
+    ('data', 'check'),
     ('verify',),
     ('evaluate',),
     ('plan',),
