@@ -1,5 +1,6 @@
 """Which layouts, lists, containers and captions of a folder of images are read?"""
 
+import dataclasses
 import io
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -487,6 +489,12 @@ def test_missing_split_is_refused_with_the_counts(tmp_path):
     message = "no usable images of the split 'test', its folders hold train 4, validation 3: add"
     with pytest.raises(UserError, match=message):
         Folder(path=str(tmp_path), split='test').open(16)
+
+
+@pytest.mark.parametrize('run', [tiny.STAR, tiny.TOKENIZER])
+def test_test_images_are_never_trained_on(run):
+    with pytest.raises(ValueError, match="data.split is 'test', whose images are never trained on"):
+        dataclasses.replace(run, data=Folder(path='mine', split='test'))
 
 
 def test_evaluation_uses_the_test_split_by_default(tmp_path):

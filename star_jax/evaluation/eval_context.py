@@ -33,7 +33,7 @@ class EvalOptions:
     Attributes:
         model: a model or tokenizer folder, a hub id, or 'shipped'.
         data: 'shapes', the folder of a prepared dataset, or a folder of images with captions.
-        splits: splits of the data (none: all that are not for training).
+        splits: splits of the data (none: test if there is one, else all that are not for training).
         metrics: names of `eval_report.METRICS` (none: all that the model and the data allow).
         count: images per split, and for shapes per number of objects.
         seed: image i of a group is sampled with the key of `seed` + i; also the seed of intervals.

@@ -14,6 +14,7 @@ from star_jax.core.sizes import MOST_LAYERS
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
+from star_jax.data.splits import TEST
 from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.files import SHIPPED
@@ -299,3 +300,7 @@ def _check_common(run: Run | TokenizerRun) -> None:
         raise ValueError(f'ema is a decay in [0, 1), not {run.ema}')
     if not 0 <= run.seed < 2**32:
         raise ValueError(f'seed must lie in [0, 2^32), not {run.seed}')
+    if isinstance(run.data, Folder) and run.data.split == TEST:
+        raise ValueError(
+            f'data.split is {TEST!r}, whose images are never trained on: choose train or all'
+        )
