@@ -33,6 +33,6 @@ run = Run(
     batch=64,
     dtype='bfloat16',
     features='inside',
-    remat=True,
+    remat='full',
     sampling=Settings(guidance=4.0, top_k=4096, top_p=0.8),
 )

@@ -33,7 +33,7 @@ run = Run(
     batch=192,
     dtype='bfloat16',
     features='inside',
-    remat=True,
+    remat='full',
     unmasking=Unmasking(loss=ReleasedLoss(), decay_all=True, noisy_base=True),
     sampling=Settings(guidance=4.0, top_k=4096, top_p=0.8, stable=StableSettings(version='1024')),
 )

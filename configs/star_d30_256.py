@@ -31,6 +31,6 @@ run = Run(
     batch=480,
     dtype='bfloat16',
     features='inside',
-    remat=True,
+    remat='full',
     sampling=Settings(guidance=4.0, top_k=600, top_p=0.8),
 )

@@ -30,6 +30,6 @@ run = Run(
     batch=192,
     dtype='float32',
     features='inside',
-    remat=True,
+    remat='full',
     sampling=Settings(guidance=4.0, top_k=600, top_p=0.8),
 )

@@ -32,6 +32,6 @@ run = Run(
     batch=768,
     caption_drop=0.1,
     dtype='bfloat16',
-    remat=True,
+    remat='full',
     sampling=Settings(guidance=1.5, top_k=900, top_p=0.96),
 )

@@ -20,7 +20,7 @@ from star_jax.core.cache import KV
 from star_jax.core.codes import Codes, Sampled, Targets
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Schedule, Step
-from star_jax.core.settings import Dtype, Settings
+from star_jax.core.settings import Dtype, Remat, Settings
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.errors import UserError
 
@@ -331,7 +331,7 @@ class Family:
     def build(
         self,
         dtype: Dtype = 'float32',
-        remat: bool = False,
+        remat: Remat = 'none',
         unroll: int = 1,
         attend: Kernel = ...,
     ) -> nn.Module:
@@ -339,7 +339,7 @@ class Family:
 
         Args:
             dtype: of the activations.
-            remat: compute activations again in the backward pass.
+            remat: what the backward pass computes again.
             unroll: layers compiled side by side.
             attend: the attention kernel (left out: the one that fits the platform).
         """

@@ -127,19 +127,27 @@ def test_expand_names_every_combination_of_a_sweep():
 
 
 def test_expand_turns_switches_on_and_off(tiny):
-    swept = list(bench.expand(['remat=True,False', 'model.qk-norm=False']))
+    swept = list(bench.expand(['released-loss-scale=True,False', 'model.qk-norm=False']))
     assert [name for name, _ in swept] == [
-        'remat True, model.qk-norm False',
-        'remat False, model.qk-norm False',
+        'released-loss-scale True, model.qk-norm False',
+        'released-loss-scale False, model.qk-norm False',
     ]
     runs = [bench.read_training(str(tiny), words)[1].run for _, words in swept]
-    assert [(run.remat, run.model.qk_norm) for run in runs] == [(True, False), (False, False)]
+    switches = [(run.released_loss_scale, run.model.qk_norm) for run in runs]
+    assert switches == [(True, False), (False, False)]
+
+
+def test_expand_sweeps_over_policies_of_remat(tiny):
+    swept = list(bench.expand(['remat=none,dots,full']))
+    runs = [bench.read_training(str(tiny), words)[1].run for _, words in swept]
+    assert [run.remat for run in runs] == ['none', 'dots', 'full']
 
 
 def test_operations_repeated_by_remat_count_once(tiny):
     _, job = bench.read_training(str(tiny), ['--batch', '8', '--text-tokens', '3'])
-    _, remat = bench.read_training(str(tiny), ['--batch', '8', '--text-tokens', '3', '--remat'])
-    assert remat.run.remat and remat.prepare().main.flops == job.prepare().main.flops
+    words = ['--batch', '8', '--text-tokens', '3', '--remat', 'full']
+    _, remat = bench.read_training(str(tiny), words)
+    assert remat.run.remat == 'full' and remat.prepare().main.flops == job.prepare().main.flops
 
 
 def test_attention_times_every_kernel_for_the_same_operations(tiny, tmp_path):

@@ -22,6 +22,7 @@ from star_jax.core import condition
 from star_jax.core.codes import Index, Targets
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import NucleusFilter
+from star_jax.core.flops import count_flops
 from star_jax.core.guidance import StepSettings, guide
 from star_jax.core.schedule import Raster, square_grids
 from star_jax.core.visibility import Visibility
@@ -599,7 +600,8 @@ def test_recomputing_and_unrolling_layers_changes_nothing():
     def loss(params, model):
         return Index(V).nll(model.apply({'params': params}, inputs, condition), codes).mean()
 
-    others = (family.star.build(remat=True), family.star.build(unroll=DEPTH))
+    remats = [family.star.build(remat=remat) for remat in ('full', 'dots')]
+    others = (*remats, family.star.build(unroll=DEPTH))
     learn = [jax.value_and_grad(functools.partial(loss, model=m)) for m in (family.model, *others)]
     values = [jax.device_get(jax.jit(run)(family.params['model'])) for run in learn]
     for other in values[1:]:
@@ -611,6 +613,8 @@ def test_recomputing_and_unrolling_layers_changes_nothing():
     program = jax.make_jaxpr(learn[1])(family.params['model'])
     names = {eqn.primitive.name for eqn in equations(program.jaxpr)}
     assert names & {'remat', 'remat2', 'checkpoint'}
+    plain, full, dots, _ = (count_flops(run, family.params['model']) for run in learn)
+    assert dots == plain < full  # the outputs of matrix products are saved, or computed again
 
 
 def test_dropped_paths_are_rare_above_and_keep_the_mean():

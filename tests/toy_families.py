@@ -214,7 +214,7 @@ class BitScales(Decoder):
     def default_tokenizer(self) -> BitTokenizer:
         return BitTokenizer(grids=self.grids, bits=self.bits)
 
-    def build(self, dtype='float32', remat=False, unroll=1, attend=AUTOMATIC) -> Transformer:
+    def build(self, dtype='float32', remat='none', unroll=1, attend=AUTOMATIC) -> Transformer:
         scores = functools.partial(Scaled, self.head_width**-0.5)
         return Transformer(
             schedule=self.schedule,
@@ -481,7 +481,7 @@ class PrefixRaster(Decoder):
             prefix=self.prefix,
         )
 
-    def build(self, dtype='float32', remat=False, unroll=1, attend=AUTOMATIC) -> Transformer:
+    def build(self, dtype='float32', remat='none', unroll=1, attend=AUTOMATIC) -> Transformer:
         norm = functools.partial(layers.RMSNorm, self.width)
         return Transformer(
             schedule=self.schedule,

@@ -118,7 +118,7 @@ def test_text_features_inside_the_program_equal_cached_ones(run, job):
 
 
 def test_bfloat16_activations_train_float32_parameters(job):
-    half = TransformerJob(dataclasses.replace(job.run, dtype='bfloat16', remat=True))
+    half = TransformerJob(dataclasses.replace(job.run, dtype='bfloat16', remat='full'))
     state, losses = train(half, half.init(), take(half, 3))
     _, full = train(job, job.init(), take(job, 3))
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {'float32'}

@@ -127,7 +127,7 @@ def _describe_training(job: dict[str, Any]) -> tuple[str, ...]:
         *_describe_model(run['model']),
         f'batch {run["batch"]}',
         run['dtype'],
-        'with remat' if run['remat'] else 'without remat',
+        f'remat {run["remat"]}',
         f'mesh {run["mesh"]}',
     )
 

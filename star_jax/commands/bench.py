@@ -99,7 +99,7 @@ class BenchTrain:
 
     Example: star-jax bench train configs/star_d16_256.py --batch 4 --dtype float32
 
-    Example: star-jax bench train configs/star_d30_256.py --sweep batch=8,16,32 remat=True,False
+    Example: star-jax bench train configs/star_d30_256.py --sweep batch=8,16,32 remat=none,full
 
     Attributes:
         run: config of the run whose step is measured.

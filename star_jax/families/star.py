@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.condition import TextCondition
+from star_jax.core.settings import Remat
 from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
 from star_jax.families.scales import Scales
@@ -76,7 +77,7 @@ class Star(Scales):
     def build(
         self,
         dtype: str = 'float32',
-        remat: bool = False,
+        remat: Remat = 'none',
         unroll: int = 1,
         attend: Kernel = AUTOMATIC,
     ) -> Transformer:

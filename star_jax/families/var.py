@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from star_jax.core.classes import Classes
 from star_jax.core.condition import LabelCondition
+from star_jax.core.settings import Remat
 from star_jax.core.sizes import check_sizes
 from star_jax.families.scales import Scales
 from star_jax.nn.attention_dispatch import AUTOMATIC
@@ -65,7 +66,7 @@ class Var(Scales):
     def build(
         self,
         dtype: str = 'float32',
-        remat: bool = False,
+        remat: Remat = 'none',
         unroll: int = 1,
         attend: Kernel = AUTOMATIC,
     ) -> Transformer:

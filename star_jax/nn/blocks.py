@@ -15,10 +15,13 @@ from flax import linen as nn
 
 from star_jax.core.cache import KV
 from star_jax.core.positions import learned_rotation
+from star_jax.core.settings import Remat
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.nn import layers
 from star_jax.parallel.rules import ActivationSharding
 
+# What `jax.checkpoint` keeps of a block for its backward pass, beside the block's input.
+SAVED = {'dots': jax.checkpoint_policies.dots_saveable, 'full': None}
 PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block
 
 
@@ -167,12 +170,14 @@ class Block(nn.Module):
         return self.parts.sharding(x_BLD, 'batch', 'tokens', None), kv
 
 
-def stack_blocks(parts: BlockParts, depth: int, unroll: int, remat: bool) -> nn.Module:
+def stack_blocks(parts: BlockParts, depth: int, unroll: int, remat: Remat) -> nn.Module:
     """`depth` blocks under one scan.
 
     It is called with the rows, a `PerLayer` whose arrays have layers first, and a `Shared`.
     """
-    block = nn.remat(Block, prevent_cse=False) if remat else Block
+    block = Block
+    if remat != 'none':
+        block = nn.remat(Block, prevent_cse=False, policy=SAVED[remat])
     stacked = {
         'variable_axes': {'params': 0},
         'split_rngs': {'params': True},

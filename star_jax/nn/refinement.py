@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from star_jax.core.condition import TextCondition
 from star_jax.core.schedule import Schedule
+from star_jax.core.settings import Remat
 from star_jax.core.visibility import Visibility
 from star_jax.nn import layers
 from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
@@ -35,7 +36,7 @@ class Refiner(nn.Module):
         block: parts of a layer.
         to_logits: the projection to logits.
         init_rows: initializer of the level embeddings.
-        remat: compute activations again in the backward pass.
+        remat: what the backward pass computes again.
         unroll: layers compiled side by side.
         dtype: dtype of activations.
     """
@@ -52,7 +53,7 @@ class Refiner(nn.Module):
     block: BlockParts
     to_logits: nn.Module
     init_rows: layers.Initializer
-    remat: bool = False
+    remat: Remat = 'none'
     unroll: int = 1
     dtype: str = 'float32'
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from star_jax.core.cache import AXES, KV, Cache
 from star_jax.core.schedule import Schedule
+from star_jax.core.settings import Remat
 from star_jax.core.visibility import ALL, StaticVisibility, Visibility
 from star_jax.nn import layers
 from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
@@ -45,7 +46,7 @@ class Transformer(nn.Module):
         levels_count: rows of the level embedding (0: one per step; a family may have more).
         modulator: makes the signal that modulates every block (None: the condition's summary).
         refiner: the head of stable sampling, if the model has one.
-        remat: compute activations again in the backward pass.
+        remat: what the backward pass computes again.
         unroll: layers that are compiled side by side in each round of the scan over layers.
         dtype: dtype of activations.
         mixes_rows: whether the logits of a row depend on the other rows of its batch.
@@ -66,7 +67,7 @@ class Transformer(nn.Module):
     levels_count: int = 0
     modulator: nn.Module | None = None
     refiner: nn.Module | None = None
-    remat: bool = False
+    remat: Remat = 'none'
     unroll: int = 1
     dtype: str = 'float32'
     mixes_rows: bool = False

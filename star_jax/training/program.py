@@ -33,7 +33,7 @@ REFINER = 'refiner'  # the name of a refinement head among the parameters of a m
 
 # Changes to a run whose program can be counted: nothing is computed twice, and no kernel hides its
 # arithmetic.
-COUNTED = {'remat': False, 'attention': 'by_scale'}
+COUNTED = {'remat': 'none', 'attention': 'by_scale'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import statistics
 from typing import Any, Literal
 
 from star_jax.core.schedule import Grids
-from star_jax.core.settings import Dtype, Settings
+from star_jax.core.settings import Dtype, Remat, Settings
 from star_jax.core.sizes import MOST_LAYERS
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
@@ -184,7 +184,9 @@ class Run:
         unmasking: training of a refinement head.
         ema: decay of the exponential moving average of the parameters (0: no average).
         dtype: dtype of the activations; bfloat16 on accelerators.
-        remat: recompute activations in the backward pass, which saves memory and costs time.
+        remat: which activations the backward pass computes again, which saves memory and costs
+            time: none of them, all but the outputs of matrix products (dots), or all but the input
+            of each block (full).
         unroll: number of blocks compiled per iteration of the loop over blocks; more is faster for
             small blocks on CPUs, and compiles longer.
         attention: attention kernel: chosen by platform and shapes (automatic), reference formula
@@ -214,7 +216,7 @@ class Run:
     unmasking: Unmasking = Unmasking()
     ema: float = 0.0
     dtype: Dtype = 'float32'
-    remat: bool = False
+    remat: Remat = 'none'
     unroll: int = 1
     attention: Name = 'automatic'
     sampling: Settings = Settings()
