@@ -27,7 +27,7 @@ STAGES = (
     'star_d30_1024',
     'star_d30_1024_sampler',
 )
-# Counted rows take seconds and come first; compiled rows leave out the search for a batch.
+# Counted rows take a minute and come first; compiled rows leave out the search for a batch.
 COUNTED = ('8xA100-80G', '64xH100')
 COMPILED = ('v5p-128', 'v5e-256', 'v6e-256')
 TOPOLOGIES = COUNTED + COMPILED
@@ -42,11 +42,16 @@ from formulas. All sizes are GiB of one device: *state* is parameters, Adam's mo
 *frozen* is the tokenizer, the text encoder and the batch (and the model below a refinement head);
 *activations* grow with the batch, *temporaries* do not. *Sent* is what one device sends per step,
 by kind of collective. The lower bound of a step is the longest of arithmetic, memory traffic and
-communication at the chips' peak rates, so images/s and MFU are upper bounds that assume perfect
-overlap, and chip-hours are a lower bound for the whole stage. `plan` chose the mesh: it splits the
-published batch as far as the batch divides, and uses the other chips for heads and tokens. The
-largest batch of a TPU row takes two more compilations and was searched for one row; the others were
-made with `--no-search`.
+communication at the chips' peak rates, communication on the links of the mesh axes that it uses
+([plan](plan.md)), so images/s and MFU are upper bounds that assume perfect overlap, and chip-hours
+are a lower bound for the whole stage. `plan` chose the mesh: it splits the published batch as far
+as the batch divides, and uses the other chips for heads and tokens; the advice below names batches
+that need neither. The largest batch of a TPU row takes two more compilations and was searched for
+one row; the others were made with `--no-search`.
+
+The programs of the TPU rows were compiled before their bounds were computed by axis. Where the
+record of a collective does not tell its mesh axis (v5e-256 and v6e-256 with three or four axes,
+except for star_d30_256 on v5e-256), the one with the most links was assumed.
 
 """
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -76,10 +77,13 @@ def test_rates_are_operations_over_time_and_shares_of_the_matrix_rate(report):
         assert part['gflops'] == pytest.approx(part['gflop'] / part['seconds'])
         share = part['gflops'] / report['matrix_rate_gflops']
         assert part['matrix_rate_share'] == pytest.approx(share)
+        read_rate = part['gbytes'] / part['seconds'] / report['read_rate_gbytes']
+        assert part['read_rate_share'] == pytest.approx(read_rate)
     program, scales, decoder = (report['parts'][name] for name in ('program', 'scales', 'decoder'))
     assert program['gflop'] == pytest.approx(scales['gflop'] + decoder['gflop'])
     assert program['time_share'] == 1 and 0 < decoder['gflop'] < program['gflop']
-    assert report['matrix_rate_gflops'] > 0.1
+    assert report['matrix_rate_gflops'] > 0.1 and report['read_rate_gbytes'] > 0.1
+    assert report['devices'] == 1 and 0 < decoder['gbytes'] < program['gbytes']
 
 
 def test_times_are_percentiles_of_the_runs(report):
@@ -115,6 +119,7 @@ def test_train_measures_and_profiles_a_step(swept):
     assert [report[name]['cache_hits'] for name in ('cold_start', 'warm_start')] == [0, 1]
     step, forward = report['parts']['program'], report['parts']['forward']
     assert 2.5 < step['gflop'] / forward['gflop'] < 3.1
+    assert step['gbytes'] > 2 * forward['gbytes'] > 0 and report['devices'] > 0
     assert 'training, star, depth 1' in bench_tables.summary(report)
     assert len(list(trace.glob('batch 8/plugins/profile/*'))) == 1
     assert bench_tables.sweep({'a': report, 'b': report}).row_count == 2
@@ -201,7 +206,7 @@ def test_suite_resumes_and_records_failed_jobs(tiny, tmp_path, monkeypatch, caps
     fake = {
         'pixels': 4,
         'time': {'p50_seconds': 1.0, 'p95_seconds': 1.1, 'images_per_second': 1.0},
-        'parts': {'program': {'gflops': 5.0, 'matrix_rate_share': 0.5}},
+        'parts': {'program': {'gflops': 5.0, 'matrix_rate_share': 0.5, 'read_rate_share': 0.25}},
         'memory': {'weights': 1.0, 'temporaries': 0.0, 'limit': 8.0, 'process_peak': 2.0},
         'environment': machine.describe() | {'load': [0, 0]},
     }
@@ -223,7 +228,7 @@ def test_suite_resumes_and_records_failed_jobs(tiny, tmp_path, monkeypatch, caps
         bench.main([*words, '--dtype', 'float32'])
     table = (tmp_path / 'report.md').read_text()
     assert (
-        '| sample tiny batch 1 | 1 | 1.10 | 1 | 0.005 | 50.0% | 1.0 / 1.0 | 2.5 / 2.5 | 2 |'
+        '| sample tiny batch 1 | 1 | 1.10 | 1 | 0.005 | 50.0% | 25.0% | 1.0 / 1.0 | 2.5 / 2.5 | 2 |'
         in table
     )
 
@@ -235,6 +240,42 @@ def test_time_in_turn_warms_up_and_alternates():
     assert all(seconds[name].shape == (2,) and (seconds[name] >= 0).all() for name in 'ab')
     turns = [name for name, _ in itertools.groupby(log)]
     assert turns == ['a', 'b'] * 3
+
+
+def test_percentiles_are_those_of_single_runs():
+    """One run in ten is slow: means of runs back to back would hide it."""
+    runs = itertools.count()
+    seconds = timing.time_in_turn(
+        {'program': lambda: time.sleep(0.02 * (next(runs) % 10 == 0))}, repeats=30
+    )['program']
+    latencies = timing.percentiles(seconds)
+    assert latencies['p50_seconds'] < 0.01 and latencies['p95_seconds'] > 0.015
+
+
+def test_rates_of_a_machine_are_means_over_runs_back_to_back():
+    runs = []
+    seconds = timing.time_in_turn({'rate': lambda: runs.append(0)}, 2, averaged=('rate',))
+    assert seconds['rate'].shape == (2,) and len(runs) > 100
+
+
+@pytest.mark.parametrize('count', [1, 8])
+def test_rates_are_those_of_all_devices_of_the_work(count, monkeypatch):
+    monkeypatch.setattr(timing, 'SIDE', 64)
+    monkeypatch.setattr(timing, 'READ', 2**20)
+    devices = jax.devices()[:count]
+    product, read = timing.matrix_product('float32', devices), timing.read(devices)
+    assert product.amount == count * 2 * 64**3 and read.amount == 2**20
+    for rate, shape in ((product, (count, 64, 64)), (read, (count, timing.SUMS))):
+        result = rate.call()
+        assert result.devices() == set(devices) and result.shape == shape
+    np.testing.assert_array_equal(product.call()[-1], np.full((64, 64), 64.0))
+    np.testing.assert_array_equal(read.call().sum(), 2**18)
+
+
+def test_cache_that_must_be_read_has_the_rows_before_each_step():
+    model = Star(depth=2, width=16, heads=2, sides=(1, 2, 3), text_width=8)
+    per_row = 2 * 2 * 16 * 4  # keys and values, layers, channels, float32
+    assert sampling.cache_read(model.build(), rows=6) == 6 * per_row * (0 + 1 + 5)
 
 
 @pytest.mark.parametrize(

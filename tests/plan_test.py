@@ -15,23 +15,29 @@ import tiny
 
 from star_jax import cli
 from star_jax.checkpoint import config
+from star_jax.core.cache import KV
 from star_jax.core.flops import count_flops, count_kinds
+from star_jax.core.settings import Remat
+from star_jax.core.visibility import StaticVisibility, Visibility
 from star_jax.errors import UserError
 from star_jax.families.star import Star
+from star_jax.nn.attention_dispatch import named
 from star_jax.parallel.chips import CHIPS, GIB
 from star_jax.parallel.mesh import MeshShape
 from star_jax.plan import (
     analytic,
     estimate,
+    fused,
     hlo,
     jaxpr_memory,
+    links,
     plan_report,
     planning,
     search,
     topologies,
     workload,
 )
-from star_jax.plan.plan_report import Roof, compute_roof
+from star_jax.plan.plan_report import compute_roof
 from star_jax.training.run import Run
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -77,7 +83,8 @@ def test_traffic_counts_main_memory_alone():
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
         ('replica_groups=[2,4]<=[8]', [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ('replica_groups=[4,2]<=[2,4]T(1,0)', [[0, 4], [1, 5], [2, 6], [3, 7]]),
-        ('replica_groups={{0,5},{1,4}}, to_apply', [[0, 5]]),
+        ('replica_groups={{0,5},{1,4}}, to_apply', [[0, 5], [1, 4]]),
+        ('replica_groups={{0,5},{1,4,2}}, to_apply', [[0, 5]]),
         ('replica_groups={}, to_apply', [list(range(8))]),
     ],
 )
@@ -120,14 +127,84 @@ def test_jaxpr_memory_counts_live_arrays_and_traffic_of_products():
         return (y @ y).sum()
 
     x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
-    assert jaxpr_memory.peak(workload.Program(chain, (x,))) == 2 * 4 * 16 * 16
-    assert jaxpr_memory.traffic(workload.Program(chain, (x,))) == 2 * 3 * 4 * 16 * 16
+    assert jaxpr_memory.measure(workload.Program(chain, (x,))).live == 2 * 4 * 16 * 16
+    assert jaxpr_memory.measure(workload.Program(chain, (x,))).traffic == 2 * 3 * 4 * 16 * 16
 
     def looped(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, _: (x @ x, x), x, length=6)[1]
 
-    assert jaxpr_memory.peak(workload.Program(looped, (x,))) == 7 * 4 * 16 * 16
-    assert jaxpr_memory.traffic(workload.Program(looped, (x,))) == 6 * 3 * 4 * 16 * 16
+    assert jaxpr_memory.measure(workload.Program(looped, (x,))).live == 7 * 4 * 16 * 16
+    assert jaxpr_memory.measure(workload.Program(looped, (x,))).traffic == 6 * 3 * 4 * 16 * 16
+
+
+def test_weights_count_each_time_that_a_product_reads_them():
+    weights = {'layers': jax.ShapeDtypeStruct((5, 16, 16), jnp.float32), 'bias': jnp.ones(16)}
+    x = jax.ShapeDtypeStruct((2, 16), jnp.bfloat16)
+
+    def run(weights: dict, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, None]:
+            return x @ kernel.T.astype(x.dtype), None
+
+        return jax.lax.scan(layer, x, weights['layers'])[0] + weights['bias'].astype(x.dtype)
+
+    def train(weights: dict, x: jax.Array) -> dict:
+        return jax.grad(lambda weights: run(weights, x).sum().astype(jnp.float32))(weights)
+
+    assert jaxpr_memory.weights_read(run, weights, x) == 5 * 2 * 16 * 16
+    # The gradient reads all of them again, to pass it on to the layer below.
+    assert jaxpr_memory.weights_read(train, weights, x) == 2 * 5 * 2 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    'dtype, platform, splits_rows, fused_there',
+    [
+        ('bfloat16', 'gpu', False, True),
+        ('bfloat16', 'tpu', False, True),
+        ('float32', 'tpu', False, True),
+        ('float32', 'gpu', False, False),  # cuDNN computes half precision alone
+        ('bfloat16', 'gpu', True, False),  # and takes no bounds that differ between rows
+        ('bfloat16', 'cpu', False, False),
+    ],
+)
+def test_scores_are_traffic_only_where_no_fused_kernel_computes_them(
+    dtype, platform, splits_rows, fused_there
+):
+    q_BLNH, k_BKMH = (
+        jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 256, 2, 16), (1, 2, 256, 16))
+    )
+    kernel = fused.Counted(named('automatic', platform), splits_rows)
+    bounds = StaticVisibility.of(np.repeat([128, 256], 128))
+
+    def attend(q_BLNH: jax.Array, *kv: jax.Array) -> jax.Array:
+        return kernel(q_BLNH, (), KV(*kv), Visibility(bounds=bounds))
+
+    def gradient(*args: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda args: attend(*args).astype(jnp.float32).sum())(args)
+
+    args, size = (q_BLNH, k_BKMH, k_BKMH), 256 * 2 * 16 * jnp.dtype(dtype).itemsize
+    forward, both = (
+        jaxpr_memory.measure(workload.Program(program, args)).traffic
+        for program in (attend, gradient)
+    )
+    # Queries, keys, values and the result; with the gradient, these and the gradients of each.
+    expected = 4 * size, (4 + 8) * size
+    assert ((forward, both) == expected) is fused_there
+    assert forward >= expected[0] and both >= expected[1]
+
+
+def test_gpus_are_not_bound_by_scores_that_are_never_written():
+    run = config.load_run(CONFIGS / 'star_d16_256.py', Run)
+    model = dataclasses.replace(run.model, depth=2)
+    run = dataclasses.replace(run, model=model, cache='somewhere', features='cached')
+
+    def traffic(**changes: Any) -> int:
+        changed = dataclasses.replace(run, **changes)
+        return analytic.program_needs(changed, 8, workload.training)['training step'].traffic
+
+    rows, heads = model.schedule.length, model.heads
+    scores = 8 * model.depth * heads * int(np.sum(model.schedule.visible_rows)) * 4
+    assert traffic(attention='by_scale') - traffic() > 2 * scores > 0.2 * traffic()
+    assert rows == 680
 
 
 @pytest.mark.parametrize(
@@ -170,14 +247,25 @@ def test_parse_topology_refuses_unknown_names(name, message):
 
 def test_roof_is_the_largest_of_its_bounds():
     chip = dataclasses.replace(CHIPS['H100'], links=1e9, network=1e8)
-    collectives = [
-        hlo.Collective('all-gather', group_size=8, local_size=8, count=1, bytes=10**9),
-        hlo.Collective('all-reduce', group_size=16, local_size=8, count=1, bytes=10**9),
-    ]
+    within = {'kind': 'all-gather', 'group_size': 8, 'local_size': 8, 'axes': ('tensor',)}
+    across = {'kind': 'all-reduce', 'group_size': 16, 'local_size': 8, 'axes': ('data',)}
+    collectives = [hlo.Collective(count=1, bytes=10**9, **item) for item in (within, across)]
     flops = {'bfloat16': int(chip.bfloat16), 'exact': 0}
-    roof = compute_roof(chip=chip, chips=4, flops=flops, traffic=0, collectives=collectives)
-    assert roof == Roof(compute=0.25, memory=0.0, links=2.0, network=1.25)
-    assert (roof.seconds, roof.limit) == (2.0, 'links')
+    roof = compute_roof(
+        links.Switches(chip=chip),
+        sizes=(1, 1, 4, 1),
+        flops=flops,
+        traffic=0,
+        collectives=collectives,
+    )
+    # The 8 devices of a node send 8/15 of the sum together: each an eighth of it.
+    away = 8 / 15 / 8
+    assert (roof.compute, roof.memory) == (0.25, 0.0)
+    assert roof.links == pytest.approx(1 + (1 - away))
+    assert roof.network == pytest.approx(10 * away)
+    assert roof.axes == pytest.approx({'data': 1 - away, 'tensor': 1.0})
+    assert (roof.seconds, roof.limit) == (roof.links, 'links')
+    assert dataclasses.replace(roof, network=3.0).limit == 'network'
 
 
 def test_choose_mesh_splits_heads_and_tokens_where_the_batch_does_not_divide():
@@ -236,7 +324,19 @@ def test_plan_counts_memory_and_collectives_of_gpus(run):
     assert report.images_per_second == pytest.approx(run.batch / report.seconds)
     assert 0 < report.mfu < 1 and report.flops == report.needed_flops
     assert report.to_json()['bounds']['hours'] == report.hours
-    assert plan_report.tables(report) and 'it fits' in plan_report.sentences(report)[0]
+    assert len(plan_report.tables(report)) == 4
+    text = ' '.join(plan_report.sentences(report))
+    assert text.startswith('it fits') and 'lower bound of a step' in text
+    assert 'upper bounds: ' in text and 'at least' not in text and 'predict' not in text
+    checkpoint = sum(memory.resident[name] for name in workload.STATE)
+    assert report.checkpoint == pytest.approx(2 * checkpoint, rel=0.03)  # fsdp splits it in two
+    assert report.checkpoint_copy == report.checkpoint and 'a checkpoint has' in text
+    remats = [item.name for item in report.alternatives]
+    assert remats == ['this run', '--remat dots', '--remat full']
+    own, dots, full = report.alternatives
+    assert own.seconds == pytest.approx(report.seconds) and own.total == memory.total
+    assert full.flops > own.flops == dots.flops == report.flops
+    assert full.temporaries < dots.temporaries < own.temporaries
     error = {'config': 'a', 'topology': 'b', 'error': 'c'}
     rows = plan_report.markdown([report.to_json(), error])
     assert len({line.count('|') for line in rows.splitlines()}) == 1
@@ -255,12 +355,97 @@ def test_remat_lowers_live_memory():
     model = Star(depth=6, width=32, heads=2, sides=(1, 2, 4), text_width=384)
     run = Run(model=model, cache='somewhere', tokenizer='nowhere')
 
-    def live(remat: bool) -> int:
+    def live(remat: Remat) -> int:
         changed = dataclasses.replace(run, remat=remat)
         needs = analytic.program_needs(changed, 8, workload.training)
         return needs['training step'].live
 
-    assert live(remat=True) < 0.75 * live(remat=False)
+    assert live('full') < 0.75 * live('none')
+    assert live('full') < live('dots') < live('none')
+
+
+def make_estimator(run: Run, name: str, **chip: Any) -> estimate.Estimator:
+    """The estimator of a training run on a topology, whose chips may have other rates."""
+    pod = topologies.parse_topology(name)
+    pod = dataclasses.replace(pod, chip=dataclasses.replace(pod.chip, **chip))
+    shape = search.choose_mesh(run, pod, trains=True)
+    return estimate.Estimator(
+        run=run,
+        pod=pod,
+        make_workload=workload.training,
+        shape=shape,
+        devices=(),
+        on_progress=lambda _: None,
+    )
+
+
+def test_a_batch_is_compared_with_neighbours_that_need_no_other_axes(run):
+    """24 images split over 8 of 16 chips; 16 and 32 split over all."""
+    estimator = make_estimator(dataclasses.replace(run, batch=24), '16xH100')
+    assert estimator.sizes == (8, 1, 2, 1)
+    flops = {'training step': {'bfloat16': 24 * 10**9}, 'tokenizer': {}}
+    smaller, larger = planning.other_batches(estimator, trains=True, flops=flops)
+    assert [item.batch for item in (smaller, larger)] == [16, 32]
+    assert [item.flops for item in (smaller, larger)] == [16 * 10**9, 32 * 10**9]
+    assert all(item.mesh | {'tensor': 1, 'sequence': 1} == item.mesh for item in (smaller, larger))
+    assert larger.name == '--batch 32 --mesh.fsdp 1'
+    even = make_estimator(dataclasses.replace(run, batch=32), '16xH100')
+    assert not list(planning.other_batches(even, trains=True, flops=flops))
+
+
+def test_advice_names_a_batch_without_other_axes_that_is_faster_and_fits():
+    fields = {'mesh': {}, 'temporaries': 0, 'total': 0, 'flops': 0}
+    own, remat, slow, fast, larger = (
+        plan_report.Alternative(name=name, batch=batch, seconds=seconds, fits=fits, **fields)
+        for name, batch, seconds, fits in (
+            ('this run', 480, 1.0, True),
+            ('--remat none', 480, 0.5, True),
+            ('--batch 256', 256, 0.6, True),
+            ('--batch 512 --mesh.fsdp 4', 512, 0.9, True),
+            ('--batch 1024', 1024, 0.9, False),
+        )
+    )
+    (text,) = planning.advise_batch([own, remat, slow, fast, larger])
+    assert text.startswith('--batch 512 --mesh.fsdp 4 splits') and '569 images/s' in text
+    assert 'instead of 480' in text
+    assert not planning.advise_batch([own, remat, slow, larger])
+    assert not planning.advise_batch([])
+
+
+def test_estimates_contain_a_sample_grid(run):
+    """A grid needs copies of the weights, and two images on each of eight devices."""
+    estimator = make_estimator(run, '8xH100')
+    estimated = estimator.count(run.batch)
+    resident = {
+        name: workload.device_bytes(tree) for name, tree in estimated.workload.resident.items()
+    }
+    assert estimated.grid > resident['parameters']
+    sizes = dataclasses.replace(estimated, grid=10**12)
+    assert sizes.total == 10**12 + sum(resident.values()) and not estimator.fits(sizes)
+    assert search.largest_batch(estimator, estimated).batch > 0
+    assert search.largest_batch(estimator, sizes).batch == 0
+    images = dataclasses.replace(run.pace, images=0)
+    without = dataclasses.replace(estimator, run=dataclasses.replace(run, pace=images))
+    assert not without.count(run.batch).grid
+
+
+@pytest.mark.parametrize(
+    'changes, words, absent',
+    [
+        ({}, ['text encoder', 'tokenizer', '--cache FOLDER --features cached'], 'once;;'),
+        ({'cache': 'x'}, ['text encoder', '--features cached'], '--cache'),
+        ({'features': 'cached'}, ['tokenizer', '--cache FOLDER'], '--features'),
+    ],
+)
+def test_advice_names_the_options_that_remove_frozen_models(run, changes, words, absent):
+    """A cache of codes alone leaves a text encoder inside the training program."""
+    estimator = make_estimator(dataclasses.replace(run, **changes), '8xH100')
+    flops = {'training step': {'bfloat16': 10**15, 'exact': 10**15}}
+    if 'cache' not in changes:
+        flops['tokenizer'] = {'float32': 10**15, 'exact': 10**16}
+    (text,) = planning.advise_cache(estimator, flops)
+    assert all(word in text for word in words) and absent not in text
+    assert not planning.advise_cache(estimator, {'training step': {'bfloat16': 1}})
 
 
 def test_plan_of_sampling_holds_parameters_and_tokenizer(run):

@@ -66,20 +66,21 @@ def run(job: AttentionJob) -> dict[str, Any]:
         for name in job.kernels
         for passes in ('forward', 'with gradient')
     }
-    product, product_flops = timing.matrix_product(job.dtype)
+    product = timing.matrix_product(job.dtype, list(q_BLNH.devices()))
     calls = {key: (lambda program=program: program(*args)) for key, program in compiled.items()}
-    seconds = timing.time_in_turn({**calls, 'product': product}, job.repeats)
-    rate = product_flops / float(np.median(seconds.pop('product'))) / 1e9
+    calls['product'] = product.call
+    seconds = timing.time_in_turn(calls, job.repeats, averaged=('product',))
+    rate = product.amount / float(np.median(seconds.pop('product'))) / 1e9
     kernels = []
     for (name, passes), times in seconds.items():
-        p50 = float(np.median(times))
+        latencies = timing.percentiles(times)
+        p50 = latencies['p50_seconds']
         gflop = flops / 1e9 * (GRADIENT_FACTOR if passes == 'with gradient' else 1)
         kernels.append(
             {
                 'kernel': name,
                 'passes': passes,
-                'p50_seconds': p50,
-                'p95_seconds': float(np.percentile(times, 95)),
+                **latencies,
                 'gflops': gflop / p50,
                 'matrix_rate_share': gflop / p50 / rate,
                 'temporaries': compiled[name, passes].memory_analysis().temp_size_in_bytes / 2**20,

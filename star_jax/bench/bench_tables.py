@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from star_jax.bench.timing import READ
 from star_jax.console import number_table
 
 STAGES = {
@@ -43,6 +44,7 @@ SUMMARY_COLUMNS = (
     'images/s',
     'TFLOP/s',
     'of matrix rate',
+    'of read rate',
     'compile, s',
     'first result, s',
     'peak, MiB',
@@ -86,6 +88,7 @@ def _summary_cells(report: dict[str, Any]) -> tuple[str, ...]:
         f'{time["images_per_second"]:.3g}',
         f'{program["gflops"] / 1e3:.3g}',
         f'{program["matrix_rate_share"]:.1%}',
+        f'{program["read_rate_share"]:.1%}',
         ' / '.join(f'{start["compile_seconds"]:.1f}' for start in starts),
         ' / '.join(f'{start["stages"]["first result"]:.1f}' for start in starts),
         f'{peak:,.0f}',
@@ -197,7 +200,7 @@ def _speed_table(report: dict[str, Any]) -> Table:
         f'{time["seconds_per_image"]:.3g} s per image, {time["images_per_second"]:.3g} images/s'
     )
     columns = ('seconds', 'of time', 'GFLOP', 'GFLOP/s', 'of matrix rate')
-    table = number_table(title, *columns)
+    table = number_table(title, *columns, 'GB read', 'of read rate')
     for name, part in report['parts'].items():
         cells = (
             f'{part["seconds"]:.3g}',
@@ -205,10 +208,15 @@ def _speed_table(report: dict[str, Any]) -> Table:
             f'{part["gflop"]:,.1f}',
             f'{part["gflops"]:,.1f}',
             f'{part["matrix_rate_share"]:.1%}',
+            f'{part["gbytes"]:,.3g}',
+            f'{part["read_rate_share"]:.1%}',
         )
         table.add_row(PARTS[name], *cells)
+    many = f' on each of {report["devices"]} devices' if report['devices'] > 1 else ''
     cells = ('', '', '', f'{report["matrix_rate_gflops"]:,.1f}', '100.0%')
-    table.add_row('a large matrix product', *cells)
+    table.add_row(f'a large matrix product{many}', *cells)
+    rate = f'100.0% of {report["read_rate_gbytes"]:,.1f} GB/s'
+    table.add_row(f'a sum of {READ // 2**20} MiB{many}', *[''] * 6, rate)
     return table
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from star_jax.core.flops import count_flops
+from star_jax.plan.jaxpr_memory import weights_read
 
 NOISE_LENGTH = 1_000_003  # normal numbers that repeat in random arrays: more would take seconds
 NOISE_SCALE = 0.02
@@ -27,16 +28,19 @@ class TimedProgram(NamedTuple):
         args: its arguments; None for a part that takes the next arguments of the main program,
             which therefore need no copy.
         flops: its floating-point operations.
+        reads: bytes of weights and cache that devices must read from memory in a run, in all.
     """
 
     program: Any
     args: Args | None
     flops: int
+    reads: int
 
     @classmethod
     def count(cls, program: Any, *args: Any) -> 'TimedProgram':
-        """A program whose floating-point operations are counted by tracing it."""
-        return cls(program, args, count_flops(program, *args))
+        """A program whose operations and weights, its first argument, are counted by tracing it."""
+        flops, reads = count_flops(program, *args), weights_read(program, *args)
+        return cls(program=program, args=args, flops=flops, reads=reads)
 
 
 def _same_args(args: Args, result: Any) -> Args:

@@ -18,7 +18,9 @@ from star_jax.core.flops import count_flops
 from star_jax.core.settings import Dtype, Settings
 from star_jax.nn.bind import bind
 from star_jax.nn.kernels import ByScale
+from star_jax.nn.transformer import Transformer
 from star_jax.parallel import machine
+from star_jax.plan.jaxpr_memory import weights_read
 from star_jax.protocols import Family, TokenizerConfig
 from star_jax.sampling import program
 from star_jax.text.encoder import TOWERS, read_states
@@ -86,13 +88,16 @@ class SamplingJob:
         )
         args = (params, inputs)
         buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
+        counted_program = program.compile_program(counted, tokenizer)
         canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
         decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))
         return Benchmark(
             main=TimedProgram(
-                program.compile_program(network, tokenizer, buckets),
-                args,
-                count_flops(program.compile_program(counted, tokenizer), *args),
+                program=program.compile_program(network, tokenizer, buckets),
+                args=args,
+                flops=count_flops(counted_program, *args),
+                reads=weights_read(counted_program, *args)
+                + cache_read(network, self.batch * (1 + inputs.settings.guided)),
             ),
             parts={'decoder': TimedProgram.count(decode, params['tokenizer'], canvas)},
             remainder='scales',
@@ -125,6 +130,13 @@ class SamplingJob:
         shapes = jax.eval_shape(tower.module.init, jax.random.key(0), tokens)['params']
         encode = jax.jit(lambda params, tokens: read_states(tower, tower.pool, params, tokens))
         return {'text': TimedProgram.count(encode, random_arrays(nn.unbox(shapes)), tokens)}
+
+
+def cache_read(network: Transformer, rows: int) -> int:
+    """Bytes of keys and values that all steps of sampling read, for `rows` rows of a batch."""
+    starts = network.schedule.starts
+    row = jax.eval_shape(lambda: network.empty_cache(rows, 1))
+    return sum(starts[:-1]) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
 
 
 def condition(model: Family, rows: int, text_tokens: int) -> Any:

@@ -15,6 +15,8 @@ from star_jax.bench.benchmark import Args, Benchmark, TimedProgram, random_array
 from star_jax.bench.sampling import condition
 from star_jax.core.flops import count_flops
 from star_jax.parallel import rules
+from star_jax.plan.jaxpr_memory import weights_read
+from star_jax.plan.workload import device_bytes
 from star_jax.training import summary
 from star_jax.training.program import (
     COUNTED,
@@ -84,13 +86,21 @@ class TrainingJob:
         )
         batch = jax.device_put(batch, rules.batch_sharding(mesh))
         args = (state, frozen, batch, jax.random.key(0))
+        copies = mesh.size // mesh.shape['tensor']  # of the parameters, after they are gathered
         return Benchmark(
             main=TimedProgram(
-                jax.jit(program.train, donate_argnums=0), args, count_flops(counted.train, *args)
+                program=jax.jit(program.train, donate_argnums=0),
+                args=args,
+                flops=count_flops(counted.train, *args),
+                reads=copies * weights_read(*_by_params(counted.train, args))
+                + mesh.size * device_bytes(state),
             ),
             parts={
                 'forward': TimedProgram(
-                    jax.jit(_forward(program)), None, count_flops(_forward(counted), *args)
+                    program=jax.jit(_forward(program)),
+                    args=None,
+                    flops=count_flops(_forward(counted), *args),
+                    reads=copies * weights_read(*_by_params(_forward(counted), args)),
                 )
             },
             remainder='backward and update',
@@ -99,6 +109,15 @@ class TrainingJob:
             pixels=max(vq.resolution),
             next_args=_next_args,
         )
+
+
+def _by_params(program: Callable[..., Any], args: Args) -> tuple[Any, ...]:
+    """The same program with the trained parameters as its first argument, and its arguments."""
+
+    def run(params: Any, state: Any, *others: Any) -> Any:
+        return program(state.replace(params=params), *others)
+
+    return run, args[0].params, *args
 
 
 def _random_encoded(abstract: jax.ShapeDtypeStruct, num_codes: int) -> np.ndarray:

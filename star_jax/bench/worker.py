@@ -5,7 +5,7 @@ report, one line of JSON:
 
     start        when each stage was complete (seconds since the epoch), processor seconds of
                  compilation and of all work up to the first dispatch, hits of the persistent cache
-    with `measure` also: time, matrix rate, parts, memory, environment
+    with `measure` also: time, devices, matrix and read rate, parts, memory, environment
 """
 
 import json
@@ -99,27 +99,35 @@ def _measure(
     memory = _memory(benchmark, compiled)
     load = _load_average()
     programs = {**benchmark.parts, **benchmark.make_preceding()}
-    product, product_flops = timing.matrix_product(content.job.dtype)
-    calls = {'program': repeated, 'product': product}
+    devices = _devices(compiled)
+    rates = {'product': timing.matrix_product(content.job.dtype, devices)}
+    rates['read'] = timing.read(devices)
+    calls = {'program': repeated} | {name: rate.call for name, rate in rates.items()}
     calls |= {name: _call(program, repeated) for name, program in programs.items()}
-    seconds = timing.time_in_turn(calls, content.job.repeats)
+    seconds = timing.time_in_turn(calls, content.job.repeats, averaged=rates)
     if content.profile:
         with jax.profiler.trace(content.profile):
             for _ in range(PROFILED_RUNS):
                 jax.block_until_ready(repeated())
     p50 = {name: float(np.median(times)) for name, times in seconds.items()}
-    matrix_rate = product_flops / p50['product'] / 1e9
-    flops = {name: program.flops for name, program in programs.items()}
-    flops['program'] = benchmark.main.flops
-    for costs in (flops, p50):
+    giga = {name: rate.amount / p50[name] / 1e9 for name, rate in rates.items()}
+    programs_and_main = {**programs, 'program': benchmark.main}
+    flops = {name: program.flops for name, program in programs_and_main.items()}
+    reads = {name: program.reads for name, program in programs_and_main.items()}
+    for costs in (flops, reads, p50):
         parts = sum(costs[name] for name in benchmark.parts)
         costs[benchmark.remainder] = costs['program'] - parts
     return {
         'pixels': benchmark.pixels,
         'time': _times(seconds['program'], benchmark.images),
-        'matrix_rate_gflops': matrix_rate,
+        'devices': len(devices),
+        'matrix_rate_gflops': giga['product'],
+        'read_rate_gbytes': giga['read'],
         'parts': {
-            name: _part(flops[name], p50[name], p50['program'], matrix_rate)
+            name: _part(flops[name], reads[name], p50[name])
+            | {'time_share': p50[name] / p50['program']}
+            | {'matrix_rate_share': flops[name] / p50[name] / 1e9 / giga['product']}
+            | {'read_rate_share': reads[name] / p50[name] / 1e9 / giga['read']}
             for name in ('program', benchmark.remainder, *programs)
         },
         'parts_of_program': [benchmark.remainder, *benchmark.parts],
@@ -134,27 +142,30 @@ def _call(program: TimedProgram, repeated: RepeatedProgram) -> timing.Call:
 
 
 def _times(seconds: np.ndarray, images: int) -> dict[str, Any]:
-    p50 = float(np.median(seconds))
-    return {
-        'p50_seconds': p50,
-        'p95_seconds': float(np.percentile(seconds, 95)),
+    latencies = timing.percentiles(seconds)
+    p50 = latencies['p50_seconds']
+    return latencies | {
         'seconds': seconds.tolist(),
         'images_per_second': images / p50,
         'seconds_per_image': p50 / images,
     }
 
 
-def _part(
-    flops: int, seconds: float, program_seconds: float, matrix_rate: float
-) -> dict[str, float]:
-    rate = flops / seconds / 1e9
+def _part(flops: int, reads: int, seconds: float) -> dict[str, float]:
     return {
         'gflop': flops / 1e9,
+        'gbytes': reads / 1e9,
         'seconds': seconds,
-        'time_share': seconds / program_seconds,
-        'gflops': rate,
-        'matrix_rate_share': rate / matrix_rate,
+        'gflops': flops / seconds / 1e9,
+        'gbytes_per_second': reads / seconds / 1e9,
     }
+
+
+def _devices(compiled: Any) -> list[jax.Device]:
+    """The devices that a compiled program runs on."""
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    used = set().union(*(sharding.device_set for sharding in shardings))
+    return sorted(used, key=lambda device: device.id)
 
 
 def _memory(benchmark: Benchmark, compiled: Any) -> dict[str, float]:

@@ -34,9 +34,7 @@ class Flash:
     def __call__(
         self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
     ) -> jax.Array:
-        bounds = visibility.bounds
-        several = isinstance(bounds, TracedVisibility) and len(bounds.bound_L) > 1
-        if q_BLNH.dtype not in HALVES or visibility.mask is not None or several:
+        if not self.fuses(q_BLNH, visibility):
             return self.otherwise(q_BLNH, past, new, visibility)
         kv, visibility = join(past, new, visibility)
         bounds, end_B = visibility.bounds, visibility.end_B
@@ -47,6 +45,12 @@ class Flash:
         elif bounds is not None and bounds.is_causal(kv.rows) and end_B is None:
             return self._causal(q_BLNH, kv, visibility.first_B)
         return ByScale(self._fused, Dense())(q_BLNH, (), kv, visibility)
+
+    def fuses(self, q_BLNH: jax.Array, visibility: Visibility) -> bool:
+        """Whether the fused kernel computes this, not `otherwise`."""
+        bounds = visibility.bounds
+        several = isinstance(bounds, TracedVisibility) and len(bounds.bound_L) > 1
+        return q_BLNH.dtype in HALVES and visibility.mask is None and not several
 
     def _fused(
         self, q_BLNH: jax.Array, past: tuple[()], new: KV, visibility: Visibility

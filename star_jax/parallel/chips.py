@@ -19,7 +19,8 @@ class Chip:
         exact: FLOP/s of dense products with every bit of float32 (precision 'highest').
         memory: bytes that a program can use.
         bandwidth: bytes/s of that memory.
-        links: bytes/s that the chip sends to chips of its slice or node, over all its links.
+        links: bytes/s that the chip sends to chips of its slice or node, over all its links; a
+            collective of a TPU slice uses those of its axes alone (`plan.links`).
         network: bytes/s that the chip sends to another slice or node.
         chips_per_node: chips that share fast links (0: all chips of a slice do).
     """
@@ -45,7 +46,7 @@ def _tpu(name: str, bfloat16: float, **fields: float) -> Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs/v5e, /v5p, /v6e (peak bf16, HBM bandwidth, interchip interconnect:
-# 1,600, 4,800 and 3,584 Gbit/s per chip); memory as their compiler reports it ("exceeds available
+# 1,600, 4,800 and 3,200 Gbit/s per chip); memory as their compiler reports it ("exceeds available
 # HBM (15.75G)"); network of a chip to other slices from jax-ml.github.io/scaling-book (part 2, "TPU
 # networking"). GPUs: data sheets of A100, H100 and H200 in SXM (dense rates; float32 is TF32 by
 # default); NVLink in one direction; the fraction of the memory CUDA reports that the launch scripts
@@ -73,8 +74,8 @@ CHIPS = {
             'v6e',
             918 * TERA,
             memory=31.25 * GIB,
-            bandwidth=1_640 * GIGA,
-            links=448 * GIGA,
+            bandwidth=1_600 * GIGA,
+            links=400 * GIGA,
             network=12.5 * GIGA,
         ),
         Chip(

@@ -5,61 +5,61 @@ Memory and traffic come from the jaxpr of one device's part of the batch, collec
 
 import dataclasses
 import functools
+import math
 
 import jax.numpy as jnp
 
-from star_jax.parallel.mesh import MeshShape
-from star_jax.plan import jaxpr_memory
+from star_jax.nn.attention_dispatch import named
+from star_jax.parallel.mesh import AXES, MeshShape
+from star_jax.plan.fused import Counted
 from star_jax.plan.hlo import Collective
+from star_jax.plan.jaxpr_memory import Needs, measure
+from star_jax.plan.links import groups_along
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import MakeWorkload, Program, Workload, device_bytes
+from star_jax.plan.workload import MakeWorkload, Workload, device_bytes, state_bytes
 from star_jax.training.run import Run
 
 BATCHES = (256, 512)  # so large that activations outweigh the update of the parameters
-KEEPS_SCORES = (
-    'dense',
-    'by_scale',
-)  # these kernels store scores; others need no more than chunks
 SUMS_PER_LAYER = 3  # results that tensor parallelism sums: self-attention, cross-attention, MLP
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgramNeeds:
-    """The needs of a program on one device for its images, with whole layers.
-
-    Attributes:
-        live: bytes of intermediate arrays that grow with the batch.
-        traffic: bytes that matrix products read and write.
-    """
-
-    live: int
-    traffic: int
-
-
-@functools.lru_cache(maxsize=4)  # advice for a run that does not fit needs the same values again
-def program_needs(run: Run, images: int, make_workload: MakeWorkload) -> dict[str, ProgramNeeds]:
+def program_needs(
+    run: Run,
+    images: int,
+    make_workload: MakeWorkload,
+    platform: str = 'gpu',
+    splits_rows: bool = False,
+) -> dict[str, Needs]:
     """The needs of each program on one device that has `images` images and no other device.
 
-    The needs per image are the difference between two large batches.
+    The needs per image are the difference between two large batches. Attention is that of the
+    platform; `splits_rows`: a mesh splits the rows of an image.
     """
-    programs, larger = (_programs(run, batch, make_workload) for batch in BATCHES)
-    step = BATCHES[1] - BATCHES[0]
+    batch, step = BATCHES[0], BATCHES[1] - BATCHES[0]
+    run = dataclasses.replace(run, batch=batch)
+    smaller, larger = _measured(run, make_workload, platform, splits_rows)
     return {
-        name: ProgramNeeds(
-            live=images * (jaxpr_memory.peak(larger[name]) - jaxpr_memory.peak(program)) // step,
-            traffic=jaxpr_memory.traffic(program)
-            - (BATCHES[0] - images)
-            * (jaxpr_memory.traffic(larger[name]) - jaxpr_memory.traffic(program))
-            // step,
+        name: Needs(
+            live=images * (larger[name].live - needs.live) // step,
+            traffic=needs.traffic
+            - (batch - images) * (larger[name].traffic - needs.traffic) // step,
         )
-        for name, program in programs.items()
+        for name, needs in smaller.items()
     }
 
 
-def _programs(run: Run, images: int, make_workload: MakeWorkload) -> dict[str, Program]:
-    attention = run.attention if run.attention in KEEPS_SCORES else 'chunked'
-    run = dataclasses.replace(run, batch=images, attention=attention, released_loss_scale=False)
-    return make_workload(run, MeshShape().abstract_mesh(1), 'cpu').programs
+@functools.lru_cache(maxsize=16)  # the same run is counted for several batches and meshes
+def _measured(
+    run: Run, make_workload: MakeWorkload, platform: str, splits_rows: bool
+) -> tuple[dict[str, Needs], ...]:
+    """The needs of each program on one device for each of BATCHES."""
+    attend, needs = Counted(named(run.attention, platform), splits_rows), []
+    for batch in BATCHES:
+        changed = dataclasses.replace(run, batch=batch, released_loss_scale=False)
+        mesh = MeshShape().abstract_mesh(1)
+        programs = make_workload(changed, mesh, platform, attend=attend).programs
+        needs.append({name: measure(program) for name, program in programs.items()})
+    return tuple(needs)
 
 
 def fixed(run: Run, workload: Workload, sizes: tuple[int, ...]) -> int:
@@ -80,8 +80,7 @@ def traffic(workload: Workload, products: int, sizes: tuple[int, ...]) -> int:
         sizes: the lengths of the mesh axes.
     """
     _, _, tensor, sequence = sizes
-    names = ('parameters', 'optimizer', 'averages')
-    state = sum(device_bytes(workload.resident.get(name)) for name in names)
+    state = state_bytes({name: device_bytes(tree) for name, tree in workload.resident.items()})
     trained = workload.trained
     update = 2 * (state + device_bytes(trained)) if trained is not None else 0
     return products // (tensor * sequence) + update
@@ -96,7 +95,7 @@ def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) 
     rows = model.schedule.length * images
     gathered = {name: device_bytes(tree) * fsdp for name, tree in workload.resident.items()}
     trains = workload.trained is not None
-    passes = 2 + run.remat if trains else 1  # over the activations of all layers
+    passes = 2 + (run.remat == 'full') if trains else 1  # over the activations of all layers
     if trains:  # float32 parameters are gathered in the compute dtype, forward and backward
         weights = (2 * gathered['parameters'] + gathered.get('frozen model', 0)) * itemsize // 4
         weights += gathered.get('text encoder', 0)
@@ -106,27 +105,31 @@ def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) 
     gradients = device_bytes(workload.trained) * fsdp
     summed = SUMS_PER_LAYER * depth * rows * model.width * itemsize // sequence
     keys_and_values = 2 * depth * rows * model.width * itemsize // tensor
-    # kind, group size, distance of a group's neighbours in device numbers, bytes
+    # kind, mesh axis, bytes that a device sends
     candidates = [
-        ('all-gather', fsdp, tensor * sequence, weights * (fsdp - 1) // fsdp),
-        ('reduce-scatter', fsdp, tensor * sequence, gradients * (fsdp - 1) // fsdp),
-        (
-            'all-reduce',
-            data,
-            fsdp * tensor * sequence,
-            2 * gradients // fsdp * (data - 1) // data,
-        ),
-        ('all-reduce', tensor, sequence, passes * 2 * summed * (tensor - 1) // tensor),
-        ('all-gather', sequence, 1, passes * keys_and_values * (sequence - 1) // sequence),
+        ('all-gather', 'fsdp', weights * (fsdp - 1) // fsdp),
+        ('reduce-scatter', 'fsdp', gradients * (fsdp - 1) // fsdp),
+        ('all-reduce', 'data', 2 * gradients // fsdp * (data - 1) // data),
+        ('all-reduce', 'tensor', passes * 2 * summed * (tensor - 1) // tensor),
+        ('all-gather', 'sequence', passes * keys_and_values * (sequence - 1) // sequence),
     ]
     return [
         Collective(
             kind=kind,
-            group_size=group_size,
-            local_size=max(min(group_size, pod.local_chips // distance), 1),
+            group_size=sizes[AXES.index(axis)],
+            local_size=_local_size(axis, sizes, pod),
             count=depth,
             bytes=size,
+            groups=groups_along((axis,), sizes) if pod.platform == 'tpu' else (),
+            axes=(axis,),
         )
-        for kind, group_size, distance, size in candidates
-        if group_size > 1 and size
+        for kind, axis, size in candidates
+        if sizes[AXES.index(axis)] > 1 and size
     ]
+
+
+def _local_size(axis: str, sizes: tuple[int, ...], pod: Pod) -> int:
+    """Members of a group along a mesh axis that lie in one slice or node."""
+    number = AXES.index(axis)
+    distance = math.prod(sizes[number + 1 :])  # of neighbours, in device numbers
+    return max(min(sizes[number], pod.local_chips // distance), 1)

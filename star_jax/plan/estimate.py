@@ -4,6 +4,7 @@ For TPUs the run's own programs are compiled ahead of time; for GPUs `analytic` 
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +12,19 @@ from collections.abc import Callable, Sequence
 import jax
 
 from star_jax.errors import UserError
-from star_jax.nn.attention_dispatch import named
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.plan import analytic
 from star_jax.plan.hlo import Collective, HloText
+from star_jax.plan.links import Fabric
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import MakeWorkload, Program, Workload, device_bytes
+from star_jax.plan.workload import (
+    MakeWorkload,
+    Program,
+    Workload,
+    device_bytes,
+    sampling,
+    training,
+)
 from star_jax.training.run import Run
 
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -35,6 +43,7 @@ class Estimate:
         temporaries: bytes beside the resident arrays, by program.
         traffic: bytes read from and written to main memory, by program.
         collectives: the collectives of each program.
+        grid: bytes beside the resident arrays while a sample grid is made: counted, not compiled.
         complete: whether all programs compiled; otherwise traffic and collectives are missing.
         compile_seconds: seconds that compilation took.
     """
@@ -44,6 +53,7 @@ class Estimate:
     temporaries: dict[str, int]
     traffic: dict[str, int]
     collectives: dict[str, list[Collective]]
+    grid: int
     complete: bool
     compile_seconds: float
 
@@ -54,14 +64,14 @@ class Estimate:
 
     @property
     def peak_temporaries(self) -> int:
-        """Bytes of the program that needs most."""
+        """Bytes of the program of a step that needs most."""
         return max(self.temporaries.values())
 
     @property
     def total(self) -> int:
         """Bytes of a device in all."""
         resident = sum(map(device_bytes, self.workload.resident.values()))
-        return resident + self.peak_temporaries
+        return resident + max(self.peak_temporaries, self.grid)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +98,7 @@ class Estimator:
         """The needs of a batch; `main_only` leaves out every program but the first."""
         run, pod = dataclasses.replace(self.run, batch=batch), self.pod
         if pod.platform != 'tpu':
-            return self._count(run)
+            return self.count(batch)
         mesh = self.shape.build(self.devices)
         workload = self.make_workload(run, mesh, pod.platform)
         compiled = {}
@@ -103,6 +113,7 @@ class Estimator:
             temporaries={name: item.temporaries for name, item in compiled.items()},
             traffic={name: text.traffic() if text else 0 for name, text in texts.items()},
             collectives={name: text.collectives() if text else [] for name, text in texts.items()},
+            grid=self._grid(),
             complete=all(texts.values()),
             compile_seconds=sum(item.seconds for item in compiled.values()),
         )
@@ -116,18 +127,31 @@ class Estimator:
         """Whether the memory of a device suffices."""
         return estimate.total <= self.pod.chip.memory
 
-    def _count(self, run: Run) -> Estimate:
-        """The estimate for chips for which nothing can be compiled here."""
+    @functools.cached_property
+    def fabric(self) -> Fabric:
+        """The links of the pod, for devices in the order of the mesh."""
+        if not len(self.devices):
+            return self.pod.fabric(())
+        return self.pod.fabric(list(self.shape.build(self.devices).devices.flat))
+
+    def workload(self, batch: int) -> Workload:
+        """The workload of a batch on abstract devices."""
+        run = dataclasses.replace(self.run, batch=batch)
         mesh = self.shape.abstract_mesh(self.pod.chips)
-        named(run.attention, self.pod.platform)  # or a UserError: its kernels cannot be traced here
-        run = dataclasses.replace(run, attention='automatic')
-        workload = self.make_workload(run, mesh, 'cpu')
-        images = run.batch // batch_shards(mesh)
+        return self.make_workload(run, mesh, self.pod.platform)
+
+    def count(self, batch: int) -> Estimate:
+        """The needs of a batch by its arrays, without compilation."""
+        run, platform = dataclasses.replace(self.run, batch=batch), self.pod.platform
+        workload = self.workload(batch)
+        data, fsdp, _, sequence = self.sizes
+        images = batch // (data * fsdp)
         self.on_progress(f'counting the arrays of {images} images')
-        needs = analytic.program_needs(self.run, images, self.make_workload)
+        needs = analytic.program_needs(
+            run, images, self.make_workload, platform, splits_rows=sequence > 1
+        )
         fixed = analytic.fixed(run, workload, self.sizes)
         main = next(iter(workload.programs))
-        *_, sequence = self.sizes
         return Estimate(
             images=images,
             workload=workload,
@@ -142,9 +166,24 @@ class Estimator:
                 for name, item in needs.items()
             },
             collectives={main: analytic.collectives(run, workload, self.sizes, self.pod)},
+            grid=self._grid(),
             complete=True,
             compile_seconds=0.0,
         )
+
+    def _grid(self) -> int:
+        """Bytes that a sample grid of the run needs, with its copies of the weights; 0: no grid."""
+        run, (data, fsdp, _, sequence) = self.run, self.sizes
+        if self.make_workload is not training or not run.pace.images:
+            return 0
+        images = -(-run.pace.images // (data * fsdp))  # filled up to a number that divides
+        run = dataclasses.replace(run, batch=images * data * fsdp, remat='none')
+        mesh, platform = self.shape.abstract_mesh(self.pod.chips), self.pod.platform
+        self.on_progress(f'counting the arrays of a sample grid of {run.pace.images} images')
+        resident = sampling(run, mesh, platform).resident
+        needs = analytic.program_needs(run, images, sampling, platform, splits_rows=sequence > 1)
+        copies = sum(map(device_bytes, resident.values()))
+        return copies + sum(item.live for item in needs.values()) // sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,9 @@ class Collective:
         local_size: the most devices of a group that belong to one slice or node.
         count: executions per run of the program.
         bytes: bytes that one device sends in all executions.
+        groups: the devices of each group by their numbers in the mesh; of a collective-permute
+            its pairs of source and target; (): groups of slices, or unknown.
+        axes: the mesh axes along which the devices of a group differ; () if they are not named.
     """
 
     kind: str
@@ -98,6 +101,8 @@ class Collective:
     local_size: int
     count: int
     bytes: int
+    groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), repr=False)
+    axes: tuple[str, ...] = ()
 
 
 class HloText:
@@ -144,11 +149,21 @@ class HloText:
                 count_and_bytes = sums.setdefault(tuple(key), [0, 0])
                 count_and_bytes[0] += executions
                 count_and_bytes[1] += executions * sent
-        totals = [Collective(*key, *count_and_bytes) for key, count_and_bytes in sums.items()]
+        totals = [
+            Collective(
+                kind=kind,
+                group_size=group_size,
+                local_size=local_size,
+                count=count,
+                bytes=size,
+                groups=groups,
+            )
+            for (kind, group_size, local_size, groups), (count, size) in sums.items()
+        ]
         return sorted(totals, key=lambda collective: -collective.bytes)
 
-    def _collective(self, line: Instruction, scatters: bool) -> tuple[str, int, int, int] | None:
-        """Kind, group size, group members in one slice, and bytes that one device sends."""
+    def _collective(self, line: Instruction, scatters: bool) -> tuple | None:
+        """Kind, group size, members in one slice, groups, and bytes that one device sends."""
         if transfer := MEGASCALE.search(line.details):
             if line.operation != 'send':
                 return None
@@ -156,7 +171,7 @@ class HloText:
             size, slices = line.buffers[0].bytes, self._slices
             result = size * slices if kind == 'all-gather' else size
             result = size // slices if kind == 'reduce-scatter' else result
-            return kind, slices, 1, _sent(kind, result, slices)
+            return kind, slices, 1, (), _sent(kind, result, slices)
         kind = _collective_kind(line.operation)
         if kind is None:
             return None
@@ -172,7 +187,12 @@ class HloText:
             kind, result = 'reduce-scatter', result // group_size
         if group_size == 1:
             return None
-        return kind, group_size, int(members.max()), _sent(kind, result, group_size)
+        local_size, sent = int(members.max()), _sent(kind, result, group_size)
+        if kind == 'collective-permute':
+            groups = parse_pairs(line.details)
+        # Groups without neighbours in a slice use no links: one sum for all of them.
+        numbers = () if local_size == 1 else tuple(map(tuple, groups.tolist()))
+        return kind, group_size, local_size, numbers, sent
 
     def traffic(self) -> int:
         """Bytes read from and written to a device's main memory."""
@@ -301,19 +321,26 @@ class HloText:
 def parse_groups(details: str, devices: int) -> np.ndarray:
     """The groups of a collective, [groups, devices of a group], in any notation that XLA uses.
 
-    Notations that list groups of any size give the first group alone.
+    Listed groups of several sizes give the first group alone, and so do pairs (`parse_pairs`).
     """
-    if pairs := re.search(r'source_target_pairs=\{\{([\d,{} ]*)\}\}', details):
-        first = [int(number) for number in pairs[1].split('}')[0].split(',')]
-        return np.array([first])
+    if 'source_target_pairs=' in details:
+        return parse_pairs(details)[:1]
     if mesh := MESH_GROUPS.search(details):
         return _mesh_groups(*mesh.groups())
-    if lists := re.search(r'replica_groups=\{\{([\d, ]+)\}', details):
-        return np.array([[int(number) for number in lists[1].split(',')]])
+    if lists := re.search(r'replica_groups=\{(\{[\d, {}]+\})\}', details):
+        groups = [_numbers(group) for group in lists[1].split('}') if group]
+        equal = len({len(group) for group in groups if group}) == 1
+        return np.array([group for group in groups if group] if equal else groups[:1])
     if iota := re.search(r'replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)', details):
         shape, ids = iota[1].split('<=')
         return _device_ids(ids).reshape(_numbers(shape))
     return np.arange(devices)[None]
+
+
+def parse_pairs(details: str) -> np.ndarray:
+    """The pairs [pairs, (source, target)] of a collective-permute."""
+    pairs = re.search(r'source_target_pairs=\{([\d,{} ]*)\}', details)
+    return np.array(_numbers(pairs[1] if pairs else '')).reshape(-1, 2)
 
 
 def _mesh_groups(axes: str, ids: str | None, group_axes: str) -> np.ndarray:

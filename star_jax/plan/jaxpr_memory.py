@@ -1,16 +1,19 @@
 """How much memory and traffic does a function need, by its jaxpr alone?
 
 Every intermediate array of a jaxpr has a size. A compiler fuses many of them away, so live memory
-is an upper bound; matrix products read and write their arrays at least once, so traffic is a lower
-bound.
+is an upper bound; matrix products and fused attention read and write their arrays at least once, so
+traffic is a lower bound.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex
 
 from star_jax.core.flops import inner_jaxprs
+from star_jax.plan import fused
 from star_jax.plan.workload import Program
 
 # Every compiler fuses these into the operation that uses their result.
@@ -25,17 +28,67 @@ FUSED = {
     'squeeze',
     'stop_gradient',
 }
-PRODUCTS = ('dot_general', 'conv_general_dilated')
+# The results of these are their first argument in another layout.
+LAYOUT = FUSED | {'dynamic_slice', 'optimization_barrier', 'rev', 'slice', 'transpose'}
+PRODUCTS = ('dot_general', 'conv_general_dilated', *fused.NAMES)
 
 
-def peak(program: Program) -> int:
-    """The most bytes of intermediate arrays that are live at once."""
-    return _peak(jax.make_jaxpr(program.function)(*program.args).jaxpr)
+class Needs(NamedTuple):
+    """What a program needs on one device, in bytes.
+
+    Attributes:
+        live: the most intermediate arrays that are live at once.
+        traffic: what matrix products, convolutions and fused attention read and write; the body of
+            a loop counts once per iteration.
+    """
+
+    live: int
+    traffic: int
 
 
-def traffic(program: Program) -> int:
-    """Bytes that matrix products and convolutions read and write, in all iterations of loops."""
-    return _traffic(jax.make_jaxpr(program.function)(*program.args).jaxpr)
+def measure(program: Program) -> Needs:
+    """The needs of a program."""
+    jaxpr = jax.make_jaxpr(program.function)(*program.args).jaxpr
+    return Needs(live=_peak(jaxpr), traffic=_traffic(jaxpr))
+
+
+def weights_read(function: Callable, *args: Any) -> int:
+    """Bytes that products read of the arrays in the first argument, in all iterations of loops.
+
+    An array counts each time that a product reads it, in the dtype in which it does.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    count = len(jax.tree.leaves(args[0]))
+    return _reads(jaxpr, [index < count for index in range(len(jaxpr.invars))])[0]
+
+
+def _reads(jaxpr: jex.Jaxpr, weights: Sequence[bool]) -> tuple[int, list[bool]]:
+    """Bytes of weights that products read, and which results are weights.
+
+    Args:
+        jaxpr: the program.
+        weights: which of its arguments are weights.
+    """
+    known = {var for var, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        used = [isinstance(var, jex.Var) and var in known for var in equation.invars]
+        if not any(used):
+            continue
+        if name in PRODUCTS:
+            operands = zip(equation.invars, used, strict=True)
+            total += sum(_bytes(var) for var, is_weight in operands if is_weight)
+        elif name in LAYOUT:
+            known.update(equation.outvars if used[0] else ())
+        for inner in inner_jaxprs(equation.params):
+            if len(inner.invars) > len(used):  # the arguments of a loop's condition are apart
+                continue
+            size, results = _reads(inner, used[len(used) - len(inner.invars) :])
+            total += size * (equation.params['length'] if name == 'scan' else 1)
+            pairs = zip(equation.outvars, results, strict=False)
+            known.update(var for var, is_weight in pairs if is_weight)
+    return total, [isinstance(var, jex.Var) and var in known for var in jaxpr.outvars]
 
 
 def _peak(jaxpr: jex.Jaxpr) -> int:

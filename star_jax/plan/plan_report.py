@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from star_jax.console import number_table
-from star_jax.parallel.chips import GIB, Chip
+from star_jax.parallel.chips import GIB
+from star_jax.plan import links
 from star_jax.plan.hlo import Collective
+from star_jax.plan.links import Fabric
+from star_jax.plan.workload import state_bytes
 
 LIMITS = {
     'compute': 'arithmetic',
@@ -17,6 +20,7 @@ LIMITS = {
     'links': 'links between chips',
     'network': 'network between slices or nodes',
 }
+SHOWN_SHARE = 0.01  # of the step, from which the time of a mesh axis is shown
 COLUMNS = (
     'config',
     'topology',
@@ -30,11 +34,11 @@ COLUMNS = (
     'fits',
     'largest batch',
     'sent, GiB',
-    'step, at least',
+    'step, lower bound',
     'bound by',
-    'images/s',
-    'MFU',
-    'chip-hours',
+    'images/s, upper bound',
+    'MFU, upper bound',
+    'chip-hours, lower bound',
 )
 
 
@@ -45,44 +49,52 @@ class Roof:
     Attributes:
         compute: arithmetic at the peak rates of matrix products.
         memory: traffic at the bandwidth of main memory.
-        links: bytes sent within a slice or node.
+        links: bytes sent within a slice or node, over the links that collectives can use.
         network: bytes sent to other slices or nodes.
+        axes: the collectives along some mesh axes, alone, by the names of the axes.
     """
 
     compute: float
     memory: float
     links: float
     network: float
+    axes: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
         """The lower bound with perfect overlap of all four."""
-        return max(self.compute, self.memory, self.links, self.network)
+        return max(getattr(self, name) for name in LIMITS)
 
     @property
     def limit(self) -> str:
         """The name of the largest bound."""
-        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+        return max(LIMITS, key=lambda name: getattr(self, name))
 
 
 def compute_roof(
-    chip: Chip, chips: int, flops: dict[str, int], traffic: int, collectives: list[Collective]
+    fabric: Fabric,
+    *,
+    sizes: Sequence[int],
+    flops: Mapping[str, float],
+    traffic: int,
+    collectives: Sequence[Collective],
 ) -> Roof:
     """The roof of one program.
 
     Args:
-        chip: the peak rates.
-        chips: the number of chips.
+        fabric: the chips and their links.
+        sizes: the lengths of the mesh axes.
         flops: floating-point operations of all chips, by kind.
         traffic: bytes that one chip reads and writes.
         collectives: the collectives of the program, with the bytes that one chip sends.
     """
-    remote = [item for item in collectives if item.local_size < item.group_size]
+    chip, communication = fabric.chip, links.bound(fabric, collectives, sizes)
     return Roof(
-        compute=sum(count / chip.rate(kind) for kind, count in flops.items()) / chips,
+        compute=sum(count / chip.rate(kind) for kind, count in flops.items()) / math.prod(sizes),
         memory=traffic / chip.bandwidth,
-        links=sum(item.bytes for item in collectives if item.local_size > 1) / chip.links,
-        network=sum(item.bytes / item.local_size for item in remote) / chip.network,
+        links=communication.links,
+        network=communication.network,
+        axes=communication.axes,
     )
 
 
@@ -94,21 +106,54 @@ class DeviceMemory:
         resident: arrays that stay in memory, by name.
         activations: temporaries that grow with the batch.
         temporaries: temporaries that do not.
+        grid: what a sample grid needs instead of both, with its copies of the weights.
         limit: bytes that a program can use.
     """
 
     resident: dict[str, int]
     activations: int
     temporaries: int
+    grid: int
     limit: int
 
     @property
     def total(self) -> int:
-        return sum(self.resident.values()) + self.activations + self.temporaries
+        resident = sum(self.resident.values())
+        return resident + max(self.activations + self.temporaries, self.grid)
 
     @property
     def fits(self) -> bool:
         return self.total <= self.limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A run beside the planned one, counted from its arrays.
+
+    Attributes:
+        name: the options that lead to it.
+        batch: the global batch size.
+        mesh: the lengths of the mesh axes.
+        temporaries: bytes of one device beside the resident arrays.
+        total: bytes of one device.
+        fits: whether the memory suffices.
+        flops: floating-point operations of a step on all chips.
+        seconds: a lower bound of the seconds of a step.
+    """
+
+    name: str
+    batch: int
+    mesh: dict[str, int]
+    temporaries: int
+    total: int
+    fits: bool
+    flops: int
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """An upper bound."""
+        return self.batch / self.seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +174,13 @@ class PlanReport:
         collectives: the collectives of the main program.
         complete: whether the programs compiled; otherwise collectives and traffic are missing.
         roofs: lower bounds by program; programs run one after another.
+        alternatives: the run and small changes to it, counted from arrays.
         flops: floating-point operations of a step on all chips.
         needed_flops: those of them that are needed once (nothing computed twice or padded).
         peak_flops: bfloat16 FLOP/s of one chip.
         steps: training steps of the run, or batches of a million generated images.
+        checkpoint: bytes of a checkpoint.
+        checkpoint_copy: bytes of a host's memory that hold its part while it is written, at most.
         price: price of a chip-hour.
         compile_seconds: seconds that compilation took.
         notes: sentences about sizes that were assumed.
@@ -152,10 +200,13 @@ class PlanReport:
     collectives: list[Collective]
     complete: bool
     roofs: dict[str, Roof]
+    alternatives: list[Alternative]
     flops: int
     needed_flops: int
     peak_flops: float
     steps: int
+    checkpoint: int
+    checkpoint_copy: int
     price: float
     compile_seconds: float
     notes: list[str]
@@ -202,8 +253,9 @@ def summary(report: PlanReport) -> str:
 
 
 def tables(report: PlanReport) -> list[Table]:
-    """Memory, collectives and time."""
-    return [_memory_table(report), _collectives_table(report), _time_table(report)]
+    """Memory, collectives, time, and runs beside this one."""
+    made = [_memory_table(report), _collectives_table(report), _time_table(report)]
+    return [*made, _alternatives_table(report)] if report.alternatives else made
 
 
 def sentences(report: PlanReport) -> list[str]:
@@ -218,6 +270,8 @@ def _memory_table(report: PlanReport) -> Table:
     sizes = memory.resident | {growing: memory.activations}
     if report.separated:
         sizes['temporaries'] = memory.temporaries
+    if memory.grid:
+        sizes['or a sample grid instead (counted)'] = memory.grid
     for name, size in [*sizes.items(), ('total', memory.total), ('available', memory.limit)]:
         if name == 'total':
             table.add_section()
@@ -227,32 +281,65 @@ def _memory_table(report: PlanReport) -> Table:
 
 def _collectives_table(report: PlanReport) -> Table:
     title = 'Sent by one device per run of the main program'
-    table = number_table(title, 'devices of a group', 'count', 'GiB', 'of all')
+    table = number_table(title, 'along', 'devices of a group', 'count', 'GiB', 'of all')
     total = sum(item.bytes for item in report.collectives)
+    small = [item for item in report.collectives if item.bytes < SHOWN_SHARE * total]
     for item in report.collectives:
+        if item in small:
+            continue
         apart = item.local_size < item.group_size
         local = f' ({item.local_size} in a slice or node)' if apart else ''
         cells = (
+            ' and '.join(item.axes),
             f'{item.group_size}{local}',
             f'{item.count:,}',
             f'{item.bytes / GIB:,.3f}',
             f'{item.bytes / max(total, 1):.1%}',
         )
         table.add_row(item.kind, *cells)
+    if small:
+        size, count = (sum(getattr(item, name) for item in small) for name in ('bytes', 'count'))
+        cells = (f'{count:,}', f'{size / GIB:,.3f}', f'{size / max(total, 1):.1%}')
+        table.add_row('smaller ones', '', '', *cells)
     if not report.complete:
-        table.add_row('unknown: the program does not fit', '', '', '', '')
+        table.add_row('unknown: the program does not fit', '', '', '', '', '')
     return table
 
 
 def _time_table(report: PlanReport) -> Table:
     seconds = report.seconds
-    table = number_table('Time of a step, at least', 'seconds', 'of the step', 'bound by')
+    title = 'Lower bounds of the time of a step'
+    table = number_table(title, 'seconds', 'of the step', 'bound by')
     for name, roof in report.roofs.items():
         limit = LIMITS[roof.limit]
         table.add_row(name, f'{roof.seconds:.4f}', f'{roof.seconds / seconds:.0%}', limit)
         for resource, label in LIMITS.items():
             if value := getattr(roof, resource):
                 table.add_row(f'  {label}', f'{value:.4f}', f'{value / seconds:.0%}', '')
+        for axes, value in roof.axes.items():
+            if value >= SHOWN_SHARE * seconds:
+                cells = (f'{value:.4f}', f'{value / seconds:.0%}', '')
+                table.add_row(f'    collectives along {axes}', *cells)
+    return table
+
+
+def _alternatives_table(report: PlanReport) -> Table:
+    title = (
+        'Beside this run, all counted from arrays, not compiled: GiB of one device,\n'
+        'lower bound of the seconds of a step, upper bound of images/s'
+    )
+    columns = ('temporaries', 'total', 'fits', 'TFLOP', 'seconds', 'images/s')
+    table = number_table(title, *columns)
+    for item in report.alternatives:
+        table.add_row(
+            item.name,
+            f'{item.temporaries / GIB:,.2f}',
+            f'{item.total / GIB:,.2f}',
+            'yes' if item.fits else 'no',
+            f'{item.flops / 1e12:,.1f}',
+            f'{item.seconds:.4f}',
+            f'{item.images_per_second:,.0f}',
+        )
     return table
 
 
@@ -266,11 +353,17 @@ def _verdict(report: PlanReport) -> Iterator[str]:
     yield verdict
     yield (
         f'{report.flops / 1e12:,.1f} TFLOP per step on all chips, '
-        f'{report.needed_flops / 1e12:,.1f} of them needed once; at least {report.seconds:.3f} s, '
-        f'at most {report.images_per_second:,.0f} images/s and {report.mfu:.0%} MFU'
+        f'{report.needed_flops / 1e12:,.1f} of them needed once; lower bound of a step: '
+        f'{report.seconds:.3f} s; upper bounds: {report.images_per_second:,.0f} images/s, '
+        f'{report.mfu:.0%} MFU'
     )
     cost = f', {report.hours * report.price:,.0f} at {report.price:g} each' if report.price else ''
-    yield f'{report.steps:,} steps take at least {report.hours:,.0f} chip-hours{cost}'
+    if report.checkpoint:
+        yield (
+            f'a checkpoint has {report.checkpoint / GIB:,.1f} GiB; while it is written, each host '
+            f'keeps a copy of up to {report.checkpoint_copy / GIB:,.1f} GiB in its memory'
+        )
+    yield f'lower bound of {report.steps:,} steps: {report.hours:,.0f} chip-hours{cost}'
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -286,7 +379,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return cells + [''] * (len(COLUMNS) - len(cells))
     memory, bounds = row['memory'], row['bounds']
     resident = memory['resident']
-    state = sum(resident.get(name, 0) for name in ('parameters', 'optimizer', 'averages'))
+    state = state_bytes(resident)
     frozen = sum(resident.values()) - state
     main_roof = next(iter(row['roofs'].values()))
     largest = '' if row['largest_batch'] is None else f'{row["largest_batch"]:,}'
@@ -304,7 +397,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         largest + (' (compiled)' if row['largest_batch_compiled'] else ''),
         ', '.join(f'{_gib(size)} {kind}' for kind, size in _sent_by_kind(row)) or 'none',
         f'{bounds["seconds"]:.3f} s',
-        max(main_roof, key=main_roof.get),
+        max(LIMITS, key=main_roof.get),
         f'{bounds["images_per_second"]:,.0f}',
         f'{bounds["mfu"]:.0%}',
         f'{bounds["hours"]:,.0f}',

@@ -2,22 +2,29 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
 
 from star_jax.core.buckets import Buckets
+from star_jax.core.settings import Remat
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.chips import GIB
 from star_jax.parallel.mesh import AXES, MeshShape
-from star_jax.plan import analytic, workload
+from star_jax.plan import analytic, links, workload
 from star_jax.plan.estimate import Estimate, Estimator
-from star_jax.plan.plan_report import DeviceMemory, PlanReport, compute_roof
+from star_jax.plan.hlo import Collective
+from star_jax.plan.plan_report import Alternative, DeviceMemory, PlanReport, compute_roof
 from star_jax.plan.search import choose_mesh, largest_batch, mesh_options
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import device_bytes
+from star_jax.plan.workload import device_bytes, state_bytes
 from star_jax.training.run import Run
 
-TEXT_SHARE = 0.1  # of the time of all arithmetic, from which a cache of features is advised
+FROZEN_SHARE = 0.1  # of the time of all arithmetic, from which a cache is advised
+FASTER = 1.05  # times the images/s of a run, from which another batch is advised
 IMAGES = 1_000_000  # generated images that the chip-hours of sampling are computed for
 
 
@@ -66,7 +73,7 @@ def plan(
         on_progress=on_progress,
     )
     estimate = estimator.estimate(run.batch)
-    work = estimate.workload
+    work, sizes = estimate.workload, estimator.sizes
     largest = largest_batch(estimator, estimate) if search else None
     activations = estimate.peak_temporaries
     if largest:
@@ -75,43 +82,192 @@ def plan(
         resident={name: device_bytes(tree) for name, tree in work.resident.items()},
         activations=int(activations),
         temporaries=int(estimate.peak_temporaries - activations),
+        grid=estimate.grid,
         limit=int(pod.chip.memory),
     )
     flops = workload.count_flops(work.counted_programs)
     needed_flops = workload.count_flops(work.needed_programs)
     batch = largest.batch if largest else None
+    found = alternatives(estimator, not samples, flops=flops, needed_flops=needed_flops)
+    checkpoint = 0 if samples else state_bytes(dict(_sizes(work.resident)))
+    roofs = {
+        name: compute_roof(
+            estimator.fabric,
+            sizes=sizes,
+            flops=flops[name],
+            traffic=estimate.traffic[name],
+            collectives=estimate.collectives.get(name, []),
+        )
+        for name in work.programs
+    }
     return PlanReport(
         config=config,
         topology=pod.name,
         chips=pod.chips,
         compiled=pod.platform == 'tpu',
-        mesh=dict(zip(AXES, estimator.sizes, strict=True)),
+        mesh=dict(zip(AXES, sizes, strict=True)),
         batch=run.batch,
         memory=memory,
         separated=largest is not None,
         largest_batch=batch,
         largest_batch_compiled=largest is not None and largest.compiled,
-        collectives=estimate.collectives[estimate.main],
+        collectives=_named(estimate.collectives[estimate.main], sizes),
         complete=estimate.complete,
-        roofs={
-            name: compute_roof(
-                chip=pod.chip,
-                chips=pod.chips,
-                flops=flops[name],
-                traffic=estimate.traffic[name],
-                collectives=estimate.collectives.get(name, []),
-            )
-            for name in work.programs
-        },
+        roofs=roofs,
+        alternatives=found,
         flops=sum(sum(kinds.values()) for kinds in flops.values()),
         needed_flops=sum(sum(kinds.values()) for kinds in needed_flops.values()),
         peak_flops=pod.chip.bfloat16,
         steps=-(-IMAGES // run.batch) if samples else run.pace.steps,
+        checkpoint=checkpoint,
+        checkpoint_copy=min(pod.chips_per_host * state_bytes(memory.resident), checkpoint),
         price=price,
         compile_seconds=estimate.compile_seconds,
         notes=[*notes, *work.notes],
-        advice=[*advise(estimator, estimate, memory, batch), *advise_cache(pod, flops)],
+        advice=[
+            *advise(estimator, estimate, memory, batch),
+            *advise_batch(found),
+            *advise_cache(estimator, flops),
+        ],
     )
+
+
+def alternatives(
+    estimator: Estimator,
+    trains: bool,
+    *,
+    flops: Mapping[str, Mapping[str, int]],
+    needed_flops: Mapping[str, Mapping[str, int]],
+) -> list[Alternative]:
+    """The run itself and small changes to it, all counted from arrays, so that they compare.
+
+    The changes are the other policies of remat, and the next batches that split over all chips
+    where the run's own batch needs other mesh axes.
+
+    Args:
+        estimator: the run and the pod.
+        trains: whether the run trains.
+        flops: floating-point operations of each program, by kind.
+        needed_flops: the same with nothing computed twice.
+    """
+    found = [_alternative('this run', estimator, flops)]
+    if trains:
+        found += other_remats(estimator, flops, needed_flops)
+    found += other_batches(estimator, trains, flops)
+    return found if len(found) > 1 else []
+
+
+def other_remats(
+    estimator: Estimator,
+    flops: Mapping[str, Mapping[str, int]],
+    needed_flops: Mapping[str, Mapping[str, int]],
+) -> Iterator[Alternative]:
+    """The run with each of the other policies of remat."""
+    run = estimator.run
+    for remat in typing.get_args(Remat):
+        if remat == run.remat:
+            continue
+        changed = dataclasses.replace(estimator, run=dataclasses.replace(run, remat=remat))
+        costs = needed_flops  # both other policies compute no product again
+        if remat == 'full':
+            costs = workload.count_flops(changed.workload(run.batch).counted_programs)
+        yield _alternative(f'--remat {remat}', changed, costs)
+
+
+def other_batches(
+    estimator: Estimator, trains: bool, flops: Mapping[str, Mapping[str, int]]
+) -> Iterator[Alternative]:
+    """The run with the next batches that split over all chips, smaller and larger.
+
+    None for a run whose own batch does, or whose mesh needs no `tensor` or `sequence` axis.
+    """
+    run, pod, (_, _, tensor, sequence) = estimator.run, estimator.pod, estimator.sizes
+    if tensor * sequence == 1 or run.batch % pod.chips == 0:
+        return
+    below = run.batch // pod.chips * pod.chips
+    for batch in (below, below + pod.chips):
+        if not batch:
+            continue
+        changed = dataclasses.replace(run, batch=batch)
+        try:
+            shape = choose_mesh(changed, pod, trains)
+        except UserError:
+            continue
+        scaled = {
+            name: {kind: count * batch // run.batch for kind, count in kinds.items()}
+            for name, kinds in flops.items()
+        }
+        beside = dataclasses.replace(estimator, run=changed, shape=shape)
+        yield _alternative(f'--batch {batch} {mesh_options(shape)}', beside, scaled)
+
+
+def advise_batch(found: list[Alternative]) -> list[str]:
+    """A sentence about the best batch beside the run's own, if it is faster per image."""
+    if not found:
+        return []
+    own, *others = found
+    others = [item for item in others if item.batch != own.batch and item.fits]
+    best = max(others, key=lambda item: item.images_per_second, default=own)
+    if best.images_per_second < FASTER * own.images_per_second:
+        return []
+    return [
+        f'{best.name} splits over data and fsdp alone: an upper bound of '
+        f'{best.images_per_second:,.0f} images/s instead of {own.images_per_second:,.0f} (both '
+        'counted)'
+    ]
+
+
+def _alternative(
+    name: str, estimator: Estimator, flops: Mapping[str, Mapping[str, int]]
+) -> Alternative:
+    """A run, counted from its arrays; `flops` are its operations by program and kind."""
+    estimate, sizes = estimator.count(estimator.run.batch), estimator.sizes
+    roofs = [
+        compute_roof(
+            estimator.fabric,
+            sizes=sizes,
+            flops=flops[program],
+            traffic=traffic,
+            collectives=estimate.collectives.get(program, []),
+        )
+        for program, traffic in estimate.traffic.items()
+    ]
+    return Alternative(
+        name=name,
+        batch=estimator.run.batch,
+        mesh=dict(zip(AXES, sizes, strict=True)),
+        temporaries=estimate.peak_temporaries,
+        total=estimate.total,
+        fits=estimator.fits(estimate),
+        flops=sum(sum(kinds.values()) for kinds in flops.values()),
+        seconds=sum(roof.seconds for roof in roofs),
+    )
+
+
+def _sizes(resident: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Names of arrays and their bytes on all devices together, each part once."""
+    for name, tree in resident.items():
+        leaves = (leaf for leaf in jax.tree.leaves(tree) if name in workload.STATE)
+        yield name, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _named(collectives: list[Collective], sizes: Sequence[int]) -> list[Collective]:
+    """Collectives with the names of their mesh axes instead of their groups, equal ones summed."""
+    sums: dict[tuple, list[Collective]] = {}
+    for item in collectives:
+        axes = links.mesh_axes(item, sizes)
+        sums.setdefault((item.kind, item.group_size, item.local_size, axes), []).append(item)
+    named = [
+        dataclasses.replace(
+            items[0],
+            count=sum(item.count for item in items),
+            bytes=sum(item.bytes for item in items),
+            groups=(),
+            axes=axes,
+        )
+        for (*_, axes), items in sums.items()
+    ]
+    return sorted(named, key=lambda item: -item.bytes)
 
 
 def advise(
@@ -134,11 +290,11 @@ def advise(
         yield f'--batch {largest} is the largest that fits (now {run.batch})'
     activations = memory.activations / GIB
     trains = estimate.workload.trained is not None
-    if trains and not run.remat:
+    if trains and run.remat != 'full':
         less = activations * _remat_ratio(estimator, estimate)
-        yield f'--remat: {activations:,.1f} GiB of activations would become about {less:,.1f}'
+        yield f'--remat full: {activations:,.1f} GiB of activations would become about {less:,.1f}'
     data, fsdp, _, _ = estimator.sizes
-    state = sum(memory.resident.get(name, 0) for name in ('parameters', 'optimizer', 'averages'))
+    state = state_bytes(memory.resident)
     factors = (n for n in (4, 2) if data % n == 0 and _mesh_divides_model(estimator, n * fsdp))
     if factor := next(factors, None):
         yield (
@@ -156,30 +312,50 @@ def advise(
     yield 'more chips: with twice as many, each device has half of the images'
 
 
-def advise_cache(pod: Pod, flops: dict[str, dict[str, int]]) -> list[str]:
-    """A sentence about `star-jax data cache` if a frozen text encoder takes much of the time."""
+def advise_cache(estimator: Estimator, flops: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A sentence about `star-jax data cache` if frozen models take much of the arithmetic.
+
+    A cache of codes replaces the tokenizer. The text encoder stays in the training program of a
+    run with `features` inside, until the run reads features from the cache, too.
+    """
+    run, chip = estimator.run, estimator.pod.chip
     seconds = {
-        kind: sum(kinds[kind] for kinds in flops.values()) / pod.chip.rate(kind)
-        for kind in ('bfloat16', 'float32', 'exact')
+        name: sum(count / chip.rate(kind) for kind, count in kinds.items())
+        for name, kinds in flops.items()
     }
-    share = seconds['exact'] / sum(seconds.values())
-    if share < TEXT_SHARE:
+    total = sum(seconds.values())
+    if workload.TRAINING_STEP not in seconds:
         return []
-    return [
-        f'the text encoder, in exact float32, takes {share:.0%} of the arithmetic: `star-jax data '
-        'cache` computes its features once, with the codes of the images'
-    ]
+    text = flops[workload.TRAINING_STEP].get('exact', 0) / chip.rate('exact') / total
+    codes = sum(size for name, size in seconds.items() if name != workload.TRAINING_STEP) / total
+    inside = run.features == 'inside' and bool(run.model.text_width)
+    text *= inside  # other exact arithmetic stays
+    if text + codes < FROZEN_SHARE:
+        return []
+    parts = [f'the text encoder, in exact float32, takes {text:.0%} of the arithmetic'] * inside
+    if not run.cache:
+        parts.append(f'the tokenizer takes {codes:.0%} of the arithmetic')
+    options = ' '.join(['--cache FOLDER'] * (not run.cache) + ['--features cached'] * inside)
+    made = f'`star-jax data cache` makes both once; train with {options}'
+    if run.cache:
+        made = f'{options} reads what `star-jax data cache` made once'
+    elif not inside:
+        made = f'`star-jax data cache` encodes the images once; train with {options}'
+    return [f'{" and ".join(parts)}: {made}']
 
 
 def _remat_ratio(estimator: Estimator, estimate: Estimate) -> float:
     """The share of activations that remains if layers are computed again."""
 
-    def live(remat: bool) -> int:
-        run = dataclasses.replace(estimator.run, remat=remat)
-        needs = analytic.program_needs(run, estimate.images, estimator.make_workload)
+    def live(remat: Remat) -> int:
+        run, platform = dataclasses.replace(estimator.run, remat=remat), estimator.pod.platform
+        splits_rows = estimator.sizes[-1] > 1
+        needs = analytic.program_needs(
+            run, estimate.images, estimator.make_workload, platform, splits_rows
+        )
         return needs[estimate.main].live
 
-    return live(True) / max(live(False), 1)
+    return live('full') / max(live(estimator.run.remat), 1)
 
 
 def _mesh_divides_model(estimator: Estimator, fsdp: int) -> bool:

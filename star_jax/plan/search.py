@@ -42,6 +42,8 @@ def largest_batch(estimator: Estimator, estimate: Estimate) -> LargestBatch:
     per_image = max(per_image, max(others, default=0) / images)
     state = sum(device_bytes(tree) for name, tree in resident.items() if name != 'batch')
     most = max(int((estimator.pod.chip.memory - state - fixed) / per_image), 0)
+    if state + estimate.grid > estimator.pod.chip.memory:
+        most = 0  # no batch is small enough for the sample grid
     if estimator.pod.platform != 'tpu':
         return LargestBatch(slope, most * ways, False)
     for _ in range(MAX_CHECKS):

@@ -10,12 +10,14 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
 
 from star_jax.errors import UserError
 from star_jax.parallel.chips import CHIPS, Chip
+from star_jax.plan import links
 
 EXAMPLES = 'v5p:4x4x4, v5p-128, v5e-256, v6e:16x16, 2xv5e-256, 8xA100-80G or 64xH100'
 # Shapes of slices by their number of chips (cloud.google.com/tpu/docs/v5e, /v5p).
@@ -69,6 +71,19 @@ class Pod:
     def local_chips(self) -> int:
         """Chips of one slice or node, which communicate over their own links."""
         return min(self.chip.chips_per_node or math.prod(self.shape), self.chips)
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips of one host: four of a TPU pod, up to eight of a v5e or v6e slice on one host."""
+        one_host = self.chips <= 8 and self.chip.name != 'v5p'
+        most = self.chip.chips_per_node or (8 if one_host else 4)
+        return min(most, self.chips)
+
+    def fabric(self, devices: Sequence[jax.Device]) -> links.Fabric:
+        """The links between its chips; `devices` are TPUs in the order of their mesh."""
+        if self.platform == 'tpu' and len(devices):
+            return links.torus(self.chip, self.shape, devices)
+        return links.Switches(chip=self.chip)
 
     def devices(self) -> list[jax.Device]:
         """Abstract TPU devices: programs can be compiled for them, but not run.

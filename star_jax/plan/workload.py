@@ -22,10 +22,12 @@ from star_jax.core.flops import count_kinds
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.files import SHIPPED
+from star_jax.losses import tokens
 from star_jax.nn.attention_dispatch import named
+from star_jax.nn.kernels import ByScale
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
-from star_jax.protocols import PromptEncoder, TokenizerConfig
+from star_jax.protocols import Family, Kernel, PromptEncoder, TokenizerConfig
 from star_jax.sampling import program
 from star_jax.text.encoder import abstract_encoder
 from star_jax.text.encoder_folder import locate
@@ -36,6 +38,7 @@ from star_jax.training.run import Run, resolve
 from star_jax.training.state import abstract_state
 
 TRAINING_STEP = 'training step'
+STATE = ('parameters', 'optimizer', 'averages')  # the resident arrays of a checkpoint
 
 
 class Program(NamedTuple):
@@ -68,17 +71,27 @@ class Workload:
     notes: tuple[str, ...]
 
 
-MakeWorkload = Callable[[Run, Mesh | AbstractMesh, str], Workload]
+# (run, mesh, platform) -> its workload; `attend=` replaces the kernel of the main program.
+MakeWorkload = Callable[..., Workload]
 
 
-def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
+def training(
+    run: Run, mesh: Mesh | AbstractMesh, platform: str, attend: Kernel | None = None
+) -> Workload:
     """A training step, and every program that the run executes beside it.
+
+    Args:
+        run: the settings.
+        mesh: the devices.
+        platform: 'cpu', 'gpu' or 'tpu'.
+        attend: the kernel of the main program (None: the one that the run names).
 
     Raises UserErrors as building the run does, except for paths that this machine does not have.
     """
     check_batch(run.batch, mesh)
     vq, tokenizer_note = _tokenizer(run)
-    encoder, text_note = _encoder(run)
+    prompts = _prompts(run.model, run.text)
+    encoder = prompts.encoder
     inside = run.features == 'inside' or not run.model.text_width
     encode_prompts = encoder.apply if inside else None
 
@@ -89,20 +102,26 @@ def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
         )
 
     step_program, params = build(), run.model.abstract()
+    if attend is not None:
+        network = run.model.build(run.dtype, run.remat, run.unroll, attend).with_sharding(mesh)
+        step_program = dataclasses.replace(step_program, network=network)
     state = abstract_state(step_program.start, step_program.trained(params), mesh)
-    prompts, features = _prompts_and_condition(encoder, run.batch)
     tokenizer_params = rules.abstract(vq.abstract(), mesh, ' of the tokenizer')
     encoder_params, base = {}, step_program.base(params)
     if inside:
-        encoder_params = rules.abstract(encoder.abstract_params(), mesh, ' of the text encoder')
+        encoder_params = rules.abstract(prompts.params, mesh, ' of the text encoder')
     frozen = Frozen(
         tokenizer=tokenizer_params,
-        empty=_replicated(_prompts_and_condition(encoder, 1)[1], mesh),
+        empty=_replicated(prompts.one, mesh),
         encoder=encoder_params,
         base=rules.abstract(base, mesh),
     )
-    encoded = step_program.abstract_encoded(tokenizer_params, run.batch)
-    batch = StepInputs(encoded=encoded, prompts=prompts if inside else features)
+    one = _encoded(vq)
+    encoded = jax.ShapeDtypeStruct((run.batch, *one.shape[1:]), one.dtype)
+    token_ids = encoder.abstract_tokens(run.batch)
+    batch = StepInputs(
+        encoded=encoded, prompts=token_ids if inside else prompts.condition(run.batch)
+    )
     batch = _split_batch(batch, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (state, frozen, batch, _replicated(key, mesh))
@@ -130,12 +149,17 @@ def training(run: Run, mesh: Mesh | AbstractMesh, platform: str) -> Workload:
         trained=state.params,
         counted_programs={TRAINING_STEP: Program(countable.train, args)} | encoding,
         needed_programs={TRAINING_STEP: Program(needed.train, args)} | encoding,
-        notes=tuple(filter(None, (tokenizer_note, text_note))),
+        notes=tuple(filter(None, (tokenizer_note, prompts.note))),
     )
 
 
 def sampling(
-    run: Run, mesh: Mesh | AbstractMesh, platform: str, buckets: Buckets | None = None
+    run: Run,
+    mesh: Mesh | AbstractMesh,
+    platform: str,
+    attend: Kernel | None = None,
+    *,
+    buckets: Buckets | None = None,
 ) -> Workload:
     """Generating a batch of images from encoded text, with the settings of `run.sampling`.
 
@@ -144,11 +168,10 @@ def sampling(
     """
     check_batch(run.batch, mesh)
     vq, tokenizer_note = _tokenizer(run)
-    encoder, text_note = _encoder(run)
+    prompts = _prompts(run.model, run.text)
     tokenizer, sizes = vq.build(run.dtype), run.model.schedule.sizes
 
-    def build(attention: str, buckets: Buckets) -> Program:
-        attend = named(attention, platform)
+    def build(attend: Kernel, buckets: Buckets) -> Program:
         network = run.model.build(run.dtype, attend=attend).with_sharding(mesh)
         return Program(program.compile_program(network, tokenizer, buckets), args)
 
@@ -156,14 +179,13 @@ def sampling(
     tokenizer_params = rules.abstract(vq.abstract(), mesh, ' of the tokenizer')
     params = _cast({'model': model_params, 'tokenizer': tokenizer_params}, run.dtype)
     keys_B = jax.eval_shape(lambda: program.image_keys(range(run.batch)))
-    condition = _prompts_and_condition(encoder, run.batch)[1]
-    keys_B, prompted = _split_batch((keys_B, condition), mesh)
+    keys_B, prompted = _split_batch((keys_B, prompts.condition(run.batch)), mesh)
     inputs = program.inputs(
         run.model,
         run.sampling,
         keys_B=keys_B,
         prompted=prompted,
-        empty=_replicated(_prompts_and_condition(encoder, 1)[1], mesh),
+        empty=_replicated(prompts.one, mesh),
     )
     numbers = (inputs.settings, inputs.method)
     settings, method = _replicated(jax.eval_shape(lambda: numbers), mesh)
@@ -171,18 +193,23 @@ def sampling(
     chosen_buckets = choose(buckets, sizes, platform)
     return Workload(
         images=run.batch,
-        programs={'sampling': build(run.attention, chosen_buckets)},
+        programs={'sampling': build(attend or named(run.attention, platform), chosen_buckets)},
         resident={'parameters': params['model'], 'tokenizer': params['tokenizer']},
         trained=None,
-        counted_programs={'sampling': build('by_scale', chosen_buckets)},
-        needed_programs={'sampling': build('by_scale', ())},
-        notes=tuple(filter(None, (tokenizer_note, text_note))),
+        counted_programs={'sampling': build(ByScale(), chosen_buckets)},
+        needed_programs={'sampling': build(ByScale(), ())},
+        notes=tuple(filter(None, (tokenizer_note, prompts.note))),
     )
 
 
 def count_flops(programs: dict[str, Program]) -> dict[str, dict[str, int]]:
     """Floating-point operations of each program on all chips, by kind (`core.flops`)."""
     return {name: count_kinds(item.function, *item.args) for name, item in programs.items()}
+
+
+def state_bytes(resident: dict[str, int]) -> int:
+    """Bytes of the arrays of a checkpoint among those of resident arrays."""
+    return sum(resident.get(name, 0) for name in STATE)
 
 
 def check_batch(batch: int, mesh: Mesh | AbstractMesh) -> None:
@@ -223,29 +250,59 @@ def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
     )
 
 
-def _encoder(run: Run) -> tuple[PromptEncoder, str]:
-    """The encoder of prompts, and a note if its sizes are those of a published one."""
-    width, path = run.model.text_width, os.path.expanduser(run.text)
+@functools.lru_cache(maxsize=4)  # a plan builds many workloads of a run
+def _encoded(tokenizer: TokenizerConfig) -> jax.ShapeDtypeStruct:
+    """One image, encoded by a tokenizer."""
+    images = jax.ShapeDtypeStruct((1, *tokenizer.resolution, 3), jnp.uint8)
+    encode = functools.partial(tokens.encode, tokenizer.build())
+    return jax.eval_shape(encode, nn.unbox(tokenizer.abstract()), images)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prompts:
+    """The encoder of prompts and its abstract arrays, which take a second to trace.
+
+    Attributes:
+        encoder: the encoder.
+        params: its parameters, boxed with logical axes.
+        one: the condition of one prompt.
+        note: what was assumed of it ('': nothing).
+    """
+
+    encoder: PromptEncoder
+    params: Any
+    one: Any
+    note: str
+
+    def condition(self, rows: int) -> Any:
+        """The conditions of so many prompts."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self.one
+        )
+
+
+@functools.lru_cache(maxsize=4)  # a plan builds many workloads of a run
+def _prompts(model: Family, text: str) -> _Prompts:
+    """The encoder of a run's prompts; a note says if its sizes are those of a published one."""
+    encoder, note = _encoder(model, text)
+    params = encoder.abstract_params()
+    one = jax.eval_shape(encoder.apply, nn.unbox(params), encoder.abstract_tokens(1))
+    return _Prompts(encoder=encoder, params=params, one=one, note=note)
+
+
+def _encoder(model: Family, text: str) -> tuple[PromptEncoder, str]:
+    width, path = model.text_width, os.path.expanduser(text)
     if not width or os.path.isdir(path):
-        return run.model.prompt_encoder(
-            lambda: abstract_encoder(run.text, locate(run.text).config)
-        ), ''
+        return model.prompt_encoder(lambda: abstract_encoder(text, locate(text).config)), ''
     if width not in PUBLISHED:
         known = ', '.join(map(str, PUBLISHED))
         raise UserError(
-            f'the text encoder {run.text} is not on this machine, and no published encoder has '
+            f'the text encoder {text} is not on this machine, and no published encoder has '
             f'width {width} (only {known}): give the path of a folder with --text'
         )
-    encoder = abstract_encoder(run.text, PUBLISHED[width])
+    encoder = abstract_encoder(text, PUBLISHED[width])
     kind = PUBLISHED[width]['model_type']
     return encoder, f'text encoder: the published {kind} of width {width}, {encoder.length} tokens'
-
-
-def _prompts_and_condition(encoder: PromptEncoder, rows: int) -> tuple[Any, Any]:
-    """Abstract prompts as a host prepares them, and the condition that an encoder makes of them."""
-    tokens = encoder.abstract_tokens(rows)
-    params = nn.unbox(encoder.abstract_params())
-    return tokens, jax.eval_shape(encoder.apply, params, tokens)
 
 
 def _cast(params: dict, dtype: str) -> dict:

@@ -37,7 +37,7 @@ def measure(study: PositionsStudy, out: Path, rounds: int, console: Console) -> 
         for arm in stage.arms
     }
     steps = {kind: _step(unit) for kind, unit in units_of_kinds.items()}
-    seconds = time_in_turn(steps, rounds)
+    seconds = time_in_turn(steps, rounds, averaged=steps)
     base = next(iter(seconds))
     report = {
         'commit': units.read_commit(),
