@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from star_jax.bench import bench_tables, process, sampling, suite, timing
-from star_jax.checkpoint import folder
+from star_jax.checkpoint import config, folder
 from star_jax.commands import bench
 from star_jax.errors import UserError
 from star_jax.families.star import Star
@@ -231,6 +231,14 @@ def test_suite_resumes_and_records_failed_jobs(tiny, tmp_path, monkeypatch, caps
         '| sample tiny batch 1 | 1 | 1.10 | 1 | 0.005 | 50.0% | 25.0% | 1.0 / 1.0 | 2.5 / 2.5 | 2 |'
         in table
     )
+
+
+def test_suite_refuses_reports_of_an_earlier_version(tmp_path):
+    job = sampling.SamplingJob(model=Star(), dtype='bfloat16')
+    path = tmp_path / 'report.json'
+    config.write_json(path, {'job': config.to_json(job), 'parts': {'program': {'gflops': 5.0}}})
+    with pytest.raises(UserError, match='another version measured it: give another --out'):
+        suite._read_report(path, job)
 
 
 def test_time_in_turn_warms_up_and_alternates():

@@ -88,6 +88,10 @@ def test_pairs_of_source_and_target_cross_the_links_between_them():
         assert slice_.links([shift]) == pytest.approx(distance * GB / (2 * LINK))
 
 
+def test_a_chip_alone_has_no_links():
+    assert torus('v5e', 1, 1).links([]) == 0
+
+
 def test_collectives_between_slices_use_the_network():
     """Two slices of 16 chips: an all-reduce of all, and a gather between pairs of slices."""
     one = torus('v5e', 4, 4)

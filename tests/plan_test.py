@@ -1,4 +1,4 @@
-"""A plan predicts what a compiled program moves and stores."""
+"""A plan bounds what a program moves, stores and computes, and says what to change."""
 
 import collections
 import dataclasses
@@ -510,4 +510,5 @@ def test_plan_compiles_for_a_tpu_slice(run, compiled_here, monkeypatch):
     assert report.compiled and report.complete and memory.fits
     summed = sum(item.bytes for item in report.collectives if item.kind == 'all-reduce')
     assert summed == pytest.approx(1.5 * memory.resident['parameters'], rel=0.2)
-    assert report.roofs['training step'].memory > 0
+    roof = report.roofs['training step']
+    assert roof.memory > 0 and set(roof.axes) == {'data'} and roof.links == roof.axes['data'] > 0

@@ -25,6 +25,8 @@ PROGRAMS = 'programs'  # the folder of compiled programs
 MEMORY_FRACTION = 0.85  # that the largest batch may fill
 BATCH_MULTIPLE = 4  # the largest batch is a multiple of it
 
+SHARE = 'read_rate_share'  # of a program, in the reports of this version
+
 Reports = dict[str, dict[str, Any]]
 
 
@@ -173,6 +175,12 @@ def _read_report(path: Path, job: Job) -> dict[str, Any]:
         raise UserError(
             f'{path} was measured with other settings ({"; ".join(changed)}): give another --out, '
             'or remove it'
+        )
+    program = report.get('parts', {}).get('program', {})
+    if 'failed' not in report and SHARE not in program:
+        raise UserError(
+            f'{path} has no share of the read rate, so another version measured it: give another '
+            '--out, or remove it'
         )
     return report
 

@@ -91,13 +91,14 @@ class Torus:
             axes, distance = self._extent(item)
             crossings[axes] = crossings.get(axes, 0) + distance * _sent_within(item)
         numbers = range(len(self.sides))
-        return max(
+        bounds = (
             sum(size for inner, size in crossings.items() if set(inner) <= set(axes))
             / (self.rate * sum(map(self._links_per_chip, axes)))
             for count in numbers
             for axes in itertools.combinations(numbers, count + 1)
             if any(map(self._links_per_chip, axes))
         )
+        return max(bounds, default=0.0)
 
     def _by_cuts(self, collectives: Sequence[Collective]) -> float:
         """The bound by the bytes that chips between two faces need from the others."""
