@@ -218,8 +218,10 @@ def test_padded_maps_are_resized_like_single_ones():
 
     @jax.jit
     def padded(index):
-        small = padding.shrink(canvas, grids, index)
-        return padding.enlarge(tokens, grids, index, (6, 5)), small
+        small = padding.shrink(canvas, grids, index, resize.area_matrix)
+        placed = padding.place(tokens, grids, index)
+        large = padding.enlarge(placed, grids, index, (6, 5), resize.bicubic_matrix)
+        return large, padding.take(small, grids, index)
 
     @jax.jit
     def alone():

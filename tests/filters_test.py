@@ -1,11 +1,11 @@
-"""Do filters keep the codes that STAR specification 8 keeps?"""
+"""Do filters keep the codes that STAR specification 8 and Infinity specification 7 keep?"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from star_jax.core.filters import NucleusFilter
+from star_jax.core.filters import BitFilter, NucleusFilter
 
 V = 12
 keep = jax.jit(lambda rule, logits, temperature=1.0: rule(logits, temperature))
@@ -131,3 +131,24 @@ def test_filtered_logits_are_float32():
     for rule in (NucleusFilter(), NucleusFilter(top_k=2), NucleusFilter(top_p=0.5)):
         logits = jax.ShapeDtypeStruct((1, V), jnp.bfloat16)
         assert jax.eval_shape(rule, logits).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('top_k', [0, 1, 4])
+@pytest.mark.parametrize('top_p', [None, 0.05, 0.613, 0.97])
+def test_filter_of_bits_agrees_where_no_logits_are_equal(top_k, top_p):
+    logits = mixed_rows(ties=False)
+    expected = keep(NucleusFilter(top_k=top_k, top_p=top_p), logits)
+    np.testing.assert_array_equal(keep(BitFilter(top_k=top_k, top_p=top_p), logits), expected)
+
+
+def test_filter_of_bits_ranks_equal_values_by_their_number():
+    logits = np.float32([[1, 1], [0, 2], [2, 0]])
+    found = np.isfinite(keep(BitFilter(top_p=0.5), logits))
+    assert found.tolist() == [[False, True], [False, True], [True, False]]
+    assert np.isfinite(keep(BitFilter(top_p=0.51), logits))[0].tolist() == [True, True]
+
+
+@pytest.mark.parametrize('top_p', [None, 1.0])
+def test_filter_of_bits_is_off_without_mass_and_with_all_of_it(top_p):
+    logits = np.float32([[-9, 9], [0, 0]])
+    np.testing.assert_array_equal(keep(BitFilter(top_k=900, top_p=top_p), logits), logits)

@@ -1,4 +1,4 @@
-"""Do area and bicubic resampling follow STAR specification 1.4?"""
+"""Does resampling follow STAR specification 1.4 and Infinity specification 3.3?"""
 
 import math
 
@@ -61,7 +61,24 @@ def test_bicubic_weighs_four_taps_and_clamps_them_to_the_border():
     np.testing.assert_allclose(resize.bicubic_matrix(1, 3), np.ones((3, 1)), atol=1e-7)
 
 
-@pytest.mark.parametrize('matrix', [resize.area_matrix, resize.bicubic_matrix])
+def test_linear_weighs_two_neighbours_and_clamps_them_to_the_border():
+    expected = [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]
+    np.testing.assert_allclose(resize.linear_matrix(2, 4), expected)
+    np.testing.assert_allclose(resize.linear_matrix(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+    np.testing.assert_allclose(resize.linear_matrix(5, 2)[0], [0.25, 0.75, 0, 0, 0])
+    np.testing.assert_allclose(resize.linear_matrix(1, 3), np.ones((3, 1)))
+
+
+def test_every_axis_between_the_first_and_the_last_is_resampled():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 2)).astype(np.float32)
+    found = resize.along_axes(jnp.asarray(x), (2, 4, 3), resize.linear_matrix)
+    time, columns = resize.linear_matrix(3, 2), resize.linear_matrix(5, 3)
+    np.testing.assert_allclose(found, np.einsum('st,xw,bthwc->bshxc', time, columns, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'matrix', [resize.area_matrix, resize.bicubic_matrix, resize.linear_matrix]
+)
 @pytest.mark.parametrize('pair', PAIRS)
 def test_resampling_keeps_constants_and_symmetry(matrix, pair):
     weights = matrix(*pair)
@@ -71,7 +88,9 @@ def test_resampling_keeps_constants_and_symmetry(matrix, pair):
     np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-6)
 
 
-@pytest.mark.parametrize('matrix', [resize.area_matrix, resize.bicubic_matrix])
+@pytest.mark.parametrize(
+    'matrix', [resize.area_matrix, resize.bicubic_matrix, resize.linear_matrix]
+)
 def test_equal_sizes_change_nothing(matrix):
     np.testing.assert_allclose(matrix(5, 5), np.eye(5), atol=1e-7)
 

@@ -76,6 +76,12 @@ class Codes(Protocol):
     def top(self, logits: jax.Array) -> jax.Array:
         """[B, L, *shape]: the most probable codes."""
 
+    def pack(self, codes: jax.Array) -> jax.Array:
+        """[B, L, *shape] codes as a cache stores them."""
+
+    def unpack(self, packed: jax.Array) -> jax.Array:
+        """The codes that `pack` made [B, L, ...] of."""
+
 
 class Categorical:
     """Everything that is done with one categorical distribution per number of a code."""
@@ -131,6 +137,12 @@ class Index(Categorical):
     def parse(self, flat_BLV: jax.Array) -> jax.Array:
         return flat_BLV
 
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return codes
+
+    def unpack(self, packed: jax.Array) -> jax.Array:
+        return packed
+
 
 @dataclasses.dataclass(frozen=True)
 class Bits(Categorical):
@@ -151,6 +163,14 @@ class Bits(Categorical):
 
     def parse(self, flat_BLV: jax.Array) -> jax.Array:
         return flat_BLV.reshape(*flat_BLV.shape[:-1], self.width, 2)
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        """[..., K] -> [..., ceil(K / 8)] uint8; the first bit is the highest of the first byte."""
+        return jnp.packbits(codes.astype(jnp.uint8), axis=-1)
+
+    def unpack(self, packed: jax.Array) -> jax.Array:
+        """[..., ceil(K / 8)] uint8 -> [..., K] int8."""
+        return jnp.unpackbits(packed, axis=-1, count=self.width).astype(jnp.int8)
 
 
 def _mean_of_token(x: jax.Array) -> jax.Array:

@@ -6,44 +6,55 @@ resample the grid; padding has weight 0. `core/resize.py` does the same at fixed
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from star_jax.core import resize
+from star_jax.core.resize import MatrixOf
 from star_jax.core.schedule import Grids
 
 
-def enlarge(x_BLC: jax.Array, grids: Grids, index: jax.Array, full: tuple[int, int]) -> jax.Array:
-    """Bicubic maps [B, *full, C] of the tokens of scale `index`.
+def place(x_BLC: jax.Array, grids: Grids, index: jax.Array) -> jax.Array:
+    """The tokens of scale `index` as a map [B, *grids[-1], C], in its upper left corner.
 
     `x_BLC` has as many rows as the last of `grids` has cells; its padding must be finite.
     """
     cells = jnp.asarray(_token_of_cell(grids))[index]
-    x_BhwC = x_BLC[:, cells].reshape(len(x_BLC), *grids[-1], -1)
-    rows, columns = _matrices(resize.bicubic_matrix, tuple((grid, full) for grid in grids))
+    return x_BLC[:, cells].reshape(len(x_BLC), *grids[-1], -1)
+
+
+def take(x_BhwC: jax.Array, grids: Grids, index: jax.Array) -> jax.Array:
+    """The tokens [B, L, C] of scale `index` of such a map, padded; the inverse of `place`.
+
+    An index after the last scale stands for the last scale.
+    """
+    tokens = jnp.asarray(_cell_of_token(grids))[jnp.minimum(index, len(grids) - 1)]
+    return x_BhwC.reshape(len(x_BhwC), -1, x_BhwC.shape[-1])[:, tokens]
+
+
+def enlarge(
+    x_BhwC: jax.Array, grids: Grids, index: jax.Array, full: tuple[int, int], matrix: MatrixOf
+) -> jax.Array:
+    """Maps [B, *full, C] of maps whose upper left corner holds the grid of scale `index`."""
+    rows, columns = _matrices(matrix, tuple((grid, full) for grid in grids))
     return resize.resample(x_BhwC, jnp.asarray(rows)[index], jnp.asarray(columns)[index])
 
 
-def shrink(x_BHWC: jax.Array, grids: Grids, index: jax.Array) -> jax.Array:
-    """Area-pooled maps as tokens [B, L, C] of scale `index`, padded to the size of the last scale.
+def shrink(x_BHWC: jax.Array, grids: Grids, index: jax.Array, matrix: MatrixOf) -> jax.Array:
+    """Maps [B, *grids[-1], C] whose upper left corner holds the grid of scale `index`.
 
     An index after the last scale stands for the last scale.
     """
     index = jnp.minimum(index, len(grids) - 1)
-    rows, columns = _matrices(
-        resize.area_matrix, tuple((x_BHWC.shape[1:3], grid) for grid in grids)
-    )
-    x_BhwC = resize.resample(x_BHWC, jnp.asarray(rows)[index], jnp.asarray(columns)[index])
-    tokens = jnp.asarray(_cell_of_token(grids))[index]
-    return x_BhwC.reshape(len(x_BhwC), -1, x_BhwC.shape[-1])[:, tokens]
+    rows, columns = _matrices(matrix, tuple((x_BHWC.shape[1:3], grid) for grid in grids))
+    return resize.resample(x_BHWC, jnp.asarray(rows)[index], jnp.asarray(columns)[index])
 
 
 @functools.cache
 def _matrices(
-    matrix: Callable[[int, int], np.ndarray], pairs: tuple[tuple[tuple[int, int], ...], ...]
+    matrix: MatrixOf, pairs: tuple[tuple[tuple[int, int], ...], ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The matrices along rows and along columns of each (from, to) pair of grids.
 

@@ -1,16 +1,18 @@
 """How are maps of tokens and latents resized?
 
-The two resamplings that the published tokenizers were trained with, as matrices along one axis
-(STAR specification 1.4). `jax.image.resize` differs from both by up to 0.3.
+The resamplings that the published tokenizers were trained with, as matrices along one axis (STAR
+specification 1.4, Infinity specification 3.3). `jax.image.resize` differs from them by up to 0.3.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Matrix = np.ndarray | jax.Array
+MatrixOf = Callable[[int, int], np.ndarray]  # (size in, size out) -> matrix along one axis
 
 CUBIC_A = -0.75  # steepness of the cubic kernel, the value of the published code
 
@@ -43,6 +45,18 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
+@functools.cache
+def linear_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """[size_out, size_in] float32: linear interpolation at half-pixel centres, no antialiasing."""
+    matrix = np.zeros((size_out, size_in))
+    centres = np.maximum((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0)
+    for i, centre in enumerate(centres):
+        low = int(centre)
+        matrix[i, low] += 1 - (centre - low)
+        matrix[i, min(low + 1, size_in - 1)] += centre - low
+    return matrix.astype(np.float32)
+
+
 def _cubic(x: float) -> float:
     a = CUBIC_A
     if x <= 1:
@@ -62,11 +76,27 @@ def bicubic(x_BhwC: jax.Array, height: int, width: int) -> jax.Array:
     return _resample(x_BhwC, height, width, bicubic_matrix)
 
 
-def _resample(x_BhwC: jax.Array, height: int, width: int, matrix) -> jax.Array:
+def _resample(x_BhwC: jax.Array, height: int, width: int, matrix: MatrixOf) -> jax.Array:
     if x_BhwC.shape[1:3] == (height, width):
         return x_BhwC
     rows, columns = matrix(x_BhwC.shape[1], height), matrix(x_BhwC.shape[2], width)
     return resample(x_BhwC, rows, columns)
+
+
+def along_axes(x: jax.Array, sizes: Sequence[int], matrix: MatrixOf) -> jax.Array:
+    """Maps [B, ..., C] with any number of axes between, each resampled to its size.
+
+    Args:
+        x: the maps.
+        sizes: of the axes between the first and the last.
+        matrix: `area_matrix`, `bicubic_matrix` or `linear_matrix`.
+    """
+    for axis, size in enumerate(sizes, 1):
+        if x.shape[axis] != size:
+            weights = matrix(x.shape[axis], size)
+            x = jnp.tensordot(weights, x, ((1,), (axis,)), precision='highest')
+            x = jnp.moveaxis(x, 0, axis)
+    return x
 
 
 def resample(x_BhwC: jax.Array, rows_yh: Matrix, columns_xw: Matrix) -> jax.Array:

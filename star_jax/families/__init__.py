@@ -3,8 +3,10 @@
 from star_jax.families.registry import register_family, register_tokenizer
 from star_jax.families.star import Star
 from star_jax.families.var import Var
+from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.tokenizers.residual_vq import VQ
 
 register_family('star', Star)
 register_family('var', Var)
 register_tokenizer('VQ', VQ)
+register_tokenizer('BSQ', BSQ)

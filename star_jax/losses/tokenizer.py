@@ -1,8 +1,9 @@
 """Which loss trains a tokenizer?"""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,35 @@ class Objective:
         """The weighted loss of the quantiser."""
         losses_K = quantised.losses(f_BHWC, self.commitment)
         return self.quantiser * (losses_K.mean() if self.scales == 'mean' else losses_K.sum())
+
+
+class BitEntropies(NamedTuple):
+    """How decided and how varied bits are, in nats (Infinity specification 3.6).
+
+    Attributes:
+        per_sample: entropy of the bits of one vector, averaged over the vectors; small where every
+            bit is decided.
+        codebook: entropy of the averaged bits; large where all codes are used.
+        probs_K2: averaged probabilities of the negative and the positive code of every bit.
+    """
+
+    per_sample: jax.Array
+    codebook: jax.Array
+    probs_K2: jax.Array
+
+
+def bit_entropies(z: jax.Array, inverse_temperature: float = 100.0) -> BitEntropies:
+    """Entropies of the soft bits of vectors [..., K] of length 1."""
+    sharpness = -4 * inverse_temperature / math.sqrt(z.shape[-1])
+    negative = jax.nn.sigmoid(sharpness * z.astype(jnp.float32)).reshape(-1, z.shape[-1])
+    probs_NK2 = jnp.stack([negative, 1 - negative], axis=-1)
+    probs_K2 = probs_NK2.mean(0)
+    return BitEntropies(_entropy(probs_NK2).sum(-1).mean(), _entropy(probs_K2).sum(), probs_K2)
+
+
+def _entropy(probs: jax.Array) -> jax.Array:
+    """Of distributions over the last axis."""
+    return -(probs * jnp.log(probs + 1e-8)).sum(-1)
 
 
 def psnr(images: jax.Array, decoded: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 """How does an image become a small map of features, and back?
 
-The convolutional encoder and decoder of STAR and VAR (STAR specification 1.1-1.3). Images are NHWC
-float32 in [-1, 1]. Widths, multipliers, groups and the stem are fields, so that a narrow one
-trains on two cores: a stem of 4 folds 4 x 4 pixels into channels before the first convolution
-(1: as published) and removes the work at full resolution.
+The convolutional encoder and decoder of STAR and VAR (STAR specification 1.1-1.3) and, without
+attention, of Infinity (Infinity specification 3.1-3.2). Images are NHWC float32 in [-1, 1]. Widths,
+multipliers, groups and the stem are fields, so that a narrow one trains on two cores: a stem of 4
+folds 4 x 4 pixels into channels before the first convolution (1: as published) and removes the work
+at full resolution.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ class Autoencoder:
         multipliers: channels of each level, as multiples of width; every level after the first
             halves the resolution.
         blocks: residual blocks of a level.
-        groups: groups of the group norms; a divisor of width.
+        groups: groups of the group norms; a divisor of width (0: 32, or 24 where 32 does not divide
+            the channels, as Infinity has them).
         stem: side of the squares of pixels that the first layer folds into channels (1: none, as
             published); removes the work at full resolution.
         attention: self-attention at the coarsest level and in the middle.
@@ -45,7 +47,7 @@ class Autoencoder:
     latent: int = 0
 
     def __post_init__(self) -> None:
-        check_sizes(width=self.width, groups=self.groups, stem=self.stem)
+        check_sizes(width=self.width, groups=self.groups or 1, stem=self.stem)
         check_sizes(MOST_BLOCKS, blocks=self.blocks)
         if len(self.multipliers) > MOST_LEVELS:
             raise ValueError(
@@ -58,8 +60,12 @@ class Autoencoder:
         check_sizes(latent=self.latent or 1)
         if not self.multipliers:
             raise ValueError('an autoencoder needs at least one of the multipliers of its width')
-        if self.width % self.groups:
+        if self.groups < 0:
+            raise ValueError(f'groups must not be negative (0: 32 or 24), not {self.groups}')
+        if self.groups and self.width % self.groups:
             raise ValueError(f'width {self.width} does not divide into {self.groups} norm groups')
+        if not self.groups and (odd := [w for w in self.widths if w % 32 and w % 24]):
+            raise ValueError(f'{odd[0]} channels divide into neither 32 nor 24 norm groups')
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -79,9 +85,9 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BhwC: jax.Array) -> jax.Array:
-        h = nn.silu(layers.group_norm(self.groups, 'norm1')(x_BhwC))
+        h = nn.silu(_norm(self.groups, x_BhwC, 'norm1'))
         h = layers.conv(self.width, name='conv1')(h)
-        h = nn.silu(layers.group_norm(self.groups, 'norm2')(h))
+        h = nn.silu(_norm(self.groups, h, 'norm2'))
         h = layers.conv(self.width, init=ZEROS, name='conv2')(h)
         if x_BhwC.shape[-1] != self.width:
             x_BhwC = layers.conv(self.width, 1, name='nin_shortcut')(x_BhwC)
@@ -96,9 +102,7 @@ class AttnBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BhwC: jax.Array) -> jax.Array:
         batch, height, width, channels = x_BhwC.shape
-        qkv = layers.conv(3 * channels, 1, name='qkv')(
-            layers.group_norm(self.groups, 'norm')(x_BhwC)
-        )
+        qkv = layers.conv(3 * channels, 1, name='qkv')(_norm(self.groups, x_BhwC, 'norm'))
         q_BLC, k_BLC, v_BLC = jnp.split(qkv.reshape(batch, height * width, -1), 3, axis=-1)
         scores_BLM = jnp.einsum('BLC,BMC->BLM', q_BLC, k_BLC, preferred_element_type=jnp.float32)
         weights_BLM = jax.nn.softmax(scores_BLM * channels**-0.5).astype(v_BLC.dtype)
@@ -129,7 +133,7 @@ class Encoder(nn.Module):
                 )
                 h = down(h)
         h = _middle(sizes, h)
-        h = nn.silu(layers.group_norm(sizes.groups, 'norm_out')(h))
+        h = nn.silu(_norm(sizes.groups, h, 'norm_out'))
         return layers.conv(self.channels, name='conv_out')(h)
 
 
@@ -152,7 +156,7 @@ class Decoder(nn.Module):
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
                 h = layers.conv(sizes.widths[level], name=f'up_{level}_upsample')(h)
-        h = nn.silu(layers.group_norm(sizes.groups, 'norm_out')(h))
+        h = nn.silu(_norm(sizes.groups, h, 'norm_out'))
         return depth_to_space(layers.conv(3 * sizes.stem**2, name='conv_out')(h), sizes.stem)
 
 
@@ -168,6 +172,12 @@ def depth_to_space(x_BhwC: jax.Array, factor: int) -> jax.Array:
     batch, height, width, channels = x_BhwC.shape
     x = x_BhwC.reshape(batch, height, width, factor, factor, channels // factor**2)
     return x.swapaxes(2, 3).reshape(batch, height * factor, width * factor, -1)
+
+
+def _norm(groups: int, x_BhwC: jax.Array, name: str) -> jax.Array:
+    """A group norm of the enclosing module; `groups` as of an `Autoencoder`."""
+    by_width = 24 if x_BhwC.shape[-1] % 32 else 32
+    return layers.group_norm(groups or by_width, name)(x_BhwC)
 
 
 def _middle(sizes: Autoencoder, h: jax.Array) -> jax.Array:

@@ -258,7 +258,10 @@ class ResidualVQ(nn.Module):
         grids = self.schedule.grids
         if step.padded:
             alike = grids[: step.like + 1]
-            full = padding.enlarge(sampled.vectors_BLC, alike, step.index, grids[-1])
+            vectors_BhwC = padding.place(sampled.vectors_BLC, alike, step.index)
+            full = padding.enlarge(
+                vectors_BhwC, alike, step.index, grids[-1], resize.bicubic_matrix
+            )
             canvas_BHWC = canvas_BHWC + self._convolve(full, step)
         else:
             vectors_BhwC = sampled.vectors_BLC.reshape(-1, *grids[step.like], self.channels)
@@ -272,7 +275,8 @@ class ResidualVQ(nn.Module):
             return None
         if after.padded:
             alike = self.schedule.grids[: after.like + 1]
-            return padding.shrink(canvas_BHWC, alike, after.index)
+            small = padding.shrink(canvas_BHWC, alike, after.index, resize.area_matrix)
+            return padding.take(small, alike, after.index)
         inputs = resize.area(canvas_BHWC, *self.schedule.grids[after.like])
         return inputs.reshape(len(inputs), -1, self.channels)
 

@@ -154,14 +154,19 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f'{gzipped}: cannot be read as gzipped safetensors ({error})') from error
 
 
-def convert(case: Case, entries: Sequence[Entry], state: Mapping[str, np.ndarray]) -> dict:
-    """Converts a state dict to parameters.
+def convert(
+    case: Case,
+    entries: Sequence[Entry],
+    state: Mapping[str, np.ndarray],
+    ignored: tuple[str, ...] = IGNORED + BUFFERS,
+) -> dict:
+    """Converts a state dict to parameters; tensors whose names end with `ignored` are skipped.
 
     Raises:
         UserError: names the tensors that the state dict lacks or that no table lists.
     """
     try:
-        conversion = to_params(entries, state, IGNORED + BUFFERS)
+        conversion = to_params(entries, state, ignored)
     except einops.EinopsError as error:
         raise UserError(
             f'{case.folder}: the state dict does not fit the config: {error}'
@@ -199,8 +204,8 @@ def star_config(case: Case) -> Star:
     if case.optional('enable_adaptive_norm'):  # the original name of the refinement head
         first, blocks = option('sample_from_idx'), case.optional('feat_extract_blocks', 3)
         case.check('refine_from_scale_index', first)
-        refinement = _build(case, Refinement, first=first, blocks=blocks)
-    return _build(
+        refinement = build(case, Refinement, first=first, blocks=blocks)
+    return build(
         case,
         Star,
         depth=option('depth'),
@@ -224,7 +229,7 @@ def star_config(case: Case) -> Star:
 def var_config(case: Case) -> Var:
     """The class-conditional transformer of the original options."""
     option = case.option
-    return _build(
+    return build(
         case,
         Var,
         depth=option('depth'),
@@ -243,7 +248,7 @@ def var_config(case: Case) -> Var:
 def vq_config(case: Case) -> VQ:
     """The tokenizer of the original options, with its autoencoder."""
     option = case.option
-    autoencoder = _build(
+    autoencoder = build(
         case,
         Autoencoder,
         width=option('ch'),
@@ -260,7 +265,7 @@ def quantiser_config(case: Case) -> VQ:
     option = case.option
     grids = square_grids(option('v_patch_nums'))
     shared = option('share_quant_resi')  # 0: one phi per scale, or default_qresi_counts of them
-    vq = _build(
+    vq = build(
         case,
         VQ,
         autoencoder=Autoencoder(width=1, multipliers=(1,), blocks=1, groups=1),
@@ -275,7 +280,8 @@ def quantiser_config(case: Case) -> VQ:
     return vq
 
 
-def _build(case: Case, make: Callable[..., Any], **fields: Any) -> Any:
+def build(case: Case, make: Callable[..., Any], **fields: Any) -> Any:
+    """A config with these fields; UserError where they do not fit."""
     try:
         return make(**fields)
     except (TypeError, ValueError) as error:

@@ -21,6 +21,7 @@ from star_jax.verify.comparison import CaseReport
 from star_jax.verify.function_cases import Rope, Sampling, Schedules
 from star_jax.verify.generate import Generations
 from star_jax.verify.infinity import BitFilters, RotaryTables
+from star_jax.verify.infinity_tokenizer import BitQuantisers, BitTokenizer, SelfCorrections
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
 from star_jax.verify.tokenizer import Quantiser, Vqvae
@@ -40,6 +41,9 @@ KINDS = {
     ('star', 'schedule'): Schedules,
     ('infinity', 'rope2d'): RotaryTables,
     ('infinity', 'sampling'): BitFilters,
+    ('infinity', 'quantizer'): BitQuantisers,
+    ('infinity', 'tokenizer'): BitTokenizer,
+    ('infinity', 'self_correction'): SelfCorrections,
 }
 OPTIONS = {'star': star_options.OPTIONS, 'infinity': infinity_options.OPTIONS}
 MARKS = {'infinity': infinity_options.MARKS}  # of families whose cases carry no tolerances

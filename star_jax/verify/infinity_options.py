@@ -31,6 +31,8 @@ MARKS: Mapping[str, float] = {
 ANY = ('family', 'kind')
 DESCRIPTIVE = ('batch', 'case', 'min_*_margin*', 'n_params', '*seed', 'torch')
 
+TOKENIZER = ('base_ch', 'ch_mult', 'num_res_blocks', 'patch_size')
+
 OPTIONS: Mapping[str, Options] = {
     'rope2d': Options(
         read=(
@@ -41,6 +43,49 @@ OPTIONS: Mapping[str, Options] = {
             *(f'apply.{name}' for name in ('mode', 'ratio', 'scale_inds', 'schedule')),
         ),
         descriptive=(*DESCRIPTIVE, 'tables.*.rows', 'apply.heads', 'apply.pn'),
+    ),
+    'quantizer': Options(
+        read=(
+            *ANY,
+            *('codebook_dim', 'inv_temperature', 'schedule'),
+            *(f'variants.*.{name}' for name in ('name', 'dim', 'bits', 'schedule')),
+            *(
+                f'variants.*.options.{name}'
+                for name in ('ln_before_quant', 'remove_residual_detach', 'use_decay_factor')
+            ),
+        ),
+        checked={'down': 'area', 'up': 'trilinear'},
+        descriptive=(
+            *DESCRIPTIVE,
+            'latent_hw',
+            'schedule_source',
+            *(f'variants.*.{name}' for name in ('HW', 'T', 'seed', 'min_*_margin*')),
+            *(f'variants.*.options.{name}' for name in ('ln_init_by_sqrt', 'schedule_mode')),
+        ),
+    ),
+    'tokenizer': Options(
+        read=(*ANY, *TOKENIZER, 'codebook_dim', 'schedule'),
+        checked={'groupnorm_eps': 1e-6},
+        descriptive=(*DESCRIPTIVE, 'image_hw', 'schedule_source'),
+    ),
+    'self_correction': Options(
+        read=(
+            *ANY,
+            'codebook_dim',
+            *(
+                f'variants.*.{name}'
+                for name in (
+                    'name',
+                    'apply_spatial_patchify',
+                    'noise_apply_layers',
+                    'noise_apply_requant',
+                    'noise_apply_strength',
+                    'transformer_schedule',
+                    'vae_schedule',
+                )
+            ),
+        ),
+        descriptive=(*DESCRIPTIVE, 'variants.*.seed', 'variants.*.min_*_margin*'),
     ),
     'sampling': Options(
         read=(*ANY, *(f'combos.*.{name}' for name in ('id', 'top_k', 'top_p'))),
