@@ -20,6 +20,7 @@ from star_jax.core.cache import KV
 from star_jax.core.codes import Codes, Sampled, Targets
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Schedule, Step
+from star_jax.core.self_correction import PLAIN, SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.errors import UserError
@@ -282,6 +283,25 @@ class TokenizerConfig:
     def build(self, dtype: Dtype = 'float32') -> nn.Module:
         """The `Tokenizer` module, whose decoder has activations of `dtype`."""
         raise NotImplementedError
+
+    def build_training(
+        self, correction: SelfCorrection = PLAIN, features: bool = False
+    ) -> nn.Module:
+        """The `Tokenizer` module for training.
+
+        Args:
+            correction: which codes its training targets flip.
+            features: `encode` gives features; it always does where codes are flipped.
+
+        Raises:
+            UserError: the tokenizer has no such codes, or trains on no features.
+        """
+        if correction.active or features:
+            raise UserError(
+                f'a {type(self).__name__} tokenizer has no bits to flip and trains on codes: leave '
+                'correction.strength at 0 and --features out'
+            )
+        return self.build()
 
     def abstract(self) -> dict:
         """Shapes of the parameters, boxed with logical axes."""

@@ -15,12 +15,13 @@ from star_jax.convert.bsq import IGNORED, bsq_entries
 from star_jax.core import templates
 from star_jax.core.codes import Bits, Sampled
 from star_jax.core.schedule import Step
-from star_jax.core.self_correction import SelfCorrection, flip_mask
+from star_jax.core.self_correction import PLAIN, SelfCorrection, flip_mask
 from star_jax.errors import UserError
 from star_jax.nn.bind import bind
 from star_jax.tokenizers import residual_bsq
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.tokenizers.residual_vq import VQ
 
 TABLES = Path(__file__).parents[1] / 'docs' / 'specification' / 'tables'
 GRIDS = ((1, 1), (2, 2), (3, 2), (4, 3))
@@ -50,8 +51,8 @@ def features(config: BSQ, batch: int = 2) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
-def targets(config: BSQ, encoded: jax.Array, seed: int = 0):
-    tokenizer = bind(config.build(), {})
+def targets(config: BSQ, encoded: jax.Array, seed: int = 0, correction: SelfCorrection = PLAIN):
+    tokenizer = bind(config.build_training(correction), {})
     return jax.jit(tokenizer.training_targets)(encoded, jax.random.key(seed))
 
 
@@ -136,15 +137,15 @@ def test_bits_give_the_inputs_and_labels_of_their_features(patchify):
 def test_strength_zero_is_plain_teacher_forcing():
     plain = targets(tiny(), features(tiny()))
     for correction in (SelfCorrection(strength=0.0), SelfCorrection(strength=0.5, scales=0)):
-        found = targets(tiny(correction=correction), features(tiny()), seed=3)
+        found = targets(tiny(), features(tiny()), seed=3, correction=correction)
         for ours, theirs in zip(found, plain, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
 def test_flips_change_later_labels_and_those_of_the_last_scale_change_nothing():
-    config = tiny(correction=SelfCorrection(strength=1.0, scales=4))
+    config, correction = tiny(), SelfCorrection(strength=1.0, scales=4)
     f_BhwK, offsets = features(config), config.schedule.offsets
-    found, plain = targets(config, f_BhwK, seed=1), targets(tiny(), f_BhwK)
+    found, plain = targets(config, f_BhwK, 1, correction), targets(config, f_BhwK)
     np.testing.assert_array_equal(found.codes_BL[:, :1], plain.codes_BL[:, :1])
     assert (found.codes_BL[:, 1:] != plain.codes_BL[:, 1:]).any()
     tokenizer = bind(config.build(), {})
@@ -180,9 +181,10 @@ def test_bits_are_flipped_below_the_rate():
 
 
 def test_packed_bits_serve_no_self_correction():
-    config = tiny(correction=SelfCorrection(strength=0.3))
     with pytest.raises(UserError, match='labels of later scales'):
-        targets(config, bits_of(tiny()))
+        targets(tiny(), bits_of(tiny()), correction=SelfCorrection(strength=0.3))
+    with pytest.raises(UserError, match='a VQ tokenizer has no bits to flip'):
+        VQ().build_training(SelfCorrection(strength=0.3))
 
 
 @pytest.mark.parametrize('patchify', [False, True])

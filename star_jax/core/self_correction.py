@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from star_jax.errors import UserError
+
 PERCENT = (np.arange(101) * 0.01).astype(np.float32)  # rounded from float64, as in the original
 
 
@@ -42,6 +44,16 @@ class SelfCorrection:
         """How many percentages there are, 0 included; 29 % of the original come to 28."""
         return int(100 * self.strength + 1)
 
+    def check_bits(self) -> None:
+        """Raises UserError where cached bits cannot serve, because some of them are flipped."""
+        if self.active:
+            raise UserError(
+                f'a self-correction of strength {self.strength} flips bits, and the labels of '
+                'later scales depend on the flips, so that a cache of bits cannot serve it: make '
+                'one with `star-jax data cache --features`, train without a cache, or set '
+                'correction.strength to 0'
+            )
+
     def flips(self, key: jax.Array, step: int, shape: tuple[int, ...]) -> jax.Array | None:
         """Which bits of a scale are flipped, bool of this shape; None without flips.
 
@@ -55,6 +67,9 @@ class SelfCorrection:
         rate_key, bit_key = jax.random.split(jax.random.fold_in(key, step))
         percent = jax.random.randint(rate_key, (), 0, self.rates)
         return flip_mask(jax.random.uniform(bit_key, shape), percent)
+
+
+PLAIN = SelfCorrection()
 
 
 def flip_mask(uniform: jax.Array, percent: jax.Array) -> jax.Array:

@@ -98,7 +98,11 @@ def training(
     def build(**changes: Any) -> TrainingProgram:
         changed = dataclasses.replace(run, **changes)
         return training_program.build_program(
-            changed, mesh, vq.build(), platform=platform, encode_prompts=encode_prompts
+            changed,
+            mesh,
+            vq.build_training(run.correction),
+            platform=platform,
+            encode_prompts=encode_prompts,
         )
 
     step_program, params = build(), run.model.abstract()

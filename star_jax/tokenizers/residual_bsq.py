@@ -18,10 +18,9 @@ from flax import linen as nn
 from star_jax.core import padding, pixels, resize
 from star_jax.core.codes import Bits, Sampled, Targets
 from star_jax.core.schedule import Grids, Pyramid, Step
-from star_jax.core.self_correction import SelfCorrection
+from star_jax.core.self_correction import PLAIN, SelfCorrection
 from star_jax.core.sizes import check_sizes
 from star_jax.core.templates import PUBLISHED
-from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.protocols import TokenizerConfig
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
@@ -46,7 +45,6 @@ class BSQ(TokenizerConfig):
         features: channels between encoder and quantiser (0: the bits; others are projected).
         normalised: normalise the channels before the first scale, with learned scale and shift.
         decay: scale s adds max(0.1, 1 - 0.1 s) of its codes to the canvas.
-        correction: which bits training flips.
     """
 
     autoencoder: Autoencoder = Autoencoder(
@@ -58,7 +56,6 @@ class BSQ(TokenizerConfig):
     features: int = 0
     normalised: bool = False
     decay: bool = False
-    correction: SelfCorrection = SelfCorrection()
 
     def __post_init__(self) -> None:
         check_sizes(bits=self.bits)
@@ -103,6 +100,12 @@ class BSQ(TokenizerConfig):
     def build(self, dtype: str = 'float32') -> 'BSQTokenizer':
         """The tokenizer, whose decoder has activations of `dtype` if its parameters have."""
         return BSQTokenizer(self, dtype)
+
+    def build_training(
+        self, correction: SelfCorrection = PLAIN, features: bool = False
+    ) -> 'BSQTokenizer':
+        """The tokenizer with flipped bits in its training targets, which need `features`."""
+        return BSQTokenizer(self, correction=correction, gives_features=features)
 
     def abstract(self) -> dict:
         """Shapes of the parameters, boxed with logical axes."""
@@ -258,10 +261,19 @@ class ResidualBSQ(nn.Module):
 
 
 class BSQTokenizer(nn.Module):
-    """Images <-> bits, and the canvas between them; `dtype` is that of the decoder."""
+    """Images <-> bits, and the canvas between them.
+
+    Attributes:
+        config: its sizes.
+        dtype: of the decoder.
+        correction: which bits training flips.
+        gives_features: `encode` gives features although no bits are flipped.
+    """
 
     config: BSQ
     dtype: str = 'float32'
+    correction: SelfCorrection = PLAIN
+    gives_features: bool = False
 
     @property
     def schedule(self) -> Pyramid:
@@ -293,13 +305,13 @@ class BSQTokenizer(nn.Module):
         return quantise(f_BhwK, self.config.cells, self.config.decay, flips=flips)
 
     def encode(self, images_BHWc: jax.Array) -> jax.Array:
-        """Packed bits [B, L, bytes] of images in [-1, 1]; features [B, h, w, K] with flips.
+        """Packed bits [B, L, bytes] of images in [-1, 1], or features [B, h, w, K].
 
         The labels of a scale depend on the flips before it, so only features serve a
         self-correction.
         """
         f_BhwK = self.features(images_BHWc)
-        if self.config.correction.active:
+        if self.correction.active or self.gives_features:
             return f_BhwK
         return self.codes.pack(self.tokens(self.quantise(f_BhwK).bits))
 
@@ -308,15 +320,9 @@ class BSQTokenizer(nn.Module):
 
         Raises UserError for packed bits where bits are flipped.
         """
-        correction = self.config.correction
         if jnp.issubdtype(encoded.dtype, jnp.floating):
-            return self.corrected(encoded, functools.partial(correction.flips, key))
-        if correction.active:
-            raise UserError(
-                f'a self-correction of strength {correction.strength} flips bits and computes the '
-                'labels of later scales from what they leave over, which bits in a cache cannot '
-                'give: use a cache of features, or none, or strength 0'
-            )
+            return self.corrected(encoded, functools.partial(self.correction.flips, key))
+        self.correction.check_bits()
         codes_BLK = self.codes.unpack(encoded)
         return Targets(self.inputs(codes_BLK), codes_BLK)
 

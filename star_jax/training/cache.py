@@ -33,6 +33,8 @@ from star_jax.text.cache import FeatureCache, segment_paths
 from star_jax.training.run import Data, Run
 
 SETS = ('data', 'validation')  # of a run
+FEATURES = np.dtype(np.float16)  # fewer labels differ than in bfloat16 (docs/training.md)
+ENCODING = 'encoding'  # of a key: absent where the encoded images are codes
 DIGITS = 16  # of a digest in a key, which needs to be readable, not secure
 
 Sources = Mapping[str, Source]
@@ -47,15 +49,18 @@ class Origin:
         run: the config.
         tokenizer: encodes the images.
         prompt_encoder: encodes the captions.
+        features: encoded images are features instead of codes.
     """
 
     run: Run
     tokenizer: StoredTokenizer
     prompt_encoder: PromptEncoder
+    features: bool = False
 
     def key(self, name: str, source: Source) -> encoded.Key:
         """Everything that the encoded images of the set `name` depend on."""
-        return {
+        encoding = {ENCODING: f'features in {FEATURES}'} if self.features else {}
+        return encoding | {
             'tokenizer': _digest(self.tokenizer),
             'grids': list(map(list, self.run.model.schedule.grids)),
             'text': self.prompt_encoder.identity[:DIGITS],
@@ -82,13 +87,24 @@ class Origin:
         Raises:
             UserError: as of `encoded.write`.
         """
+
+        def stored(images: np.ndarray) -> np.ndarray:
+            images = np.asarray(encode(images))
+            return images.astype(FEATURES) if self.features else images
+
         for name, source in sources.items():
             with progress_bar() as bar:
-                blocks = _Blocks(source, encode, self.run.batch, bar, f'encoding {name}')
+                blocks = _Blocks(source, stored, self.run.batch, bar, f'encoding {name}')
                 encoded.write(folder / name, self.key(name, source), len(source), blocks)
         if keeps_features(self.run, self.prompt_encoder):
             texts = FeatureCache(self.prompt_encoder, folder)
             texts.warm(_captions(sources), other=FeatureCache(self.prompt_encoder))
+
+
+def holds_features(folder: Path) -> bool | None:
+    """Whether the encoded images in a cache are features; None if there is none."""
+    path = folder / SETS[0] / encoded.KEY
+    return ENCODING in config.read_json(path) if path.exists() else None
 
 
 def keeps_features(run: Run, prompt_encoder: PromptEncoder) -> bool:

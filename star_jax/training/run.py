@@ -9,6 +9,7 @@ import statistics
 from typing import Any, Literal
 
 from star_jax.core.schedule import Grids
+from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
 from star_jax.core.sizes import MOST_LAYERS
 from star_jax.data.folder import Folder
@@ -179,6 +180,8 @@ class Run:
             equally, so that the few tokens of coarse scales count more.
         label_smoothing: share of the uniform distribution over the codes in the labels of the
             trained loss; validation metrics are never smoothed.
+        correction: bits that are flipped in training, so that later scales learn to repair
+            mistakes (Infinity; published: strength 0.3).
         released_loss_scale: multiply the loss by the images per device when tokens are dropped
             (model.keep_tokens), as the published code does; gradients are then clipped more.
         unmasking: training of a refinement head.
@@ -212,6 +215,7 @@ class Run:
     caption_drop: float = 0.1
     balance: float = 0.0
     label_smoothing: float = 0.0
+    correction: SelfCorrection = SelfCorrection()
     released_loss_scale: bool = False
     unmasking: Unmasking = Unmasking()
     ema: float = 0.0

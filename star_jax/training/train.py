@@ -65,10 +65,16 @@ def check_out(out: Path) -> None:
     check_free(out / trainer.MODEL)
 
 
-def cache(run: Run) -> Path:
+def cache(run: Run, features: bool = False) -> Path:
     """Writes encoded images and text features of a run's sets; returns their folder.
 
-    Raises UserError if the folder holds something else or cannot be written.
+    Args:
+        run: the config.
+        features: write the tokenizer's features instead of its codes.
+
+    Raises:
+        UserError: the folder holds something else or cannot be written, or the tokenizer does not
+            train on what is asked for.
     """
     startup.start()
     run = resolve(run)
@@ -80,7 +86,7 @@ def cache(run: Run) -> Path:
     folder = caches.cache_path(run)
     caches.check_free(folder)
     job = build_job(dataclasses.replace(run, cache=''))
-    job.origin.write(folder, job.images, job.encode)
+    job.write_cache(folder, features)
     return folder
 
 

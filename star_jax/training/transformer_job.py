@@ -61,7 +61,12 @@ class TransformerJob:
             functools.partial(load_text, run.text, mesh=mesh_inside)
         )
         self.tokenizer = models.read_tokenizer(run.tokenizer)
+        cache_folder = Path(run.cache) if run.cache else None
+        features = cache.holds_features(cache_folder) if cache_folder else None
+        if features is False:
+            run.correction.check_bits()
         vq = self.tokenizer.config.at(run.model.schedule)
+        training_tokenizer = vq.build_training(run.correction, bool(features))
         check_tokenizer(
             run.model,
             vq,
@@ -79,16 +84,18 @@ class TransformerJob:
             for name, source in sources.items()
         }
         self.origin = cache.Origin(
-            run=run, tokenizer=self.tokenizer, prompt_encoder=self.prompt_encoder
+            run=run,
+            tokenizer=self.tokenizer,
+            prompt_encoder=self.prompt_encoder,
+            features=bool(features),
         )
-        cache_folder = Path(run.cache) if run.cache else None
         self.texts = None
         if cache.keeps_features(run, self.prompt_encoder):
             self.texts = FeatureCache(self.prompt_encoder, cache_folder)
         self.program = build_program(
             run,
             self._mesh,
-            vq.build(),
+            training_tokenizer,
             platform=self._mesh.devices.flat[0].platform,
             encode_prompts=self.prompt_encoder.apply if self.texts is None else None,
         )
@@ -206,6 +213,25 @@ class TransformerJob:
     def encode(self, images: np.ndarray) -> jax.Array:
         """This process's uint8 images [B, H, W, 3], encoded by the tokenizer."""
         return self._encode(self.frozen.tokenizer, rules.shard_batch(images, self._mesh))
+
+    def write_cache(self, path: Path, features: bool = False) -> None:
+        """Fills a folder with the encoded images of the sets, with codes or with `features`.
+
+        Raises UserError where the tokenizer has none of them, or where codes cannot serve the run.
+        """
+        if not features:
+            self.run.correction.check_bits()
+        config = self.tokenizer.config.at(self.run.model.schedule)
+        tokenizer = config.build_training(self.run.correction, features)
+        compiled = jax.jit(
+            functools.partial(tokens.encode, tokenizer),
+            out_shardings=rules.batch_sharding(self._mesh),
+        )
+
+        def encode(images: np.ndarray) -> jax.Array:
+            return compiled(self.frozen.tokenizer, rules.shard_batch(images, self._mesh))
+
+        dataclasses.replace(self.origin, features=features).write(path, self.images, encode)
 
     def export(self, state: TrainState, out: Path) -> None:
         params = rules.gather(self._model_params(state))
