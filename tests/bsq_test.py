@@ -238,6 +238,7 @@ def test_video_keeps_its_time_axis():
         ({'bits': 0}, 'bits must lie in'),
         ({'features': -1}, 'features must not be negative'),
         ({'grids': ((2, 2), (1, 1))}, 'must not shrink'),
+        ({'grids': ((2**14 + 1, 1),)}, 'px a side'),
     ],
 )
 def test_impossible_tokenizers_are_refused(fields, message):

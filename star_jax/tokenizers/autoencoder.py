@@ -16,6 +16,7 @@ from flax import linen as nn
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 
+LARGEST_SIDE = 2**14  # px, of an image
 MOST_BLOCKS = 32  # of a level: each is traced on its own
 MOST_LEVELS = 16  # each halves the image
 ZEROS = nn.initializers.zeros  # residual branches start as the identity
@@ -75,6 +76,15 @@ class Autoencoder:
     def downsampling(self) -> int:
         """Pixels per latent cell along a side."""
         return self.stem * 2 ** (len(self.multipliers) - 1)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises ValueError for a last grid (height, width) in cells whose images are too large."""
+        height, width = (side * self.downsampling for side in grid)
+        if max(height, width) > LARGEST_SIDE:
+            raise ValueError(
+                f'a last grid of {grid} and a downsampling of {self.downsampling} make images of '
+                f'{height} x {width} px, expected at most {LARGEST_SIDE} px a side'
+            )
 
 
 class ResBlock(nn.Module):

@@ -60,6 +60,7 @@ class BSQ(TokenizerConfig):
     def __post_init__(self) -> None:
         check_sizes(bits=self.bits)
         Pyramid(self.grids)  # refuses grids that shrink, or none
+        self.autoencoder.check_grid(self.cells[-1])
         if self.features < 0:
             raise ValueError(f'features must not be negative (0: the bits), not {self.features}')
 

@@ -22,8 +22,6 @@ from star_jax.nn import layers
 from star_jax.protocols import TokenizerConfig
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
 
-LARGEST_SIDE = 2**14  # px, of an image
-
 # Which of four phi convolutions serves each of K scales. At K = 10 scales 2 and 7 lie exactly
 # between two; only the rounding of the published float64 code decides (STAR specification 1.5).
 PHI_OF_FOUR = {
@@ -70,13 +68,7 @@ class VQ(TokenizerConfig):
     def __post_init__(self) -> None:
         check_sizes(codes=self.codes, channels=self.channels, phis=self.phis)
         Pyramid(self.grids)  # refuses grids that shrink, or none
-        if max(self.resolution) > LARGEST_SIDE:
-            height, width = self.resolution
-            raise ValueError(
-                f'a last grid of {self.grids[-1]} and a downsampling of '
-                f'{self.autoencoder.downsampling} make images of {height} x {width} px, expected '
-                f'at most {LARGEST_SIDE} px a side'
-            )
+        self.autoencoder.check_grid(self.grids[-1])
         if not 0 <= self.phi_ratio <= 1:
             raise ValueError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
 
