@@ -23,7 +23,7 @@ PROJECTIONS = (
 )
 NORM = (
     ('layernorm.weight', 'quantiser/norm/scale', SAME),
-    ('layernorm.bias', 'quantiser/norm/shift/bias', SAME),
+    ('layernorm.bias', 'quantiser/norm/bias', SAME),
 )
 
 

@@ -223,14 +223,11 @@ class ChannelNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.constant(self.width**-0.5)
-        axes = nn.with_logical_partitioning(init, (None,))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-        scale, bias = (
-            self.param('scale', axes, (self.width,)),
-            self.param('bias', zeros, (self.width,)),
-        )
-        return layers.layer_norm(x) * scale + bias
+        def learned(name: str, init: layers.Initializer) -> jax.Array:
+            return self.param(name, nn.with_logical_partitioning(init, (None,)), (self.width,))
+
+        scale = learned('scale', nn.initializers.constant(self.width**-0.5))
+        return layers.layer_norm(x) * scale + learned('bias', nn.initializers.zeros)
 
 
 class ResidualBSQ(nn.Module):

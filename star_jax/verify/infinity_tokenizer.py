@@ -59,11 +59,8 @@ class BitQuantisers:
             inputs(f'{VARIANT}in/.+'),
             rule('quantized', lambda v: v.recorded(v.quantised)),
             rule(f'bits{S}', lambda v, s: v.trace.bits[s], INTEGERS),
-            rule(f'area_inputs{S}', lambda v, s: to_recorded(v.next_map(s, resize.area_matrix))),
-            rule(
-                f'trilinear_inputs{S}',
-                lambda v, s: to_recorded(v.next_map(s, resize.linear_matrix)),
-            ),
+            rule(f'area_inputs{S}', lambda v, s: v.next_map(s, resize.area_matrix)),
+            rule(f'trilinear_inputs{S}', lambda v, s: v.next_map(s, resize.linear_matrix)),
             rule(f'codes{S}', lambda v, s: to_recorded(code_vectors(v.trace.bits[s]))),
             rule('summed_codes', lambda v: to_recorded(v.summed)),
             rule('grad_x', lambda v: v.recorded(v.gradient)),
