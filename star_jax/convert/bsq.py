@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from star_jax.checkpoint.weights import flatten
 from star_jax.convert.entries import Entry
-from star_jax.convert.star import LINEAR, SAME, torch_name
+from star_jax.convert.star import LINEAR, SAME, module_name
 from star_jax.tokenizers.residual_bsq import BSQ
 
 QUANTISER = 'quantizer.'  # prefix of the quantiser's tensors
@@ -48,7 +48,7 @@ def bsq_entries(bsq: BSQ, names: Iterable[str] = ()) -> list[Entry]:
     for name, leaf in flatten(bsq.abstract()).items():
         if not name.startswith('quantiser/'):
             pattern = 'o i h w -> h w i o' if leaf.ndim == 4 else SAME
-            torch = torch_name(name)
+            torch = module_name(name)
             entries.append(Entry(_wrapped(torch) if wrapped else torch, name, pattern))
     return entries
 

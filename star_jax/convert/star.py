@@ -117,7 +117,7 @@ def vq_entries(vq: VQ, names: Iterable[str]) -> list[Entry]:
     for name, leaf in flatten(abstract).items():
         if not name.startswith('quantiser/'):
             pattern = 'o i h w -> h w i o' if leaf.ndim == 4 else SAME
-            entries.append(Entry(torch_name(name), name, pattern))
+            entries.append(Entry(module_name(name), name, pattern))
     return entries
 
 
@@ -127,7 +127,7 @@ def _phi_name(phi: int, names: set[str], default: str) -> str:
     return next((name for name in candidates if f'{name}.weight' in names), f'{prefix}.{default}')
 
 
-def torch_name(param_name: str) -> str:
+def module_name(param_name: str) -> str:
     """encoder/down_0_block_1/conv1/kernel -> encoder.down.0.block.1.conv1.weight"""
     name = re.sub(r'/(kernel|scale)$', '/weight', param_name)
     name = re.sub(r'/(down|up)_(\d+)_(block|attn)_(\d+)/', r'/\1/\2/\3/\4/', name)
