@@ -84,7 +84,7 @@ def test_cached_features_serve_every_strength(run, of_features, correction):
 def test_cached_bits_are_refused_where_bits_are_flipped(run, of_bits, tmp_path):
     with pytest.raises(UserError, match='labels of later scales depend on the flips'):
         job(run, of_bits, correction=FLIPPED)
-    with pytest.raises(UserError, match='data cache --features'):
+    with pytest.raises(UserError, match='data cache --image-features'):
         train.cache(dataclasses.replace(run, cache=str(tmp_path / 'new'), correction=FLIPPED))
 
 

@@ -26,12 +26,12 @@ class Cache:
 
     Attributes:
         run: config of the run.
-        features: store features in float16 instead of codes, for tokenizers of bits: only they
-            serve a run with flipped bits (correction.strength above 0).
+        image_features: store features of images in float16 instead of codes, for tokenizers of
+            bits: only they serve a run with flipped bits (correction.strength above 0).
     """
 
     run: Annotated[Run, tyro.conf.arg(name='')]
-    features: bool = False
+    image_features: bool = False
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,6 +42,6 @@ def main(words: Sequence[str]) -> int:
     config.check(options.run, where='the settings of the run')
     from star_jax.training import train  # only after the arguments are checked
 
-    folder = train.cache(options.run, options.features)
+    folder = train.cache(options.run, options.image_features)
     sys.stdout.write(f'{folder}: train with --cache {folder}\n')
     return 0

@@ -50,7 +50,7 @@ class SelfCorrection:
             raise UserError(
                 f'a self-correction of strength {self.strength} flips bits, and the labels of '
                 'later scales depend on the flips, so that a cache of bits cannot serve it: make '
-                'one with `star-jax data cache --features`, train without a cache, or set '
+                'one with `star-jax data cache --image-features`, train without a cache, or set '
                 'correction.strength to 0'
             )
 
