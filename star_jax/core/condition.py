@@ -3,11 +3,13 @@
 A condition is a pytree of arrays with one row per image.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -45,9 +47,30 @@ def repeat(row: Any, like: Any) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), row)
 
 
+def unpack(states_NE: np.ndarray, lengths: Sequence[int]) -> TextCondition:
+    """The padded condition of packed captions: N token states, `lengths` of each caption.
+
+    There is no pooled vector: families that read packed text pool the states themselves.
+    """
+    states = np.split(states_NE, np.cumsum(lengths)[:-1])
+    padded = [np.pad(x, ((0, max(lengths) - len(x)), (0, 0))) for x in states]
+    mask_BT = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
+    pooled_BE = np.zeros((len(lengths), states_NE.shape[1]), np.float32)
+    return TextCondition(np.stack(padded), mask_BT.astype(np.int32), pooled_BE)
+
+
 def stack(prompted: Any, unprompted: Any) -> Any:
-    """The rows of guidance: the prompted rows, then as many unprompted rows."""
-    return jax.tree.map(lambda *rows: jnp.concatenate(rows), prompted, unprompted)
+    """The rows of guidance: the prompted rows, then as many unprompted rows.
+
+    The shorter text is padded with zeros, which its mask hides.
+    """
+
+    def join(*rows: jax.Array) -> jax.Array:
+        sizes = np.max([x.shape for x in rows], axis=0)[1:]
+        pads = [((0, 0), *((0, n) for n in sizes - x.shape[1:])) for x in rows]
+        return jnp.concatenate([jnp.pad(x, pad) for x, pad in zip(rows, pads, strict=True)])
+
+    return jax.tree.map(join, prompted, unprompted)
 
 
 def choose(drop_B: jax.Array, prompted: Any, unprompted: Any) -> Any:

@@ -13,10 +13,12 @@ class StepSettings:
     Attributes:
         guidance: [S] float32 weights w of `guide`. Without unprompted rows they are ignored.
         temperature: [S] float32, by which guided logits are divided before they are filtered.
+        mixing: [S, depth, 2, 2] float32 of `mix_rows`, for guidance inside of layers (None: none).
     """
 
     guidance: np.ndarray | jax.Array
     temperature: np.ndarray | jax.Array
+    mixing: np.ndarray | jax.Array | None = None
 
     def at(self, step: int | jax.Array) -> 'StepSettings':
         """The same with the scalars of one step."""
@@ -25,7 +27,7 @@ class StepSettings:
     @property
     def guided(self) -> bool:
         """Whether any step needs unprompted rows; for concrete arrays alone."""
-        return bool(np.any(self.guidance))
+        return self.mixing is not None or bool(np.any(self.guidance))
 
 
 def guide(logits: jax.Array, batch: int, weight: float | jax.Array) -> jax.Array:
@@ -38,6 +40,30 @@ def guide(logits: jax.Array, batch: int, weight: float | jax.Array) -> jax.Array
         return logits
     prompted, unprompted = logits[:batch], logits[batch:]
     return prompted + weight * (prompted - unprompted)
+
+
+def mix_rows(x_RLD: jax.Array, mixing_22: jax.Array) -> jax.Array:
+    """Prompted over unprompted rows, each a sum of both with weights [to, from]."""
+    both = x_RLD.reshape(2, -1, *x_RLD.shape[1:])
+    mixed = jnp.einsum('ij,j...->i...', mixing_22.astype(x_RLD.dtype), both, precision='highest')
+    return mixed.reshape(x_RLD.shape)
+
+
+def layer_mixing(weights_S: np.ndarray, depth: int, layers: tuple[int, ...]) -> np.ndarray:
+    """[S, depth, 2, 2] float32 mixing for guidance of these weights after some `layers`.
+
+    Both halves become the guided rows there (Infinity specification 7); everywhere else, and in
+    steps of weight 0, they stay as they are.
+
+    Args:
+        weights_S: weights w of `guide`.
+        depth: layers of the network.
+        layers: negative numbers, -1 for the last layer.
+    """
+    mixing = np.tile(np.eye(2, dtype=np.float32), (len(weights_S), depth, 1, 1))
+    for step in np.flatnonzero(weights_S):
+        mixing[step, list(layers)] = [1 + weights_S[step], -weights_S[step]]
+    return mixing
 
 
 def linear_ramp(guidance: float, steps: int) -> np.ndarray:

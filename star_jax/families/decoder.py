@@ -13,16 +13,14 @@ from star_jax.protocols import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoder(Family):
-    """Sizes of a transformer that predicts an index per token.
+class Sizes(Family):
+    """Sizes of a transformer, whatever its codes are.
 
     Attributes:
         depth: number of transformer blocks.
         width: channels of a token inside the transformer.
         heads: attention heads of a block; a divisor of width.
         mlp_ratio: hidden width of an MLP, as a multiple of width.
-        codes: number of codes of the tokenizer.
-        channels: channels of the tokenizer's code vectors.
         drop_path: stochastic depth: probability of skipping the last block; it rises linearly from
             0 at the first block.
     """
@@ -31,28 +29,15 @@ class Decoder(Family):
     width: int = 1024
     heads: int = 16
     mlp_ratio: float = 4.0
-    codes: int = 4096
-    channels: int = 32
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(depth=self.depth, width=self.width, heads=self.heads)
-        check_sizes(codes=self.codes, channels=self.channels)
-        if self.codes < 2:
-            raise ValueError('codes must be at least 2, or there is nothing to predict, not 1')
         check_sizes(**{'mlp_ratio times width': self.mlp_ratio * self.width})
         if self.width % self.heads:
             raise ValueError(f'width {self.width} does not divide into {self.heads} heads')
         if not 0 <= self.drop_path < 1:
             raise ValueError(f'drop_path must lie in [0, 1), not {self.drop_path}')
-
-    @property
-    def vocabulary(self) -> Index:
-        return Index(self.codes)
-
-    @property
-    def vector_width(self) -> int:
-        return self.channels
 
     @property
     def head_width(self) -> int:
@@ -82,6 +67,33 @@ class Decoder(Family):
     def abstract(self) -> dict:
         """Shapes of the parameters, boxed with logical axes."""
         return _abstract(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder(Sizes):
+    """Sizes of a transformer that predicts an index per token.
+
+    Attributes:
+        codes: number of codes of the tokenizer.
+        channels: channels of the tokenizer's code vectors.
+    """
+
+    codes: int = 4096
+    channels: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(codes=self.codes, channels=self.channels)
+        if self.codes < 2:
+            raise ValueError('codes must be at least 2, or there is nothing to predict, not 1')
+
+    @property
+    def vocabulary(self) -> Index:
+        return Index(self.codes)
+
+    @property
+    def vector_width(self) -> int:
+        return self.channels
 
 
 @functools.lru_cache(maxsize=16)  # tracing it takes longer than reading a model

@@ -1,8 +1,8 @@
-"""Does an image tokenizer produce the codes that a transformer predicts?"""
+"""Do a tokenizer and a text encoder fit a transformer?"""
 
 from star_jax.core.codes import Codes, Index
 from star_jax.errors import UserError
-from star_jax.protocols import Family, TokenizerConfig
+from star_jax.protocols import Family, PromptEncoder, TokenizerConfig
 
 
 def check_tokenizer(model: Family, tokenizer: TokenizerConfig, *, where: str, remedy: str) -> None:
@@ -27,6 +27,16 @@ def check_tokenizer(model: Family, tokenizer: TokenizerConfig, *, where: str, re
                 f'{where}: model.{name} is {predicted}, but tokenizer.{name} is {produced}: '
                 f'{remedy}'
             )
+
+
+def check_text_encoder(encoder: PromptEncoder, width: int) -> PromptEncoder:
+    """The text encoder; UserError unless its features have the model's text width."""
+    if encoder.width != width:
+        raise UserError(
+            f'model.text_width is {width}, but the text encoder {encoder.source} has '
+            f'{encoder.width}: set it so, or give the model its own encoder'
+        )
+    return encoder
 
 
 def _show(codes: Codes) -> int | Codes:

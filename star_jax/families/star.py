@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Remat
 from star_jax.core.sizes import check_sizes
-from star_jax.errors import UserError
+from star_jax.families.fit import check_text_encoder
 from star_jax.families.scales import Scales
 from star_jax.nn.attention import CrossAttention
 from star_jax.nn.attention_dispatch import AUTOMATIC
@@ -122,13 +122,7 @@ class Star(Scales):
 
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
         """The text encoder that `load` gives; UserError unless it is of the model's text width."""
-        encoder = load()
-        if encoder.width != self.text_width:
-            raise UserError(
-                f'model.text_width is {self.text_width}, but the text encoder {encoder.source} has '
-                f'{encoder.width}: set it so, or give the model its own encoder'
-            )
-        return encoder
+        return check_text_encoder(load(), self.text_width)
 
     def abstract_condition(self, batch: int = 1, tokens: int = 1) -> TextCondition:
         """Shapes of encoded captions of `tokens` tokens."""

@@ -154,7 +154,8 @@ class CrossAttention(nn.Module):
         heads: heads of queries, keys and values.
         text_width: channels of a text token.
         scores: makes the part that normalises and scales queries and keys.
-        kernel_init: of all projections.
+        kernel_init: of the projections.
+        out_init: of the projection back (None: as the others).
         released: reproduces the published code, which adds the output of the first row of the
             batch to every row (STAR specification 3.4).
         attend: the kernel.
@@ -171,6 +172,7 @@ class CrossAttention(nn.Module):
     attend: Kernel = Dense()
     groups: int = 1
     sharding: ActivationSharding = ActivationSharding()
+    out_init: layers.Initializer | None = None
 
     def setup(self) -> None:
         shape = (self.heads, self.width // self.heads)
@@ -185,7 +187,7 @@ class CrossAttention(nn.Module):
         self.q_bias = layers.Bias(shape, ('heads', None))
         self.v_bias = layers.Bias(shape, ('heads', None))
         self.compare = self.scores()
-        self.proj = OutputProjection(self.width, shape, self.kernel_init)
+        self.proj = OutputProjection(self.width, shape, self.out_init or self.kernel_init)
 
     def text_kv(self, states_BTE: jax.Array) -> KV:
         """The keys and values of text states [B, T, E]."""

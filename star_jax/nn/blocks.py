@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.core.cache import KV
+from star_jax.core.guidance import mix_rows
 from star_jax.core.positions import learned_rotation
 from star_jax.core.settings import Remat
 from star_jax.core.visibility import ALL, Visibility
@@ -74,6 +75,7 @@ class BlockParts:
         norm: the norm before self-attention and before the MLP.
         cross_attention: attention to the text, between the two (None: none).
         cross_norm: the norm before cross-attention.
+        cross_scale: scales what cross-attention adds (None: not scaled).
         modulation: scales, shifts and gates of the norms (None: none).
         sharding: how the rows of a block are sharded.
     """
@@ -83,6 +85,7 @@ class BlockParts:
     norm: Callable[[], nn.Module] = layers.LayerNorm
     cross_attention: Callable[[], nn.Module] | None = None
     cross_norm: Callable[[], nn.Module] = layers.LayerNorm
+    cross_scale: Callable[[], nn.Module] | None = None
     modulation: Callable[[], nn.Module] | None = None
     sharding: ActivationSharding = ActivationSharding()
 
@@ -104,12 +107,17 @@ class PerLayer(NamedTuple):
         text_kv: keys and values of the text, or None.
         paths_2B: per image, scales of the residual branches of self-attention and MLP, or None.
         frequencies_NP2: learned rotary frequencies, or None.
+        adds_levels: 1 where the level embedding is added before the block, 0 elsewhere, or None.
+        mixing_22: how the prompted and the unprompted rows after the block are combined from both
+            (`core.guidance.mix_rows`), or None.
     """
 
     past: tuple[KV, ...] = ()
     text_kv: KV | None = None
     paths_2B: jax.Array | None = None
     frequencies_NP2: jax.Array | None = None
+    adds_levels: jax.Array | None = None
+    mixing_22: jax.Array | None = None
 
 
 class Shared(NamedTuple):
@@ -121,6 +129,7 @@ class Shared(NamedTuple):
         visibility: which keys each row may attend to.
         text_length_B: how many text tokens each image has, or None.
         signal: the modulation signal, or None.
+        levels_LD: the level embedding of every row, if blocks add it, or None.
     """
 
     rotation_LP2: jax.Array | None = None
@@ -128,6 +137,7 @@ class Shared(NamedTuple):
     visibility: Visibility = ALL
     text_length_B: jax.Array | None = None
     signal: jax.Array | None = None
+    levels_LD: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -141,6 +151,7 @@ class Block(nn.Module):
         self.attn = parts.self_attention()
         self.cross = parts.cross_attention() if parts.cross_attention else None
         self.cross_norm = parts.cross_norm() if parts.cross_attention else None
+        self.cross_scale = parts.cross_scale() if parts.cross_scale else None
         self.ffn = parts.mlp()
         self.modulate = parts.modulation() if parts.modulation else None
 
@@ -160,13 +171,18 @@ class Block(nn.Module):
         rotation = shared.rotation_LP2
         if layer.frequencies_NP2 is not None:
             rotation = learned_rotation(shared.xy_L2, layer.frequencies_NP2)
+        if shared.levels_LD is not None:
+            x_BLD = x_BLD + (layer.adds_levels * shared.levels_LD).astype(x_BLD.dtype)
         h = self.norm1(x_BLD) * (1 + scale1) + shift1
         h, kv = self.attn(h, rotation, layer.past, shared.visibility)
         x_BLD = x_BLD + path1 * (gate1 * h)
         if self.cross:
-            x_BLD = x_BLD + self.cross(self.cross_norm(x_BLD), layer.text_kv, shared.text_length_B)
+            h = self.cross(self.cross_norm(x_BLD), layer.text_kv, shared.text_length_B)
+            x_BLD = x_BLD + (self.cross_scale(h) if self.cross_scale else h)
         h = self.ffn(self.norm2(x_BLD) * (1 + scale2) + shift2)
         x_BLD = x_BLD + path2 * (gate2 * h)
+        if layer.mixing_22 is not None:
+            x_BLD = mix_rows(x_BLD, layer.mixing_22)
         return self.parts.sharding(x_BLD, 'batch', 'tokens', None), kv
 
 

@@ -8,6 +8,7 @@ from star_jax.core import condition
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.visibility import pack
 from star_jax.nn import layers
+from star_jax.nn.attention import OutputProjection
 
 
 class TextStart(nn.Module):
@@ -46,6 +47,110 @@ class TextStart(nn.Module):
     def unprompted(self, text: TextCondition, empty: TextCondition) -> TextCondition:
         """The empty caption for every image."""
         return condition.repeat(empty, like=text)
+
+
+class PooledStart(nn.Module):
+    """The row of the first step: the text pooled by attention, plus a learned start position.
+
+    Without a prompt, the text is replaced by as many learned rows; the pooled vector is the
+    summary. Everything is float32 (Infinity specification 5.1).
+
+    Attributes:
+        width: channels D of a row.
+        text_width: channels E of a text token.
+        heads: heads of the pooling attention, a divisor of the width.
+        text_rows: learned rows without a prompt: the longest text.
+        kernel_init: of all weights but these rows.
+        unprompted_init: of these rows.
+    """
+
+    width: int
+    text_width: int
+    heads: int
+    text_rows: int
+    kernel_init: layers.Initializer
+    unprompted_init: layers.Initializer
+
+    def setup(self) -> None:
+        init, shape = self.kernel_init, (self.heads, self.width // self.heads)
+        rows_init = nn.with_logical_partitioning(self.unprompted_init, (None, 'embed'))
+        self.rows = self.param('rows', rows_init, (self.text_rows, self.text_width))
+        self.norm = layers.RMSNorm(self.text_width, eps=1e-6)
+        self.pool = AttentionPool(self.text_width, shape, init)
+        self.position = layers.Table(1, self.width, (None, 'embed'), init)
+        self.fc1 = layers.Linear(self.text_width, self.width, ('embed', 'mlp'), init)
+        self.fc2 = layers.Linear(self.width, self.width, ('mlp', 'embed'), init)
+
+    def __call__(self, text: TextCondition) -> jax.Array:
+        """[B, 1, D] float32."""
+        return self.summary(text)[:, None, :] + self.position(jnp.arange(1))
+
+    def text(self, text: TextCondition) -> tuple[jax.Array, jax.Array]:
+        """Projected token states [B, T, D], visible ones first, and how many, [B] int32."""
+        states_BTE, length_B = self.normalised(text)
+        return self.fc2(nn.gelu(self.fc1(states_BTE), approximate=True)), length_B
+
+    def normalised(self, text: TextCondition) -> tuple[jax.Array, jax.Array]:
+        """Normalised states [B, T, E], visible ones first, and how many are visible, [B] int32."""
+        states_BTE, length_B = pack(text.states_BTE.astype(jnp.float32), text.mask_BT)
+        return self.norm(states_BTE), length_B
+
+    def padding(self, text: TextCondition) -> None:
+        """No rows are padding."""
+
+    def summary(self, text: TextCondition) -> jax.Array:
+        """[B, D] float32: the pooled text."""
+        return self.pool(*self.normalised(text))
+
+    def unprompted(self, text: TextCondition, empty: TextCondition) -> TextCondition:
+        """The first of the learned rows, as many as each prompt has tokens.
+
+        Raises ValueError for prompts of more tokens than there are rows.
+        """
+        batch, count = text.mask_BT.shape
+        if count > self.text_rows:
+            raise ValueError(
+                f'a model with {self.text_rows} rows of text reads no prompts of {count} tokens: '
+                'shorten the prompts'
+            )
+        length_B1 = (text.mask_BT > 0).sum(1, keepdims=True)
+        shape = (batch, count, self.text_width)
+        return text.replace(
+            states_BTE=jnp.broadcast_to(self.rows[:count], shape),
+            mask_BT=(jnp.arange(count) < length_B1).astype(text.mask_BT.dtype),
+        )
+
+
+class AttentionPool(nn.Module):
+    """Attention of one learned query per head to a text (Infinity specification 5.1).
+
+    Attributes:
+        text_width: channels E of a text token.
+        shape: heads and their width.
+        kernel_init: of all weights.
+    """
+
+    text_width: int
+    shape: tuple[int, int]
+    kernel_init: layers.Initializer
+
+    @nn.compact
+    def __call__(self, states_BTE: jax.Array, length_B: jax.Array) -> jax.Array:
+        """[B, D] float32 from the first `length_B` states of each text."""
+        axes = ('embed', None, 'heads', None)
+        init = nn.with_logical_partitioning(self.kernel_init, ('heads', None))
+        query_NH = self.param('query', init, self.shape)
+        kernel = (self.text_width, 2, *self.shape)
+        project = layers.Einsum('BTE,ESNH->BTSNH', kernel, axes, self.kernel_init, name='text')
+        keys_BTNH, values_BTNH = jnp.unstack(project(states_BTE), axis=2)
+        values_BTNH = layers.Bias(self.shape, ('heads', None), name='v_bias')(values_BTNH)
+        scores_BNT = jnp.einsum('NH,BTNH->BNT', query_NH * self.shape[1] ** -0.5, keys_BTNH)
+        visible_B1T = jnp.arange(states_BTE.shape[1]) < length_B[:, None, None]
+        weights_BNT = nn.softmax(jnp.where(visible_B1T, scores_BNT, -jnp.inf))
+        pooled_BNH = jnp.einsum('BNT,BTNH->BNH', weights_BNT, values_BTNH)
+        width = self.shape[0] * self.shape[1]
+        gather = OutputProjection(width, self.shape, self.kernel_init, name='proj')
+        return gather(pooled_BNH[:, None])[:, 0]
 
 
 class LabelStart(nn.Module):

@@ -1,5 +1,7 @@
 """How do features become logits?"""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,27 +12,34 @@ from star_jax.nn import layers
 class Head(nn.Module):
     """Float32 logits of features, normalised by `norm` first (None: not normalised).
 
-    Every head receives the condition's summary vector; this one does not use it.
+    Every head receives the condition's summary vector; this one does not use it. `inner_init` is
+    the initializer of a layer with GELU before the logits (None: no such layer).
     """
 
     width: int
     num_logits: int
     kernel_init: layers.Initializer
     norm: nn.Module | None = None
+    inner_init: layers.Initializer | None = None
 
     @nn.compact
     def __call__(self, features_BLD: jax.Array, summary_BD: jax.Array | None = None) -> jax.Array:
         x_BLD = self.norm(features_BLD) if self.norm else features_BLD
-        return _logits(self.width, self.num_logits, self.kernel_init)(x_BLD)
+        return _logits(self.width, self.num_logits, self.kernel_init, self.inner_init)(x_BLD)
 
 
 class ModulatedHead(nn.Module):
-    """Float32 logits of normalised features that each image's vector scales and shifts."""
+    """Float32 logits of normalised features that each image's vector scales and shifts.
+
+    `norm` is the norm without parameters; `inner_init` as of `Head`.
+    """
 
     width: int
     num_logits: int
     kernel_init: layers.Initializer
     modulation_init: layers.Initializer
+    norm: Callable[[jax.Array], jax.Array] = layers.layer_norm
+    inner_init: layers.Initializer | None = None
 
     @nn.compact
     def __call__(self, features_BLD: jax.Array, summary_BD: jax.Array) -> jax.Array:
@@ -40,10 +49,20 @@ class ModulatedHead(nn.Module):
         )
         changes_B1D = jnp.split(modulate(nn.silu(summary_BD))[:, None], 2, axis=-1)
         scale_B1D, shift_B1D = (change.astype(features_BLD.dtype) for change in changes_B1D)
-        x_BLD = layers.layer_norm(features_BLD) * (1 + scale_B1D) + shift_B1D
-        return _logits(self.width, self.num_logits, self.kernel_init)(x_BLD)
+        x_BLD = self.norm(features_BLD) * (1 + scale_B1D) + shift_B1D
+        return _logits(self.width, self.num_logits, self.kernel_init, self.inner_init)(x_BLD)
 
 
-def _logits(width: int, num_logits: int, kernel_init: layers.Initializer) -> layers.Linear:
+def _logits(
+    width: int,
+    num_logits: int,
+    kernel_init: layers.Initializer,
+    inner_init: layers.Initializer | None,
+) -> Callable[[jax.Array], jax.Array]:
+    """The projection to logits; made inside of a compact method, it belongs to that module."""
     axes = ('embed', 'vocab')
-    return layers.Linear(width, num_logits, axes, kernel_init, jnp.float32, name='logits')
+    project = layers.Linear(width, num_logits, axes, kernel_init, jnp.float32, name='logits')
+    if inner_init is None:
+        return project
+    inner = layers.Linear(width, width, ('embed', 'mlp'), inner_init, name='inner')
+    return lambda x_BLD: project(nn.gelu(inner(x_BLD), approximate=True))

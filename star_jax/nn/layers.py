@@ -18,6 +18,13 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / rms(x) over the last axis; float32 statistics, dtype of x out."""
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+    return x32.astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """`layer_norm` as a part."""
 
@@ -26,19 +33,53 @@ class LayerNorm(nn.Module):
         return layer_norm(x)
 
 
+class AffineLayerNorm(nn.Module):
+    """`layer_norm` times a learned scale plus a learned shift."""
+
+    width: int
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param('scale', _along_width(nn.initializers.ones), (self.width,))
+        bias = self.param('bias', _along_width(nn.initializers.zeros), (self.width,))
+        return layer_norm(x, self.eps) * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+class PlainRMSNorm(nn.Module):
+    """`rms_norm` as a part."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis, times a learned scale; float32 statistics, dtype of x out."""
+    """`rms_norm` times a learned scale."""
 
     width: int
     eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
-        scale = self.param('scale', init, (self.width,))
-        x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * scale.astype(x.dtype)
+        scale = self.param('scale', _along_width(nn.initializers.ones), (self.width,))
+        return rms_norm(x, self.eps) * scale.astype(x.dtype)
+
+
+class LayerScale(nn.Module):
+    """x times a learned scale per channel that starts at `start`."""
+
+    width: int
+    start: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = _along_width(nn.initializers.constant(self.start))
+        return x * self.param('scale', init, (self.width,)).astype(x.dtype)
+
+
+def _along_width(init: Initializer) -> Initializer:
+    return nn.with_logical_partitioning(init, ('embed',))
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -98,6 +139,16 @@ class Linear(nn.Module):
         bias = self.param('bias', bias_init, (self.width_out,))
         y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=self.out)
         return y + bias.astype(y.dtype)
+
+
+class NormedLinear(nn.Module):
+    """A norm, then a linear layer."""
+
+    norm: nn.Module
+    linear: nn.Module
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(self.norm(x))
 
 
 class Table(nn.Module):

@@ -44,6 +44,8 @@ class Transformer(nn.Module):
         init_rows: initializer of level embeddings and learned positions.
         level_embedding: whether a learned vector per step is added to the rows.
         levels_count: rows of the level embedding (0: one per step; a family may have more).
+        levels_every: add the level embedding before every so many layers, from the first on (0:
+            once, to the embedded rows).
         modulator: makes the signal that modulates every block (None: the condition's summary).
         refiner: the head of stable sampling, if the model has one.
         remat: what the backward pass computes again.
@@ -51,6 +53,7 @@ class Transformer(nn.Module):
         dtype: dtype of activations.
         mixes_rows: whether the logits of a row depend on the other rows of its batch.
         sharding: how arrays inside the program are sharded.
+        row_multiple: teacher forcing pads the rows to a multiple of this number.
     """
 
     schedule: Schedule
@@ -65,6 +68,7 @@ class Transformer(nn.Module):
     init_rows: layers.Initializer
     level_embedding: bool = True
     levels_count: int = 0
+    levels_every: int = 0
     modulator: nn.Module | None = None
     refiner: nn.Module | None = None
     remat: Remat = 'none'
@@ -72,6 +76,7 @@ class Transformer(nn.Module):
     dtype: str = 'float32'
     mixes_rows: bool = False
     sharding: ActivationSharding = ActivationSharding()
+    row_multiple: int = 1
 
     def setup(self) -> None:
         shape = (self.levels_count or self.schedule.steps, self.width)
@@ -114,8 +119,8 @@ class Transformer(nn.Module):
             paths: [depth, 2, B] scales of the branches of self-attention and MLP (`drop_paths`).
 
         Returns:
-            [B, R, D]: features of the rows, and after them padding up to a number of rows that the
-            mesh divides.
+            [B, R, D]: features of the rows, and after them padding up to a multiple of
+            `row_multiple` that the mesh divides.
         """
         later = np.arange(self.schedule.starts[1], self.schedule.starts[-1])
         inputs = self.sharding.constrain_batch(inputs)  # else the tokenizer's canvases are split
@@ -168,6 +173,7 @@ class Transformer(nn.Module):
         past: tuple[KV, ...] = (),
         visibility: Visibility = ALL,
         paths: jax.Array | None = None,
+        mixing: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
         """All layers.
 
@@ -180,6 +186,7 @@ class Transformer(nn.Module):
             visibility: which keys, the past first, each row may attend to; the padding of a
                 prefix is added here.
             paths: [depth, 2, B] scales of residual branches.
+            mixing: [depth, 2, 2], for guidance after layers (`core.guidance.mix_rows`).
 
         Returns:
             Features [B, L, D] before the last norm, and the new keys and values of every layer.
@@ -196,12 +203,15 @@ class Transformer(nn.Module):
             visibility=visibility.replace(first_B=self.starter.padding(condition)),
             text_length_B=self.starter.text(condition)[1],
             signal=signal,
+            levels_LD=self.levels[steps_L] if self.levels_every else None,
         )
         per_layer = PerLayer(
             past=past,
             text_kv=text_kv,
             paths_2B=paths,
             frequencies_NP2=self.frequencies() if self.frequencies else None,
+            adds_levels=self._adds_levels() if self.levels_every else None,
+            mixing_22=mixing,
         )
         x_BLD = self.sharding(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
         return self.blocks(x_BLD, per_layer, shared)
@@ -256,8 +266,8 @@ class Transformer(nn.Module):
     def _pad(
         self, x_BLD: jax.Array, rows: Rows, visibility: StaticVisibility
     ) -> tuple[jax.Array, Rows, StaticVisibility]:
-        """The same rows and as much padding after them as the mesh needs; no row attends to it."""
-        more = (0, self.sharding.padded_length(len(rows)) - len(rows))
+        """The same rows and as much padding after them as is needed; no row attends to it."""
+        more = (0, self.sharding.padded_length(len(rows), self.row_multiple) - len(rows))
         if not any(more):
             return x_BLD, rows, visibility
         pad = np.pad if isinstance(rows, np.ndarray) else jnp.pad
@@ -265,6 +275,10 @@ class Transformer(nn.Module):
         return jnp.pad(x_BLD, ((0, 0), more, (0, 0))), pad(rows, more, mode='edge'), visibility
 
     def _add_positions(self, x_BLD: jax.Array, rows: Rows) -> jax.Array:
-        if self.level_embedding:
+        if self.level_embedding and not self.levels_every:
             x_BLD = x_BLD + self.levels[jnp.asarray(self.schedule.step_of_row)[rows]]
         return x_BLD if self.table is None else x_BLD + self.table(rows)
+
+    def _adds_levels(self) -> jax.Array:
+        """[depth] float32: 1 for layers before which the level embedding is added."""
+        return jnp.asarray(np.arange(self.depth) % self.levels_every == 0, jnp.float32)

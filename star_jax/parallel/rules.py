@@ -158,10 +158,10 @@ class ActivationSharding:
         """A tree of arrays constrained to be split along their first axis, the batch, only."""
         return jax.tree.map(lambda x: self(x, 'batch', *[None] * (x.ndim - 1)), tree)
 
-    def padded_length(self, tokens: int) -> int:
-        """`tokens`, or the next larger number of tokens that the mesh divides."""
-        shards = self.num_shards('tokens')
-        return -(-tokens // shards) * shards
+    def padded_length(self, tokens: int, multiple: int = 1) -> int:
+        """`tokens`, or the next larger multiple of `multiple` that the mesh divides."""
+        unit = math.lcm(self.num_shards('tokens'), multiple)
+        return -(-tokens // unit) * unit
 
     def num_shards(self, axis: str) -> int:
         """The number of shards that a logical axis is split into."""

@@ -177,6 +177,7 @@ def sample(
         x_RLD, cache, canvas = carry
         rows = schedule.rows(step)
         past, visibility = cache.past(schedule, step)
+        step_settings = settings.at(step.index)
         features_RLD, new = net().trunk(
             x_RLD,
             rows,
@@ -184,13 +185,14 @@ def sample(
             condition=condition,
             past=past,
             visibility=visibility,
+            mixing=step_settings.mixing,
         )
         cache = cache.write(new, schedule, step)
         cache = cache.replace(kv=network.shard_kv(cache.kv))
         sampled, method_trace = method(
             jax.vmap(jax.random.fold_in, (0, None))(keys_B, step.index),
             features_RLD[:, -schedule.sizes[step.like] :],
-            settings.at(step.index),
+            step_settings,
             step,
             step_fns,
         )
