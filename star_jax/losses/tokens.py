@@ -5,7 +5,8 @@ evaluation reports them for held-out images. Suffixes: B batch, L tokens, R rows
 padding that a mesh needs), D width, V logits.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 
 Metrics = dict[str, jax.Array]
+BitReduction = Literal['mean', 'sum']
 
 TARGETS = 1  # folded into the key of a step for its inputs and labels
 
@@ -65,6 +67,7 @@ def token_losses(
     rows: jax.Array | None = None,
     paths: jax.Array | None = None,
     smoothing: float = 0.0,
+    of_bits: BitReduction = 'mean',
 ) -> TokenLosses:
     """The losses of every token that is kept.
 
@@ -77,6 +80,7 @@ def token_losses(
         paths: scales of stochastic depth, as from `drop_paths` (None: 1).
         smoothing: label smoothing e; the trained loss of a token is (1 - e) times its cross-entropy
             plus e times the mean of -log p over all codes.
+        of_bits: whether the trained loss of a token is the mean or the sum over its bits.
     """
     network = bind(network, params)
     features_BRD = network.features(targets.inputs_BLC, condition, rows, paths)
@@ -89,6 +93,8 @@ def token_losses(
     labels = jnp.zeros(shape, labels.dtype).at[:, row_of_token_L].set(labels)
     nll_BR = codes.nll(logits, labels)
     trained_BR = codes.nll(logits, labels, smoothing) if smoothing else nll_BR
+    if of_bits == 'sum':
+        trained_BR = trained_BR * math.prod(codes.shape)
     losses = (trained_BR, nll_BR, codes.hits(logits, labels))
     return TokenLosses(*(loss_BR[:, row_of_token_L] for loss_BR in losses))
 

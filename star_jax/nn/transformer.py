@@ -191,6 +191,30 @@ class Transformer(nn.Module):
         Returns:
             Features [B, L, D] before the last norm, and the new keys and values of every layer.
         """
+        per_layer, shared = self.block_inputs(
+            rows,
+            text_kv=text_kv,
+            condition=condition,
+            past=past,
+            visibility=visibility,
+            paths=paths,
+            mixing=mixing,
+        )
+        x_BLD = self.sharding(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
+        return self.blocks(x_BLD, per_layer, shared)
+
+    def block_inputs(
+        self,
+        rows: Rows,
+        *,
+        text_kv: KV | None,
+        condition: Any,
+        past: tuple[KV, ...] = (),
+        visibility: Visibility = ALL,
+        paths: jax.Array | None = None,
+        mixing: jax.Array | None = None,
+    ) -> tuple[PerLayer, Shared]:
+        """What the layers receive beside the rows, with the arguments of `trunk`."""
         rotation = self.positions.rotation(self.schedule, self.head_width)
         xy = self.positions.coordinates(self.schedule)
         steps_L = jnp.asarray(self.schedule.step_of_row)[rows]
@@ -213,8 +237,7 @@ class Transformer(nn.Module):
             adds_levels=self._adds_levels() if self.levels_every else None,
             mixing_22=mixing,
         )
-        x_BLD = self.sharding(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
-        return self.blocks(x_BLD, per_layer, shared)
+        return per_layer, shared
 
     def head(self, features_BLD: jax.Array, condition: Any) -> jax.Array:
         """[B, L, V] float32 flat logits, sharded over the vocabulary."""

@@ -46,6 +46,7 @@ class Recipe:
         keep_tokens: tokens that are kept; the others are dropped from the last scale (0: all).
         balance: weight of a scale in the loss: 0 weights all tokens equally, 1 all scales.
         label_smoothing: share of the uniform distribution in the labels.
+        bit_loss: mean or sum over the bits of a token.
         loss_scale: factor of the loss, before gradients are clipped.
         ema: decay of the moving average of the parameters (0: no average).
         constants: names of the parameters that are not trained.
@@ -56,6 +57,7 @@ class Recipe:
     keep_tokens: int = 0
     balance: float = 0.0
     label_smoothing: float = 0.0
+    bit_loss: tokens.BitReduction = 'mean'
     loss_scale: float = 1.0
     ema: float = 0.0
     constants: frozenset[str] = frozenset()
@@ -178,6 +180,7 @@ class TrainingProgram:
             rows=rows,
             paths=paths,
             smoothing=recipe.label_smoothing,
+            of_bits=recipe.bit_loss,
         )
         count = losses.trained_BL.shape[1]
         weights_L = tokens.token_weights(network.schedule, count, recipe.balance)
@@ -333,6 +336,7 @@ def build_recipe(run: Run, ways: int) -> Recipe:
         keep_tokens=run.model.keep_tokens,
         balance=run.balance,
         label_smoothing=run.label_smoothing,
+        bit_loss=run.bit_loss,
         loss_scale=run.batch // ways if scaled else 1.0,
         ema=run.ema,
         constants=run.model.constants,

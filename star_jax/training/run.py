@@ -21,6 +21,7 @@ from star_jax.families.star import Star
 from star_jax.files import SHIPPED
 from star_jax.losses.refinement import Unmasking
 from star_jax.losses.tokenizer import Objective
+from star_jax.losses.tokens import BitReduction
 from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel.mesh import MeshShape
 from star_jax.protocols import Family, TokenizerConfig
@@ -182,6 +183,7 @@ class Run:
             trained loss; validation metrics are never smoothed.
         correction: bits that are flipped in training, so that later scales learn to repair
             mistakes (Infinity; published: strength 0.3).
+        bit_loss: the loss of a token that is made of bits: the mean over them, or the sum.
         released_loss_scale: multiply the loss by the images per device when tokens are dropped
             (model.keep_tokens), as the published code does; gradients are then clipped more.
         unmasking: training of a refinement head.
@@ -216,6 +218,7 @@ class Run:
     balance: float = 0.0
     label_smoothing: float = 0.0
     correction: SelfCorrection = SelfCorrection()
+    bit_loss: BitReduction = 'mean'
     released_loss_scale: bool = False
     unmasking: Unmasking = Unmasking()
     ema: float = 0.0

@@ -21,7 +21,10 @@ from star_jax.verify.comparison import CaseReport
 from star_jax.verify.function_cases import Rope, Sampling, Schedules
 from star_jax.verify.generate import Generations
 from star_jax.verify.infinity import BitFilters, RotaryTables
+from star_jax.verify.infinity_generate import BitGenerations
 from star_jax.verify.infinity_tokenizer import BitQuantisers, BitTokenizer, SelfCorrections
+from star_jax.verify.infinity_train import BitTraining
+from star_jax.verify.infinity_transformer import TeacherForcedBits
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
 from star_jax.verify.tokenizer import Quantiser, Vqvae
@@ -44,6 +47,9 @@ KINDS = {
     ('infinity', 'quantizer'): BitQuantisers,
     ('infinity', 'tokenizer'): BitTokenizer,
     ('infinity', 'self_correction'): SelfCorrections,
+    ('infinity', 'transformer'): TeacherForcedBits,
+    ('infinity', 'train_step'): BitTraining,
+    ('infinity', 'generate'): BitGenerations,
 }
 OPTIONS = {'star': star_options.OPTIONS, 'infinity': infinity_options.OPTIONS}
 MARKS = {'infinity': infinity_options.MARKS}  # of families whose cases carry no tolerances

@@ -33,7 +33,102 @@ DESCRIPTIVE = ('batch', 'case', 'min_*_margin*', 'n_params', '*seed', 'torch')
 
 TOKENIZER = ('base_ch', 'ch_mult', 'num_res_blocks', 'patch_size')
 
+TRANSFORMER = (
+    'apply_spatial_patchify',
+    'text_channels',
+    'text_maxlen',
+    *(
+        f'options.{name}'
+        for name in (
+            'add_lvl_embeding_only_first_block',
+            'block_chunks',
+            'cos_attn',
+            'cross_attn_layer_scale',
+            'depth',
+            'embed_dim',
+            'head_aln',
+            'head_depth',
+            'mlp_ratio',
+            'nm0',
+            'num_heads',
+            'pad_to_multiplier',
+            'rms_norm',
+            'rope2d_normalized_by_hw',
+            'shared_aln',
+            'swiglu',
+            'tau',
+        )
+    ),
+)
+ITS_TOKENIZER = ('codebook_dim', *(f'vae.{name}' for name in TOKENIZER))
+# Options without effect in evaluation, and one that chooses a kernel.
+INERT_IN_TRANSFORMERS = ('options.drop_path_rate', 'options.fused_norm')
+NO_DROPOUT = {'norm_eps': 1e-6, 'options.drop_rate': 0}
+
 OPTIONS: Mapping[str, Options] = {
+    'transformer': Options(
+        read=(
+            *ANY,
+            *TRANSFORMER,
+            'prefix_schedule',
+            'rope_reference_schedule',
+            'schedule',
+            'transformer_d_vae',
+        ),
+        checked=NO_DROPOUT,
+        descriptive=(
+            *DESCRIPTIVE,
+            *INERT_IN_TRANSFORMERS,
+            'published_table',
+            'tokenizer_codebook_dim',
+        ),
+    ),
+    'train_step': Options(
+        read=(
+            *ANY,
+            *TRANSFORMER,
+            *ITS_TOKENIZER,
+            'always_training_scales',
+            'full_schedule',
+            'label_smoothing',
+            'noise_apply_layers',
+            'noise_apply_requant',
+            'noise_apply_strength',
+            'schedule_used',
+            *(f'runs.*.{name}' for name in ('bitloss_type', 'grads', 'name', 'reweight')),
+        ),
+        checked=NO_DROPOUT,
+        descriptive=(*DESCRIPTIVE, *INERT_IN_TRANSFORMERS, 'h_div_w_key', 'img_hw', 'pn'),
+    ),
+    'generate': Options(
+        read=(
+            *ANY,
+            *TRANSFORMER,
+            *ITS_TOKENIZER,
+            'schedule',
+            *(
+                f'runs.*.{name}'
+                for name in (
+                    'cfg_insertion_layer',
+                    'cfg_list',
+                    'gt_leak',
+                    'name',
+                    'negative',
+                    'tau_list',
+                    'top_k',
+                    'top_p',
+                )
+            ),
+        ),
+        checked=NO_DROPOUT,
+        descriptive=(
+            *DESCRIPTIVE,
+            *INERT_IN_TRANSFORMERS,
+            'h_div_w_key',
+            'runs.*.g_seed',
+            'runs.*.min_*_margin*',
+        ),
+    ),
     'rope2d': Options(
         read=(
             *ANY,

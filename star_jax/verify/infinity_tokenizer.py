@@ -153,7 +153,7 @@ class BitTokenizer:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.bsq = tokenizer_config(case, case.config)
+        self.bsq = tokenizer_config(case, case.config, case.option('schedule'))
         self.params = cases.convert(case, bsq_entries(self.bsq, case.state), case.state, IGNORED)
 
     def rules(self) -> tuple[Rule, ...]:
@@ -297,8 +297,10 @@ class Corrected:
         return self.targets.codes_BL[:, first:end]
 
 
-def tokenizer_config(case: Case, sizes: Mapping[str, Any]) -> BSQ:
-    """The tokenizer whose autoencoder has the original options `sizes`, at the case's schedule."""
+def tokenizer_config(
+    case: Case, sizes: Mapping[str, Any], schedule: list[list[int]], patchify: bool = False
+) -> BSQ:
+    """The tokenizer whose autoencoder has the original options `sizes`, at a token schedule."""
     autoencoder = cases.build(
         case,
         Autoencoder,
@@ -317,8 +319,9 @@ def tokenizer_config(case: Case, sizes: Mapping[str, Any]) -> BSQ:
         case,
         BSQ,
         autoencoder=autoencoder,
-        grids=images(case.option('schedule'), case),
+        grids=images(schedule, case),
         bits=case.option('codebook_dim'),
+        patchify=patchify,
     )
 
 
