@@ -55,6 +55,11 @@ class Settings:
         top_p: of those, sample among the most probable ones that hold this share of the probability
             (0: all).
         temperature: divisor of the logits; below 1 sharpens the distribution.
+        guidance_layers: where guidance combines what is computed with and without a prompt: 0 the
+            logits, -1 the output of the last layer, -2 of the one before it, and so on.
+        guidance_per_step: guidance of each step, in place of `guidance` (none: that for all).
+        temperature_per_step: temperature of each step, in place of `temperature` (none: that).
+        negative: prompt that images move away from, in place of none at all ('': none).
         smooth: mix code vectors instead of sampling codes; top_k, top_p and temperature are
             ignored; images look cleaner and follow the prompt less.
         stable: stable sampling of the finer scales in several passes, by a refinement head.
@@ -64,17 +69,28 @@ class Settings:
     top_k: int = 600
     top_p: float = 0.8
     temperature: float = 1.0
+    guidance_layers: tuple[int, ...] = (0,)
+    guidance_per_step: tuple[float, ...] = ()
+    temperature_per_step: tuple[float, ...] = ()
+    negative: str = ''
     smooth: bool = False
     stable: StableSettings = StableSettings()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance <= LIMIT:
-            raise ValueError(f'guidance must lie in [0, {LIMIT:g}], not {self.guidance}')
+        for guidance in (self.guidance, *self.guidance_per_step):
+            if not 0 <= guidance <= LIMIT:
+                raise ValueError(f'guidance must lie in [0, {LIMIT:g}], not {guidance}')
         if self.top_k < 0:
             raise ValueError(f'top_k must not be negative (0: all), not {self.top_k}')
         if not 0 <= self.top_p <= 1:
             raise ValueError(f'top_p must lie in [0, 1], not {self.top_p}')
-        if not 1 / LIMIT <= self.temperature <= LIMIT:
+        for temperature in (self.temperature, *self.temperature_per_step):
+            if not 1 / LIMIT <= temperature <= LIMIT:
+                raise ValueError(
+                    f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}'
+                )
+        if not self.guidance_layers or max(self.guidance_layers) > 0:
             raise ValueError(
-                f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {self.temperature}'
+                'guidance_layers must hold 0 (the logits) or negative numbers (layers, -1 the '
+                f'last), not {self.guidance_layers}'
             )

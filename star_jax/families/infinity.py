@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from star_jax.core.codes import Bits
 from star_jax.core.condition import TextCondition
-from star_jax.core.filters import NucleusFilter
+from star_jax.core.filters import BitFilter
 from star_jax.core.schedule import Grids, Pyramid, square_grids
 from star_jax.core.settings import Settings
 from star_jax.core.sizes import check_sizes
@@ -31,6 +31,7 @@ from star_jax.nn.heads import Head, ModulatedHead
 from star_jax.nn.positions import AnyPositions, ReferenceRotary
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
+from star_jax.tokenizers.residual_bsq import BSQ
 
 LEVELS = 15  # rows of the level embedding, whatever the schedule
 UNIT = 256  # hidden widths are multiples of it
@@ -193,6 +194,10 @@ class Infinity(Sizes):
             pooled_BE=jax.ShapeDtypeStruct((batch, self.text_width), jnp.float32),
         )
 
+    def default_tokenizer(self) -> BSQ:
+        """The published tokenizer with these scales and bits."""
+        return BSQ(grids=self.grids, bits=self.bits)
+
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
         """The text encoder that `load` gives; UserError unless it is of the model's text width."""
         return check_text_encoder(load(), self.text_width)
@@ -201,9 +206,10 @@ class Infinity(Sizes):
         """[S] float32: the published number less 1, at every scale; off at 1 and below."""
         return np.full(self.schedule.steps, max(guidance - 1, 0), np.float32)
 
-    def filter(self, settings: Settings) -> NucleusFilter:
-        """Top-k and the nucleus over the two values of a bit."""
-        return NucleusFilter(top_k=settings.top_k, top_p=settings.top_p or None)
+    def filter(self, settings: Settings) -> BitFilter:
+        """Top-k and the nucleus over the two values of a bit; top-p is off at 0 and at 1."""
+        top_p = settings.top_p if settings.top_p < 1 else 0
+        return BitFilter(top_k=settings.top_k, top_p=top_p or None)
 
     def _block(self, attend: Kernel, modulation: Callable[[], nn.Module]) -> BlockParts:
         """Normalised queries and keys rotate last."""

@@ -124,7 +124,10 @@ class Pipeline:
 
         The next batch is computed while the caller handles the one before.
         """
-        pending, first = None, 0
+        pending, first, negative = None, 0, None
+        if settings.negative:
+            encoded = self.encoder.encode([settings.negative])
+            negative = jax.device_put(encoded, rules.replicated(self.mesh))
         for size in batches(len(prompts), batch, batch_shards(self.mesh)):
             part = slice(first, first + size)
             first += size
@@ -135,7 +138,12 @@ class Pipeline:
                 (keys_B, self.encoder.encode(padded)), rules.batch_sharding(self.mesh)
             )
             inputs = program.inputs(
-                self._config, settings, keys_B=keys_B, prompted=prompted, empty=self._empty
+                self._config,
+                settings,
+                keys_B=keys_B,
+                prompted=prompted,
+                empty=self._empty,
+                negative=negative,
             )
             images = self._program(self._params, inputs)
             if pending:

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from star_jax.core import condition
 from star_jax.core.buckets import Buckets
-from star_jax.core.guidance import StepSettings
+from star_jax.core.guidance import StepSettings, layer_mixing
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.nn.bind import bind
@@ -36,6 +36,7 @@ class SamplingInputs:
         keys_B: one key per image.
         prompted: conditions of B prompts.
         empty: the condition of the empty prompt, one row; None: no guidance, prompted rows alone.
+        negative: the condition of a prompt to move away from, one row, in place of no prompt.
         settings: guidance and temperature of every step.
         method: how codes are sampled.
         given: codes that are fed back instead of the sampled ones.
@@ -47,19 +48,27 @@ class SamplingInputs:
     settings: StepSettings
     method: SamplingMethod
     given: GivenCodes | None = None
+    negative: Any = None
 
 
 Program = Callable[[Any, SamplingInputs], jax.Array]  # with params; returns uint8 [B, H, W, 3]
 
 
 def inputs(
-    config: Family, settings: Settings, *, keys_B: jax.Array, prompted: Any, empty: Any
+    config: Family,
+    settings: Settings,
+    *,
+    keys_B: jax.Array,
+    prompted: Any,
+    empty: Any,
+    negative: Any = None,
 ) -> SamplingInputs:
     """The inputs for a model of `config` under a user's settings.
 
+    `negative` is the encoded `settings.negative`, one row.
+
     Raises:
-        UserError: stable sampling of a model without a refinement head, or of scales that it
-            cannot refine.
+        UserError: as of `step_settings` and `sampling_method`.
     """
     steps = step_settings(config, settings)
     return SamplingInputs(
@@ -68,19 +77,54 @@ def inputs(
         empty=empty if steps.guided else None,
         settings=steps,
         method=sampling_method(config, settings),
+        negative=negative if steps.guided else None,
     )
 
 
 def step_settings(config: Family, settings: Settings) -> StepSettings:
-    """Guidance and temperature of every step, as the family derives them."""
+    """Guidance and temperature of every step, as the family derives them.
+
+    Raises:
+        UserError: numbers per step of another length than the steps of the model, or guidance
+            after layers that it does not have.
+    """
+    steps, layers = config.schedule.steps, settings.guidance_layers
+    if min(layers) < -config.depth:
+        raise UserError(
+            f'guidance_layers holds {min(layers)}, but the model has {config.depth} layers: choose '
+            f'numbers from {-config.depth} to 0'
+        )
+    for name in ('guidance_per_step', 'temperature_per_step'):
+        count = len(getattr(settings, name))
+        if count not in (0, steps):
+            raise UserError(
+                f'{name} has {count} numbers, but the model samples in {steps} steps: give {steps}'
+            )
+    guidances = settings.guidance_per_step or (settings.guidance,) * steps
+    temperatures = settings.temperature_per_step or (settings.temperature,) * steps
+    weights_S = _of_steps(config.guidance_weights, guidances)
+    inside = tuple(layer for layer in layers if layer < 0)
+    mixing = layer_mixing(weights_S, config.depth, inside)
     return StepSettings(
-        guidance=config.guidance_weights(settings.guidance),
-        temperature=config.temperatures(settings.temperature),
+        guidance=weights_S if 0 in layers else np.zeros_like(weights_S),
+        temperature=_of_steps(config.temperatures, temperatures),
+        mixing=mixing if inside and weights_S.any() else None,
     )
 
 
+def _of_steps(of_number: Callable[[float], np.ndarray], numbers: Sequence[float]) -> np.ndarray:
+    """[S]: at each step what the family makes of the number of that step."""
+    every = {number: of_number(number) for number in set(numbers)}
+    return np.asarray([every[number][step] for step, number in enumerate(numbers)], np.float32)
+
+
 def sampling_method(config: Family, settings: Settings) -> SamplingMethod:
-    """How codes are sampled under a user's settings; UserErrors as of `inputs`."""
+    """How codes are sampled under a user's settings.
+
+    Raises:
+        UserError: stable sampling of a model without a refinement head, of scales that it cannot
+            refine, or with settings that it does not have.
+    """
     filtered = FilteredSampling(config.filter(settings))
     plain = SmoothSampling(steps=config.schedule.steps) if settings.smooth else filtered
     if settings.stable.version == 'off':
@@ -89,6 +133,11 @@ def sampling_method(config: Family, settings: Settings) -> SamplingMethod:
         raise UserError(
             'stable sampling needs a model with a refinement head, which this one has not: train '
             'one on it (a config whose model has a refinement, and --init), or leave it off'
+        )
+    if settings.guidance_layers != (0,) or settings.guidance_per_step:
+        raise UserError(
+            'stable sampling guides all logits by one number: leave guidance_layers and '
+            'guidance_per_step out, or stable sampling off'
         )
     return StableSampling(
         plain=plain,
@@ -155,7 +204,10 @@ def _sample_images(
 ) -> jax.Array:
     rows = inputs.prompted
     if inputs.empty is not None:
-        unprompted = bind(network, params['model']).unprompted(inputs.prompted, inputs.empty)
+        if inputs.negative is None:
+            unprompted = bind(network, params['model']).unprompted(inputs.prompted, inputs.empty)
+        else:
+            unprompted = condition.repeat(inputs.negative, like=inputs.prompted)
         rows = condition.stack(inputs.prompted, unprompted)
     sampled = sample(
         network,

@@ -46,6 +46,7 @@ class SampleGrid:
         tokenizer: its tokenizer.
         mesh: the devices.
         dtype: dtype of the activations.
+        negative: the condition of the settings' negative prompt, one row on the devices, or None.
     """
 
     config: Family
@@ -55,6 +56,7 @@ class SampleGrid:
     tokenizer: nn.Module
     mesh: Mesh
     dtype: str
+    negative: Any = None
 
     def compile(self, params: Any, prompted: Any, empty: Any) -> jax.stages.Compiled:
         """Compiles the program.
@@ -123,7 +125,12 @@ class SampleGrid:
 
     def _inputs(self, keys_B: Any, prompted: Any, empty: Any) -> sampling.SamplingInputs:
         inputs = sampling.inputs(
-            self.config, self.settings, keys_B=keys_B, prompted=prompted, empty=empty
+            self.config,
+            self.settings,
+            keys_B=keys_B,
+            prompted=prompted,
+            empty=empty,
+            negative=self.negative,
         )
         arrays = jax.tree.map(jnp.asarray, (inputs.settings, inputs.method))
         settings, method = rules.shard(arrays, rules.replicated(self.mesh))

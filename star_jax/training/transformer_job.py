@@ -108,13 +108,18 @@ class TransformerJob:
         shardings = rules.shardings(
             self.tokenizer.config.abstract(), self._mesh, f' of the tokenizer {run.tokenizer}'
         )
-        empty = self.prompt_encoder.encode([''])
+        empty, against = self.prompt_encoder.encode(['']), None
+        if run.sampling.negative:
+            encoded = self.prompt_encoder.encode([run.sampling.negative])
+            against = rules.shard(encoded, rules.replicated(self._mesh))
         self.frozen = Frozen(
             tokenizer=rules.shard(self.tokenizer.params, shardings),
             empty=rules.shard(empty, rules.replicated(self._mesh)),
             encoder=self.prompt_encoder.params if self.texts is None else {},  # sharded when loaded
         )
-        sampling.sampling_method(run.model, run.sampling)  # a UserError before anything is computed
+        # UserErrors before anything is computed.
+        sampling.step_settings(run.model, run.sampling)
+        sampling.sampling_method(run.model, run.sampling)
         self._grid = SampleGrid(
             config=run.model,
             settings=run.sampling,
@@ -123,6 +128,7 @@ class TransformerJob:
             tokenizer=vq.build(run.dtype),
             mesh=self._mesh,
             dtype=run.dtype,
+            negative=against,
         )
         self._run_grid = self._grid.program
         self._encode = jax.jit(self.program.encode, out_shardings=rules.batch_sharding(self._mesh))
