@@ -41,6 +41,8 @@ COMMON: dict[type, Sections] = {
             'model.width',
             'model.heads',
             'model.sides',
+            'model.grids',
+            'model.bits',
         ),
         'data': (*DATA, 'cache', 'features', 'caption-drop'),
         'training': SCHEDULE,
@@ -72,7 +74,14 @@ COMMON: dict[type, Sections] = {
 
 # The options that decide which program is compiled, for commands that do not run it to the end.
 PROGRAM: Sections = {
-    'model': ('model.depth', 'model.width', 'model.heads', 'model.sides', 'model.keep-tokens'),
+    'model': (
+        'model.depth',
+        'model.width',
+        'model.heads',
+        'model.sides',
+        'model.grids',
+        'model.keep-tokens',
+    ),
     'program': ('batch', 'optimizer.accumulate', 'ema', 'dtype', 'remat', 'unroll', 'attention'),
     'sampling': ('sampling.guidance', 'sampling.top-k', 'sampling.stable.version'),
     'devices': MESH,
