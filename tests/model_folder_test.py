@@ -212,6 +212,10 @@ def test_model_is_read_as_it_was_written(tmp_path):
             'top_k': 7,
             'top_p': 0.8,
             'temperature': 1.0,
+            'guidance_layers': [0],
+            'guidance_per_step': [],
+            'temperature_per_step': [],
+            'negative': '',
             'smooth': False,
             'stable': {
                 'version': 'off',

@@ -1,5 +1,6 @@
 """How is a report printed in a terminal?"""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -174,7 +175,12 @@ def _format_setting(name: str, value: Any) -> str:
         return '' if value['version'] == 'off' else f'{name} {value["version"]}'
     if isinstance(value, bool):
         return name if value else ''
-    return f'{name.replace("_", "-")} {value:g}'
+    option = name.replace('_', '-')
+    if isinstance(value, str):
+        return f'{option} {value!r}' if value else ''
+    if isinstance(value, Sequence):  # (0,) are the logits, where guidance acts by default
+        return ' '.join([option, *map('{:g}'.format, value)]) if any(value) else ''
+    return f'{option} {value:g}'
 
 
 def _format_score(
