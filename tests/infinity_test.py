@@ -173,7 +173,7 @@ def test_rows_without_a_prompt_are_learned_and_as_many_as_the_prompt_has():
 
 def test_a_prompt_longer_than_the_learned_rows_is_refused():
     text = text_of(7, padded=7)
-    with pytest.raises(ValueError, match='6 rows of text reads no prompts of 7 tokens'):
+    with pytest.raises(UserError, match='at most 6 tokens of a prompt, not 7'):
         bind(TINY.build(), params_of(TINY)).unprompted(text, text)
 
 

@@ -7,6 +7,7 @@ from flax import linen as nn
 from star_jax.core import condition
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.visibility import pack
+from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.nn.attention import OutputProjection
 
@@ -105,13 +106,13 @@ class PooledStart(nn.Module):
     def unprompted(self, text: TextCondition, empty: TextCondition) -> TextCondition:
         """The first of the learned rows, as many as each prompt has tokens.
 
-        Raises ValueError for prompts of more tokens than there are rows.
+        Raises UserError for prompts of more tokens than there are rows.
         """
         batch, count = text.mask_BT.shape
         if count > self.text_rows:
-            raise ValueError(
-                f'a model with {self.text_rows} rows of text reads no prompts of {count} tokens: '
-                'shorten the prompts'
+            raise UserError(
+                f'the model replaces at most {self.text_rows} tokens of a prompt, not {count}: '
+                'shorten the prompts, or set model.text_rows to what the text encoder gives'
             )
         length_B1 = (text.mask_BT > 0).sum(1, keepdims=True)
         shape = (batch, count, self.text_width)
