@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax.core import meta
 from tiny import random_params
 
+from star_jax.checkpoint import folder
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.infinity import infinity_entries
 from star_jax.core import condition
@@ -18,6 +20,7 @@ from star_jax.core.codes import Bits, Targets
 from star_jax.core.condition import TextCondition
 from star_jax.core.filters import BitFilter
 from star_jax.core.guidance import StepSettings, layer_mixing, mix_rows
+from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.families.infinity import Infinity
@@ -29,6 +32,7 @@ from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.sampler import sample
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.training.transformer_job import TransformerJob
 
 WIDTH, BITS = 16, 6
 SQUARE = ((1, 1), (2, 2), (4, 4))
@@ -301,3 +305,30 @@ def test_fresh_gates_scales_and_heads_are_small():
     rows = Infinity().build().starter.unprompted_init(key, (64, 2048))
     assert np.abs(rows).max() <= 2 / 2048**0.5
     np.testing.assert_allclose(rows.std(), 0.947 / 2048**0.5, rtol=0.02)
+
+
+def test_a_run_trains_on_flipped_bits_and_samples_from_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path / 'cache'))
+    autoencoder = Autoencoder(
+        width=4, multipliers=(1,), blocks=1, groups=2, stem=4, attention=False
+    )
+    config = BSQ(autoencoder=autoencoder, grids=SQUARE, bits=BITS)
+    stored = folder.StoredTokenizer(config=config, params=random_params(config.abstract()))
+    folder.write(tmp_path / 'tokenizer', stored)
+    run = dataclasses.replace(
+        tiny.STAR,
+        model=dataclasses.replace(TINY, text_width=32, text_rows=64),
+        tokenizer=str(tmp_path / 'tokenizer'),
+        correction=SelfCorrection(strength=0.3),
+        balance=0.5,
+        bit_loss='sum',
+        sampling=Settings(guidance=3, guidance_layers=(0, -1), negative='a blue star'),
+    )
+    job = TransformerJob(run)
+    state = job.init()
+    before = np.asarray(state.params['starter']['rows'])
+    state, metrics = job.step(0, state, next(job.batches(0)))
+    assert np.isfinite(metrics['loss'])
+    assert not np.array_equal(state.params['starter']['rows'], before)
+    job.compile_grid()
+    assert job.sample_grid(state).dtype == np.uint8
