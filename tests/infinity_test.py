@@ -140,6 +140,24 @@ def test_an_image_alone_is_the_image_in_a_batch_of_longer_prompts():
     np.testing.assert_allclose(in_batch.images[:1], single.images, atol=1e-5)
 
 
+def test_sampling_stops_after_any_scale():
+    tokenizer = tokenizer_of(SQUARE)
+    both = {'model': params_of(TINY), 'tokenizer': random_params(tokenizer.abstract())}
+    settings, method = settings_of(TINY, 0), FilteredSampling(BitFilter())
+    run = jax.jit(
+        functools.partial(sample, TINY.build(), tokenizer.build()), static_argnames='stop'
+    )
+
+    def codes(stop):
+        keys_B = program.image_keys([0, 1])
+        rows = text_of(3, 5)
+        return run(
+            both, keys_B=keys_B, condition=rows, settings=settings, method=method, stop=stop
+        ).codes
+
+    assert np.array_equal(codes(2), codes(0)[:, :5])
+
+
 def test_hidden_tokens_of_a_text_do_not_matter():
     params, text = params_of(TINY), text_of(3, 5)
     hidden = text.mask_BT[..., None] == 0
@@ -219,6 +237,7 @@ def test_settings_give_guidance_and_temperature_of_every_step():
     [
         (Settings(guidance_per_step=(1, 2)), 'guidance_per_step has 2 numbers'),
         (Settings(temperature_per_step=(1, 2)), 'temperature_per_step has 2 numbers'),
+        (Settings(stop=4), 'stop is 4, but the model samples in 3 steps'),
         (Settings(guidance_layers=(-3,)), 'guidance_layers holds -3, but the model has 2 layers'),
     ],
 )

@@ -216,6 +216,7 @@ def test_model_is_read_as_it_was_written(tmp_path):
             'guidance_per_step': [],
             'temperature_per_step': [],
             'negative': '',
+            'stop': 0,
             'smooth': False,
             'stable': {
                 'version': 'off',

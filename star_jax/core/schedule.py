@@ -71,6 +71,11 @@ class Group:
     def members(self) -> range:
         return range(self.first, self.first + self.count)
 
+    def before(self, stop: int) -> 'Group':
+        """The part of the group before the step `stop`, which is after its first step."""
+        count = min(self.count, stop - self.first)
+        return Group(self.first, count, self.padded and count > 1)
+
 
 class Schedule:
     """Arithmetic of all schedules; subclasses define the attributes.

@@ -60,6 +60,7 @@ class Settings:
         guidance_per_step: guidance of each step, in place of `guidance` (none: that for all).
         temperature_per_step: temperature of each step, in place of `temperature` (none: that).
         negative: prompt that images move away from, in place of none at all ('': none).
+        stop: sample the first so many steps only, for a coarse image (0: all).
         smooth: mix code vectors instead of sampling codes; top_k, top_p and temperature are
             ignored; images look cleaner and follow the prompt less.
         stable: stable sampling of the finer scales in several passes, by a refinement head.
@@ -73,6 +74,7 @@ class Settings:
     guidance_per_step: tuple[float, ...] = ()
     temperature_per_step: tuple[float, ...] = ()
     negative: str = ''
+    stop: int = 0
     smooth: bool = False
     stable: StableSettings = StableSettings()
 
@@ -80,6 +82,8 @@ class Settings:
         for guidance in (self.guidance, *self.guidance_per_step):
             if not 0 <= guidance <= LIMIT:
                 raise ValueError(f'guidance must lie in [0, {LIMIT:g}], not {guidance}')
+        if self.stop < 0:
+            raise ValueError(f'stop must not be negative (0: all steps), not {self.stop}')
         if self.top_k < 0:
             raise ValueError(f'top_k must not be negative (0: all), not {self.top_k}')
         if not 0 <= self.top_p <= 1:

@@ -175,6 +175,8 @@ def _format_setting(name: str, value: Any) -> str:
         return '' if value['version'] == 'off' else f'{name} {value["version"]}'
     if isinstance(value, bool):
         return name if value else ''
+    if name == 'stop' and not value:
+        return ''
     option = name.replace('_', '-')
     if isinstance(value, str):
         return f'{option} {value!r}' if value else ''

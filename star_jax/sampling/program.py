@@ -40,6 +40,7 @@ class SamplingInputs:
         settings: guidance and temperature of every step.
         method: how codes are sampled.
         given: codes that are fed back instead of the sampled ones.
+        stop: sample the first `stop` steps only (static; 0: all).
     """
 
     keys_B: jax.Array
@@ -49,6 +50,7 @@ class SamplingInputs:
     method: SamplingMethod
     given: GivenCodes | None = None
     negative: Any = None
+    stop: int = flax.struct.field(pytree_node=False, default=0)
 
 
 Program = Callable[[Any, SamplingInputs], jax.Array]  # with params; returns uint8 [B, H, W, 3]
@@ -78,6 +80,7 @@ def inputs(
         settings=steps,
         method=sampling_method(config, settings),
         negative=negative if steps.guided else None,
+        stop=settings.stop,
     )
 
 
@@ -85,10 +88,15 @@ def step_settings(config: Family, settings: Settings) -> StepSettings:
     """Guidance and temperature of every step, as the family derives them.
 
     Raises:
-        UserError: numbers per step of another length than the steps of the model, or guidance
-            after layers that it does not have.
+        UserError: numbers per step of another length than the steps of the model, guidance after
+            layers that it does not have, or a stop after its last step.
     """
     steps, layers = config.schedule.steps, settings.guidance_layers
+    if settings.stop > steps:
+        raise UserError(
+            f'stop is {settings.stop}, but the model samples in {steps} steps: choose at most '
+            f'{steps} (0: all)'
+        )
     if min(layers) < -config.depth:
         raise UserError(
             f'guidance_layers holds {min(layers)}, but the model has {config.depth} layers: choose '
@@ -219,6 +227,7 @@ def _sample_images(
         method=inputs.method,
         given=inputs.given,
         buckets=buckets,
+        stop=inputs.stop,
     )
     return tokenizer.to_uint8(sampled.images)
 

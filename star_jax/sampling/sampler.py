@@ -75,7 +75,7 @@ class Sample(NamedTuple):
 
     Attributes:
         images: [B, H, W, 3] float32 in [-1, 1].
-        codes: [B, L, *codes.shape] of all steps.
+        codes: [B, L, *codes.shape] of all steps that were sampled.
         trace: None unless asked for.
     """
 
@@ -127,6 +127,7 @@ def sample(
     given: GivenCodes | None = None,
     trace: bool = False,
     buckets: Buckets = (),
+    stop: int = 0,
 ) -> Sample:
     """Samples one image per key.
 
@@ -142,6 +143,7 @@ def sample(
         given: codes that are fed back instead of the sampled ones.
         trace: also return what every step computed (static).
         buckets: the scales of each share one scanned body (static); no image depends on them.
+        stop: sample the first `stop` steps only (static; 0: all).
     """
     schedule = network.schedule
 
@@ -167,6 +169,8 @@ def sample(
     x_RLD = start_RLD = net().start(condition)
     copies = len(x_RLD) // len(keys_B)
     groups = schedule.groups(tuple(map(method.kind, range(schedule.steps))), buckets)
+    if stop:
+        groups = tuple(group.before(stop) for group in groups if group.first < stop)
     cache = network.empty_cache(len(x_RLD), Cache.rows_kept(schedule, groups, keep_last=trace))
     canvas = tok().blank(len(keys_B))
 

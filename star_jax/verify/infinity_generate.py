@@ -154,7 +154,7 @@ class BitGenerations:
         """Images, codes and the trace of a run."""
         run = named(self.case, 'runs', 'name', name)
         batch = len(self.case.input('in/text_lens'))
-        return _sample_fn(self.infinity, self.bsq)(
+        return _sample_fn(self.infinity, self.bsq, run.get('trunk_scale', 0))(
             self.params,
             keys_B=jax.random.split(jax.random.key(0), batch),
             condition=self.rows(run),
@@ -172,9 +172,10 @@ def _flat(x_BLD2: jax.Array) -> np.ndarray:
 
 
 @functools.cache
-def _sample_fn(infinity: Infinity, bsq: BSQ) -> Callable:
-    """The sampling program with its trace, jitted."""
-    return jax.jit(functools.partial(sample, infinity.build(), bsq.build(), trace=True))
+def _sample_fn(infinity: Infinity, bsq: BSQ, stop: int) -> Callable:
+    """The sampling program of the first `stop` scales (0: all), with its trace, jitted."""
+    run = functools.partial(sample, infinity.build(), bsq.build(), trace=True, stop=stop)
+    return jax.jit(run)
 
 
 @functools.cache

@@ -117,6 +117,7 @@ OPTIONS: Mapping[str, Options] = {
                     'tau_list',
                     'top_k',
                     'top_p',
+                    'trunk_scale',
                 )
             ),
         ),
