@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from star_jax.families.infinity import Infinity
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
 from star_jax.parallel import rules
@@ -20,6 +21,7 @@ from star_jax.parallel.mesh import MeshShape
 from star_jax.text import clip, t5
 from star_jax.text.tokens import pad
 from star_jax.text.tower import Tower
+from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.tokenizers.residual_vq import VQ
 
 LISTING = pathlib.Path(__file__).parent / 'parameter_shardings.txt'
@@ -55,7 +57,9 @@ def models() -> dict[str, Any]:
         'VAR d16, a modulation shared by all layers': Var.published(
             16, shared_adaln=True
         ).abstract(),
+        'Infinity 125M, 256 px': Infinity().abstract(),
         'tokenizer': VQ().abstract(),
+        'tokenizer of Infinity, 32 bits': BSQ().abstract(),
         'CLIP of Stable Diffusion 2.1': abstract_tower(clip.build_tower(CLIP)),
         'T5 v1.1 XL': abstract_tower(t5.build_tower(T5)),
     }

@@ -262,12 +262,11 @@ class Infinity(Sizes):
         linear = layers.Linear(self.bits, self.width, (None, 'embed'), self.init)
         if not self.input_norm:
             return linear
-        return layers.NormedLinear(self._affine_norm(self.bits), linear)
+        return layers.NormedLinear(self._affine_norm(self.bits, axis=None), linear)
 
-    def _affine_norm(self, width: int) -> nn.Module:
-        if self.rms_norm:
-            return layers.RMSNorm(width, eps=1e-6)
-        return layers.AffineLayerNorm(width)
+    def _affine_norm(self, width: int, axis: str | None = 'embed') -> nn.Module:
+        norm = layers.RMSNorm if self.rms_norm else layers.AffineLayerNorm
+        return norm(width, eps=1e-6, axis=axis)
 
     @property
     def _factors_61(self) -> jax.Array:

@@ -34,15 +34,16 @@ class LayerNorm(nn.Module):
 
 
 class AffineLayerNorm(nn.Module):
-    """`layer_norm` times a learned scale plus a learned shift."""
+    """`layer_norm` times a learned scale plus a learned shift; `axis` is their logical axis."""
 
     width: int
     eps: float = 1e-6
+    axis: str | None = 'embed'
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param('scale', _along_width(nn.initializers.ones), (self.width,))
-        bias = self.param('bias', _along_width(nn.initializers.zeros), (self.width,))
+        scale = self.param('scale', _along(self.axis, nn.initializers.ones), (self.width,))
+        bias = self.param('bias', _along(self.axis, nn.initializers.zeros), (self.width,))
         return layer_norm(x, self.eps) * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
@@ -55,14 +56,15 @@ class PlainRMSNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` times a learned scale."""
+    """`rms_norm` times a learned scale; `axis` is its logical axis."""
 
     width: int
     eps: float = 1e-5
+    axis: str | None = 'embed'
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param('scale', _along_width(nn.initializers.ones), (self.width,))
+        scale = self.param('scale', _along(self.axis, nn.initializers.ones), (self.width,))
         return rms_norm(x, self.eps) * scale.astype(x.dtype)
 
 
@@ -74,12 +76,12 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = _along_width(nn.initializers.constant(self.start))
+        init = _along('embed', nn.initializers.constant(self.start))
         return x * self.param('scale', init, (self.width,)).astype(x.dtype)
 
 
-def _along_width(init: Initializer) -> Initializer:
-    return nn.with_logical_partitioning(init, ('embed',))
+def _along(axis: str | None, init: Initializer) -> Initializer:
+    return nn.with_logical_partitioning(init, (axis,))
 
 
 def unit(x: jax.Array) -> jax.Array:
