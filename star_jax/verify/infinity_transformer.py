@@ -194,7 +194,9 @@ def _inside(
                 found[f'{name}_out'] = out[0] if isinstance(out, tuple) else out
     head = infinity.build().to_logits
     logits, parts = _recorded(head, params['to_logits'], x_BLD, found['sos'])
-    found['head_nm'] = parts['inner' if infinity.head_layers == 2 else 'logits'][0]
+    found['head_nm'] = x_BLD  # where the norm belongs to the head
+    if infinity.modulated_head:
+        found['head_nm'] = parts['inner' if infinity.head_layers == 2 else 'logits'][0]
     return found | {'logits': logits}
 
 
