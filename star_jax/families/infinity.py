@@ -18,7 +18,7 @@ from star_jax.core.codes import Bits
 from star_jax.core.condition import TextCondition
 from star_jax.core.filters import BitFilter
 from star_jax.core.schedule import Grids, Pyramid, square_grids
-from star_jax.core.settings import Settings
+from star_jax.core.settings import Remat, Settings
 from star_jax.core.sizes import check_sizes
 from star_jax.families.decoder import Sizes
 from star_jax.families.fit import check_text_encoder
@@ -151,7 +151,7 @@ class Infinity(Sizes):
     def build(
         self,
         dtype: str = 'float32',
-        remat: bool = False,
+        remat: Remat = 'none',
         unroll: int = 1,
         attend: Kernel = AUTOMATIC,
     ) -> Transformer:
