@@ -432,9 +432,9 @@ def test_estimates_contain_a_sample_grid(run):
 @pytest.mark.parametrize(
     'changes, words, absent',
     [
-        ({}, ['text encoder', 'tokenizer', '--cache FOLDER --features cached'], 'once;;'),
-        ({'cache': 'x'}, ['text encoder', '--features cached'], '--cache'),
-        ({'features': 'cached'}, ['tokenizer', '--cache FOLDER'], '--features'),
+        ({}, ['text encoder', 'tokenizer', '--cache FOLDER --features cached'], 'FOLDER`'),
+        ({'cache': 'x'}, ['text encoder', '--cache x --features cached'], 'the tokenizer takes'),
+        ({'features': 'cached'}, ['the tokenizer takes', '--cache FOLDER`'], '--features'),
     ],
 )
 def test_advice_names_the_options_that_remove_frozen_models(run, changes, words, absent):

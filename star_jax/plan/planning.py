@@ -335,13 +335,12 @@ def advise_cache(estimator: Estimator, flops: Mapping[str, Mapping[str, int]]) -
     parts = [f'the text encoder, in exact float32, takes {text:.0%} of the arithmetic'] * inside
     if not run.cache:
         parts.append(f'the tokenizer takes {codes:.0%} of the arithmetic')
-    options = ' '.join(['--cache FOLDER'] * (not run.cache) + ['--features cached'] * inside)
-    made = f'`star-jax data cache` makes both once; train with {options}'
-    if run.cache:
-        made = f'{options} reads what `star-jax data cache` made once'
-    elif not inside:
-        made = f'`star-jax data cache` encodes the images once; train with {options}'
-    return [f'{" and ".join(parts)}: {made}']
+    options = f'--cache {run.cache or "FOLDER"}'
+    options += ' --features cached' * inside  # else a cache stores codes alone
+    return [
+        f'{" and ".join(parts)}: `star-jax data cache CONFIG {options}` computes each image and '
+        'caption once; train with the same options'
+    ]
 
 
 def _remat_ratio(estimator: Estimator, estimate: Estimate) -> float:

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.flops import count_kinds
+from star_jax.core.self_correction import SelfCorrection
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.files import SHIPPED
@@ -120,7 +121,7 @@ def training(
         encoder=encoder_params,
         base=rules.abstract(base, mesh),
     )
-    one = _encoded(vq)
+    one = _encoded(vq, run.correction)
     encoded = jax.ShapeDtypeStruct((run.batch, *one.shape[1:]), one.dtype)
     token_ids = encoder.abstract_tokens(run.batch)
     batch = StepInputs(
@@ -255,10 +256,10 @@ def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
 
 
 @functools.lru_cache(maxsize=4)  # a plan builds many workloads of a run
-def _encoded(tokenizer: TokenizerConfig) -> jax.ShapeDtypeStruct:
-    """One image, encoded by a tokenizer."""
+def _encoded(tokenizer: TokenizerConfig, correction: SelfCorrection) -> jax.ShapeDtypeStruct:
+    """One image, encoded by a tokenizer for training."""
     images = jax.ShapeDtypeStruct((1, *tokenizer.resolution, 3), jnp.uint8)
-    encode = functools.partial(tokens.encode, tokenizer.build())
+    encode = functools.partial(tokens.encode, tokenizer.build_training(correction))
     return jax.eval_shape(encode, nn.unbox(tokenizer.abstract()), images)
 
 
