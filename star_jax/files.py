@@ -80,6 +80,18 @@ def remove_temporary_files(folder: Path, pattern: str) -> None:
                     path.unlink()
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yields a new folder among the temporary files of the system, and removes it at the end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _unfinished.add(folder)
+        try:
+            yield folder
+        finally:
+            _unfinished.discard(folder)
+
+
 def remove_unfinished() -> None:
     """Removes the temporary files and folders of this process, which is about to exit."""
     for path in list(_unfinished):

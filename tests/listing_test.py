@@ -485,7 +485,11 @@ def test_validation_without_a_folder_is_the_test_split(tmp_path, caplog):
 
 
 def test_missing_split_is_refused_with_the_counts(tmp_path):
-    fill(tmp_path, {'train': 4, 'val': 3})
+    fill(tmp_path, {'train': 4})
+    with pytest.raises(UserError, match='train 4: add a folder validation, or give the folder of'):
+        Folder(path=str(tmp_path), split='validation').open(16)
+    assert len(Folder(path=str(tmp_path / 'train'), split='validation').open(16))
+    fill(tmp_path, {'val': 3})
     message = "no usable images of the split 'test', its folders hold train 4, validation 3: add"
     with pytest.raises(UserError, match=message):
         Folder(path=str(tmp_path), split='test').open(16)

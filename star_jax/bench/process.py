@@ -9,12 +9,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from star_jax import files
 from star_jax.bench.sampling import SamplingJob
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
@@ -56,8 +56,8 @@ def measure(
     Raises:
         UserError: the folder `cache` exists, or a process fails.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = cache or Path(temporary) / 'cache'
+    with files.temporary_folder() as temporary:
+        folder = cache or temporary / 'cache'
         if folder.exists():
             raise UserError(f'{folder} exists and may hold compiled programs: name a new folder')
         cold = run_worker(job, 'measure', folder, on_progress, profile)
@@ -87,8 +87,8 @@ def run_worker(
     """
     environment = os.environ | {'STAR_JAX_CACHE': str(cache)}
     environment.pop('JAX_COMPILATION_CACHE_DIR', None)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / 'job.json'
+    with files.temporary_folder() as temporary:
+        path = temporary / 'job.json'
         config.write(path, JobFile(job=job, profile=str(profile or '')))
         started = time.time()
         command = [sys.executable, '-m', WORKER, str(path), task]

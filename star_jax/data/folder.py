@@ -125,6 +125,8 @@ class Folder:
         """The error for a split without images."""
         if by_folder:
             add = '' if self.split == ALL else f'add a folder {self.split}, or '
+            if self.split == splits.VALIDATION:
+                add += 'give the folder of the training images as path, which is divided, or '
             return UserError(
                 f'{self.path} has no usable images of the split {self.split!r}, its folders hold '
                 f'{counts_text(counts)}: {add}name another split'

@@ -358,7 +358,7 @@ def _damaged(path: str, error: Exception) -> UserError:
 def _builder_by_name(name: str) -> tfds.core.DatasetBuilder:
     """The builder of a dataset in the tfds data folder."""
     try:
-        with tempfile.TemporaryDirectory() as work, _temporary_files_in(Path(work) / 'tfds'):
+        with files.temporary_folder() as work, _temporary_files_in(work / 'tfds'):
             builder = tfds.builder(name)
     except Exception as error:  # tfds runs code of the dataset's author, which may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
