@@ -607,6 +607,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a million blocks', f'{TOKENIZER} --model.autoencoder.blocks 1000000', r'in \[1, 32\]'),
     ('a hundred thousand levels', 'train-tokenizer {levels.json}', 'too many levels'),
     ('a hundred thousand scales', 'train {scales.json}', '100,000 scales is too long'),
+    ('a codebook of one code', f'{TOKENIZER} --model.codes 1', 'codes must be at least 2'),
     ('a single code', f'{TRAIN} --model.codes 1', 'codes must be at least 2'),
     ('a million layers of text', f'{SAMPLE} --text {{text_layers}}', 'at most 1,024 layers'),
     ('a million layers at once', f'{TRAIN} --unroll 1000000', r'unroll .* in \[1, 1024\]'),

@@ -5,6 +5,13 @@ LARGEST_BATCH = 2**20  # images of a batch
 LARGEST = 2**20  # larger than any size in use, and the product of three fits 64 bits
 
 
+def check_codes(codes: int) -> None:
+    """Raises a ValueError unless `codes` is the size of a codebook."""
+    check_sizes(codes=codes)
+    if codes < 2:
+        raise ValueError('codes must be at least 2, or there is nothing to predict, not 1')
+
+
 def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None:
     """Raises a ValueError that names the first size, or a size of a tuple, outside [1, most]."""
     for name, size in sizes.items():

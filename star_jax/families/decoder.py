@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from star_jax.core.codes import Index
-from star_jax.core.sizes import check_sizes
+from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.nn import layers
 from star_jax.protocols import Family
 
@@ -83,9 +83,8 @@ class Decoder(Sizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(codes=self.codes, channels=self.channels)
-        if self.codes < 2:
-            raise ValueError('codes must be at least 2, or there is nothing to predict, not 1')
+        check_codes(self.codes)
+        check_sizes(channels=self.channels)
 
     @property
     def vocabulary(self) -> Index:

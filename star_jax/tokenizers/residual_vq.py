@@ -16,7 +16,7 @@ from flax import linen as nn
 from star_jax.core import padding, pixels, resize
 from star_jax.core.codes import Index, Sampled, Targets
 from star_jax.core.schedule import Grids, Pyramid, Step, square_grids
-from star_jax.core.sizes import check_sizes
+from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.protocols import TokenizerConfig
@@ -66,7 +66,8 @@ class VQ(TokenizerConfig):
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(codes=self.codes, channels=self.channels, phis=self.phis)
+        check_codes(self.codes)
+        check_sizes(channels=self.channels, phis=self.phis)
         Pyramid(self.grids)  # refuses grids that shrink, or none
         self.autoencoder.check_grid(self.grids[-1])
         if not 0 <= self.phi_ratio <= 1:
