@@ -212,7 +212,7 @@ def sums(path: Path) -> Path:
 
 
 ENDLESS = '/dev/zero'
-SUFFIXES = ('json', 'py', 'pth', 'safetensors', 'txt', 'png')
+SUFFIXES = ('json', 'py', 'txt', 'png')
 FOREIGN = 'import dataclasses\n@dataclasses.dataclass\nclass C:\n  x: "Unknown"\n'
 INHERITS = (
     'import dataclasses\nfrom star_jax.training.run import Run\n'
@@ -312,7 +312,8 @@ INPUTS: dict[str, Write] = {
         lambda path: ((path / 'model.safetensors').unlink(), unpickled(path / 'pytorch_model.bin')),
     ),
     # Files without an end.
-    'pipe': lambda path, home: os.mkfifo(path),
+    'pipe.pth': lambda path, home: os.mkfifo(path),
+    'device.safetensors': lambda path, home: path.symlink_to(ENDLESS),
     **{f'pipe.{kind}': lambda path, home: os.mkfifo(path) for kind in SUFFIXES},
     **{f'device.{kind}': lambda path, home: path.symlink_to(ENDLESS) for kind in SUFFIXES},
     'sparse.json': lambda path, home: (path.touch(), os.truncate(path, files.MOST_TEXT + 1)),

@@ -9,7 +9,9 @@ strict and executes no Python.
 import dataclasses
 import json
 import math
+import sys
 import traceback
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,7 +161,11 @@ def _execute(path: Path) -> dict[str, Any]:
         source = path.read_bytes()
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})') from error
-    namespace = {'__name__': path.stem, '__file__': str(path)}
+    # Dataclasses look their annotations up in the module; the prefix keeps it from hiding others.
+    module = types.ModuleType(f'_config_{path.stem}')
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    namespace = vars(module)
     try:
         exec(compile(source, str(path), 'exec'), namespace)
     except SyntaxError as error:
