@@ -437,7 +437,7 @@ def test_ema_is_taken_unless_another_part_is_named(tmp_path, torch, capsys):
     found = published.read(tmp_path / 'x.pth')
     assert found.parts['transformer'].tensors.specs().keys() == states[1].keys()
     assert {'model', 'ema.n_averaged', 'ema.decay'} == set(found.unused)
-    with pytest.raises(UserError, match="no state dict 'best: it has model, ema"):
+    with pytest.raises(UserError, match="no state dict 'best': it has model, ema"):
         published.read(tmp_path / 'x.pth', 'best')
     torch['content'] = {'student': dicts[0], 'teacher': dicts[1]}
     with pytest.raises(UserError, match=r'several .* \(student, teacher\): choose one with --part'):
