@@ -341,14 +341,22 @@ def _rechunk(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _save(folder: Path, number: int, encoded: np.ndarray) -> None:
-    stored = np.ascontiguousarray(encoded.astype(_stored_dtype(encoded)))
-    buffer = io.BytesIO()
-    np.save(buffer, stored, allow_pickle=False)
-    for first in range(0, len(stored), BLOCK):
-        buffer.write(_digest(stored[first : first + BLOCK].tobytes()))
-    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    with files.replacing(folder / f'{number:05d}-{digest}.npy') as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    stored = np.ascontiguousarray(encoded.astype(_stored_dtype(encoded), copy=False))
+    header = io.BytesIO()
+    fields = np.lib.format.header_data_from_array_1_0(stored)
+    np.lib.format.write_array_header_1_0(header, fields)
+    data = stored.reshape(-1).view(np.uint8)
+    blocks = (stored[first : first + BLOCK] for first in range(0, len(stored), BLOCK))
+    parts = (header.getvalue(), data, b''.join(_digest(block.tobytes()) for block in blocks))
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    with (
+        files.replacing(folder / f'{number:05d}-{whole.hexdigest()}.npy') as temporary,
+        temporary.open('wb') as file,
+    ):
+        for part in parts:
+            file.write(part)
 
 
 def _stored_dtype(array: np.ndarray) -> np.dtype:
