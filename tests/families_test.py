@@ -610,11 +610,21 @@ def test_recomputing_and_unrolling_layers_changes_nothing():
     assert all(np.isfinite(leaf).all() for leaf in gradients.values())
     # The last scales, gates and biases included: everything takes part.
     assert [name for name, leaf in gradients.items() if not np.abs(leaf).any()] == []
-    program = jax.make_jaxpr(learn[1])(family.params['model'])
-    names = {eqn.primitive.name for eqn in equations(program.jaxpr)}
+    programs = [jax.make_jaxpr(run)(family.params['model']).jaxpr for run in learn[:3]]
+    names = {eqn.primitive.name for eqn in equations(programs[1])}
     assert names & {'remat', 'remat2', 'checkpoint'}
+    # `full` computes products with weights again, `dots` only those of attention.
+    plain, full, dots = (sum(map(is_product_with_weights, equations(p))) for p in programs)
+    assert dots == plain < full
     plain, full, dots, _ = (count_flops(run, family.params['model']) for run in learn)
-    assert dots == plain < full  # the outputs of matrix products are saved, or computed again
+    assert plain < dots < full
+
+
+def is_product_with_weights(equation) -> bool:
+    if equation.primitive.name != 'dot_general':
+        return False
+    _, batch_dimensions = equation.params['dimension_numbers']
+    return not any(batch_dimensions)
 
 
 def test_dropped_paths_are_rare_above_and_keep_the_mean():

@@ -6,8 +6,8 @@ from typing import Literal
 from star_jax.core.unmasking import Mode
 
 Dtype = Literal['float32', 'bfloat16']  # of activations
-# What a layer's backward pass computes again: nothing; all but the outputs of matrix products; or
-# all but the layer's input.
+# What a layer's backward pass computes again: nothing; all but the outputs of matrix products with
+# weights; or all but the layer's input.
 Remat = Literal['none', 'dots', 'full']
 StableVersion = Literal['off', 'new', '1024']
 

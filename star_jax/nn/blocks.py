@@ -21,8 +21,10 @@ from star_jax.core.visibility import ALL, Visibility
 from star_jax.nn import layers
 from star_jax.parallel.rules import ActivationSharding
 
-# What `jax.checkpoint` keeps of a block for its backward pass, beside the block's input.
-SAVED = {'dots': jax.checkpoint_policies.dots_saveable, 'full': None}
+# What `jax.checkpoint` keeps of a block for its backward pass, beside the block's input. Products
+# without batch dimensions are those with weights: to keep those of attention, too, would store the
+# scores that its kernels never hold at once.
+SAVED = {'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable, 'full': None}
 PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block
 
 

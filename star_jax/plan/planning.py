@@ -168,8 +168,8 @@ def other_remats(
         if remat == run.remat:
             continue
         changed = dataclasses.replace(estimator, run=dataclasses.replace(run, remat=remat))
-        costs = needed_flops  # both other policies compute no product again
-        if remat == 'full':
+        costs = needed_flops
+        if remat != 'none':
             costs = workload.count_flops(changed.workload(run.batch).counted_programs)
         yield _alternative(f'--remat {remat}', changed, costs)
 

@@ -190,8 +190,8 @@ class Run:
         ema: decay of the exponential moving average of the parameters (0: no average).
         dtype: dtype of the activations; bfloat16 on accelerators.
         remat: which activations the backward pass computes again, which saves memory and costs
-            time: none of them, all but the outputs of matrix products (dots), or all but the input
-            of each block (full).
+            time: none of them, all but the outputs of matrix products with weights (dots), or all
+            but the input of each block (full).
         unroll: number of blocks compiled per iteration of the loop over blocks; more is faster for
             small blocks on CPUs, and compiles longer.
         attention: attention kernel: chosen by platform and shapes (automatic), reference formula
