@@ -1,11 +1,13 @@
 # shellcheck shell=bash disable=SC2034
 # Names and sizes of TPUs and GPU nodes: launch/tpu.sh, tpu_watch.sh and gke.sh source this file.
-parse_tpu() { # v5p-128, or 2xv5e-256 for two slices. Sets $count, $type and $runtime.
+parse_tpu() { # TYPE [NAME]: v5p-128, or 2xv5e-256 for two slices. Sets $type, $runtime and $size.
   [[ $1 =~ ^(([0-9]+)x)?(v5e|v5p|v6e)-([0-9]+)$ ]] ||
     fail "'$1' is not a TPU: give one such as v5p-128, v5e-256, v6e-256, or 2xv5e-256 for two slices"
   local kind="${BASH_REMATCH[3]}"
-  count="${BASH_REMATCH[2]:-1}" type="${kind/v5e/v5litepod}-${BASH_REMATCH[4]}"
+  local count="${BASH_REMATCH[2]:-1}"
+  type="${kind/v5e/v5litepod}-${BASH_REMATCH[4]}" size=(--node-id="${2:-}")
   runtime="v2-alpha-tpu${kind/v5e/v5-lite}" runtime="${runtime/v5p/v5}"
+  ((count == 1)) || size=(--node-count="$count" --node-prefix="${2:-}")
 }
 parse_pool() { # POOL of launch/gke.sh. Sets $platform and fields of launch/jobset.yaml.
   local label=cloud.google.com/gke index=batch.kubernetes.io/job-completion-index m

@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
 # On one TPU VM: a run that outlives the connection. launch/tpu.sh calls this on every VM.
-#   bash launch/worker.sh install | start CONFIG --out FOLDER [...] | stop | state
+#   bash launch/worker.sh install | start CONFIG --out FOLDER [...] | stop | state [FOLDER]
 #   bash launch/worker.sh start configs/star_d30_256.py --out /mnt/shared/d30
 # state prints absent (not installed), nothing (no run), running, or "ended N" with the exit status
-# of launch/node.sh. The output of the run is in run.log.
+# of launch/node.sh; then "step N" if FOLDER has a checkpoint. The output of the run is in run.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/shell.sh
 state() {
-  if [[ ! -f .venv/installed-tpu ]]; then
-    echo absent
-  elif [[ -s run.status ]]; then
-    echo "ended $(<run.status)"
-  elif [[ -s run.pid ]] && kill -0 "$(<run.pid)" 2>/dev/null; then
-    echo running
-  else
-    echo nothing
-  fi
+  if [[ ! -f .venv/installed-tpu ]]; then echo absent
+  elif [[ -s run.status ]]; then echo "ended $(<run.status)"
+  elif [[ -s run.pid ]] && kill -0 "$(<run.pid)" 2>/dev/null; then echo running
+  else echo nothing; fi
+}
+newest() { # of the steps that are complete
+  find "$1/checkpoints" -name '[0-9]*' ! -name '*[!0-9]*' -prune -printf ' step %f\n' 2>/dev/null |
+    sort -V | tail -n 1
 }
 action="${1:-}"
 case $action in
@@ -34,6 +33,6 @@ case $action in
   stop)
     if [[ $(state) == running ]]; then kill -TERM "$(<run.pid)"; fi
     while [[ $(state) == running ]]; do sleep 1; done ;;
-  state) state ;;
+  state) echo "$(state)$([[ ! ${2:-} ]] || newest "$2")" ;;
   *) fail "'$action' is not an action: give install, start, stop or state" ;;
 esac

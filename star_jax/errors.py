@@ -1,12 +1,16 @@
 """Which errors does the command line print as one sentence, without a traceback?"""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user, such as an unknown option or a missing file.
 
     The message is one sentence: the given value, the expected value, and what to do. The command
     line prints it and exits with status 2.
     """
+
+
+class UserTypeError(UserError, TypeError):
+    """An argument of a Python caller that has the wrong type."""
 
 
 class RunError(Exception):

@@ -344,6 +344,113 @@ def test_tpu_watch_ends_after_repeated_failures(cloud, status, starts):
     assert not (cloud.folder / 'state').exists()
 
 
+# What happens to a run that nobody watches, with events that are files in the home of the cloud:
+# `refusals` creations fail, as many looks as `deaf` has find that no VM answers.
+EVENTFUL = CLOUD.replace(
+    'case $4 in',
+    """fewer() { # whether a counted event is left; counts it
+  local left; left=$(cat "$HOME/$1" 2>/dev/null || echo 0)
+  ((left > 0)) && echo $((left - 1)) >"$HOME/$1"
+}
+case $4 in
+  create | ssh) if fewer "$([[ $4 == ssh ]] && echo deaf || echo refusals)"; then exit 1; fi ;;&""",
+)
+# Each start takes the next line of `plan`; a run that is told to is preempted, or loses its VM.
+PLANNED = """#!/usr/bin/env bash
+echo "$*" >>"$HOME/runs"
+while (($#)); do [[ $1 == --out ]] && out="$2"; shift; done
+number=$(wc -l <"$HOME/runs")
+wait_for() { for ((i = 0; i < 900; ++i)); do if $1; then return; fi; /bin/sleep 0.1; done; }
+gone() { [[ ! -d $HOME/vm ]]; }
+answering() { [[ $(<"$HOME/deaf") == 0 ]]; }
+for word in $(sed -n "${number}p" "$HOME/plan"); do
+  case $word in
+    step) mkdir -p "$out/checkpoints/$((number * 100))" ;;
+    preempted) echo SUSPENDED >"$HOME/state"; wait_for gone ;;
+    refused) echo 2 >"$HOME/refusals" ;;
+    absent) rm -r "$HOME/vm/star_jax/.venv" ;;
+    deaf*) echo "${word#deaf}" >"$HOME/deaf"; wait_for answering ;;
+    fails) exit 1 ;;
+    ends) mkdir -p "$out/model" ;;
+  esac
+done
+"""
+
+
+def walk(cloud: Machine, *plan: str) -> tuple[subprocess.CompletedProcess, list[str], int]:
+    """Watches a run whose starts go as planned; the result, the requests and the starts."""
+    cloud.stub('gcloud', EVENTFUL)
+    cloud.stub('../program', PLANNED)
+    (cloud.folder / 'plan').write_text('\n'.join(plan))
+    done = watch(cloud, '--out', str(cloud.folder / 'out'))
+    assert not (cloud.folder / 'state').exists(), 'a resource is left that costs money'
+    return done, actions(cloud), len((cloud.folder / 'runs').read_text().splitlines())
+
+
+def test_watch_goes_on_if_creation_fails_twice_after_a_preemption(cloud):
+    done, requests, starts = walk(cloud, 'step refused preempted', 'ends')
+    assert done.returncode == 0 and starts == 2, done
+    assert [verb for verb in requests if verb in ('create', 'delete')] == [
+        *('create', 'delete', 'create', 'create', 'create', 'delete')
+    ]
+
+
+def test_watch_goes_on_through_five_preemptions(cloud):
+    done, requests, starts = walk(cloud, *['step preempted'] * 5, 'ends')
+    assert done.returncode == 0 and starts == 6, done
+    assert requests.count('create') == requests.count('delete') == 6
+
+
+def test_watch_goes_on_through_failures_with_progress_between(cloud):
+    done, requests, starts = walk(cloud, *['step fails'] * 6, 'ends')
+    assert done.returncode == 0 and starts == 7, done
+    assert requests.count('create') == requests.count('delete') == 1
+
+
+def test_watch_keeps_a_slice_that_does_not_answer_for_some_minutes(cloud):
+    done, requests, starts = walk(cloud, 'deaf9 ends')
+    assert done.returncode == 0 and starts == 1, done
+    assert requests.count('create') == requests.count('delete') == 1
+
+
+def test_watch_replaces_a_slice_that_does_not_answer_for_ten_minutes(cloud):
+    done, requests, starts = walk(cloud, 'step deaf12', 'ends')
+    assert done.returncode == 0 and starts == 2, done
+    assert 'no run on this slice for 10 minutes' in done.stdout
+    assert requests.count('create') == requests.count('delete') == 2
+
+
+def test_watch_starts_a_run_that_is_absent_after_its_start(cloud):
+    done, requests, starts = walk(cloud, 'absent', 'ends')
+    assert done.returncode == 0 and starts == 2, done
+    assert requests.count('create') == requests.count('delete') == 1
+
+
+def test_watch_ends_if_the_run_is_always_absent_after_its_start(cloud):
+    done, requests, starts = walk(cloud, *['absent'] * 9)
+    assert done.returncode == 2 and starts == 5, done
+    assert 'failures without a new checkpoint (absent)' in done.stderr
+
+
+def test_state_tells_a_vm_that_does_not_answer_from_one_without_the_run(cloud):
+    def state() -> str:
+        done = tpu(cloud, 'state', 'd16', 'z', str(cloud.folder / 'out'))
+        assert done.returncode == 0
+        return done.stdout
+
+    cloud.stub('gcloud', EVENTFUL)
+    assert state() == '\n'
+    assert tpu(cloud, 'create', 'd16', 'z', 'v6e-8').returncode == 0
+    assert state() == 'ACTIVE absent\n'
+    (cloud.folder / 'deaf').write_text('1')
+    assert state() == 'ACTIVE unreachable\n'
+    assert tpu(cloud, 'install', 'd16', 'z').returncode == 0
+    assert state() == 'ACTIVE nothing\n'
+    for name in ('900', '1000', '1100.orbax-checkpoint-tmp', 'torn-2000'):
+        (cloud.folder / 'out/checkpoints' / name).mkdir(parents=True)
+    assert state() == 'ACTIVE nothing step 1000\n'
+
+
 def test_worker_stop_lets_the_run_save(cloud):
     """While a run is active, a second one is refused."""
     out = cloud.folder / 'out'

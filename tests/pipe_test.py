@@ -1,6 +1,7 @@
 """Does a pipeline give the same images in every batch and on every mesh?"""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -102,6 +103,139 @@ def test_batches_need_few_programs():
 def test_mistake_raises_a_sentence(pipe, prompts, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         pipe(prompts, **settings)
+
+
+@pytest.mark.parametrize(
+    ('prompts', 'settings', 'sentence'),
+    [
+        (None, {}, 'as a list of texts, not as None: give a list'),
+        (7, {}, 'as a list of texts, not as 7'),
+        (b'a cat', {}, 'as a list of texts, not as a bytes'),
+        ({'a', 'b'}, {}, 'as a list of texts, not as a set'),
+        ({'a': 1}, {}, 'as a list of texts, not as a dict'),
+        ((text for text in 'ab'), {}, 'as a list of texts, not as a generator'),
+        (np.array(['a', 'b']), {}, r'not as a numpy array of shape \(2,\)'),
+        (['a', None], {}, 'prompt 1 is None, expected a text'),
+        ([b'a'], {}, 'prompt 0 is a bytes, expected a text'),
+        ([['a']], {}, 'prompt 0 is a list, expected a text'),
+        (['a'], {'seed': None}, 'seed must be a whole number, or a list of one per prompt, not N'),
+        (['a'], {'seed': 1.5}, 'seed must be a whole number, .*, not 1.5'),
+        (['a'], {'seed': '1'}, "seed must be a whole number, .*, not '1'"),
+        (['a'], {'seed': True}, 'seed must be a whole number, .*, not True'),
+        (['a'], {'seed': [None]}, 'seed 0 must be a whole number, not None'),
+        (['a'], {'seed': np.array([0.5])}, 'seed 0 must be a whole number, not 0.5'),
+        (['a'], {'batch': None}, 'batch must be a whole number, not None'),
+        (['a'], {'batch': 2.0}, 'batch must be a whole number, not 2.0'),
+        (['a'], {'top_k': None}, r'top_k must be a whole number \(0: all\), not None'),
+        (['a'], {'top_k': 5.0}, r'top_k must be a whole number \(0: all\), not 5.0'),
+        (['a'], {'top_p': [0.5]}, r'top_p must be a number \(0: all\), not a list'),
+        (['a'], {'guidance': '4'}, r"guidance must be a number \(0: off\), not '4'"),
+        (['a'], {'guidance': np.ones(2)}, 'guidance must be a number .*, not a numpy array'),
+        (['a'], {'temperature': None}, 'temperature must be a number, not None'),
+        (['a'], {'temperature': True}, 'temperature must be a number, not True'),
+        (['a'], {'smooth': 'yes'}, "smooth must be True or False, not 'yes'"),
+        (['a'], {'smooth': 1}, 'smooth must be True or False, not 1'),
+        (['a'], {'stable': 'new'}, "stable must be True, False or a StableSettings, not 'new'"),
+        (['a'], {'stable': None}, 'stable must be True, False or a StableSettings, not None'),
+    ],
+)
+def test_wrong_type_raises_a_sentence(pipe, prompts, settings, sentence):
+    with pytest.raises(TypeError, match=sentence) as caught:
+        pipe(prompts, **settings)
+    assert isinstance(caught.value, star_jax.UserError) and isinstance(caught.value, ValueError)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('prompts', 'settings', 'sentence'),
+    [
+        (['a', 'b'], {'seed': [1]}, 'there are 1 seeds for 2 prompts: give one seed per prompt'),
+        (['a', 'b'], {'seed': [1, -1]}, r'must lie in \[0, 2\^32\), and -1 does not'),
+        (['a'], {'seed': -1}, r'must lie in \[0, 2\^32\), and -1 does not'),
+        (['a'], {'guidance': float('nan')}, 'guidance must lie in .*, not nan'),
+        (['\udc80'], {}, r"prompt 0 is '\\udc80', expected text that UTF-8 can encode"),
+    ],
+)
+def test_wrong_value_raises_a_sentence(pipe, prompts, settings, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        pipe(prompts, **settings)
+    assert not isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ('options', 'sentence'),
+    [
+        ({'dtype': 'fp16'}, "dtype must be one of 'float32', 'bfloat16', not 'fp16'"),
+        (
+            {'dtype': np.float32},
+            "dtype must be one of 'float32', 'bfloat16', not the class float32",
+        ),
+        ({'dtype': None}, 'dtype must be one of .*, not None'),
+        ({'cross_attention': 'x'}, "cross_attention must be one of 'as_trained', .*, not 'x'"),
+        ({'cross_attention': None}, 'cross_attention must be one of .*, not None'),
+        ({'mesh': MeshShape()}, 'mesh must be a jax.sharding.Mesh, .*, not a MeshShape'),
+        ({'text': None}, r'text must be a path or a hub id .*, not None'),
+        ({'source': None}, "source must be a path, a hub id or 'shipped', not None"),
+        ({'source': b'x'}, 'source must be a path, .*, not a bytes'),
+        ({'buckets': 3}, 'buckets are pairs'),
+        ({'buckets': 'ab'}, 'buckets are pairs'),
+    ],
+)
+def test_load_refuses_an_argument_in_a_sentence(folder, options, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        star_jax.load(**({'source': folder} | options))
+    wrong_type = not isinstance(next(iter(options.values())), str)
+    assert isinstance(caught.value, TypeError) == wrong_type
+
+
+def test_settings_check_their_types():
+    with pytest.raises(
+        TypeError, match="stable.version must be one of 'off', 'new', '1024', not 3"
+    ):
+        StableSettings(version=3)
+    with pytest.raises(ValueError, match="stable.mode must be one of .*, not 'x'"):
+        StableSettings(mode='x')
+    assert star_jax.Settings(top_k=np.int64(3), guidance=np.float32(2), smooth=np.True_).top_k == 3
+
+
+def test_seeds_may_be_a_list_with_one_per_image(pipe, images):
+    seeds = [SEED + 3, SEED, SEED + 1]
+    prompts = [PROMPTS[3], PROMPTS[0], PROMPTS[1]]
+    settings = {'guidance': 2.0, 'top_k': np.int64(8), 'top_p': 0.8}
+    for given in (seeds, tuple(seeds), np.array(seeds)):
+        np.testing.assert_array_equal(pipe(prompts, seed=given, **settings), images[[3, 0, 1]])
+    again = pipe(tuple(prompts[:1]), seed=np.int32(SEED + 3), **settings)
+    np.testing.assert_array_equal(again, images[3:4])
+
+
+def test_stream_checks_its_arguments_before_it_is_iterated(pipe):
+    settings = pipe.resolve()
+    for arguments, sentence in (
+        ((['a'], [0, 1], settings, 4), 'there are 2 seeds for 1 prompts'),
+        (([None], [0], settings, 4), 'prompt 0 is None'),
+        ((['a'], [0], {'top_k': 3}, 4), 'settings must be a Settings'),
+        ((['a'], [0], settings, 0), 'batch must be at least 1'),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            pipe.stream(*arguments)
+
+
+def test_repr_says_what_a_pipeline_is(pipe):
+    assert re.fullmatch(
+        r'<Pipeline: Star of [\d,]+ parameters, from text to images of 16 x 16 px, float32, '
+        r'on 1 x cpu>',
+        repr(pipe),
+    )
+
+
+def test_package_lists_what_it_has():
+    assert re.fullmatch(r'\d+\.\d+\.\d+', star_jax.__version__)
+    assert {'load', 'Pipeline', 'Settings', 'UserError', '__version__'} <= set(dir(star_jax))
+    assert all(getattr(star_jax, name) is not None for name in dir(star_jax))
+    assert star_jax.Pipeline is Pipeline
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        star_jax.lode  # noqa: B018
+    assert issubclass(star_jax.UserTypeError, TypeError) and issubclass(UserError, ValueError)
 
 
 def test_mesh_that_does_not_divide_the_model_is_refused(folder):

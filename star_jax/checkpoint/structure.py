@@ -75,7 +75,7 @@ def flaws(error: BaseException, path: str = '', kind: Any = None) -> Iterator[st
             yield f'{field}: {error.cl.__name__} has no such field{suggestion(name, known)}'
     elif isinstance(error, KeyError):
         yield f'{at}missing, expected {describe(kind)}'
-    elif isinstance(error, ValueError | UserError):
+    elif isinstance(error, ValueError):
         yield f'{at}{error}'
     else:
         yield f'{at}expected {describe(kind)} ({type(error).__name__}: {error})'

@@ -9,7 +9,7 @@ import itertools
 import operator
 from collections.abc import Hashable, Sequence
 
-from star_jax.errors import UserError
+from star_jax.errors import UserError, UserTypeError
 
 Buckets = tuple[tuple[int, int], ...]  # the first and the last scale of each, counted from 0
 
@@ -34,7 +34,8 @@ def choose(buckets: Buckets | None, sizes: Sequence[int], platform: str) -> Buck
     try:
         return tuple((operator.index(first), operator.index(last)) for first, last in buckets)
     except (TypeError, ValueError) as error:
-        raise UserError(
+        kind = UserTypeError if isinstance(error, TypeError) else UserError
+        raise kind(
             f'buckets are pairs of the first and the last scale of each, not {buckets!r}: give '
             f'such pairs, as in {((0, len(sizes) - 1),)} for one bucket of all scales'
         ) from error

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from star_jax.core.argument_types import choice, flag, instance, number, whole_number
 from star_jax.core.unmasking import Mode
 
 Dtype = Literal['float32', 'bfloat16']  # of activations
@@ -36,6 +37,11 @@ class StableSettings:
     once: bool = False
 
     def __post_init__(self) -> None:
+        choice('stable.version', self.version, StableVersion)
+        choice('stable.mode', self.mode, Mode)
+        whole_number('stable.first', self.first)
+        whole_number('stable.last', self.last)
+        flag('stable.once', self.once)
         if min(self.first, self.last) < 0:
             raise ValueError(
                 f'stable.first and stable.last count scales from 0, not {self.first} and '
@@ -79,6 +85,18 @@ class Settings:
     stable: StableSettings = StableSettings()
 
     def __post_init__(self) -> None:
+        number('guidance', self.guidance, ' (0: off)')
+        whole_number('top_k', self.top_k, ' (0: all)')
+        number('top_p', self.top_p, ' (0: all)')
+        number('temperature', self.temperature)
+        for name in ('guidance_layers', 'guidance_per_step', 'temperature_per_step'):
+            check = whole_number if name == 'guidance_layers' else number
+            for value in instance(name, getattr(self, name), tuple, 'a tuple of numbers'):
+                check(f'a number of {name}', value)
+        instance('negative', self.negative, str, 'a text')
+        whole_number('stop', self.stop, ' (0: all steps)')
+        flag('smooth', self.smooth)
+        instance('stable', self.stable, StableSettings, 'True, False or a StableSettings')
         for guidance in (self.guidance, *self.guidance_per_step):
             if not 0 <= guidance <= LIMIT:
                 raise ValueError(f'guidance must lie in [0, {LIMIT:g}], not {guidance}')

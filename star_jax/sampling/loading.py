@@ -1,12 +1,15 @@
 """From which folders is a pipeline loaded?"""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from star_jax.checkpoint import folder, models
+from star_jax.core.argument_types import choice, flag, instance
 from star_jax.core.buckets import Buckets
+from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.protocols import CrossAttentionMode, PromptEncoder
 from star_jax.sampling.pipeline import Pipeline
@@ -15,7 +18,7 @@ from star_jax.text.encoder import load as load_text
 
 def load(
     source: str | Path,
-    text: str = '',
+    text: str | Path = '',
     dtype: str = 'float32',
     mesh: Mesh | None = None,
     cross_attention: CrossAttentionMode = 'as_trained',
@@ -38,11 +41,18 @@ def load(
 
     Raises:
         UserError: a folder that cannot be read, weights that changed since it was written, a text
-            encoder that the model was not trained with, or invalid buckets.
+            encoder that the model was not trained with, or another invalid argument (a
+            UserTypeError if it has the wrong type).
     """
+    instance('source', source, str | os.PathLike, "a path, a hub id or 'shipped'")
+    instance('text', text, str | os.PathLike, "a path or a hub id ('': the one of the model)")
+    choice('dtype', dtype, Dtype)
+    choice('cross_attention', cross_attention, CrossAttentionMode)
+    instance('mesh', mesh, Mesh | None, 'a jax.sharding.Mesh, such as MeshShape(fsdp=4).build()')
+    flag('check', check)
     with models.reading(source, check) as model:  # checked while it is put on the devices
         model = with_cross_attention(model, cross_attention)
-        return prepare(model, str(source), text=text, dtype=dtype, mesh=mesh, buckets=buckets)
+        return prepare(model, str(source), text=str(text), dtype=dtype, mesh=mesh, buckets=buckets)
 
 
 def prepare(

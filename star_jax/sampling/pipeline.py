@@ -7,6 +7,7 @@ Equal seeds give equal images, however many are sampled together.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from star_jax.checkpoint import folder
+from star_jax.core.argument_types import choice, instance, show, whole_number
 from star_jax.core.buckets import Buckets, choose
-from star_jax.core.settings import Settings, StableSettings
-from star_jax.errors import UserError
+from star_jax.core.settings import Dtype, Settings, StableSettings
+from star_jax.errors import UserError, UserTypeError
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.protocols import PromptEncoder
@@ -48,6 +50,7 @@ class Pipeline:
         mesh: Mesh | None = None,
         buckets: Buckets | None = None,
     ) -> None:
+        self._dtype = choice('dtype', dtype, Dtype)
         self.encoder = encoder
         self.recommended = model.sampling
         self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
@@ -65,14 +68,31 @@ class Pipeline:
         self._params = jax.device_put(program.cast(params, dtype), shardings)
         self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 
+    def __repr__(self) -> str:
+        """What it samples, and on what."""
+        leaves = jax.tree.leaves(self._params['model'])
+        prompts = {'caption': 'text', 'label': 'classes'}[self.encoder.field]
+        height, width = self.tokenizer.resolution
+        devices = self.mesh.devices
+        return (
+            f'<Pipeline: {type(self._config).__name__} of '
+            f'{sum(math.prod(leaf.shape) for leaf in leaves):,} parameters, from {prompts} to '
+            f'images of {height} x {width} px, {self._dtype}, on {devices.size} x '
+            f'{devices.flat[0].device_kind}>'
+        )
+
     def __call__(
-        self, prompts: Sequence[str], seed: int = 0, batch: int = BATCH, **settings: Any
+        self,
+        prompts: Sequence[str],
+        seed: int | Sequence[int] = 0,
+        batch: int = BATCH,
+        **settings: Any,
     ) -> np.ndarray:
         """Samples one image per prompt.
 
         Args:
             prompts: the prompts, a list of N.
-            seed: image i uses the key of `seed + i`.
+            seed: image i uses the key of `seed + i`; or a list of seeds, one per image.
             batch: images per run of the program.
             **settings: fields of `Settings`; those left out are as recommended. `stable=True`
                 means as recommended, or as in the originals' demo.
@@ -81,24 +101,16 @@ class Pipeline:
             uint8 images [N, H, W, 3].
 
         Raises:
-            UserError: an invalid argument, or no prompt.
+            UserError: an invalid argument, or no prompt; a UserTypeError for a wrong type.
         """
-        if isinstance(prompts, str):
-            raise UserError(f'prompts come as a list, not as one text: give [{prompts[:30]!r}]')
+        _check_prompts(prompts)
         if not prompts:
             raise UserError('there is no prompt: give at least one')
-        if batch < 1:
-            raise UserError(f'batch must be at least 1, not {batch}')
-        if not 0 <= seed <= program.SEEDS - len(prompts):
-            raise UserError(
-                f'the seeds of {len(prompts)} images must lie in [0, 2^32), and {seed} is the '
-                'first: choose another seed'
-            )
-        seeds = range(seed, seed + len(prompts))
+        seeds = _seeds(seed, len(prompts))
         return np.concatenate(list(self.stream(prompts, seeds, self.resolve(**settings), batch)))
 
     def resolve(self, **settings: Any) -> Settings:
-        """The recommended settings with some replaced; a UserError for unknown or invalid ones."""
+        """The recommended settings with some replaced; UserErrors as of a call."""
         known = [field.name for field in dataclasses.fields(Settings)]
         if unknown := sorted(set(settings) - set(known)):
             raise UserError(
@@ -106,8 +118,9 @@ class Pipeline:
             )
         if isinstance(settings.get('stable'), bool):
             settings = settings | {'stable': self._stable(settings['stable'])}
+        lists = {name: tuple(value) for name, value in settings.items() if type(value) is list}
         try:
-            return dataclasses.replace(self.recommended, **settings)
+            return dataclasses.replace(self.recommended, **settings | lists)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -122,8 +135,18 @@ class Pipeline:
     ) -> Iterator[np.ndarray]:
         """The images of prompts and seeds, batch by batch, uint8 [b, H, W, 3].
 
-        The next batch is computed while the caller handles the one before.
+        The next batch is computed while the caller handles the one before. UserErrors as of a call.
         """
+        _check_prompts(prompts)
+        seeds = _seeds(seeds, len(prompts))
+        instance('settings', settings, Settings, 'a Settings, such as pipe.resolve(top_k=5)')
+        if whole_number('batch', batch) < 1:
+            raise UserError(f'batch must be at least 1, not {batch}')
+        return self._stream(prompts, seeds, settings, int(batch))
+
+    def _stream(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, batch: int
+    ) -> Iterator[np.ndarray]:
         pending, first, negative = None, 0, None
         if settings.negative:
             encoded = self.encoder.encode([settings.negative])
@@ -170,6 +193,45 @@ def batches(count: int, most: int, ways: int) -> list[int]:
     while last < rest:
         last *= 2
     return [most] * full + [min(last, most)]
+
+
+def _check_prompts(prompts: object) -> None:
+    """Raises a UserError unless these are texts that a tokenizer can read."""
+    if isinstance(prompts, str):
+        raise UserTypeError(f'prompts come as a list, not as one text: give [{prompts[:30]!r}]')
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+        raise UserTypeError(f'prompts come as a list of texts, not as {show(prompts)}: give a list')
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserTypeError(f'prompt {number} is {show(prompt)}, expected a text')
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f'prompt {number} is {ascii(prompt[:30])}, expected text that UTF-8 can encode'
+            ) from None
+
+
+def _seeds(seed: object, count: int) -> Sequence[int]:
+    """One seed per image, of a first seed or a list; UserErrors as of a call."""
+    if isinstance(seed, np.ndarray) and seed.ndim == 1:
+        seed = seed.tolist()
+    if isinstance(seed, str) or not isinstance(seed, Sequence):
+        first = whole_number('seed', seed, ', or a list of one per prompt')
+        seeds = range(first, first + count)
+    else:
+        seeds = [whole_number(f'seed {number}', value) for number, value in enumerate(seed)]
+    if len(seeds) != count:
+        raise UserError(
+            f'there are {len(seeds)} seeds for {count} prompts: give one seed per prompt, or the '
+            'first one as a number'
+        )
+    if invalid := [value for value in seeds if not 0 <= value < program.SEEDS]:
+        raise UserError(
+            f'the seeds of {count} images must lie in [0, 2^32), and {invalid[0]} does not: choose '
+            'another seed'
+        )
+    return seeds
 
 
 def _fetch(images: jax.Array, real: int) -> np.ndarray:
