@@ -171,7 +171,7 @@ def _run(words: list[str], load: Callable[[str], types.ModuleType]) -> int:
 def _report(command: str, error: object, status: int) -> int:
     """Writes one line to stderr, escaping what cannot be printed. Returns `status`."""
     text = f'star-jax {command}'.rstrip() + ': ' + ' '.join(str(error).splitlines())
-    sys.stderr.write(text.encode(errors='backslashreplace').decode() + '\n')
+    sys.stderr.write(terminal.printable(text) + '\n')
     return status
 
 

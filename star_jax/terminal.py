@@ -13,10 +13,43 @@ import sys
 import threading
 import time
 import types
+import unicodedata
 from collections.abc import Callable, Mapping
 
 LONGEST_CLEANING = 60  # seconds
 LONGEST_FLUSH = 1
+CONTROLS = ('Cc', 'Cs', 'Zl', 'Zp')  # Unicode categories of characters that are no text
+BIDIRECTIONAL = frozenset(
+    '\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
+)
+
+
+def printable(text: str, keep: str = '') -> str:
+    """The text, with control characters and those that reorder a line as escape sequences.
+
+    A name that comes from a file could otherwise clear the terminal, hide text or forge a line.
+
+    Args:
+        text: any text.
+        keep: control characters that stay, such as line feeds.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return ''.join(
+        character
+        if character in keep or not _is_control(character)
+        else character.encode('unicode_escape').decode()
+        for character in text
+    )
+
+
+def write_line(text: object) -> None:
+    """Writes one line to stdout, in which control characters are escaped."""
+    sys.stdout.write(printable(str(text)) + '\n')
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in CONTROLS or character in BIDIRECTIONAL
 
 
 class _WarningHandler(logging.Handler):

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import tyro
 
+from star_jax import terminal
 from star_jax.commands import help_text
 from star_jax.commands.help_text import HELP, HELP_ALL, Sections
 from star_jax.errors import UserError
@@ -51,7 +52,8 @@ def parse(
     """
     if asks_for_help(words):
         everything = HELP_ALL in words
-        sys.stdout.write(help_text.render(cls, command, default, common, everything))
+        text = help_text.render(cls, command, default, common, everything)
+        sys.stdout.write(terminal.printable(text, keep='\n'))
         raise SystemExit(0)
     options = {} if default is None else {'default': default}
     errors = io.StringIO()
@@ -70,7 +72,7 @@ def parse(
         raise UserError(str(error)) from error
     except SystemExit as stopped:
         if stopped.code != USAGE_ERROR:
-            sys.stderr.write(errors.getvalue())
+            sys.stderr.write(terminal.printable(errors.getvalue(), keep='\n'))
             raise
         raise UserError(_sentence(errors.getvalue(), command)) from stopped
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import tyro
-from rich.console import Console
 
 from star_jax import files
 from star_jax.bench import bench_tables, process, suite
@@ -18,6 +17,7 @@ from star_jax.bench.sampling import SamplingJob
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, bench_parts, bench_suite, run_config
+from star_jax.console import Console
 from star_jax.core.buckets import Buckets, divide
 from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from star_jax import files
 from star_jax.bench import attention, bench_tables, data
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, run_config
+from star_jax.console import Console
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.nn.attention_dispatch import Name

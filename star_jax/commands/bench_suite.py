@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from star_jax import files
 from star_jax.bench import bench_tables, suite
 from star_jax.commands import arguments, run_config
+from star_jax.console import Console
 from star_jax.errors import UserError
 from star_jax.training.run import Run
 

@@ -1,13 +1,13 @@
 """`star-jax data cache [CONFIG]`"""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from star_jax import terminal
 from star_jax.checkpoint import config
 from star_jax.commands import arguments, run_config
 from star_jax.training.run import Run
@@ -43,5 +43,5 @@ def main(words: Sequence[str]) -> int:
     from star_jax.training import train  # only after the arguments are checked
 
     folder = train.cache(options.run, options.image_features)
-    sys.stdout.write(f'{folder}: train with --cache {folder}\n')
+    terminal.write_line(f'{folder}: train with --cache {folder}')
     return 0

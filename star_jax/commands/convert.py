@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from star_jax import files
 from star_jax.commands import arguments
-from star_jax.console import pairs
+from star_jax.console import Console, pairs
 from star_jax.convert import transfer
 from star_jax.convert.infer import ModelOptions
 from star_jax.errors import UserError

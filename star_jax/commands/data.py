@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from star_jax import files
+from star_jax import files, terminal
 from star_jax.commands import arguments
 from star_jax.data import folder, prepared, show
 from star_jax.data.folder import Folder
@@ -199,7 +199,7 @@ def _print(
     out: Path, counts: Mapping[str, int], description: str, megabytes: float, seconds: float
 ) -> int:
     splits = folder.counts_text(counts)
-    sys.stdout.write(f'{out}: {splits} {description}, {megabytes:.1f} MB, {seconds:.0f} s\n')
+    terminal.write_line(f'{out}: {splits} {description}, {megabytes:.1f} MB, {seconds:.0f} s')
     return 0
 
 
@@ -208,7 +208,7 @@ def _show(words: Sequence[str]) -> int:
     files.check_file(options.out)
     source = _data_set(options).open(options.size)
     path = show.show(source, options.out, options.count, options.columns, options.seed)
-    sys.stdout.write(f'{path}\n')
+    terminal.write_line(path)
     return 0
 
 
@@ -225,7 +225,7 @@ def _check(words: Sequence[str]) -> int:
     folder, found = options.cache, cache.check(options.cache, options.remove)
     total = found.intact + len(found.damaged)
     if not found.damaged:
-        sys.stdout.write(f'{folder}: {total:,} files, {found.size / 1e9:.1f} GB, all intact\n')
+        terminal.write_line(f'{folder}: {total:,} files, {found.size / 1e9:.1f} GB, all intact')
         return 0
     names = ', '.join(str(path.relative_to(folder)) for path in found.damaged[:SHOWN])
     state = 'were damaged and are removed' if options.remove else 'are damaged'

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 from star_jax import files, image_io
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments
+from star_jax.console import Console, is_terminal, track
 from star_jax.core.settings import Dtype, Settings, StableVersion
 from star_jax.errors import UserError
 from star_jax.evaluation import eval_report, eval_tables
@@ -154,12 +153,4 @@ def _check_writable(path: Path | None) -> None:
 
 def _with_progress(items: Iterable, count: int, description: str) -> Iterable:
     """The items, with a progress bar on stderr that disappears at the end."""
-    console = Console(stderr=True)
-    return track(
-        items,
-        total=count,
-        description=description,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    return track(items, description, count, visible=is_terminal(), transient=True)

@@ -1,12 +1,12 @@
 """`star-jax export RUN`"""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
+from star_jax import terminal
 from star_jax.commands import arguments
 
 
@@ -30,5 +30,5 @@ def main(words: Sequence[str]) -> int:
     from star_jax.training import train
 
     out = options.out or options.run / 'model'
-    sys.stdout.write(f'{train.export(options.run, out)}\n')
+    terminal.write_line(train.export(options.run, out))
     return 0

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import jax
 import tyro
-from rich.console import Console
 
 from star_jax import files
 from star_jax.checkpoint import config
 from star_jax.commands import arguments, run_config
+from star_jax.console import Console
 from star_jax.core.buckets import Buckets
 from star_jax.core.sizes import LARGEST_BATCH
 from star_jax.errors import UserError

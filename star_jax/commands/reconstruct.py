@@ -1,7 +1,6 @@
 """`star-jax reconstruct IMAGES...`"""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 import tyro
 
-from star_jax import files, image_io
+from star_jax import files, image_io, terminal
 from star_jax.checkpoint import models
 from star_jax.commands import arguments
 from star_jax.core import pixels
@@ -65,7 +64,7 @@ def main(words: Sequence[str]) -> int:
         image_io.save_png(row_image, options.out / f'{index:03d}-{path.stem}.png')
         rows, captions = rows + row, captions + titles
     grid = image_io.grid(rows, captions, columns=1 + len(grids))
-    sys.stdout.write(f'{image_io.save_png(grid, options.out / "grid.png")}\n')
+    terminal.write_line(image_io.save_png(grid, options.out / 'grid.png'))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from star_jax import files
+from star_jax import files, terminal
 from star_jax.checkpoint import models
 from star_jax.commands import arguments
 from star_jax.console import progress_bar
@@ -123,7 +122,7 @@ def main(words: Sequence[str]) -> int:
     )
     for index, image in zip(missing, _with_progress(images, len(missing)), strict=True):
         folder.add(index, image)
-    sys.stdout.write(f'{folder.grid()}\n')
+    terminal.write_line(folder.grid())
     return 0
 
 

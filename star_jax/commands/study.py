@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
-from star_jax import files
+from star_jax import files, terminal
 from star_jax.commands import arguments
+from star_jax.console import Console
 from star_jax.errors import UserError
 
 USAGE = """usage: star-jax study run|report|cost [...]   (each has --help)
@@ -102,7 +102,7 @@ def _run(words: Sequence[str]) -> int:
     if options.list:
         for unit in study.units:
             made = (options.results / f'{unit.name}.json').exists()
-            sys.stdout.write(f'{unit.name}{"  made" if made else ""}\n')
+            terminal.write_line(f'{unit.name}{"  made" if made else ""}')
         return 0
     units.run(study, options.results, options.work, console, options.only)
     return 0

@@ -23,10 +23,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 
 from star_jax import image_io
+from star_jax.console import track
 from star_jax.data import prepared
 from star_jax.data.splits import fraction
 from star_jax.errors import UserError
@@ -316,10 +315,7 @@ def render_all(icons: Sequence[Icon], folder: Path, size: int) -> list[tuple[Ico
     """Renders each icon to `folder`/style-version/name.png; existing files are kept."""
     versions = pinned()
     rendered = []
-    progress = rich.progress.track(
-        icons, f'rendering at {size} px', console=rich.console.Console(stderr=True)
-    )
-    for icon in progress:
+    for icon in track(icons, f'rendering at {size} px', len(icons)):
         style = f'{icon.style}-{versions[STYLES[icon.style].package]}'
         path = folder / style / f'{icon.name}.png'
         if not path.exists():

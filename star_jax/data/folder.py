@@ -17,10 +17,9 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from star_jax import image_io
+from star_jax.console import track
 from star_jax.data import image_checks, image_files, listing, pipeline, prepared, splits
 from star_jax.data.pipeline import Example
 from star_jax.data.tree import Fault, File
@@ -279,8 +278,7 @@ def _records(source: FolderSource, numbers: Sequence[int], split: str) -> Iterat
         records.to_iter_dataset(options),
         f'writing {split}',
         total=len(numbers),
-        console=Console(stderr=True),
-        disable=len(numbers) < image_checks.PROGRESS_FROM,
+        visible=len(numbers) >= image_checks.PROGRESS_FROM,
     )
 
 

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from star_jax import terminal
 from star_jax.errors import UserError
 
 GPU = (
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         settings = environment(arguments[0] if arguments else '', os.environ)
     except UserError as error:
-        sys.stderr.write(f'star_jax.parallel.flags: {error}\n')
+        sys.stderr.write(f'star_jax.parallel.flags: {terminal.printable(str(error))}\n')
         return 2
     return os.execve(sys.executable, [sys.executable, '-m', 'star_jax', *arguments[1:]], settings)
 

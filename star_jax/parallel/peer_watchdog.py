@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 
+from star_jax import terminal
 from star_jax.errors import RunError, UserError
 
 try:
@@ -100,7 +101,7 @@ class PeerWatchdog:
             except jax.errors.JaxRuntimeError:
                 reason = FIRST_LOST
             if reason and not self._left.wait(GRACE):
-                os.write(2, f'star-jax: {reason}; {ADVICE}\n'.encode())
+                os.write(2, f'star-jax: {terminal.printable(reason)}; {ADVICE}\n'.encode())
                 os._exit(1)
 
     def _record_lost_processes(self, now: float) -> None:

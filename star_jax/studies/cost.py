@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from star_jax.bench.timing import time_in_turn
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
+from star_jax.console import Console
 from star_jax.parallel import machine, startup
 from star_jax.studies import units
 from star_jax.studies.cells import Cells

@@ -104,6 +104,7 @@ def _name_ends(axes: Axes, bands: Mapping[str, np.ndarray]) -> None:
             textcoords='axes fraction',
             va='center',
             fontsize='small',
+            parse_math=False,
             arrowprops={'arrowstyle': '-', 'color': colour, 'linestyle': style, 'linewidth': 1.5},
         )
 

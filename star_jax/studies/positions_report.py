@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from star_jax import files
 from star_jax.checkpoint import config
+from star_jax.console import Console
 from star_jax.errors import UserError
 from star_jax.studies import units
 from star_jax.studies.arms import KINDS

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from star_jax.checkpoint import config, folder, models
+from star_jax.console import Console
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.studies import transfer, units

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from star_jax.checkpoint import models
+from star_jax.console import Console
 from star_jax.core.schedule import Pyramid, square_grids
 from star_jax.data.shapes import Shapes
 from star_jax.evaluation import alignment

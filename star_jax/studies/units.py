@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from rich.console import Console
 
 from star_jax import files
 from star_jax.checkpoint import config
+from star_jax.console import Console
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import machine, startup
 from star_jax.training import faults

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 import star_jax
 from star_jax import files
 from star_jax.checkpoint import config
 from star_jax.checkpoint.folder import check_free
+from star_jax.console import Console
 from star_jax.errors import UserError
 from star_jax.parallel import peer_watchdog, startup
 from star_jax.parallel.mesh import MeshShape

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from star_jax.checkpoint import config
 from star_jax.checkpoint.training import Checkpoints
-from star_jax.console import pairs, progress_bar
+from star_jax.console import Console, pairs, progress_bar
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.errors import NotFiniteError, UserError

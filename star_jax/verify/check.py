@@ -12,8 +12,8 @@ from pathlib import Path
 import einops
 import flax.errors
 import jax
-from rich.console import Console
 
+from star_jax.console import Console
 from star_jax.errors import UserError
 from star_jax.verify import comparison, infinity_options, rules, star_options
 from star_jax.verify.cases import Case, read_case

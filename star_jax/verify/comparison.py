@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from rich.console import Console
 
+from star_jax.console import Console
 from star_jax.errors import UserError
 
 INTEGERS = 'integers'
@@ -156,4 +156,4 @@ def _tolerance(tolerances: Mapping[str, float | str], tolerance_class: str) -> f
 
 def _print(console: Console, text: str, failed: bool) -> None:
     style = 'red' if failed else None
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, style=style, highlight=False, soft_wrap=True)
