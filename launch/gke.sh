@@ -27,6 +27,7 @@ for word in "${@:6}"; do # as JSON; Kubernetes itself would expand $(...)
   word=${word//\\/\\\\} word=${word//\"/\\\"} word=${word//$'\n'/\\n} word=${word//\$(/\$\$(}
   command+=", \"$word\""
 done
+[[ ! ${note:-} ]] || echo "gke.sh: note: $note" >&2
 manifest=$(<launch/jobset.yaml)
 for field in slices nodes selector resource env name image claim command; do
   manifest=${manifest//@$field@/"${!field}"}

@@ -9,7 +9,9 @@ parse_tpu() { # TYPE [NAME]: v5p-128, or 2xv5e-256 for two slices. Sets $type, $
   runtime="v2-alpha-tpu${kind/v5e/v5-lite}" runtime="${runtime/v5p/v5}"
   ((count == 1)) || size=(--node-count="$count" --node-prefix="${2:-}")
 }
-parse_pool() { # POOL of launch/gke.sh. Sets $platform and fields of launch/jobset.yaml.
+no_direct='the pods use no GPUDirect: between nodes NCCL reaches about 4 GB/s instead of 340 GB/s'
+no_direct+=' (a3-mega); docs/launch.md says what to add to launch/jobset.yaml'
+parse_pool() { # POOL of launch/gke.sh. Sets $platform, $note and fields of launch/jobset.yaml.
   local label=cloud.google.com/gke index=batch.kubernetes.io/job-completion-index m
   if [[ $1 =~ ^(([0-9]+)x)?(v5e|v5p|v6e):(([0-9]+)x([0-9]+)(x([0-9]+))?)$ ]]; then
     m=("${BASH_REMATCH[@]}")
@@ -20,6 +22,7 @@ parse_pool() { # POOL of launch/gke.sh. Sets $platform and fields of launch/jobs
   elif [[ $1 =~ ^(([0-9]+)x)?(nvidia-[a-z0-9-]+):([0-9]+)$ ]]; then
     m=("${BASH_REMATCH[@]}")
     platform=gpu slices=1 nodes="${m[2]:-1}"
+    ((nodes == 1)) || note="$no_direct"
     selector="$label-accelerator: ${m[3]}" resource="nvidia.com/gpu: ${m[4]}"
     # One process per node with all its GPUs; the name of the first pod is fixed.
     env="{name: STAR_JAX_COORDINATOR, value: '@name@-slice-0-0.@name@:8476'}"

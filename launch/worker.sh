@@ -26,6 +26,7 @@ case $action in
   start)
     [[ $(state) != running ]] || fail "a run is active on this machine: stop it first"
     rm -f run.pid run.status
+    export STAR_JAX_NOTICE=30 # seconds from SIGTERM to the end of a spot VM
     # shellcheck disable=SC2016 # the inner shell expands them
     nohup bash -c 'bash launch/node.sh tpu "$@" & echo $! >run.pid; wait $!; echo $? >run.status' \
       run "${@:2}" >run.log 2>&1 </dev/null &

@@ -19,9 +19,7 @@ from collections.abc import Callable, Mapping
 LONGEST_CLEANING = 60  # seconds
 LONGEST_FLUSH = 1
 CONTROLS = ('Cc', 'Cs', 'Zl', 'Zp')  # Unicode categories of characters that are no text
-BIDIRECTIONAL = frozenset(
-    '\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
-)
+REORDERING = frozenset('\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069')
 
 
 def printable(text: str, keep: str = '') -> str:
@@ -49,7 +47,7 @@ def write_line(text: object) -> None:
 
 
 def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in CONTROLS or character in BIDIRECTIONAL
+    return unicodedata.category(character) in CONTROLS or character in REORDERING
 
 
 class _WarningHandler(logging.Handler):

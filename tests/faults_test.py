@@ -148,6 +148,15 @@ def go(job: Walk, out: Path) -> tuple[bool, str]:
         return trainer.fit(job, out, console, stop), console.file.getvalue()
 
 
+@pytest.mark.parametrize(('seconds', 'fits'), [('15', True), ('0.0001', False)])
+def test_a_save_is_compared_with_the_notice(tmp_path, monkeypatch, caplog, seconds, fits):
+    monkeypatch.setenv('STAR_JAX_NOTICE', seconds)
+    _, text = go(Walk(lambda event, step: time.sleep(0.02)), tmp_path)
+    assert f'this machine has {float(seconds):g} s after the notice' in text
+    assert ('nothing is lost' in text) == fits
+    assert caplog.text.count('loses the work since the last checkpoint') == (not fits)
+
+
 def outcome(out: Path) -> tuple[list[dict], bytes, list[str]]:
     """Metrics without their speed, parameters, and names of sample grids."""
     grids = sorted(path.name for path in (out / logger.SAMPLES).iterdir())

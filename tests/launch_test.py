@@ -556,6 +556,22 @@ def test_gke_requests_the_machines_of_a_pool(
     assert 'completion-index' in str(variables['STAR_JAX_PROCESS']['valueFrom'])
 
 
+@pytest.mark.parametrize(
+    ('pool', 'is_said'),
+    [
+        ('4xnvidia-h100-mega-80gb:8', True),
+        ('2xnvidia-h100-80gb:8', True),
+        ('nvidia-h100-80gb:8', False),  # one node
+        ('v5e:4x4', False),
+    ],
+)
+def test_gke_says_that_pods_of_several_gpu_nodes_have_no_gpudirect(machine, pool, is_said):
+    words = ('start', 'd16', 'here/star_jax:1', pool, 'runs', *RUN)
+    done = machine.bash(LAUNCH / 'gke.sh', *words)
+    assert done.returncode == 0
+    assert ('no GPUDirect' in done.stderr) == is_said and done.stderr.count('\n') == is_said
+
+
 def test_gke_follows_and_stops_a_jobset(machine):
     assert machine.bash(LAUNCH / 'gke.sh', 'logs', 'd16').returncode == 0
     assert machine.bash(LAUNCH / 'gke.sh', 'stop', 'd16').returncode == 0

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,12 +64,17 @@ class Checkpoints:
         keep: number of states that are kept.
         read_only: saves, cleans and sets aside nothing, for a folder to which another process may
             write.
+
+    Attributes:
+        seconds: how long the last finished save took, in the first process; None before.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
         self._folder = Path(folder).absolute()
         self._read_only = read_only
+        self.seconds: float | None = None
         self._saving: int | None = None
+        self._began = 0.0
         self._notes: Any = None
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +113,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
-        self._saving, self._notes = step, notes
+        self._saving, self._notes, self._began = step, notes, time.monotonic()
         item = ocp.args.StandardSave(_named(state))
         self._manager.save(step, args=ocp.args.Composite(**{ITEM: item}), force=True)
 
@@ -177,6 +183,7 @@ class Checkpoints:
         files = [path for path in files if path.is_file()]
         manifest = {path.relative_to(step).as_posix(): _fingerprint(path) for path in files}
         config.write_json(step / MANIFEST, manifest)
+        self.seconds = time.monotonic() - self._began
 
     def _read(self, step: int, like: State) -> State:
         """Reads one step.

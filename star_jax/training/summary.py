@@ -41,11 +41,12 @@ def describe(
         examples: number of training examples.
     """
     state = nn.unbox(state)
+    held = f'{state_bytes(state) / 2**20:,.0f} MiB'
     epochs = run.mean_batch * run.pace.steps / examples
     constants = run.model.constants if isinstance(run, Run) else frozenset()
     return {
         'parameters': f'{_count(state.params, constants):,}',
-        'state in memory': f'{_bytes(state) / 2**20:,.0f} MiB (parameters, averages, optimizer)',
+        'state in memory': f'{held} (parameters, averages, optimizer)',
         'tokens per image': f'{schedule.length:,} in {schedule.steps} steps',
         'arithmetic per step': f'{flops / 1e9:,.1f} GFLOP',
         'images': f'{run.mean_batch:g} per step, {run.pace.steps:,} steps, {epochs:,.2f} epochs',
@@ -79,7 +80,7 @@ def check_batch(batch: int, resolution: tuple[int, int], mesh: Mesh) -> None:
 def check_state(state: TrainState) -> None:
     """Raises UserError if a CPU trains a state that the memory of this machine cannot hold."""
     if jax.default_backend() == 'cpu':
-        size = _bytes(nn.unbox(state)) // jax.process_count()
+        size = state_bytes(state) // jax.process_count()
         machine.check_memory('parameters, averages and optimizer of this model', size)
 
 
@@ -113,5 +114,7 @@ def _count(params: Any, constants: frozenset[str]) -> int:
     )
 
 
-def _bytes(tree: Any) -> int:
+def state_bytes(tree: Any) -> int:
+    """Bytes of arrays, which may be abstract: also the size of a checkpoint."""
+    tree = nn.unbox(tree)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

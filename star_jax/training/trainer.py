@@ -5,6 +5,7 @@ The one loop: it restores, steps, logs metrics, evaluates, and saves. What is tr
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +21,12 @@ from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import peer_watchdog
-from star_jax.training import logger
+from star_jax.training import logger, notice
 from star_jax.training.faults import Stop, state_flaw
 from star_jax.training.logger import Logger, MetricsWindow
 from star_jax.training.run import Run, TokenizerRun, check_kind
 from star_jax.training.state import TrainState
-from star_jax.training.summary import check_state
+from star_jax.training.summary import check_state, state_bytes
 
 CONFIG = 'config.json'
 DATA = 'data.json'  # number of training examples, and their fingerprint
@@ -114,7 +115,7 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
     abstract = job.abstract()
     check_state(abstract)
     if jax.process_index() == 0:
-        _print_summary(job, console)
+        _print_summary(job, console, state_bytes(abstract))
     with Checkpoints(out / CHECKPOINTS, keep=job.run.pace.keep) as checkpoints:
         restored = checkpoints.restore(abstract)
         first, state = restored if restored else (0, job.init())
@@ -167,6 +168,8 @@ class Trainer:
         self._job, self._pace = job, job.run.pace
         self._checkpoints, self._window = checkpoints, window
         self._logger, self._progress = logger, progress
+        self._notice = notice.find(os.environ) if jax.process_index() == 0 else None
+        self._size = 0  # of a checkpoint, in bytes
 
     def run(self, first: int, state: TrainState, stop: Stop) -> tuple[int, TrainState]:
         """Trains from step `first` to the end, or until asked to stop.
@@ -207,7 +210,20 @@ class Trainer:
         metrics = self._window.close()
         self._logger.log(done, metrics)
         self._checkpoints.check()
+        self._compare_notice()
         return f'loss {metrics["loss"]:.3f}, {metrics["images_per_second"]:.1f} images/s'
+
+    def _compare_notice(self) -> None:
+        """Says once whether a save fits between the notice of a preemption and the end."""
+        seconds = self._checkpoints.seconds
+        if self._notice is None or seconds is None:
+            return
+        sentence = self._notice.compare(self._size, seconds, self._pace.save)
+        if self._notice.fits(seconds):
+            self._progress.console.print(sentence, highlight=False, soft_wrap=True)
+        else:
+            log.warning(sentence)
+        self._notice = None
 
     def _evaluate(self, done: int, state: TrainState) -> None:
         metrics = self._job.evaluate(state)
@@ -224,6 +240,7 @@ class Trainer:
         self._check_finite(self._window.flaw())
         flaw = state_flaw(state)
         self._check_finite(flaw and f'step {done}: {flaw}')
+        self._size = state_bytes(state)
         self._checkpoints.save(done, state, self._window.pending())
 
     def _check_finite(self, flaw: str | None) -> None:
@@ -338,5 +355,9 @@ def _compile_grid(job: Job, console: Console) -> None:
         )
 
 
-def _print_summary(job: Job, console: Console) -> None:
-    console.print(pairs(type(job.run).__name__, job.summary()))
+def _print_summary(job: Job, console: Console, size: int) -> None:
+    """Prints what the run will cost; `size` is that of a checkpoint in bytes."""
+    lines = job.summary()
+    if known := notice.find(os.environ):
+        lines = lines | {'checkpoint': known.plan(size)}
+    console.print(pairs(type(job.run).__name__, lines))
