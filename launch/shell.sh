@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Functions that the launch scripts share: they source this file. It answers --help with the comment
 # at the head of the script, and removes a leading --dry-run.
-fail() { # A user's mistake, in one sentence.
-  echo "$(basename "$0"): $*" >&2 && exit 2
+fail() { # A user's mistake, in one sentence without control characters.
+  local sentence="${*//$'\e'/\\x1b}"
+  echo "$(basename "$0"): ${sentence//[[:cntrl:]]/?}" >&2 && exit 2
 }
 quoted() { # The arguments, quoted for a shell.
   printf -v line ' %q' "$@" && echo "${line# }"

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from rich.console import Console
 
 from star_jax import cli, image_io
 from star_jax.checkpoint import config, models, weights
 from star_jax.checkpoint.training import UNFINISHED, Checkpoints
+from star_jax.console import Console
 from star_jax.data.folder import Folder
 from star_jax.errors import RunError, UserError
 from star_jax.training import faults, logger, train, trainer

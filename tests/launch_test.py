@@ -149,6 +149,11 @@ def test_scripts_report_a_mistake_in_one_sentence(machine, arguments, sentence):
     assert machine.calls() == []
 
 
+def test_mistakes_are_shown_without_control_characters(machine):
+    error = error_line(machine.bash(LAUNCH / 'node.sh', '\x1b[2J\a[/]'))
+    assert "'\\x1b[2J?[/]' is not a platform" in error
+
+
 # TPUs by queued resources.
 
 

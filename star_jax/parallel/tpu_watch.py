@@ -299,7 +299,8 @@ def main(words: Sequence[str]) -> int:
         return run_action(name, zone, action, *words)
 
     def say(sentence: str) -> None:
-        sys.stdout.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {name}: {sentence}\n')
+        line = f'{name}: {sentence}'.encode('unicode_escape').decode()
+        sys.stdout.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n')
         sys.stdout.flush()
 
     try:
