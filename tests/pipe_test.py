@@ -11,6 +11,7 @@ import tiny
 import star_jax
 from star_jax.core.settings import StableSettings
 from star_jax.errors import UserError
+from star_jax.families.star import Star
 from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling.pipeline import Pipeline, batches
 
@@ -186,6 +187,16 @@ def test_load_refuses_an_argument_in_a_sentence(folder, options, sentence):
         star_jax.load(**({'source': folder} | options))
     wrong_type = not isinstance(next(iter(options.values())), str)
     assert isinstance(caught.value, TypeError) == wrong_type
+
+
+@pytest.mark.parametrize('field', ['depth', 'width', 'heads', 'codes', 'channels'])
+@pytest.mark.parametrize('value', [None, '16', [1]])
+def test_sizes_of_a_model_check_their_types(field, value):
+    with pytest.raises(TypeError, match=f'{field} must be a number, not') as caught:
+        Star(**{field: value})
+    assert isinstance(caught.value, UserError)
+    with pytest.raises(TypeError, match='mesh.tensor must be a whole number, not'):
+        MeshShape(tensor=value)
 
 
 def test_settings_check_their_types():

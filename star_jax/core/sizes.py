@@ -1,5 +1,7 @@
 """How large may a part of a network be?"""
 
+from star_jax.core.argument_types import number
+
 MOST_LAYERS = 1024  # of parts that are traced one by one
 LARGEST_BATCH = 2**20  # images of a batch
 LARGEST = 2**20  # larger than any size in use, and the product of three fits 64 bits
@@ -13,8 +15,11 @@ def check_codes(codes: int) -> None:
 
 
 def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None:
-    """Raises a ValueError that names the first size, or a size of a tuple, outside [1, most]."""
+    """Raises a ValueError that names the first size, or a size of a tuple, outside [1, most].
+
+    It is a UserTypeError for what is no number.
+    """
     for name, size in sizes.items():
         for value in size if isinstance(size, tuple) else (size,):
-            if not 1 <= value <= most:
+            if not 1 <= number(name, value) <= most:
                 raise ValueError(f'{name} must lie in [1, {most}], not {value}')

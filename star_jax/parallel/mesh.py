@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from star_jax.core.argument_types import whole_number
 from star_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence')
@@ -34,6 +35,8 @@ class MeshShape:
     sequence: int = 1
 
     def __post_init__(self) -> None:
+        for axis in AXES:
+            whole_number(f'mesh.{axis}', getattr(self, axis))
         if self.data < 0 or min(self.fsdp, self.tensor, self.sequence) < 1:
             raise ValueError(
                 'mesh axes need at least one device each (data: 0 is all devices that the other '
