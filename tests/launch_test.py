@@ -407,8 +407,8 @@ def test_watch_goes_on_through_five_preemptions(cloud):
 
 
 def test_watch_goes_on_through_failures_with_progress_between(cloud):
-    done, requests, starts = walk(cloud, *['step fails'] * 6, 'ends')
-    assert done.returncode == 0 and starts == 7, done
+    done, requests, starts = walk(cloud, *['step fails'] * 5, 'ends')
+    assert done.returncode == 0 and starts == 6, done
     assert requests.count('create') == requests.count('delete') == 1
 
 
