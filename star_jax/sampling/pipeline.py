@@ -118,9 +118,15 @@ class Pipeline:
             )
         if isinstance(settings.get('stable'), bool):
             settings = settings | {'stable': self._stable(settings['stable'])}
-        lists = {name: tuple(value) for name, value in settings.items() if type(value) is list}
+        lists = {
+            name: tuple(value)
+            for name, value in settings.items()
+            if isinstance(value, list) and isinstance(getattr(self.recommended, name), tuple)
+        }
         try:
             return dataclasses.replace(self.recommended, **settings | lists)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(str(error)) from error
 
