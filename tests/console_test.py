@@ -114,7 +114,6 @@ def test_only_the_terminal_writes_text_of_users():
         'export {}',
         'sample a --model {}',
         'sample a --prompts {}/x',
-        'sample a --{} 1',
         'sample a --seed {}',
         'train {}/x.py',
         'train {}/x.json',
