@@ -328,7 +328,8 @@ def test_fresh_gates_scales_and_heads_are_small():
     np.testing.assert_allclose(rows.std(), 0.955 / 2048**0.5, rtol=0.02)
 
 
-def test_a_run_trains_on_flipped_bits_and_samples_from_captions(tmp_path, monkeypatch):
+@pytest.fixture
+def job(tmp_path, monkeypatch) -> TransformerJob:
     monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path / 'cache'))
     autoencoder = Autoencoder(
         width=4, multipliers=(1,), blocks=1, groups=2, stem=4, attention=False
@@ -346,7 +347,16 @@ def test_a_run_trains_on_flipped_bits_and_samples_from_captions(tmp_path, monkey
         bit_loss='sum',
         sampling=Settings(guidance=3, guidance_layers=(0, -1), negative='a blue star'),
     )
-    job = TransformerJob(run)
+    return TransformerJob(run)
+
+
+def test_a_run_counts_its_parameters_and_work(job):
+    count = sum(leaf.size for leaf in jax.tree.leaves(meta.unbox(job.run.model.abstract())))
+    assert f'{count:,}' in str(job.summary())
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_flipped_bits_and_samples_from_captions(job):
     state = job.init()
     before = np.asarray(state.params['starter']['rows'])
     state, metrics = job.step(0, state, next(job.batches(0)))
