@@ -22,8 +22,8 @@ ROOMS = (
     'evaluation',
     'training',
     'plan',
-    'studies',
     'bench',
+    'studies',
     'verify',
     'commands',
 )

@@ -15,7 +15,8 @@ from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import AXES, MeshShape
-from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram, init_params
+from star_jax.training.build import init_params
+from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram
 from star_jax.training.state import TrainState, abstract_state, init_sharded
 from star_jax.training.transformer_job import TransformerJob
 

@@ -18,14 +18,8 @@ from star_jax.parallel import rules
 from star_jax.plan.jaxpr_memory import weights_read
 from star_jax.plan.workload import device_bytes
 from star_jax.training import summary
-from star_jax.training.program import (
-    COUNTED,
-    Frozen,
-    StepInputs,
-    TrainingProgram,
-    build_program,
-    init_params,
-)
+from star_jax.training.build import COUNTED, build_program, init_params
+from star_jax.training.program import Frozen, StepInputs, TrainingProgram
 from star_jax.training.run import Run
 from star_jax.training.state import init_sharded
 

@@ -33,7 +33,7 @@ from star_jax.sampling import program
 from star_jax.text.encoder import abstract_encoder
 from star_jax.text.encoder_folder import locate
 from star_jax.text.hf_config import PUBLISHED
-from star_jax.training import program as training_program
+from star_jax.training import build as training_build
 from star_jax.training.program import Frozen, StepInputs, TrainingProgram
 from star_jax.training.run import Run, resolve
 from star_jax.training.state import abstract_state
@@ -98,7 +98,7 @@ def training(
 
     def build(**changes: Any) -> TrainingProgram:
         changed = dataclasses.replace(run, **changes)
-        return training_program.build_program(
+        return training_build.build_program(
             changed,
             mesh,
             vq.build_training(run.correction),
@@ -145,7 +145,7 @@ def training(
         'tokenizer': frozen.tokenizer,
         'batch': batch,
     }
-    countable, needed = build(attention='by_scale'), build(**training_program.COUNTED)
+    countable, needed = build(attention='by_scale'), build(**training_build.COUNTED)
     step = Program(jax.jit(step_program.train, donate_argnums=0), args)
     return Workload(
         images=run.batch,

@@ -1,7 +1,7 @@
 """Which programs train a transformer?
 
-A program needs the sizes of a run, but no weights and no data: `plan` compiles the programs that a
-job runs. `TrainingProgram.loss` is what a step minimises.
+A program has parts, but no weights and no data: `plan` compiles the programs that a job runs.
+`TrainingProgram.loss` is what a step minimises; `training/build.py` makes the parts of a run.
 """
 
 import dataclasses
@@ -13,27 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from star_jax.core import condition as conditions
 from star_jax.core.codes import Targets
 from star_jax.losses import refinement, tokens
 from star_jax.losses.refinement import Unmasking
 from star_jax.losses.tokens import Metrics, TokenLosses
-from star_jax.nn.attention_dispatch import named
 from star_jax.nn.bind import bind
 from star_jax.nn.blocks import drop_paths
 from star_jax.nn.transformer import Transformer
-from star_jax.parallel.mesh import batch_shards
-from star_jax.training.optimizer import decayed, everything, gradient_norm
-from star_jax.training.run import Run
+from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
 
 REFINER = 'refiner'  # the name of a refinement head among the parameters of a model
-
-# Changes to a run whose program can be counted: nothing is computed twice, and no kernel hides its
-# arithmetic.
-COUNTED = {'remat': 'none', 'attention': 'by_scale'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,60 +283,3 @@ class RefinementProgram(TrainingProgram):
         vectors_BRC = refinement.shown_vectors(self.tokenizer, frozen.tokenizer, codes_BR, shown_BR)
         inputs = (self._network, params, targets.inputs_BLC, vectors_BRC, condition)
         return refinement.refine(*inputs, paths=paths)[1]
-
-
-def build_program(
-    run: Run,
-    mesh: Mesh,
-    tokenizer: nn.Module,
-    *,
-    platform: str,
-    encode_prompts: Callable[[Any, Any], Any] | None = None,
-) -> TrainingProgram:
-    """The programs of a run: those of its refinement head if its model has one.
-
-    Args:
-        run: what is trained, and how.
-        mesh: the devices.
-        tokenizer: the module whose codes are predicted, with the schedule of the model.
-        platform: 'cpu', 'gpu' or 'tpu': chooses the attention kernel.
-        encode_prompts: as of `TrainingProgram`.
-    """
-    attend = named(run.attention, platform)
-    ways = batch_shards(mesh)
-    parts = {
-        'network': run.model.build(run.dtype, run.remat, run.unroll, attend).with_sharding(mesh),
-        'tokenizer': tokenizer,
-        'recipe': build_recipe(run, ways),
-        'encode_prompts': encode_prompts,
-        'batch_groups': ways,
-    }
-    if not run.model.refinement:
-        optimizer = run.optimizer.build(run.pace.steps, constants=run.model.constants)
-        return TrainingProgram(optimizer=optimizer, **parts)
-    decays = everything if run.unmasking.decay_all else decayed
-    optimizer = run.optimizer.build(run.pace.steps, decays)
-    return RefinementProgram(optimizer=optimizer, unmasking=run.unmasking, **parts)
-
-
-def build_recipe(run: Run, ways: int) -> Recipe:
-    """The recipe of a run, with its batch split over so many ways of the mesh."""
-    scaled = run.released_loss_scale and run.model.keep_tokens
-    return Recipe(
-        condition_drop=run.caption_drop,
-        drop_path=run.model.drop_path,
-        keep_tokens=run.model.keep_tokens,
-        balance=run.balance,
-        label_smoothing=run.label_smoothing,
-        bit_loss=run.bit_loss,
-        loss_scale=run.batch // ways if scaled else 1.0,
-        ema=run.ema,
-        constants=run.model.constants,
-    )
-
-
-def init_params(run: Run, key: jax.Array) -> Any:
-    """The boxed random parameters of the model of a run; nothing is computed of inputs."""
-    family = run.model
-    inputs, condition = family.abstract_inputs(), family.abstract_condition()
-    return family.build().lazy_init(key, inputs, condition)['params']

@@ -26,7 +26,8 @@ from star_jax.text.cache import FeatureCache
 from star_jax.text.encoder import load as load_text
 from star_jax.text.tokens import Tokens
 from star_jax.training import cache, summary, warm_start
-from star_jax.training.program import COUNTED, Frozen, StepInputs, build_program, init_params
+from star_jax.training.build import COUNTED, build_program, init_params
+from star_jax.training.program import Frozen, StepInputs
 from star_jax.training.run import Run
 from star_jax.training.sample_grid import SampleGrid
 from star_jax.training.state import TrainState, abstract_state, init_sharded
