@@ -302,7 +302,9 @@ def scores(model, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp('scores')
     calls, read = [], folder.read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, 'read', lambda *args: calls.append(args) or read(*args))
+        patch.setattr(
+            folder, 'read', lambda *args, **load: calls.append(args) or read(*args, **load)
+        )
         report = evaluate(out, model, '--metrics', 'tokenizer', 'loss', '--count', 3, '--batch', 4)
     assert len(calls) == 1, 'a large model takes long to read'
     return report
