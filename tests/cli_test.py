@@ -24,6 +24,7 @@ from star_jax.commands import arguments, cache, help_text, run_config
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
+from star_jax.families.infinity import Infinity
 from star_jax.training.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -245,9 +246,11 @@ def test_help_of_every_command_is_tested():
     [*run_config.COMMON.items(), (Run, run_config.PROGRAM), (Run, cache.COMMON)],
 )
 def test_common_options_exist(run_type, sections):
-    """Those of the data depend on the kind of dataset."""
+    """Those of the data depend on the kind of dataset, those of a model on its family."""
     kinds = (Shapes(), Folder(), Prepared(path='sets/any'))
     runs = [run_type(data=data) for data in kinds]
+    if run_type is Run:
+        runs.append(Run(model=Infinity()))
     names = {option.name for run in runs for option in help_text.options(run_type, run)}
     assert set(itertools.chain.from_iterable(sections.values())) <= names
 

@@ -27,7 +27,7 @@ SCHEDULE = (
     'ema',
     'seed',
 )
-REPORTS = ('pace.log', 'pace.sample', 'pace.images', 'pace.save', 'pace.keep')
+REPORTS = ('pace.log', 'pace.sample', 'pace.images', 'pace.save')
 MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.sequence')
 
 # The options of a run that --help describes.
@@ -47,12 +47,7 @@ COMMON: dict[type, Sections] = {
         'data': (*DATA, 'cache', 'features', 'caption-drop'),
         'training': SCHEDULE,
         'reports and checkpoints': REPORTS,
-        'sample grids': (
-            'sampling.guidance',
-            'sampling.top-k',
-            'sampling.top-p',
-            'sampling.temperature',
-        ),
+        'sample grids': ('sampling.guidance', 'sampling.top-k', 'sampling.top-p'),
         'devices and memory': (*MESH, 'dtype', 'remat', 'attention'),
     },
     TokenizerRun: {

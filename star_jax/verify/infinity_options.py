@@ -95,10 +95,17 @@ OPTIONS: Mapping[str, Options] = {
             'noise_apply_requant',
             'noise_apply_strength',
             'schedule_used',
-            *(f'runs.*.{name}' for name in ('bitloss_type', 'grads', 'name', 'reweight')),
+            *(f'runs.*.{name}' for name in ('bitloss_type', 'name', 'reweight')),
         ),
         checked=NO_DROPOUT,
-        descriptive=(*DESCRIPTIVE, *INERT_IN_TRANSFORMERS, 'h_div_w_key', 'img_hw', 'pn'),
+        descriptive=(
+            *DESCRIPTIVE,
+            *INERT_IN_TRANSFORMERS,
+            'h_div_w_key',
+            'img_hw',
+            'pn',
+            'runs.*.grads',  # whether the gradients are recorded
+        ),
     ),
     'generate': Options(
         read=(

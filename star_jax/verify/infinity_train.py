@@ -15,6 +15,7 @@ from star_jax.convert.infinity import infinity_entries
 from star_jax.core import condition
 from star_jax.core.codes import Targets
 from star_jax.core.self_correction import flip_mask
+from star_jax.errors import UserError
 from star_jax.families.infinity import Infinity
 from star_jax.losses import tokens
 from star_jax.losses.tokens import TokenLosses
@@ -55,7 +56,7 @@ class BitTraining:
         self.infinity = infinity_config(
             case,
             bits=self.bsq.vector_width,
-            schedule=option('schedule_used'),
+            schedule=_trained_schedule(case),
             reference=option('full_schedule'),
         )
         self.params = infinity_params(case, self.infinity, state_of(case, NETWORK))
@@ -198,3 +199,17 @@ def _loss_fn(infinity: Infinity, smoothing: float, of_bits: tokens.BitReduction)
         return (weights_L * losses.trained_BL).mean(), losses
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def _trained_schedule(case: Case) -> list:
+    """The trained scales: the first `always_training_scales` of all (Infinity specification 6).
+
+    Raises UserError if the recorded ones are others.
+    """
+    used, most = case.option('schedule_used'), case.option('always_training_scales')
+    if len(used) > most or used != case.option('full_schedule')[: len(used)]:
+        raise UserError(
+            f'{case.path}: schedule_used has {len(used)} scales, expected the first of '
+            f'full_schedule, at most always_training_scales = {most}'
+        )
+    return used
