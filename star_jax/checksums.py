@@ -130,7 +130,7 @@ def _sha256_or_none(path: Path, stop: threading.Event) -> str | None:
 
 
 class _StoppedError(Exception):
-    """Nobody needs the result any more."""
+    """The result of this check is not needed any more."""
 
 
 def _hash(path: Path, stop: threading.Event) -> str:

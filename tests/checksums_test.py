@@ -171,6 +171,7 @@ def test_digest_ignores_the_list(model):
 
 
 def test_shipped_model_has_a_list():
+    assert (folder.find('shipped') / checksums.SUMS).is_file()
     models.read('shipped')
 
 

@@ -112,8 +112,8 @@ def _report(words: Sequence[str]) -> int:
     options = arguments.parse(StudyReport, words, 'study report')
     from star_jax.studies import positions_report
 
-    for suffix in ('.json', '.png'):
-        files.check_file(options.out.with_suffix(suffix))
+    for path in positions_report.paths(options.out):
+        files.check_file(path)
     positions_report.write(options.folder, options.out, Console())
     return 0
 

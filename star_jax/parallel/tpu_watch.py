@@ -1,4 +1,4 @@
-"""How does a training on TPUs come to its end while nobody watches it?
+"""How does an unattended training on TPUs come to its end?
 
     bash launch/tpu_watch.sh NAME ZONE TYPE [OPTIONS OF gcloud] CONFIG --out SHARED/RUN ...
 
@@ -127,7 +127,7 @@ class Watch:
             self._say(seen or 'absent')
             self._seen = seen
         if state == UNKNOWN:
-            self._is_idle = False  # nobody knows whether the run went on
+            self._is_idle = False  # it is unknown whether the run went on
             return False
         if state == 'ACTIVE' and run != 'running':
             self._idle += elapsed if self._is_idle else 0

@@ -1,4 +1,4 @@
-"""How are training curves drawn?
+"""How are training curves plotted?
 
 Colours and line styles stay distinguishable for colour-blind readers and in grey; the name of each
 line is printed at its end.

@@ -32,7 +32,7 @@ NO_LEVELS = ', no levels'
 ARMS = (*KINDS, *(kind + NO_LEVELS for kind in ('normalised', 'rounded', 'none')))
 PERCENT = 100
 
-Score = Callable[[PositionsResult], float]
+Score = Callable[[PositionsResult], float | None]  # None: not measured
 Expected = Literal['lower', 'higher', 'same']
 Verdict = Literal['confirmed', 'refuted', 'left open', 'not measured']
 
@@ -45,14 +45,14 @@ def area(result: PositionsResult) -> float:
     return result.area
 
 
-def untrained_loss(result: PositionsResult) -> float:
+def untrained_loss(result: PositionsResult) -> float | None:
     """The loss at the larger size, without training there."""
-    return result.larger.before.loss
+    return result.larger and result.larger.before.loss
 
 
-def two_objects(result: PositionsResult) -> float:
-    """The share of images right in all of two objects."""
-    return next(one.all for one in result.aligned if one.objects == 2)
+def two_objects(result: PositionsResult) -> float | None:
+    """The share of the images of two objects that show all that is stated."""
+    return next((one.all for one in result.aligned if one.objects == 2), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +203,11 @@ def answers(results: Sequence[PositionsResult]) -> list[Answer]:
     return listed
 
 
+def paths(out: Path) -> tuple[Path, Path, Path]:
+    """The files of a report: numbers, tables and curves."""
+    return tuple(out.with_name(f'{out.name}{end}') for end in ('.json', '_tables.md', '.png'))
+
+
 def write(folder: Path, out: Path, console: Console) -> None:
     """Writes `OUT.json`, `OUT_tables.md` and `OUT.png` from the units in a folder, and prints it.
 
@@ -215,8 +220,9 @@ def write(folder: Path, out: Path, console: Console) -> None:
             console.print(table)
     listed = answers(results)
     console.print(sentence(results), highlight=False)
-    config.write_json(out.with_suffix('.json'), _numbers(results, references, listed))
-    with files.replacing(out.with_name(f'{out.name}_tables.md')) as temporary:
+    numbers_path, tables_path, curves_path = paths(out)
+    config.write_json(numbers_path, _numbers(results, references, listed))
+    with files.replacing(tables_path) as temporary:
         text = [*(one.for_markdown() for one in cells), sentence(results)]
         temporary.write_text('\n\n'.join(text) + '\n', 'utf-8')
     curves = {
@@ -225,7 +231,7 @@ def write(folder: Path, out: Path, console: Console) -> None:
     }
     if curves:
         most = max(map(len, curves.values()))
-        with files.replacing(out.with_suffix('.png')) as temporary:
+        with files.replacing(curves_path) as temporary:
             plot(curves, f'{most} seeds' if most > 1 else 'one seed', temporary)
 
 
@@ -394,14 +400,8 @@ def _numbers(
 
 def _scores(results: Sequence[PositionsResult], score: Score) -> Scores:
     """The score of every unit that has it, by arm and seed."""
-    scores = {}
-    for one in results:
-        if (score is untrained_loss and one.larger is None) or (
-            score is two_objects and not one.aligned
-        ):
-            continue
-        scores[one.arm, one.seed] = score(one)
-    return scores
+    scores = {(one.arm, one.seed): score(one) for one in results}
+    return {key: value for key, value in scores.items() if value is not None}
 
 
 def _finished(results: Sequence[PositionsResult], data: str) -> list[PositionsResult]:

@@ -158,7 +158,7 @@ def read(path: Path, choose: Callable[[Any], type]) -> Any:
         ) from error
 
 
-def once(path: Path, compute: Any) -> Any:
+def once(path: Path, compute: Callable[[], Any]) -> Any:
     """The JSON tree that `compute()` returned, kept in a file: it is computed once."""
     if path.exists():
         with contextlib.suppress(UserError):

@@ -183,6 +183,7 @@ class TokenizerJob:
         )
 
     def _evaluate(self, size: TrainedSize, state: TrainState) -> dict[str, float]:
+        """The scores of one image size."""
         ratios, counts = [], 0.0
         for batch, count in pipeline.padded_batches(size.validation, size.batch, size.rows):
             images = rules.shard_batch(batch['image'], self._mesh)
