@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Sequence
 
 from star_jax import __version__, files, terminal
-from star_jax.errors import RunError, UserError
+from star_jax.errors import NO_MEMORY, RunError, UserError
 from star_jax.parallel import malloc
 
 # Purpose -> its commands, each with a summary and an example.
@@ -87,7 +87,6 @@ RESUMABLE = ('train', 'train-tokenizer')  # stopping one is no failure: the same
 DEPENDENCIES = ('jax', 'flax')  # whose versions --version prints
 TERMINATED = {signal.SIGTERM: 143, signal.SIGHUP: 129}  # exit statuses, as in shells
 INTERRUPTED = 130  # exit status after ctrl-c, as in shells
-NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in JAX's errors
 SMALLER = 'give a smaller batch or model, or split the model over more devices'
 
 

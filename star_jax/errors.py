@@ -1,5 +1,7 @@
 """Which errors does the command line print as one sentence, without a traceback?"""
 
+NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in the errors of JAX and its compilers
+
 
 class UserError(ValueError):
     """A mistake of the user, such as an unknown option or a missing file.

@@ -182,7 +182,9 @@ def sampling(
 
     model_params = rules.abstract(run.model.abstract(), mesh, ' of the model')
     tokenizer_params = rules.abstract(vq.abstract(), mesh, ' of the tokenizer')
-    params = _cast({'model': model_params, 'tokenizer': tokenizer_params}, run.dtype)
+    params = program.abstract_cast(
+        {'model': model_params, 'tokenizer': tokenizer_params}, run.dtype
+    )
     keys_B = jax.eval_shape(lambda: program.image_keys(range(run.batch)))
     keys_B, prompted = _split_batch((keys_B, prompts.condition(run.batch)), mesh)
     inputs = program.inputs(
@@ -308,16 +310,6 @@ def _encoder(model: Family, text: str) -> tuple[PromptEncoder, str]:
     encoder = abstract_encoder(text, PUBLISHED[width])
     kind = PUBLISHED[width]['model_type']
     return encoder, f'text encoder: the published {kind} of width {width}, {encoder.length} tokens'
-
-
-def _cast(params: dict, dtype: str) -> dict:
-    """`program.cast` of abstract arrays; they keep their shardings."""
-    types = jax.eval_shape(functools.partial(program.cast, dtype=dtype), params)
-    return jax.tree.map(
-        lambda leaf, new: jax.ShapeDtypeStruct(leaf.shape, new.dtype, sharding=leaf.sharding),
-        params,
-        types,
-    )
 
 
 def _replicated(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

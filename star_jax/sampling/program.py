@@ -203,6 +203,16 @@ def cast(params: dict, dtype: str) -> dict:
     return jax.tree_util.tree_map_with_path(convert, params)
 
 
+def abstract_cast(params: dict, dtype: str) -> dict:
+    """`cast` of arrays that may be abstract: shapes and dtypes, with the given shardings."""
+    types = jax.eval_shape(functools.partial(cast, dtype=dtype), params)
+    return jax.tree.map(
+        lambda leaf, new: jax.ShapeDtypeStruct(leaf.shape, new.dtype, sharding=leaf.sharding),
+        params,
+        types,
+    )
+
+
 def _sample_images(
     network: Transformer,
     tokenizer: nn.Module,

@@ -18,14 +18,12 @@ from jax.sharding import Mesh
 
 from star_jax.core.buckets import choose
 from star_jax.core.settings import Settings
-from star_jax.errors import UserError
+from star_jax.errors import NO_MEMORY, UserError
 from star_jax.nn.transformer import Transformer
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
 from star_jax.protocols import Family
 from star_jax.sampling import program as sampling
-
-NO_MEMORY = 'RESOURCE_EXHAUSTED'  # in the compiler's errors
 
 
 def padded_count(images: int, mesh: Mesh) -> int:
@@ -74,13 +72,8 @@ class SampleGrid:
         abstract = functools.partial(jax.ShapeDtypeStruct, sharding=split)
         prompted = jax.tree.map(lambda x: abstract((count, *x.shape[1:]), x.dtype), prompted)
         inputs = self._inputs(abstract(rows.shape, rows.dtype), prompted, empty)
-        types = jax.eval_shape(functools.partial(sampling.cast, dtype=self.dtype), params)
-        params = jax.tree.map(
-            lambda x, new: jax.ShapeDtypeStruct(x.shape, new.dtype, sharding=x.sharding),
-            params,
-            types,
-        )
         try:
+            params = sampling.abstract_cast(params, self.dtype)
             return self.program.lower(params, inputs).compile()
         except jax.errors.JaxRuntimeError as error:
             if NO_MEMORY not in str(error):
