@@ -15,7 +15,7 @@ import jax
 
 from star_jax.console import Console
 from star_jax.errors import UserError
-from star_jax.verify import comparison, infinity_options, rules, star_options
+from star_jax.verify import comparison, infinity_options, llamagen_options, rules, star_options
 from star_jax.verify.cases import Case, read_case
 from star_jax.verify.comparison import CaseReport
 from star_jax.verify.function_cases import Rope, Sampling, Schedules
@@ -25,6 +25,7 @@ from star_jax.verify.infinity_generate import BitGenerations
 from star_jax.verify.infinity_tokenizer import BitQuantisers, BitTokenizer, SelfCorrections
 from star_jax.verify.infinity_train import BitTraining
 from star_jax.verify.infinity_transformer import TeacherForcedBits
+from star_jax.verify.llamagen import Postprocessing
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
 from star_jax.verify.tokenizer import Quantiser, Vqvae
@@ -50,9 +51,15 @@ KINDS = {
     ('infinity', 'transformer'): TeacherForcedBits,
     ('infinity', 'train_step'): BitTraining,
     ('infinity', 'generate'): BitGenerations,
+    ('llamagen', 'postprocess'): Postprocessing,
 }
-OPTIONS = {'star': star_options.OPTIONS, 'infinity': infinity_options.OPTIONS}
-MARKS = {'infinity': infinity_options.MARKS}  # of families whose cases carry no tolerances
+OPTIONS = {
+    'star': star_options.OPTIONS,
+    'infinity': infinity_options.OPTIONS,
+    'llamagen': llamagen_options.OPTIONS,
+}
+# Of families whose cases carry no tolerances.
+MARKS = {'infinity': infinity_options.MARKS, 'llamagen': llamagen_options.MARKS}
 
 
 def verify(folder: Path) -> CaseReport:

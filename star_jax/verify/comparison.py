@@ -26,6 +26,11 @@ ACTIVATIONS = 'activations_relative_to_max'
 GENERATED = 'generated_logits_relative_to_max'
 FLOORED_GRADIENTS = 'gradients_relative_to_max_with_floor'
 BYTES = 'bytes_of_images'
+GUIDED_LOGITS = 'logits_after_guidance'
+HIDDEN = 'hidden_states'
+OBJECTIVES = 'losses'
+QUANTISER_GRADIENTS = 'quantiser_gradients_relative_to_max'
+FUNCTIONS = 'functions_without_weights'
 
 FLOOR = 5e-3  # of FLOORED_GRADIENTS, in units of the tolerance: 1e-6 where it is 2e-4
 
@@ -36,6 +41,7 @@ FACTORS: Mapping[str, Callable[[np.ndarray], np.ndarray | float]] = {
     ACTIVATIONS: lambda recorded: _largest(recorded),
     GENERATED: lambda recorded: _largest(recorded),
     FLOORED_GRADIENTS: lambda recorded: _largest(recorded) + FLOOR,
+    QUANTISER_GRADIENTS: lambda recorded: _largest(recorded),
     LOSSES: np.abs,
     NORMS: np.abs,
 }
