@@ -35,6 +35,6 @@ run = Run(
     batch=512,
     caption_drop=0.1,
     dtype='bfloat16',
-    features='inside',
+    text_features='inside',
     sampling=Settings(guidance=4.0, top_k=600, top_p=0.8),
 )

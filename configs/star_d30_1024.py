@@ -32,7 +32,7 @@ run = Run(
     pace=Pace(steps=400_000, log=100, sample=5_000, save=2_000),
     batch=64,
     dtype='bfloat16',
-    features='inside',
+    text_features='inside',
     remat='full',
     sampling=Settings(guidance=4.0, top_k=4096, top_p=0.8),
 )

@@ -32,7 +32,7 @@ run = Run(
     pace=Pace(steps=666_667, log=100, sample=5_000, save=2_000),
     batch=192,
     dtype='bfloat16',
-    features='inside',
+    text_features='inside',
     remat='full',
     unmasking=Unmasking(loss=ReleasedLoss(), decay_all=True, noisy_base=True),
     sampling=Settings(guidance=4.0, top_k=4096, top_p=0.8, stable=StableSettings(version='1024')),

@@ -30,7 +30,7 @@ run = Run(
     pace=Pace(steps=83_333, log=100, sample=5_000, save=2_000),
     batch=480,
     dtype='bfloat16',
-    features='inside',
+    text_features='inside',
     remat='full',
     sampling=Settings(guidance=4.0, top_k=600, top_p=0.8),
 )

@@ -29,7 +29,7 @@ run = Run(
     pace=Pace(steps=333_333, log=100, sample=5_000, save=2_000),
     batch=192,
     dtype='float32',
-    features='inside',
+    text_features='inside',
     remat='full',
     sampling=Settings(guidance=4.0, top_k=600, top_p=0.8),
 )

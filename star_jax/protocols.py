@@ -299,7 +299,7 @@ class TokenizerConfig:
         if correction.active or features:
             raise UserError(
                 f'a {type(self).__name__} tokenizer has no bits to flip and trains on codes: leave '
-                'correction.strength at 0 and --image-features out'
+                'correction.strength at 0 and --features out'
             )
         return self.build()
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import toy_families
 
+from star_jax import cli
 from star_jax.checkpoint import folder
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.errors import UserError
@@ -84,7 +85,7 @@ def test_cached_features_serve_every_strength(run, of_features, correction):
 def test_cached_bits_are_refused_where_bits_are_flipped(run, of_bits, tmp_path):
     with pytest.raises(UserError, match='labels of later scales depend on the flips'):
         job(run, of_bits, correction=FLIPPED)
-    with pytest.raises(UserError, match='data cache --image-features'):
+    with pytest.raises(UserError, match='data cache --features'):
         train.cache(dataclasses.replace(run, cache=str(tmp_path / 'new'), correction=FLIPPED))
 
 
@@ -99,3 +100,12 @@ def test_training_with_flips_from_features_takes_a_step(run, of_features):
     state, batch = flipped.init(), next(iter(flipped.batches(0)))
     _, metrics = flipped.step(0, state, batch)
     assert np.isfinite(metrics['loss'])
+
+
+def test_the_command_takes_the_option_of_images_beside_that_of_texts(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, 'cache', lambda run, features: asked.append((run, features)) or '')
+    words = ['data', 'cache', '--features', '--text-features', 'inside', '--cache', str(tmp_path)]
+    assert cli.main(words) == 0
+    (settings, features), *_ = asked
+    assert features and settings.text_features == 'inside'

@@ -136,7 +136,11 @@ def test_bits_give_the_inputs_and_labels_of_their_features(patchify):
 
 def test_strength_zero_is_plain_teacher_forcing():
     plain = targets(tiny(), features(tiny()))
-    for correction in (SelfCorrection(strength=0.0), SelfCorrection(strength=0.5, scales=0)):
+    for correction in (
+        SelfCorrection(strength=0.0),
+        SelfCorrection(strength=0.5, scales=0),
+        SelfCorrection(strength=0.5, requant=False),
+    ):
         found = targets(tiny(), features(tiny()), seed=3, correction=correction)
         for ours, theirs in zip(found, plain, strict=True):
             np.testing.assert_array_equal(ours, theirs)

@@ -195,7 +195,7 @@ def test_scores_are_traffic_only_where_no_fused_kernel_computes_them(
 def test_gpus_are_not_bound_by_scores_that_are_never_written():
     run = config.load_run(CONFIGS / 'star_d16_256.py', Run)
     model = dataclasses.replace(run.model, depth=2)
-    run = dataclasses.replace(run, model=model, cache='somewhere', features='cached')
+    run = dataclasses.replace(run, model=model, cache='somewhere', text_features='cached')
 
     def traffic(**changes: Any) -> int:
         changed = dataclasses.replace(run, **changes)
@@ -294,7 +294,7 @@ def test_workload_of_a_published_stage_needs_no_local_files():
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> Run:
     path = tiny.write_tokenizer(tmp_path_factory.mktemp('tokenizer') / 'model')
-    return dataclasses.replace(tiny.STAR, tokenizer=path, batch=16, features='inside', ema=0.9)
+    return dataclasses.replace(tiny.STAR, tokenizer=path, batch=16, text_features='inside', ema=0.9)
 
 
 def plan(run: Run, name: str, memory: float | None = None, **options: Any) -> Any:
@@ -432,9 +432,17 @@ def test_estimates_contain_a_sample_grid(run):
 @pytest.mark.parametrize(
     'changes, words, absent',
     [
-        ({}, ['text encoder', 'tokenizer', '--cache FOLDER --features cached'], 'FOLDER`'),
-        ({'cache': 'x'}, ['text encoder', '--cache x --features cached'], 'the tokenizer takes'),
-        ({'features': 'cached'}, ['the tokenizer takes', '--cache FOLDER`'], '--features'),
+        ({}, ['text encoder', 'tokenizer', '--cache FOLDER --text-features cached'], 'FOLDER`'),
+        (
+            {'cache': 'x'},
+            ['text encoder', '--cache x --text-features cached'],
+            'the tokenizer takes',
+        ),
+        (
+            {'text_features': 'cached'},
+            ['the tokenizer takes', '--cache FOLDER`'],
+            '--text-features',
+        ),
     ],
 )
 def test_advice_names_the_options_that_remove_frozen_models(run, changes, words, absent):

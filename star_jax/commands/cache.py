@@ -26,12 +26,12 @@ class Cache:
 
     Attributes:
         run: config of the run.
-        image_features: store features of images in float16 instead of codes, for tokenizers of
+        features: store features of images in float16 instead of codes, for tokenizers of
             bits: only they serve a run with flipped bits (correction.strength above 0).
     """
 
     run: Annotated[Run, tyro.conf.arg(name='')]
-    image_features: bool = False
+    features: bool = False
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,6 +42,6 @@ def main(words: Sequence[str]) -> int:
     config.check(options.run, where='the settings of the run')
     from star_jax.training import train  # only after the arguments are checked
 
-    folder = train.cache(options.run, options.image_features)
+    folder = train.cache(options.run, options.features)
     terminal.write_line(f'{folder}: train with --cache {folder}')
     return 0

@@ -44,7 +44,7 @@ COMMON: dict[type, Sections] = {
             'model.grids',
             'model.bits',
         ),
-        'data': (*DATA, 'cache', 'features', 'caption-drop'),
+        'data': (*DATA, 'cache', 'text-features', 'caption-drop'),
         'training': SCHEDULE,
         'reports and checkpoints': REPORTS,
         'sample grids': ('sampling.guidance', 'sampling.top-k', 'sampling.top-p'),

@@ -23,10 +23,13 @@ class SelfCorrection:
         strength: the largest probability of a flip; each scale of a batch has a whole percentage,
             chosen uniformly from 0 to this one (published: 0.3).
         scales: how many scales, from the first on, have flips (published: 13).
+        requant: later scales are quantised from what the flipped bits leave over; otherwise nothing
+            is flipped, as in the original.
     """
 
     strength: float = 0.0
     scales: int = 13
+    requant: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1 or self.scales < 0:
@@ -37,7 +40,7 @@ class SelfCorrection:
 
     @property
     def active(self) -> bool:
-        return self.strength > 0 and self.scales > 0
+        return self.strength > 0 and self.scales > 0 and self.requant
 
     @property
     def rates(self) -> int:
@@ -50,7 +53,7 @@ class SelfCorrection:
             raise UserError(
                 f'a self-correction of strength {self.strength} flips bits, and the labels of '
                 'later scales depend on the flips, so that a cache of bits cannot serve it: make '
-                'one with `star-jax data cache --image-features`, train without a cache, or set '
+                'one with `star-jax data cache --features`, train without a cache, or set '
                 'correction.strength to 0'
             )
 

@@ -328,7 +328,7 @@ def advise_cache(estimator: Estimator, flops: Mapping[str, Mapping[str, int]]) -
         return []
     text = flops[workload.TRAINING_STEP].get('exact', 0) / chip.rate('exact') / total
     codes = sum(size for name, size in seconds.items() if name != workload.TRAINING_STEP) / total
-    inside = run.features == 'inside' and bool(run.model.text_width)
+    inside = run.text_features == 'inside' and bool(run.model.text_width)
     text *= inside  # other exact arithmetic stays
     if text + codes < FROZEN_SHARE:
         return []
@@ -336,7 +336,7 @@ def advise_cache(estimator: Estimator, flops: Mapping[str, Mapping[str, int]]) -
     if not run.cache:
         parts.append(f'the tokenizer takes {codes:.0%} of the arithmetic')
     options = f'--cache {run.cache or "FOLDER"}'
-    options += ' --features cached' * inside  # else a cache stores codes alone
+    options += ' --text-features cached' * inside  # else a cache stores codes alone
     return [
         f'{" and ".join(parts)}: `star-jax data cache CONFIG {options}` computes each image and '
         'caption once; train with the same options'

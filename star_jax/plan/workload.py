@@ -93,7 +93,7 @@ def training(
     vq, tokenizer_note = _tokenizer(run)
     prompts = _prompts(run.model, run.text)
     encoder = prompts.encoder
-    inside = run.features == 'inside' or not run.model.text_width
+    inside = run.text_features == 'inside' or not run.model.text_width
     encode_prompts = encoder.apply if inside else None
 
     def build(**changes: Any) -> TrainingProgram:

@@ -109,7 +109,7 @@ def holds_features(folder: Path) -> bool | None:
 
 def keeps_features(run: Run, prompt_encoder: PromptEncoder) -> bool:
     """Whether encoded prompts are cached on disk; never if encoding them computes nothing."""
-    return run.features == 'cached' and bool(prompt_encoder.params)
+    return run.text_features == 'cached' and bool(prompt_encoder.params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ class TransformerJob:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._mesh = run.mesh.build()
-        mesh_inside = self._mesh if run.features == 'inside' else None
+        mesh_inside = self._mesh if run.text_features == 'inside' else None
         self.prompt_encoder = run.model.prompt_encoder(
             functools.partial(load_text, run.text, mesh=mesh_inside)
         )
