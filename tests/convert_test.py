@@ -25,9 +25,10 @@ from safetensors.numpy import load_file, save_file
 from star_jax import cli
 from star_jax.checkpoint import folder, models, stored, weights
 from star_jax.checkpoint.stored import StreamedArray, TensorSpec
-from star_jax.convert import buffers, infer, published, transfer
+from star_jax.convert import infer, published, transfer
 from star_jax.convert.entries import to_state
 from star_jax.convert.infer import SIDES, ModelOptions
+from star_jax.convert.layouts import layout
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.convert.table import ConversionTable
 from star_jax.convert.var import var_entries
@@ -137,18 +138,18 @@ def state_of(config, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
     params = jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(dtype), tiny.random_params(config.abstract())
     )
+    parts = layout(config)
+    state = to_state(parts.entries, params) | {n: make() for n, make in parts.buffers.items()}
     if isinstance(config, VQ):
         hits = rng.normal(size=(10, config.codes)).astype(np.float32)
-        return to_state(vq_entries(config, []), params) | {'quantize.ema_vocab_hit_SV': hits}
-    if isinstance(config, Var):
-        computed = buffers.var_buffers(config)
-        return to_state(var_entries(config), params) | {n: make() for n, make in computed.items()}
-    computed = {name: make() for name, make in buffers.star_buffers(config).items()}
-    unused = {'class_emb.weight': rng.normal(size=(11, config.width)).astype(np.float32)}
-    if config.shared_adaln and config.refinement:
-        for layer in range(config.refinement.blocks):
-            unused[f'feat_extract_blocks.{layer}.ada_gss'] = rng.normal(size=(1, 1, 6, 16))
-    return to_state(star_entries(config), params) | computed | unused
+        state |= {'quantize.ema_vocab_hit_SV': hits}
+    if isinstance(config, Star):
+        state |= {'class_emb.weight': rng.normal(size=(11, config.width)).astype(np.float32)}
+        if config.shared_adaln and config.refinement:
+            for layer in range(config.refinement.blocks):
+                name = f'feat_extract_blocks.{layer}.ada_gss'
+                state[name] = rng.normal(size=(1, 1, 6, 16))
+    return state
 
 
 def save(path: Path, state) -> str:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from star_jax.convert.infinity import block_name
+from star_jax.families.infinity import Infinity
 from star_jax.families.star import Star
 from star_jax.families.var import Var
+from star_jax.tokenizers.residual_bsq import BSQ
 
 Buffers = Mapping[str, Callable[[], np.ndarray]]
 
@@ -33,6 +36,31 @@ def var_buffers(var: Var) -> Buffers:
 
     biases = _zero_biases([f'blocks.{layer}.attn' for layer in range(var.depth)], var.width)
     return {'lvl_1L': levels, 'attn_bias_for_masking': mask, **biases}
+
+
+def infinity_buffers(infinity: Infinity, chunks: int) -> Buffers:
+    """The zero key bias of each attention, and the ones of RMSNorms without a scale."""
+    blocks = [block_name(layer, infinity.depth, chunks) for layer in range(infinity.depth)]
+    attentions = [f'{block}.{kind}' for block in blocks for kind in ('sa', 'ca')]
+    biases = _zero_biases(['text_proj_for_sos.ca', *attentions], infinity.width)
+    if not infinity.rms_norm:
+        return biases
+    norms = [*blocks, 'head_nm'] if infinity.modulated_head else blocks
+    return biases | {
+        f'{norm}.ln_wo_grad.weight': lambda: np.ones(infinity.width, np.float32) for norm in norms
+    }
+
+
+def bsq_buffers(bsq: BSQ) -> Buffers:
+    """The value of each bit in an integer code, registered twice.
+
+    The first of 64 bits has no positive value in int64 and overflows to -2^63, as published.
+    """
+
+    def mask() -> np.ndarray:
+        return np.left_shift(np.int64(1), np.arange(bsq.bits - 1, -1, -1))
+
+    return {f'{prefix}.lfq.mask': mask for prefix in ('quantizer', 'quantize')}
 
 
 def _zero_biases(attentions: list[str], width: int) -> Buffers:

@@ -3,16 +3,20 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from star_jax.checkpoint.stored import TensorSpec
 from star_jax.core.schedule import Grids, square_grids
+from star_jax.core.templates import PUBLISHED
 from star_jax.errors import UserError
+from star_jax.families.infinity import Infinity, hidden_channels
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
-from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary
+from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary, ReferenceRotary
+from star_jax.protocols import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.tokenizers.residual_bsq import BSQ, PATCH
 from star_jax.tokenizers.residual_vq import VQ
 
 # The published sides of each image size in px (STAR specification 7).
@@ -21,7 +25,11 @@ SIDES = {
     512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
-HEAD_WIDTH = 64  # of every published transformer
+# How many scales of the square template each image size in px has (Infinity specification 2.1).
+SCALES = {256: 7, 512: 10, 768: 12, 1024: 13}
+SIZES = sorted({*SIDES, *SCALES})
+HEAD_WIDTH = 64  # of every published STAR and VAR
+PATCHED = 8  # px a cell of the published tokenizer whose tokens are 2 x 2 cells
 RAW = -1.0  # the published rope_norm of coordinates in cells
 
 Specs = Mapping[str, TensorSpec]
@@ -34,7 +42,7 @@ class ModelOptions:
 
     Attributes:
         size: image side in px, which determines the scales (0: the smallest that fits the number of
-            scales and of positions).
+            scales and of positions; 1024 for Infinity).
         sides: side of each scale in tokens, for a model with other scales than the published ones.
         heads: attention heads, if the file has no score scales (0: one per 64 channels).
         theta: base of the rotary frequencies.
@@ -58,25 +66,27 @@ class ModelOptions:
     released_cross_attention: bool = False
 
     def __post_init__(self) -> None:
-        if self.size and self.size not in SIDES:
-            raise ValueError(f'size is one of {", ".join(map(str, SIDES))} px, not {self.size}')
+        if self.size and self.size not in SIZES:
+            raise ValueError(f'size is one of {", ".join(map(str, SIZES))} px, not {self.size}')
         if self.size and self.sides:
             raise ValueError('give size or sides, not both')
 
 
-def transformer(specs: Specs, options: ModelOptions) -> Star | Var:
+def transformer(specs: Specs, options: ModelOptions) -> Star | Var | Infinity:
     """The config of a transformer, from the names and shapes of its state dict.
 
     Raises:
         UserError: no config has these tensors.
     """
+    if 'cfg_uncond' in specs:
+        return _infinity(specs, options)
     _require(specs, 2, 'word_embed.weight', 'lvl_embed.weight', 'blocks.0.ffn.fc1.weight')
     width, channels = specs['word_embed.weight'].shape
     family = Var if 'head_nm.ada_lin.1.weight' in specs else Star
     fields = {
         'depth': _count(specs, 'blocks'),
         'width': width,
-        'heads': _heads(specs, width, options),
+        'heads': _heads(specs, 'blocks.0.attn.scale_mul_1H11', width, options),
         'mlp_ratio': specs['blocks.0.ffn.fc1.weight'].shape[0] / width,
         'sides': _sides(specs, options),
         'channels': channels,
@@ -87,17 +97,20 @@ def transformer(specs: Specs, options: ModelOptions) -> Star | Var:
     return _build(family, **fields, **more)
 
 
-def tokenizer(specs: Specs, options: ModelOptions, grids: Grids = ()) -> VQ:
+def tokenizer(specs: Specs, options: ModelOptions, model: Family | None = None) -> VQ | BSQ:
     """The config of a tokenizer, from the names and shapes of its state dict.
 
     Args:
         specs: shapes and types of the tensors.
         options: the fields that the file does not contain.
-        grids: grids of the scales; by default those of the options.
+        model: the transformer with the same scales (None: those of the options).
 
     Raises:
         UserError: no config has these tensors.
     """
+    grids = model.schedule.grids if model else ()
+    if 'quantize.embedding.weight' not in specs:
+        return _bsq(specs, options, model)
     _require(specs, 4, 'encoder.conv_in.weight')
     _require(specs, 2, 'quantize.embedding.weight')
     width = specs['encoder.conv_in.weight'].shape[0]
@@ -122,6 +135,90 @@ def tokenizer(specs: Specs, options: ModelOptions, grids: Grids = ()) -> VQ:
         phis=phis or 1,
         normalised=options.normalised,
     )
+
+
+def _infinity(specs: Specs, options: ModelOptions) -> Infinity:
+    """What a file lacks: scales, positions, and where the level embedding is added."""
+    _require(specs, 2, 'word_embed.weight', 'cfg_uncond')
+    chunks = _count(specs, 'block_chunks')
+    first = 'block_chunks.0.module.0' if chunks else 'blocks.0'
+    depth = chunks * _count(specs, 'block_chunks.0.module') if chunks else _count(specs, 'blocks')
+    _require(specs, 2, f'{first}.ffn.fc1.weight')
+    width, bits = specs['word_embed.weight'].shape
+    rows, text_width = specs['cfg_uncond'].shape
+    hidden = specs[f'{first}.ffn.fc1.weight'].shape[0]
+    modulated = 'head_nm.ada_lin.1.weight' in specs
+    grids, reference = _grids(options), (0, 0) if options.sides else PUBLISHED[1.0][-1]
+    swiglu = f'{first}.ffn.fcg.weight' in specs
+    ratio = Infinity.mlp_ratio
+    if hidden_channels(width, ratio, swiglu) != hidden:
+        ratio = (1.5 if swiglu else 1) * hidden / width
+    layers = 'head.3.weight' if not modulated else 'head.2.weight'
+    return _build(
+        Infinity,
+        depth=depth,
+        width=width,
+        heads=_heads(specs, f'{first}.sa.scale_mul_1H11', width, options),
+        mlp_ratio=ratio,
+        bits=bits,
+        grids=grids,
+        reference=reference,
+        text_width=text_width,
+        text_rows=rows,
+        positions=ReferenceRotary(theta=options.theta),
+        shared_adaln=f'{first}.ada_gss' in specs,
+        modulated_head=modulated,
+        head_layers=2 if layers in specs else 1,
+        qk_norm=f'{first}.sa.scale_mul_1H11' in specs,
+        rms_norm=f'{first}.ca_norm.bias' not in specs,
+        swiglu=swiglu,
+        input_norm='norm0_ve.weight' in specs,
+        cross_scale=0.0 if f'{first}.ca_gamma' in specs else -1.0,
+    )
+
+
+def _bsq(specs: Specs, options: ModelOptions, model: Family | None) -> BSQ:
+    """The tokens of a transformer with four times the bits of a cell are 2 x 2 cells."""
+    wrapped = 'encoder.conv_in.conv.weight' in specs
+    conv = '.conv' if wrapped else ''
+    _require(specs, 4, f'encoder.conv_in{conv}.weight', f'encoder.conv_out{conv}.weight')
+    width = specs[f'encoder.conv_in{conv}.weight'].shape[0]
+    features = bits = specs[f'encoder.conv_out{conv}.weight'].shape[0]
+    first = [
+        f'encoder.down.{level}.block.0.conv1{conv}.weight'
+        for level in range(_count(specs, 'encoder.down'))
+    ]
+    _require(specs, 4, *first)
+    if (projection := 'quantizer.project_in.weight') in specs:
+        _require(specs, 2, projection)
+        bits = specs[projection].shape[0]
+    autoencoder = _build(
+        Autoencoder,
+        width=width,
+        multipliers=tuple(specs[name].shape[0] // width for name in first),
+        blocks=_count(specs, 'encoder.down.0.block'),
+        groups=0,
+        attention=False,
+    )
+    grids, patchify = _grids(options), autoencoder.downsampling == PATCHED
+    if model:
+        grids, patchify = model.schedule.grids, model.vector_width == PATCH**2 * bits
+    return _build(
+        BSQ,
+        autoencoder=autoencoder,
+        grids=grids,
+        bits=bits,
+        patchify=patchify,
+        features=0 if features == bits else features,
+        normalised='quantizer.layernorm.weight' in specs,
+    )
+
+
+def _grids(options: ModelOptions) -> Grids:
+    """The scales of an Infinity, which no file contains."""
+    if options.sides:
+        return square_grids(options.sides)
+    return PUBLISHED[1.0][: SCALES[options.size or 1024]]
 
 
 def _star_fields(specs: Specs, options: ModelOptions) -> dict[str, Any]:
@@ -165,6 +262,8 @@ def _sides(specs: Specs, options: ModelOptions) -> tuple[int, ...]:
     if 'pos_1LC' in specs:
         _require(specs, 3, 'pos_1LC')
         rows = specs['pos_1LC'].shape[1]
+    if options.size and options.size not in SIDES:
+        raise UserError(f'no published model of this kind makes images of {options.size} px')
     expected = options.sides or SIDES.get(options.size)
     for sides in [expected] if expected else SIDES.values():
         if len(sides) == scales and rows in (None, sum(side**2 for side in sides)):
@@ -178,8 +277,9 @@ def _sides(specs: Specs, options: ModelOptions) -> tuple[int, ...]:
     )
 
 
-def _heads(specs: Specs, width: int, options: ModelOptions) -> int:
-    if (scale := 'blocks.0.attn.scale_mul_1H11') in specs:
+def _heads(specs: Specs, scale: str, width: int, options: ModelOptions) -> int:
+    """The heads of the score scales `scale`, or those of the options."""
+    if scale in specs:
         _require(specs, 4, scale)
         return specs[scale].shape[1]
     return options.heads or max(width // HEAD_WIDTH, 1)
@@ -207,8 +307,8 @@ def _require(specs: Specs, rank: int, *names: str) -> None:
             raise UserError(f'{name} has the shape {list(shape)}, expected {rank} axes')
 
 
-def _build(cls: type[T], **fields: Any) -> T:
+def _build(make: Callable[..., T], *args: Any, **fields: Any) -> T:
     try:
-        return cls(**fields)
+        return make(*args, **fields)
     except ValueError as error:
         raise UserError(f'the shapes of the file fit no model ({error})') from error

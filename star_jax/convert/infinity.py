@@ -1,7 +1,9 @@
 """Which parameter does each published Infinity tensor become? (Infinity specification 9)"""
 
 import dataclasses
+import math
 import re
+from collections.abc import Iterable
 
 from star_jax.convert.entries import Entry, layer_entries
 from star_jax.convert.star import BLOCK_OFFSET, BLOCK_SCALE, LINEAR, SAME
@@ -10,6 +12,8 @@ from star_jax.families.infinity import Infinity
 
 # Tensors of published files that are constant: the bias of keys, and norms without a scale.
 BUFFERS = ('zero_k_bias', 'ln_wo_grad.weight')
+
+RELEASED = ((32, 2048), (40, 3584))  # depth and width of the models in eight chunks, 2B and 8B
 
 HEADS = '(n h) -> n h'
 OUTER = (
@@ -74,7 +78,7 @@ def infinity_entries(infinity: Infinity, chunks: int) -> list[Entry]:
         for rule in outer
     ]
     layers = layer_entries(block, 'blocks', 'blocks', infinity.depth, lengths)
-    return entries + [_in_chunk(entry, infinity.depth // chunks, chunks) for entry in layers]
+    return entries + [_in_chunk(entry, infinity.depth, chunks) for entry in layers]
 
 
 def _embedder(infinity: Infinity) -> tuple:
@@ -112,11 +116,29 @@ def _split(pattern: str, lengths: dict[str, int]) -> tuple[tuple[str, int], ...]
     return tuple(item for item in lengths.items() if re.search(rf'\b{item[0]}\b', pattern))
 
 
-def _in_chunk(entry: Entry, layers: int, chunks: int) -> Entry:
+def _in_chunk(entry: Entry, depth: int, chunks: int) -> Entry:
     """The entry of a block under its published name."""
+    name = entry.torch_name.removeprefix(f'blocks.{entry.row}.')
+    return dataclasses.replace(entry, torch_name=f'{block_name(entry.row, depth, chunks)}.{name}')
+
+
+def block_name(layer: int, depth: int, chunks: int) -> str:
+    """The published name of a block, of `depth` blocks in so many chunks."""
     if chunks == 1:
-        return entry
-    chunk, layer = divmod(entry.row, layers)
-    prefix = f'blocks.{entry.row}.'
-    name = f'block_chunks.{chunk}.module.{layer}.{entry.torch_name.removeprefix(prefix)}'
-    return dataclasses.replace(entry, torch_name=name)
+        return f'blocks.{layer}'
+    chunk, layer = divmod(layer, depth // chunks)
+    return f'block_chunks.{chunk}.module.{layer}'
+
+
+def chunks_of(infinity: Infinity, names: Iterable[str]) -> int:
+    """How many chunks the blocks of a file are in, from some of its tensor names.
+
+    Without any: as many as in the published file of that size, or four where they divide the depth.
+    """
+    names = list(names)
+    matches = (re.match(r'block_chunks\.(\d{1,9})\.', name) for name in names)
+    last = max((int(match[1]) for match in matches if match), default=0)
+    if names:
+        return last + 1
+    released = (infinity.depth, infinity.width) in RELEASED
+    return math.gcd(infinity.depth, 8 if released else 4)

@@ -1,13 +1,15 @@
 """Which state dicts does a published file contain?
 
-A file is safetensors, or a file of torch. It is the state dict of a VAR, a STAR or a tokenizer, or
-nested dicts with some of them, such as the file of a STAR trainer (STAR specification 10) or of
-Lightning. A tensor that every model of a kind has identifies its state dict, whatever precedes its
-name: names of wrappers (`module.`) and the path in the file (`state_dict`, `model.`) are removed.
+A file is safetensors, or a file of torch. It is the state dict of a VAR, a STAR, an Infinity or a
+tokenizer, or nested dicts with some of them, such as the file of a trainer of STAR (STAR
+specification 10) or of Infinity (Infinity specification 9), or of Lightning. A tensor that every
+model of a kind has identifies its state dict, whatever precedes its name: names of wrappers
+(`module.`) and the path in the file (`state_dict`, `model.`) are removed.
 """
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -24,20 +26,21 @@ from star_jax.errors import UserError
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.tar', '.safetensors', '.index.json')
 INDEX = '.index.json'
-TOKENIZER_TENSOR = 'quantize.embedding.weight'  # identifies the state dict of a tokenizer
-TRANSFORMER_TENSOR = 'word_embed.weight'  # identifies the state dict of a transformer
-KINDS = {'transformer': TRANSFORMER_TENSOR, 'tokenizer': TOKENIZER_TENSOR}
+# Tensors of which any identifies a state dict.
+KINDS = {
+    'transformer': ('word_embed.weight',),
+    'tokenizer': ('quantize.embedding.weight', 'quantizer.lfq.mask', 'quantize.lfq.mask'),
+}
 # Names that DistributedDataParallel, torch.compile, FSDP and activation checkpoints put into names.
 WRAPPERS = frozenset(
     ('module', '_orig_mod', '_fsdp_wrapped_module', '_fpw_module', '_checkpoint_wrapped_module')
 )
+CHUNKS = 'block_chunks'  # of Infinity, whose published names have the word `module` in each
 FLAT = '_flat_param'  # ending of the tensors of FSDP that contain many parameters
 EMA = re.compile(r'(?:.*[._])?ema(?:[._].*)?', re.IGNORECASE)
 SAFETENSORS_HEADER = 100_000_000  # most bytes of a header
 DEEPEST = 16  # most dicts inside each other
-EXPECTED = (
-    'expected the dict of a STAR trainer, or the state dict of a transformer or of a tokenizer'
-)
+EXPECTED = 'expected the dict of a trainer, or the state dict of a transformer or of a tokenizer'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,7 +200,8 @@ def _candidates(path: str, tensors: Any) -> Iterator[_Candidate]:
     found = {
         (kind, name.removesuffix(tensor))
         for name in plain.values()
-        for kind, tensor in KINDS.items()
+        for kind, tensors_of_kind in KINDS.items()
+        for tensor in tensors_of_kind
         if name == tensor or name.endswith(f'.{tensor}')
     }
     prefixes = sorted({prefix for _, prefix in found}, key=len, reverse=True)
@@ -206,7 +210,7 @@ def _candidates(path: str, tensors: Any) -> Iterator[_Candidate]:
     for kind, prefix in sorted(found):
         mine = [name for name in names if owner[name] == prefix]
         short = [plain[name].removeprefix(prefix) for name in mine]
-        removed = (word for name in mine for word in name.split('.') if word in WRAPPERS)
+        removed = (word for name in mine for word in _wrappers(name))
         yield _Candidate(
             kind=kind,
             path='.'.join(filter(None, [path, prefix.removesuffix('.')])),
@@ -260,15 +264,27 @@ def _paths(found: Sequence[_Candidate]) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    return '.'.join(word for word in name.split('.') if word not in WRAPPERS)
+    kept: list[str] = []
+    for word in name.split('.'):
+        if word not in WRAPPERS or (word == 'module' and kept[-2:-1] == [CHUNKS]):
+            kept.append(word)
+    return '.'.join(kept)
+
+
+def _wrappers(name: str) -> list[str]:
+    """The names of wrappers in a name."""
+    left = collections.Counter(name.split('.')) - collections.Counter(
+        _without_wrappers(name).split('.')
+    )
+    return list(left.elements())
 
 
 def _not_published(path: Path) -> str:
-    return f'{path} is no published STAR, VAR or tokenizer file'
+    return f'{path} is no published STAR, VAR, Infinity or tokenizer file'
 
 
 def _layout_error(path: Path, names: Sequence[str]) -> UserError:
-    flaw = f'it has neither {TRANSFORMER_TENSOR} nor {TOKENIZER_TENSOR}'
+    flaw = f'it has none of {", ".join(itertools.chain(*KINDS.values()))}'
     if any(name.endswith(FLAT) for name in names):
         flaw = 'it holds flat parameters of FSDP: save a full state dict'
     return UserError(f'{_not_published(path)}: {flaw}; {EXPECTED}')

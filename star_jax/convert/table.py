@@ -11,14 +11,11 @@ from flax.core import meta
 
 from star_jax.checkpoint import weights
 from star_jax.checkpoint.stored import StreamedArray, Tensors, TensorSpec, is_finite
-from star_jax.convert.buffers import Buffers, star_buffers, var_buffers
+from star_jax.convert.buffers import Buffers
 from star_jax.convert.entries import Entry
-from star_jax.convert.star import IGNORED, star_entries, vq_entries
-from star_jax.convert.var import var_entries
+from star_jax.convert.layouts import Layout, layout
 from star_jax.errors import UserError
-from star_jax.families.star import Star
-from star_jax.protocols import Family
-from star_jax.tokenizers.residual_vq import VQ
+from star_jax.protocols import Family, TokenizerConfig
 
 BFLOAT16 = jnp.dtype('bfloat16')  # represents all values of the 8 bit floats
 
@@ -28,28 +25,30 @@ class ConversionTable:
     """The conversion of one state dict.
 
     Attributes:
-        entries: one per published tensor that is a parameter.
+        layout: the published tensors.
         abstract: shapes and types of the parameters, by name.
-        buffers: tensors that follow from the sizes, by name.
-        ignored: endings of the names of unused tensors.
     """
 
-    entries: Sequence[Entry]
+    layout: Layout
     abstract: Mapping[str, Any]
-    buffers: Buffers
-    ignored: tuple[str, ...]
 
     @classmethod
-    def from_config(cls, config: Family | VQ, names: Iterable[str]) -> 'ConversionTable':
-        """The table of a config; `names` are the tensor names of a file (see `vq_entries`)."""
+    def from_config(
+        cls, config: Family | TokenizerConfig, names: Iterable[str]
+    ) -> 'ConversionTable':
+        """The table of a config; `names` as of `layouts.layout`."""
         abstract = weights.flatten(meta.unbox(config.abstract()))
-        if isinstance(config, VQ):
-            entries, buffers, ignored = vq_entries(config, names), {}, IGNORED
-        elif isinstance(config, Star):
-            entries, buffers, ignored = star_entries(config), star_buffers(config), IGNORED
-        else:
-            entries, buffers, ignored = var_entries(config), var_buffers(config), ()
-        return cls(entries=entries, abstract=abstract, buffers=buffers, ignored=ignored)
+        return cls(layout=layout(config, names), abstract=abstract)
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """One per published tensor that is a parameter."""
+        return self.layout.entries
+
+    @property
+    def buffers(self) -> Buffers:
+        """The tensors that follow from the sizes, by name."""
+        return self.layout.buffers
 
     def shape(self, entry: Entry) -> tuple[int, ...]:
         """The shape of the published tensor of an entry."""
@@ -59,7 +58,7 @@ class ConversionTable:
     def ignored_names(self, names: Iterable[str]) -> list[str]:
         """The names of a file that are ignored."""
         known = {entry.torch_name for entry in self.entries} | set(self.buffers)
-        return [name for name in names if name not in known and name.endswith(self.ignored)]
+        return [name for name in names if name not in known and name.endswith(self.layout.ignored)]
 
     def check(self, tensors: Tensors, where: str) -> None:
         """Checks names, shapes and types of the tensors, and the values of buffers.
@@ -105,12 +104,14 @@ class ConversionTable:
         return weights.unflatten(flat)
 
     def converted_types(self, tensors: Tensors, params: Mapping[str, Any]) -> dict[str, str]:
-        """The types of the tensors that are stored in another one, by published name."""
+        """The types of tensors that are stored or computed in another one, by published name."""
         specs, flat = tensors.specs(), weights.flatten(params)
+        written = {entry.torch_name: flat[entry.param_name].dtype for entry in self.entries}
+        written |= {name: make().dtype for name, make in self.buffers.items() if name in specs}
         return {
-            entry.torch_name: specs[entry.torch_name].dtype.name
-            for entry in self.entries
-            if specs[entry.torch_name].dtype != flat[entry.param_name].dtype
+            name: specs[name].dtype.name
+            for name, dtype in written.items()
+            if specs[name].dtype != dtype
         }
 
     def state(self, params: Tensors, types: Mapping[str, str]) -> dict[str, Any]:
@@ -121,7 +122,10 @@ class ConversionTable:
             types: the result of `converted_types`.
         """
         specs = params.specs()
-        state: dict[str, Any] = {name: make() for name, make in self.buffers.items()}
+        state: dict[str, Any] = {}
+        for name, make in self.buffers.items():
+            array = make()
+            state[name] = array.astype(jnp.dtype(types.get(name, array.dtype)), copy=False)
         for entry in self.entries:
             name = entry.torch_name
             dtype = jnp.dtype(types.get(name, specs[entry.param_name].dtype))

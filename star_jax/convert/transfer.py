@@ -6,10 +6,11 @@ from the sizes, or ignored for a known reason. The folder keeps ignored tensors 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,19 @@ from star_jax.convert import infer, published
 from star_jax.convert.infer import ModelOptions
 from star_jax.convert.published import StateDict
 from star_jax.convert.table import ConversionTable
-from star_jax.core.schedule import Grids
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
+from star_jax.families.infinity import Infinity
 from star_jax.families.star import Star
-from star_jax.protocols import Family
+from star_jax.protocols import Family, TokenizerConfig
 from star_jax.text.encoder_folder import CONFIG, INDEX, absolute_source, locate
-from star_jax.tokenizers.residual_vq import VQ
 
 QUANTISER = 'quantize.'  # prefix of the ignored tensors of a tokenizer
-TYPES = 'types'  # metadata: the types of tensors that are stored in another one
-PHIS = 'phis'  # metadata of `ignored.safetensors`: the file's name of the first phi kernel
+# Metadata of `ignored.safetensors`, of each part: the types of tensors that are stored in another
+# one, and the hint of its layout.
+TYPES, HINT = 'types', 'names'
+PATCHED_BITS = 56  # of a token of the published 8B model
 STATE = 'state_dict.safetensors'
 OUT = {'transformer': f'transformer.{STATE}', 'tokenizer': f'tokenizer.{STATE}'}
 
@@ -84,7 +86,7 @@ class Part:
         where: the file.
     """
 
-    config: Family | VQ
+    config: Family | TokenizerConfig
     table: ConversionTable
     source: StateDict
     params: Mapping[str, Any]
@@ -149,13 +151,15 @@ def to_folder(
     elif tokenizer:
         image_tokenizer = models.read_tokenizer(tokenizer, selection.check)
         ignored_file = folder.find(tokenizer) / folder.IGNORED
-    parts, grids = {}, ()
+    parts, model = {}, None
     if 'transformer' in state_dicts:
-        parts['transformer'] = part = _part(state_dicts['transformer'], options, str(file))
-        grids = part.config.schedule.grids
+        infer_model = functools.partial(infer.transformer, options=options)
+        parts['transformer'] = part = _part(state_dicts['transformer'], infer_model, str(file))
+        model = part.config
     if 'tokenizer' in state_dicts and image_tokenizer is None:
+        infer_tokenizer = functools.partial(infer.tokenizer, options=options, model=model)
         where = tokenizer or str(file)
-        parts['tokenizer'] = _part(state_dicts['tokenizer'], options, where, grids)
+        parts['tokenizer'] = _part(state_dicts['tokenizer'], infer_tokenizer, where)
         image_tokenizer = _tokenizer(parts['tokenizer'])
     if image_tokenizer is None:
         raise UserError(
@@ -169,7 +173,7 @@ def to_folder(
     def fill(new: Path) -> None:
         if not selection.allow_nonfinite:
             _refuse_nonfinite(parts.values())
-        _write_ignored(new / folder.IGNORED, parts.values(), ignored_file)
+        _write_ignored(new / folder.IGNORED, parts, ignored_file)
         if text and text.inside:
             _copy_text(text.source, new / folder.TEXT)
 
@@ -200,12 +204,12 @@ def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
     path = model_folder / folder.IGNORED
     ignored = StoredTensors([path]) if path.exists() else None
     metadata = weights.read_metadata(path) if ignored else {}
-    names = [metadata.get(PHIS, '')] if ignored else []
     written = []
     for name, part in {'transformer': model, 'tokenizer': tokenizer}.items():
         if part is None:
             continue
-        table = ConversionTable.from_config(part.config, _phi_names(names, part.config))
+        hint = metadata.get(f'{HINT} of the {name}', '')
+        table = ConversionTable.from_config(part.config, [hint] if hint else [])
         params = _checked(part.params, table, model_folder / f'{name}')
         state = table.state(params, _types(metadata, name, path))
         if ignored:
@@ -217,14 +221,11 @@ def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
     return written
 
 
-def _part(source: StateDict, options: ModelOptions, where: str, grids: Grids = ()) -> Part:
+def _part(source: StateDict, infer_config: Callable[..., Any], where: str) -> Part:
     tensors, not_finite = source.tensors, []
     try:
         specs = tensors.specs()
-        if published.TOKENIZER_TENSOR in specs:
-            config = infer.tokenizer(specs, options, grids)
-        else:
-            config = infer.transformer(specs, options)
+        config = infer_config(specs)
     except UserError as error:
         raise UserError(f'{where}: {error}') from error
     table = ConversionTable.from_config(config, specs)
@@ -259,8 +260,7 @@ def _model(
 ) -> folder.StoredModel:
     remedy = 'give the tokenizer that the model was trained with'
     check_tokenizer(part.config, tokenizer.config, where=where, remedy=remedy)
-    reads_text = isinstance(part.config, Star)
-    if text and not reads_text:
+    if text and not part.config.text_width:
         raise UserError(f'{where} is a class-conditional model and reads no text: leave --text out')
     return folder.StoredModel(
         config=part.config,
@@ -272,7 +272,12 @@ def _model(
 
 
 def _published_sampling(config: Family) -> Settings:
-    """The sampling settings of the publications (STAR specification 8 and 11)."""
+    """The sampling settings of the publications (STAR specification 8 and 11, Infinity
+    specification 7)."""
+    if isinstance(config, Infinity):
+        patched = config.bits == PATCHED_BITS
+        guidance, temperature = (3.0, 1.0) if patched else (4.0, 0.5)
+        return Settings(guidance=guidance, top_k=0, top_p=0.97, temperature=temperature)
     if not isinstance(config, Star):
         return Settings(guidance=1.5, top_k=900, top_p=0.96)
     if config.refinement:
@@ -294,19 +299,17 @@ def _copy_text(source: str, to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def _write_ignored(path: Path, parts: Iterable[Part], earlier: Path | None) -> None:
+def _write_ignored(path: Path, parts: Mapping[str, Part], earlier: Path | None) -> None:
     """Writes the ignored tensors of the parts and those of the tokenizer's folder in `earlier`."""
     ignored, notes = {}, {}
     if earlier and earlier.exists():
         ignored = _ignored_of(StoredTensors([earlier]), of_tokenizer=True)
         notes = {k: v for k, v in weights.read_metadata(earlier).items() if 'transformer' not in k}
-    for part in parts:
+    for name, part in parts.items():
         ignored |= part.ignored
-        if isinstance(part.config, VQ):
-            kernels = (e for e in part.table.entries if e.param_name == 'quantiser/phi_kernel')
-            notes |= {PHIS: next(kernels).torch_name}
+        if hint := part.table.layout.hint:
+            notes |= {f'{HINT} of the {name}': hint}
         if types := part.converted_types:
-            name = 'tokenizer' if isinstance(part.config, VQ) else 'transformer'
             notes |= {f'{TYPES} of the {name}': json.dumps(types)}
     if ignored or notes:
         write(path, ignored, notes)
@@ -322,16 +325,6 @@ def _types(metadata: Mapping[str, str], name: str, path: Path) -> dict[str, str]
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass
     raise UserError(f'{path}: its metadata name no types of tensors: convert the file again')
-
-
-def _phi_names(first: Sequence[str], config: Family | VQ) -> list[str]:
-    """The names of all phi kernels, from the name of the first ('' or none: as published)."""
-    if not isinstance(config, VQ):
-        return []
-    name = next(iter(first), '')
-    if name.endswith('.0.weight'):
-        return [name.replace('.0.weight', f'.{phi}.weight') for phi in range(config.phis)]
-    return [name]
 
 
 def _open(path: Path) -> StoredTensors:

@@ -41,6 +41,16 @@ HEAD_INIT = 0.02  # shrinks the logits' weights at the start
 UNPROMPTED_STD, UNPROMPTED_BOUND = 1.2, 2.0  # of the learned text, before / sqrt(text width)
 
 
+def hidden_channels(width: int, mlp_ratio: float, swiglu: bool) -> int:
+    """Channels inside an MLP, a multiple of 256 (Infinity specification 5.5).
+
+    Halves are rounded to even; widths so small that 0 is left fall back to `width`. A SwiGLU has
+    two thirds of them and no such fallback.
+    """
+    plain = UNIT * round(width * mlp_ratio / UNIT) or width
+    return UNIT * round(2 * plain / 3 / UNIT) if swiglu else plain
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Infinity(Sizes):
     """An Infinity transformer; the defaults are the published 125M at 256 px.
@@ -140,13 +150,8 @@ class Infinity(Sizes):
 
     @property
     def hidden(self) -> int:
-        """Channels inside an MLP, a multiple of 256 (Infinity specification 5.5).
-
-        Halves are rounded to even; widths so small that 0 is left fall back to `width`. A SwiGLU
-        has two thirds of them and no such fallback.
-        """
-        plain = UNIT * round(self.width * self.mlp_ratio / UNIT) or self.width
-        return UNIT * round(2 * plain / 3 / UNIT) if self.swiglu else plain
+        """Channels inside an MLP."""
+        return hidden_channels(self.width, self.mlp_ratio, self.swiglu)
 
     def build(
         self,
