@@ -194,6 +194,12 @@ class Schedule:
             f'{type(self).__name__} cannot drop tokens in training: set model.keep_tokens to 0'
         )
 
+    def leading_rows(self, scales: int) -> np.ndarray:
+        """int32 rows of the first scales, which are tokens; UserError for a single scale."""
+        raise UserError(
+            f'{type(self).__name__} has one scale, which training needs: set trained_scales to 0'
+        )
+
     def check_buckets(self, shared: Buckets, kinds: tuple) -> None:
         """Raises UserError for buckets that are invalid for steps of these kinds."""
         if shared:
@@ -253,6 +259,10 @@ class Pyramid(Schedule):
     def visible_rows(self) -> np.ndarray:
         """A row attends to its own step and all earlier ones."""
         return np.repeat(np.asarray(self.starts[1:]), self.reads)
+
+    def leading_rows(self, scales: int) -> np.ndarray:
+        """int32 rows of the first scales."""
+        return np.arange(self.starts[scales], dtype=np.int32)
 
     def check_buckets(self, shared: Buckets, kinds: tuple) -> None:
         """Raises UserError for buckets after the last scale, or of scales of different kinds."""

@@ -15,6 +15,7 @@ from typing import Protocol, TypedDict
 import grain
 import numpy as np
 
+from star_jax.data.caption_choice import ANY_CAPTION, CaptionChoice
 from star_jax.errors import UserError
 
 FINGERPRINT_EXAMPLES = 16  # examples that a fingerprint reads
@@ -107,6 +108,7 @@ def batches(
     rows: Sequence[int] | None = None,
     threads: int = 4,
     crop: tuple[int, int] | None = None,
+    captions: CaptionChoice = ANY_CAPTION,
 ) -> Iterator[Batch]:
     """Endless batches: every epoch has a new order, and every image one random caption.
 
@@ -119,6 +121,7 @@ def batches(
         threads: threads that read ahead (0: read in the thread of the caller); `close()` of the
             iterator stops them.
         crop: (height, width) in pixels of a random crop of every image (None: the whole image).
+        captions: chooses among the captions of an image.
 
     Raises:
         UserError: the source is empty, or an argument is invalid.
@@ -130,7 +133,7 @@ def batches(
     samples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if crop:
         samples = samples.random_map(functools.partial(_crop, crop))
-    captioned = samples.random_map(_random_caption)
+    captioned = samples.random_map(functools.partial(_random_caption, captions))
     process_rows = grain.MapDataset.source(_BatchRows(captioned, batch, rows))
     # An endless sequence has no remainder, but without `drop_remainder` the length that grain
     # computes overflows at size 1.
@@ -225,18 +228,20 @@ def _crop(size: tuple[int, int], example: Example, rng: np.random.Generator) -> 
     return Example(**(example | {'image': image[top : top + height, left : left + width]}))
 
 
-def _random_caption(example: Example, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
-    return _with_caption(example, int(rng.integers(len(example['captions']))))
+def _random_caption(
+    choice: CaptionChoice, example: Example, rng: np.random.Generator
+) -> dict[str, np.ndarray | str]:
+    return _with_caption(example, choice.choose(example['captions'], rng))
 
 
 def _first_caption(example: Example) -> dict[str, np.ndarray | str]:
-    return _with_caption(example, 0)
+    return _with_caption(example, example['captions'][0])
 
 
-def _with_caption(example: Example, number: int) -> dict[str, np.ndarray | str]:
+def _with_caption(example: Example, caption: str) -> dict[str, np.ndarray | str]:
     """The example with one caption; all other fields stay (codes instead of an image, too)."""
     others = {name: value for name, value in example.items() if name != 'captions'}
-    return others | {'caption': example['captions'][number]}
+    return others | {'caption': caption}
 
 
 def _collate(samples: Sequence[dict]) -> Batch:

@@ -44,11 +44,12 @@ def build_program(
         'encode_prompts': encode_prompts,
         'batch_groups': ways,
     }
+    recipe = run.optimizer.for_batch(run.batch)
     if not run.model.refinement:
-        optimizer = run.optimizer.build(run.pace.steps, constants=run.model.constants)
+        optimizer = recipe.build(run.pace.steps, constants=run.model.constants)
         return TrainingProgram(optimizer=optimizer, **parts)
     decays = everything if run.unmasking.decay_all else decayed
-    optimizer = run.optimizer.build(run.pace.steps, decays)
+    optimizer = recipe.build(run.pace.steps, decays)
     return RefinementProgram(optimizer=optimizer, unmasking=run.unmasking, **parts)
 
 
@@ -59,6 +60,7 @@ def build_recipe(run: Run, ways: int) -> Recipe:
         condition_drop=run.caption_drop,
         drop_path=run.model.drop_path,
         keep_tokens=run.model.keep_tokens,
+        scales=run.trained_scales,
         balance=run.balance,
         label_smoothing=run.label_smoothing,
         bit_loss=run.bit_loss,

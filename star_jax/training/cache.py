@@ -11,10 +11,9 @@ compared by the times of their last change.
 
 import dataclasses
 import hashlib
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -26,6 +25,7 @@ from star_jax.checkpoint import config, weights
 from star_jax.checkpoint.folder import StoredTokenizer
 from star_jax.console import progress_bar
 from star_jax.data import encoded, pipeline
+from star_jax.data.caption_choice import CaptionChoice
 from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
 from star_jax.protocols import PromptEncoder
@@ -98,7 +98,10 @@ class Origin:
                 encoded.write(folder / name, self.key(name, source), len(source), blocks)
         if keeps_features(self.run, self.prompt_encoder):
             texts = FeatureCache(self.prompt_encoder, folder)
-            texts.warm(_captions(sources), other=FeatureCache(self.prompt_encoder))
+            texts.warm(
+                all_texts(sources.values(), self.run.captions),
+                other=FeatureCache(self.prompt_encoder),
+            )
 
 
 def holds_features(folder: Path) -> bool | None:
@@ -197,7 +200,11 @@ def _settings(data: Data) -> dict:
     return {name: value for name, value in settings.items() if name != 'path'}
 
 
-def _captions(sources: Sources) -> list[str]:
-    """All captions of all sets."""
-    captions = (map(source.captions, range(len(source))) for source in sources.values())
-    return list(itertools.chain.from_iterable(itertools.chain.from_iterable(captions)))
+def all_texts(sources: Iterable[Source], choice: CaptionChoice) -> list[str]:
+    """All texts that may become captions: what training chooses from, and first captions."""
+    texts = []
+    for source in sources:
+        for captions in map(source.captions, range(len(source))):
+            texts += choice.texts(captions)
+            texts.append(captions[0])
+    return texts

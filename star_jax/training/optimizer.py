@@ -52,6 +52,11 @@ class AdamW:
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f'beta1 and beta2 must lie in [0, 1): {self}')
 
+    def for_batch(self, images: float) -> 'AdamW':
+        """This optimizer, with the learning rate of a batch of so many images."""
+        rate = self.learning_rate.for_images(images * self.accumulate)
+        return dataclasses.replace(self, learning_rate=rate)
+
     def build(
         self,
         total_steps: int,

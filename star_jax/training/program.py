@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -36,6 +37,7 @@ class Recipe:
         condition_drop: probability of the unprompted condition.
         drop_path: rate of stochastic depth at the deepest layer.
         keep_tokens: tokens that are kept; the others are dropped from the last scale (0: all).
+        scales: the first so many scales are trained and scored (0: all).
         balance: weight of a scale in the loss: 0 weights all tokens equally, 1 all scales.
         label_smoothing: share of the uniform distribution in the labels.
         bit_loss: mean or sum over the bits of a token.
@@ -47,6 +49,7 @@ class Recipe:
     condition_drop: float = 0.0
     drop_path: float = 0.0
     keep_tokens: int = 0
+    scales: int = 0
     balance: float = 0.0
     label_smoothing: float = 0.0
     bit_loss: tokens.BitReduction = 'mean'
@@ -158,7 +161,7 @@ class TrainingProgram:
         """
         recipe, network, batch = self.recipe, self._network, len(inputs.encoded)
         drop_key, path_key, thin_key = jax.random.split(key, 3)
-        rows = paths = None
+        rows, paths = self._rows, None
         if recipe.keep_tokens:
             rows = network.schedule.thin(thin_key, recipe.keep_tokens)
         if recipe.drop_path:
@@ -182,14 +185,14 @@ class TrainingProgram:
         return value, metrics | {'loss': trained_L.mean()}
 
     def score(self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> TokenLosses:
-        """The losses of every token, [B, L], with nothing dropped and nothing smoothed.
+        """The losses of all trained scales, [B, L], with nothing dropped and nothing smoothed.
 
         Give the same key for every model, so that held-out losses compare.
         """
         targets = self._targets(frozen, inputs, key)
         condition = self.condition(frozen, inputs)
-        codes = self.tokenizer.codes
-        return tokens.token_losses(self._network, codes, params, targets, condition)
+        network, codes = self._network, self.tokenizer.codes
+        return tokens.token_losses(network, codes, params, targets, condition, rows=self._rows)
 
     def condition(self, frozen: Frozen, inputs: StepInputs) -> Any:
         """The conditions of a batch."""
@@ -197,6 +200,12 @@ class TrainingProgram:
             return inputs.prompts
         encoded = self.encode_prompts(frozen.encoder, inputs.prompts)
         return self.network.sharding.constrain_batch(encoded)
+
+    @property
+    def _rows(self) -> np.ndarray | None:
+        """The rows of the trained scales; None for all."""
+        scales = self.recipe.scales
+        return self.network.schedule.leading_rows(scales) if scales else None
 
     @property
     def _network(self) -> Transformer:

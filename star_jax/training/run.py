@@ -12,6 +12,7 @@ from star_jax.core.schedule import Grids
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
 from star_jax.core.sizes import MOST_LAYERS
+from star_jax.data.caption_choice import AnyCaption, CaptionChoice
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
@@ -169,6 +170,8 @@ class Run:
         cache: folder written by `star-jax data cache`, with codes and text features ('': images are
             encoded in every step, text features are cached in the user's cache folder).
         data: training images with captions.
+        captions: which caption of an image a step takes: any of them equally often, or the shortest
+            or a beginning of the longest (Infinity); another kind is chosen in a config file.
         enlarge: load training images this many times larger and train on a random crop (VAR: 1.125;
             1: no crop).
         validation: images of the validation metrics and sample grids; without a path, a split of
@@ -177,6 +180,8 @@ class Run:
         pace: length of the run, reports and checkpoints.
         batch: images per step, over all devices.
         caption_drop: probability of training an image without its caption or class, for guidance.
+        trained_scales: train on the first so many scales alone (0: all); sample such a model with
+            sampling.stop.
         balance: weight of a scale in the loss: 0 weights all tokens equally, 1 weights all scales
             equally, so that the few tokens of coarse scales count more.
         label_smoothing: share of the uniform distribution over the codes in the labels of the
@@ -209,12 +214,14 @@ class Run:
     text_features: Literal['cached', 'inside'] = 'cached'
     cache: str = ''
     data: Data = Shapes()
+    captions: CaptionChoice = AnyCaption()
     enlarge: float = 1.0
     validation: Data = Shapes(split='validation', count=512)
     optimizer: AdamW = AdamW()
     pace: Pace = Pace()
     batch: int = 64
     caption_drop: float = 0.1
+    trained_scales: int = 0
     balance: float = 0.0
     label_smoothing: float = 0.0
     correction: SelfCorrection = SelfCorrection()
@@ -244,6 +251,18 @@ class Run:
             )
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')
+        if not 0 <= self.trained_scales <= self.model.schedule.steps:
+            raise ValueError(
+                f'trained_scales must lie in [0, {self.model.schedule.steps}] (0: all scales), '
+                f'not {self.trained_scales}'
+            )
+        if self.trained_scales:
+            self.model.schedule.leading_rows(self.trained_scales)
+            if self.model.keep_tokens or self.model.refinement:
+                raise ValueError(
+                    'trained_scales leaves scales out of the loss, and so do model.keep_tokens and '
+                    'a refinement head: set only one of them'
+                )
         if not 0 <= self.balance <= 1:
             raise ValueError(f'balance must lie in [0, 1], not {self.balance}')
         if not 0 <= self.label_smoothing < 1:

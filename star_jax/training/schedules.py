@@ -27,6 +27,8 @@ class LearningRate:
         end: learning rate of the last step, as a share of peak.
         shape: shape of the decay: lin0, lin, lin00, cos, exp, or lin<tau> such as lin0.5, two lines
             that meet at the share tau of the run.
+        per_images: peak is the highest learning rate of this many images per update, and others
+            have one in proportion (0: peak for any number; VAR and Infinity: 256).
     """
 
     peak: float = 1e-4
@@ -34,12 +36,15 @@ class LearningRate:
     start: float = 0.005
     end: float = 0.01
     shape: str = 'lin0'
+    per_images: int = 0
 
     def __post_init__(self) -> None:
         if self.peak < 0 or self.warmup_steps < 0:
             raise ValueError(f'peak and warmup_steps must not be negative: {self}')
         if self.warmup_steps >= 2**31:
             raise ValueError(f'warmup_steps must lie below 2^31, not {self.warmup_steps}')
+        if self.per_images < 0:
+            raise ValueError(f'per_images must not be negative (0: any), not {self.per_images}')
         if self.end <= 0 or self.start < 0:
             raise ValueError(f'end must be positive and start not negative: {self}')
         if self.shape not in SHAPES and not self._tau:
@@ -53,6 +58,13 @@ class LearningRate:
         """Where a broken line breaks; 0 for the other shapes."""
         match = BROKEN_LINE.fullmatch(self.shape)
         return float(match.group(1)) if match else 0.0
+
+    def for_images(self, images: float) -> 'LearningRate':
+        """The learning rate where an update sees so many images."""
+        if not self.per_images:
+            return self
+        peak = self.peak * images / self.per_images
+        return dataclasses.replace(self, peak=peak, per_images=0)
 
     def at(self, step: int | jax.Array, total_steps: int) -> jax.Array:
         """The learning rate of iteration `step` of `total_steps`."""

@@ -78,7 +78,7 @@ class TokenizerJob:
             )
         self.source, self.tokenizer = self.sizes[0].source, self.sizes[0].tokenizer
         self._most_scales = max(size.tokenizer.schedule.steps for size in self.sizes)
-        self.optimizer = run.optimizer.build(run.pace.steps)
+        self.optimizer = run.optimizer.for_batch(run.mean_batch).build(run.pace.steps)
         distance = perceptual.load() if run.objective.perceptual else None
         self._perceptual = rules.shard(distance, rules.replicated(self._mesh))
         self._trains = {

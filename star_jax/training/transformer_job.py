@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,8 +171,7 @@ class TransformerJob:
 
     def batches(self, step: int) -> Iterator[StepInputs]:
         if self.texts is not None and not self.run.cache:
-            captions = map(self.source.captions, range(len(self.source)))
-            captions = list(itertools.chain.from_iterable(captions))
+            captions = cache.all_texts([self.source], self.run.captions)
             progress = jax.process_index() == 0
             peer_watchdog.first_then_others(lambda: self.texts.warm(captions, progress=progress))
         for batch in pipeline.batches(
@@ -183,6 +181,7 @@ class TransformerJob:
             step=step,
             rows=self._rows,
             crop=self.program.tokenizer.resolution if self.run.enlarge > 1 else None,
+            captions=self.run.captions,
         ):
             yield self._inputs(batch)
 
