@@ -1,6 +1,7 @@
 """Do the configs have the published sizes and hyperparameters of every stage?"""
 
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -58,3 +59,36 @@ def test_each_stage_warm_starts_from_an_earlier_one():
             earlier = init.split('/')[1]
             assert stages.index(earlier) < stages.index(name)
             assert read(earlier).model.width == read(name).model.width
+
+
+TABLE = Path(__file__).parents[1] / 'docs/specification/tables/infinity_model_sizes.json'
+# Names of the config and of the table, and the tokens of an image.
+INFINITY = {
+    'infinity_125m': ('infinity_layer12 (125M)', 521),
+    'infinity_361m': ('infinity_layer16 (361M)', 521),
+    'infinity_940m': ('infinity_layer24 (940M)', 521),
+    'infinity_2_2b': ('infinity_layer32 (2.2B)', 521),
+    'infinity_4_7b': ('infinity_layer40 (4.7B)', 521),
+    'infinity_2b': ('infinity_2b', 10521),
+    'infinity_8b': ('infinity_8b', 10521),
+    'infinity_20b': ('infinity_20b', 10521),
+}
+
+
+@pytest.mark.parametrize('name', INFINITY)
+def test_infinity_has_the_published_size_and_recipe(name):
+    run, (listed, tokens) = read(name), INFINITY[name]
+    sizes = json.loads(TABLE.read_text())['sizes'][listed]
+    model = run.model
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(meta.unbox(model.abstract())))
+    assert count == sizes['parameters_total'] and model.hidden == sizes['ffn_hidden']
+    assert model.pool_heads == sizes['pool_heads'] and model.head_width == sizes['head_dim']
+    assert model.drop_path == sizes['drop_path_rate'] and model.schedule.length == tokens
+    tokenizer = model.default_tokenizer()
+    assert tokenizer.bits == sizes['tokenizer_bits']
+    assert tokenizer.patchify == bool(sizes['apply_spatial_patchify'])
+    assert tokenizer.resolution == ((256, 256) if tokens == 521 else (1024, 1024))
+    optimizer = run.optimizer.for_batch(run.batch)
+    assert float(optimizer.learning_rate.at(0, run.pace.steps)) == pytest.approx(6e-3)
+    assert (optimizer.beta2, optimizer.clip, optimizer.weight_decay) == (0.97, 5.0, 0.005)
+    assert run.correction.strength == 0.3 and run.balance == 0.5 and run.caption_drop == 0.1

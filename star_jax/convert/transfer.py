@@ -31,7 +31,7 @@ from star_jax.convert.table import ConversionTable
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
-from star_jax.families.infinity import Infinity
+from star_jax.families.infinity import PATCHED_BITS, Infinity
 from star_jax.families.star import Star
 from star_jax.protocols import Family, TokenizerConfig
 from star_jax.text.encoder_folder import CONFIG, INDEX, absolute_source, locate
@@ -40,7 +40,6 @@ QUANTISER = 'quantize.'  # prefix of the ignored tensors of a tokenizer
 # Metadata of `ignored.safetensors`, of each part: the types of tensors that are stored in another
 # one, and the hint of its layout.
 TYPES, HINT = 'types', 'names'
-PATCHED_BITS = 56  # of a token of the published 8B model
 STATE = 'state_dict.safetensors'
 OUT = {'transformer': f'transformer.{STATE}', 'tokenizer': f'tokenizer.{STATE}'}
 

@@ -31,8 +31,9 @@ from star_jax.nn.heads import Head, ModulatedHead
 from star_jax.nn.positions import AnyPositions, ReferenceRotary
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
-from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.tokenizers.residual_bsq import BSQ, PATCH
 
+PATCHED_BITS = 56  # of a token of the published 8B model
 LEVELS = 15  # rows of the level embedding, whatever the schedule
 UNIT = 256  # hidden widths are multiples of it
 POOL_WIDTH = 128  # channels of the text for each pooling head
@@ -200,8 +201,13 @@ class Infinity(Sizes):
         )
 
     def default_tokenizer(self) -> BSQ:
-        """The published tokenizer with these scales and bits."""
-        return BSQ(grids=self.grids, bits=self.bits)
+        """The published tokenizer with these scales and bits; one has tokens of 2 x 2 cells."""
+        if self.bits != PATCHED_BITS:
+            return BSQ(grids=self.grids, bits=self.bits)
+        autoencoder = dataclasses.replace(BSQ.autoencoder, multipliers=(1, 2, 4, 4))
+        return BSQ(
+            autoencoder=autoencoder, grids=self.grids, bits=PATCHED_BITS // PATCH**2, patchify=True
+        )
 
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
         """The text encoder that `load` gives; UserError unless it is of the model's text width."""
