@@ -10,9 +10,22 @@ import jax
 import numpy as np
 
 from star_jax.core.condition import LabelCondition
+from star_jax.core.sizes import check_sizes
 from star_jax.errors import UserError
 
 MAX_NAMES = 5  # class names in an error
+
+
+def check_classes(count: int, names: tuple[str, ...]) -> None:
+    """Raises a ValueError unless there are classes, and names for all of them or for none."""
+    check_sizes(classes=count)
+    if names and len(set(names)) != count:
+        raise ValueError(
+            f'names must be {count} different ones, one per class, or none; '
+            f'there are {len(set(names))}'
+        )
+    if '' in names:
+        raise ValueError("a class cannot be called '', which stands for none")
 
 
 @dataclasses.dataclass(frozen=True)

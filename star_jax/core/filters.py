@@ -3,12 +3,15 @@
 First top-k (all ties at the k-th logit stay), then top-p inside what is left. A filter sets logits
 to -inf and never reorders them. Families differ at ties: a `NucleusFilter` keeps all codes that are
 as probable as the rarest of the nucleus (STAR specification 8), a `BitFilter` ranks equal codes by
-their number (Infinity specification 7).
+their number (Infinity specification 7), a `SortedFilter` leaves out codes after those whose mass
+is large enough (LlamaGen specification 3.2).
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+LOWEST_TEMPERATURE = 1e-5  # of a `SortedFilter`
 
 
 @flax.struct.dataclass
@@ -66,6 +69,43 @@ class BitFilter:
         mass = jnp.sum(probs[..., None, :], axis=-1, where=earlier)
         last = earlier.sum(-1) == logits.shape[-1]
         return jnp.where((mass > 1 - self.top_p) | last, logits, -jnp.inf)
+
+
+@flax.struct.dataclass
+class SortedFilter:
+    """Temperature, then top-k, then the most probable codes in a sorted order.
+
+    A code stays while the codes before it hold at most `top_p`. Of equal codes, the one with the
+    lower number comes first (LlamaGen specification 3.2).
+
+    Attributes:
+        top_k: how many codes stay, static (0, or at least as many as there are codes: off); all
+            codes that are equal to the last of them stay.
+        top_p: the mass that stays, a traced number in [0, 1); None compiles without this filter.
+    """
+
+    top_k: int = flax.struct.field(pytree_node=False, default=0)
+    top_p: float | jax.Array | None = None
+
+    def __call__(self, logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+        """Logits [..., V] -> float32 logits at `temperature`, or at 1e-5 where that is lower."""
+        temperature = jnp.maximum(temperature, LOWEST_TEMPERATURE)
+        logits = NucleusFilter(top_k=self.top_k)(logits, temperature)
+        if self.top_p is None:
+            return logits
+        size = logits.shape[-1]
+        highest = jax.lax.top_k(logits, min(self.top_k, size) or size)[0]
+        probs = jnp.exp(highest - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        mass = jnp.cumsum(probs, axis=-1)
+        stays = jnp.pad(mass[..., :-1], [(0, 0)] * (mass.ndim - 1) + [(1, 0)]) <= self.top_p
+        least = jnp.where(stays, highest, jnp.inf).min(-1, keepdims=True)
+        # Of codes equal to the last that stays, so many do; those beyond the k-th follow on.
+        same = (stays & (highest == least)).sum(-1, keepdims=True)
+        beyond = jnp.floor((self.top_p - mass[..., -1:]) / probs[..., -1:]) + 1
+        same += jnp.where(stays[..., -1:], jnp.maximum(beyond, 0), 0).astype(same.dtype)
+        tied = logits == least
+        first = tied & (jnp.cumsum(tied, axis=-1) <= same)
+        return jnp.where((logits > least) | first, logits, -jnp.inf)
 
 
 def _nucleus(highest: jax.Array, logits: jax.Array, top_p: float | jax.Array) -> jax.Array:

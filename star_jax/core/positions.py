@@ -55,6 +55,19 @@ def rotation(angles_LP: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles_LP), np.sin(angles_LP)], axis=-1).astype(np.float32)
 
 
+def raster_rotation(
+    height: int, width: int, prefix: int, head_dim: int, theta: float
+) -> np.ndarray:
+    """[prefix + height * width, P, 2] float32: cosines and sines of a raster after a prefix.
+
+    Half of the planes rotate with the row of a cell, half with its column. In the rows of the
+    prefix both are 0, which makes queries and keys vanish there (LlamaGen specification 2.3).
+    """
+    yx_N2 = grid_xy(height, width)[:, ::-1]
+    table_NP2 = rotation(rotary_angles(yx_N2, head_dim, theta))
+    return np.pad(table_NP2, ((prefix, 0), (0, 0), (0, 0)))
+
+
 def interpolated_rotation(
     grids: tuple[tuple[int, int], ...],
     extents: tuple[float, float],

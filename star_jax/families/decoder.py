@@ -13,14 +13,13 @@ from star_jax.protocols import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes(Family):
-    """Sizes of a transformer, whatever its codes are.
+class Layers(Family):
+    """How many layers a transformer has, and how wide they are.
 
     Attributes:
         depth: number of transformer blocks.
         width: channels of a token inside the transformer.
         heads: attention heads of a block; a divisor of width.
-        mlp_ratio: hidden width of an MLP, as a multiple of width.
         drop_path: stochastic depth: probability of skipping the last block; it rises linearly from
             0 at the first block.
     """
@@ -28,12 +27,10 @@ class Sizes(Family):
     depth: int = 16
     width: int = 1024
     heads: int = 16
-    mlp_ratio: float = 4.0
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(depth=self.depth, width=self.width, heads=self.heads)
-        check_sizes(**{'mlp_ratio times width': self.mlp_ratio * self.width})
         if self.width % self.heads:
             raise ValueError(f'width {self.width} does not divide into {self.heads} heads')
         if not 0 <= self.drop_path < 1:
@@ -43,6 +40,25 @@ class Sizes(Family):
     def head_width(self) -> int:
         """Channels of an attention head."""
         return self.width // self.heads
+
+    def abstract(self) -> dict:
+        """Shapes of the parameters, boxed with logical axes."""
+        return _abstract(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes(Layers):
+    """Sizes of a transformer, whatever its codes are.
+
+    Attributes:
+        mlp_ratio: hidden width of an MLP, as a multiple of width.
+    """
+
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(**{'mlp_ratio times width': self.mlp_ratio * self.width})
 
     @property
     def hidden(self) -> int:
@@ -63,10 +79,6 @@ class Sizes(Family):
     def out_init(self) -> layers.Initializer:
         """Initializer of the last weights of a residual branch."""
         return nn.initializers.normal(self.std / (2 * self.depth) ** 0.5)
-
-    def abstract(self) -> dict:
-        """Shapes of the parameters, boxed with logical axes."""
-        return _abstract(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from star_jax.core.classes import Classes
+from star_jax.core.classes import Classes, check_classes
 from star_jax.core.condition import LabelCondition
 from star_jax.core.settings import Remat
-from star_jax.core.sizes import check_sizes
 from star_jax.families.scales import Scales
 from star_jax.nn.attention_dispatch import AUTOMATIC
 from star_jax.nn.conditioning import LabelStart, ModulationOffset, VectorModulation
@@ -48,14 +47,7 @@ class Var(Scales):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(classes=self.classes)
-        if self.names and len(set(self.names)) != self.classes:
-            raise ValueError(
-                f'names must be {self.classes} different ones, one per class, or none; '
-                f'there are {len(set(self.names))}'
-            )
-        if '' in self.names:
-            raise ValueError("a class cannot be called '', which stands for none")
+        check_classes(self.classes, self.names)
 
     @classmethod
     def published(cls, depth: int, **fields: Any) -> 'Var':

@@ -190,6 +190,101 @@ class LabelStart(nn.Module):
         return condition.repeat(empty, like=labels)
 
 
+class LabelPrefix(nn.Module):
+    """The row of the first step: the vector of a class, or of no class, the last one."""
+
+    width: int
+    count: int
+    kernel_init: layers.Initializer
+
+    def setup(self) -> None:
+        axes = (None, 'embed')
+        self.classes = layers.Table(self.count + 1, self.width, axes, self.kernel_init)
+
+    def __call__(self, labels: LabelCondition) -> jax.Array:
+        """[B, 1, D] float32."""
+        return self.classes(labels.ids_B)[:, None, :]
+
+    def text(self, labels: LabelCondition) -> tuple[None, None]:
+        """No text."""
+        return None, None
+
+    def padding(self, labels: LabelCondition) -> None:
+        """No rows are padding."""
+
+    def summary(self, labels: LabelCondition) -> None:
+        """Classes modulate nothing."""
+
+    def unprompted(self, labels: LabelCondition, empty: LabelCondition) -> LabelCondition:
+        """No class for every image."""
+        return condition.repeat(empty, like=labels)
+
+
+class TextPrefix(nn.Module):
+    """The rows of the first step: projected token states at the end of a prefix.
+
+    Without a prompt, the states are constant rows, of which as many are visible as the prompt has
+    tokens (LlamaGen specification 2.5).
+
+    Attributes:
+        width: channels D of a row.
+        text_width: channels E of a text token.
+        rows: rows of the prefix; of longer texts the first tokens count.
+        kernel_init: of the projections.
+        empty_init: of the constant rows.
+    """
+
+    width: int
+    text_width: int
+    rows: int
+    kernel_init: layers.Initializer
+    empty_init: layers.Initializer
+
+    def setup(self) -> None:
+        init = self.kernel_init
+        shape, axes = (self.text_width, self.width), ('embed', 'mlp')
+        self.fc1 = layers.Einsum('BTE,EF->BTF', shape, axes, init)
+        self.fc2 = layers.Einsum('BTF,FD->BTD', (self.width, self.width), axes[::-1], init)
+        empty_init = nn.with_logical_partitioning(self.empty_init, (None, None))
+        self.empty = self.param('empty', empty_init, (self.rows, self.text_width))
+
+    def __call__(self, text: TextCondition) -> jax.Array:
+        """[B, rows, D] float32."""
+        missing = max(self.rows - text.mask_BT.shape[1], 0)
+        states_BTE = jnp.pad(text.states_BTE.astype(jnp.float32), ((0, 0), (0, missing), (0, 0)))
+        order_BT = jnp.argsort(jnp.pad(self._visible(text), ((0, 0), (0, missing))), stable=True)
+        last_BT = order_BT[:, -self.rows :]
+        prefix_BTE = jnp.take_along_axis(states_BTE, last_BT[..., None], axis=1)
+        return self.fc2(nn.gelu(self.fc1(prefix_BTE), approximate=True))
+
+    def text(self, text: TextCondition) -> tuple[None, None]:
+        """No cross-attention."""
+        return None, None
+
+    def padding(self, text: TextCondition) -> jax.Array:
+        """[B] int32: rows before the first token of each text."""
+        return self.rows - self._visible(text).sum(1, dtype=jnp.int32)
+
+    def summary(self, text: TextCondition) -> None:
+        """Text modulates nothing."""
+
+    def unprompted(self, text: TextCondition, empty: TextCondition) -> TextCondition:
+        """The constant rows in place of the tokens of each text, with its own mask."""
+        visible_BT = self._visible(text)
+        first_B1 = self.rows - visible_BT.sum(1, keepdims=True)
+        row_BT = jnp.where(
+            visible_BT,
+            first_B1 + jnp.cumsum(visible_BT, axis=1) - 1,
+            jnp.minimum(jnp.cumsum(~visible_BT, axis=1) - 1, self.rows - 1),
+        )
+        return text.replace(states_BTE=self.empty[row_BT], mask_BT=visible_BT.astype(jnp.int32))
+
+    def _visible(self, text: TextCondition) -> jax.Array:
+        """[B, T] bool: the tokens that the prefix holds."""
+        visible_BT = text.mask_BT > 0
+        return visible_BT & (jnp.cumsum(visible_BT, axis=1) <= self.rows)
+
+
 class LevelModulation(nn.Module):
     """AdaLN signals of the level embeddings alone, for all layers (STAR specification 3.4)."""
 

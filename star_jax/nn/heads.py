@@ -28,6 +28,23 @@ class Head(nn.Module):
         return _logits(self.width, self.num_logits, self.kernel_init, self.inner_init)(x_BLD)
 
 
+class PlainHead(nn.Module):
+    """Float32 logits of features that `norm` has normalised, without a bias."""
+
+    width: int
+    num_logits: int
+    kernel_init: layers.Initializer
+    norm: nn.Module
+
+    @nn.compact
+    def __call__(self, features_BLD: jax.Array, summary_BD: jax.Array | None = None) -> jax.Array:
+        shape, axes = (self.width, self.num_logits), ('embed', 'vocab')
+        project = layers.Einsum(
+            'BLD,DV->BLV', shape, axes, self.kernel_init, jnp.float32, name='logits'
+        )
+        return project(self.norm(features_BLD))
+
+
 class ModulatedHead(nn.Module):
     """Float32 logits of normalised features that each image's vector scales and shifts.
 

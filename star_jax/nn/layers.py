@@ -143,6 +143,19 @@ class Linear(nn.Module):
         return y + bias.astype(y.dtype)
 
 
+class CodeEmbedding(nn.Module):
+    """The rows of codes, as the product of one-hot vectors with a kernel."""
+
+    codes: int
+    width: int
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, codes_BL: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(self.kernel_init, (None, 'embed'))
+        return self.param('kernel', init, (self.codes, self.width))[codes_BL]
+
+
 class NormedLinear(nn.Module):
     """A norm, then a linear layer."""
 

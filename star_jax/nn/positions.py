@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import positions
-from star_jax.core.schedule import Pyramid, Schedule
+from star_jax.core.schedule import Pyramid, Raster, Schedule
 from star_jax.nn import layers
 
 INTERPOLATED = 128  # cells of the longer side whose cosines and sines are interpolated
@@ -170,6 +170,30 @@ class ReferenceRotary(Positions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RasterRotary(Positions):
+    """Rotary positions that count the cells of a raster; LlamaGen's choice.
+
+    A prefix has no positions: its queries and keys vanish (LlamaGen specification 2.3).
+
+    Attributes:
+        theta: base of the rotary frequencies.
+    """
+
+    rotary = True
+
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _check(self.theta)
+
+    def rotation(self, schedule: Raster, head_width: int) -> np.ndarray:
+        table_LP2 = positions.raster_rotation(
+            schedule.height, schedule.width, schedule.prefix, head_width, self.theta
+        )
+        return table_LP2[: schedule.starts[-1]]  # no row reads the last token
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedRotary(Positions):
     """Rotary positions with learned frequencies, angle = fx x + fy y (RoPE-Mixed).
 
@@ -238,6 +262,7 @@ AnyPositions = (
     | SinCos
     | NoPositions
 )
+RasterPositions = RasterRotary | Learned | NoPositions  # those that a raster can have
 
 
 class FixedTable(nn.Module):
