@@ -17,7 +17,7 @@ from star_jax.checkpoint import weights
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One published tensor and the parameter that it becomes.
+    """One published tensor, or some rows of one, and the parameter that it becomes.
 
     Attributes:
         torch_name: name of the published tensor.
@@ -25,6 +25,8 @@ class Entry:
         pattern: einops pattern from the published layout to ours.
         row: row of the parameter, if layers are stacked; None if the tensor is all of it.
         lengths: (axis, length) pairs that the pattern needs to split an axis.
+        rows: the rows, from and up to, of the published tensor that it reads; None: all of them.
+            The entries of a tensor are in the order of its rows.
     """
 
     torch_name: str
@@ -32,18 +34,23 @@ class Entry:
     pattern: str
     row: int | None = None
     lengths: tuple[tuple[str, int], ...] = ()
+    rows: tuple[int, int] | None = None
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the published tensor, from that of the parameter (or of its row)."""
+        """The shape of the published rows, from that of the parameter (or of its row)."""
         torch_axes, param_axes = self.pattern.split('->')
         lengths = dict(zip(param_axes.split(), shape, strict=True)) | {'1': 1}
         groups = re.findall(r'\([^)]*\)|\S+', torch_axes)
         return tuple(math.prod(lengths[axis] for axis in g.strip('()').split()) for g in groups)
 
     def to_param(self, array: np.ndarray) -> np.ndarray:
+        """The parameter, or its row, of the whole published tensor."""
+        if self.rows:
+            array = array[slice(*self.rows)]
         return einops.rearrange(array, self.pattern, **dict(self.lengths))
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """The published rows of the parameter, or of its row."""
         torch_axes, param_axes = self.pattern.split('->')
         return einops.rearrange(array, f'{param_axes} -> {torch_axes}', **dict(self.lengths))
 
@@ -123,8 +130,12 @@ def to_params(
 def to_state(entries: Sequence[Entry], params: Mapping) -> dict[str, np.ndarray]:
     """The published state dict of nested parameters."""
     flat = weights.flatten(params)
-    state = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for entry in entries:
         array = flat[entry.param_name]
-        state[entry.torch_name] = entry.to_torch(array if entry.row is None else array[entry.row])
-    return state
+        part = entry.to_torch(array if entry.row is None else array[entry.row])
+        parts.setdefault(entry.torch_name, []).append(part)
+    return {
+        name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        for name, arrays in parts.items()
+    }

@@ -89,8 +89,10 @@ class SortedFilter:
 
     def __call__(self, logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
         """Logits [..., V] -> float32 logits at `temperature`, or at 1e-5 where that is lower."""
-        temperature = jnp.maximum(temperature, LOWEST_TEMPERATURE)
-        logits = NucleusFilter(top_k=self.top_k)(logits, temperature)
+        temperature = jnp.broadcast_to(jnp.maximum(temperature, LOWEST_TEMPERATURE), logits.shape)
+        # Behind a barrier it divides; otherwise XLA multiplies by its reciprocal, rounded twice.
+        divisor = jax.lax.optimization_barrier(temperature.astype(jnp.float32))
+        logits = NucleusFilter(top_k=self.top_k)(logits.astype(jnp.float32) / divisor)
         if self.top_p is None:
             return logits
         size = logits.shape[-1]

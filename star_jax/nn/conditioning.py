@@ -250,12 +250,15 @@ class TextPrefix(nn.Module):
 
     def __call__(self, text: TextCondition) -> jax.Array:
         """[B, rows, D] float32."""
+        return self.fc2(nn.gelu(self.fc1(self.states(text)), approximate=True))
+
+    def states(self, text: TextCondition) -> jax.Array:
+        """[B, rows, E] float32: token states at the end of the prefix."""
         missing = max(self.rows - text.mask_BT.shape[1], 0)
         states_BTE = jnp.pad(text.states_BTE.astype(jnp.float32), ((0, 0), (0, missing), (0, 0)))
         order_BT = jnp.argsort(jnp.pad(self._visible(text), ((0, 0), (0, missing))), stable=True)
         last_BT = order_BT[:, -self.rows :]
-        prefix_BTE = jnp.take_along_axis(states_BTE, last_BT[..., None], axis=1)
-        return self.fc2(nn.gelu(self.fc1(prefix_BTE), approximate=True))
+        return jnp.take_along_axis(states_BTE, last_BT[..., None], axis=1)
 
     def text(self, text: TextCondition) -> tuple[None, None]:
         """No cross-attention."""

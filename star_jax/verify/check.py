@@ -25,7 +25,9 @@ from star_jax.verify.infinity_generate import BitGenerations
 from star_jax.verify.infinity_tokenizer import BitQuantisers, BitTokenizer, SelfCorrections
 from star_jax.verify.infinity_train import BitTraining
 from star_jax.verify.infinity_transformer import TeacherForcedBits
-from star_jax.verify.llamagen import Postprocessing
+from star_jax.verify.llamagen import Postprocessing, RasterFilters, RasterTables
+from star_jax.verify.llamagen_generate import ClassGenerations, TextGenerations
+from star_jax.verify.llamagen_transformer import TeacherForcedClasses, TeacherForcedTexts
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
 from star_jax.verify.tokenizer import Quantiser, Vqvae
@@ -51,7 +53,13 @@ KINDS = {
     ('infinity', 'transformer'): TeacherForcedBits,
     ('infinity', 'train_step'): BitTraining,
     ('infinity', 'generate'): BitGenerations,
+    ('llamagen', 'rope2d'): RasterTables,
+    ('llamagen', 'sampling'): RasterFilters,
     ('llamagen', 'postprocess'): Postprocessing,
+    ('llamagen', 'c2i_teacher_forced'): TeacherForcedClasses,
+    ('llamagen', 't2i_teacher_forced'): TeacherForcedTexts,
+    ('llamagen', 'c2i_generate'): ClassGenerations,
+    ('llamagen', 't2i_generate'): TextGenerations,
 }
 OPTIONS = {
     'star': star_options.OPTIONS,

@@ -123,7 +123,9 @@ def compare(
         return Line(name, _largest(computed - recorded), np.inf, INFORMATION)
     tolerance = 0.0 if exact else _tolerance(tolerances, tolerance_class) * unit
     factor = 1.0 if exact else FACTORS.get(tolerance_class, np.ones_like)(recorded)
-    errors = np.abs(computed - recorded).ravel()
+    errors = np.zeros_like(recorded)  # also where both are infinite
+    np.subtract(computed, recorded, out=errors, where=computed != recorded)
+    errors = np.abs(errors).ravel()
     allowed = np.broadcast_to(tolerance * factor, recorded.shape).ravel()
     if not errors.size:
         return Line(name, 0.0, tolerance, OK)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from star_jax.convert.infinity import BUFFERS, infinity_entries
 from star_jax.core import condition
@@ -24,6 +23,7 @@ from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import ACTIVATIONS, INFORMATION, INTEGERS
 from star_jax.verify.infinity import images, rotary_of
+from star_jax.verify.inside import recorded
 from star_jax.verify.rules import Rule, inputs
 
 TEXT = 'in/(?:neg_)?(?:text_packed|text_lens|cu_seqlens)'
@@ -186,29 +186,15 @@ def _inside(
     }
     for layer in range(infinity.depth):
         block, arrays = jax.tree.map(lambda x, i=layer: x[i], (params['blocks'], per_layer))
-        (x_BLD, _), parts = _recorded(Block(network.block), block, x_BLD, arrays, shared)
+        (x_BLD, _), parts = recorded(Block(network.block), block, x_BLD, arrays, shared)
         found['out'].append(x_BLD)
         if layer == 0:
             for name, part in PARTS.items():
                 found[f'{name}_in'], out = parts[part]
                 found[f'{name}_out'] = out[0] if isinstance(out, tuple) else out
     head = infinity.build().to_logits
-    logits, parts = _recorded(head, params['to_logits'], x_BLD, found['sos'])
+    logits, parts = recorded(head, params['to_logits'], x_BLD, found['sos'])
     found['head_nm'] = x_BLD  # where the norm belongs to the head
     if infinity.modulated_head:
         found['head_nm'] = parts['inner' if infinity.head_layers == 2 else 'logits'][0]
     return found | {'logits': logits}
-
-
-def _recorded(module: nn.Module, params: dict, *args: Any) -> tuple[Any, dict[str, tuple]]:
-    """The output of a module, and the first argument and the output of its parts, by name."""
-    parts = {}
-
-    def record(next_fun, args, kwargs, context):
-        out = next_fun(*args, **kwargs)
-        if context.method_name == '__call__' and len(context.module.path) == 1:
-            parts[context.module.name] = (args[0], out)
-        return out
-
-    with nn.intercept_methods(record):
-        return module.apply({'params': params}, *args), parts

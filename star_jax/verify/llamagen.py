@@ -1,4 +1,4 @@
-"""How are recorded functions of LlamaGen computed? (kind `postprocess`)
+"""How are recorded functions of LlamaGen computed? (kinds `rope2d`, `sampling`, `postprocess`)
 
 These kinds have no weights.
 """
@@ -8,10 +8,70 @@ import functools
 import jax
 import numpy as np
 
-from star_jax.core import pixels, resize
+from star_jax.core import pixels, positions, resize
+from star_jax.core.guidance import guide
+from star_jax.core.settings import Settings
+from star_jax.families.llamagen import LlamaGen
 from star_jax.verify.cases import Case
-from star_jax.verify.comparison import FUNCTIONS, INTEGERS
+from star_jax.verify.comparison import FUNCTIONS, INTEGERS, TABLES
 from star_jax.verify.rules import Rule, inputs
+
+
+class RasterTables:
+    """Rotary tables of rasters after a prefix, and rotated queries and keys."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            inputs(r'apply_\d+_x'),
+            Rule(r'table_(\d+)', TABLES, lambda index: self.table(int(index))),
+            Rule(r'apply_(\d+)_out', TABLES, self.rotated),
+        )
+
+    def table(self, index: int) -> np.ndarray:
+        """[prefix + tokens, P, 2]."""
+        table = self.case.option('tables')[index]
+        side = table['grid_size']
+        return positions.raster_rotation(
+            side, side, table['cls_token_num'], table['head_dim'], table['rope_base']
+        )
+
+    def rotated(self, index: str) -> jax.Array:
+        apply = self.case.option('apply')[int(index)]
+        rows_LP2 = self.table(apply['table'])[apply['start'] :][: apply['length']]
+        return jax.jit(positions.rotate)(self.case.input(f'apply_{index}_x'), rows_LP2)
+
+
+class RasterFilters:
+    """Filtered distributions over codes, and guided logits."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.filtered = functools.cache(self._filtered)
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (
+            inputs('logits|(?:un)?cond_logits'),
+            Rule(r'filtered_(\d+)', FUNCTIONS, lambda i: self.filtered(i)),
+            Rule(r'probs_(\d+)', FUNCTIONS, lambda i: jax.nn.softmax(self.filtered(i))),
+            Rule(r'argmax_(\d+)', INTEGERS, lambda i: self.filtered(i).argmax(-1)[:, None]),
+            Rule(r'cfg_mixed_([\d.]+)', FUNCTIONS, self.guided),
+        )
+
+    def _filtered(self, index: str) -> jax.Array:
+        options = self.case.option('settings')[int(index)]
+        settings = Settings(top_k=options['top_k'], top_p=options['top_p'])
+        temperature = float(LlamaGen().temperatures(options['temperature'])[0])
+        return jax.jit(LlamaGen().filter(settings))(self.case.input('logits'), temperature)
+
+    def guided(self, scale: str) -> jax.Array:
+        if float(scale) not in self.case.option('cfg_scales'):
+            raise LookupError(f'cfg_scales lacks {scale}')
+        rows = [self.case.input(f'{name}_logits') for name in ('cond', 'uncond')]
+        weight = LlamaGen().guidance_weights(float(scale))[0]
+        return guide(np.concatenate(rows), len(rows[0]), weight)
 
 
 class Postprocessing:
