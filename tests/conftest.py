@@ -5,13 +5,9 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-# On a busy machine eight devices may need minutes to meet; by default XLA aborts after 40 seconds.
-# Tiny programs run for milliseconds: compiling them well takes twice as long and gains nothing.
-os.environ.setdefault(
-    'XLA_FLAGS',
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 '
-    '--xla_cpu_collective_call_terminate_timeout_seconds=900',
-)
+import xla_flags
+
+os.environ.setdefault('XLA_FLAGS', xla_flags.devices(8))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import xla_flags
 
 from star_jax import cli, image_io
 from star_jax.checkpoint import config, models, weights
@@ -482,8 +483,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
         'STAR_JAX_CACHE': str(tmp_path_factory.mktemp('cache')),
         'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.cache' / 'jax'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
-        # Compiling well takes longer than these runs.
-        'XLA_FLAGS': '--xla_backend_optimization_level=0',
+        'XLA_FLAGS': xla_flags.QUICK,
     }
 
 

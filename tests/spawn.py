@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
+import xla_flags
 
 ROOT = Path(__file__).parents[1]
-# Reduces compilation to two fifths of the time; newer versions do not have it.
-QUICK = '--xla_cpu_use_fusion_emitters=false' if jax.__version_info__ < (0, 11) else ''
 TIMEOUT = 900  # seconds until processes count as hung, on a busy machine
 
 
@@ -30,10 +28,7 @@ class Processes:
         self._outputs = [folder / str(number) for number in range(count)]
         command = [sys.executable, '-m', 'star_jax', *arguments]
         common = dict(os.environ) | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
-        common['XLA_FLAGS'] = (
-            '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 '
-            f'--xla_cpu_collective_call_terminate_timeout_seconds=900 {QUICK}'
-        )
+        common['XLA_FLAGS'] = xla_flags.devices(1)
         common['JAX_DEFAULT_MATMUL_PRECISION'] = 'highest'
         common['STAR_JAX_COORDINATOR'] = f'127.0.0.1:{free_port()}'
         common['STAR_JAX_PROCESSES'] = str(count)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import xla_flags
 from rich.console import Console
 
 from star_jax import cli
@@ -442,7 +443,7 @@ def test_a_killed_unit_continues_to_the_same_result(tmp_path):
     path = write_study(tmp_path)
     command = [sys.executable, '-m', 'star_jax', *map(str, run_words(path))]
     command += ['--only', 'tiny-learned-3']
-    environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+    environment = os.environ | {'XLA_FLAGS': xla_flags.QUICK}
     assert subprocess.run(command, env=environment).returncode == 0
     result = tmp_path / 'results' / 'tiny-learned-3.json'
     whole = lasting(result)
