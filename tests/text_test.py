@@ -410,3 +410,10 @@ def test_random_bert_matches_transformers(tmp_path):
             attention_mask=torch.tensor(tokens.mask_BT),
         ).last_hidden_state
     assert_close(bert.encode(captions).states_BTE, states.numpy() * tokens.mask_BT[:, :, None])
+
+
+def test_an_encoder_cleans_captions_before_it_reads_them(tiny):
+    cleaned = dataclasses.replace(tiny, clean=lambda text: text.replace('noise', ''))
+    expected = tiny.tokenize(['a red  circle'])
+    np.testing.assert_array_equal(cleaned.tokenize(['a red noise circle']).ids_BT, expected.ids_BT)
+    assert cleaned.identity != tiny.identity

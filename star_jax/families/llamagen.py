@@ -32,6 +32,7 @@ from star_jax.nn.heads import PlainHead
 from star_jax.nn.positions import RasterPositions, RasterRotary
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
+from star_jax.text.cleaning import clean
 
 STD = 0.02  # of all fresh weights (LlamaGen specification 2.7)
 UNIT = 256  # published hidden widths are multiples of it
@@ -258,8 +259,11 @@ class LlamaGenText(Llama):
         return TextPrefix(self.width, self.text_width, self.text_rows, INIT, empty_init)
 
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
-        """The text encoder that `load` gives; UserError unless it is of the model's text width."""
-        return check_text_encoder(load(), self.text_width)
+        """The text encoder that `load` gives, which cleans its prompts first.
+
+        Raises UserError unless it is of the model's text width.
+        """
+        return dataclasses.replace(check_text_encoder(load(), self.text_width), clean=clean)
 
     def abstract_condition(self, batch: int = 1, tokens: int = 1) -> TextCondition:
         """Shapes of encoded captions of `tokens` tokens."""

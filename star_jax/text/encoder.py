@@ -62,6 +62,7 @@ class TextEncoder:
         tower: the parts of the architecture.
         folder: the files.
         token_ids: the tokenizer, truncating to `length`.
+        clean: what a caption becomes before it is tokenized (None: it stays).
     """
 
     field: ClassVar[Literal['caption']] = 'caption'
@@ -74,6 +75,7 @@ class TextEncoder:
     tower: Tower
     folder: EncoderFolder
     token_ids: CaptionsToIds
+    clean: Callable[[str], str] | None = None
 
     @property
     def width(self) -> int:
@@ -97,6 +99,7 @@ class TextEncoder:
         # Defaults are left out, so that older caches stay valid.
         parts += [self.dtype] if self.dtype != DTYPE else []
         parts += [self.pool] if self.pool != self.tower.pool else []
+        parts += [f'{self.clean.__module__}.{self.clean.__qualname__}'] if self.clean else []
         return hashlib.sha256(' '.join(map(str, parts)).encode()).hexdigest()
 
     def reference(self) -> dict[str, str]:
@@ -124,7 +127,7 @@ class TextEncoder:
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """The host part: [B, T] numpy int32, truncated and padded to `length`."""
-        return pad(self.token_ids(prompts), len(prompts), self.length, self.tower.pad_id)
+        return pad(self._ids(prompts), len(prompts), self.length, self.tower.pad_id)
 
     def apply(self, params: dict, tokens: Tokens) -> TextCondition:
         """The device part, pure: float32 features, with zero states at padding.
@@ -142,7 +145,7 @@ class TextEncoder:
         of similar length. The result equals `apply` of `tokenize` up to rounding.
         """
         unique = {caption: row for row, caption in enumerate(dict.fromkeys(prompts))}
-        ids = self.token_ids(list(unique))
+        ids = self._ids(list(unique))
         multiple = self.length if self.pool.reads_padding else LENGTH_MULTIPLE
         outputs = []
         for rows, T in _batches([len(caption_ids) for caption_ids in ids], self.length, multiple):
@@ -160,6 +163,10 @@ class TextEncoder:
         return TextCondition(
             states_BTE=states_NTE[rows_B], mask_BT=mask_NT[rows_B], pooled_BE=pooled_NE[rows_B]
         )
+
+    def _ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids of captions, cleaned first."""
+        return self.token_ids([self.clean(text) for text in captions] if self.clean else captions)
 
     @functools.cached_property
     def _jitted_apply(self) -> Callable[[dict, Tokens], TextCondition]:
