@@ -19,7 +19,7 @@ from star_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Converts a published STAR, VAR, Infinity or tokenizer file to a model folder, or back.
+    """Converts a published file of a model or a tokenizer to a model folder, or back.
 
     A file (.pth or .safetensors) becomes a folder for `sample --model` and `train --init`. A model
     folder becomes two files with the published names of the tensors. Options from --size on

@@ -10,10 +10,18 @@ from star_jax.checkpoint.stored import TensorSpec
 from star_jax.core.schedule import Grids, square_grids
 from star_jax.core.templates import PUBLISHED
 from star_jax.errors import UserError
+from star_jax.families import llamagen
 from star_jax.families.infinity import Infinity, hidden_channels
+from star_jax.families.llamagen import LlamaGen, LlamaGenText
 from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
-from star_jax.nn.positions import Learned, NormalisedRotary, RawRotary, ReferenceRotary
+from star_jax.nn.positions import (
+    Learned,
+    NormalisedRotary,
+    RasterRotary,
+    RawRotary,
+    ReferenceRotary,
+)
 from star_jax.protocols import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ, PATCH
@@ -27,7 +35,9 @@ SIDES = {
 }
 # How many scales of the square template each image size in px has (Infinity specification 2.1).
 SCALES = {256: 7, 512: 10, 768: 12, 1024: 13}
-SIZES = sorted({*SIDES, *SCALES})
+# Tokens along a side for each image size in px of a raster (LlamaGen specification 2.1).
+TOKENS = {256: 16, 384: 24, 512: 32}
+SIZES = sorted({*SIDES, *SCALES, *TOKENS})
 HEAD_WIDTH = 64  # of every published STAR and VAR
 PATCHED = 8  # px a cell of the published tokenizer whose tokens are 2 x 2 cells
 RAW = -1.0  # the published rope_norm of coordinates in cells
@@ -44,7 +54,8 @@ class ModelOptions:
         size: image side in px, which determines the scales (0: the smallest that fits the number of
             scales and of positions; 1024 for Infinity).
         sides: side of each scale in tokens, for a model with other scales than the published ones.
-        heads: attention heads, if the file has no score scales (0: one per 64 channels).
+        heads: attention heads, if the file has no score scales (0: those of the published model of
+            this size, or one per 64 channels).
         theta: base of the rotary frequencies.
         extent: largest rotary coordinate, the published rope_norm (-1: coordinates count cells).
         logit_norm: normalise features before the projection to logits.
@@ -72,7 +83,7 @@ class ModelOptions:
             raise ValueError('give size or sides, not both')
 
 
-def transformer(specs: Specs, options: ModelOptions) -> Star | Var | Infinity:
+def transformer(specs: Specs, options: ModelOptions) -> Family:
     """The config of a transformer, from the names and shapes of its state dict.
 
     Raises:
@@ -80,6 +91,8 @@ def transformer(specs: Specs, options: ModelOptions) -> Star | Var | Infinity:
     """
     if 'cfg_uncond' in specs:
         return _infinity(specs, options)
+    if 'tok_embeddings.weight' in specs:
+        return _llamagen(specs, options)
     _require(specs, 2, 'word_embed.weight', 'lvl_embed.weight', 'blocks.0.ffn.fc1.weight')
     width, channels = specs['word_embed.weight'].shape
     family = Var if 'head_nm.ada_lin.1.weight' in specs else Star
@@ -175,6 +188,46 @@ def _infinity(specs: Specs, options: ModelOptions) -> Infinity:
         input_norm='norm0_ve.weight' in specs,
         cross_scale=0.0 if f'{first}.ca_gamma' in specs else -1.0,
     )
+
+
+def _llamagen(specs: Specs, options: ModelOptions) -> LlamaGen | LlamaGenText:
+    """What a file lacks: heads, the grid, and positions."""
+    first = 'layers.0.attention.wqkv.weight'
+    _require(specs, 2, 'tok_embeddings.weight', first, 'layers.0.feed_forward.w1.weight')
+    codes, width = specs['tok_embeddings.weight'].shape
+    depth = _count(specs, 'layers')
+    published = {(layers, size): heads for layers, heads, size in llamagen.SIZES.values()}
+    heads = options.heads or published.get((depth, width), max(width // HEAD_WIDTH, 1))
+    rows, inner = specs[first].shape[0], width // heads
+    kv_heads, rest = divmod(rows - width, 2 * max(inner, 1))
+    if rest:
+        raise UserError(
+            f'{first} has {rows} rows, which are not those of {heads} heads of {inner} channels '
+            'and of their keys and values: give the heads with --heads'
+        )
+    side = TOKENS.get(options.size or 256)
+    if options.sides:
+        side, *more = options.sides
+        if more:
+            raise UserError(f'a LlamaGen has one scale, not the {1 + len(more)} of --sides')
+    if side is None:
+        raise UserError(f'no published model of this kind makes images of {options.size} px')
+    fields = {
+        'depth': depth,
+        'width': width,
+        'heads': heads,
+        'kv_heads': 0 if kv_heads == heads else kv_heads,
+        'hidden': specs['layers.0.feed_forward.w1.weight'].shape[0],
+        'grid': (side, side),
+        'codes': codes,
+        'positions': RasterRotary(theta=options.theta),
+    }
+    if (classes := 'cls_embedding.embedding_table.weight') in specs:
+        _require(specs, 2, classes)
+        return _build(LlamaGen, classes=specs[classes].shape[0] - 1, **fields)
+    _require(specs, 2, 'cls_embedding.uncond_embedding')
+    rows, text_width = specs['cls_embedding.uncond_embedding'].shape
+    return _build(LlamaGenText, text_rows=rows, text_width=text_width, **fields)
 
 
 def _bsq(specs: Specs, options: ModelOptions, model: Family | None) -> BSQ:

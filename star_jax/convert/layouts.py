@@ -15,9 +15,11 @@ from star_jax.convert.bsq import bsq_entries
 from star_jax.convert.buffers import Buffers
 from star_jax.convert.entries import Entry
 from star_jax.convert.infinity import chunks_of, infinity_entries
+from star_jax.convert.llamagen import BUFFERS, llamagen_entries
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
 from star_jax.convert.var import var_entries
 from star_jax.families.infinity import Infinity
+from star_jax.families.llamagen import Llama, LlamaGen, LlamaGenText
 from star_jax.families.star import Star
 from star_jax.families.var import Var
 from star_jax.protocols import Family, TokenizerConfig
@@ -70,6 +72,10 @@ def _infinity(config: Infinity, names: list[str]) -> Layout:
     return Layout(entries=entries, buffers=buffers.infinity_buffers(config, chunks), hint=last)
 
 
+def _llamagen(config: Llama, names: list[str]) -> Layout:
+    return Layout(entries=llamagen_entries(config), ignored=BUFFERS)
+
+
 def _vq(config: VQ, names: list[str]) -> Layout:
     if len(names) == 1:  # a hint
         phis = range(config.phis)
@@ -91,6 +97,8 @@ LAYOUTS: Mapping[type, Callable[[Any, list[str]], Layout]] = {
     Star: _star,
     Var: _var,
     Infinity: _infinity,
+    LlamaGen: _llamagen,
+    LlamaGenText: _llamagen,
     VQ: _vq,
     BSQ: _bsq,
 }

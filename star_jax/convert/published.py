@@ -1,9 +1,9 @@
 """Which state dicts does a published file contain?
 
-A file is safetensors, or a file of torch. It is the state dict of a VAR, a STAR, an Infinity or a
-tokenizer, or nested dicts with some of them, such as the file of a trainer of STAR (STAR
-specification 10) or of Infinity (Infinity specification 9), or of Lightning. A tensor that every
-model of a kind has identifies its state dict, whatever precedes its name: names of wrappers
+A file is safetensors, or a file of torch. It is the state dict of a VAR, a STAR, an Infinity, a
+LlamaGen or a tokenizer, or nested dicts with some of them, such as the file of a trainer of STAR
+(STAR specification 10) or of Infinity (Infinity specification 9), or of Lightning. A tensor that
+every model of a kind has identifies its state dict, whatever precedes its name: names of wrappers
 (`module.`) and the path in the file (`state_dict`, `model.`) are removed.
 """
 
@@ -28,7 +28,7 @@ SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.tar', '.safetensors', '.index.json
 INDEX = '.index.json'
 # Tensors of which any identifies a state dict.
 KINDS = {
-    'transformer': ('word_embed.weight',),
+    'transformer': ('word_embed.weight', 'tok_embeddings.weight'),
     'tokenizer': ('quantize.embedding.weight', 'quantizer.lfq.mask', 'quantize.lfq.mask'),
 }
 # Names that DistributedDataParallel, torch.compile, FSDP and activation checkpoints put into names.
@@ -280,7 +280,7 @@ def _wrappers(name: str) -> list[str]:
 
 
 def _not_published(path: Path) -> str:
-    return f'{path} is no published STAR, VAR, Infinity or tokenizer file'
+    return f'{path} is no published STAR, VAR, Infinity, LlamaGen or tokenizer file'
 
 
 def _layout_error(path: Path, names: Sequence[str]) -> UserError:

@@ -50,8 +50,25 @@ class ConversionTable:
         """The tensors that follow from the sizes, by name."""
         return self.layout.buffers
 
+    @functools.cached_property
+    def by_tensor(self) -> Mapping[str, Sequence[Entry]]:
+        """The entries of each published tensor, in the order of its rows."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.torch_name, []).append(entry)
+        return found
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each published tensor that is a parameter, or several."""
+        found = {}
+        for name, entries in self.by_tensor.items():
+            (first, *rest), *others = [self.shape(entry) for entry in entries]
+            found[name] = (first + sum(shape[0] for shape in others), *rest)
+        return found
+
     def shape(self, entry: Entry) -> tuple[int, ...]:
-        """The shape of the published tensor of an entry."""
+        """The shape of the published rows of an entry."""
         shape = self.abstract[entry.param_name].shape
         return entry.torch_shape(shape if entry.row is None else shape[1:])
 
@@ -69,8 +86,7 @@ class ConversionTable:
         """
         specs = tensors.specs()
         expected = {
-            entry.torch_name: TensorSpec(self.shape(entry), np.dtype(np.float32))
-            for entry in self.entries
+            name: TensorSpec(shape, np.dtype(np.float32)) for name, shape in self.shapes.items()
         }
         skipped = {*self.ignored_names(specs), *self.buffers}
         parameters = {name: spec for name, spec in specs.items() if name not in skipped}
@@ -126,11 +142,10 @@ class ConversionTable:
         for name, make in self.buffers.items():
             array = make()
             state[name] = array.astype(jnp.dtype(types.get(name, array.dtype)), copy=False)
-        for entry in self.entries:
-            name = entry.torch_name
-            dtype = jnp.dtype(types.get(name, specs[entry.param_name].dtype))
-            parts = _stream_back(params, entry, dtype)
-            state[name] = StreamedArray(self.shape(entry), dtype, parts)
+        for name, entries in self.by_tensor.items():
+            dtype = jnp.dtype(types.get(name, specs[entries[0].param_name].dtype))
+            parts = _stream_back(params, entries, dtype)
+            state[name] = StreamedArray(self.shapes[name], dtype, parts)
         return state
 
 
@@ -156,10 +171,11 @@ def _stream(
 
 
 def _stream_back(
-    params: Tensors, entry: Entry, dtype: np.dtype
+    params: Tensors, entries: Sequence[Entry], dtype: np.dtype
 ) -> Callable[[], Iterable[np.ndarray]]:
     def parts() -> Iterator[np.ndarray]:
-        array = entry.to_torch(params.read(entry.param_name, entry.row))
-        yield array.astype(dtype, copy=False)
+        for entry in entries:
+            array = entry.to_torch(params.read(entry.param_name, entry.row))
+            yield array.astype(dtype, copy=False)
 
     return parts

@@ -32,6 +32,7 @@ from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.families.infinity import PATCHED_BITS, Infinity
+from star_jax.families.llamagen import LlamaGen, LlamaGenText
 from star_jax.families.star import Star
 from star_jax.protocols import Family, TokenizerConfig
 from star_jax.text.encoder_folder import CONFIG, INDEX, absolute_source, locate
@@ -272,7 +273,11 @@ def _model(
 
 def _published_sampling(config: Family) -> Settings:
     """The sampling settings of the publications (STAR specification 8 and 11, Infinity
-    specification 7)."""
+    specification 7, LlamaGen specification 3.4)."""
+    if isinstance(config, LlamaGen):
+        return Settings(guidance=4.0, top_k=2000, top_p=0.0)
+    if isinstance(config, LlamaGenText):
+        return Settings(guidance=7.5, top_k=1000, top_p=0.0)
     if isinstance(config, Infinity):
         patched = config.bits == PATCHED_BITS
         guidance, temperature = (3.0, 1.0) if patched else (4.0, 0.5)

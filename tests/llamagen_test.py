@@ -1,0 +1,220 @@
+"""Does LlamaGen obey the laws of all families, by class and by text of any length?"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from convert_test import Names
+from flax.core import meta
+
+from star_jax.checkpoint.stored import TensorSpec
+from star_jax.convert import infer
+from star_jax.convert.entries import to_params, to_state
+from star_jax.convert.infer import ModelOptions
+from star_jax.convert.llamagen import BUFFERS, llamagen_entries
+from star_jax.convert.table import ConversionTable
+from star_jax.core import condition
+from star_jax.core.condition import LabelCondition, TextCondition
+from star_jax.core.filters import SortedFilter
+from star_jax.core.guidance import StepSettings
+from star_jax.core.settings import Settings
+from star_jax.errors import UserError
+from star_jax.families.llamagen import SIZES, LlamaGen, LlamaGenText
+from star_jax.nn.bind import bind
+from star_jax.sampling.methods import FilteredSampling
+from star_jax.sampling.program import image_keys
+from star_jax.sampling.sampler import sample
+from star_jax.verify.llamagen_generate import CodesAlone
+
+CLASSES = LlamaGen(depth=2, width=16, heads=4, hidden=24, grid=(3, 4), codes=11, classes=5)
+SHARED = dataclasses.replace(CLASSES, kv_heads=2)
+TEXT = LlamaGenText(
+    depth=2, width=16, heads=4, hidden=24, grid=(3, 3), codes=11, text_width=6, text_rows=120
+)
+# Parameters of each size, by class and by text (LlamaGen specification 2.1).
+PUBLISHED = {
+    'B': (110_888_448, 112_282_368),
+    'L': (342_910_976, 345_031_680),
+    'XL': (774_699_520, 777_678_080),
+    'XXL': (1_410_972_672, 1_414_940_160),
+    '3B': (3_096_659_200, 3_110_249_600),
+    'XXXL': (3_893_027_840, 3_902_261_760),
+    '1B': (1_199_616_000, 1_205_954_560),
+    '7B': (6_614_589_440, 6_635_655_168),
+}
+
+
+@functools.cache
+def params_of(model) -> dict:
+    return tiny.random_params(model.abstract())
+
+
+def text_of(*lengths: int, padded: int) -> TextCondition:
+    states = np.random.default_rng(1).normal(size=(len(lengths), padded, TEXT.text_width))
+    mask = np.arange(padded) < np.asarray(lengths)[:, None]
+    return TextCondition(
+        np.float32(states * mask[..., None]), np.int32(mask), np.float32(states[:, 0])
+    )
+
+
+CONDITIONS = {
+    'class': (CLASSES, LabelCondition(np.int32([1, 4]))),
+    'shared heads': (SHARED, LabelCondition(np.int32([1, 4]))),
+    '3 tokens': (TEXT, text_of(3, 2, padded=5)),
+    '120 tokens': (TEXT, text_of(120, 7, padded=120)),
+    'too many tokens': (TEXT, text_of(130, 121, padded=136)),
+}
+
+
+def empty_of(model, rows):
+    if isinstance(model, LlamaGen):
+        return LabelCondition(np.int32([model.classes]))
+    return jax.tree.map(lambda x: x[:1], rows)
+
+
+@functools.cache
+def sampled(name: str, rows: int = 2, guidance: float = 3.0):
+    """Traced samples with guidance, and the logits of teacher forcing of the same tokens."""
+    model, prompted = CONDITIONS[name]
+    prompted = jax.tree.map(lambda x: x[:rows], prompted)
+    network, tokenizer = model.build(), CodesAlone(model.schedule, model.vocabulary)
+    settings = StepSettings(model.guidance_weights(guidance), model.temperatures(1.0))
+    method = FilteredSampling(model.filter(Settings(top_k=7, top_p=0.9)))
+
+    @jax.jit
+    def run(params):
+        bound = bind(network, params)
+        both = condition.stack(prompted, bound.unprompted(prompted, empty_of(model, prompted)))
+        result = sample(
+            network,
+            tokenizer,
+            {'model': params, 'tokenizer': {}},
+            keys_B=image_keys(range(rows)),
+            condition=both,
+            settings=settings,
+            method=method,
+            trace=True,
+        )
+        inputs = jax.numpy.tile(result.codes[:, :-1], (2, 1))
+        return result, bind(network, params)(inputs, both)
+
+    return run(params_of(model))
+
+
+@pytest.mark.parametrize('name', CONDITIONS)
+def test_sampling_computes_the_teacher_forced_logits(name):
+    result, forced = sampled(name)
+    logits = [step.method.logits for step in result.trace.steps()]
+    rows = CONDITIONS[name][0].schedule.sampled_rows
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), forced[:, rows], atol=2e-5)
+
+
+@pytest.mark.parametrize('name', ['class', '3 tokens'])
+def test_an_image_alone_is_the_image_in_a_batch(name):
+    np.testing.assert_array_equal(sampled(name)[0].codes[:1], sampled(name, rows=1)[0].codes)
+
+
+def test_padding_of_a_prefix_changes_nothing():
+    """The same tokens at the end of the prefix, whatever is padded and wherever it is."""
+    network = bind(TEXT.build(), params_of(TEXT))
+    short, long = text_of(3, 2, padded=3), text_of(3, 2, padded=3)
+    moved = jax.tree.map(lambda x: x, long)
+    pad = ((0, 0), (4, 0), (0, 0))
+    moved = moved.replace(
+        states_BTE=np.pad(moved.states_BTE, pad), mask_BT=np.pad(moved.mask_BT, pad[:2])
+    )
+    codes = np.random.default_rng(0).integers(0, 11, (2, 8)).astype(np.int32)
+    rows = TEXT.schedule.sampled_rows
+    first, second = network(codes, short)[:, rows], network(codes, moved)[:, rows]
+    np.testing.assert_allclose(first, second, atol=1e-6)
+
+
+def test_unprompted_text_has_the_mask_of_the_prompt_and_constant_rows():
+    network, text = bind(TEXT.build(), params_of(TEXT)), text_of(3, 2, padded=5)
+    unprompted = network.unprompted(text, text)
+    np.testing.assert_array_equal(unprompted.mask_BT, text.mask_BT)
+    states = bind(TEXT.starter, params_of(TEXT)['starter']).states(unprompted)
+    empty = params_of(TEXT)['starter']['empty']
+    np.testing.assert_array_equal(states[0, -3:], empty[-3:])
+    np.testing.assert_array_equal(states[1, -2:], empty[-2:])
+    assert TEXT.constants == {'starter/empty'}
+
+
+def test_guidance_is_off_at_one_and_below():
+    assert not CLASSES.guidance_weights(1.0).any() and not CLASSES.guidance_weights(0.5).any()
+    assert (CLASSES.guidance_weights(4.0) == 3).all()
+    assert CLASSES.temperatures(0.0)[0] == np.float32(1e-5)
+    assert CLASSES.filter(Settings(top_k=3, top_p=1.0)) == SortedFilter(top_k=3)
+
+
+def test_equal_codes_beyond_top_k_are_counted_in_order():
+    logits = np.log(np.float32([[0.3, 0.1, 0.2, 0.2, 0.2]]))
+
+    def kept(**fields):
+        return np.flatnonzero(np.isfinite(SortedFilter(**fields)(logits))).tolist()
+
+    assert kept(top_k=2) == [0, 2, 3, 4]
+    assert kept(top_k=2, top_p=0.1) == [0]
+    assert kept(top_k=2, top_p=0.5) == [0, 2]  # 0.3 / 0.9 and then 0.2 / 0.9
+    assert kept(top_k=2, top_p=0.6) == [0, 2, 3]
+    assert kept(top_k=2, top_p=0.9) == [0, 2, 3, 4]
+    assert kept(top_p=0.45) == [0, 2] and kept(top_p=0.95) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_published_sizes_have_the_published_parameters(size):
+    for cls, expected in zip((LlamaGen, LlamaGenText), PUBLISHED[size], strict=True):
+        model = cls.published(size)
+        table = ConversionTable.from_config(model, [])
+        count = sum(math.prod(leaf.shape) for leaf in table.abstract.values())
+        constants = sum(table.abstract[name].size for name in model.constants)
+        assert count - constants == expected
+        assert len(table.shapes) == 7 * model.depth + (4 if cls is LlamaGen else 6)
+        assert table.shapes['layers.0.attention.wqkv.weight'] == (3 * model.width, model.width)
+        specs = {n: TensorSpec(s, np.dtype(np.float32)) for n, s in table.shapes.items()}
+        specs['layers.0.attention.kv_cache.k_cache'] = specs['freqs_cis'] = specs['norm.weight']
+        assert infer.transformer(specs, ModelOptions()) == model
+        table.check(Names(specs, {}), size)
+        assert len(table.ignored_names(specs)) == 2
+
+
+@pytest.mark.parametrize('model', [CLASSES, SHARED, TEXT], ids=['class', 'shared heads', 'text'])
+def test_state_dicts_are_converted_there_and_back(model):
+    state = to_state(llamagen_entries(model), params_of(model))
+    found = to_params(llamagen_entries(model), state | {'freqs_cis': np.zeros(3)}, BUFFERS)
+    assert not found.missing and not found.unknown
+    jax.tree.map(np.testing.assert_array_equal, found.params, meta.unbox(params_of(model)))
+    specs = {name: TensorSpec(x.shape, x.dtype) for name, x in state.items()}
+    options = ModelOptions(heads=4, sides=(3,))
+    inferred = infer.transformer(specs, options)
+    assert dataclasses.replace(inferred, grid=model.grid) == model
+
+
+def test_wrong_sizes_of_a_file_are_named():
+    shapes = {n: s.shape for n, s in to_state(llamagen_entries(SHARED), params_of(SHARED)).items()}
+    specs = {n: TensorSpec(shape, np.dtype(np.float32)) for n, shape in shapes.items()}
+    with pytest.raises(UserError, match='give the heads with --heads'):
+        infer.transformer(specs, ModelOptions(heads=3))
+    with pytest.raises(UserError, match='one scale, not the 2'):
+        infer.transformer(specs, ModelOptions(heads=4, sides=(1, 2)))
+    with pytest.raises(UserError, match='images of 1024 px'):
+        infer.transformer(specs, ModelOptions(heads=4, size=1024))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'kv_heads': 3}, 'kv_heads must be 0 or divide'),
+        ({'grid': (0, 4)}, 'grid must lie in'),
+        ({'norm_epsilon': 0.0}, 'norm_epsilon must lie in'),
+        ({'names': ('a', 'b')}, 'names must be 5 different ones'),
+        ({'heads': 3}, 'does not divide into 3 heads'),
+    ],
+)
+def test_wrong_sizes_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CLASSES, **fields)
