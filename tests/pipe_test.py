@@ -1,6 +1,7 @@
 """Does a pipeline give the same images in every batch and on every mesh?"""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import tiny
 
 import star_jax
+from star_jax import cli
 from star_jax.core.settings import StableSettings
 from star_jax.errors import UserError
 from star_jax.families.star import Star
@@ -44,6 +46,27 @@ def test_images_are_bytes_and_differ(images):
 def test_image_does_not_depend_on_the_batch(pipe, images):
     again = pipe(PROMPTS, seed=SEED, batch=2, guidance=2.0, top_k=8, top_p=0.8)  # of 2, 2 and 1
     np.testing.assert_array_equal(again, images)
+
+
+def test_exact_image_alone_is_the_same_in_bfloat16(folder):
+    pipe = star_jax.load(folder, dtype='bfloat16')
+    exact = {'batch': 4, 'exact': True, 'guidance': 2.0, 'top_k': 8, 'top_p': 0.8}
+    images = pipe(PROMPTS, seed=SEED, **exact)  # of 4 and 4, of which 3 are no images
+    alone = [pipe([prompt], seed=SEED + i, **exact) for i, prompt in enumerate(PROMPTS)]
+    np.testing.assert_array_equal(np.concatenate(alone), images)
+    back = pipe(PROMPTS[::-1], seed=[SEED + i for i in range(4, -1, -1)], **exact)
+    np.testing.assert_array_equal(back[::-1], images)
+
+
+def test_exact_images_record_their_batch(folder, tmp_path, capsys):
+    """An interrupted command cannot continue with another batch, which gives other images."""
+    command = ['sample', PROMPTS[0], '--model', folder, '--out', str(tmp_path), '--batch', '2']
+    assert cli.main([*command, '--exact']) == 0
+    record = json.loads((tmp_path / 'samples.jsonl').read_text())
+    assert record['batch'] == 2 and record['prompt'] == PROMPTS[0]
+    for others in ([], ['--exact', '--batch', '4']):
+        assert cli.main([*command, *others]) == 2
+        assert 'its batch was' in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures('compiled_here')
@@ -87,6 +110,9 @@ def test_batches_need_few_programs():
     assert batches(1, 2, 4) == [4]
     assert batches(21, 6, 4) == [8, 8, 8]
     assert batches(0, 4, 1) == []
+    assert batches(17, 16, 1, exact=True) == [16, 16]
+    assert batches(1, 6, 4, exact=True) == [8]
+    assert batches(0, 4, 1, exact=True) == []
 
 
 @pytest.mark.parametrize(
@@ -95,6 +121,7 @@ def test_batches_need_few_programs():
         ([], {}, 'there is no prompt'),
         ('a red fox', {}, 'as a list, not as one text'),
         (['a'], {'batch': 0}, 'batch must be at least 1, not 0'),
+        (['a'], {'batch': 10**12, 'exact': True}, 'a batch of 1,000,000,000,000 images would take'),
         (['a', 'b'], {'seed': 2**32 - 1}, 'seeds of 2 images must lie in'),
         (['a'], {'topk': 3}, "no setting 'topk' of sampling: choose of guidance, top_k"),
         (['a'], {'top_p': 2.0}, 'top_p must lie in'),
@@ -127,6 +154,7 @@ def test_mistake_raises_a_sentence(pipe, prompts, settings, sentence):
         (['a'], {'seed': np.array([0.5])}, 'seed 0 must be a whole number, not 0.5'),
         (['a'], {'batch': None}, 'batch must be a whole number, not None'),
         (['a'], {'batch': 2.0}, 'batch must be a whole number, not 2.0'),
+        (['a'], {'exact': 1}, 'exact must be True or False, not 1'),
         (['a'], {'top_k': None}, r'top_k must be a whole number \(0: all\), not None'),
         (['a'], {'top_k': 5.0}, r'top_k must be a whole number \(0: all\), not 5.0'),
         (['a'], {'top_p': [0.5]}, r'top_p must be a number \(0: all\), not a list'),

@@ -49,6 +49,8 @@ class Sample:
         out: folder of the images.
         seed: seed of the first image; image i uses seed + i, and samples.jsonl records it.
         batch: images per batch.
+        exact: fill up every batch, so that an image does not depend on how many are sampled with
+            it; needed in bfloat16, where samples.jsonl then records the batch, too.
         dtype: dtype of the activations; bfloat16 on accelerators.
         cross_attention: cross-attention of a STAR model: 'as_trained', 'corrected', or 'released',
             in which the unprompted row of an image uses that of the prompted row.
@@ -67,6 +69,7 @@ class Sample:
     out: Path = Path('samples')
     seed: int = 0
     batch: int = pipeline.BATCH
+    exact: bool = False
     dtype: Dtype = 'float32'
     cross_attention: CrossAttentionMode = 'as_trained'
     buckets: Buckets | None = None
@@ -109,6 +112,8 @@ def main(words: Sequence[str]) -> int:
         'dtype': options.dtype,
         'cross_attention': options.cross_attention,
     }
+    if options.exact:
+        same |= {'batch': options.batch}
     records = [
         {'prompt': prompt, 'seed': seed} | same for seed, prompt in enumerate(prompts, options.seed)
     ]
@@ -119,6 +124,7 @@ def main(words: Sequence[str]) -> int:
         [options.seed + index for index in missing],
         options.settings,
         options.batch,
+        options.exact,
     )
     for index, image in zip(missing, _with_progress(images, len(missing)), strict=True):
         folder.add(index, image)
@@ -137,8 +143,8 @@ def _with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.nda
 
 def _prompts(options: Sample) -> list[str]:
     """The prompts or classes of all images, checked."""
-    prompts = _read_prompts(options)
-    for prompt in prompts:
+    prompts, negative = _read_prompts(options), options.settings.negative
+    for prompt in [*prompts, *filter(None, [negative])]:
         _check(prompt)
     if options.seed + len(prompts) > program.SEEDS:
         raise UserError(

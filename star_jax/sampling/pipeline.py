@@ -3,7 +3,8 @@
     pipe = star_jax.load('runs/shapes/model')
     images = pipe(['a red circle'], seed=0, guidance=1.0, top_k=5)  # uint8 [1, H, W, 3]
 
-Equal seeds give equal images, however many are sampled together.
+Equal seeds give equal images, however many are sampled together; in bfloat16, where the rounding
+of a product depends on the number of its rows, only with `exact=True`.
 """
 
 import dataclasses
@@ -16,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from star_jax.checkpoint import folder
-from star_jax.core.argument_types import choice, instance, show, whole_number
+from star_jax.core.argument_types import choice, flag, instance, show, whole_number
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.settings import Dtype, Settings, StableSettings
 from star_jax.errors import UserError, UserTypeError
-from star_jax.parallel import rules
+from star_jax.parallel import machine, rules
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.protocols import PromptEncoder
 from star_jax.sampling import program
@@ -32,7 +33,8 @@ class Pipeline:
     """A model on the devices of a mesh; calling it samples one image per prompt.
 
     One program is compiled per number of images and kind of settings. The last, smaller batch of a
-    call is filled up to a power of two, so that few programs are compiled.
+    call is filled up to a power of two, so that few programs are compiled; with `exact` it is
+    filled up to a full batch, so that one program samples every image.
 
     Attributes:
         encoder: encodes prompts.
@@ -86,6 +88,7 @@ class Pipeline:
         prompts: Sequence[str],
         seed: int | Sequence[int] = 0,
         batch: int = BATCH,
+        exact: bool = False,
         **settings: Any,
     ) -> np.ndarray:
         """Samples one image per prompt.
@@ -94,6 +97,8 @@ class Pipeline:
             prompts: the prompts, a list of N.
             seed: image i uses the key of `seed + i`; or a list of seeds, one per image.
             batch: images per run of the program.
+            exact: fill up every batch, so that an image alone and in a batch is the same image in
+                bfloat16, too. It then depends on `batch`.
             **settings: fields of `Settings`; those left out are as recommended. `stable=True`
                 means as recommended, or as in the originals' demo.
 
@@ -107,7 +112,8 @@ class Pipeline:
         if not prompts:
             raise UserError('there is no prompt: give at least one')
         seeds = _seeds(seed, len(prompts))
-        return np.concatenate(list(self.stream(prompts, seeds, self.resolve(**settings), batch)))
+        images = self.stream(prompts, seeds, self.resolve(**settings), batch, exact)
+        return np.concatenate(list(images))
 
     def resolve(self, **settings: Any) -> Settings:
         """The recommended settings with some replaced; UserErrors as of a call."""
@@ -137,7 +143,12 @@ class Pipeline:
         return StableSettings(version='1024') if recommended == StableSettings() else recommended
 
     def stream(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, batch: int
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        batch: int,
+        exact: bool = False,
     ) -> Iterator[np.ndarray]:
         """The images of prompts and seeds, batch by batch, uint8 [b, H, W, 3].
 
@@ -148,16 +159,24 @@ class Pipeline:
         instance('settings', settings, Settings, 'a Settings, such as pipe.resolve(top_k=5)')
         if whole_number('batch', batch) < 1:
             raise UserError(f'batch must be at least 1, not {batch}')
-        return self._stream(prompts, seeds, settings, int(batch))
+        sizes = batches(len(prompts), int(batch), batch_shards(self.mesh), flag('exact', exact))
+        most, schedule = max(sizes, default=0), self._config.schedule
+        rows = self.network.width * schedule.sizes[-1] + 3 * math.prod(self.tokenizer.resolution)
+        machine.check_memory(f'a batch of {most:,} images', 4 * most * rows)
+        return self._stream(prompts, seeds, settings, sizes)
 
     def _stream(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, batch: int
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        sizes: Sequence[int],
     ) -> Iterator[np.ndarray]:
         pending, first, negative = None, 0, None
         if settings.negative:
             encoded = self.encoder.encode([settings.negative])
             negative = jax.device_put(encoded, rules.replicated(self.mesh))
-        for size in batches(len(prompts), batch, batch_shards(self.mesh)):
+        for size in sizes:
             part = slice(first, first + size)
             first += size
             real = len(prompts[part])
@@ -182,16 +201,18 @@ class Pipeline:
             yield _fetch(*pending)
 
 
-def batches(count: int, most: int, ways: int) -> list[int]:
+def batches(count: int, most: int, ways: int, exact: bool = False) -> list[int]:
     """The number of images of each run of the program, for `count` images in all.
 
     Full batches are of `most` images, the last of 1, 2, 4, ... Both are rounded up to multiples of
-    `ways`, over which a batch is split.
+    `ways`, over which a batch is split. With `exact`, all batches are full.
 
     >>> batches(37, 16, 1)
     [16, 16, 8]
     """
     most = -(-most // ways) * ways
+    if exact:
+        return [most] * -(-count // most)
     full, rest = divmod(count, most)
     if not rest:
         return [most] * full
