@@ -6,6 +6,7 @@ All functions work on uint8 arrays: (h, w, 3) RGB, 0 to 255, NHWC when stacked.
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from star_jax import files
 from star_jax.errors import UserError
 
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'AVIF', 'BMP', 'DIB', 'PPM', 'GIF', 'TIFF')
+SIXTEEN_BITS = frozenset({'I;16', 'I;16L', 'I;16B', 'I;16N'})
+# Others (32-bit integers, floats, LAB) have an unknown range in eight bits.
+MODES = frozenset({'1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'}) | SIXTEEN_BITS
 MIN_CELL = 128  # px: a narrower cell of a grid cannot hold a caption
 MARGIN = 8  # px
 CAPTION_SIZE = 12
@@ -51,12 +56,21 @@ def fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decodes an image file (PNG, JPEG, WebP, ...) to (h, w, 3) RGB, upright, on white.
+    """Decodes an image file of one of FORMATS to (h, w, 3) RGB, upright, on white.
 
-    Raises OSError if Pillow cannot read them.
+    Raises OSError if Pillow cannot read it, or it has none of MODES.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(_on_white(ImageOps.exif_transpose(image)))
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.mode not in MODES:
+                raise OSError(f'its pixels are {image.mode}, expected RGB, grey or a palette')
+            return np.array(_on_white(ImageOps.exif_transpose(image)))
+    except OSError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise OSError('it has too many pixels to be decoded: make it smaller') from error
+    except Exception as error:  # Pillow raises many exception classes for damaged files
+        raise OSError(str(error) or type(error).__name__) from error
 
 
 def encode(image: np.ndarray) -> bytes:
@@ -73,17 +87,17 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     """
     files.check_regular(path)
     try:
-        return decode(Path(path).read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of Pillow, about what it can read nevertheless
+            return decode(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f'no image at {path}: give the path of an existing file') from None
     except UnidentifiedImageError:
         raise UserError(
             f'{path} is not an image in a known format: give a PNG, JPEG or WebP'
         ) from None
-    except Image.DecompressionBombError:
-        raise UserError(f'{path} has too many pixels to be decoded: make it smaller') from None
-    except (OSError, SyntaxError) as error:  # Pillow reports truncated PNG chunks as SyntaxError
-        reason = getattr(error, 'strerror', None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(f'the image {path} cannot be read ({reason}): replace it') from None
 
 

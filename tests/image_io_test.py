@@ -44,6 +44,19 @@ def test_every_mode_becomes_rgb(mode):
     assert image.shape == (4, 6, 3) and image.dtype == np.uint8 and image.min() >= 254
 
 
+@pytest.mark.parametrize('mode', ['F', 'I', 'LAB'])
+def test_modes_of_unknown_range_are_refused(tmp_path, mode):
+    Image.new(mode, (8, 8)).save(tmp_path / 'a.tif')
+    with pytest.raises(UserError, match=f'its pixels are {mode}, expected RGB, grey or a palette'):
+        image_io.load_image(tmp_path / 'a.tif')
+
+
+def test_formats_that_start_programs_are_not_opened(tmp_path):
+    (tmp_path / 'a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n')
+    with pytest.raises(UserError, match='not an image in a known format'):
+        image_io.load_image(tmp_path / 'a.png')
+
+
 @pytest.mark.parametrize('shape', [(5, 7), (5, 7, 1)])
 def test_grey_arrays_become_rgb(shape):
     assert (image_io.crop(np.full(shape, 9, np.uint8), 3) == 9).all()

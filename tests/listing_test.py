@@ -140,6 +140,7 @@ CSV_FAULTS = {
     'one cell': ('ok.png', lists.NO_CAPTION, 'no text or caption'),
     'latin-1': ('ok.png,pi\udcf1ata', tree.NOT_UTF8, 'not UTF-8'),
     'gone': ('gone.png,one', listing.NO_IMAGE, 'no gone.png'),
+    'folder': ('.,one', listing.NO_IMAGE, 'is the folder of its list'),
 }
 
 
@@ -157,9 +158,10 @@ def test_bad_line_of_a_table_affects_no_other(tmp_path, line, kind, reason):
 
 def test_list_with_another_name_is_reported(tmp_path):
     add(tmp_path, 'a.png', 'a')
-    for name in ('labels.csv', 'train.jsonl', 'notes.json'):
+    reported = ('labels.csv', 'train.jsonl', 'Metadata.ndjson', 'captions.xlsx')
+    for name in (*reported, 'notes.json', 'notes.yaml'):
         (tmp_path / name).write_text('{}')
-    assert kinds(tmp_path) == dict.fromkeys(('labels.csv', 'train.jsonl'), listing.OTHER_LIST)
+    assert kinds(tmp_path) == dict.fromkeys(reported, listing.OTHER_LIST)
 
 
 @given(st.sampled_from(sorted(LISTS)), st.binary(max_size=80), st.data())
@@ -299,6 +301,18 @@ def test_columns_of_bytes_and_other_captions_are_read(tmp_path):
     assert shown(source) == {'three': 3, 'four': 4} and source.captions(0) == ('three', 'drei')
 
 
+@pytest.mark.parametrize('kind', [pa.binary(), pa.large_binary(), pa.binary_view(), None])
+@pytest.mark.parametrize('is_dictionary', [False, True])
+def test_bytes_of_any_type_are_images(tmp_path, kind, is_dictionary):
+    images = [png(5), png(5)]
+    column = pa.array(images, pa.binary(len(images[0])) if kind is None else kind)
+    if is_dictionary:
+        column = column.cast(pa.binary()).dictionary_encode()
+    parquet.write_table(pa.table({'x': column, 'text': ['five', 'fünf']}), tmp_path / 'a.parquet')
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    assert shown(source) == {'five': 5, 'fünf': 5}
+
+
 def test_every_row_of_a_table_is_used_or_counted(tmp_path):
     images = [{'bytes': data, 'path': None} for data in (png(1), png(2), b'no image', None)]
     images.append(None)
@@ -362,14 +376,33 @@ def test_damaged_and_packed_archives_are_reported(tmp_path):
     pack(tmp_path / 'cut.tar', {'a.png': png(1), 'a.txt': b'one', 'b.png': png(2), 'b.txt': b'two'})
     data = (tmp_path / 'cut.tar').read_bytes()
     (tmp_path / 'cut.tar').write_bytes(data[: data.index(b'b.png') + 550])
-    (tmp_path / 'set.zip').write_bytes(b'PK')
-    (tmp_path / 'data.arrow').write_bytes(b'ARROW1')
+    packed = ('set.zip', 'a.TAR.GZ', 'b.txz', 'c.tar.lz4', 'd.tbz2', 'e.tar.Z')
+    containers = ('data.arrow', 'data.lmdb', 'data.pkl', 'data.npy')
+    for name in (*packed, *containers):
+        (tmp_path / name).write_bytes(b'PK')
     found = listing.read(tmp_path)
     assert found.captions == {'cut.tar/a.png': ('one',)}
     assert {f.name: f.kind for f in found.faults} == {
         'cut.tar': image_files.UNREADABLE,
-        'data.arrow': listing.OTHER_CONTAINER,
-        'set.zip': tree.NOT_UNPACKED,
+        **dict.fromkeys(packed, tree.NOT_UNPACKED),
+        **dict.fromkeys(containers, listing.OTHER_CONTAINER),
+    }
+
+
+def test_links_and_pipes_in_an_archive_are_reported(tmp_path):
+    pack(tmp_path / 'set.tar', {'a.png': png(1), 'a.txt': b'one'})
+    others = {'hard.png': tarfile.LNKTYPE, 'soft.png': tarfile.SYMTYPE, 'pipe': tarfile.FIFOTYPE}
+    with tarfile.open(tmp_path / 'set.tar', 'a') as archive:
+        for name, kind in (others | {'folder': tarfile.DIRTYPE}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, 'a.png'
+            archive.addfile(member)
+    found = listing.read(tmp_path)
+    assert found.captions == {'set.tar/a.png': ('one',)}
+    assert {f.name: f.kind for f in found.faults} == {
+        'set.tar/hard.png': tree.LINK,
+        'set.tar/pipe': tree.NOT_A_FILE,
+        'set.tar/soft.png': tree.LINK,
     }
 
 

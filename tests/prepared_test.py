@@ -134,3 +134,11 @@ def test_dataset_is_found_by_its_tfds_name(folder, tmp_path, monkeypatch):
     (tmp_path / 'captioned').mkdir()
     (tmp_path / 'captioned' / '1.0.0').symlink_to(folder)
     assert len(prepared.Prepared(path='captioned').open(8)) == 7
+
+
+@pytest.mark.parametrize('data', [b'no image', b'\x89PNG\r\n\x1a\nand then nothing'])
+def test_record_without_an_image_is_named(tmp_path, data):
+    path = prepared.write(tmp_path / 'set', {'train': [{**record(0), 'image': data}]})
+    source = prepared.Prepared(path=str(path)).open(16)
+    with pytest.raises(UserError, match=r"the field 'image' of record 0 of .*set is no image \("):
+        source[0]

@@ -39,8 +39,6 @@ UNSUPPORTED = frozenset((
 ))
 # fmt: on
 FORMATS = 'PNG, JPEG, WebP, AVIF, BMP, PPM, GIF and TIFF'
-SIXTEEN_BITS = frozenset({'I;16', 'I;16L', 'I;16B', 'I;16N'})
-MODES = frozenset({'1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'}) | SIXTEEN_BITS
 MAX_ASPECT = 3  # longer side divided by the shorter
 MAX_PIXELS = 178_956_970  # when decoded: Pillow, too, refuses larger images as decompression bombs
 LARGE = 2**24  # pixels: larger images are decoded one at a time, to limit the memory
@@ -166,7 +164,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 def _check(image: Image.Image) -> None:
     """Raises UnfitError if the header shows that the image cannot be used."""
-    if image.mode not in MODES:
+    if image.mode not in image_io.MODES:
         raise UnfitError(
             WRONG_MODE, f'its pixels are {image.mode}, expected RGB, grey or a palette'
         )

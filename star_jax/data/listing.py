@@ -26,7 +26,12 @@ TEXT_SUFFIXES = (TEXT_SUFFIX, '.caption')
 RECORD_SUFFIX = '.json'
 
 # Containers of images that are not read: reported, not ignored.
-OTHER_CONTAINERS = ('.arrow', '.feather', '.tfrecord', '.h5', '.hdf5', '.npz', '.mdb', '.beton')
+OTHER_CONTAINERS = (
+    *('.arrow', '.feather', '.tfrecord', '.h5', '.hdf5', '.npy', '.npz', '.mdb', '.lmdb', '.beton'),
+    *('.mds', '.rec', '.msgpack', '.pkl', '.pickle', '.sqlite', '.db'),
+)
+# Lists of captions in formats that are not read, if they have the name of a list.
+OTHER_LISTS = ('.ndjson', '.jsonlines', '.xlsx', '.xls', '.yaml', '.yml', '.xml')
 
 NO_IMAGE = 'no image'
 OTHER_LIST = 'other list'
@@ -72,6 +77,8 @@ def read(root: Path, caption_field: str = '') -> Listing:
         elif tree.suffix(name) in lists.UNNAMED:
             stems = ' or '.join(lists.STEMS)
             reader.fault(OTHER_LIST, name, f'lists of captions are named {stems}: rename it')
+        elif tree.suffix(name) in OTHER_LISTS and lists.has_name_of_list(name):
+            reader.fault(OTHER_LIST, name, f'write it as {" or ".join(lists.SUFFIXES)}')
         elif tree.suffix(name) in OTHER_CONTAINERS:
             reader.fault(OTHER_CONTAINER, name, 'write its images as files, Parquet or tar')
     reader.add_images()
@@ -187,6 +194,8 @@ def _image_path(name: str, folder: PurePosixPath) -> str:
     path = PurePosixPath(name.replace('\\', '/'))
     if path.is_absolute() or '..' in path.parts:
         raise UnfitError(NO_IMAGE, f'{name} is outside of the folder of its list')
+    if not path.name:
+        raise UnfitError(NO_IMAGE, f'{name} is the folder of its list, expected an image')
     return str(folder / path)
 
 

@@ -47,8 +47,12 @@ Record = Mapping[str, Any]
 
 def is_list(name: str) -> bool:
     """Whether a file is read as a list."""
-    path = PurePosixPath(name.lower())
-    return path.stem in STEMS and path.suffix in SUFFIXES
+    return has_name_of_list(name) and tree.suffix(name) in SUFFIXES
+
+
+def has_name_of_list(name: str) -> bool:
+    """Whether a file would be read as a list if its suffix were one of SUFFIXES."""
+    return PurePosixPath(name.lower()).stem in STEMS
 
 
 def read(name: str, data: bytes) -> Iterator[tuple[str, Record | UnfitError]]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from star_jax import files, image_io
@@ -145,7 +146,7 @@ class PreparedSource:
     def __getitem__(self, index: int) -> Example:
         record = self._record(index)
         # Pillow decodes faster than tfds and releases the interpreter lock.
-        image = image_io.crop(image_io.decode(record[self.config.image]), self.size)
+        image = image_io.crop(self._image(index, record), self.size)
         captions = self._texts(record, self.config.caption)
         return Example(image=image, captions=captions, label=self._label(record))
 
@@ -165,6 +166,15 @@ class PreparedSource:
             return self.records[index]
         except (RuntimeError, ValueError) as error:  # raised by array_record for damaged files
             raise _damaged(self.config.path, error) from error
+
+    def _image(self, index: int, record: Mapping[str, Any]) -> np.ndarray:
+        try:
+            return image_io.decode(record[self.config.image])
+        except OSError as error:
+            raise UserError(
+                f'the field {self.config.image!r} of record {index} of {self.config.path} is no '
+                f'image ({error}): prepare the dataset again without it'
+            ) from error
 
     def _label(self, record: Mapping[str, Any]) -> str:
         return self._texts(record, self.config.label)[0] if self.config.label else ''

@@ -123,4 +123,7 @@ def _holds_bytes(kind: Any) -> bool:
 
     if types.is_struct(kind):
         return any(field.name == BYTES and _holds_bytes(field.type) for field in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    if types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    kinds = ('binary', 'large_binary', 'binary_view', 'fixed_size_binary')
+    return any(getattr(types, f'is_{name}')(kind) for name in kinds)

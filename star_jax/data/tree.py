@@ -21,7 +21,10 @@ from star_jax.errors import UserError
 
 ARCHIVE = '.tar'
 # Archives without random access to their files.
-PACKED = ('.zip', '.tgz', '.tar.gz', '.tar.bz2', '.tar.xz', '.tar.zst', '.gz', '.7z', '.rar')
+PACKED = (
+    *('.zip', '.7z', '.rar', '.tgz', '.tbz', '.tbz2', '.txz', '.tzst', '.tar.z', '.gz', '.bz2'),
+    *('.xz', '.zst', '.lz4', '.lz', '.lzma', '.br'),
+)
 
 NOT_UTF8 = 'not UTF-8'
 NOT_A_FILE = 'no file'
@@ -134,9 +137,9 @@ def read(root: Path) -> Tree:
     names, faults = _walk(root)
     members, archives = {}, [name for name in names if suffix(name) == ARCHIVE]
     for name in archives:
-        found, fault = _tar_members(root, name)
+        found, left_out = _tar_members(root, name)
         members |= found
-        faults += [fault] if fault else []
+        faults += left_out
     encodable = []
     for name in sorted([*names, *members]):
         if not _is_utf8(name):
@@ -223,24 +226,30 @@ def _kind(entry: os.DirEntry) -> str:
         return ''
 
 
-def _tar_members(root: Path, name: str) -> tuple[dict[str, TarMember], Fault | None]:
-    """The files in an archive by their names in the tree, and a fault if it is damaged."""
-    members = {}
+def _tar_members(root: Path, name: str) -> tuple[dict[str, TarMember], list[Fault]]:
+    """The files in an archive by their names in the tree, and what is left out of it."""
+    members, faults = {}, []
     try:
         end = os.path.getsize(root / name)
         with tarfile.open(root / name, 'r:') as archive:
             for member in archive:
                 parts = PurePosixPath(member.name).parts
-                if not member.isreg() or any(part.startswith('.') for part in parts):
+                if member.isdir() or any(part.startswith('.') for part in parts):
+                    continue
+                path = PurePosixPath(name, *(part for part in parts if part != '/')).as_posix()
+                if member.islnk() or member.issym():
+                    faults.append(Fault(LINK, path, 'links in archives are not read'))
+                    continue
+                if not member.isreg():
+                    faults.append(Fault(NOT_A_FILE, path, 'it is no regular file'))
                     continue
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError('unexpected end of data')
-                path = PurePosixPath(name, *(part for part in parts if part != '/')).as_posix()
                 members[path] = TarMember(root / name, member.name, member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
         reason = f'it is cut short, damaged or compressed ({error}): the rest of it is not read'
-        return members, Fault(UNREADABLE, name, reason)
-    return members, None
+        faults.append(Fault(UNREADABLE, name, reason))
+    return members, faults
 
 
 def _is_utf8(name: str) -> bool:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from star_jax import files
 from star_jax.checkpoint.training import newest_complete_step, quiet_failed_saves
 from star_jax.errors import RunError, UserError
 from star_jax.parallel import peer_watchdog
@@ -135,6 +136,7 @@ def lock(out: Path) -> Iterator[None]:
         _check_shared(out, peer_watchdog.broadcast_text(''))
         yield
         return
+    files.check_regular(out / LOCK)
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open('a+')

@@ -206,6 +206,6 @@ def _to_float32(metrics: Metrics | Mapping[str, float]) -> Metrics:
 def _step_of(line: str) -> float:
     """The step of a line of metrics; infinity for a torn line, as if it was never written."""
     try:
-        return json.loads(line)['step']
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)['step'])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float('inf')
