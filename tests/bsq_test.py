@@ -13,7 +13,7 @@ import pytest
 from star_jax.checkpoint import weights
 from star_jax.convert.bsq import IGNORED, bsq_entries
 from star_jax.core import templates
-from star_jax.core.codes import Bits, Sampled
+from star_jax.core.codes import Bits, Index, Sampled
 from star_jax.core.schedule import Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection, flip_mask
 from star_jax.errors import UserError
@@ -225,6 +225,26 @@ def test_probabilities_of_bits_make_a_soft_vector():
     np.testing.assert_allclose(tokenizer.mix(weights_), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize('patchify', [False, True])
+def test_indices_of_bits_are_the_same_tokens(patchify):
+    config = tiny(patchify)
+    indexed = dataclasses.replace(config, indexed=True)
+    assert indexed.vocabulary == Index(2**config.vector_width)
+    ours, theirs = (
+        targets(one, features(one), correction=SelfCorrection(strength=0.5))
+        for one in (indexed, config)
+    )
+    np.testing.assert_array_equal(ours.inputs_BLC, theirs.inputs_BLC)
+    values = 2 ** np.arange(config.vector_width)[::-1]
+    np.testing.assert_array_equal(ours.codes_BL, theirs.codes_BL @ values)
+    tokenizer = bind(indexed.build(), {})
+    np.testing.assert_allclose(
+        tokenizer.embed(ours.codes_BL), bind(config.build(), {}).embed(theirs.codes_BL)
+    )
+    sure = jax.nn.one_hot(ours.codes_BL, indexed.vocabulary.size)
+    np.testing.assert_allclose(tokenizer.mix(sure), tokenizer.embed(ours.codes_BL), atol=1e-6)
+
+
 def test_video_keeps_its_time_axis():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4, 4, 5)), jnp.float32)
     trace = jax.jit(residual_bsq.quantise, static_argnums=1)(x, ((1, 1, 1), (2, 3, 2), (3, 4, 4)))
@@ -240,6 +260,7 @@ def test_video_keeps_its_time_axis():
     ('fields', 'message'),
     [
         ({'bits': 0}, 'bits must lie in'),
+        ({'indexed': True, 'bits': 21}, 'codes must lie in'),
         ({'features': -1}, 'features must not be negative'),
         ({'grids': ((2, 2), (1, 1))}, 'must not shrink'),
         ({'grids': ((2**14 + 1, 1),)}, 'px a side'),

@@ -14,12 +14,13 @@ from flax.core import meta
 
 from star_jax.convert.entries import to_state
 from star_jax.convert.infinity import infinity_entries
-from star_jax.core.codes import Targets
+from star_jax.core.codes import Bits, Targets
 from star_jax.core.condition import TextCondition
 from star_jax.data import pipeline
 from star_jax.data.caption_choice import AnyCaption, ShortOrLong
 from star_jax.families.infinity import Infinity
 from star_jax.losses import tokens
+from star_jax.training import summary
 from star_jax.training.build import init_params
 from star_jax.training.optimizer import AdamW, decayed
 from star_jax.training.run import Run
@@ -189,6 +190,12 @@ def test_the_first_scales_alone_are_trained():
     assert 'loss/1' in metrics and 'loss/2' not in metrics
     weights = tokens.token_weights(model.schedule, 5, 0.5)
     np.testing.assert_allclose(jnp.asarray(weights)[0] / weights[1], 2, rtol=1e-6)
+
+
+def test_the_summary_compares_classifiers_as_the_paper_does():
+    text = summary.classifier(Bits(32), 2048)
+    assert text.startswith('131,136 parameters (0.5 MiB) for 32 bits')
+    assert '2^32 codes would have 8.8e+12 (32 TiB)' in text
 
 
 def test_scales_that_a_model_lacks_are_refused():

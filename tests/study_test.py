@@ -26,8 +26,9 @@ from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary
 from star_jax.studies import curves, positions_report, statistics, transfer, units
 from star_jax.studies import positions_unit as unit_module
 from star_jax.studies.arms import KINDS, Arm, DataSet, LargerSize
+from star_jax.studies.held_out import HeldOut
 from star_jax.studies.positions import PositionsStudy, Stage
-from star_jax.studies.positions_result import Carried, HeldOut, PositionsResult
+from star_jax.studies.positions_result import Carried, PositionsResult
 from star_jax.studies.reference import ReferenceUnit
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Pace

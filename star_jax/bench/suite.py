@@ -15,7 +15,7 @@ from star_jax.bench.process import Job
 from star_jax.bench.sampling import SamplingJob
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
-from star_jax.convert.infer import SIDES
+from star_jax.convert.infer import SIDES, SQUARES
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.protocols import Family
@@ -72,12 +72,15 @@ def with_resolution(model: Family, resolution: int) -> Family:
     """
     if not resolution:
         return model
-    if resolution not in SIDES:
-        known = ', '.join(map(str, SIDES))
-        raise UserError(f'resolution must be one of {known} px, not {resolution}')
-    if not hasattr(model, 'sides'):
+    scales = {'sides': SIDES, 'grids': SQUARES}
+    field = next((name for name in scales if hasattr(model, name)), None)
+    if field is None:
         raise UserError(f'{type(model).__name__} has no published scales: leave --resolution out')
-    return dataclasses.replace(model, sides=SIDES[resolution], keep_tokens=0)
+    if resolution not in scales[field]:
+        known = ', '.join(map(str, scales[field]))
+        raise UserError(f'resolution must be one of {known} px, not {resolution}')
+    changes = {'keep_tokens': 0} if model.keep_tokens else {}
+    return dataclasses.replace(model, **{field: scales[field][resolution]}, **changes)
 
 
 def measure(

@@ -47,7 +47,7 @@ class StudyRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyReport:
-    """Writes tables and plots of whatever results a folder holds.
+    """Writes tables, and of positions plots, of whatever results a folder holds.
 
     Results of several commits or settings do not compare and are refused.
 
@@ -55,7 +55,7 @@ class StudyReport:
 
     Attributes:
         folder: folder of results, as `study run` writes them.
-        out: the files are OUT.json, OUT_tables.md and OUT.png.
+        out: the files are OUT.json, OUT_tables.md and, of positions, OUT.png.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -110,11 +110,13 @@ def _run(words: Sequence[str]) -> int:
 
 def _report(words: Sequence[str]) -> int:
     options = arguments.parse(StudyReport, words, 'study report')
-    from star_jax.studies import positions_report
+    from star_jax.studies import positions_report, positions_result, runs_report, units
 
-    for path in positions_report.paths(options.out):
+    of_runs = units.study_of(options.folder) not in ('', positions_result.NAME)
+    report = runs_report if of_runs else positions_report
+    for path in report.paths(options.out):
         files.check_file(path)
-    positions_report.write(options.folder, options.out, Console())
+    report.write(options.folder, options.out, Console())
     return 0
 
 

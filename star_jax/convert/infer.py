@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from star_jax.checkpoint.stored import TensorSpec
 from star_jax.core.schedule import Grids, square_grids
-from star_jax.core.templates import PUBLISHED
+from star_jax.core.templates import PUBLISHED, RESOLUTIONS
 from star_jax.errors import UserError
 from star_jax.families import llamagen
 from star_jax.families.infinity import Infinity, hidden_channels
@@ -33,11 +33,11 @@ SIDES = {
     512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
-# How many scales of the square template each image size in px has (Infinity specification 2.1).
-SCALES = {256: 7, 512: 10, 768: 12, 1024: 13}
+# The square grids of Infinity of each image size in px (Infinity specification 2.1).
+SQUARES = {16 * grids[-1][0]: grids for grids in (PUBLISHED[1.0][:n] for n in RESOLUTIONS.values())}
 # Tokens along a side for each image size in px of a raster (LlamaGen specification 2.1).
 TOKENS = {256: 16, 384: 24, 512: 32}
-SIZES = sorted({*SIDES, *SCALES, *TOKENS})
+SIZES = sorted({*SIDES, *SQUARES, *TOKENS})
 HEAD_WIDTH = 64  # of every published STAR and VAR
 PATCHED = 8  # px a cell of the published tokenizer whose tokens are 2 x 2 cells
 RAW = -1.0  # the published rope_norm of coordinates in cells
@@ -271,7 +271,7 @@ def _grids(options: ModelOptions) -> Grids:
     """The scales of an Infinity, which no file contains."""
     if options.sides:
         return square_grids(options.sides)
-    return PUBLISHED[1.0][: SCALES[options.size or 1024]]
+    return SQUARES[options.size or 1024]
 
 
 def _star_fields(specs: Specs, options: ModelOptions) -> dict[str, Any]:

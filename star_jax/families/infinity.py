@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from star_jax.core.codes import Bits
+from star_jax.core.codes import Bits, Codes, Index
 from star_jax.core.condition import TextCondition
-from star_jax.core.filters import BitFilter
+from star_jax.core.filters import BitFilter, NucleusFilter
 from star_jax.core.schedule import Grids, Pyramid, square_grids
 from star_jax.core.settings import Remat, Settings
-from star_jax.core.sizes import check_sizes
+from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.families.decoder import Sizes
 from star_jax.families.fit import check_text_encoder
 from star_jax.nn import layers
@@ -60,6 +60,7 @@ class Infinity(Sizes):
         drop_path: stochastic depth: probability of skipping the last block; it rises linearly from
             0 at the first block.
         bits: bits of a token.
+        indexed: predict one of 2^bits codes instead of the bits; for comparisons, not published.
         grids: (height, width) of each scale in tokens, the first 1 x 1.
         reference: (height, width) of the grid that positions refer to: the last grid of the longest
             published schedule of the same aspect ratio (0 0: the last grid).
@@ -86,6 +87,7 @@ class Infinity(Sizes):
     heads: int = 8
     drop_path: float = 0.1
     bits: int = 32
+    indexed: bool = False
     grids: Grids = square_grids((1, 2, 4, 6, 8, 12, 16))
     reference: tuple[int, int] = (64, 64)
     text_width: int = 2048
@@ -108,6 +110,8 @@ class Infinity(Sizes):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(bits=self.bits, text_width=self.text_width, text_rows=self.text_rows)
+        if self.indexed:
+            check_codes(2**self.bits)
         check_sizes(row_multiple=self.row_multiple, hidden=self.hidden)
         grid = self.schedule.grids[0]
         if grid != (1, 1):
@@ -136,8 +140,8 @@ class Infinity(Sizes):
         return Pyramid(self.grids, self.reference)
 
     @property
-    def vocabulary(self) -> Bits:
-        return Bits(self.bits)
+    def vocabulary(self) -> Codes:
+        return Index(2**self.bits) if self.indexed else Bits(self.bits)
 
     @property
     def vector_width(self) -> int:
@@ -203,7 +207,7 @@ class Infinity(Sizes):
     def default_tokenizer(self) -> BSQ:
         """The published tokenizer with these scales and bits; one has tokens of 2 x 2 cells."""
         if self.bits != PATCHED_BITS:
-            return BSQ(grids=self.grids, bits=self.bits)
+            return BSQ(grids=self.grids, bits=self.bits, indexed=self.indexed)
         autoencoder = dataclasses.replace(BSQ.autoencoder, multipliers=(1, 2, 4, 4))
         return BSQ(
             autoencoder=autoencoder, grids=self.grids, bits=PATCHED_BITS // PATCH**2, patchify=True
@@ -217,10 +221,11 @@ class Infinity(Sizes):
         """[S] float32: the published number less 1, at every scale; off at 1 and below."""
         return np.full(self.schedule.steps, max(guidance - 1, 0), np.float32)
 
-    def filter(self, settings: Settings) -> BitFilter:
+    def filter(self, settings: Settings) -> BitFilter | NucleusFilter:
         """Top-k and the nucleus over the two values of a bit; top-p is off at 0 and at 1."""
         top_p = settings.top_p if settings.top_p < 1 else 0
-        return BitFilter(top_k=settings.top_k, top_p=top_p or None)
+        kind = NucleusFilter if self.indexed else BitFilter
+        return kind(top_k=settings.top_k, top_p=top_p or None)
 
     def _block(self, attend: Kernel, modulation: Callable[[], nn.Module]) -> BlockParts:
         """Normalised queries and keys rotate last."""

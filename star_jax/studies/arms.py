@@ -16,9 +16,9 @@ from star_jax.nn.positions import (
     RoundedRotary,
     SinCos,
 )
+from star_jax.studies.held_out import POINTS
 from star_jax.training.run import Run
 
-POINTS = 10  # of a curve, equally spaced
 KINDS = {
     'normalised': NormalisedRotary,
     'rounded': RoundedRotary,

@@ -5,26 +5,10 @@ from typing import Any
 
 from star_jax.nn.positions import AnyPositions
 from star_jax.studies.aligned import Aligned
-from star_jax.studies.arms import POINTS, check_kind
+from star_jax.studies.arms import check_kind
+from star_jax.studies.held_out import POINTS, HeldOut
 
 NAME = 'positions'  # of the study
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Scores of the held-out images.
-
-    Attributes:
-        step: training steps before it.
-        loss: mean over all tokens, nats.
-        accuracy: share of the tokens whose most likely code is the true one.
-        scales: loss of each scale, nats.
-    """
-
-    step: int
-    loss: float
-    accuracy: float
-    scales: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,10 @@ do at a larger image size, before and after a short training there.
 
 import dataclasses
 import functools
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ import jax
 from star_jax.checkpoint import config, folder, models
 from star_jax.console import Console
 from star_jax.data.shapes import Shapes
-from star_jax.errors import UserError
-from star_jax.studies import transfer, units
+from star_jax.studies import held_out, transfer, units
 from star_jax.studies.aligned import Aligned, sampled_alignment
-from star_jax.studies.arms import POINTS, Arm, DataSet
-from star_jax.studies.positions_result import NAME, Carried, HeldOut, PositionsResult
+from star_jax.studies.arms import Arm, DataSet
+from star_jax.studies.held_out import POINTS
+from star_jax.studies.positions_result import NAME, Carried, PositionsResult
 from star_jax.training import train, trainer
-from star_jax.training.logger import HELD_OUT, METRICS
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run, resolve
 from star_jax.training.schedules import LearningRate
@@ -107,7 +105,7 @@ class PositionsUnit:
             return None
         training = time.monotonic() - start
         model = functools.partial(models.read, trained / trainer.MODEL)
-        curve = _curve(trained, run.pace)
+        curve = held_out.curve(trained, run.pace)
         fields = self._head() | {
             'curve': curve,
             'area': statistics.fmean(point.loss for point in curve),
@@ -164,8 +162,8 @@ class PositionsUnit:
         return Carried(
             size=sampled().tokenizer.config.at(run.model.schedule).resolution[0],
             steps=larger.steps,
-            before=_held_out(before, 0),
-            after=_read_metrics(trained)[larger.steps],
+            before=held_out.of_scores(before, 0),
+            after=held_out.read(trained)[larger.steps],
             aligned_before=aligned_before,
             aligned_after=aligned_after,
         )
@@ -189,36 +187,3 @@ class PositionsUnit:
 
     def _cache(self, sides: Sequence[int]) -> str:
         return str(Path(self.codes) / f'{self.data.name}-{sides[-1]}')
-
-
-def _curve(out: Path, pace: Pace) -> tuple[HeldOut, ...]:
-    points = _read_metrics(out)
-    return tuple(points[step] for step in sorted(points) if step % (pace.steps // POINTS) == 0)
-
-
-def _read_metrics(out: Path) -> dict[int, HeldOut]:
-    """Held-out scores of a finished run by step. Raises UserError if they are damaged."""
-    path = out / METRICS
-    try:
-        lines = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
-        scored = [line for line in lines if f'{HELD_OUT}loss' in line]
-        return {line['step']: _held_out(line, line['step']) for line in scored}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f'{path} is damaged, although the run has finished: delete {out} and give the same '
-            'command to train it again'
-        ) from error
-
-
-def _held_out(scores: Mapping[str, float], step: int) -> HeldOut:
-    scales = sorted(
-        (int(name.rpartition('/')[2]), value)
-        for name, value in scores.items()
-        if name.startswith(f'{HELD_OUT}loss/')
-    )
-    return HeldOut(
-        step=step,
-        loss=scores[f'{HELD_OUT}loss'],
-        accuracy=scores[f'{HELD_OUT}accuracy'],
-        scales=tuple(value for _, value in scales),
-    )

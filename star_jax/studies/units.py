@@ -247,3 +247,16 @@ def unit_files(folder: Path) -> list[Path]:
             f'{folder} has no results of units: give a folder in which `star-jax study run` wrote'
         )
     return paths
+
+
+def study_of(folder: Path) -> str:
+    """The name of the study of the results in a folder ('': none can be read).
+
+    Raises UserError as `unit_files`.
+    """
+    for path in unit_files(folder):
+        with contextlib.suppress(UserError):
+            fields = config.read_json(path)
+            if isinstance(fields, dict) and isinstance(fields.get('study'), str):
+                return fields['study']
+    return ''

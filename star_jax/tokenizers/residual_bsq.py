@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.core import padding, pixels, resize
-from star_jax.core.codes import Bits, Sampled, Targets
+from star_jax.core.codes import Bits, Codes, Index, Sampled, Targets
 from star_jax.core.schedule import Grids, Pyramid, Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection
-from star_jax.core.sizes import check_sizes
+from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.core.templates import PUBLISHED
 from star_jax.nn import layers
 from star_jax.protocols import TokenizerConfig
@@ -45,6 +45,8 @@ class BSQ(TokenizerConfig):
         features: channels between encoder and quantiser (0: the bits; others are projected).
         normalised: normalise the channels before the first scale, with learned scale and shift.
         decay: scale s adds max(0.1, 1 - 0.1 s) of its codes to the canvas.
+        indexed: a token is one of 2^bits codes instead of its bits, the first bit the highest; for
+            comparisons, not published.
     """
 
     autoencoder: Autoencoder = Autoencoder(
@@ -56,9 +58,12 @@ class BSQ(TokenizerConfig):
     features: int = 0
     normalised: bool = False
     decay: bool = False
+    indexed: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(bits=self.bits)
+        if self.indexed:
+            check_codes(2**self.vector_width)
         Pyramid(self.grids)  # refuses grids that shrink, or none
         self.autoencoder.check_grid(self.cells[-1])
         if self.features < 0:
@@ -80,9 +85,9 @@ class BSQ(TokenizerConfig):
         return tuple((side * height, side * width) for height, width in self.grids)
 
     @property
-    def vocabulary(self) -> Bits:
+    def vocabulary(self) -> Codes:
         """The codes of one token."""
-        return Bits(self.vector_width)
+        return Index(2**self.vector_width) if self.indexed else Bits(self.vector_width)
 
     @property
     def vector_width(self) -> int:
@@ -278,7 +283,7 @@ class BSQTokenizer(nn.Module):
         return self.config.schedule
 
     @property
-    def codes(self) -> Bits:
+    def codes(self) -> Codes:
         return self.config.vocabulary
 
     @property
@@ -311,7 +316,7 @@ class BSQTokenizer(nn.Module):
         f_BhwK = self.features(images_BHWc)
         if self.correction.active or self.gives_features:
             return f_BhwK
-        return self.codes.pack(self.tokens(self.quantise(f_BhwK).bits))
+        return self.codes.pack(self.token_codes(self.quantise(f_BhwK)))
 
     def training_targets(self, encoded: jax.Array, key: jax.Array) -> Targets:
         """Inputs and labels of teacher forcing, from features or packed bits of `encode`.
@@ -330,11 +335,23 @@ class BSQTokenizer(nn.Module):
         inputs = [
             self.following(canvas, Step.at(step)) for step, canvas in enumerate(trace.canvases[:-1])
         ]
-        return Targets(_concatenated(inputs, f_BhwK), self.tokens(trace.bits))
+        return Targets(_concatenated(inputs, f_BhwK), self.token_codes(trace))
 
     def tokens(self, maps: tuple[jax.Array, ...]) -> jax.Array:
         """[B, L, D]: maps [B, h, w, K] of all scales in cells, as tokens in row order."""
         return jnp.concatenate([self._tokens(x_BhwK) for x_BhwK in maps], axis=1)
+
+    def token_codes(self, trace: BitTrace) -> jax.Array:
+        """[B, L, D] bits of all tokens, or their indices [B, L]."""
+        bits_BLK = self.tokens(trace.bits)
+        if not self.config.indexed:
+            return bits_BLK
+        return (bits_BLK.astype(jnp.int32) << self._places).sum(-1)
+
+    @property
+    def _places(self) -> jax.Array:
+        """[D]: the place of every bit in an index."""
+        return jnp.arange(self.config.vector_width - 1, -1, -1)
 
     def decode_unclamped(self, canvas_BhwK: jax.Array) -> jax.Array:
         """The decoder's image, float32, not clamped."""
@@ -349,11 +366,16 @@ class BSQTokenizer(nn.Module):
         return pixels.to_uint8(images_BHWc)
 
     def embed(self, codes_BLK: jax.Array) -> jax.Array:
-        """[B, L, D] vectors: a cell of a token has length 1."""
+        """[B, L, D] vectors of bits or indices: a cell of a token has length 1."""
+        if self.config.indexed:
+            codes_BLK = (codes_BLK[..., None] >> self._places) & 1
         return (2 * codes_BLK.astype(jnp.float32) - 1) / math.sqrt(self.config.bits)
 
     def mix(self, weights_BLKV: jax.Array) -> jax.Array:
-        """[B, L, D]: means of the vectors, weighted by probabilities [B, L, D, 2] of the bits."""
+        """[B, L, D]: means of the vectors, weighted by probabilities [B, L, D, 2] of the bits, or
+        [B, L, V] of the indices."""
+        if self.config.indexed:
+            return weights_BLKV @ self.embed(jnp.arange(self.codes.num_codes))
         difference = weights_BLKV[..., 1] - weights_BLKV[..., 0]
         return difference / math.sqrt(self.config.bits)
 
@@ -370,7 +392,7 @@ class BSQTokenizer(nn.Module):
         if step.padded:
             vectors = padding.place(tokens_BLD, config.grids[alike], step.index)
         else:
-            vectors = tokens_BLD.reshape(-1, *config.grids[step.like], self.codes.width)
+            vectors = tokens_BLD.reshape(-1, *config.grids[step.like], self.config.vector_width)
         cells = shuffle(vectors) if config.patchify else vectors
         cells = jnp.asarray(decays(self.schedule.steps, config.decay))[step.index] * cells
         if step.padded:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from star_jax.core.codes import Bits
 from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
 from star_jax.parallel import machine, rules
@@ -44,7 +45,7 @@ def describe(
     held = f'{state_bytes(state) / 2**20:,.0f} MiB'
     epochs = run.mean_batch * run.pace.steps / examples
     constants = run.model.constants if isinstance(run, Run) else frozenset()
-    return {
+    lines = {
         'parameters': f'{_count(state.params, constants):,}',
         'state in memory': f'{held} (parameters, averages, optimizer)',
         'tokens per image': f'{schedule.length:,} in {schedule.steps} steps',
@@ -52,6 +53,18 @@ def describe(
         'images': f'{run.mean_batch:g} per step, {run.pace.steps:,} steps, {epochs:,.2f} epochs',
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}' + _processes(),
     }
+    if isinstance(run, Run) and isinstance(run.model.vocabulary, Bits):
+        lines['classifier'] = classifier(run.model.vocabulary, run.model.width)
+    return lines
+
+
+def classifier(bits: Bits, width: int) -> str:
+    """The size of a head with two logits per bit, beside one with a logit per code."""
+    pairs, codes = bits.num_logits * (width + 1), width * 2**bits.width
+    return (
+        f'{pairs:,} parameters ({4 * pairs / 2**20:.2g} MiB) for {bits.width} bits of a token; one '
+        f'over 2^{bits.width} codes would have {codes:.2g} ({4 * codes / 2**40:.2g} TiB)'
+    )
 
 
 def _processes() -> str:

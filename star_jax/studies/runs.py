@@ -1,0 +1,264 @@
+"""Which of several runs makes the better model, everything else being equal?
+
+A study of runs trains its tokenizers first, then every contender with every seed. A unit ends with
+the held-out loss along its training and the alignment of images that it samples.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from star_jax.checkpoint import config, folder, models
+from star_jax.console import Console
+from star_jax.data.shapes import Shapes
+from star_jax.errors import UserError
+from star_jax.evaluation.reconstruction import compile_reconstruction
+from star_jax.studies import held_out, units
+from star_jax.studies.aligned import BATCH, Aligned, sampled_alignment
+from star_jax.studies.held_out import POINTS
+from star_jax.studies.runs_result import RunResult, TokenizerResult
+from star_jax.training import train, trainer
+from star_jax.training.run import Run, TokenizerRun, resolve
+
+TOKENIZER = 'tokenizer'  # first word of the names of their units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A run that is compared with others.
+
+    Attributes:
+        name: its name.
+        run: the settings; seed, tokenizer and cache are those of its units.
+        tokenizer: name of a tokenizer of the study.
+        indexed: its tokens are one index instead of the bits of the tokenizer.
+        seeds: seeds of the initial parameters and of the order of the data.
+    """
+
+    name: str
+    run: Run
+    tokenizer: str
+    indexed: bool = False
+    seeds: tuple[int, ...] = (0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunsStudy:
+    """Tokenizers, and contenders that train on their codes.
+
+    Attributes:
+        name: the name of the study.
+        tokenizers: the runs that train its tokenizers, by name.
+        contenders: what is compared; the first is the one that others are compared with.
+        folder: of the tokenizers and the encoded images, which the units share.
+        sampled: images of each number of objects that a unit samples.
+
+    Raises:
+        ValueError: two units have one name, or a contender names no tokenizer of the study.
+    """
+
+    name: str
+    tokenizers: tuple[tuple[str, TokenizerRun], ...]
+    contenders: tuple[Contender, ...]
+    folder: str
+    sampled: int = 250
+
+    def __post_init__(self) -> None:
+        names = [unit.name for unit in self.units]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f'two units are called {twice[0]!r}: give them different names')
+        known = [name for name, _ in self.tokenizers]
+        for one in self.contenders:
+            if one.tokenizer not in known:
+                raise ValueError(
+                    f'{one.name} names the tokenizer {one.tokenizer!r}, and the study has '
+                    f'{", ".join(known)}'
+                )
+            if one.run.pace.steps % POINTS:
+                raise ValueError(
+                    f'a curve has {POINTS} equally spaced points: expected a multiple of {POINTS} '
+                    f'steps, not {one.run.pace.steps} of {one.name}'
+                )
+
+    @property
+    def units(self) -> list['TokenizerUnit | RunUnit']:
+        """All units: the tokenizers, then all contenders with one seed before the next seed."""
+        result: list[TokenizerUnit | RunUnit] = [
+            TokenizerUnit(study=self.name, tokenizer=name, run=run, folder=self.folder)
+            for name, run in self.tokenizers
+        ]
+        seeds = sorted({seed for one in self.contenders for seed in one.seeds})
+        for seed in seeds:
+            result += [
+                RunUnit(
+                    study=self.name,
+                    contender=one,
+                    seed=seed,
+                    folder=self.folder,
+                    sampled=self.sampled,
+                )
+                for one in self.contenders
+                if seed in one.seeds
+            ]
+        return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerUnit:
+    """Trains a tokenizer and measures its reconstructions, a `units.Unit`.
+
+    Attributes:
+        study: the name of the study.
+        tokenizer: the name of the tokenizer.
+        run: its training.
+        folder: where the trained tokenizer stays.
+    """
+
+    study: str
+    tokenizer: str
+    run: TokenizerRun
+    folder: str
+
+    result_class = TokenizerResult
+
+    @property
+    def name(self) -> str:
+        return f'{TOKENIZER}-{self.tokenizer}'
+
+    def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
+        start, out = time.monotonic(), tokenizer_folder(self.folder, self.tokenizer)
+        if not train.main(self.run, out):
+            return None
+        stored = models.read_tokenizer(out / trainer.MODEL)
+        source = Shapes(count=BATCH, split='validation').open(stored.config.resolution)
+        batches = compile_reconstruction(stored, None, BATCH)(source)
+        ratios = [float(ratio) for batch in batches for ratio in batch.psnr_N]
+        return self._head() | {
+            'psnr': sum(ratios) / len(ratios),
+            'seconds': time.monotonic() - start,
+        }
+
+    def failed(self, reason: str) -> dict[str, Any]:
+        return self._head() | {'failure': reason}
+
+    def _head(self) -> dict[str, Any]:
+        images = round(self.run.mean_batch * self.run.pace.steps)
+        return {'study': self.study, 'tokenizer': self.tokenizer, 'images': images}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunUnit:
+    """One contender with one seed, a `units.Unit`.
+
+    Attributes:
+        study: the name of the study.
+        contender: the contender.
+        seed: the seed.
+        folder: of the tokenizers and the encoded images.
+        sampled: images of each number of objects that are sampled.
+    """
+
+    study: str
+    contender: Contender
+    seed: int
+    folder: str
+    sampled: int
+
+    result_class = RunResult
+
+    @property
+    def name(self) -> str:
+        return f'{self.contender.name}-{self.seed}'
+
+    @property
+    def run(self) -> Run:
+        """The training, on codes or features from a cache."""
+        one = self.contender
+        run, features = one.run, one.run.correction.active
+        # The program of sample grids takes the longest to compile.
+        pace = dataclasses.replace(run.pace, sample=run.pace.steps // POINTS, images=0)
+        kind = 'features' if features else 'indices' if one.indexed else 'codes'
+        cache = Path(self.folder) / 'encoded' / f'{one.tokenizer}-{kind}'
+        return resolve(
+            dataclasses.replace(
+                run, seed=self.seed, pace=pace, tokenizer=str(self._tokenizer), cache=str(cache)
+            )
+        )
+
+    @property
+    def settings(self) -> str:
+        """A digest of the contender's run."""
+        fields = config.to_json(dataclasses.replace(self.run, seed=0))
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
+        start, run = time.monotonic(), self._prepared()
+        train.cache(run, features=run.correction.active)
+        trained = work / 'trained'
+        if not train.main(run, trained):
+            return None
+        training = time.monotonic() - start
+
+        def score() -> list[dict[str, Any]]:
+            model = models.read(trained / trainer.MODEL)
+            aligned = sampled_alignment(model, run.tokenizer, self.sampled)
+            return [config.to_json(one) for one in aligned]
+
+        scores = units.once(work / 'aligned.json', score)
+        unit = time.monotonic() - start
+        return self._head() | {
+            'curve': held_out.curve(trained, run.pace),
+            'aligned': tuple(config.from_json(Aligned, one) for one in scores),
+            'seconds': {'training': training, 'unit': unit},
+        }
+
+    def failed(self, reason: str) -> dict[str, Any]:
+        return self._head() | {'failure': reason}
+
+    @property
+    def _tokenizer(self) -> Path:
+        """The model folder of the tokenizer."""
+        one = self.contender
+        name = f'{one.tokenizer}-indexed' if one.indexed else one.tokenizer
+        return tokenizer_folder(self.folder, name) / trainer.MODEL
+
+    def _prepared(self) -> Run:
+        """The run, whose tokenizer exists; UserError before its unit was made."""
+        one, place = self.contender, self._tokenizer
+        original = tokenizer_folder(self.folder, one.tokenizer) / trainer.MODEL
+        if not (original / folder.CONFIG).exists():
+            raise UserError(
+                f'the tokenizer {one.tokenizer} is not trained yet: make the unit '
+                f'{TOKENIZER}-{one.tokenizer} first'
+            )
+        if not (place / folder.CONFIG).exists():
+            stored = models.read_tokenizer(original)
+            indexed = dataclasses.replace(stored.config, indexed=True)
+            folder.write(place, dataclasses.replace(stored, config=indexed))
+        return self.run
+
+    def _head(self) -> dict[str, Any]:
+        """The fields of a result that need no training."""
+        run = self.run
+        params = jax.tree.leaves(run.model.abstract())
+        return {
+            'study': self.study,
+            'contender': self.contender.name,
+            'seed': self.seed,
+            'images': run.batch * run.pace.steps,
+            'settings': self.settings,
+            'parameters': sum(math.prod(leaf.shape) for leaf in params),
+            'tokens': run.model.schedule.length,
+            'numbers': math.prod(run.model.vocabulary.shape),
+        }
+
+
+def tokenizer_folder(place: str, name: str) -> Path:
+    """The folder of the run that trains a tokenizer."""
+    return Path(place) / 'tokenizers' / name

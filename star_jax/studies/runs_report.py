@@ -1,0 +1,113 @@
+"""What does a study of runs say?
+
+Every contender has the same seeds; differences are estimated in the additive model of
+`studies.statistics` and have intervals. The report is a function of the units' files.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from star_jax import files
+from star_jax.checkpoint import config
+from star_jax.console import Console
+from star_jax.errors import UserError
+from star_jax.studies import units
+from star_jax.studies.cells import Cells
+from star_jax.studies.runs_result import RunResult, TokenizerResult
+from star_jax.studies.statistics import Difference, difference
+
+PERCENT = 100
+TABLES = '_tables.md'
+
+
+def paths(out: Path) -> list[Path]:
+    """The files of a report."""
+    return [out.with_name(out.name + suffix) for suffix in ('.json', TABLES)]
+
+
+def write(folder: Path, out: Path, console: Console) -> None:
+    """Writes the tables of the results in a folder, as JSON and Markdown, and prints them.
+
+    Raises UserError if the folder has no results, or contenders of different settings.
+    """
+    results = [_read(path) for path in units.unit_files(folder)]
+    tables = [*_tokenizers(results), *_contenders(results)]
+    for table in tables:
+        for part in table.for_terminal():
+            console.print(part)
+    as_json, as_tables = paths(out)
+    config.write_json(as_json, [config.to_json(result) for result in results])
+    text = '\n\n'.join(table.for_markdown() for table in tables)
+    with files.replacing(as_tables) as temporary:
+        temporary.write_text(text + '\n', 'utf-8')
+
+
+def _read(path: Path) -> RunResult | TokenizerResult:
+    return units.read(path, lambda fields: TokenizerResult if 'tokenizer' in fields else RunResult)
+
+
+def _tokenizers(results: Sequence[Any]) -> list[Cells]:
+    rows = [
+        [one.tokenizer, f'{one.images:,}', one.failure or f'{one.psnr:.1f}', f'{one.seconds:.0f}']
+        for one in results
+        if isinstance(one, TokenizerResult)
+    ]
+    columns = ['tokenizer', 'images', 'PSNR, dB', 'seconds']
+    return [Cells(title='Tokenizers', columns=columns, rows=rows)] if rows else []
+
+
+def _contenders(results: Sequence[Any]) -> list[Cells]:
+    runs = [one for one in results if isinstance(one, RunResult)]
+    names = list(dict.fromkeys(one.contender for one in sorted(runs, key=lambda one: one.seed)))
+    for name in names:
+        if len({one.settings for one in runs if one.contender == name}) > 1:
+            raise UserError(f'the units of {name} have different settings: they do not compare')
+    rows, compared = [], []
+    good = [one for one in runs if not one.failure]
+    shares = {(one.contender, one.seed): one.share for one in good if one.aligned}
+    nats = {(one.contender, one.seed): one.nats for one in good}
+    for name in names:
+        mine = [one for one in runs if one.contender == name]
+        finished = [one for one in mine if not one.failure]
+        rows.append(
+            [
+                name,
+                f'{len(finished)} of {len(mine)}',
+                f'{mine[0].parameters:,}',
+                _spread([one.nats for one in finished], 1),
+                _spread([PERCENT * one.share for one in finished if one.aligned], 1),
+                f'{statistics.fmean(one.seconds["unit"] for one in finished):.0f}'
+                if finished
+                else '',
+            ]
+        )
+        if name != names[0]:
+            compared.append(
+                [
+                    f'{name} - {names[0]}',
+                    _interval(difference(nats, name, names[0]), 1),
+                    _interval(difference(shares, name, names[0]), PERCENT),
+                ]
+            )
+    columns = ['contender', 'seeds', 'parameters', 'nats per image', 'aligned, %', 'seconds']
+    tables = [Cells(title='Contenders: mean (lowest to highest)', columns=columns, rows=rows)]
+    if compared:
+        columns = ['difference (95 % interval)', 'nats per image', 'aligned, points']
+        tables.append(Cells(title='Differences', columns=columns, rows=compared))
+    return tables
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ''
+    mean, low, high = statistics.fmean(values), min(values), max(values)
+    return f'{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})'
+
+
+def _interval(found: Difference | None, factor: float) -> str:
+    if found is None:
+        return 'not measured'
+    value, low, high = (factor * x for x in (found.value, found.low, found.high))
+    return f'{value:+.1f} ({low:+.1f} to {high:+.1f})'

@@ -1,0 +1,85 @@
+"""What has a unit of a study of runs measured?"""
+
+import dataclasses
+from typing import Any
+
+from star_jax.studies.aligned import Aligned
+from star_jax.studies.held_out import POINTS, HeldOut
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerResult:
+    """The result of training a tokenizer.
+
+    Attributes:
+        study: the name of the study.
+        tokenizer: the name of the tokenizer.
+        commit: commit of the code.
+        images: images of the training.
+        hardware: the machines, as `machine.describe` describes them.
+        psnr: mean of the reconstructions of validation images, dB; None after a failure.
+        failure: why the training failed ('': it did not).
+        seconds: time of the unit, since the last start.
+    """
+
+    study: str
+    tokenizer: str
+    commit: str
+    images: int
+    hardware: tuple[dict[str, Any], ...]
+    psnr: float | None = None
+    failure: str = ''
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """The result of one contender with one seed.
+
+    Attributes:
+        study: the name of the study.
+        contender: the name of the contender.
+        seed: the seed.
+        commit: commit of the code.
+        images: images of the training.
+        hardware: the machines, as `machine.describe` describes them.
+        settings: digest of the run.
+        parameters: trained parameters.
+        tokens: tokens of an image.
+        numbers: numbers of the code of a token: its bits, or 1 for an index.
+        curve: held-out scores at equally spaced points of the training, the last at its end; the
+            loss of a token of bits is the mean over them.
+        aligned: alignment of sampled images, by number of objects.
+        failure: why the training failed ('': it did not); the scores are then missing.
+        seconds: time of the training and of the whole unit, since the last start.
+    """
+
+    study: str
+    contender: str
+    seed: int
+    commit: str
+    images: int
+    hardware: tuple[dict[str, Any], ...]
+    settings: str
+    parameters: int
+    tokens: int
+    numbers: int
+    curve: tuple[HeldOut, ...] = ()
+    aligned: tuple[Aligned, ...] = ()
+    failure: str = ''
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.failure and len(self.curve) != POINTS:
+            raise ValueError(f'the curve has {len(self.curve)} points, expected {POINTS}')
+
+    @property
+    def nats(self) -> float:
+        """Held-out loss of an image at the end, nats: comparable between bits and indices."""
+        return self.curve[-1].loss * self.numbers * self.tokens
+
+    @property
+    def share(self) -> float:
+        """Share of all sampled images that show what their prompts state."""
+        count = sum(one.count for one in self.aligned)
+        return sum(one.all * one.count for one in self.aligned) / count

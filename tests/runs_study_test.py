@@ -1,0 +1,111 @@
+"""Does a study of runs name, prepare and report its units?"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny
+
+from star_jax import cli
+from star_jax.checkpoint import config, folder, models
+from star_jax.core.codes import Index
+from star_jax.errors import UserError
+from star_jax.families.fit import check_tokenizer
+from star_jax.studies import runs, units
+from star_jax.studies.aligned import Aligned
+from star_jax.studies.held_out import HeldOut
+from star_jax.studies.runs_result import RunResult, TokenizerResult
+from star_jax.training import trainer
+
+STUDY = Path(__file__).parents[1] / 'configs' / 'study' / 'infinity.py'
+
+
+@pytest.fixture(scope='module')
+def study() -> runs.RunsStudy:
+    return units.load(STUDY)
+
+
+def test_units_are_tokenizers_then_contenders_seed_by_seed(study):
+    names = [unit.name for unit in study.units]
+    assert names[:4] == [f'tokenizer-{bits}-bits' for bits in (9, 8, 16, 32)]
+    assert names[4:7] == ['bits-9-0', 'index-512-0', 'bits-9-corrected-0']
+    assert len(set(names)) == 4 + 2 * 6 and names[-1] == 'bits-32-1'
+    corrected = next(unit for unit in study.units if unit.name == 'bits-9-corrected-0')
+    assert corrected.run.cache.endswith('9-bits-features') and corrected.run.pace.images == 0
+
+
+def test_equal_transformers_are_compared(study):
+    plain = [one.run for one in study.contenders]
+    models_of = {dataclasses.replace(run.model, bits=9, indexed=False) for run in plain}
+    assert len(models_of) == 1 and len({run.pace for run in plain}) == 1
+
+
+def test_a_tokenizer_of_bits_serves_a_contender_of_indices(study, tmp_path):
+    unit = next(unit for unit in study.units if unit.name == 'index-512-0')
+    unit = dataclasses.replace(unit, folder=str(tmp_path))
+    with pytest.raises(UserError, match='make the unit tokenizer-9-bits first'):
+        unit.measure(tmp_path, None)
+    bits = study.units[0].run.model
+    place = runs.tokenizer_folder(str(tmp_path), '9-bits') / trainer.MODEL
+    params = tiny.random_params(bits.abstract())
+    folder.write(place, folder.StoredTokenizer(config=bits, params=params))
+    run = unit._prepared()
+    found = models.read_tokenizer(run.tokenizer).config
+    assert found == dataclasses.replace(bits, indexed=True) and found.vocabulary == Index(512)
+    check_tokenizer(run.model, found, where='it', remedy='none')
+
+
+def test_wrong_studies_are_refused(study):
+    twice = (study.contenders[0], study.contenders[0])
+    with pytest.raises(ValueError, match="two units are called 'bits-9-0'"):
+        dataclasses.replace(study, contenders=twice)
+    other = (dataclasses.replace(study.contenders[0], tokenizer='other'),)
+    with pytest.raises(ValueError, match="names the tokenizer 'other'"):
+        dataclasses.replace(study, contenders=other)
+
+
+def result(name: str, seed: int, loss: float, numbers: int, aligned: float) -> RunResult:
+    point = HeldOut(step=1, loss=loss, accuracy=0.5, scales=())
+    return RunResult(
+        study='infinity',
+        contender=name,
+        seed=seed,
+        commit='abc',
+        images=100,
+        hardware=(),
+        settings=name,
+        parameters=1000,
+        tokens=85,
+        numbers=numbers,
+        curve=(point,) * 10,
+        aligned=(
+            Aligned(objects=1, count=10, all=aligned, number=1, colours=1, shapes=1),
+            Aligned(objects=2, count=30, all=0, number=1, colours=1, shapes=1),
+        ),
+        seconds={'training': 1.0, 'unit': 2.0},
+    )
+
+
+def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
+    place = tmp_path / 'results'
+    place.mkdir()
+    tokenizer = TokenizerResult(
+        study='infinity', tokenizer='9-bits', commit='abc', images=8, hardware=(), psnr=25.0
+    )
+    config.write(place / 'tokenizer-9-bits.json', tokenizer)
+    for seed, more in enumerate((0.0, 0.02, 0.01)):
+        one = result('bits-9', seed, 0.1 + more, 9, 0.8)
+        config.write(place / f'bits-9-{seed}.json', one)
+        one = result('index-512', seed, 1.0 + more, 1, 0.4)
+        config.write(place / f'index-512-{seed}.json', one)
+    words = ['study', 'report', str(place), '--out', str(tmp_path / 'report')]
+    assert cli.main(words) == 0
+    tables = (tmp_path / 'report_tables.md').read_text()
+    assert '| 9-bits | 8 | 25.0 |' in tables and 'index-512 - bits-9' in tables
+    assert '20.0 (20.0 to 20.0)' in tables and '-10.0 (-10.0 to -10.0)' in tables
+    assert result('bits-9', 0, 0.1, 9, 0.8).nats == pytest.approx(0.1 * 9 * 85)
+    assert len(config.read_json(tmp_path / 'report.json')) == 7
+    changed = dataclasses.replace(result('bits-9', 5, 0.1, 9, 0.8), settings='other')
+    config.write(place / 'other.json', changed)
+    assert cli.main(words) == 2
+    assert 'bits-9 have different settings' in capsys.readouterr().err
