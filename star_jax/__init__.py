@@ -14,6 +14,7 @@ __version__ = '0.1.0'
 # Imported on first use: the command line starts here too, and handles ctrl-c before JAX comes in.
 _MODULES = {
     'load': 'star_jax.sampling.loading',
+    'ImageSize': 'star_jax.sampling.image_size',
     'Pipeline': 'star_jax.sampling.pipeline',
     'Settings': 'star_jax.core.settings',
     'StableSettings': 'star_jax.core.settings',

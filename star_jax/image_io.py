@@ -3,15 +3,17 @@
 All functions work on uint8 arrays: (h, w, 3) RGB, 0 to 255, NHWC when stacked.
 """
 
+import contextlib
 import io
 import math
 import os
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from star_jax import files
 from star_jax.errors import UserError
@@ -25,11 +27,20 @@ MARGIN = 8  # px
 CAPTION_SIZE = 12
 TITLE_SIZE = 18
 TEXT_COLOUR = (32, 32, 32)
+FIRST_TURNED = 5  # orientations of EXIF from here on lie on their side
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size, which is such a pair or the side of a square, in pixels."""
     return (size, size) if isinstance(size, int) else size
+
+
+def parse_aspect(aspect: str) -> float:
+    """Width divided by height of a ratio such as '16:9'; UserError for another text."""
+    match = re.fullmatch(r'(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)', aspect)
+    if not match or not min(sides := (float(match[1]), float(match[2]))):
+        raise UserError(f'{aspect!r} is no aspect ratio: give width:height, such as 16:9')
+    return sides[0] / sides[1]
 
 
 def crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
@@ -55,16 +66,34 @@ def fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     return np.array(image)
 
 
+def ratio(data: bytes) -> float:
+    """Height divided by width of an image file, upright; its pixels are not decoded.
+
+    Raises OSError as `decode`.
+    """
+    with _opened(data) as image:
+        sides = image.height / image.width
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_TURNED
+        return 1 / sides if turned else sides
+
+
 def decode(data: bytes) -> np.ndarray:
     """Decodes an image file of one of FORMATS to (h, w, 3) RGB, upright, on white.
 
     Raises OSError if Pillow cannot read it, or it has none of MODES.
     """
+    with _opened(data) as image:
+        return np.array(_on_white(ImageOps.exif_transpose(image)))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """An image file, whose pixels are decoded on use; errors are OSErrors."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.mode not in MODES:
                 raise OSError(f'its pixels are {image.mode}, expected RGB, grey or a palette')
-            return np.array(_on_white(ImageOps.exif_transpose(image)))
+            yield image
     except OSError:
         raise
     except Image.DecompressionBombError as error:

@@ -22,6 +22,7 @@ from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Schedule, Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
+from star_jax.core.templates import Templates
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.errors import UserError
 
@@ -320,6 +321,7 @@ class Family:
         drop_path: rate of stochastic depth of the deepest layer.
         keep_tokens: tokens that a training step keeps (0: all).
         text_width: width of text features that the network reads (0: none).
+        templates: the grids of images of other aspect ratios (empty: images have one size).
         constants: parameters ('/'-joined names) that stay as they are: saved and loaded, without
             gradient, weight decay, average or count.
     """
@@ -331,6 +333,7 @@ class Family:
     drop_path: ClassVar[float] = 0.0
     keep_tokens: ClassVar[int] = 0
     text_width: ClassVar[int] = 0
+    templates: ClassVar[Templates] = Templates()
     constants: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -347,6 +350,10 @@ class Family:
     def vector_width(self) -> int:
         """Channels of the network's inputs; a tokenizer fits if its width is equal."""
         raise NotImplementedError
+
+    def at(self, schedule: Schedule) -> Self:
+        """The same model for images of another schedule; UserError where its parameters differ."""
+        raise UserError(f'a {type(self).__name__} has images of one size')
 
     def build(
         self,

@@ -145,8 +145,11 @@ def test_the_mask_of_64_bits_overflows_as_published():
 SIZES = {
     'infinity_layer12 (125M)': (Infinity(), 256),
     'infinity_layer16 (361M)': (Infinity(depth=16, width=1152, heads=12), 256),
-    'infinity_2b': (Infinity(depth=32, width=2048, heads=16, grids=PUBLISHED[1.0]), 0),
-    'infinity_8b': (Infinity(depth=40, width=3584, heads=28, bits=56, grids=PUBLISHED[1.0]), 1024),
+    'infinity_2b': (Infinity(depth=32, width=2048, heads=16, grids=PUBLISHED.by_name['1.0']), 0),
+    'infinity_8b': (
+        Infinity(depth=40, width=3584, heads=28, bits=56, grids=PUBLISHED.by_name['1.0']),
+        1024,
+    ),
 }
 
 

@@ -234,7 +234,7 @@ def caches(tmp_path_factory):
         yield
 
 
-SIDE = 64  # px; the scene parser needs at least this
+SIDE = 64  # px; the scene parser needs 40
 AUTOENCODER = dataclasses.replace(tiny.TOKENIZER.model.autoencoder, stem=16)
 VQ = dataclasses.replace(tiny.TOKENIZER.model, autoencoder=AUTOENCODER)
 
@@ -456,7 +456,7 @@ def test_missing_paths_and_splits_are_reported(model, tmp_path):
 def test_tokenizer_folder_is_refused_where_a_model_is_needed(tokenizer, tmp_path):
     assert 'only a tokenizer' in error_message(tokenizer, '--metrics', 'loss')
     assert 'only a tokenizer' in error_message(tokenizer, '--grid', tmp_path / 'grid.png')
-    assert '64 px' in error_message(tokenizer, '--metrics', 'alignment')
+    assert '40 px' in error_message(tokenizer, '--metrics', 'alignment')
 
 
 @pytest.mark.parametrize(

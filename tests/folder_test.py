@@ -327,7 +327,7 @@ def test_any_damage_to_an_image_becomes_a_fault(tmp_path_factory, kind, data):
     path = tmp_path_factory.mktemp('any') / 'x'
     path.write_bytes(contents[: data.draw(st.integers(0, len(contents)))])
     try:
-        assert image_files.shorter_side(path) > 0
+        assert min(image_files.measure(path)) > 0
     except image_files.UnfitError as error:
         assert error.kind and str(error)
 
@@ -462,11 +462,11 @@ def test_reopening_decodes_changed_images_only(tmp_path, monkeypatch):
     first = Folder(path=str(tmp_path), split='all').open(8)
     decoded = []
 
-    def shorter_side(path: Path) -> int:
+    def measure(path: Path) -> tuple[int, int]:
         decoded.append(path.name)
-        return 99
+        return 99, 99
 
-    monkeypatch.setattr(image_files, 'shorter_side', shorter_side)
+    monkeypatch.setattr(image_files, 'measure', measure)
     again = Folder(path=str(tmp_path), split='all').open(8)
     assert not decoded and (again.entries, again.faults) == (first.entries, first.faults)
     add(tmp_path, '03.png', width=30, height=30)
@@ -493,15 +493,15 @@ def test_interrupted_reading_keeps_finished_checks(tmp_path, monkeypatch):
     fill(tmp_path, 6)
     monkeypatch.setattr(image_checks, 'CHUNK', 2)
     monkeypatch.setattr(image_checks.mesh, 'cores', lambda: 1)
-    original, decoded = image_files.shorter_side, []
+    original, decoded = image_files.measure, []
 
-    def shorter_side(path: Path) -> int:
+    def measure(path: Path) -> tuple[int, int]:
         decoded.append(path.name)
         if len(decoded) == 4:
             raise KeyboardInterrupt
         return original(path)
 
-    monkeypatch.setattr(image_files, 'shorter_side', shorter_side)
+    monkeypatch.setattr(image_files, 'measure', measure)
     with pytest.raises(KeyboardInterrupt):
         Folder(path=str(tmp_path), split='all').open(8)
     decoded.clear()

@@ -22,6 +22,7 @@ from star_jax.core.filters import BitFilter
 from star_jax.core.guidance import StepSettings, layer_mixing, mix_rows
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Settings
+from star_jax.core.templates import Templates
 from star_jax.errors import UserError
 from star_jax.families.infinity import Infinity
 from star_jax.families.star import Star
@@ -252,6 +253,10 @@ def test_settings_that_do_not_fit_the_model_are_refused(settings, message):
     ('fields', 'message'),
     [
         ({'grids': ((2, 2), (4, 4))}, 'first of grids must be 1 x 1'),
+        (
+            {'templates': Templates(grids=(('2:1', '2x4 4x8'),))},
+            'first of the template 2:1 must be 1 x 1',
+        ),
         ({'grids': ((1, 1),) * 16}, '16 scales, expected at most 15'),
         ({'text_width': 640, 'width': 16}, 'does not divide into the 5 heads'),
         ({'head_layers': 3}, 'head_layers must be 1 or 2'),

@@ -85,6 +85,41 @@ def test_larger_image_shows_the_same_scene(size):
         assert np.abs(shrunk - small).max() < 64  # a tip of a star inside one pixel
 
 
+@pytest.mark.parametrize(('height', 'width'), [(64, 96), (80, 40)])
+def test_positions_are_shares_of_both_sides_and_extents_of_the_shorter(pair, height, width):
+    shown = render(pair, (height, width))
+    assert shown.shape == (height, width, 3)
+    shorter = min(height, width)
+    for thing in pair.things:
+        rows, columns = np.nonzero((shown == COLOURS[thing.colour]).all(-1))
+        assert abs((rows.min() + rows.max() + 1) / 2 - thing.y * height) <= 1
+        assert abs((columns.min() + columns.max() + 1) / 2 - thing.x * width) <= 1
+        assert abs(np.ptp(columns) + 1 - thing.extent * shorter) <= 2
+        assert abs(np.ptp(rows) + 1 - thing.extent * shorter) <= 2
+
+
+def test_things_are_separate_on_every_canvas(all_scenes):
+    for shown in all_scenes[:300]:
+        for height, width in ((1, 3), (2, 1)):
+            for thing in shown.things:
+                half = thing.extent / 2
+                assert half < min(thing.x * width, thing.y * height)
+                assert half < min((1 - thing.x) * width, (1 - thing.y) * height)
+            for first, second in itertools.combinations(shown.things, 2):
+                right, down = abs(first.x - second.x) * width, abs(first.y - second.y) * height
+                assert max(right, down) > (first.extent + second.extent) / 2
+
+
+def test_scenes_have_the_aspects_of_the_set():
+    source = Shapes(count=600, aspects=('1:1', '4:3', '1:2')).open((48, 64))
+    ratios = [source.ratio(index) for index in range(len(source))]
+    shares = {ratio: ratios.count(ratio) / 600 for ratio in (1.0, 0.75, 2.0)}
+    assert sum(shares.values()) == 1 and min(shares.values()) > 0.28
+    square = source.at(32)
+    assert square.captions(5) == source.captions(5) and source[5]['image'].shape == (48, 64, 3)
+    assert square[5]['image'].shape == (32, 32, 3)
+
+
 def test_scene_has_one_to_three_separate_things(all_scenes):
     for shown in all_scenes:
         assert 1 <= len(shown.things) <= 3
@@ -263,7 +298,13 @@ def test_scene_keeps_some_of_its_captions():
 
 @pytest.mark.parametrize(
     ('options', 'message'),
-    [({'count': 0}, 'not 0'), ({'split': 'test'}, "'test'"), ({'objects': (4,)}, '(4,)')],
+    [
+        ({'aspects': ('16x9',)}, "'16x9' is no aspect ratio: give width:height"),
+        ({'aspects': ()}, 'no aspects'),
+        ({'count': 0}, 'not 0'),
+        ({'split': 'test'}, "'test'"),
+        ({'objects': (4,)}, '(4,)'),
+    ],
 )
 def test_invalid_settings_are_refused(options, message):
     with pytest.raises(UserError, match=re.escape(message)):

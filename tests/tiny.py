@@ -54,11 +54,11 @@ def write_tokenizer(path: Path) -> str:
     return str(path)
 
 
-def write_model(path: Path) -> str:
-    """A model folder with an untrained model of STAR's sizes; its place."""
+def write_model(path: Path, model: Star = STAR.model) -> str:
+    """A model folder with an untrained model, by default of STAR's sizes; its place."""
     content = folder.StoredModel(
-        config=STAR.model,
-        params=random_params(STAR.model.abstract()),
+        config=model,
+        params=random_params(model.abstract()),
         tokenizer=folder.StoredTokenizer(config=TOKENIZER.model, params=tokenizer_params()),
         text=folder.TextEncoderReference(**load_text(TEXT).reference()),
     )

@@ -12,6 +12,7 @@ import dataclasses
 from star_jax.core.schedule import square_grids
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Settings
+from star_jax.core.templates import Templates
 from star_jax.data.shapes import Shapes
 from star_jax.families.infinity import Infinity
 from star_jax.losses.tokenizer import Objective
@@ -63,6 +64,7 @@ def run(bits: int, indexed: bool = False, strength: float = 0.0) -> Run:
             indexed=indexed,
             grids=GRIDS,
             reference=GRIDS[-1],
+            templates=Templates(),
             text_width=384,
             text_rows=64,
         ),

@@ -23,12 +23,16 @@ from star_jax.parallel import startup
 from star_jax.parallel.mesh import MeshShape
 from star_jax.protocols import CrossAttentionMode
 from star_jax.sampling import loading, pipeline, program
+from star_jax.sampling.image_size import ImageSize
 from star_jax.sampling.sample_folder import SampleFolder
 
 NO_TEXT = ('Cc', 'Cs')  # categories of Unicode: control characters, surrogates
 OPEN = ('/dev/fd/', '/dev/stdin', '/proc/self/fd/')  # pipes that a shell has opened: `<(command)`
 MAX_CHARACTERS = 2_000  # of a prompt; text encoders read a few hundred at most
-COMMON = {'sampling': ('guidance', 'top-k', 'top-p', 'temperature')}
+COMMON = {
+    'size of the images': ('aspect', 'height', 'width', 'resolution'),
+    'sampling': ('guidance', 'top-k', 'top-p', 'temperature'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class Sample:
             samples slower, the same images (none: chosen by platform).
         mesh: devices along each mesh axis, which split parameters and batches.
         check: compare the weights with the SHA-256 that the model folder keeps.
+        size: size of the images.
         settings: how images are sampled.
     """
 
@@ -75,6 +80,7 @@ class Sample:
     buckets: Buckets | None = None
     mesh: MeshShape = MeshShape(data=1)
     check: bool = True
+    size: Annotated[ImageSize, tyro.conf.arg(name='')] = ImageSize()
     settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
 
     def __post_init__(self) -> None:
@@ -100,13 +106,19 @@ def main(words: Sequence[str]) -> int:
         cross_attention=options.cross_attention,
         buckets=options.buckets,
         check=options.check,
+        size=options.size,
     )
+    height, width = pipe.tokenizer.resolution
+    if pipe.template:
+        terminal.write_line(f'template {pipe.template}: images of {width} x {height} px (w x h)')
     if options.classes and pipe.encoder.field != 'label':
         raise UserError(f'{options.model} samples from text and has no classes: give prompts')
     if pipe.encoder.field == 'label':
         pipe.encoder.encode(prompts)  # refuses unknown classes before anything is written
     same = {
         'settings': dataclasses.asdict(options.settings),
+        'height': height,
+        'width': width,
         'model': {'source': options.model, 'sha256': models.digest(options.model)},
         'text': pipe.encoder.reference(),
         'dtype': options.dtype,

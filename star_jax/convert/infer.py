@@ -34,7 +34,10 @@ SIDES = {
     1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
 # The square grids of Infinity of each image size in px (Infinity specification 2.1).
-SQUARES = {16 * grids[-1][0]: grids for grids in (PUBLISHED[1.0][:n] for n in RESOLUTIONS.values())}
+SQUARES = {
+    16 * grids[-1][0]: grids
+    for grids in (PUBLISHED.by_name['1.0'][:n] for n in RESOLUTIONS.values())
+}
 # Tokens along a side for each image size in px of a raster (LlamaGen specification 2.1).
 TOKENS = {256: 16, 384: 24, 512: 32}
 SIZES = sorted({*SIDES, *SQUARES, *TOKENS})
@@ -161,7 +164,7 @@ def _infinity(specs: Specs, options: ModelOptions) -> Infinity:
     rows, text_width = specs['cfg_uncond'].shape
     hidden = specs[f'{first}.ffn.fc1.weight'].shape[0]
     modulated = 'head_nm.ada_lin.1.weight' in specs
-    grids, reference = _grids(options), (0, 0) if options.sides else PUBLISHED[1.0][-1]
+    grids, reference = _grids(options), (0, 0) if options.sides else PUBLISHED.by_name['1.0'][-1]
     swiglu = f'{first}.ffn.fcg.weight' in specs
     ratio = Infinity.mlp_ratio
     if hidden_channels(width, ratio, swiglu) != hidden:

@@ -85,6 +85,12 @@ class EncodedSource:
     def label(self, index: int) -> str:
         return self.source.label(index)
 
+    def ratio(self, index: int) -> float:
+        return self.source.ratio(index)
+
+    def at(self, size: int | tuple[int, int]) -> 'EncodedSource':
+        raise UserError('encoded images have one size: open their source at another one')
+
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 

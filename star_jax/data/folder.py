@@ -145,12 +145,14 @@ class Entry:
         captions: one or more captions.
         stamp: `file_stamp` of the file when it was checked.
         shorter_side: of the image, in pixels.
+        ratio: height divided by width.
     """
 
     name: str
     captions: tuple[str, ...]
     stamp: tuple[int, int]
     shorter_side: int
+    ratio: float = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -197,6 +199,12 @@ class FolderSource:
     def label(self, index: int) -> str:
         """Empty: a folder of images has no labels."""
         return ''
+
+    def ratio(self, index: int) -> float:
+        return self.entries[operator.index(index)].ratio
+
+    def at(self, size: int | tuple[int, int]) -> 'FolderSource':
+        return dataclasses.replace(self, size=size)
 
     def fingerprint(self) -> str:
         """Digest of the names, sizes and modification times of the images, and of all captions."""
@@ -324,7 +332,8 @@ def _check_entries(
             faults.append(Fault(TOO_SMALL, name, reason))
         else:
             stamp = (check.size, check.modified)
-            entries.append(Entry(name, contents.captions[name], stamp, check.shorter_side))
+            sides = check.shorter_side, check.ratio
+            entries.append(Entry(name, contents.captions[name], stamp, *sides))
     return tuple(entries), tuple(faults)
 
 

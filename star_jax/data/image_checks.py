@@ -23,7 +23,7 @@ from star_jax.data import image_files
 from star_jax.data.tree import File
 from star_jax.parallel import mesh
 
-FORMAT = f'3, Pillow {PIL.__version__}'  # of the stored results, which depend on Pillow's version
+FORMAT = f'4, Pillow {PIL.__version__}'  # of the stored results, which depend on Pillow's version
 CHUNK = 256  # images queued at once: after ctrl-c only running threads must finish
 SAVED_EVERY = 60  # seconds
 PROGRESS_FROM = 200  # images: fewer are read so fast that a progress bar is not needed
@@ -39,6 +39,7 @@ class ImageCheck:
         size: size of the file in bytes.
         modified: modification time of the file in ns.
         shorter_side: of the image, in pixels.
+        ratio: height divided by width.
         kind: kind of its fault, '' for a usable image.
         reason: description of its fault, '' for a usable image.
     """
@@ -46,6 +47,7 @@ class ImageCheck:
     size: int
     modified: int
     shorter_side: int = 0
+    ratio: float = 1.0
     kind: str = ''
     reason: str = ''
 
@@ -99,7 +101,8 @@ def _is_valid(check: ImageCheck | None, stamp: tuple[int, int] | None) -> bool:
 def _check(file: File, stamp: tuple[int, int] | None) -> ImageCheck:
     size, modified = stamp or (0, 0)
     try:
-        return ImageCheck(size, modified, shorter_side=image_files.shorter_side(file))
+        height, width = image_files.measure(file)
+        return ImageCheck(size, modified, min(height, width), height / width)
     except image_files.UnfitError as error:
         return ImageCheck(size, modified, kind=error.kind, reason=str(error))
 

@@ -84,13 +84,14 @@ class ImageSource(Protocol):
     def open(self, mode: str = 'rb') -> BinaryIO: ...
 
 
-def shorter_side(source: ImageSource) -> int:
-    """The shorter side in pixels of an image file, which is decoded completely.
+def measure(source: ImageSource) -> tuple[int, int]:
+    """(height, width) in pixels of an image file, upright; it is decoded completely.
 
     Raises UnfitError if the image cannot be used at any size.
     """
-    with _decoded(source, 1) as (_, shorter):
-        return shorter
+    with _decoded(source, 1) as (image, sides):
+        turned = (image.height - image.width) * (sides[0] - sides[1]) < 0
+        return sides[::-1] if turned else sides
 
 
 def read(source: ImageSource, size: int | tuple[int, int]) -> np.ndarray:
@@ -104,15 +105,15 @@ def read(source: ImageSource, size: int | tuple[int, int]) -> np.ndarray:
         (height, width, 3) uint8 RGB.
 
     Raises:
-        UnfitError: as `shorter_side`.
+        UnfitError: as `measure`.
     """
     with _decoded(source, max(height_and_width(size))) as (image, _):
         return image_io.fit(image, size)
 
 
 @contextlib.contextmanager
-def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, int]]:
-    """The image, possibly reduced by its decoder, and its shorter side before that.
+def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """The image, upright and possibly reduced by its decoder; (height, width) in the file.
 
     Args:
         source: the file.
@@ -125,7 +126,7 @@ def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, in
         with source.open('rb') as file:
             image = _open(file)
             _check(image)
-            shorter = min(image.size)
+            sides = image.height, image.width
             _draft(image, target)
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
@@ -133,7 +134,7 @@ def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, in
             with _large_image_lock if pixels > LARGE else contextlib.nullcontext():
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
-                yield image, shorter
+                yield image, sides
     except UnfitError:
         raise
     except Image.DecompressionBombError as error:

@@ -64,6 +64,14 @@ class Source(Protocol):
         """The label of example `index`, without reading its image."""
         ...
 
+    def ratio(self, index: int) -> float:
+        """Height divided by width of example `index` before it is cropped."""
+        ...
+
+    def at(self, size: int | tuple[int, int]) -> 'Source':
+        """The same examples with images of another size."""
+        ...
+
     def fingerprint(self) -> str:
         """A text that changes with the contents: caches made from other contents are invalid."""
         ...
@@ -87,6 +95,12 @@ class Labelled:
 
     def label(self, index: int) -> str:
         return self.source.label(index)
+
+    def ratio(self, index: int) -> float:
+        return self.source.ratio(index)
+
+    def at(self, size: int | tuple[int, int]) -> 'Labelled':
+        return Labelled(self.source.at(size))
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -127,12 +141,30 @@ def batches(
         UserError: the source is empty, or an argument is invalid.
     """
     _check_source(source, batch)
-    rows = _check_rows(rows, batch)
-    if step < 0:
-        raise UserError(f'the first batch has step {step}: expected 0 or more')
     samples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if crop:
         samples = samples.random_map(functools.partial(_crop, crop))
+    return captioned_batches(
+        samples, batch=batch, step=step, rows=rows, threads=threads, captions=captions
+    )
+
+
+def captioned_batches(
+    samples: grain.MapDataset,
+    *,
+    batch: int,
+    step: int = 0,
+    rows: Sequence[int] | None = None,
+    threads: int = 4,
+    captions: CaptionChoice = ANY_CAPTION,
+) -> Iterator[Batch]:
+    """Batches of an endless sequence of examples, each with one caption of its own.
+
+    Arguments and errors are those of `batches`.
+    """
+    rows = _check_rows(rows, batch)
+    if step < 0:
+        raise UserError(f'the first batch has step {step}: expected 0 or more')
     captioned = samples.random_map(functools.partial(_random_caption, captions))
     process_rows = grain.MapDataset.source(_BatchRows(captioned, batch, rows))
     # An endless sequence has no remainder, but without `drop_remainder` the length that grain

@@ -12,17 +12,18 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from star_jax import files, image_io
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
 from star_jax.errors import UserError
+
+Value = TypeVar('Value')
 
 INFO = 'dataset_info.json'  # in the folder of every prepared dataset
 TEXTS = ('label', 'source', 'licence', 'attribution')
@@ -146,7 +147,7 @@ class PreparedSource:
     def __getitem__(self, index: int) -> Example:
         record = self._record(index)
         # Pillow decodes faster than tfds and releases the interpreter lock.
-        image = image_io.crop(self._image(index, record), self.size)
+        image = image_io.crop(self._of_image(index, record, image_io.decode), self.size)
         captions = self._texts(record, self.config.caption)
         return Example(image=image, captions=captions, label=self._label(record))
 
@@ -155,6 +156,12 @@ class PreparedSource:
 
     def label(self, index: int) -> str:
         return self._label(self._record(index))
+
+    def ratio(self, index: int) -> float:
+        return self._of_image(index, self._record(index), image_io.ratio)
+
+    def at(self, size: int | tuple[int, int]) -> 'PreparedSource':
+        return dataclasses.replace(self, size=size)
 
     def fingerprint(self) -> str:
         """Digest of the names and sizes of the files, and of a few records."""
@@ -167,9 +174,12 @@ class PreparedSource:
         except (RuntimeError, ValueError) as error:  # raised by array_record for damaged files
             raise _damaged(self.config.path, error) from error
 
-    def _image(self, index: int, record: Mapping[str, Any]) -> np.ndarray:
+    def _of_image(
+        self, index: int, record: Mapping[str, Any], read: Callable[[bytes], Value]
+    ) -> Value:
+        """What `read` makes of the image file of a record."""
         try:
-            return image_io.decode(record[self.config.image])
+            return read(record[self.config.image])
         except OSError as error:
             raise UserError(
                 f'the field {self.config.image!r} of record {index} of {self.config.path} is no '

@@ -2,7 +2,9 @@
 
 A scene is one to three things on a plain background. `scene(n)` is a pure function of the number
 and does not depend on pixels or words: `shapes.render` renders a scene, `captions` describes it.
-Lengths are in units of the image's side; x grows to the right and y downwards.
+x grows to the right and is a share of the width, y grows downwards and is a share of the height;
+extents are shares of the shorter side. So the things of a scene are apart on every canvas, and its
+places and relations, which compare shares, are the same.
 """
 
 import dataclasses
@@ -74,9 +76,9 @@ class Thing:
     Attributes:
         shape: one of SHAPES.
         colour: a key of COLOURS.
-        extent: longer side of the bounding box.
-        x: horizontal centre of the bounding box.
-        y: vertical centre of the bounding box.
+        extent: longer side of the bounding box, as a share of the shorter side of the image.
+        x: horizontal centre of the bounding box, as a share of the width.
+        y: vertical centre of the bounding box, as a share of the height.
     """
 
     shape: str
@@ -87,7 +89,7 @@ class Thing:
 
     @property
     def size(self) -> str:
-        """'small' (about a third of the side) or 'large' (about 0.45)."""
+        """'small' (about a third of the shorter side) or 'large' (about 0.45)."""
         return 'small' if self.extent < SMALL_BELOW else 'large'
 
     @property
@@ -159,6 +161,11 @@ def scene(index: int, split: str = 'train', objects: tuple[int, ...] = (1, 2, 3)
         )
     )
     return Scene(things=tuple(things), background=background)
+
+
+def choice(name: str, count: int) -> int:
+    """A random number below `count` that depends on a name alone."""
+    return next(_random_words(name)) % count
 
 
 def _third(coordinate: float, names: tuple[str, str, str]) -> str:

@@ -1,9 +1,9 @@
 """Which images come with the package, without any download?
 
 Simple scenes with captions (`scenes`, `captions`), rendered by number at any resolution: one number
-is the same scene at every size. The coverage of a pixel is computed from distances to the edges of
-a shape, inside its bounding box, so that one core renders thousands of images per second while the
-others train.
+is the same scene at every size and aspect ratio. The coverage of a pixel is computed from distances
+to the edges of a shape, inside its bounding box, so that one core renders thousands of images per
+second while the others train.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import numpy as np
 from star_jax.data import pipeline
 from star_jax.data.captions import scene_captions
 from star_jax.data.pipeline import Example
-from star_jax.data.scenes import COLOURS, MAX_THINGS, SPLITS, Scene, Thing, scene
+from star_jax.data.scenes import COLOURS, MAX_THINGS, SPLITS, Scene, Thing, choice, scene
 from star_jax.errors import UserError
-from star_jax.image_io import height_and_width
+from star_jax.image_io import height_and_width, parse_aspect
 
 MIN_SIDE = 16  # in smaller images a small shape has five pixels and is not recognisable
 
@@ -39,14 +39,21 @@ class Shapes:
             'held_out' (every scene has a pair that is never in 'train').
         objects: numbers of objects in a scene; one of them is chosen per scene.
         phrasings: captions per scene (0: all, up to 31); few let text features be computed once.
+        aspects: ratios of width to height; one of them is chosen per scene, as the shape that its
+            image has before it is cropped.
     """
 
     count: int = 200_000
     split: str = 'train'
     objects: tuple[int, ...] = (1, 2, 3)
     phrasings: int = 2
+    aspects: tuple[str, ...] = dataclasses.field(default=('1:1',), repr=False)
 
     def __post_init__(self) -> None:
+        if not self.aspects:
+            raise UserError('shapes have no aspects: give one or more, such as 1:1')
+        for aspect in self.aspects:
+            parse_aspect(aspect)
         if not 1 <= self.count <= MAX_COUNT:
             raise UserError(f'shapes has 1 to {MAX_COUNT:,} images, not {self.count}')
         if self.phrasings < 0:
@@ -62,13 +69,8 @@ class Shapes:
             )
 
     def open(self, size: int | tuple[int, int]) -> 'ShapesSource':
-        """The dataset at `size` pixels a side; UserError for a size that is not square."""
-        height, width = height_and_width(size)
-        if height != width:
-            raise UserError(
-                f'scenes of shapes are square, not {height} x {width} px: train on another dataset'
-            )
-        return ShapesSource(shapes=self, size=height)
+        """The dataset at a size: the side of a square, or (height, width), in pixels."""
+        return ShapesSource(shapes=self, size=size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,15 +79,15 @@ class ShapesSource:
 
     Attributes:
         shapes: the settings.
-        size: side of the images in pixels.
+        size: side of a square, or (height, width), in pixels.
     """
 
     shapes: Shapes
-    size: int
+    size: int | tuple[int, int]
 
     def __post_init__(self) -> None:
-        if self.size < MIN_SIDE:
-            raise UserError(f'shapes have at least {MIN_SIDE} pixels a side, not {self.size}')
+        if (side := min(height_and_width(self.size))) < MIN_SIDE:
+            raise UserError(f'shapes have at least {MIN_SIDE} pixels a side, not {side}')
 
     def __len__(self) -> int:
         return self.shapes.count
@@ -105,6 +107,16 @@ class ShapesSource:
     def label(self, index: int) -> str:
         """Colour and shape of the first object of image `index`, without rendering it."""
         return _label(self.scene(index))
+
+    def ratio(self, index: int) -> float:
+        """Height divided by width that the shapes of the set give scene `index`."""
+        aspects = self.shapes.aspects
+        return 1 / parse_aspect(
+            aspects[choice(f'{self.shapes.split} {index} aspect', len(aspects))]
+        )
+
+    def at(self, size: int | tuple[int, int]) -> 'ShapesSource':
+        return dataclasses.replace(self, size=size)
 
     def fingerprint(self) -> str:
         """Digest of the settings and of a few images and captions."""
@@ -131,9 +143,14 @@ def _label(scene: Scene) -> str:
     return f'{first.colour} {first.shape}'
 
 
-def render(scene: Scene, size: int) -> np.ndarray:
-    """The scene as uint8 RGB (size, size, 3), anti-aliased."""
-    image_hwc = np.empty((size, size, 3), np.uint8)
+def render(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
+    """The scene as uint8 RGB (height, width, 3), anti-aliased.
+
+    Args:
+        scene: the scene.
+        size: side of a square, or (height, width), in pixels.
+    """
+    image_hwc = np.empty((*height_and_width(size), 3), np.uint8)
     image_hwc[:] = COLOURS[scene.background]
     for thing in scene.things:
         _draw_thing(image_hwc, thing)
@@ -141,11 +158,11 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def _draw_thing(image_hwc: np.ndarray, thing: Thing) -> None:
-    size = len(image_hwc)
-    radius = thing.extent * size / 2
-    rows, columns = _span(thing.y * size, radius, size), _span(thing.x * size, radius, size)
-    down = (np.arange(rows.start, rows.stop) + 0.5 - thing.y * size)[:, None]
-    right = (np.arange(columns.start, columns.stop) + 0.5 - thing.x * size)[None, :]
+    height, width, _ = image_hwc.shape
+    y, x, radius = thing.y * height, thing.x * width, thing.extent * min(height, width) / 2
+    rows, columns = _span(y, radius, height), _span(x, radius, width)
+    down = (np.arange(rows.start, rows.stop) + 0.5 - y)[:, None]
+    right = (np.arange(columns.start, columns.stop) + 0.5 - x)[None, :]
     coverage_hw1 = COVERAGES[thing.shape](right, down, radius)[:, :, None]
     background_hwc = image_hwc[rows, columns]
     # In float64: the difference of two bytes has a sign.

@@ -56,7 +56,7 @@ def check(image_hwc: np.ndarray, caption: str) -> Alignment:
     """Checks every claim of a caption.
 
     Args:
-        image_hwc: (S, S, 3) uint8 RGB, S at least 64.
+        image_hwc: (h, w, 3) uint8 RGB, both sides at least 40.
         caption: a sentence that `captions.parse_caption` accepts.
 
     Raises:

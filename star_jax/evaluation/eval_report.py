@@ -284,8 +284,9 @@ def _load_network(metric: str, context: EvalContext) -> Network:
         raise UserError(
             f'alignment is defined for shapes only, not for {options.data}: use --metrics kid'
         )
-    if metric == ALIGNMENT and size < scene_parser.SIDE:
+    if metric == ALIGNMENT and size < scene_parser.MIN_SIDE:
         raise UserError(
-            f'alignment needs images of at least {scene_parser.SIDE} px, {options.model} has {size}'
+            f'alignment needs images of at least {scene_parser.MIN_SIDE} px, {options.model} has '
+            f'{size}'
         )
     return None

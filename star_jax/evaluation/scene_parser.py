@@ -10,15 +10,17 @@ import dataclasses
 
 import numpy as np
 
-from star_jax.core.resize import area_matrix
+from star_jax.core.resize import area_matrix, linear_matrix
 from star_jax.data.scenes import COLOURS, Scene, Thing
 from star_jax.errors import UserError
 from star_jax.evaluation import shape_fitting
 from star_jax.evaluation.shape_fitting import FittedShape
 
-# Larger images are averaged down to this side. In a scene every place is separated from the next
-# one by at least one pixel of it, every size by two and every relation by four.
+# Larger images are averaged down until their shorter side is this; smaller ones are interpolated.
+# In a scene every place is separated from the next one by at least one pixel of it, every size by
+# two and every relation by four.
 SIDE = 64
+MIN_SIDE = 40  # pixels of the shorter side: in smaller images edges hide the flat interiors
 
 # A larger distance from a colour is a different colour. Two of the ten are 117 or more apart;
 # after a small tokenizer (23 to 27 dB) all flat interiors were within 64, 99 % within 52.
@@ -62,7 +64,7 @@ class ParsedScene:
     """The recognised parts of an image.
 
     Attributes:
-        things: the recognised things; lengths are in units of the side of the image.
+        things: the recognised things; lengths are shares of sides of the image, as in `scenes`.
         background: a key of `scenes.COLOURS`, or None if the rim has no single named colour.
         unrecognised: the colour of each patch that no shape fits, '' for an unnamed colour.
     """
@@ -88,18 +90,18 @@ def parse(image_hwc: np.ndarray) -> ParsedScene:
     """The background and the things of an image.
 
     Args:
-        image_hwc: (S, S, 3) uint8 RGB, S at least 64.
+        image_hwc: (h, w, 3) uint8 RGB, both sides at least 40.
 
     Raises:
         UserError: an image of another form.
     """
-    image_hwc = _downscale(image_hwc)
+    image_hwc = _rescale(image_hwc)
     rim_c = _rim_colour(image_hwc)
     if rim_c is None:
         return ParsedScene(things=(), background=None, unrecognised=('',))
     background = int(_nearest_colour(rim_c))
     cores = _cores(_nearest_colour(image_hwc), rim_c, background)
-    labels_hw = _grow(cores)
+    labels_hw = _grow(cores, image_hwc.shape[:2])
     rendered_hwc = np.broadcast_to(rim_c, image_hwc.shape).copy()
     things, unrecognised = [], []
     for label, core_hw in cores.items():
@@ -112,7 +114,7 @@ def parse(image_hwc: np.ndarray) -> ParsedScene:
             if fitted is None:
                 unrecognised.append(_NAMES[label])
             else:
-                things.append(_thing(fitted, _NAMES[label]))
+                things.append(_thing(fitted, _NAMES[label], image_hwc.shape[:2]))
                 rendered_hwc += fitted.cover_hw[:, :, None] * (colour_c - rim_c)
     wrong_hw = _distance(image_hwc, rendered_hwc) > COLOUR_DISTANCE
     if not unrecognised and _interior(wrong_hw).sum() >= WRONG_PIXELS:
@@ -122,30 +124,38 @@ def parse(image_hwc: np.ndarray) -> ParsedScene:
     )
 
 
-def _thing(fitted: FittedShape, colour: str) -> Thing:
+def _thing(fitted: FittedShape, colour: str, size: tuple[int, int]) -> Thing:
+    """A shape that was fitted in an image of (height, width) pixels."""
+    height, width = size
     return Thing(
         shape=fitted.shape,
         colour=colour,
         extent=fitted.extent / SIDE,
-        x=fitted.x / SIDE,
-        y=fitted.y / SIDE,
+        x=fitted.x / width,
+        y=fitted.y / height,
     )
 
 
-def _downscale(image_hwc: np.ndarray) -> np.ndarray:
-    """The image as float64 (64, 64, 3)."""
-    side = len(image_hwc)
-    if image_hwc.shape != (side, side, 3) or image_hwc.dtype != np.uint8 or side < SIDE:
+def _rescale(image_hwc: np.ndarray) -> np.ndarray:
+    """The image as float64 with a shorter side of 64 pixels."""
+    if image_hwc.ndim != 3 or image_hwc.shape[-1] != 3 or image_hwc.dtype != np.uint8:
         raise UserError(
-            f'the scene parser needs a square image of uint8 RGB with {SIDE} pixels a side or '
-            f'more, not {image_hwc.dtype} {image_hwc.shape}'
+            f'the scene parser needs an image of uint8 RGB, not {image_hwc.dtype} {image_hwc.shape}'
+        )
+    height, width, _ = image_hwc.shape
+    shorter = min(height, width)
+    if shorter < MIN_SIDE:
+        raise UserError(
+            f'the scene parser needs an image with {MIN_SIDE} pixels a side or more, not '
+            f'{height} x {width}'
         )
     image_hwc = image_hwc.astype(np.float64)
-    if side == SIDE:
-        return image_hwc
-    matrix = area_matrix(side, SIDE).astype(np.float64)
-    rows = matrix @ image_hwc.reshape(side, -1)
-    return matrix @ rows.reshape(SIDE, side, 3)
+    for axis, side in enumerate((height, width)):
+        target = round(side * SIDE / shorter)
+        if target != side:
+            matrix = (area_matrix if target < side else linear_matrix)(side, target)
+            image_hwc = np.moveaxis(np.tensordot(matrix, image_hwc, ((1,), (axis,))), 0, axis)
+    return image_hwc
 
 
 def _nearest_colour(colours_c: np.ndarray) -> np.ndarray:
@@ -207,9 +217,9 @@ def _dilate(mask_hw: np.ndarray, pixels: int) -> np.ndarray:
     return padded
 
 
-def _grow(cores: dict[int, np.ndarray]) -> np.ndarray:
+def _grow(cores: dict[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """The label (h, w) of the nearest core of each pixel, -1 beyond `GROWTH` pixels."""
-    labels_hw = np.full((SIDE, SIDE), -1, np.int8)
+    labels_hw = np.full(size, -1, np.int8)
     for label, core_hw in cores.items():
         labels_hw[core_hw] = label
     for _ in range(GROWTH):
@@ -255,7 +265,7 @@ def _cut(patch_hw: np.ndarray) -> list[np.ndarray]:
             last = np.flatnonzero(np.diff(occupied) > 1)
             if len(last):
                 cuts = (occupied[last] + occupied[last + 1]) / 2
-                piece = np.searchsorted(cuts, np.arange(SIDE))
+                piece = np.searchsorted(cuts, np.arange(patch_hw.shape[axis]))
                 piece = np.expand_dims(piece, 1 - axis)
                 return [np.where(piece == n, patch_hw, 0.0) for n in range(len(cuts) + 1)]
     return [patch_hw]

@@ -2,7 +2,7 @@
 
 Each of the six shapes is rendered with the area and the centre of mass of the patch. Blur changes
 neither, so there is no search; the shape with the smallest residual is the answer. Lengths are in
-pixels of an image of 64.
+pixels of an image whose shorter side has 64.
 """
 
 import dataclasses

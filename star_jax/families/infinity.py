@@ -20,6 +20,7 @@ from star_jax.core.filters import BitFilter, NucleusFilter
 from star_jax.core.schedule import Grids, Pyramid, square_grids
 from star_jax.core.settings import Remat, Settings
 from star_jax.core.sizes import check_codes, check_sizes
+from star_jax.core.templates import PUBLISHED, Templates
 from star_jax.families.decoder import Sizes
 from star_jax.families.fit import check_text_encoder
 from star_jax.nn import layers
@@ -64,6 +65,7 @@ class Infinity(Sizes):
         grids: (height, width) of each scale in tokens, the first 1 x 1.
         reference: (height, width) of the grid that positions refer to: the last grid of the longest
             published schedule of the same aspect ratio (0 0: the last grid).
+        templates: grids of other aspect ratios, into which training sorts images.
         text_width: width of the text encoder's features.
         text_rows: learned rows that stand for a text without a prompt: the longest prompt.
         positions: position encoding; another kind is chosen in a config file.
@@ -90,6 +92,7 @@ class Infinity(Sizes):
     indexed: bool = False
     grids: Grids = square_grids((1, 2, 4, 6, 8, 12, 16))
     reference: tuple[int, int] = (64, 64)
+    templates: Templates = PUBLISHED
     text_width: int = 2048
     text_rows: int = 512
     positions: AnyPositions = ReferenceRotary()
@@ -113,12 +116,13 @@ class Infinity(Sizes):
         if self.indexed:
             check_codes(2**self.bits)
         check_sizes(row_multiple=self.row_multiple, hidden=self.hidden)
-        grid = self.schedule.grids[0]
-        if grid != (1, 1):
-            raise ValueError(
-                f'the first of grids must be 1 x 1, the row of the pooled text, not '
-                f'{grid[0]} x {grid[1]}: put 1 x 1 before it'
-            )
+        for name, grids in {'grids': self.grids, **self.templates.by_name}.items():
+            if grids[0] != (1, 1):
+                what = 'grids' if grids is self.grids else f'the template {name}'
+                raise ValueError(
+                    f'the first of {what} must be 1 x 1, the row of the pooled text, not '
+                    f'{grids[0][0]} x {grids[0][1]}: put 1 x 1 before it'
+                )
         if self.schedule.steps > LEVELS:
             raise ValueError(f'grids has {self.schedule.steps} scales, expected at most {LEVELS}')
         if self.width % self.pool_heads:
@@ -138,6 +142,10 @@ class Infinity(Sizes):
     @property
     def schedule(self) -> Pyramid:
         return Pyramid(self.grids, self.reference)
+
+    def at(self, schedule: Pyramid) -> 'Infinity':
+        """The same model with the grids and the reference grid of a schedule."""
+        return dataclasses.replace(self, grids=schedule.grids, reference=schedule.reference)
 
     @property
     def vocabulary(self) -> Codes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -10,8 +10,10 @@ from flax import linen as nn
 
 from star_jax.core.filters import NucleusFilter
 from star_jax.core.guidance import linear_ramp
-from star_jax.core.schedule import Pyramid
+from star_jax.core.schedule import Grids, Pyramid, square_grids
 from star_jax.core.settings import Settings
+from star_jax.core.templates import Templates
+from star_jax.errors import UserError
 from star_jax.families.decoder import Decoder
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, Scaled, SelfAttention
@@ -31,6 +33,9 @@ class Scales(Decoder):
 
     Attributes:
         sides: side of each scale in tokens, from coarse to fine.
+        grids: height and width of each scale, in place of sides.
+        templates: grids of other aspect ratios, into which training sorts images (none: all images
+            are cropped to the model's own size).
         positions: position encoding; another kind is chosen in a config file.
         level_embedding: add a learned vector per scale to its tokens.
         shared_adaln: share one modulation among all blocks, with a learned offset per block.
@@ -41,6 +46,8 @@ class Scales(Decoder):
     """
 
     sides: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    grids: Grids = ()
+    templates: Templates = Templates()
     positions: AnyPositions = NormalisedRotary()
     level_embedding: bool = True
     shared_adaln: bool = False
@@ -60,7 +67,28 @@ class Scales(Decoder):
 
     @property
     def schedule(self) -> Pyramid:
-        return Pyramid.square(self.sides)
+        return Pyramid(self.grids or square_grids(self.sides))
+
+    def at(self, schedule: Pyramid) -> Self:
+        """The same model with the grids of a schedule.
+
+        Raises UserError for a model with as many vectors as tokens or scales, if their number
+        differs.
+        """
+        other = dataclasses.replace(self, grids=schedule.grids)
+        if self.positions.table(self.schedule, self.width, self.init) is not None and (
+            schedule.sizes != self.schedule.sizes
+        ):
+            raise UserError(
+                f'{type(self.positions).__name__} positions belong to the tokens of one size of '
+                'images: choose rotary positions for several'
+            )
+        if schedule.steps != self.schedule.steps:
+            raise UserError(
+                f'the model has {self.schedule.steps} scales, not {schedule.steps}: give templates '
+                'with as many'
+            )
+        return other
 
     @property
     def head_init(self) -> layers.Initializer:

@@ -144,9 +144,9 @@ class Star(Scales):
                 f'a refinement head of {refinement.blocks} blocks needs a model of as many layers, '
                 f'not {self.depth}'
             )
-        if refinement.first >= len(self.sides):
+        if refinement.first >= self.schedule.steps:
             raise ValueError(
-                f'refinement.first must be a scale after the first of {len(self.sides)}, '
+                f'refinement.first must be a scale after the first of {self.schedule.steps}, '
                 f'not {refinement.first}'
             )
 

@@ -17,6 +17,7 @@ from star_jax.core import pixels
 from star_jax.core.codes import Codes, Targets
 from star_jax.core.schedule import Schedule
 from star_jax.nn.bind import bind
+from star_jax.nn.positions import PositionTables
 from star_jax.nn.transformer import Transformer
 
 Metrics = dict[str, jax.Array]
@@ -68,6 +69,7 @@ def token_losses(
     paths: jax.Array | None = None,
     smoothing: float = 0.0,
     of_bits: BitReduction = 'mean',
+    tables: PositionTables | None = None,
 ) -> TokenLosses:
     """The losses of every token that is kept.
 
@@ -81,9 +83,10 @@ def token_losses(
         smoothing: label smoothing e; the trained loss of a token is (1 - e) times its cross-entropy
             plus e times the mean of -log p over all codes.
         of_bits: whether the trained loss of a token is the mean or the sum over its bits.
+        tables: where the rows are (None: as the schedule of the network says).
     """
     network = bind(network, params)
-    features_BRD = network.features(targets.inputs_BLC, condition, rows, paths)
+    features_BRD = network.features(targets.inputs_BLC, condition, rows, paths, tables)
     logits = codes.parse(network.head(features_BRD, condition))
     # Labels move to the rows that predict them: rows that are sharded cannot move cheaply. Only
     # pyramids drop tokens, and a row of a pyramid is a token.

@@ -9,6 +9,7 @@ come from `core/positions.py`.
 import dataclasses
 from typing import ClassVar, Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,19 @@ def _check(theta: float, extent: float = 0.0) -> None:
         raise ValueError(
             f'theta must be positive and extent not negative, not {theta} and {extent}'
         )
+
+
+@flax.struct.dataclass
+class PositionTables:
+    """Where the rows of a schedule are; as arguments, grids of equal sizes share one program.
+
+    Attributes:
+        rotation_LP2: cosine and sine of each plane; None without a fixed rotation.
+        xy_L2: coordinates for learned frequencies; None without them.
+    """
+
+    rotation_LP2: np.ndarray | jax.Array | None
+    xy_L2: np.ndarray | jax.Array | None
 
 
 class Positions:

@@ -22,7 +22,7 @@ from star_jax.core.settings import Remat
 from star_jax.core.visibility import ALL, StaticVisibility, Visibility
 from star_jax.nn import layers
 from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
-from star_jax.nn.positions import Positions
+from star_jax.nn.positions import Positions, PositionTables
 from star_jax.parallel.rules import ActivationSharding
 
 Rows = np.ndarray | jax.Array
@@ -92,6 +92,14 @@ class Transformer(nn.Module):
         """Channels H of an attention head."""
         return self.width // self.heads
 
+    @property
+    def position_tables(self) -> PositionTables:
+        """Where the rows of the schedule are, in numpy arrays."""
+        return PositionTables(
+            rotation_LP2=self.positions.rotation(self.schedule, self.head_width),
+            xy_L2=self.positions.coordinates(self.schedule),
+        )
+
     def __call__(self, inputs: jax.Array, condition: Any) -> jax.Array:
         """Teacher-forced flat logits [B, rows, V] of all rows."""
         features_BLD = self.features(inputs, condition)[:, : self.schedule.starts[-1]]
@@ -109,6 +117,7 @@ class Transformer(nn.Module):
         condition: Any,
         rows: Rows | None = None,
         paths: jax.Array | None = None,
+        tables: PositionTables | None = None,
     ) -> jax.Array:
         """Teacher-forced features of rows.
 
@@ -117,6 +126,7 @@ class Transformer(nn.Module):
             condition: a pytree with one row per image.
             rows: the rows to keep (None: all); traced ones are those of a schedule's `thin`.
             paths: [depth, 2, B] scales of the branches of self-attention and MLP (`drop_paths`).
+            tables: where the rows are (None: as the schedule says).
 
         Returns:
             [B, R, D]: features of the rows, and after them padding up to a multiple of
@@ -137,6 +147,7 @@ class Transformer(nn.Module):
             condition=condition,
             visibility=Visibility(bounds=visibility),
             paths=paths,
+            tables=tables,
         )
         return features_BLD
 
@@ -174,6 +185,7 @@ class Transformer(nn.Module):
         visibility: Visibility = ALL,
         paths: jax.Array | None = None,
         mixing: jax.Array | None = None,
+        tables: PositionTables | None = None,
     ) -> tuple[jax.Array, KV]:
         """All layers.
 
@@ -187,6 +199,7 @@ class Transformer(nn.Module):
                 prefix is added here.
             paths: [depth, 2, B] scales of residual branches.
             mixing: [depth, 2, 2], for guidance after layers (`core.guidance.mix_rows`).
+            tables: where all rows of the schedule are (None: as it says).
 
         Returns:
             Features [B, L, D] before the last norm, and the new keys and values of every layer.
@@ -199,6 +212,7 @@ class Transformer(nn.Module):
             visibility=visibility,
             paths=paths,
             mixing=mixing,
+            tables=tables,
         )
         x_BLD = self.sharding(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
         return self.blocks(x_BLD, per_layer, shared)
@@ -213,17 +227,19 @@ class Transformer(nn.Module):
         visibility: Visibility = ALL,
         paths: jax.Array | None = None,
         mixing: jax.Array | None = None,
+        tables: PositionTables | None = None,
     ) -> tuple[PerLayer, Shared]:
         """What the layers receive beside the rows, with the arguments of `trunk`."""
-        rotation = self.positions.rotation(self.schedule, self.head_width)
-        xy = self.positions.coordinates(self.schedule)
+        tables = jax.tree.map(
+            lambda table: jnp.asarray(table)[rows], tables or self.position_tables
+        )
         steps_L = jnp.asarray(self.schedule.step_of_row)[rows]
         signal = self.starter.summary(condition)
         if self.modulator:
             signal = self.modulator(signal, steps_L, self.levels)
         shared = Shared(
-            rotation_LP2=None if rotation is None else jnp.asarray(rotation)[rows],
-            xy_L2=None if xy is None else jnp.asarray(xy)[rows],
+            rotation_LP2=tables.rotation_LP2,
+            xy_L2=tables.xy_L2,
             visibility=visibility.replace(first_B=self.starter.padding(condition)),
             text_length_B=self.starter.text(condition)[1],
             signal=signal,

@@ -12,6 +12,8 @@ from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.protocols import CrossAttentionMode, PromptEncoder
+from star_jax.sampling.image_size import MODELS_OWN, ImageSize
+from star_jax.sampling.image_size import choose as choose_size
 from star_jax.sampling.pipeline import Pipeline
 from star_jax.text.encoder import load as load_text
 
@@ -24,6 +26,7 @@ def load(
     cross_attention: CrossAttentionMode = 'as_trained',
     buckets: Buckets | None = None,
     check: bool = True,
+    size: ImageSize = MODELS_OWN,
 ) -> Pipeline:
     """Loads a pipeline.
 
@@ -38,6 +41,8 @@ def load(
         buckets: the first and the last of scales that share a part of the program (by default
             those that suit the platform): equal images, faster to compile, slower to run.
         check: compare the weights with the SHA-256 that the model folder keeps.
+        size: the size of the images, for a model with templates of several aspect ratios; the
+            nearest one is sampled (by default the model's own).
 
     Raises:
         UserError: a folder that cannot be read, weights that changed since it was written, a text
@@ -50,9 +55,11 @@ def load(
     choice('cross_attention', cross_attention, CrossAttentionMode)
     instance('mesh', mesh, Mesh | None, 'a jax.sharding.Mesh, such as MeshShape(fsdp=4).build()')
     flag('check', check)
+    instance('size', size, ImageSize, "an ImageSize, such as ImageSize(aspect='16:9')")
     with models.reading(source, check) as model:  # checked while it is put on the devices
         model = with_cross_attention(model, cross_attention)
-        return prepare(model, str(source), text=str(text), dtype=dtype, mesh=mesh, buckets=buckets)
+        options = {'dtype': dtype, 'mesh': mesh, 'buckets': buckets, 'size': size}
+        return prepare(model, str(source), text=str(text), **options)
 
 
 def prepare(
@@ -63,6 +70,7 @@ def prepare(
     dtype: str = 'float32',
     mesh: Mesh | None = None,
     buckets: Buckets | None = None,
+    size: ImageSize = MODELS_OWN,
 ) -> Pipeline:
     """A pipeline of a model that was read from `source`; other arguments as of `load`."""
 
@@ -76,7 +84,9 @@ def prepare(
             )
         return load_text(text, mesh=mesh)
 
-    return Pipeline(model, model.config.prompt_encoder(load_encoder), dtype, mesh, buckets)
+    model, template = choose_size(model, size)
+    encoder = model.config.prompt_encoder(load_encoder)
+    return Pipeline(model, encoder, dtype, mesh, buckets, template)
 
 
 def with_cross_attention(model: folder.StoredModel, mode: CrossAttentionMode) -> folder.StoredModel:

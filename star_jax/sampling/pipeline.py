@@ -42,6 +42,7 @@ class Pipeline:
         mesh: the devices.
         network: the transformer.
         tokenizer: its tokenizer.
+        template: name of the template of its images, '' if none was asked for.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class Pipeline:
         dtype: str = 'float32',
         mesh: Mesh | None = None,
         buckets: Buckets | None = None,
+        template: str = '',
     ) -> None:
         self._dtype = choice('dtype', dtype, Dtype)
         self.encoder = encoder
         self.recommended = model.sampling
+        self.template = template
         self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
         self.network = model.config.build(dtype).with_sharding(self.mesh)
         self.tokenizer = model.tokenizer.config.at(model.config.schedule).build(dtype)

@@ -52,7 +52,7 @@ class BSQ(TokenizerConfig):
     autoencoder: Autoencoder = Autoencoder(
         width=128, multipliers=(1, 2, 4, 4, 4), groups=0, attention=False
     )
-    grids: Grids = PUBLISHED[1.0]
+    grids: Grids = PUBLISHED.by_name['1.0']
     bits: int = 32
     patchify: bool = False
     features: int = 0

@@ -4,6 +4,9 @@
     validation/   the encoded images of the validation set
     text/         the features of all captions (`star_jax.text.cache`)
 
+Where images are sorted into templates, those of each are in a folder named after its last grid,
+such as 3x4/data and 3x4/validation.
+
 A folder serves every run with the same tokenizer, scales, text encoder and sets, whatever it trains
 on them. It may be moved together with its sets, except for a folder of images: its files are
 compared by the times of their last change.
@@ -11,6 +14,7 @@ compared by the times of their last change.
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,7 +81,7 @@ class Origin:
         }
 
     def write(self, folder: Path, sources: Sources, encode: Encode) -> None:
-        """Fills a folder; whatever it holds already and is still valid stays.
+        """Fills a folder with encoded images; whatever it holds already and is valid stays.
 
         Args:
             folder: the cache.
@@ -96,6 +100,9 @@ class Origin:
             with progress_bar() as bar:
                 blocks = _Blocks(source, stored, self.run.batch, bar, f'encoding {name}')
                 encoded.write(folder / name, self.key(name, source), len(source), blocks)
+
+    def write_texts(self, folder: Path, sources: Sources) -> None:
+        """Fills a folder with the text features of the sets, if the run keeps them."""
         if keeps_features(self.run, self.prompt_encoder):
             texts = FeatureCache(self.prompt_encoder, folder)
             texts.warm(
@@ -106,8 +113,8 @@ class Origin:
 
 def holds_features(folder: Path) -> bool | None:
     """Whether the encoded images in a cache are features; None if there is none."""
-    path = folder / SETS[0] / encoded.KEY
-    return ENCODING in config.read_json(path) if path.exists() else None
+    paths = [path / encoded.KEY for path in _folders(folder) if (path / encoded.KEY).exists()]
+    return ENCODING in config.read_json(paths[0]) if paths else None
 
 
 def keeps_features(run: Run, prompt_encoder: PromptEncoder) -> bool:
@@ -170,7 +177,7 @@ def check(folder: Path, remove: bool = False) -> encoded.Check:
     Raises:
         UserError: the folder holds no cache.
     """
-    paths = [path for name in SETS for path in encoded.shard_paths(folder / name)]
+    paths = [path for sets in _folders(folder) for path in encoded.shard_paths(sets)]
     paths += segment_paths(folder)
     if not paths:
         raise UserError(
@@ -184,6 +191,12 @@ def check(folder: Path, remove: bool = False) -> encoded.Check:
     return found
 
 
+def _folders(cache: Path) -> list[Path]:
+    """The folders of encoded images in a cache."""
+    found = [[cache / name, *sorted(cache.glob(f'*x*/{name}'))] for name in SETS]
+    return list(itertools.chain.from_iterable(found))
+
+
 def _digest(tokenizer: StoredTokenizer) -> str:
     """The digest of a tokenizer's weights and config, except for its scales."""
     sizes = {k: v for k, v in config.to_json(tokenizer.config).items() if k != 'grids'}
@@ -195,9 +208,13 @@ def _digest(tokenizer: StoredTokenizer) -> str:
 
 
 def _settings(data: Data) -> dict:
-    """The settings of a set except for its path: it may be moved, and its files are compared."""
+    """The settings of a set that its encoded images depend on.
+
+    The path is left out: the set may be moved, and its files are compared. Ratios decide which
+    images a template has, which are counted and compared.
+    """
     settings = {'set': type(data).__name__, **config.to_json(data)}
-    return {name: value for name, value in settings.items() if name != 'path'}
+    return {name: value for name, value in settings.items() if name not in ('path', 'aspects')}
 
 
 def all_texts(sources: Iterable[Source], choice: CaptionChoice) -> list[str]:

@@ -29,7 +29,7 @@ class AdamW:
         beta1: decay of the running mean of the gradients.
         beta2: decay of the running mean of their squares.
         epsilon: constant added to the denominator of an update.
-        clip: largest global norm of the gradients; longer ones are scaled to it.
+        clip: largest global norm of gradients; longer ones are scaled.
         accumulate: steps whose mean gradient makes one update, at the rates of the last of them.
     """
 

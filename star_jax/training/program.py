@@ -22,6 +22,7 @@ from star_jax.losses.refinement import Unmasking
 from star_jax.losses.tokens import Metrics, TokenLosses
 from star_jax.nn.bind import bind
 from star_jax.nn.blocks import drop_paths
+from star_jax.nn.positions import PositionTables
 from star_jax.nn.transformer import Transformer
 from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
@@ -63,12 +64,19 @@ class StepInputs:
     """The batch of one step: arrays with one row per image.
 
     Attributes:
-        encoded: the images, encoded by the tokenizer: [B, ...].
+        encoded: the images, encoded by the tokenizer: [B, ...]; or the targets made of them.
         prompts: their conditions, or what the program's `encode_prompts` takes.
+        tables: where the rows of these images are (None: as the schedule of the network says).
     """
 
-    encoded: jax.Array
+    encoded: jax.Array | Targets
     prompts: Any
+    tables: PositionTables | None = None
+
+    @property
+    def batch(self) -> int:
+        """Images of the batch."""
+        return len(jax.tree.leaves(self.encoded)[0])
 
 
 @flax.struct.dataclass
@@ -159,7 +167,7 @@ class TrainingProgram:
         The metric `loss` is the mean over the kept tokens, with label smoothing, but without
         `balance` and `loss_scale`; the others are not smoothed.
         """
-        recipe, network, batch = self.recipe, self._network, len(inputs.encoded)
+        recipe, network, batch = self.recipe, self._network, inputs.batch
         drop_key, path_key, thin_key = jax.random.split(key, 3)
         rows, paths = self._rows, None
         if recipe.keep_tokens:
@@ -176,6 +184,7 @@ class TrainingProgram:
             paths=paths,
             smoothing=recipe.label_smoothing,
             of_bits=recipe.bit_loss,
+            tables=inputs.tables,
         )
         count = losses.trained_BL.shape[1]
         weights_L = tokens.token_weights(network.schedule, count, recipe.balance)
@@ -191,8 +200,15 @@ class TrainingProgram:
         """
         targets = self._targets(frozen, inputs, key)
         condition = self.condition(frozen, inputs)
-        network, codes = self._network, self.tokenizer.codes
-        return tokens.token_losses(network, codes, params, targets, condition, rows=self._rows)
+        return tokens.token_losses(
+            self._network,
+            self.tokenizer.codes,
+            params,
+            targets,
+            condition,
+            rows=self._rows,
+            tables=inputs.tables,
+        )
 
     def condition(self, frozen: Frozen, inputs: StepInputs) -> Any:
         """The conditions of a batch."""
@@ -213,6 +229,8 @@ class TrainingProgram:
 
     def _targets(self, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> Targets:
         """Inputs and labels of a batch."""
+        if isinstance(inputs.encoded, Targets):
+            return inputs.encoded
         return tokens.teacher_forcing(self.tokenizer, frozen.tokenizer, inputs.encoded, key)
 
     def _drop_conditions(
@@ -221,7 +239,7 @@ class TrainingProgram:
         """The conditions of a batch, with the unprompted one in some rows at random."""
         prompted = self.condition(frozen, inputs)
         unprompted = bind(self.network, params).unprompted(prompted, frozen.empty)
-        drop_B = jax.random.bernoulli(key, self.recipe.condition_drop, (len(inputs.encoded),))
+        drop_B = jax.random.bernoulli(key, self.recipe.condition_drop, (inputs.batch,))
         return conditions.choose(drop_B, prompted, unprompted)
 
 
@@ -252,7 +270,7 @@ class RefinementProgram(TrainingProgram):
     ) -> tuple[jax.Array, Metrics]:
         """The loss of the hidden tokens, and its metrics (STAR specification 9.1)."""
         drop_key, path_key, show_key = jax.random.split(key, 3)
-        batch, rows = len(inputs.encoded), refinement.refined_rows(self.network)
+        batch, rows = inputs.batch, refinement.refined_rows(self.network)
         shown_BR = self.unmasking.sample(show_key, (batch, len(rows)))
         paths = None
         if self.unmasking.noisy_base and self.recipe.drop_path:
@@ -271,7 +289,7 @@ class RefinementProgram(TrainingProgram):
     def score(self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> jax.Array:
         """`hidden_sums` [3, B, R] of a batch, of which the key hides tokens."""
         rows = refinement.refined_rows(self.network)
-        shown_BR = self.unmasking.sample(key, (len(inputs.encoded), len(rows)))
+        shown_BR = self.unmasking.sample(key, (inputs.batch, len(rows)))
         targets = self._targets(frozen, inputs, key)
         params, condition = self.model_params(params, frozen), self.condition(frozen, inputs)
         logits_BRV = self._logits(params, frozen, targets, shown_BR, condition=condition)

@@ -111,7 +111,7 @@ class TokenizerRun:
             codebook.
         restart_every: steps between two restarts of unused codes at current feature vectors.
         restart_until: share of the run after which unused codes are no longer restarted.
-        ema: decay of the exponential moving average of the parameters (0: no average).
+        ema: decay of the moving average of the parameters (0: none).
         mesh: devices along each mesh axis.
         seed: seed of the initial parameters and of the order of the data.
     """
@@ -179,7 +179,7 @@ class Run:
         optimizer: optimizer and its schedules.
         pace: length of the run, reports and checkpoints.
         batch: images per step, over all devices.
-        caption_drop: probability of training an image without its caption or class, for guidance.
+        caption_drop: probability of an image without its caption or class, for guidance.
         trained_scales: train on the first so many scales alone (0: all); sample such a model with
             sampling.stop.
         balance: weight of a scale in the loss: 0 weights all tokens equally, 1 weights all scales
@@ -192,7 +192,7 @@ class Run:
         released_loss_scale: multiply the loss by the images per device when tokens are dropped
             (model.keep_tokens), as the published code does; gradients are then clipped more.
         unmasking: training of a refinement head.
-        ema: decay of the exponential moving average of the parameters (0: no average).
+        ema: decay of the moving average of the parameters (0: none).
         dtype: dtype of the activations; bfloat16 on accelerators.
         remat: which activations the backward pass computes again, which saves memory and costs
             time: none of them, all but the outputs of matrix products with weights (dots), or all

@@ -134,6 +134,15 @@ def build_job(run: Run | TokenizerRun) -> trainer.Job:
         from star_jax.training.refinement_job import RefinementJob
 
         return RefinementJob(run)
+    if run.model.templates:
+        from star_jax.training.mixed_job import MixedJob, flaw
+
+        reason = flaw(run.model)
+        if not reason:
+            return MixedJob(run)
+        logging.getLogger(__name__).warning(
+            '%s; until then all images are cropped to the size of the model', reason
+        )
     from star_jax.training.transformer_job import TransformerJob
 
     return TransformerJob(run)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from star_jax import image_io
 from star_jax.checkpoint import folder, models
 from star_jax.core.condition import Condition
 from star_jax.core.flops import count_flops
+from star_jax.core.schedule import Schedule
 from star_jax.data import pipeline
 from star_jax.families.fit import check_tokenizer
 from star_jax.losses import tokens
@@ -99,11 +100,7 @@ class TransformerJob:
             platform=self._mesh.devices.flat[0].platform,
             encode_prompts=self.prompt_encoder.apply if self.texts is None else None,
         )
-        sources = self.images
-        if cache_folder:
-            encoded = self.program.abstract_encoded(self.tokenizer.params, 1)
-            example = jax.ShapeDtypeStruct(encoded.shape[1:], encoded.dtype)
-            sources = self.origin.read(cache_folder, self.images, example)
+        sources = self._sources(cache_folder)
         self.source, self.validation = sources['data'], sources['validation']
         shardings = rules.shardings(
             self.tokenizer.config.abstract(), self._mesh, f' of the tokenizer {run.tokenizer}'
@@ -170,10 +167,7 @@ class TransformerJob:
         return self._init(params, source)
 
     def batches(self, step: int) -> Iterator[StepInputs]:
-        if self.texts is not None and not self.run.cache:
-            captions = cache.all_texts([self.source], self.run.captions)
-            progress = jax.process_index() == 0
-            peer_watchdog.first_then_others(lambda: self.texts.warm(captions, progress=progress))
+        self._warm_texts()
         for batch in pipeline.batches(
             self.source,
             batch=self.run.batch,
@@ -227,7 +221,13 @@ class TransformerJob:
         """
         if not features:
             self.run.correction.check_bits()
-        config = self.tokenizer.config.at(self.run.model.schedule)
+        origin = dataclasses.replace(self.origin, features=features)
+        origin.write(path, self.images, self._encoder(self.run.model.schedule, features))
+        origin.write_texts(path, self.images)
+
+    def _encoder(self, schedule: Schedule, features: bool) -> Callable[[np.ndarray], jax.Array]:
+        """Encodes this process's uint8 images, of the size of a schedule."""
+        config = self.tokenizer.config.at(schedule)
         tokenizer = config.build_training(self.run.correction, features)
         compiled = jax.jit(
             functools.partial(tokens.encode, tokenizer),
@@ -237,7 +237,7 @@ class TransformerJob:
         def encode(images: np.ndarray) -> jax.Array:
             return compiled(self.frozen.tokenizer, rules.shard_batch(images, self._mesh))
 
-        dataclasses.replace(self.origin, features=features).write(path, self.images, encode)
+        return encode
 
     def export(self, state: TrainState, out: Path) -> None:
         params = rules.gather(self._model_params(state))
@@ -264,6 +264,22 @@ class TransformerJob:
             jax.random.key(self.run.seed),
         )
         return state if params is None else warm_start.start(state, params)
+
+    def _sources(self, cache_folder: Path | None) -> cache.Sources:
+        """The sets, with encoded images where a cache holds them."""
+        if cache_folder is None:
+            return self.images
+        encoded = self.program.abstract_encoded(self.tokenizer.params, 1)
+        example = jax.ShapeDtypeStruct(encoded.shape[1:], encoded.dtype)
+        return self.origin.read(cache_folder, self.images, example)
+
+    def _warm_texts(self) -> None:
+        """Caches the features of all captions, unless the cache of the run holds them."""
+        if self.texts is None or self.run.cache:
+            return
+        captions = cache.all_texts([self.source], self.run.captions)
+        progress = jax.process_index() == 0
+        peer_watchdog.first_then_others(lambda: self.texts.warm(captions, progress=progress))
 
     def _sampling_params(self, state: TrainState) -> Any:
         return {'model': self._model_params(state), 'tokenizer': self.frozen.tokenizer}

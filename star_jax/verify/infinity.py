@@ -43,7 +43,7 @@ class RotaryTables:
         """[rows, P, 2] of a table or an application, padded with zero rows."""
         option = self.case.option
         grids = images(options['schedule'], self.case)
-        reference = templates.PUBLISHED[options['ratio']][-1]
+        reference = templates.PUBLISHED.by_name[str(float(options['ratio']))][-1]
         rotary = rotary_of(self.case, options['mode'])
         rotation_LP2 = rotary.rotation(Pyramid(grids, reference), option('head_dim'))
         padding = -len(rotation_LP2) % max(option('pad_to_multiplier'), 1)

@@ -1,0 +1,285 @@
+"""How is a transformer trained on images of several aspect ratios?"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from star_jax.console import Console
+from star_jax.core.codes import Targets
+from star_jax.core.schedule import Pyramid
+from star_jax.data import mixed, pipeline
+from star_jax.data.mixed import MixedSource
+from star_jax.errors import UserError
+from star_jax.losses import tokens
+from star_jax.losses.tokens import Metrics
+from star_jax.nn.positions import PositionTables
+from star_jax.parallel import peer_watchdog, rules
+from star_jax.protocols import Family
+from star_jax.training import cache
+from star_jax.training.build import build_program
+from star_jax.training.program import StepInputs, TrainingProgram
+from star_jax.training.run import Run
+from star_jax.training.state import TrainState
+from star_jax.training.transformer_job import TransformerJob
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The programs of all templates whose steps have equal sizes.
+
+    Attributes:
+        names: the templates.
+        program: what they train.
+        train: its jitted training step.
+        score: its jitted losses.
+    """
+
+    names: tuple[str, ...]
+    program: TrainingProgram
+    train: Any
+    score: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedTemplate:
+    """What trains on the images of one template.
+
+    Attributes:
+        name: of the template.
+        schedule: its grids.
+        tokenizer: the module at these grids.
+        tables: where its rows are, on the devices.
+        programs: shared with the template of the swapped ratio.
+        encode: parameters and uint8 images -> encoded images, jitted.
+        targets: parameters, encoded images and a key -> targets, jitted.
+    """
+
+    name: str
+    schedule: Pyramid
+    tokenizer: nn.Module
+    tables: PositionTables
+    programs: Programs
+    encode: Any
+    targets: Any
+
+
+class MixedJob(TransformerJob):
+    """Trains on images that are sorted into the templates of the model.
+
+    A step trains on images of one template, in the share that it has of the images. Encoding is
+    compiled for each template, the step of the transformer for each list of step sizes; both on
+    first use. Sample grids have the model's own grids.
+    """
+
+    def __init__(self, run: Run) -> None:
+        if run.enlarge > 1:
+            raise UserError(
+                f'enlarge {run.enlarge} crops images of one size, and the model has templates of '
+                f'several aspect ratios ({", ".join(run.model.templates.names[:3])}, ...): leave '
+                'enlarge out, or set model.templates.grids to nothing'
+            )
+        if reason := flaw(run.model):
+            raise UserError(reason)
+        templates, scales = run.model.templates, run.model.schedule.steps
+        self._schedules = {name: templates.schedule(name, scales) for name in templates.names}
+        self._programs: dict[tuple[int, ...], Programs] = {}
+        self._used: set[tuple[str, ...]] = set()
+        self.template = functools.cache(self._template)
+        super().__init__(run)
+        if jax.process_count() > 1:
+            peer_watchdog.check_same('templates of the images', self.source.fingerprint())
+
+    def summary(self) -> dict[str, str]:
+        """The size of the run; work and tokens are those of the model's own grids."""
+        counts = zip(self._schedules.items(), self.source.counts, strict=True)
+        used = {name: (it.sizes, count) for (name, it), count in counts if count}
+        shares = [f'{name} {count / len(self.source):.1%}' for name, (_, count) in used.items()]
+        programs = len({sizes for sizes, _ in used.values()})
+        listed = f'{len(used)} in {programs} programs: {", ".join(shares)}'
+        return super().summary() | {'templates': listed}
+
+    def batches(self, step: int) -> Iterator[tuple[int, StepInputs]]:
+        self._warm_texts()
+        read = mixed.batches(
+            self.source,
+            batch=self.run.batch,
+            seed=self.run.seed,
+            step=step,
+            rows=self._rows,
+            captions=self.run.captions,
+        )
+        for template, batch in read:
+            yield template, self._template_inputs(template, batch)
+
+    def step(
+        self, step: int, state: TrainState, batch: tuple[int, StepInputs]
+    ) -> tuple[TrainState, Metrics]:
+        template, inputs = self.template(batch[0]), batch[1]
+        key = jax.random.fold_in(jax.random.key(self.run.seed), step)
+        programs, inputs = template.programs, self._with_targets(template, inputs, key)
+        if programs.names in self._used:
+            return programs.train(state, self.frozen, inputs, key)
+        start = time.monotonic()
+        trained = programs.train(state, self.frozen, inputs, key)
+        self._used.add(programs.names)
+        if jax.process_index() == 0:
+            Console(stderr=True).print(
+                f'compiled the step of {template.schedule.length:,} tokens for the templates '
+                f'{" and ".join(programs.names)} in {time.monotonic() - start:.0f} s'
+            )
+        return trained
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss and accuracy on the validation set, over all images and per scale; loss by template.
+
+        Every image counts alike, whatever its number of tokens.
+        """
+        key, sums, scores = jax.random.key(0), {}, {}
+        for number in np.unique(self.validation.template_of).tolist():
+            part, template, sums_2L = (
+                self.validation.of_template(number),
+                self.template(number),
+                0.0,
+            )
+            for batch, real in pipeline.padded_batches(part, self.run.batch, self._rows):
+                inputs = self._template_inputs(number, batch)
+                inputs = self._with_targets(template, inputs, key)
+                losses = template.programs.score(state.averaged, self.frozen, inputs, key)
+                rows = (np.asarray(x_BL)[:real] for x_BL in (losses.nll_BL, losses.hit_BL))
+                sums_2L += np.stack([x_BL.sum(0) for x_BL in rows])
+            means = tokens.mean_per_scale(template.schedule, *(sums_2L / len(part)))
+            scores[f'validation/loss/{template.name}'] = float(means['loss'])
+            for name, mean in means.items():
+                sums[name] = sums.get(name, 0.0) + float(mean) * len(part)
+        count = len(self.validation)
+        return {f'validation/{name}': value / count for name, value in sums.items()} | scores
+
+    def write_cache(self, path: Path, features: bool = False) -> None:
+        """Fills a folder for each template with its encoded images, and one with texts."""
+        if not features:
+            self.run.correction.check_bits()
+        sets = {'data': self.source, 'validation': self.validation}
+        for number, schedule in enumerate(self._schedules.values()):
+            parts = {name: it.of_template(number) for name, it in sets.items() if it.counts[number]}
+            if parts:
+                origin = dataclasses.replace(self._origin(schedule), features=features)
+                encode = self._encoder(schedule, features)
+                origin.write(path / _folder_name(schedule), parts, encode)
+        self.origin.write_texts(path, sets)
+
+    def _sources(self, cache_folder: Path | None) -> cache.Sources:
+        """The sets, sorted into templates, with encoded images where a cache holds them."""
+        config, templates = self.tokenizer.config, self.run.model.templates
+        sizes = [config.at(schedule).resolution for schedule in self._schedules.values()]
+        ratios = [templates.ratio(name) for name in templates.names]
+        sets = {name: mixed.sort(source, sizes, ratios) for name, source in self.images.items()}
+        if cache_folder is None:
+            return sets
+        return {name: self._encoded(name, source, cache_folder) for name, source in sets.items()}
+
+    def _encoded(self, name: str, source: MixedSource, cache_folder: Path) -> MixedSource:
+        """A set with the encoded images of a cache."""
+        sized = list(source.sized)
+        for number in np.unique(source.template_of).tolist():
+            template, part = self.template(number), source.of_template(number)
+            images = jax.ShapeDtypeStruct((1, *template.tokenizer.resolution, 3), np.uint8)
+            encoded = jax.eval_shape(template.encode, self.tokenizer.params, images)
+            example = jax.ShapeDtypeStruct(encoded.shape[1:], encoded.dtype)
+            path, origin = (
+                cache_folder / _folder_name(template.schedule),
+                self._origin(template.schedule),
+            )
+            read = origin.read(path, {name: part}, example)[name]
+            sized[number] = mixed.Encoded(read, part.members)
+        return dataclasses.replace(source, sized=tuple(sized))
+
+    def _origin(self, schedule: Pyramid) -> cache.Origin:
+        """What makes the encoded images of a template."""
+        run = dataclasses.replace(self.run, model=self.run.model.at(schedule))
+        return dataclasses.replace(self.origin, run=run)
+
+    def _template(self, number: int) -> TrainedTemplate:
+        name, schedule = list(self._schedules.items())[number]
+        run = self.run
+        model = run.model.at(schedule)
+        tokenizer = self.tokenizer.config.at(schedule).build_training(
+            run.correction, self.origin.features
+        )
+        if schedule.sizes not in self._programs:
+            program = build_program(
+                dataclasses.replace(run, model=model),
+                self._mesh,
+                tokenizer,
+                platform=self._mesh.devices.flat[0].platform,
+                encode_prompts=self.program.encode_prompts,
+            )
+            named = self._schedules.items()
+            alike = (other for other, it in named if it.sizes == schedule.sizes)
+            self._programs[schedule.sizes] = Programs(
+                names=tuple(alike),
+                program=program,
+                train=jax.jit(program.train, donate_argnums=0),
+                score=jax.jit(program.score, out_shardings=rules.replicated(self._mesh)),
+            )
+        split = rules.batch_sharding(self._mesh)
+        return TrainedTemplate(
+            name=name,
+            schedule=schedule,
+            tokenizer=tokenizer,
+            tables=rules.shard(model.build().position_tables, rules.replicated(self._mesh)),
+            programs=self._programs[schedule.sizes],
+            encode=jax.jit(functools.partial(tokens.encode, tokenizer), out_shardings=split),
+            targets=jax.jit(
+                functools.partial(tokens.teacher_forcing, tokenizer), out_shardings=split
+            ),
+        )
+
+    def _template_inputs(self, number: int, batch: pipeline.Batch) -> StepInputs:
+        """A batch of a template on the devices, its images encoded."""
+        template = self.template(number)
+        if self.run.cache:
+            encoded = rules.shard_batch(batch['encoded'], self._mesh)
+        else:
+            images = rules.shard_batch(batch['image'], self._mesh)
+            encoded = template.encode(self.frozen.tokenizer, images)
+        return StepInputs(
+            encoded=encoded,
+            prompts=rules.shard_batch(self._prompts(batch['caption']), self._mesh),
+            tables=template.tables,
+        )
+
+    def _with_targets(
+        self, template: TrainedTemplate, inputs: StepInputs, key: jax.Array
+    ) -> StepInputs:
+        """The inputs with targets, whose shapes are the same for grids of equal sizes."""
+        targets: Targets = template.targets(self.frozen.tokenizer, inputs.encoded, key)
+        return inputs.replace(encoded=targets)
+
+
+def _folder_name(schedule: Pyramid) -> str:
+    """The folder of a template in a cache, such as 3x4."""
+    height, width = schedule.grids[-1]
+    return f'{height}x{width}'
+
+
+def flaw(model: Family) -> str:
+    """What keeps a model from training on its templates, and what to do; '' for nothing."""
+    own, templates = model.schedule, model.templates
+    try:
+        template = templates.schedule(templates.of_grids(own.grids), own.steps)
+    except UserError as error:
+        return str(error)
+    reference = model.at(template).schedule.reference_grid
+    if own.reference_grid == reference:
+        return ''
+    return (
+        f'model.reference is {own.reference_grid}, but the template of the grids of the model ends '
+        f'with {reference}: set it so, or set model.templates to none'
+    )

@@ -1,0 +1,155 @@
+"""Does a run on images of several aspect ratios train one program for each list of step sizes?"""
+
+import dataclasses
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny import random_params
+
+from star_jax.checkpoint import folder
+from star_jax.core.schedule import square_grids
+from star_jax.core.self_correction import SelfCorrection
+from star_jax.core.templates import Templates
+from star_jax.data.shapes import Shapes
+from star_jax.errors import UserError
+from star_jax.families.infinity import Infinity
+from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.training import train
+from star_jax.training.build import build_program
+from star_jax.training.mixed_job import MixedJob, flaw
+
+pytestmark = pytest.mark.usefixtures('compiled_here')
+
+TEMPLATES = Templates(
+    grids=(('1:1', '1x1 2x2 4x4'), ('4:3', '1x1 2x2 3x4'), ('3:4', '1x1 2x2 4x3')),
+    resolutions=(('small', 2), ('large', 3)),
+)
+MODEL = Infinity(
+    depth=2,
+    width=16,
+    heads=2,
+    bits=6,
+    grids=square_grids((1, 2, 4)),
+    reference=(4, 4),
+    templates=TEMPLATES,
+    text_width=32,
+    text_rows=64,
+)
+ASPECTS = ('1:1', '4:3', '3:4')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp('mixed')
+    autoencoder = Autoencoder(
+        width=4, multipliers=(1,), blocks=1, groups=2, stem=8, attention=False
+    )
+    config = BSQ(autoencoder=autoencoder, grids=MODEL.grids, bits=6)
+    stored = folder.StoredTokenizer(config=config, params=random_params(config.abstract()))
+    folder.write(path / 'tokenizer', stored)
+    return dataclasses.replace(
+        tiny.STAR,
+        model=MODEL,
+        tokenizer=str(path / 'tokenizer'),
+        data=Shapes(count=48, objects=(1,), phrasings=1, aspects=ASPECTS),
+        validation=Shapes(count=12, objects=(1,), split='validation', aspects=ASPECTS),
+        correction=SelfCorrection(strength=0.3),
+        pace=dataclasses.replace(tiny.STAR.pace, images=0),
+    )
+
+
+@pytest.fixture(scope='module')
+def mixed_job(run, tmp_path_factory) -> MixedJob:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('STAR_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+        return train.build_job(run)
+
+
+def steps(job, first: int, count: int, state=None):
+    """The state and the losses of some steps."""
+    state, losses = state or job.init(), []
+    for step, batch in enumerate(itertools.islice(job.batches(first), count), first):
+        state, metrics = job.step(step, state, batch)
+        losses.append(float(metrics['loss']))
+    return state, losses
+
+
+@pytest.mark.slow
+def test_a_run_on_mixed_templates_continues_exactly(mixed_job, capfd):
+    job = mixed_job
+    assert isinstance(job, MixedJob)
+    order = [job.source.template_of[job.source.members(n)].size for n in range(3)]
+    assert job.source.counts == order and min(order) > 5
+    state, losses = steps(job, 0, 6)
+    trained = [jax.tree.map(np.asarray, state.params)]
+    templates = [template for template, _ in itertools.islice(job.batches(0), 6)]
+    assert {1, 2} <= set(templates)
+    assert job.template(1).programs is job.template(2).programs
+    assert 'compiled the step of 17 tokens for the templates 4:3 and 3:4' in capfd.readouterr().err
+    half, first = steps(job, 0, 3)
+    state, second = steps(job, 3, 3, state=half)
+    trained.append(jax.tree.map(np.asarray, state.params))
+    assert first + second == losses
+    jax.tree.map(np.testing.assert_array_equal, *trained)
+    metrics = job.evaluate(state)
+    by_template = [metrics[f'validation/loss/{name}'] for name in TEMPLATES.names]
+    counts = job.validation.counts
+    assert metrics['validation/loss'] == pytest.approx(np.average(by_template, weights=counts))
+    assert 'validation/accuracy/2' in metrics
+
+
+def test_a_template_trains_as_a_model_of_its_grids_alone(mixed_job):
+    job, key = mixed_job, jax.random.key(3)
+    batches = {}
+    for template, inputs in job.batches(0):
+        batches.setdefault(template, inputs)
+        if len(batches) == 3:
+            break
+    shared, params = job.template(1).programs.program, job.init().params
+    loss = jax.jit(lambda *args: shared.loss(*args)[0])
+    ready = [job._with_targets(job.template(n), batches[n], key) for n in (1, 2)]
+    assert signature(ready[0]) == signature(ready[1])
+    losses = [float(loss(params, job.frozen, inputs, key)) for inputs in ready]
+    assert loss._cache_size() == 1
+    tall = build_program(
+        dataclasses.replace(job.run, model=MODEL.at(TEMPLATES.schedule('3:4', 3))),
+        job.run.mesh.build(),
+        job.template(2).tokenizer,
+        platform='cpu',
+        encode_prompts=job.program.encode_prompts,
+    )
+    alone = dataclasses.replace(batches[2], tables=None)
+    expected = jax.jit(lambda *args: tall.loss(*args)[0])(params, job.frozen, alone, key)
+    np.testing.assert_allclose(losses[1], expected, rtol=1e-5)
+    unrotated = ready[1].replace(tables=ready[0].tables)
+    assert float(loss(params, job.frozen, unrotated, key)) != losses[1]
+
+
+def signature(tree) -> list:
+    """Shapes, dtypes and shardings, which decide whether a program is compiled anew."""
+    return [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(tree)]
+
+
+def test_the_summary_counts_templates_and_programs(mixed_job):
+    counts = mixed_job.source.counts
+    shares = [f'{name} {count / 48:.1%}' for name, count in zip(ASPECTS, counts, strict=True)]
+    assert mixed_job.summary()['templates'] == f'3 in 2 programs: {", ".join(shares)}'
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'grids': square_grids((1, 3, 4))}, 'no template begins with the grids of the model'),
+        ({'reference': (8, 8)}, r'model.reference is \(8, 8\), but the template .* \(4, 4\)'),
+    ],
+)
+def test_a_model_whose_grids_are_no_template_is_refused(run, fields, message):
+    model = dataclasses.replace(MODEL, **fields)
+    assert re.search(message, flaw(model)) and not flaw(MODEL)
+    with pytest.raises(UserError, match=message):
+        MixedJob(dataclasses.replace(run, model=model))
