@@ -2,8 +2,8 @@
 
 A family is a config that builds a network; a tokenizer config builds a tokenizer. Training of
 transformers, sampling, planning, benchmarks, model folders and evaluation of samples call the
-members written here and nothing else of them. (Training and evaluation of a *tokenizer* are written
-for `tokenizers.residual_vq.VQ`, and conversion has a table per family.) `Family` and
+members written here and nothing else of them; training and evaluation of a tokenizer call those of
+`TrainedTokenizer`, too. (Conversion has a table per family.) `Family` and
 `TokenizerConfig` are base classes with defaults: a config from outside of this package derives from
 them and is registered in `families.registry`. All others are structural.
 """
@@ -154,6 +154,45 @@ class Tokenizer(Protocol):
         """uint8 images, rounded as the family's published code rounds."""
 
 
+class QuantisedMaps(Protocol):
+    """The result of a quantiser, a dataclass; gradients flow through it.
+
+    A result with a codebook also has `targets`, the vectors [B, h, w, C] of every scale whose
+    nearest code was searched; a result of bits has `residuals`, what their signs were taken of.
+
+    Attributes:
+        canvases: [B, h, w, C] after every scale; the last is what the decoder reads.
+    """
+
+    canvases: tuple[jax.Array, ...]
+
+    def losses(self, f: jax.Array, commitment: float) -> jax.Array:
+        """[K]: the losses of each scale for the features f, commitment weighted."""
+
+    def straight_through(self, f: jax.Array) -> jax.Array:
+        """The last canvas, with the gradient that trains the encoder."""
+
+
+class TrainedTokenizer(Tokenizer, Protocol):
+    """A tokenizer module that can be trained.
+
+    Its parameters have `encoder` and `decoder`, whose last layer is `decoder/conv_out`. A codebook
+    is the parameter `quantiser/codebook`; then the module has `distances`.
+    """
+
+    def features(self, images_BHWc: jax.Array) -> jax.Array:
+        """[B, H, W, 3] in [-1, 1] -> [B, h, w, C]: what is quantised."""
+
+    def quantise(self, f: jax.Array) -> QuantisedMaps:
+        """The codes of features, and their canvases."""
+
+    def labels(self, quantised: QuantisedMaps) -> Sequence[jax.Array]:
+        """Per scale [B, ..., *codes.shape]: the codes, for counting."""
+
+    def decode_unclamped(self, canvas: jax.Array) -> jax.Array:
+        """The decoder's image, not clamped."""
+
+
 class Kernel(Protocol):
     """Computes attention. Each kernel chooses how it combines the pieces of the keys."""
 
@@ -255,7 +294,13 @@ class SamplingMethod(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Sizes of a tokenizer, and `build`."""
+    """Sizes of a tokenizer, and `build`.
+
+    Attributes:
+        has_codebook: codes are learned vectors, which training can start and restart.
+    """
+
+    has_codebook: ClassVar[bool] = True
 
     @property
     def schedule(self) -> Schedule:

@@ -11,11 +11,11 @@ import pytest
 from star_jax.core.schedule import square_grids
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
-from star_jax.losses.tokenizer import Objective
 from star_jax.nn.perceptual import STAGES, Lpips, unit_vectors
 from star_jax.tokenizers import perceptual
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
+from star_jax.training.objective import Objective
 from star_jax.training.run import Pace, TokenizerRun
 from star_jax.training.tokenizer_job import TokenizerJob
 

@@ -11,7 +11,7 @@ from flax.core import meta
 
 from star_jax.checkpoint import config
 from star_jax.families.var import Var
-from star_jax.training.run import Run
+from star_jax.training.run import Run, TokenizerRun
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 CLASS_ROWS = 1001  # of the unused class_emb.weight, which counts in STAR's published numbers
@@ -92,3 +92,23 @@ def test_infinity_has_the_published_size_and_recipe(name):
     assert float(optimizer.learning_rate.at(0, run.pace.steps)) == pytest.approx(6e-3)
     assert (optimizer.beta2, optimizer.clip, optimizer.weight_decay) == (0.97, 5.0, 0.005)
     assert run.correction.strength == 0.3 and run.balance == 0.5 and run.caption_drop == 0.1
+
+
+@pytest.mark.parametrize(
+    ('name', 'parameters', 'resolution'),
+    [
+        ('tokenizer_llamagen', 71_883_403, (256, 256)),
+        ('tokenizer_var', 108_948_355, (256, 256)),
+        ('tokenizer_infinity', 110_118_051, (256, 256)),
+    ],
+)
+def test_presets_of_tokenizers(name, parameters, resolution):
+    run = config.load_run(CONFIGS / f'{name}.py', TokenizerRun)
+    model, adversary = run.model, run.objective.adversary
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(meta.unbox(model.abstract())))
+    assert count == parameters and model.resolution == resolution
+    assert (adversary.weight, adversary.start, run.batch) == (0.5, 20_000, 128)
+    rate = run.optimizer.learning_rate
+    assert float(rate.at(0, run.pace.steps)) == pytest.approx(1e-4)
+    assert float(rate.at(run.pace.steps - 1, run.pace.steps)) == pytest.approx(1e-4)
+    assert adversary.optimizer == run.optimizer

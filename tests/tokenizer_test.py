@@ -13,11 +13,12 @@ from star_jax.checkpoint import models
 from star_jax.core import resize
 from star_jax.core.codes import Sampled
 from star_jax.core.schedule import Pyramid, Step, square_grids
-from star_jax.losses.tokenizer import Objective, psnr
+from star_jax.losses.tokenizer import psnr
 from star_jax.nn import layers
 from star_jax.sampling import program
 from star_jax.tokenizers.autoencoder import Autoencoder, depth_to_space, space_to_depth
 from star_jax.tokenizers.residual_vq import VQ, ResidualVQ, phi_of_scale
+from star_jax.training.objective import Objective
 
 SIDES, V, C = (1, 2, 4), 64, 3
 

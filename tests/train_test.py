@@ -10,6 +10,7 @@ import tiny
 
 from star_jax.checkpoint import weights
 from star_jax.checkpoint.training import Checkpoints
+from star_jax.core.codes import Index
 from star_jax.core.schedule import Pyramid
 from star_jax.errors import UserError
 from star_jax.losses.tokens import token_weights
@@ -129,12 +130,13 @@ def test_summary_warns_of_a_collapsed_codebook(caplog):
     def usage(*used: int, times: int = 100) -> np.ndarray:
         return np.stack([np.arange(500) < count for count in used]) * times
 
-    summary.warn_of_collapse(usage(25, 250))
-    summary.warn_of_collapse(usage(1, 250, times=2))  # two images have two coarsest codes
+    summary.warn_of_collapse(usage(25, 250), Index(500))
+    two_images = usage(1, 250, times=2)  # they have two coarsest codes
+    summary.warn_of_collapse(two_images, Index(500))
     assert not caplog.records
-    summary.warn_of_collapse(usage(1, 250, times=500))
+    summary.warn_of_collapse(usage(1, 250, times=500), Index(500))
     assert 'scale 0' in caplog.text and '0.2 %' in caplog.text and 'all scales' not in caplog.text
-    summary.warn_of_collapse(usage(50, 75))
+    summary.warn_of_collapse(usage(50, 75), Index(500))
     assert 'all scales' in caplog.text and '15.0 %' in caplog.text
 
 

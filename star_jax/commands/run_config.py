@@ -53,17 +53,29 @@ COMMON: dict[type, Sections] = {
     TokenizerRun: {
         'model': (
             'init',
+            'only',
             'model.grids',
+            'model.grid',
             'model.codes',
             'model.channels',
+            'model.bits',
             'model.autoencoder.width',
             'model.autoencoder.multipliers',
         ),
         'data': DATA,
-        'losses': ('objective.l1', 'objective.l2', 'objective.edges', 'objective.perceptual'),
+        'losses': (
+            'objective.l1',
+            'objective.l2',
+            'objective.edges',
+            'objective.perceptual',
+            'objective.scale-dropout',
+            'objective.adversary.weight',
+            'objective.adversary.start',
+            'objective.adversary.adaptive',
+        ),
         'training': (*SCHEDULE, 'plain-steps'),
         'reports and checkpoints': REPORTS,
-        'devices': MESH,
+        'devices': (*MESH, 'dtype'),
     },
 }
 

@@ -24,6 +24,7 @@ from star_jax.nn.positions import (
 )
 from star_jax.protocols import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.tokenizers.residual_bsq import BSQ, PATCH
 from star_jax.tokenizers.residual_vq import VQ
 
@@ -55,7 +56,7 @@ class ModelOptions:
 
     Attributes:
         size: image side in px, which determines the scales (0: the smallest that fits the number of
-            scales and of positions; 1024 for Infinity).
+            scales and of positions; 1024 for Infinity, 256 for LlamaGen).
         sides: side of each scale in tokens, for a model with other scales than the published ones.
         heads: attention heads, if the file has no score scales (0: those of the published model of
             this size, or one per 64 channels).
@@ -65,6 +66,7 @@ class ModelOptions:
         first_refined: first scale of the refinement head, counted from 0.
         groups: groups of the tokenizer's group norms.
         normalised: the tokenizer looks codes up by direction (z-norm) instead of distance.
+        raw_vectors: LlamaGen's tokenizer was trained without l2-normalised vectors.
         released_cross_attention: sample the model with the cross-attention of the published code.
     """
 
@@ -77,6 +79,7 @@ class ModelOptions:
     first_refined: int = 9
     groups: int = 32
     normalised: bool = False
+    raw_vectors: bool = False
     released_cross_attention: bool = False
 
     def __post_init__(self) -> None:
@@ -113,7 +116,9 @@ def transformer(specs: Specs, options: ModelOptions) -> Family:
     return _build(family, **fields, **more)
 
 
-def tokenizer(specs: Specs, options: ModelOptions, model: Family | None = None) -> VQ | BSQ:
+def tokenizer(
+    specs: Specs, options: ModelOptions, model: Family | None = None
+) -> VQ | BSQ | RasterVQ:
     """The config of a tokenizer, from the names and shapes of its state dict.
 
     Args:
@@ -129,6 +134,8 @@ def tokenizer(specs: Specs, options: ModelOptions, model: Family | None = None) 
         return _bsq(specs, options, model)
     _require(specs, 4, 'encoder.conv_in.weight')
     _require(specs, 2, 'quantize.embedding.weight')
+    if any(name.startswith('encoder.conv_blocks.') for name in specs):
+        return _raster_vq(specs, options, model)
     width = specs['encoder.conv_in.weight'].shape[0]
     levels = _count(specs, 'encoder.down')
     first_convs = [f'encoder.down.{level}.block.0.conv1.weight' for level in range(levels)]
@@ -145,7 +152,7 @@ def tokenizer(specs: Specs, options: ModelOptions, model: Family | None = None) 
     return _build(
         VQ,
         autoencoder=autoencoder,
-        grids=grids or square_grids(options.sides or SIDES[options.size or 256]),
+        grids=grids or square_grids(options.sides or _of_size(SIDES, options, 256)),
         codes=codes,
         channels=channels,
         phis=phis or 1,
@@ -270,11 +277,53 @@ def _bsq(specs: Specs, options: ModelOptions, model: Family | None) -> BSQ:
     )
 
 
+def _raster_vq(specs: Specs, options: ModelOptions, model: Family | None) -> RasterVQ:
+    """What a file of LlamaGen's tokenizer lacks: the grid, and whether vectors are normalised."""
+    if len(options.sides) > 1:
+        raise UserError(
+            f'this tokenizer has one scale, and sides are {options.sides}: give the side of its '
+            'grid in tokens, or the image size with --size'
+        )
+    blocks = 'encoder.conv_blocks'
+    levels = _count(specs, blocks)
+    first = [f'{blocks}.{level}.res.0.conv1.weight' for level in range(levels)]
+    _require(specs, 4, 'encoder.conv_out.weight', *first)
+    width = specs['encoder.conv_in.weight'].shape[0]
+    autoencoder = _build(
+        Autoencoder,
+        width=width,
+        multipliers=tuple(specs[name].shape[0] // width for name in first),
+        blocks=_count(specs, f'{blocks}.0.res'),
+        groups=options.groups,
+        fused_attention=False,
+        latent=specs['encoder.conv_out.weight'].shape[0],
+    )
+    codes, channels = specs['quantize.embedding.weight'].shape
+    side = (options.size or 256) // autoencoder.downsampling
+    grid = (options.sides * 2) or (side, side)
+    return _build(
+        RasterVQ,
+        autoencoder=autoencoder,
+        grid=model.schedule.grids[0] if model else grid,
+        codes=codes,
+        channels=channels,
+        normalised=not options.raw_vectors,
+    )
+
+
 def _grids(options: ModelOptions) -> Grids:
     """The scales of an Infinity, which no file contains."""
     if options.sides:
         return square_grids(options.sides)
-    return SQUARES[options.size or 1024]
+    return _of_size(SQUARES, options, 1024)
+
+
+def _of_size(table: Mapping[int, T], options: ModelOptions, default: int) -> T:
+    """The entry of the options' size. Raises UserError where no published model has it."""
+    size = options.size or default
+    if size not in table:
+        raise UserError(f'no published model of this kind makes images of {size} px')
+    return table[size]
 
 
 def _star_fields(specs: Specs, options: ModelOptions) -> dict[str, Any]:

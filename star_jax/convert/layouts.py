@@ -16,6 +16,8 @@ from star_jax.convert.buffers import Buffers
 from star_jax.convert.entries import Entry
 from star_jax.convert.infinity import chunks_of, infinity_entries
 from star_jax.convert.llamagen import BUFFERS, llamagen_entries
+from star_jax.convert.raster_vq import IGNORED as RASTER_IGNORED
+from star_jax.convert.raster_vq import raster_vq_entries
 from star_jax.convert.star import IGNORED, star_entries, vq_entries
 from star_jax.convert.var import var_entries
 from star_jax.families.infinity import Infinity
@@ -23,6 +25,7 @@ from star_jax.families.llamagen import Llama, LlamaGen, LlamaGenText
 from star_jax.families.star import Star
 from star_jax.families.var import Var
 from star_jax.protocols import Family, TokenizerConfig
+from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.tokenizers.residual_vq import VQ
 
@@ -93,6 +96,10 @@ def _bsq(config: BSQ, names: list[str]) -> Layout:
     )
 
 
+def _raster_vq(config: RasterVQ, names: list[str]) -> Layout:
+    return Layout(entries=raster_vq_entries(config), ignored=RASTER_IGNORED)
+
+
 LAYOUTS: Mapping[type, Callable[[Any, list[str]], Layout]] = {
     Star: _star,
     Var: _var,
@@ -101,4 +108,5 @@ LAYOUTS: Mapping[type, Callable[[Any, list[str]], Layout]] = {
     LlamaGenText: _llamagen,
     VQ: _vq,
     BSQ: _bsq,
+    RasterVQ: _raster_vq,
 }

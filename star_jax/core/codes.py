@@ -82,6 +82,18 @@ class Codes(Protocol):
     def unpack(self, packed: jax.Array) -> jax.Array:
         """The codes that `pack` made [B, L, ...] of."""
 
+    def count(self, codes: jax.Array, weights: jax.Array) -> jax.Array:
+        """[num_logits] float32: how often each value of each number occurs, as a head orders them.
+
+        `weights` has the shape of `codes` without the axes of one code.
+        """
+
+    def perplexity(self, counts: jax.Array) -> jax.Array:
+        """The exponential of the entropy of counts [..., num_logits], a mean over bits.
+
+        It is `num_codes` where all values are equally frequent, and 1 where only one occurs.
+        """
+
 
 class Categorical:
     """Everything that is done with one categorical distribution per number of a code."""
@@ -101,6 +113,12 @@ class Categorical:
     def hits(self, logits: jax.Array, codes: jax.Array) -> jax.Array:
         """[B, L] float32: the share of a code that the most probable one gets right."""
         return _mean_of_token((logits.argmax(-1) == codes).astype(jnp.float32))
+
+    def perplexity(self, counts: jax.Array) -> jax.Array:
+        """exp(entropy) of counts [..., num_logits], a mean over the numbers of a code."""
+        counts = counts.reshape(*counts.shape[:-1], -1, self.num_codes)
+        probs = counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)
+        return jnp.exp(-jnp.sum(probs * jnp.log(probs + 1e-10), -1)).mean(-1)
 
     # Static: as a field of a sampling method, a method bound to a new object would compile anew.
     @staticmethod
@@ -143,6 +161,9 @@ class Index(Categorical):
     def unpack(self, packed: jax.Array) -> jax.Array:
         return packed
 
+    def count(self, codes: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.bincount(codes.reshape(-1), weights.reshape(-1), length=self.size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Bits(Categorical):
@@ -171,6 +192,10 @@ class Bits(Categorical):
     def unpack(self, packed: jax.Array) -> jax.Array:
         """[..., ceil(K / 8)] uint8 -> [..., K] int8."""
         return jnp.unpackbits(packed, axis=-1, count=self.width).astype(jnp.int8)
+
+    def count(self, codes: jax.Array, weights: jax.Array) -> jax.Array:
+        ones_K = jnp.tensordot(weights.reshape(-1), codes.reshape(-1, self.width), 1)
+        return jnp.stack([weights.sum() - ones_K, ones_K], axis=-1).reshape(-1)
 
 
 def _mean_of_token(x: jax.Array) -> jax.Array:

@@ -299,6 +299,11 @@ class Raster(Schedule):
                 f'is too long, expected at most {MOST_TOKENS:,}'
             )
 
+    @property
+    def grids(self) -> Grids:
+        """The grid of the only scale."""
+        return ((self.height, self.width),)
+
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         return (1,) * (self.height * self.width)

@@ -130,9 +130,12 @@ def image_sets(
 
 def tokenizer_rows(context: EvalContext, reconstructions: Sequence[Reconstruction]) -> Rows:
     """PSNR, LPIPS and used codes of each split."""
-    grids, seed = context.tokenizer.config.grids, context.options.seed
+    config, seed = context.tokenizer.config, context.options.seed
+    score = functools.partial(
+        reconstruction.scores, grids=config.grids, codes=config.vocabulary, seed=seed
+    )
     return [
-        {'split': split, **reconstruction.scores(reconstruction.concatenate(parts), grids, seed)}
+        {'split': split, **score(reconstruction.concatenate(parts))}
         for split, parts in context.by_split(reconstructions).items()
     ]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from star_jax.checkpoint.folder import StoredTokenizer
 from star_jax.core import pixels
+from star_jax.core.codes import Codes
 from star_jax.core.schedule import Grids
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
@@ -59,7 +60,9 @@ def compile_reconstruction(
             images=network.to_uint8(decoded),
             psnr_N=psnr(signed, decoded),
             lpips_N=None if lpips is None else lpips(signed, decoded),
-            usage_KV=codebook.usage(codes, network.codes.size, jnp.arange(len(images)) < real),
+            usage_KV=codebook.usage(
+                bound.labels(codes), network.codes, jnp.arange(len(images)) < real
+            ),
         )
 
     def reconstruct(source: Source) -> Iterable[Reconstruction]:
@@ -85,10 +88,10 @@ def concatenate(reconstructions: Iterable[Reconstruction]) -> Reconstruction:
     )
 
 
-def scores(reconstruction: Reconstruction, grids: Grids, seed: int) -> dict[str, Any]:
+def scores(reconstruction: Reconstruction, grids: Grids, codes: Codes, seed: int) -> dict[str, Any]:
     """PSNR and LPIPS; the share of used codes; the share and the perplexity of each scale."""
     usage_KV, lpips_N = reconstruction.usage_KV, reconstruction.lpips_N
-    perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(usage_KV)))
+    perplexity_K = np.asarray(codes.perplexity(jnp.asarray(usage_KV)))
     used_K = (usage_KV > 0).mean(1)
     return {
         'count': len(reconstruction.images),

@@ -5,6 +5,7 @@ from star_jax.families.llamagen import LlamaGen, LlamaGenText
 from star_jax.families.registry import register_family, register_tokenizer
 from star_jax.families.star import Star
 from star_jax.families.var import Var
+from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.tokenizers.residual_vq import VQ
 
@@ -15,3 +16,4 @@ register_family('llamagen', LlamaGen)
 register_family('llamagen_text', LlamaGenText)
 register_tokenizer('VQ', VQ)
 register_tokenizer('BSQ', BSQ)
+register_tokenizer('RasterVQ', RasterVQ)

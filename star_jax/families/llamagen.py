@@ -33,6 +33,7 @@ from star_jax.nn.positions import RasterPositions, RasterRotary
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
 from star_jax.text.cleaning import clean
+from star_jax.tokenizers.raster_vq import RasterVQ
 
 STD = 0.02  # of all fresh weights (LlamaGen specification 2.7)
 UNIT = 256  # published hidden widths are multiples of it
@@ -174,6 +175,10 @@ class Llama(Layers):
             unroll=unroll,
             dtype=dtype,
         )
+
+    def default_tokenizer(self) -> RasterVQ:
+        """The published tokenizer with this grid, these codes and channels."""
+        return RasterVQ(grid=self.grid, codes=self.codes, channels=self.channels)
 
     def abstract_inputs(self, batch: int = 1) -> jax.ShapeDtypeStruct:
         """Shapes of the codes of all tokens but the last."""

@@ -1,65 +1,46 @@
-"""Which loss trains a tokenizer?"""
+"""Which losses train a tokenizer?
+
+Of pixels, and of the codes. How they are weighted is the `Objective` of a run.
+"""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from star_jax.tokenizers.residual_vq import Quantised
+from star_jax.nn import layers
 
 # [B, H, W, 3] pairs in [-1, 1] -> [B] perceptual distances.
 Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Weights of the reconstruction losses and of the quantiser's (STAR specification 1.8).
+class CodeEntropies(NamedTuple):
+    """How decided and how varied codes are, in nats (LlamaGen specification 1.5).
 
     Attributes:
-        l1: weight of the mean absolute error of the pixels.
-        l2: weight of their mean squared error.
-        edges: weight of the mean absolute error of differences between neighbouring pixels.
-        perceptual: weight of the LPIPS distance (0: off; needs the extra lpips).
-        quantiser: weight of the quantiser's losses, those of codebook and commitment.
-        commitment: weight of the commitment loss within them.
-        scales: how the quantiser's losses of all scales combine: VAR takes the mean, STAR's
-            modified file the sum.
+        per_sample: entropy of the soft code of one vector, averaged over the vectors.
+        codebook: entropy of the averaged soft codes; large where all codes are used.
     """
 
-    l1: float = 1.0
-    l2: float = 1.0
-    edges: float = 1.0
-    perceptual: float = 0.0
-    quantiser: float = 1.0
-    commitment: float = 0.25
-    scales: Literal['mean', 'sum'] = 'mean'
+    per_sample: jax.Array
+    codebook: jax.Array
 
-    def __post_init__(self) -> None:
-        weights = (self.l1, self.l2, self.edges, self.perceptual, self.quantiser, self.commitment)
-        if min(weights) < 0:
-            raise ValueError(f'weights of losses must not be negative: {self}')
 
-    def reconstruction(
-        self, images: jax.Array, decoded: jax.Array, perceptual: Perceptual | None = None
-    ) -> dict[str, jax.Array]:
-        """The weighted losses of `decoded` (not clamped) against `images` in [-1, 1]."""
-        error = decoded - images
-        parts = {
-            'l1': self.l1 * jnp.abs(error).mean(),
-            'l2': self.l2 * jnp.square(error).mean(),
-            'edges': self.edges * (_slope(error, 1) + _slope(error, 2)),
-        }
-        if perceptual is not None:
-            parts['perceptual'] = self.perceptual * perceptual(images, decoded).mean()
-        return parts
+def code_entropies(distances: jax.Array, temperature: float = 0.01) -> CodeEntropies:
+    """Entropies of the soft codes softmax(-distance / temperature).
 
-    def quantisation(self, f_BHWC: jax.Array, quantised: Quantised) -> jax.Array:
-        """The weighted loss of the quantiser."""
-        losses_K = quantised.losses(f_BHWC, self.commitment)
-        return self.quantiser * (losses_K.mean() if self.scales == 'mean' else losses_K.sum())
+    Args:
+        distances: [..., V] squared distances of vectors from all code vectors.
+        temperature: small where the soft code is close to the nearest one.
+    """
+    logits_NV = -distances.reshape(-1, distances.shape[-1]) / temperature
+    probs_NV, log_probs_NV = jax.nn.softmax(logits_NV), jax.nn.log_softmax(logits_NV)
+    probs_V = probs_NV.mean(0)
+    per_sample = -(probs_NV * log_probs_NV).sum(-1).mean()
+    return CodeEntropies(per_sample, -(probs_V * jnp.log(probs_V + 1e-5)).sum())
 
 
 class BitEntropies(NamedTuple):
@@ -80,7 +61,8 @@ class BitEntropies(NamedTuple):
 def bit_entropies(z: jax.Array, inverse_temperature: float = 100.0) -> BitEntropies:
     """Entropies of the soft bits of vectors [..., K] of length 1."""
     sharpness = -4 * inverse_temperature / math.sqrt(z.shape[-1])
-    negative = jax.nn.sigmoid(sharpness * z.astype(jnp.float32)).reshape(-1, z.shape[-1])
+    z = z.astype(layers.at_least_float32(z.dtype))
+    negative = jax.nn.sigmoid(sharpness * z).reshape(-1, z.shape[-1])
     probs_NK2 = jnp.stack([negative, 1 - negative], axis=-1)
     probs_K2 = probs_NK2.mean(0)
     return BitEntropies(_entropy(probs_NK2).sum(-1).mean(), _entropy(probs_K2).sum(), probs_K2)
@@ -91,11 +73,76 @@ def _entropy(probs: jax.Array) -> jax.Array:
     return -(probs * jnp.log(probs + 1e-8)).sum(-1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EntropyOfCodes:
+    """For tokenizers with a codebook (LlamaGen specification 1.5).
+
+    Attributes:
+        weight: of the entropy of each vector minus that of the averaged codes.
+        temperature: of the soft codes.
+    """
+
+    weight: float = 0.1
+    temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.temperature <= 0:
+            raise ValueError(f'weight must not be negative, and temperature positive: {self}')
+
+    def check(self, has_codebook: bool) -> None:
+        """Raises ValueError for tokenizers of bits."""
+        if not has_codebook:
+            raise ValueError('EntropyOfCodes is for codebooks, not for bits: use EntropyOfBits')
+
+    def losses(self, tokenizer: Any, quantised: Any) -> jax.Array:
+        every = [
+            code_entropies(tokenizer.distances(target), self.temperature)
+            for target in quantised.targets
+        ]
+        return self.weight * jnp.stack([each.per_sample - each.codebook for each in every])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EntropyOfBits:
+    """For tokenizers of bits (Infinity specification 3.6).
+
+    Attributes:
+        weight: of the entropy of each vector minus that of the averaged bits.
+        inverse_temperature: of the soft bits.
+        diversity: weight of the entropy of the averaged bits within the loss.
+    """
+
+    weight: float = 0.1
+    inverse_temperature: float = 100.0
+    diversity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.weight, self.diversity) < 0 or self.inverse_temperature <= 0:
+            raise ValueError(
+                f'weights must not be negative, and inverse_temperature positive: {self}'
+            )
+
+    def check(self, has_codebook: bool) -> None:
+        """Raises ValueError for tokenizers with a codebook."""
+        if has_codebook:
+            raise ValueError('EntropyOfBits is for bits, not for codebooks: use EntropyOfCodes')
+
+    def losses(self, tokenizer: Any, quantised: Any) -> jax.Array:
+        every = [
+            bit_entropies(layers.unit(residual), self.inverse_temperature)
+            for residual in quantised.residuals
+        ]
+        return self.weight * jnp.stack(
+            [each.per_sample - self.diversity * each.codebook for each in every]
+        )
+
+
 def psnr(images: jax.Array, decoded: jax.Array) -> jax.Array:
     """[B] peak signal-to-noise ratios in dB of images in [-1, 1]."""
     error = (decoded.clip(-1, 1) - images) / 2
     return -10 * jnp.log10(jnp.square(error).mean((1, 2, 3)) + 1e-10)
 
 
-def _slope(error: jax.Array, axis: int) -> jax.Array:
+def slope(error: jax.Array, axis: int) -> jax.Array:
+    """The mean absolute difference of neighbours along an axis."""
     return jnp.abs(jnp.diff(error, axis=axis)).mean()

@@ -10,6 +10,11 @@ from flax import linen as nn
 Initializer = nn.initializers.Initializer
 
 
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """What sums are kept in: float32, or float64 in a program of float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """LayerNorm over the last axis without scale or shift; float32 statistics, dtype of x out."""
     centred = x.astype(jnp.float32)
@@ -85,8 +90,8 @@ def _along(axis: str | None, init: Initializer) -> Initializer:
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x / max(norm, 1e-12) over the last axis, float32."""
-    x = x.astype(jnp.float32)
+    """x / max(norm, 1e-12) over the last axis, at least float32."""
+    x = x.astype(at_least_float32(x.dtype))
     # The bound lies under the root: the root's own gradient is infinite at zero.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 

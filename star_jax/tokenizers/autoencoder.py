@@ -36,6 +36,8 @@ class Autoencoder:
         stem: side of the squares of pixels that the first layer folds into channels (1: none, as
             published); removes the work at full resolution.
         attention: self-attention at the coarsest level and in the middle.
+        fused_attention: one convolution makes its queries, keys and values (False: three, as in
+            LlamaGen's files).
         latent: channels between encoder and quantiser (0: the channels of the codebook).
     """
 
@@ -45,6 +47,7 @@ class Autoencoder:
     groups: int = 32
     stem: int = 1
     attention: bool = True
+    fused_attention: bool = True
     latent: int = 0
 
     def __post_init__(self) -> None:
@@ -105,16 +108,28 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One head of self-attention over all cells."""
+    """One head of self-attention over all cells.
+
+    Attributes:
+        groups: groups of the norm.
+        fused: one convolution makes queries, keys and values.
+    """
 
     groups: int
+    fused: bool = True
 
     @nn.compact
     def __call__(self, x_BhwC: jax.Array) -> jax.Array:
         batch, height, width, channels = x_BhwC.shape
-        qkv = layers.conv(3 * channels, 1, name='qkv')(_norm(self.groups, x_BhwC, 'norm'))
-        q_BLC, k_BLC, v_BLC = jnp.split(qkv.reshape(batch, height * width, -1), 3, axis=-1)
-        scores_BLM = jnp.einsum('BLC,BMC->BLM', q_BLC, k_BLC, preferred_element_type=jnp.float32)
+        h = _norm(self.groups, x_BhwC, 'norm')
+        if self.fused:
+            qkv = layers.conv(3 * channels, 1, name='qkv')(h)
+            parts = jnp.split(qkv.reshape(batch, height * width, -1), 3, axis=-1)
+        else:
+            parts = [layers.conv(channels, 1, name=name)(h) for name in 'qkv']
+        q_BLC, k_BLC, v_BLC = (x.reshape(batch, height * width, channels) for x in parts)
+        wide = layers.at_least_float32(x_BhwC.dtype)
+        scores_BLM = jnp.einsum('BLC,BMC->BLM', q_BLC, k_BLC, preferred_element_type=wide)
         weights_BLM = jax.nn.softmax(scores_BLM * channels**-0.5).astype(v_BLC.dtype)
         h = jnp.einsum('BLM,BMC->BLC', weights_BLM, v_BLC).reshape(x_BhwC.shape)
         return x_BhwC + layers.conv(channels, 1, init=ZEROS, name='proj_out')(h)
@@ -135,7 +150,7 @@ class Encoder(nn.Module):
             for block in range(sizes.blocks):
                 h = ResBlock(width, sizes.groups, name=f'down_{level}_block_{block}')(h)
                 if level == last and sizes.attention:
-                    h = AttnBlock(sizes.groups, name=f'down_{level}_attn_{block}')(h)
+                    h = _attention(sizes, f'down_{level}_attn_{block}')(h)
             if level < last:
                 # One zero row below and one zero column to the right, none above or to the left.
                 down = layers.conv(
@@ -162,7 +177,7 @@ class Decoder(nn.Module):
             for block in range(sizes.blocks + 1):
                 h = ResBlock(sizes.widths[level], sizes.groups, name=f'up_{level}_block_{block}')(h)
                 if level == last and sizes.attention:
-                    h = AttnBlock(sizes.groups, name=f'up_{level}_attn_{block}')(h)
+                    h = _attention(sizes, f'up_{level}_attn_{block}')(h)
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
                 h = layers.conv(sizes.widths[level], name=f'up_{level}_upsample')(h)
@@ -190,8 +205,13 @@ def _norm(groups: int, x_BhwC: jax.Array, name: str) -> jax.Array:
     return layers.group_norm(groups or by_width, name)(x_BhwC)
 
 
+def _attention(sizes: Autoencoder, name: str) -> AttnBlock:
+    """A self-attention of the enclosing module."""
+    return AttnBlock(sizes.groups, sizes.fused_attention, name=name)
+
+
 def _middle(sizes: Autoencoder, h: jax.Array) -> jax.Array:
     h = ResBlock(sizes.widths[-1], sizes.groups, name='mid_block_1')(h)
     if sizes.attention:
-        h = AttnBlock(sizes.groups, name='mid_attn_1')(h)
+        h = _attention(sizes, 'mid_attn_1')(h)
     return ResBlock(sizes.widths[-1], sizes.groups, name='mid_block_2')(h)

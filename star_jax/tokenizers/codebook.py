@@ -3,28 +3,33 @@
 Residual k-means finds the first codes; codes that no image uses move to vectors that images need.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from star_jax.core import resize
+from star_jax.core.codes import Codes
 from star_jax.tokenizers.residual_vq import Quantised
 
 
-def usage(quantised: Quantised, size: int, weight_B: jax.Array | float = 1.0) -> jax.Array:
-    """[K, V] float32: how often each scale used each code; images may have weights."""
+def usage(
+    labels: Sequence[jax.Array], codes: Codes, weight_B: jax.Array | float = 1.0
+) -> jax.Array:
+    """[K, num_logits] float32: how often each scale used each value of a code.
 
-    def count(codes_Bhw: jax.Array) -> jax.Array:
-        weight_B11 = jnp.asarray(weight_B, jnp.float32).reshape(-1, 1, 1)
-        weights = jnp.broadcast_to(weight_B11, codes_Bhw.shape)
-        return jnp.bincount(codes_Bhw.reshape(-1), weights.reshape(-1), length=size)
+    Args:
+        labels: codes of each scale, [B, ..., *codes.shape].
+        codes: what one code is.
+        weight_B: weights of the images.
+    """
 
-    return jnp.stack([count(codes) for codes in quantised.codes])
+    def count(values: jax.Array) -> jax.Array:
+        tokens = values.shape[: values.ndim - len(codes.shape)]
+        weight = jnp.asarray(weight_B, jnp.float32).reshape(-1, *[1] * (len(tokens) - 1))
+        return codes.count(values, jnp.broadcast_to(weight, tokens))
 
-
-def perplexity(usage_KV: jax.Array) -> jax.Array:
-    """[K]: the exponential of each scale's code entropy; V if all codes are equally likely."""
-    probs = usage_KV / jnp.maximum(usage_KV.sum(-1, keepdims=True), 1)
-    return jnp.exp(-jnp.sum(probs * jnp.log(probs + 1e-10), -1))
+    return jnp.stack([count(values) for values in labels])
 
 
 def peel(f_BHWC: jax.Array, grids: tuple[tuple[int, int], ...]) -> list[jax.Array]:

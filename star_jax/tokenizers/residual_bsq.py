@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ class BSQ(TokenizerConfig):
         indexed: a token is one of 2^bits codes instead of its bits, the first bit the highest; for
             comparisons, not published.
     """
+
+    has_codebook: ClassVar[bool] = False
 
     autoencoder: Autoencoder = Autoencoder(
         width=128, multipliers=(1, 2, 4, 4, 4), groups=0, attention=False
@@ -152,6 +155,21 @@ class BitTrace:
         limit = SMALL / math.sqrt(self.bits[0].shape[-1])
         return jnp.stack([(jnp.abs(residual) < limit).mean() for residual in self.residuals])
 
+    def losses(self, f: jax.Array, commitment: float) -> jax.Array:
+        """[S]: the commitment loss of each scale (Infinity specification 3.6).
+
+        The mean squared distance of the residual's direction from the code, which stays.
+        """
+        errors = [
+            layers.unit(residual) - code_vectors(bits)
+            for residual, bits in zip(self.residuals, self.bits, strict=True)
+        ]
+        return commitment * jnp.stack([jnp.square(error).mean() for error in errors])
+
+    def straight_through(self, f: jax.Array) -> jax.Array:
+        """The last canvas; its gradient flows through the directions of the residuals."""
+        return self.canvases[-1]
+
 
 def code_vectors(bits: jax.Array) -> jax.Array:
     """Vectors of length 1 for the bits on the last axis, float32."""
@@ -179,7 +197,7 @@ def quantise(
         detach: no gradient flows through what earlier scales took away.
         flips: which bits are flipped before their codes are taken away.
     """
-    f, full = f.astype(jnp.float32), sizes[-1]
+    f, full = f.astype(layers.at_least_float32(f.dtype)), sizes[-1]
     rest, canvas = f, jnp.zeros_like(f)
     trace = BitTrace((), (), (), (), ())
     for step, (size, factor) in enumerate(zip(sizes, decays(len(sizes), decay), strict=True)):
@@ -343,10 +361,17 @@ class BSQTokenizer(nn.Module):
 
     def token_codes(self, trace: BitTrace) -> jax.Array:
         """[B, L, D] bits of all tokens, or their indices [B, L]."""
-        bits_BLK = self.tokens(trace.bits)
+        return self._codes(self.tokens(trace.bits))
+
+    def labels(self, trace: BitTrace) -> list[jax.Array]:
+        """Per scale [B, L, D]: the bits of its tokens, or their indices [B, L]."""
+        return [self._codes(self._tokens(bits)) for bits in trace.bits]
+
+    def _codes(self, bits_BLD: jax.Array) -> jax.Array:
+        """The codes of tokens of bits."""
         if not self.config.indexed:
-            return bits_BLK
-        return (bits_BLK.astype(jnp.int32) << self._places).sum(-1)
+            return bits_BLD
+        return (bits_BLD.astype(jnp.int32) << self._places).sum(-1)
 
     @property
     def _places(self) -> jax.Array:

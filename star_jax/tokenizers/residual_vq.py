@@ -139,19 +139,23 @@ class Quantised:
     def codes_BL(self) -> jax.Array:
         return jnp.concatenate([codes.reshape(len(codes), -1) for codes in self.codes], axis=1)
 
+    def commitments(self, f_BHWC: jax.Array) -> list[jax.Array]:
+        """The mean squared distance of the features from each canvas, which stays."""
+        stop = jax.lax.stop_gradient
+        return [jnp.square(stop(canvas) - f_BHWC).mean() for canvas in self.canvases]
+
+    def distortions(self, f_BHWC: jax.Array) -> list[jax.Array]:
+        """The mean squared distance of each canvas from the features, which stay."""
+        stop = jax.lax.stop_gradient
+        return [jnp.square(canvas - stop(f_BHWC)).mean() for canvas in self.canvases]
+
     def losses(self, f_BHWC: jax.Array, commitment: float) -> jax.Array:
         """[K] commitment and codebook loss of each scale (STAR specification 1.8).
 
         VAR averages over the scales; STAR's modified file sums.
         """
-        stop = jax.lax.stop_gradient
-        return jnp.stack(
-            [
-                commitment * jnp.square(stop(canvas) - f_BHWC).mean()
-                + jnp.square(canvas - stop(f_BHWC)).mean()
-                for canvas in self.canvases
-            ]
-        )
+        parts = zip(self.commitments(f_BHWC), self.distortions(f_BHWC), strict=True)
+        return jnp.stack([commitment * pulled + moved for pulled, moved in parts])
 
     def straight_through(self, f_BHWC: jax.Array) -> jax.Array:
         """The last canvas, with the gradient of the identity to f and none to the codebook."""
@@ -204,12 +208,15 @@ class ResidualVQ(nn.Module):
 
     def search(self, z: jax.Array) -> jax.Array:
         """The nearest code of every vector, int32; the lowest on ties."""
+        return self.distances(z).argmin(-1).astype(jnp.int32)
+
+    def distances(self, z: jax.Array) -> jax.Array:
+        """[..., V]: squared distances from all code vectors; cosines, negative, if normalised."""
         if self.normalised:
-            scores = jnp.matmul(layers.unit(z), layers.unit(self.codebook).T, precision='highest')
-            return scores.argmax(-1).astype(jnp.int32)
+            return -jnp.matmul(layers.unit(z), layers.unit(self.codebook).T, precision='highest')
         products = jnp.matmul(z, self.codebook.T, precision='highest')
         squares = jnp.square(z).sum(-1, keepdims=True) + jnp.square(self.codebook).sum(-1)
-        return (squares - 2 * products).argmin(-1).astype(jnp.int32)
+        return squares - 2 * products
 
     def refine(self, vectors_BhwC: jax.Array, step: Step) -> jax.Array:
         """The maps that a scale adds to the canvas: its vectors at full size, through its phi."""
@@ -330,6 +337,14 @@ class VQTokenizer(nn.Module):
 
     def quantise(self, f_BHWC: jax.Array) -> Quantised:
         return self.quantiser.quantise(f_BHWC)
+
+    def labels(self, quantised: Quantised) -> tuple[jax.Array, ...]:
+        """Per scale [B, h, w]: the codes."""
+        return quantised.codes
+
+    def distances(self, vectors: jax.Array) -> jax.Array:
+        """[..., V]: squared distances from all code vectors."""
+        return self.quantiser.distances(vectors)
 
     def encode(self, images_BHWc: jax.Array) -> jax.Array:
         """[B, L] int32 codes of images in [-1, 1]."""

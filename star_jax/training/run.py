@@ -21,13 +21,13 @@ from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.files import SHIPPED
 from star_jax.losses.refinement import Unmasking
-from star_jax.losses.tokenizer import Objective
 from star_jax.losses.tokens import BitReduction
 from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel.mesh import MeshShape
 from star_jax.protocols import Family, TokenizerConfig
 from star_jax.text.encoder_folder import DEFAULT
 from star_jax.tokenizers.residual_vq import VQ
+from star_jax.training.objective import Objective
 from star_jax.training.optimizer import AdamW
 
 MAX_STEPS = 2**31 - 1  # programs count them in int32
@@ -99,10 +99,15 @@ class TokenizerRun:
     Attributes:
         model: sizes of the tokenizer.
         data: training images.
+        enlarge: load training images this many times larger and train on a random crop (1: no
+            crop).
+        flip: probability of training on the mirror image of an image.
         validation: images of the validation metrics; without a path, a split of the training set.
         init: model folder to warm-start from ('': random weights); the codebook is kept if
             plain_steps is 0.
-        objective: weights of the losses.
+        only: what is trained: everything (''), or the decoder, which leaves every code of the
+            tokenizer of init as it was.
+        objective: weights and parts of the losses.
         optimizer: optimizer and its schedules.
         pace: length of the run, reports and checkpoints.
         batch: images per step, over all devices.
@@ -112,14 +117,19 @@ class TokenizerRun:
         restart_every: steps between two restarts of unused codes at current feature vectors.
         restart_until: share of the run after which unused codes are no longer restarted.
         ema: decay of the moving average of the parameters (0: none).
+        dtype: dtype of the activations of encoder, decoder and discriminator; statistics, the
+            quantiser and losses are float32.
         mesh: devices along each mesh axis.
         seed: seed of the initial parameters and of the order of the data.
     """
 
     model: TokenizerConfig = VQ()
     data: Data = Shapes()
+    enlarge: float = 1.0
+    flip: float = 0.0
     validation: Data = Shapes(split='validation', count=512)
     init: str = ''
+    only: Literal['', 'decoder'] = ''
     objective: Objective = Objective()
     optimizer: AdamW = AdamW(weight_decay=0.0)
     pace: Pace = Pace()
@@ -129,6 +139,7 @@ class TokenizerRun:
     restart_every: int = 50
     restart_until: float = 0.6
     ema: float = 0.0
+    dtype: Dtype = 'float32'
     mesh: MeshShape = MeshShape()
     seed: int = 0
 
@@ -143,6 +154,11 @@ class TokenizerRun:
         """Images per step, on average over the sizes."""
         return statistics.fmean(size.batch for size in self.sizes)
 
+    @property
+    def quantised_from(self) -> int:
+        """The first step with the quantiser."""
+        return 0 if self.only else self.plain_steps
+
     def __post_init__(self) -> None:
         _check_common(self)
         if self.plain_steps < 0 or self.restart_every < 1:
@@ -150,6 +166,13 @@ class TokenizerRun:
                 'plain_steps must not be negative and restart_every at least 1 '
                 f'(restart_until 0 restarts none), not {self.plain_steps} and {self.restart_every}'
             )
+        if self.only and not self.init:
+            raise ValueError(
+                f'only {self.only!r} tunes a part of a trained tokenizer: name its folder with init'
+            )
+        self.objective.check(self.model)
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f'flip is a probability, not {self.flip}')
         if not 0 <= self.restart_until <= 1:
             raise ValueError(f'restart_until is a share in [0, 1], not {self.restart_until}')
 
@@ -267,8 +290,6 @@ class Run:
             raise ValueError(f'balance must lie in [0, 1], not {self.balance}')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing must lie in [0, 1), not {self.label_smoothing}')
-        if not 1 <= self.enlarge <= MAX_ENLARGE:
-            raise ValueError(f'enlarge must lie in [1, {MAX_ENLARGE}], not {self.enlarge}')
         if self.enlarge > 1 and self.cache:
             raise ValueError(
                 f'enlarge {self.enlarge} crops an image anew each time, and a cache holds one '
@@ -321,9 +342,17 @@ def resolve(run: Run | TokenizerRun) -> Run | TokenizerRun:
     return dataclasses.replace(run, **changes)
 
 
+def enlarged(resolution: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(height, width) of images before a random crop to `resolution`."""
+    height, width = resolution
+    return round(factor * height), round(factor * width)
+
+
 def _check_common(run: Run | TokenizerRun) -> None:
     if run.batch < 1:
         raise ValueError(f'batch must be at least 1, not {run.batch}')
+    if not 1 <= run.enlarge <= MAX_ENLARGE:
+        raise ValueError(f'enlarge must lie in [1, {MAX_ENLARGE}], not {run.enlarge}')
     if not 0 <= run.ema < 1:
         raise ValueError(f'ema is a decay in [0, 1), not {run.ema}')
     if not 0 <= run.seed < 2**32:

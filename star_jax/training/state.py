@@ -25,6 +25,7 @@ class TrainState:
         opt: the state of the optimizer.
         usage_KV: how often each scale used each code since unused codes were last restarted,
             float32; None unless a tokenizer is trained.
+        adversary: the state of a discriminator that trains beside; None if there is none.
     """
 
     step: jax.Array
@@ -32,6 +33,7 @@ class TrainState:
     ema: Any
     opt: Any
     usage_KV: jax.Array | None = None
+    adversary: Any = None
 
     @classmethod
     def start(
@@ -41,6 +43,7 @@ class TrainState:
         *,
         ema: bool,
         usage: tuple[int, int] | None = None,
+        adversary: Any = None,
     ) -> 'TrainState':
         """The state before step 0, boxed if the parameters are.
 
@@ -49,6 +52,7 @@ class TrainState:
             optimizer: the optimizer.
             ema: keep a moving average of the parameters.
             usage: the shape of `usage_KV`, if a tokenizer is trained.
+            adversary: the state of a discriminator, boxed if the parameters are.
         """
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -56,6 +60,7 @@ class TrainState:
             ema=jax.tree.map(jnp.copy, params) if ema else None,
             opt=optimizer.init(params),
             usage_KV=jnp.zeros(usage) if usage else None,
+            adversary=adversary,
         )
 
     def update(

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from star_jax.core.codes import Bits
+from star_jax.core.codes import Bits, Codes
 from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
 from star_jax.parallel import machine, rules
@@ -20,6 +20,7 @@ from star_jax.training.state import TrainState
 
 MIN_USED = 0.2  # share of the codes below which a codebook counts as collapsed
 MIN_USED_BY_SCALE = 0.01  # a coarse scale needs few codes, but more than one
+MOST_ACCURATE = 0.95  # share of images above which a discriminator has won
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,11 @@ def describe(
     held = f'{state_bytes(state) / 2**20:,.0f} MiB'
     epochs = run.mean_batch * run.pace.steps / examples
     constants = run.model.constants if isinstance(run, Run) else frozenset()
+    beside = ''
+    if state.adversary:
+        beside = f' and {_count(state.adversary.params, frozenset()):,} of the discriminator'
     lines = {
-        'parameters': f'{_count(state.params, constants):,}',
+        'parameters': f'{_count(state.params, constants):,}{beside}',
         'state in memory': f'{held} (parameters, averages, optimizer)',
         'tokens per image': f'{schedule.length:,} in {schedule.steps} steps',
         'arithmetic per step': f'{flops / 1e9:,.1f} GFLOP',
@@ -97,25 +101,58 @@ def check_state(state: TrainState) -> None:
         machine.check_memory('parameters, averages and optimizer of this model', size)
 
 
-def warn_of_collapse(usage_KV: np.ndarray) -> None:
+def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
     """Warns if validation images use too few of the codes, at one scale or at all scales together.
 
-    A scale with fewer tokens than codes cannot use all of them and is skipped.
+    A scale with fewer tokens than codes cannot use all of them: its used codes are compared with
+    its tokens, if these are enough to tell.
 
     Args:
-        usage_KV: how often each scale used each code.
+        usage_KV: how often each scale used each value of a code.
+        codes: what one code is.
     """
     scales = {f'scale {scale}': (row, MIN_USED_BY_SCALE) for scale, row in enumerate(usage_KV)}
     for name, (usage_V, least) in {'all scales': (usage_KV.sum(0), MIN_USED), **scales}.items():
-        share = (usage_V > 0).mean()
-        if usage_V.sum() >= len(usage_V) and share < least:
+        if isinstance(codes, Bits):
+            _warn_of_stuck_bits(name, usage_V.reshape(codes.width, -1))
+            continue
+        used = int((usage_V > 0).sum())
+        possible = min(len(usage_V), usage_V.sum())
+        if possible >= 1 / least and used < least * possible:
             log.warning(
-                'codebook collapse: %s of validation images use %.1f %% of the codes, '
-                'less than %.0f %%',
+                'codebook collapse: %s of validation images use %.1f %% of the codes (%d), less '
+                'than %.0f %% of what is possible: start with plain_steps, restart unused codes '
+                'longer (restart_until), or lower the learning rate',
                 name,
-                100 * share,
+                100 * used / len(usage_V),
+                used,
                 100 * least,
             )
+
+
+def warn_of_winner(accuracy: float) -> None:
+    """Warns if a discriminator tells too many validation images from their reconstructions."""
+    if accuracy > MOST_ACCURATE:
+        log.warning(
+            'the discriminator wins: it is right about %.0f %% of validation images and their '
+            'reconstructions, so the decoder learns little from it: lower the peak of '
+            'objective.adversary.optimizer.learning_rate, or add a penalty (R1, LeCam) or an '
+            'augmentation to objective.adversary in the config',
+            100 * accuracy,
+        )
+
+
+def _warn_of_stuck_bits(name: str, usage_K2: np.ndarray) -> None:
+    """Warns if bits have the same value in all validation images."""
+    stuck = int((usage_K2 == 0).any(1).sum())
+    if usage_K2.sum() >= len(usage_K2) / MIN_USED_BY_SCALE and stuck:
+        log.warning(
+            'codebook collapse: %d of %d bits never change in %s of validation images: add '
+            'EntropyOfBits to objective.entropy in the config, or raise its weight',
+            stuck,
+            len(usage_K2),
+            name,
+        )
 
 
 def _count(params: Any, constants: frozenset[str]) -> int:

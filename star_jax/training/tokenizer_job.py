@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,33 @@ from star_jax.losses.tokens import Metrics
 from star_jax.nn.bind import bind
 from star_jax.parallel import rules
 from star_jax.tokenizers import codebook, perceptual
+from star_jax.tokenizers.scale_dropout import drop_scales
 from star_jax.training import summary, warm_start
-from star_jax.training.run import SizeInTurn, TokenizerRun
+from star_jax.training.adversary import Competition
+from star_jax.training.optimizer import gradient_norm, parameter_name
+from star_jax.training.run import SizeInTurn, TokenizerRun, enlarged
 from star_jax.training.state import TrainState, abstract_state, init_sharded
+
+# The parts of a tokenizer's parameters that no code depends on.
+OF_DECODER = ('decoder', 'post_quant_conv')
+LAST_KERNEL = ('decoder', 'conv_out', 'kernel')
+ADVERSARY_KEY = 2**31 - 1  # folded into the seed: the parameters of the discriminator
+
+
+class Forward(NamedTuple):
+    """What a tokenizer computes of a batch in training.
+
+    Attributes:
+        images: [B, H, W, 3] in [-1, 1].
+        decoded: their reconstructions, not clamped, at least float32.
+        quantised: the result of the quantiser.
+        losses: the weighted losses of the quantiser, empty without it.
+    """
+
+    images: jax.Array
+    decoded: jax.Array
+    quantised: Any
+    losses: dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +76,7 @@ class TrainedSize:
 
 
 class TokenizerJob:
-    """Trains a tokenizer: reconstruction and quantiser losses (STAR specification 1.8).
+    """Trains a tokenizer on the losses of its `Objective`, with a discriminator if that has one.
 
     Attributes:
         run: the config.
@@ -78,7 +102,10 @@ class TokenizerJob:
             )
         self.source, self.tokenizer = self.sizes[0].source, self.sizes[0].tokenizer
         self._most_scales = max(size.tokenizer.schedule.steps for size in self.sizes)
-        self.optimizer = run.optimizer.for_batch(run.mean_batch).build(run.pace.steps)
+        self._constants = self._untrained()
+        optimizer = run.optimizer.for_batch(run.mean_batch)
+        self.optimizer = optimizer.build(run.pace.steps, constants=self._constants)
+        self._competition = self._build_competition()
         distance = perceptual.load() if run.objective.perceptual else None
         self._perceptual = rules.shard(distance, rules.replicated(self._mesh))
         self._trains = {
@@ -93,7 +120,8 @@ class TokenizerJob:
         flops = []
         for size in self.sizes:
             images = jax.ShapeDtypeStruct((size.batch, *size.tokenizer.resolution, 3), jnp.uint8)
-            flops.append(count_flops(train, nn.unbox(state), images, self._perceptual))
+            key = jax.random.key(0)
+            flops.append(count_flops(train, nn.unbox(state), images, self._perceptual, key))
         return summary.describe(
             state,
             self.tokenizer.schedule,
@@ -123,6 +151,7 @@ class TokenizerJob:
                 seed=self.run.seed,
                 step=(step - turn + turns - 1) // turns,
                 rows=size.rows,
+                crop=size.tokenizer.resolution if self.run.enlarge > 1 else None,
             )
             for turn, size in enumerate(self.sizes)
         ]
@@ -132,11 +161,13 @@ class TokenizerJob:
     def step(self, step: int, state: TrainState, images: jax.Array) -> tuple[TrainState, Metrics]:
         run = self.run
         key = jax.random.fold_in(jax.random.key(run.seed), step)
-        if step == run.plain_steps > 0:
+        if step == run.quantised_from > 0 and run.model.has_codebook:
             state = self._start_codes(state, images, key)
-        state, metrics = self._trains[step >= run.plain_steps](state, images, self._perceptual)
-        quantised_steps = step + 1 - run.plain_steps
-        restarting = step < run.restart_until * run.pace.steps
+        train = self._trains[step >= run.quantised_from]
+        state, metrics = train(state, images, self._perceptual, key)
+        quantised_steps = step + 1 - run.quantised_from
+        restarting = step < run.restart_until * run.pace.steps and not run.only
+        restarting = restarting and run.model.has_codebook
         if quantised_steps > 0 and quantised_steps % run.restart_every == 0 and restarting:
             state = self._restart_codes(state, images, key)
         return state, metrics
@@ -144,7 +175,8 @@ class TokenizerJob:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """PSNR, and per scale how many codes are used and how evenly, over the validation set.
 
-        Scores of other sizes have the size in their names.
+        Beside it the accuracy of the discriminator. Scores of other sizes have the size in their
+        names.
         """
         scores = {}
         for size in self.sizes:
@@ -174,33 +206,73 @@ class TokenizerJob:
         height, width = model.resolution
         summary.check_batch(size.batch, model.resolution, self._mesh)
         return TrainedSize(
-            tokenizer=model.build(),
+            tokenizer=model.build(run.dtype),
             batch=size.batch,
             rows=rules.process_rows(self._mesh, size.batch),
-            source=run.data.open(model.resolution),
+            source=run.data.open(enlarged(model.resolution, run.enlarge)),
             validation=run.validation.open(model.resolution),
             group='validation' if own else f'validation/{height}x{width}',
         )
 
+    def _untrained(self) -> frozenset[str]:
+        """The names of the parameters that stay as they are."""
+        if not self.run.only:
+            return frozenset()
+        params = nn.unbox(self.run.model.abstract())
+        names = [parameter_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+        return frozenset(name for name in names if name.split('/')[0] not in OF_DECODER)
+
+    def _build_competition(self) -> Competition | None:
+        """The programs of the discriminator. Raises UserError if it cannot serve all sizes."""
+        run, adversary = self.run, self.run.objective.adversary
+        if adversary is None:
+            return None
+        if len(self.sizes) > 1 and not adversary.discriminator.any_size:
+            raise UserError(
+                'this discriminator has one image size, and the run has '
+                f'{len(self.sizes)} in turn: use a PatchGAN, or leave other_sizes out'
+            )
+        for size in self.sizes:
+            try:
+                adversary.discriminator.check(size.tokenizer.resolution)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        return Competition.build(
+            adversary,
+            resolution=self.tokenizer.resolution,
+            steps=run.pace.steps,
+            images=run.mean_batch,
+            dtype=run.dtype,
+        )
+
     def _evaluate(self, size: TrainedSize, state: TrainState) -> dict[str, float]:
         """The scores of one image size."""
-        ratios, counts = [], 0.0
+        ratios, counts, accuracies = [], 0.0, []
         for batch, count in pipeline.padded_batches(size.validation, size.batch, size.rows):
             images = rules.shard_batch(batch['image'], self._mesh)
-            ratio_B, usage_KV = self._score(state.averaged, images, count)
+            ratio_B, usage_KV, accuracy = self._score(
+                state.averaged, state.adversary, images, count
+            )
             ratios.append(np.asarray(ratio_B)[:count])
             counts += np.asarray(usage_KV)
+            accuracies.append(float(accuracy))
         used_K = (counts > 0).mean(1)
-        perplexity_K = np.asarray(codebook.perplexity(jnp.asarray(counts)))
+        perplexity_K = np.asarray(self.tokenizer.codes.perplexity(jnp.asarray(counts)))
         scores = {f'{size.group}/psnr': float(np.concatenate(ratios).mean())}
         for scale, (used, spread) in enumerate(zip(used_K, perplexity_K, strict=True)):
             scores |= {
                 f'{size.group}/used/{scale}': float(used),
                 f'{size.group}/perplexity/{scale}': float(spread),
             }
-        scores[f'{size.group}/used'] = float((counts.sum(0) > 0).mean())
-        if int(state.step) > self.run.plain_steps:
-            summary.warn_of_collapse(np.asarray(counts))
+        used = float((counts.sum(0) > 0).mean())
+        scores |= {f'{size.group}/used': used, f'{size.group}/dead': 1 - used}
+        if int(state.step) > self.run.quantised_from:
+            summary.warn_of_collapse(np.asarray(counts), self.tokenizer.codes)
+        if self._competition:
+            accuracy = float(np.mean(accuracies))
+            scores[f'{size.group}/discriminator_accuracy'] = accuracy
+            if int(state.step) >= self._competition.adversary.start:
+                summary.warn_of_winner(accuracy)
         return scores
 
     def _tokenizer(self, params: Any, images: jax.Array) -> Any:
@@ -209,42 +281,133 @@ class TokenizerJob:
 
     def _start(self, params: Any) -> TrainState:
         """The state before step 0."""
-        usage = (self._most_scales, self.run.model.codes)
-        return TrainState.start(params, self.optimizer, ema=self.run.ema > 0, usage=usage)
+        usage, adversary = (self._most_scales, self.tokenizer.codes.num_logits), None
+        if self._competition:
+            key = jax.random.fold_in(jax.random.key(self.run.seed), ADVERSARY_KEY)
+            adversary = self._competition.init(key, self.tokenizer.resolution)
+        return TrainState.start(
+            params, self.optimizer, ema=self.run.ema > 0, usage=usage, adversary=adversary
+        )
 
     def _init_params(self, key: jax.Array) -> Any:
         """The boxed random parameters."""
         images = jax.ShapeDtypeStruct((1, *self.run.model.resolution, 3), jnp.float32)
         return self.tokenizer.lazy_init(key, images)['params']
 
-    def _loss(
-        self, params: Any, images: jax.Array, distance: Perceptual | None, quantised: bool
-    ) -> tuple[jax.Array, tuple]:
-        """The loss; its parts, the PSNR [B] of the reconstructions, and the codes.
-
-        Without the quantiser the decoder reads the features themselves.
-        """
-        tokenizer, signed = self._tokenizer(params, images), pixels.to_signed(images)
-        f_BHWC = tokenizer.features(signed)
+    def _forward(self, params: Any, images: jax.Array, quantised: bool, key: jax.Array) -> Forward:
+        """Images, encoded and decoded. Without the quantiser the decoder reads the features."""
+        objective, dtype = self.run.objective, self.run.dtype
+        tokenizer = self._tokenizer(_in_dtype(params, dtype), images)
+        signed = pixels.to_signed(images)
+        f_BHWC = tokenizer.features(signed.astype(dtype))
         codes = tokenizer.quantise(f_BHWC)
-        canvas_BHWC = codes.straight_through(f_BHWC) if quantised else f_BHWC
-        decoded = tokenizer.decode_unclamped(canvas_BHWC)
-        parts = self.run.objective.reconstruction(signed, decoded, distance)
+        canvas_BHWC, losses = f_BHWC, {}
         if quantised:
-            parts['quantiser'] = self.run.objective.quantisation(f_BHWC, codes)
-        return sum(parts.values()), (parts, psnr(signed, decoded), codes)
+            read = codes
+            if objective.scale_dropout:
+                read = drop_scales(codes, key, objective.scale_dropout)
+            canvas_BHWC = read.straight_through(f_BHWC)
+        decoded = tokenizer.decode_unclamped(canvas_BHWC)
+        if quantised:
+            losses['quantiser'] = objective.quantisation(f_BHWC, codes)
+            losses |= objective.entropies(tokenizer, codes)
+        return Forward(signed, decoded.astype(signed.dtype), codes, losses)
+
+    def _loss(
+        self,
+        params: Any,
+        images: jax.Array,
+        distance: Perceptual | None,
+        quantised: bool,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple]:
+        """The loss without a discriminator, its parts, and the forward pass."""
+        forward = self._forward(params, images, quantised, key)
+        parts = self.run.objective.reconstruction(forward.images, forward.decoded, distance)
+        parts |= forward.losses
+        return sum(parts.values()), (parts, forward)
 
     def _train(
-        self, quantised: bool, state: TrainState, images: jax.Array, distance: Perceptual | None
+        self,
+        quantised: bool,
+        state: TrainState,
+        images: jax.Array,
+        distance: Perceptual | None,
+        key: jax.Array,
     ) -> tuple[TrainState, Metrics]:
-        loss = functools.partial(self._loss, images=images, distance=distance, quantised=quantised)
-        (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-        parts, psnr_B, codes = aux
-        state = state.update(gradients, self.optimizer, self.run.ema)
-        usage_KV = codebook.usage(codes, self.run.model.codes)
+        step = self._compete if self._competition else self._descend
+        if self.run.flip:
+            mirror_key, key = jax.random.split(key)
+            mirrors_B = jax.random.bernoulli(mirror_key, self.run.flip, (len(images),))
+            images = jnp.where(mirrors_B[:, None, None, None], images[:, :, ::-1], images)
+        state, forward, metrics = step(state, images, distance, quantised, key)
+        usage_KV = codebook.usage(self.tokenizer.labels(forward.quantised), self.tokenizer.codes)
         state = state.replace(usage_KV=state.usage_KV.at[: len(usage_KV)].add(usage_KV))
-        used = (usage_KV.sum(0) > 0).mean()
-        return state, {'loss': value, 'psnr': psnr_B.mean(), 'used': used, **parts}
+        used, ratio_B = (usage_KV.sum(0) > 0).mean(), psnr(forward.images, forward.decoded)
+        return state, {'psnr': ratio_B.mean(), 'used': used, **metrics}
+
+    def _descend(
+        self,
+        state: TrainState,
+        images: jax.Array,
+        distance: Perceptual | None,
+        quantised: bool,
+        key: jax.Array,
+    ) -> tuple[TrainState, Forward, Metrics]:
+        """An update without a discriminator."""
+        loss = functools.partial(
+            self._loss, images=images, distance=distance, quantised=quantised, key=key
+        )
+        (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        parts, forward = aux
+        state = state.update(gradients, self.optimizer, self.run.ema, self._constants)
+        return state, forward, {'loss': value, **parts}
+
+    def _compete(
+        self,
+        state: TrainState,
+        images: jax.Array,
+        distance: Perceptual | None,
+        quantised: bool,
+        key: jax.Array,
+    ) -> tuple[TrainState, Forward, Metrics]:
+        """An update of the tokenizer, then one of the discriminator on the same decoded images."""
+        forward_key, generator_key, discriminator_key = jax.random.split(key, 3)
+
+        def outputs(params: Any) -> tuple[tuple[jax.Array, jax.Array], Forward]:
+            forward = self._forward(params, images, quantised, forward_key)
+            return (forward.decoded, sum(forward.losses.values(), jnp.zeros(()))), forward
+
+        def reconstruction(decoded: jax.Array) -> tuple[jax.Array, Metrics]:
+            parts = self.run.objective.reconstruction(forward.images, decoded, distance)
+            return sum(parts.values()), parts
+
+        def at_last_kernel(cotangent: jax.Array) -> jax.Array:
+            (gradients,) = pull((cotangent, jnp.zeros_like(of_codes)))
+            return functools.reduce(lambda tree, name: tree[name], LAST_KERNEL, gradients)
+
+        (decoded, of_codes), pull, forward = jax.vjp(outputs, state.params, has_aux=True)
+        generator = self._competition.generator(
+            state.adversary, decoded, reconstruction, at_last_kernel, state.step, generator_key
+        )
+        (gradients,) = pull((generator.cotangent, jnp.ones_like(of_codes)))
+        adversary, metrics = self._competition.update(
+            state.adversary.replace(statistics=generator.statistics),
+            forward.images,
+            decoded,
+            state.step,
+            discriminator_key,
+        )
+        state = state.update(gradients, self.optimizer, self.run.ema, self._constants)
+        metrics = {
+            'loss': generator.value + of_codes,
+            'gradient_norm': gradient_norm(state.opt),
+            **generator.parts,
+            **forward.losses,
+            **generator.metrics,
+            **metrics,
+        }
+        return state.replace(adversary=adversary), forward, metrics
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _start_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:
@@ -264,19 +427,34 @@ class TokenizerJob:
         return _with_codebooks(state, restart)
 
     def _score_batch(
-        self, params: Any, images: jax.Array, count: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """PSNR of each image and the code counts of the first `count`."""
+        self, params: Any, adversary: Any, images: jax.Array, count: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """PSNR of each image, the code counts of the first `count`, the discriminator's accuracy.
+
+        That is NaN without a discriminator.
+        """
         tokenizer, signed = self._tokenizer(params, images), pixels.to_signed(images)
         codes = tokenizer.quantise(tokenizer.features(signed))
         decoded = tokenizer.decode(codes.canvases[-1])
         real_B = jnp.arange(len(images)) < count
-        usage_KV = codebook.usage(codes, self.run.model.codes, real_B)
-        return psnr(signed, decoded), usage_KV
+        usage_KV = codebook.usage(tokenizer.labels(codes), tokenizer.codes, real_B)
+        accuracy = jnp.nan
+        if self._competition:
+            accuracy = self._competition.accuracy(adversary, signed, decoded)
+        return psnr(signed, decoded), usage_KV, accuracy
 
     @functools.partial(jax.jit, static_argnums=0)
     def _reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
-        return pixels.to_uint8(self._tokenizer(params, images)(pixels.to_signed(images)))
+        tokenizer = self._tokenizer(params, images)
+        return tokenizer.to_uint8(tokenizer(pixels.to_signed(images)))
+
+
+def _in_dtype(params: Any, dtype: str) -> Any:
+    """The parameters, those of encoder and decoder in `dtype`."""
+    if dtype == 'float32':
+        return params
+    networks = {name: params[name] for name in ('encoder', 'decoder')}
+    return params | jax.tree.map(lambda leaf: leaf.astype(dtype), networks)
 
 
 def _with_codebooks(state: TrainState, change: Callable[[jax.Array], jax.Array]) -> TrainState:

@@ -28,7 +28,7 @@ from star_jax.text.tokens import Tokens
 from star_jax.training import cache, summary, warm_start
 from star_jax.training.build import COUNTED, build_program, init_params
 from star_jax.training.program import Frozen, StepInputs
-from star_jax.training.run import Run
+from star_jax.training.run import Run, enlarged
 from star_jax.training.sample_grid import SampleGrid
 from star_jax.training.state import TrainState, abstract_state, init_sharded
 
@@ -77,7 +77,7 @@ class TransformerJob:
         summary.check_batch(run.batch, vq.resolution, self._mesh)
         self._rows = rules.process_rows(self._mesh, run.batch)
         sources = {
-            'data': run.data.open(_enlarged(vq.resolution, run.enlarge)),
+            'data': run.data.open(enlarged(vq.resolution, run.enlarge)),
             'validation': run.validation.open(vq.resolution),
         }
         self.images = {
@@ -301,8 +301,3 @@ class TransformerJob:
         """What the host makes of captions: features, token ids, or labels."""
         encode = self.prompt_encoder.tokenize if self.texts is None else self.texts.features
         return encode(captions)
-
-
-def _enlarged(resolution: tuple[int, int], factor: float) -> tuple[int, int]:
-    height, width = resolution
-    return round(factor * height), round(factor * width)

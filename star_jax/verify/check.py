@@ -27,6 +27,8 @@ from star_jax.verify.infinity_train import BitTraining
 from star_jax.verify.infinity_transformer import TeacherForcedBits
 from star_jax.verify.llamagen import Postprocessing, RasterFilters, RasterTables
 from star_jax.verify.llamagen_generate import ClassGenerations, TextGenerations
+from star_jax.verify.llamagen_objective import AdversarialLosses
+from star_jax.verify.llamagen_tokenizer import VqTokenizer
 from star_jax.verify.llamagen_transformer import TeacherForcedClasses, TeacherForcedTexts
 from star_jax.verify.sampler import Refinements
 from star_jax.verify.star import TeacherForced
@@ -55,6 +57,8 @@ KINDS = {
     ('infinity', 'generate'): BitGenerations,
     ('llamagen', 'rope2d'): RasterTables,
     ('llamagen', 'sampling'): RasterFilters,
+    ('llamagen', 'vq'): VqTokenizer,
+    ('llamagen', 'vqloss'): AdversarialLosses,
     ('llamagen', 'postprocess'): Postprocessing,
     ('llamagen', 'c2i_teacher_forced'): TeacherForcedClasses,
     ('llamagen', 't2i_teacher_forced'): TeacherForcedTexts,

@@ -119,5 +119,55 @@ OPTIONS: Mapping[str, Options] = {
         checked=NO_DROPOUT,
         descriptive=(*DESCRIPTIVE, *INERT, BY_CLASS, 'caption_lengths'),
     ),
+    'vq': Options(
+        read=(
+            *ANY,
+            'ch',
+            'ch_mult',
+            'codebook_embed_dim',
+            'codebook_l2_norm',
+            'codebook_size',
+            'commit_loss_beta',
+            'entropy_loss_ratio',
+            'entropy_temperature',
+            'num_res_blocks',
+            'z_channels',
+        ),
+        checked={'in_channels': 3, 'dropout_p': 0},
+        descriptive=(*DESCRIPTIVE, 'image_shape', 'latent_shape'),
+    ),
+    'vqloss': Options(
+        read=(
+            *ANY,
+            'disc_n_layers',
+            'disc_ndf',
+            'disc_start',
+            *(
+                f'variants.*.{name}'
+                for name in (
+                    'adaptive',
+                    'disc_loss',
+                    'disc_weight',
+                    'gen_loss',
+                    'global_step',
+                    'perceptual_weight',
+                    'rec_loss',
+                    'rec_weight',
+                )
+            ),
+        ),
+        checked={
+            'discriminator_mode': 'train (batch statistics)',
+            'lpips_mode': 'eval (dropout off)',
+        },
+        descriptive=(
+            *DESCRIPTIVE,
+            'batch',
+            'codebook_loss',
+            'image_size',
+            'variants.*.codebook_weight',  # the original ignores it
+            'vgg_widths',
+        ),
+    ),
     'postprocess': Options(read=(*ANY, 'sizes'), descriptive=DESCRIPTIVE),
 }

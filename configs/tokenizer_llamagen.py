@@ -1,0 +1,55 @@
+"""LlamaGen's VQ-16 tokenizer at 256 px: 40 epochs of ImageNet (LlamaGen specification 1.1 and 1.7).
+
+Replace the path. Beside the published recipe: crops come from images 1.25 times as large, where the
+original chooses a size between 1 and 1.25 for each image, and statistics of the discriminator are
+those of the whole batch.
+"""
+
+from star_jax.data.prepared import Prepared
+from star_jax.nn.discriminators import PatchGAN
+from star_jax.tokenizers.raster_vq import RasterVQ
+from star_jax.training.objective import Adversary, Objective
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, TokenizerRun
+from star_jax.training.schedules import LearningRate
+
+# Adam without decay, a constant rate, betas (0.9, 0.95), norm 1: 1.7, for both networks.
+ADAM = AdamW(
+    learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
+    weight_decay=0.0,
+    beta1=0.9,
+    beta2=0.95,
+    clip=1.0,
+)
+
+run = TokenizerRun(
+    model=RasterVQ(),  # 1.1: 16,384 codes of width 8, 71,883,403 parameters
+    data=Prepared(path='sets/imagenet'),
+    enlarge=1.25,  # 1.7: the short side is at most the size over 0.8
+    flip=0.5,  # 1.7
+    validation=Prepared(path='sets/imagenet', split='validation'),
+    objective=Objective(
+        l1=0.0,
+        l2=1.0,  # 1.7: the reconstruction loss is l2, weight 1
+        edges=0.0,
+        perceptual=1.0,  # 1.7
+        quantiser=1.0,  # 1.5: the codebook term has weight 1
+        commitment=0.25,  # 1.1: beta
+        adversary=Adversary(
+            discriminator=PatchGAN(width=64, layers=3),  # 1.6
+            generator_loss='hinge',  # 1.7
+            discriminator_loss='hinge',  # 1.7
+            weight=0.5,  # 1.7: disc_weight
+            start=20_000,  # 1.7: disc_start
+            adaptive=False,  # 1.6: the script never switches it on
+            optimizer=ADAM,
+        ),
+    ),
+    optimizer=ADAM,
+    pace=Pace(steps=400_365, log=100, sample=5_000, save=5_000),  # 40 x 1,281,167 / 128
+    batch=128,  # 1.7
+    plain_steps=0,  # the codebook starts at random: 1.5
+    restart_until=0.0,  # no code is restarted
+    ema=0.0,  # 1.7: off by default
+    dtype='bfloat16',  # 1.7
+)

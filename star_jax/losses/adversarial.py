@@ -1,0 +1,130 @@
+"""Which losses let a tokenizer and a discriminator compete? (LlamaGen specification 1.6)
+
+Logits are large where the discriminator takes an image for a real one. The released
+"non-saturating" losses pass logits and labels in swapped order (item 10 of LlamaGen specification
+7): they are linear in the logits, and the discriminator learns nothing from decoded images.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+GeneratorLoss = Literal['hinge', 'non_saturating', 'non_saturating_released']
+DiscriminatorLoss = Literal['hinge', 'vanilla', 'non_saturating', 'non_saturating_released']
+
+SWAPPED = math.log1p(math.exp(-1))  # log(1 + 1 / e), a constant of the swapped losses
+ADAPTIVE_EPSILON = 1e-4  # added to the norm of the adversarial gradient
+
+
+def _hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
+    return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+
+
+def _vanilla(real: jax.Array, fake: jax.Array) -> jax.Array:
+    return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
+
+
+def _swapped(real: jax.Array, fake: jax.Array) -> jax.Array:
+    return 0.5 * ((1 - real + SWAPPED).mean() + math.log(2))
+
+
+OF_GENERATOR: Mapping[GeneratorLoss, Callable[[jax.Array], jax.Array]] = {
+    'hinge': lambda fake: -fake.mean(),
+    'non_saturating': lambda fake: jax.nn.softplus(-fake).mean(),
+    'non_saturating_released': lambda fake: (1 - fake + SWAPPED).mean(),
+}
+OF_DISCRIMINATOR: Mapping[DiscriminatorLoss, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    'hinge': _hinge,
+    'vanilla': _vanilla,
+    'non_saturating': _vanilla,  # what the released loss of this name was meant to be
+    'non_saturating_released': _swapped,
+}
+
+
+def adaptive_weight(reconstruction: jax.Array, adversarial: jax.Array, largest: float) -> jax.Array:
+    """The factor that makes both gradients equally long, at most `largest`.
+
+    Args:
+        reconstruction: gradient of the weighted reconstruction losses at the decoder's last kernel.
+        adversarial: gradient of the adversarial loss there.
+        largest: upper limit.
+    """
+    ratio = _length(reconstruction) / (_length(adversarial) + ADAPTIVE_EPSILON)
+    return jax.lax.stop_gradient(ratio.clip(0, largest))
+
+
+def accuracy(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """The share of logits with the right sign; 0.5 if the discriminator cannot tell."""
+    return 0.5 * ((real > 0).mean() + (fake < 0).mean())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class R1:
+    """A penalty on the discriminator's gradient at real images (Mescheder et al. 2018).
+
+    Attributes:
+        weight: of half the mean squared length of the gradient.
+        every: steps between two penalties, each of which counts as often.
+    """
+
+    weight: float = 10.0
+    every: int = 16
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.every < 1:
+            raise ValueError(f'weight must not be negative and every at least 1: {self}')
+
+    def penalty(
+        self, logits_of: Callable[[jax.Array], jax.Array], images: jax.Array, step: jax.Array
+    ) -> jax.Array:
+        """The weighted penalty of step number `step`; 0 between two penalties.
+
+        Args:
+            logits_of: the discriminator, images [B, H, W, 3] -> logits.
+            images: real images.
+            step: training step.
+        """
+
+        def due() -> jax.Array:
+            gradient = jax.grad(lambda x: logits_of(x).sum())(images)
+            squares_B = jnp.square(gradient).sum((1, 2, 3))
+            return (0.5 * self.weight * self.every) * squares_B.mean()
+
+        kind = jax.eval_shape(due)
+        return jax.lax.cond(step % self.every == 0, due, lambda: jnp.zeros((), kind.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeCam:
+    """A penalty on logits far from the earlier ones of the other kind (Tseng et al. 2021).
+
+    Attributes:
+        weight: of the penalty.
+        decay: of the moving averages of the logits.
+    """
+
+    weight: float = 0.001
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or not 0 <= self.decay < 1:
+            raise ValueError(f'weight must not be negative, and decay lie in [0, 1): {self}')
+
+    def penalty(self, real: jax.Array, fake: jax.Array, means_2: jax.Array) -> jax.Array:
+        """The weighted penalty; `means_2` are the average logits of real and decoded images."""
+        high = jnp.square(jax.nn.relu(real - means_2[1])).mean()
+        low = jnp.square(jax.nn.relu(means_2[0] - fake)).mean()
+        return self.weight * (high + low)
+
+    def update(self, means_2: jax.Array, real: jax.Array, fake: jax.Array) -> jax.Array:
+        """The averages after a step."""
+        new_2 = jnp.stack([real.mean(), fake.mean()]).astype(means_2.dtype)
+        return self.decay * means_2 + (1 - self.decay) * new_2
+
+
+def _length(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.square(x).sum())

@@ -1,0 +1,249 @@
+"""Do a tokenizer and a discriminator train against each other as published?"""
+
+import dataclasses
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from star_jax.checkpoint.training import Checkpoints
+from star_jax.core.codes import Bits, Index
+from star_jax.core.schedule import square_grids
+from star_jax.errors import UserError
+from star_jax.losses import adversarial
+from star_jax.losses.adversarial import R1, LeCam
+from star_jax.losses.augmentation import Augmentation
+from star_jax.losses.tokenizer import EntropyOfBits, EntropyOfCodes
+from star_jax.nn import discriminators
+from star_jax.nn.discriminators import PatchGAN, Statistics, StyleGAN
+from star_jax.parallel.mesh import MeshShape
+from star_jax.tokenizers.raster_vq import RasterVQ
+from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.training import summary
+from star_jax.training.objective import Adversary, Objective
+from star_jax.training.tokenizer_job import TokenizerJob
+
+NARROW = PatchGAN(width=4, layers=1)
+ADVERSARY = Adversary(discriminator=NARROW, start=0, adaptive=True)
+SMALL = dataclasses.replace(tiny.TOKENIZER.model.autoencoder, attention=False)
+MODELS = {
+    'VQ': tiny.TOKENIZER.model,
+    'RasterVQ': RasterVQ(autoencoder=SMALL, grid=(4, 4), codes=32, channels=4),
+    'BSQ': BSQ(autoencoder=SMALL, grids=square_grids((1, 2, 4)), bits=4),
+}
+
+
+def job_of(name='VQ', objective=None, **fields) -> TokenizerJob:
+    objective = objective or Objective(adversary=ADVERSARY)
+    model = MODELS[name]
+    return TokenizerJob(
+        dataclasses.replace(
+            tiny.TOKENIZER, model=model, objective=objective, **({'plain_steps': 0} | fields)
+        )
+    )
+
+
+def train(job, steps, state=None, first=0):
+    """The state after some steps, and the metrics of each."""
+    state, metrics = job.init() if state is None else state, []
+    for step, images in zip(range(first, steps), job.batches(first), strict=False):
+        state, found = job.step(step, state, images)
+        metrics.append({name: float(value) for name, value in found.items()})
+    return state, metrics
+
+
+def equal(one, other) -> bool:
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in leaves)
+
+
+@pytest.fixture(scope='module')
+def job():
+    return job_of()
+
+
+@pytest.fixture(scope='module')
+def trained(job):
+    return train(job, 3)
+
+
+def test_losses_are_those_of_the_formulas():
+    real, fake = jnp.array([2.0, -0.5]), jnp.array([0.25, -3.0])
+    hinge, swapped = adversarial.OF_GENERATOR['hinge'], 'non_saturating_released'
+    assert hinge(fake) == 1.375
+    constant = math.log1p(math.exp(-1))
+    np.testing.assert_allclose(adversarial.OF_GENERATOR[swapped](fake), 2.375 + constant, 1e-6)
+    of = adversarial.OF_DISCRIMINATOR
+    np.testing.assert_allclose(of['hinge'](real, fake), 0.5 * (0.75 + 0.625), rtol=1e-6)
+    expected = 0.5 * (1 - 0.75 + constant + math.log(2))
+    np.testing.assert_allclose(of[swapped](real, fake), expected, rtol=1e-6)
+    assert of['non_saturating'](real, fake) == of['vanilla'](real, fake)
+    assert (jax.grad(of[swapped], 1)(real, fake) == 0).all()
+    assert (jax.grad(of['vanilla'], 1)(real, fake) > 0).all()
+    assert adversarial.accuracy(real, fake) == 0.5
+
+
+def test_adaptive_weight_is_a_clamped_ratio_of_lengths():
+    weight = adversarial.adaptive_weight(jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0]), 1e4)
+    np.testing.assert_allclose(weight, 5 / 2.0001, rtol=1e-6)
+    assert adversarial.adaptive_weight(jnp.ones(4), jnp.zeros(4), 10.0) == 10
+
+
+def test_lecam_follows_logits_and_punishes_those_beyond_the_other_kind():
+    lecam, means_2 = LeCam(weight=2.0, decay=0.9), jnp.array([1.0, -1.0])
+    penalty = lecam.penalty(jnp.array([2.0, -3.0]), jnp.array([3.0, 0.0]), means_2)
+    assert penalty == 2 * (9 / 2 + 1 / 2)
+    updated = lecam.update(means_2, jnp.array([3.0]), jnp.array([0.0]))
+    np.testing.assert_allclose(updated, [1.2, -0.9], rtol=1e-6)
+
+
+def test_r1_is_half_the_squared_gradient_every_few_steps():
+    images = jnp.ones((2, 2, 2, 3))
+    penalty = jax.jit(
+        lambda step: R1(weight=4.0, every=3).penalty(lambda x: 0.5 * x.sum((1, 2, 3)), images, step)
+    )
+    assert penalty(3) == 4 * 3 * 0.5 * 12 * 0.25
+    assert penalty(4) == 0
+
+
+def test_augmentation_keeps_images_where_it_is_off_and_is_differentiable():
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3), minval=-1)
+    off = Augmentation(brightness=0, saturation=0, contrast=0, translation=0, cutout=0)
+    np.testing.assert_allclose(off(jax.random.key(0), images), images, atol=1e-6)
+    hidden = dataclasses.replace(off, cutout=0.5)(jax.random.key(0), images)
+    assert 0 < (hidden == 0).all(-1).mean() <= 0.25
+    moved = dataclasses.replace(off, translation=0.25)(jax.random.key(2), images)
+    assert not np.array_equal(moved, images)
+    gradient = jax.grad(lambda x: Augmentation()(jax.random.key(0), x).sum())(images)
+    assert np.isfinite(gradient).all() and (gradient != 0).any()
+
+
+def test_statistics_normalise_when_given_and_run_after_the_batches():
+    network = NARROW.build((16, 16))
+    images = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
+    params = network.init(jax.random.key(1), images)
+    logits, batch = network.apply(params, images)
+    assert logits.shape == (3, 6, 6, 1)
+    again, _ = network.apply(params, images, batch)
+    np.testing.assert_allclose(again, logits, atol=1e-2)  # biased and unbiased variance
+    zeros = {'norm_1': Statistics(jnp.zeros(8), jnp.ones(8))}
+    running = discriminators.follow(zeros, batch)['norm_1']
+    np.testing.assert_allclose(running.mean_C, 0.1 * batch['norm_1'].mean_C, rtol=1e-6)
+    expected = 0.9 + 0.1 * batch['norm_1'].variance_C
+    np.testing.assert_allclose(running.variance_C, expected, rtol=1e-6)
+
+
+def test_style_discriminator_has_one_logit_per_image():
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    network = StyleGAN().build((32, 32))
+    (logits, statistics), _ = jax.eval_shape(network.init_with_output, jax.random.key(0), images)
+    assert logits.shape == (2, 1) and not statistics
+
+
+def test_blur_keeps_constants_and_averages_neighbours():
+    x = jnp.zeros((1, 3, 3, 1)).at[0, 1, 1, 0].set(16)
+    middle = discriminators.blur(x)[0, :, :, 0]
+    np.testing.assert_allclose(middle, [[4, 4, 4]] * 3)  # mirrored: the edges see the middle twice
+    np.testing.assert_allclose(discriminators.blur(jnp.ones((1, 4, 4, 2))), 1)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_all_tokenizers_train_against_a_discriminator(name, job, trained):
+    entropy = EntropyOfBits() if name == 'BSQ' else EntropyOfCodes()
+    if name != 'VQ':
+        objective = Objective(adversary=ADVERSARY, entropy=entropy, scale_dropout=0.5)
+        trained = train(job_of(name, objective), 2)
+    state, metrics = trained
+    assert all(np.isfinite(list(each.values())).all() for each in metrics)
+    assert {'adversary/accuracy', 'adversary/adaptive', 'adversary/generator'} <= metrics[0].keys()
+    assert 0 <= metrics[0]['adversary/accuracy'] <= 1
+    assert not equal(state.adversary.params, job_of(name).init().adversary.params)
+
+
+def test_before_its_start_the_discriminator_changes_nothing(job):
+    late = dataclasses.replace(ADVERSARY, start=3)
+    state, metrics = train(job_of(objective=Objective(adversary=late)), 3)
+    alone, plain = train(job_of(objective=Objective()), 2)
+    np.testing.assert_allclose(
+        [each['loss'] for each in metrics[:2]], [each['loss'] for each in plain], rtol=1e-5
+    )
+    assert [each['adversary/discriminator'] > 0 for each in metrics] == [False, False, True]
+    assert alone.adversary is None
+
+
+def test_saved_state_continues_bit_for_bit(job, trained, tmp_path):
+    half, _ = train(job, 2)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, half, [])
+        checkpoints.wait()
+        _, restored = checkpoints.restore(job.abstract())
+    continued, _ = train(job, 3, restored, first=2)
+    assert equal(continued, trained[0])
+
+
+def test_losses_do_not_depend_on_the_mesh(trained):
+    state, metrics = train(job_of(mesh=MeshShape(data=2, fsdp=2, tensor=2)), 1)
+    assert metrics[0] == pytest.approx(trained[1][0], rel=2e-4, abs=1e-5)
+
+
+def test_evaluation_reports_the_discriminator_and_dead_codes(job, trained):
+    scores = job.evaluate(trained[0])
+    assert 0 <= scores['validation/discriminator_accuracy'] <= 1
+    assert scores['validation/dead'] == pytest.approx(1 - scores['validation/used'])
+
+
+def test_only_the_decoder_is_tuned_and_codes_stay(job, trained, tmp_path):
+    job.export(trained[0], tmp_path / 'tokenizer')
+    tuned = job_of(init=str(tmp_path / 'tokenizer'), only='decoder', plain_steps=2, ema=0.5)
+    begun = tuned.init()
+    images = next(tuned.batches(0))
+    before, params = tuned.tokenizer, jax.device_get(begun.params)
+    state, metrics = train(tuned, 2, begun)
+    encode = jax.jit(lambda p, x: before.apply({'params': p}, x / 127.5 - 1.0, method='encode'))
+    for trained_params in (state.params, state.ema):
+        np.testing.assert_array_equal(encode(params, images), encode(trained_params, images))
+        for part in ('encoder', 'quant_conv', 'quantiser'):
+            assert equal(params[part], trained_params[part])
+    assert not equal(params['decoder'], state.params['decoder'])
+    assert all(np.isfinite(each['loss']) for each in metrics)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'only': 'decoder'}, 'init'),
+        ({'objective': Objective(entropy=EntropyOfBits())}, 'EntropyOfCodes'),
+        ({'objective': Objective(adversary=Adversary())}, 'at least 24 px'),
+        (
+            {'objective': Objective(adversary=Adversary(discriminator=StyleGAN())), 'model': None},
+            'square images',
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(fields, message):
+    if 'model' in fields:
+        model = dataclasses.replace(tiny.TOKENIZER.model, grids=((1, 1), (3, 3)))
+        fields = fields | {'model': model}
+    with pytest.raises((ValueError, UserError), match=message):
+        dataclasses.replace(tiny.TOKENIZER, **fields)
+
+
+def test_warnings_name_stuck_bits_and_a_winning_discriminator(caplog):
+    usage = np.array([[50, 50, 0, 100], [60, 40, 30, 70]])
+    with caplog.at_level(logging.WARNING):
+        summary.warn_of_collapse(usage, Bits(2))
+        assert '1 of 2 bits' in caplog.text and 'scale 0' in caplog.text
+        assert 'scale 1' not in caplog.text and 'all scales' not in caplog.text
+        summary.warn_of_winner(0.9)
+        assert 'wins' not in caplog.text
+        summary.warn_of_winner(0.99)
+        assert 'wins' in caplog.text
+        caplog.clear()
+        first = np.zeros((2, 4096))
+        first[0, 7], first[1, :2000] = 512, 1
+        summary.warn_of_collapse(first, Index(4096))
+    assert 'scale 0' in caplog.text and 'scale 1' not in caplog.text  # 1 x 1 uses a single code
