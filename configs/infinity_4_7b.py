@@ -24,6 +24,7 @@ run = Run(
     ),
     tokenizer='models/infinity_tokenizer',
     text='models/flan-t5-xl',
+    text_dtype='bfloat16',
     text_features='inside',
     data=Prepared(path='sets/captioned'),
     captions=ShortOrLong(short=0.5, sentences=True, end='--'),

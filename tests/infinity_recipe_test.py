@@ -20,6 +20,7 @@ from star_jax.data import pipeline
 from star_jax.data.caption_choice import AnyCaption, ShortOrLong
 from star_jax.families.infinity import Infinity
 from star_jax.losses import tokens
+from star_jax.plan import workload
 from star_jax.training import summary
 from star_jax.training.build import init_params
 from star_jax.training.optimizer import AdamW, decayed
@@ -196,6 +197,16 @@ def test_the_summary_compares_classifiers_as_the_paper_does():
     text = summary.classifier(Bits(32), 2048)
     assert text.startswith('131,136 parameters (0.5 MiB) for 32 bits')
     assert '2^32 codes would have 8.8e+12 (32 TiB)' in text
+
+
+def test_a_text_encoder_is_planned_in_the_dtype_of_the_run():
+    held = {}
+    for dtype in ('float32', 'bfloat16'):
+        prompts = workload._prompts(Infinity(), 'models/flan-t5-xl', dtype)
+        leaves = jax.tree.leaves(meta.unbox(prompts.params))
+        held[dtype] = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    assert held['float32'] == 2 * held['bfloat16'] > 4e9
+    assert prompts.one.states_BTE.dtype == jnp.float32
 
 
 def test_scales_that_a_model_lacks_are_refused():

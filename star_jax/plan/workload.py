@@ -20,6 +20,7 @@ from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.flops import count_kinds
 from star_jax.core.self_correction import SelfCorrection
+from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.files import SHIPPED
@@ -91,7 +92,7 @@ def training(
     """
     check_batch(run.batch, mesh)
     vq, tokenizer_note = _tokenizer(run)
-    prompts = _prompts(run.model, run.text)
+    prompts = _prompts(run.model, run.text, run.text_dtype)
     encoder = prompts.encoder
     inside = run.text_features == 'inside' or not run.model.text_width
     encode_prompts = encoder.apply if inside else None
@@ -173,7 +174,7 @@ def sampling(
     """
     check_batch(run.batch, mesh)
     vq, tokenizer_note = _tokenizer(run)
-    prompts = _prompts(run.model, run.text)
+    prompts = _prompts(run.model, run.text, run.text_dtype)
     tokenizer, sizes = vq.build(run.dtype), run.model.schedule.sizes
 
     def build(attend: Kernel, buckets: Buckets) -> Program:
@@ -289,25 +290,25 @@ class _Prompts:
 
 
 @functools.lru_cache(maxsize=4)  # a plan builds many workloads of a run
-def _prompts(model: Family, text: str) -> _Prompts:
+def _prompts(model: Family, text: str, dtype: Dtype) -> _Prompts:
     """The encoder of a run's prompts; a note says if its sizes are those of a published one."""
-    encoder, note = _encoder(model, text)
+    encoder, note = _encoder(model, text, dtype)
     params = encoder.abstract_params()
     one = jax.eval_shape(encoder.apply, nn.unbox(params), encoder.abstract_tokens(1))
     return _Prompts(encoder=encoder, params=params, one=one, note=note)
 
 
-def _encoder(model: Family, text: str) -> tuple[PromptEncoder, str]:
+def _encoder(model: Family, text: str, dtype: Dtype) -> tuple[PromptEncoder, str]:
     width, path = model.text_width, os.path.expanduser(text)
     if not width or os.path.isdir(path):
-        return model.prompt_encoder(lambda: abstract_encoder(text, locate(text).config)), ''
+        return model.prompt_encoder(lambda: abstract_encoder(text, locate(text).config, dtype)), ''
     if width not in PUBLISHED:
         known = ', '.join(map(str, PUBLISHED))
         raise UserError(
             f'the text encoder {text} is not on this machine, and no published encoder has '
             f'width {width} (only {known}): give the path of a folder with --text'
         )
-    encoder = abstract_encoder(text, PUBLISHED[width])
+    encoder = abstract_encoder(text, PUBLISHED[width], dtype)
     kind = PUBLISHED[width]['model_type']
     return encoder, f'text encoder: the published {kind} of width {width}, {encoder.length} tokens'
 

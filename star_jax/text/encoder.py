@@ -109,7 +109,9 @@ class TextEncoder:
     def abstract_params(self) -> dict:
         """Shapes of `params`, boxed with their logical axes."""
         tokens = pad([], rows=1, length=LENGTH_MULTIPLE, pad_id=0)
-        return jax.eval_shape(self.tower.module.init, jax.random.key(0), tokens)['params']
+        shapes = jax.eval_shape(self.tower.module.init, jax.random.key(0), tokens)['params']
+        dtype = jnp.dtype(self.dtype)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
     def abstract_tokens(self, rows: int) -> Tokens:
         """Shapes of the tokens of `rows` captions."""
@@ -238,7 +240,7 @@ def read_states(tower: Tower, pool: Pool, params: dict, tokens: Tokens) -> TextC
     )
 
 
-def abstract_encoder(source: str, config: Mapping) -> TextEncoder:
+def abstract_encoder(source: str, config: Mapping, dtype: str = DTYPE) -> TextEncoder:
     """An encoder of the sizes of a config.json, without weights and tokenizer: it has shapes only.
 
     Raises `UserError` for an unsupported architecture.
@@ -247,7 +249,7 @@ def abstract_encoder(source: str, config: Mapping) -> TextEncoder:
     return TextEncoder(
         source=source,
         length=tower.default_length,
-        dtype=DTYPE,
+        dtype=dtype,
         mesh=None,
         pool=tower.pool,
         tower=tower,

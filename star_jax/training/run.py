@@ -189,6 +189,7 @@ class Run:
         tokenizer: image tokenizer: a model folder, a hub id, or 'shipped' ('': that of init,
             otherwise the shipped one).
         text: text encoder: package:NAME, a folder, or a hub id (class-conditional models use none).
+        text_dtype: dtype of the weights and activations of the text encoder; features are float32.
         text_features: text features from a cache on disk, or computed inside the training program.
         cache: folder written by `star-jax data cache`, with codes and text features ('': images are
             encoded in every step, text features are cached in the user's cache folder).
@@ -234,6 +235,7 @@ class Run:
     init: str = ''
     tokenizer: str = ''
     text: str = DEFAULT
+    text_dtype: Dtype = 'float32'
     text_features: Literal['cached', 'inside'] = 'cached'
     cache: str = ''
     data: Data = Shapes()

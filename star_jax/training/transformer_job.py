@@ -59,7 +59,7 @@ class TransformerJob:
         self._mesh = run.mesh.build()
         mesh_inside = self._mesh if run.text_features == 'inside' else None
         self.prompt_encoder = run.model.prompt_encoder(
-            functools.partial(load_text, run.text, mesh=mesh_inside)
+            functools.partial(load_text, run.text, dtype=run.text_dtype, mesh=mesh_inside)
         )
         self.tokenizer = models.read_tokenizer(run.tokenizer)
         cache_folder = Path(run.cache) if run.cache else None
