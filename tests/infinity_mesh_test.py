@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from infinity_test import BITS, TINY, text_of, tokenizer_of
+from infinity_test import BITS, TINY, tokenizer_of
 
+from star_jax.core.condition import TextCondition
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import AXES, MeshShape
@@ -20,7 +21,17 @@ pytestmark = pytest.mark.usefixtures('compiled_here')
 BATCH = 8
 OPTIMIZER = tiny.OPTIMIZER.build(100)
 GRIDS = ((1, 1), (2, 2), (4, 4))
-MODEL = dataclasses.replace(TINY, grids=GRIDS, drop_path=0.2)
+MODEL = dataclasses.replace(
+    TINY, grids=GRIDS, text_width=256, drop_path=0.2
+)  # two heads pool the text, which the mesh splits
+
+
+def text_of(*lengths: int) -> TextCondition:
+    """Random texts of these lengths, at most five."""
+    states = np.random.default_rng(1).normal(size=(len(lengths), 5, MODEL.text_width))
+    mask = np.arange(5) < np.asarray(lengths)[:, None]
+    states = np.float32(states) * mask[..., None]
+    return TextCondition(states, np.int32(mask), np.float32(states[:, 0]))
 
 
 def start(params: Any) -> TrainState:

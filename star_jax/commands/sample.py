@@ -56,6 +56,7 @@ class Sample:
         exact: fill up every batch, so that an image does not depend on how many are sampled with
             it; needed in bfloat16, where samples.jsonl then records the batch, too.
         dtype: dtype of the activations; bfloat16 on accelerators.
+        text_dtype: dtype of the weights and activations of the text encoder.
         cross_attention: cross-attention of a STAR model: 'as_trained', 'corrected', or 'released',
             in which the unprompted row of an image uses that of the prompted row.
         buckets: pairs of the first and the last scale that share a program body: compiles faster,
@@ -76,6 +77,7 @@ class Sample:
     batch: int = pipeline.BATCH
     exact: bool = False
     dtype: Dtype = 'float32'
+    text_dtype: Dtype = 'float32'
     cross_attention: CrossAttentionMode = 'as_trained'
     buckets: Buckets | None = None
     mesh: MeshShape = MeshShape(data=1)
@@ -102,6 +104,7 @@ def main(words: Sequence[str]) -> int:
         options.model,
         text=options.text,
         dtype=options.dtype,
+        text_dtype=options.text_dtype,
         mesh=options.mesh.build_on_first(),
         cross_attention=options.cross_attention,
         buckets=options.buckets,
@@ -126,6 +129,8 @@ def main(words: Sequence[str]) -> int:
     }
     if options.exact:
         same |= {'batch': options.batch}
+    if options.text_dtype != Sample.text_dtype:
+        same |= {'text_dtype': options.text_dtype}
     records = [
         {'prompt': prompt, 'seed': seed} | same for seed, prompt in enumerate(prompts, options.seed)
     ]

@@ -27,6 +27,7 @@ def load(
     buckets: Buckets | None = None,
     check: bool = True,
     size: ImageSize = MODELS_OWN,
+    text_dtype: str = 'float32',
 ) -> Pipeline:
     """Loads a pipeline.
 
@@ -43,6 +44,7 @@ def load(
         check: compare the weights with the SHA-256 that the model folder keeps.
         size: the size of the images, for a model with templates of several aspect ratios; the
             nearest one is sampled (by default the model's own).
+        text_dtype: of weights and activations of the text encoder.
 
     Raises:
         UserError: a folder that cannot be read, weights that changed since it was written, a text
@@ -52,6 +54,7 @@ def load(
     instance('source', source, str | os.PathLike, "a path, a hub id or 'shipped'")
     instance('text', text, str | os.PathLike, "a path or a hub id ('': the one of the model)")
     choice('dtype', dtype, Dtype)
+    choice('text_dtype', text_dtype, Dtype)
     choice('cross_attention', cross_attention, CrossAttentionMode)
     instance('mesh', mesh, Mesh | None, 'a jax.sharding.Mesh, such as MeshShape(fsdp=4).build()')
     flag('check', check)
@@ -59,7 +62,7 @@ def load(
     with models.reading(source, check) as model:  # checked while it is put on the devices
         model = with_cross_attention(model, cross_attention)
         options = {'dtype': dtype, 'mesh': mesh, 'buckets': buckets, 'size': size}
-        return prepare(model, str(source), text=str(text), **options)
+        return prepare(model, str(source), text=str(text), text_dtype=text_dtype, **options)
 
 
 def prepare(
@@ -71,18 +74,19 @@ def prepare(
     mesh: Mesh | None = None,
     buckets: Buckets | None = None,
     size: ImageSize = MODELS_OWN,
+    text_dtype: str = 'float32',
 ) -> Pipeline:
     """A pipeline of a model that was read from `source`; other arguments as of `load`."""
 
     def load_encoder() -> PromptEncoder:
-        if model.text:
-            return load_text(text or model.text.source, sha256=model.text.sha256, mesh=mesh)
-        if not text:
+        own = model.text.source if model.text else ''
+        sha256 = model.text.sha256 if model.text else None
+        if not (text or own):
             raise UserError(
                 f'{source}: the model names no text encoder, and it samples from prompts: name the '
                 'one that it was trained with (--text FOLDER)'
             )
-        return load_text(text, mesh=mesh)
+        return load_text(text or own, sha256=sha256, dtype=text_dtype, mesh=mesh)
 
     model, template = choose_size(model, size)
     encoder = model.config.prompt_encoder(load_encoder)
