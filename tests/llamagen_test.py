@@ -24,7 +24,9 @@ from star_jax.core.guidance import StepSettings
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.families.llamagen import SIZES, LlamaGen, LlamaGenText
+from star_jax.families.star import Star
 from star_jax.nn.bind import bind
+from star_jax.sampling import program, trunks
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.program import image_keys
 from star_jax.sampling.sampler import sample
@@ -77,22 +79,26 @@ def empty_of(model, rows):
 
 
 @functools.cache
-def sampled(name: str, rows: int = 2, guidance: float = 3.0):
-    """Traced samples with guidance, and the logits of teacher forcing of the same tokens."""
+def sampled(name: str, rows: int = 2, split: bool = False):
+    """Traced samples with guidance, and the logits of teacher forcing of the same tokens.
+
+    With `split`, layers have arrays of their own.
+    """
     model, prompted = CONDITIONS[name]
     prompted = jax.tree.map(lambda x: x[:rows], prompted)
     network, tokenizer = model.build(), CodesAlone(model.schedule, model.vocabulary)
-    settings = StepSettings(model.guidance_weights(guidance), model.temperatures(1.0))
+    settings = StepSettings(model.guidance_weights(3.0), model.temperatures(1.0))
     method = FilteredSampling(model.filter(Settings(top_k=7, top_p=0.9)))
 
     @jax.jit
     def run(params):
         bound = bind(network, params)
         both = condition.stack(prompted, bound.unprompted(prompted, empty_of(model, prompted)))
+        parts = {'model': params, 'tokenizer': {}}
         result = sample(
             network,
             tokenizer,
-            {'model': params, 'tokenizer': {}},
+            trunks.split(parts) if split else parts,
             keys_B=image_keys(range(rows)),
             condition=both,
             settings=settings,
@@ -111,6 +117,17 @@ def test_sampling_computes_the_teacher_forced_logits(name):
     logits = [step.method.logits for step in result.trace.steps()]
     rows = CONDITIONS[name][0].schedule.sampled_rows
     np.testing.assert_allclose(np.concatenate(logits, axis=1), forced[:, rows], atol=2e-5)
+
+
+@pytest.mark.parametrize('name', ['class', '3 tokens', 'shared heads'])
+def test_layers_with_arrays_of_their_own_compute_the_same(name, monkeypatch):
+    monkeypatch.setattr(trunks, 'BLOCK_ROWS', 4)
+    (result, _), (expected, _) = sampled(name, split=True), sampled(name)
+    np.testing.assert_array_equal(result.codes, expected.codes)
+    for one, other in zip(result.trace.steps(), expected.trace.steps(), strict=True):
+        np.testing.assert_allclose(one.method.logits, other.method.logits, atol=2e-6)
+    for one, other in zip(result.trace.cache, expected.trace.cache, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
 
 
 @pytest.mark.parametrize('name', ['class', '3 tokens'])
@@ -149,6 +166,13 @@ def test_guidance_is_off_at_one_and_below():
     assert (CLASSES.guidance_weights(4.0) == 3).all()
     assert CLASSES.temperatures(0.0)[0] == np.float32(1e-5)
     assert CLASSES.filter(Settings(top_k=3, top_p=1.0)) == SortedFilter(top_k=3)
+
+
+def test_the_first_steps_alone_are_guided():
+    steps = program.step_settings(CLASSES, Settings(guidance=4.0, guided_steps=6))
+    assert steps.guidance.tolist() == [3.0] * 6 + [0.0] * 6  # a published cfg_interval of 4
+    with pytest.raises(UserError, match='has no temperature 0'):
+        program.step_settings(Star(), Settings(temperature=0.0))
 
 
 def test_equal_codes_beyond_top_k_are_counted_in_order():

@@ -214,6 +214,7 @@ def test_model_is_read_as_it_was_written(tmp_path):
             'temperature': 1.0,
             'guidance_layers': [0],
             'guidance_per_step': [],
+            'guided_steps': 0,
             'temperature_per_step': [],
             'negative': '',
             'stop': 0,

@@ -22,7 +22,7 @@ from star_jax.nn.transformer import Transformer
 from star_jax.parallel import machine
 from star_jax.plan.jaxpr_memory import weights_read
 from star_jax.protocols import Family, TokenizerConfig
-from star_jax.sampling import program
+from star_jax.sampling import program, trunks
 from star_jax.text.encoder import TOWERS, read_states
 from star_jax.text.hf_config import PUBLISHED
 from star_jax.text.tokens import pad
@@ -78,7 +78,8 @@ class SamplingJob:
         network = self.model.build(self.dtype)
         counted = self.model.build(self.dtype, attend=ByScale())  # its FLOPs can be counted
         tokenizer, params = self._load() if self.folder else self._random()
-        params = program.cast(params, self.dtype)
+        platform = jax.default_backend()
+        params = trunks.arrange(program.cast(params, self.dtype), network.schedule, platform)
         inputs = program.inputs(
             self.model,
             self.settings,
@@ -87,7 +88,7 @@ class SamplingJob:
             empty=condition(self.model, 1, self.text_tokens),
         )
         args = (params, inputs)
-        buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
+        buckets = choose(self.buckets, network.schedule.sizes, platform)
         counted_program = program.compile_program(counted, tokenizer)
         canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
         decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))

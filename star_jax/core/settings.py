@@ -60,10 +60,13 @@ class Settings:
         top_k: sample among this many most probable codes (0, or more than there are: all).
         top_p: of those, sample among the most probable ones that hold this share of the probability
             (0: all).
-        temperature: divisor of the logits; below 1 sharpens the distribution.
+        temperature: divisor of the logits; below 1 sharpens the distribution (0: the most probable
+            code, for LlamaGen).
         guidance_layers: where guidance combines what is computed with and without a prompt: 0 the
             logits, -1 the output of the last layer, -2 of the one before it, and so on.
         guidance_per_step: guidance of each step, in place of `guidance` (none: that for all).
+        guided_steps: guide the first so many steps only (0: all); a published cfg_interval of k
+            guides k + 2.
         temperature_per_step: temperature of each step, in place of `temperature` (none: that).
         negative: prompt that images move away from, in place of none at all ('': none).
         stop: sample the first so many steps only, for a coarse image (0: all).
@@ -78,6 +81,7 @@ class Settings:
     temperature: float = 1.0
     guidance_layers: tuple[int, ...] = (0,)
     guidance_per_step: tuple[float, ...] = ()
+    guided_steps: int = 0
     temperature_per_step: tuple[float, ...] = ()
     negative: str = ''
     stop: int = 0
@@ -95,6 +99,7 @@ class Settings:
                 check(f'a number of {name}', value)
         instance('negative', self.negative, str, 'a text')
         whole_number('stop', self.stop, ' (0: all steps)')
+        whole_number('guided_steps', self.guided_steps, ' (0: all steps)')
         flag('smooth', self.smooth)
         instance('stable', self.stable, StableSettings, 'True, False or a StableSettings')
         for guidance in (self.guidance, *self.guidance_per_step):
@@ -102,12 +107,16 @@ class Settings:
                 raise ValueError(f'guidance must lie in [0, {LIMIT:g}], not {guidance}')
         if self.stop < 0:
             raise ValueError(f'stop must not be negative (0: all steps), not {self.stop}')
+        if self.guided_steps < 0:
+            raise ValueError(
+                f'guided_steps must not be negative (0: all steps), not {self.guided_steps}'
+            )
         if self.top_k < 0:
             raise ValueError(f'top_k must not be negative (0: all), not {self.top_k}')
         if not 0 <= self.top_p <= 1:
             raise ValueError(f'top_p must lie in [0, 1], not {self.top_p}')
         for temperature in (self.temperature, *self.temperature_per_step):
-            if not 1 / LIMIT <= temperature <= LIMIT:
+            if temperature and not 1 / LIMIT <= temperature <= LIMIT:
                 raise ValueError(
                     f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}'
                 )

@@ -278,11 +278,11 @@ class Transformer(nn.Module):
         """Keys and values of every layer, sharded over images and heads."""
         return jax.tree.map(lambda x: self.sharding(x, 'layers', *AXES), kv)
 
-    def empty_cache(self, batch: int, rows: int) -> Cache:
-        """A cache for so many images, `rows` rows of each."""
+    def empty_cache(self, batch: int, rows: int, layers: int = 0) -> Cache:
+        """A cache for so many images, `rows` rows of each, of some `layers` (0: of all)."""
         attention = self.block.self_attention(parent=None)
         heads = attention.kv_heads or attention.heads
-        shape = (self.depth, batch, heads, rows, self.width // self.heads)
+        shape = (layers or self.depth, batch, heads, rows, self.width // self.heads)
         cache = Cache.empty(shape, self.dtype)
         return cache.replace(kv=self.shard_kv(cache.kv))
 

@@ -24,7 +24,7 @@ from star_jax.errors import UserError, UserTypeError
 from star_jax.parallel import machine, rules
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.protocols import PromptEncoder
-from star_jax.sampling import program
+from star_jax.sampling import program, trunks
 
 BATCH = 16  # images per run of the program by default
 
@@ -70,12 +70,16 @@ class Pipeline:
             for name, part in (('model', model), ('tokenizer', model.tokenizer))
         }
         params = {'model': model.params, 'tokenizer': model.tokenizer.params}
-        self._params = jax.device_put(program.cast(params, dtype), shardings)
+        params = trunks.arrange(program.cast(params, dtype), self.network.schedule, platform)
+        if trunks.LAYERS in params:
+            shardings = trunks.split_shardings(shardings, self.network.depth)
+        self._params = jax.device_put(params, shardings)
         self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 
     def __repr__(self) -> str:
         """What it samples, and on what."""
-        leaves = jax.tree.leaves(self._params['model'])
+        parts = {name: part for name, part in self._params.items() if name != 'tokenizer'}
+        leaves = jax.tree.leaves(parts)
         prompts = {'caption': 'text', 'label': 'classes'}[self.encoder.field]
         height, width = self.tokenizer.resolution
         devices = self.mesh.devices

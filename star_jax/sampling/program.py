@@ -111,6 +111,7 @@ def step_settings(config: Family, settings: Settings) -> StepSettings:
     guidances = settings.guidance_per_step or (settings.guidance,) * steps
     temperatures = settings.temperature_per_step or (settings.temperature,) * steps
     weights_S = _of_steps(config.guidance_weights, guidances)
+    weights_S[settings.guided_steps or steps :] = 0
     inside = tuple(layer for layer in layers if layer < 0)
     mixing = layer_mixing(weights_S, config.depth, inside)
     return StepSettings(
@@ -142,10 +143,10 @@ def sampling_method(config: Family, settings: Settings) -> SamplingMethod:
             'stable sampling needs a model with a refinement head, which this one has not: train '
             'one on it (a config whose model has a refinement, and --init), or leave it off'
         )
-    if settings.guidance_layers != (0,) or settings.guidance_per_step:
+    if settings.guidance_layers != (0,) or settings.guidance_per_step or settings.guided_steps:
         raise UserError(
-            'stable sampling guides all logits by one number: leave guidance_layers and '
-            'guidance_per_step out, or stable sampling off'
+            'stable sampling guides all logits by one number: leave guidance_layers, '
+            'guidance_per_step and guided_steps out, or stable sampling off'
         )
     return StableSampling(
         plain=plain,

@@ -6,7 +6,7 @@ as they are.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,13 +16,14 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core.buckets import Buckets
-from star_jax.core.cache import KV, Cache
+from star_jax.core.cache import KV
 from star_jax.core.codes import Codes, Sampled
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
+from star_jax.sampling.trunks import LAYERS, Carry, ScannedTrunk, SplitTrunk, Trunk, scan_group
 
 
 class StepTrace(NamedTuple):
@@ -134,7 +135,8 @@ def sample(
     Args:
         network: the transformer.
         tokenizer: its tokenizer.
-        params: parameters of both, as 'model' and 'tokenizer'.
+        params: parameters of both, as 'model' and 'tokenizer', and perhaps those of the layers
+            apart from the model's others, as 'layers' (`trunks.split`).
         keys_B: one key per image, which is folded with each step.
         condition: B conditional rows and then B unconditional ones, or conditional rows alone (no
             guidance).
@@ -165,34 +167,23 @@ def sample(
         ),
         trace=trace,
     )
-    text_kv = net().text_kv(condition)  # once, not per step
     x_RLD = start_RLD = net().start(condition)
     copies = len(x_RLD) // len(keys_B)
     groups = schedule.groups(tuple(map(method.kind, range(schedule.steps))), buckets)
     if stop:
         groups = tuple(group.before(stop) for group in groups if group.first < stop)
-    cache = network.empty_cache(len(x_RLD), Cache.rows_kept(schedule, groups, keep_last=trace))
-    canvas = tok().blank(len(keys_B))
+    if LAYERS in params:
+        trunk: Trunk = SplitTrunk(network, params['model'], params[LAYERS], condition)
+    else:
+        trunk = ScannedTrunk(network, params['model'], condition, groups, keep_last=trace)
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
         return jnp.concatenate([net().embed(inputs, schedule.rows(step))] * copies)
 
-    def run_step(carry: tuple, step: Step) -> tuple[tuple, StepOutput]:
-        x_RLD, cache, canvas = carry
-        rows = schedule.rows(step)
-        past, visibility = cache.past(schedule, step)
+    def run_step(carry: Carry, step: Step) -> tuple[Carry, StepOutput]:
+        x_RLD, memory, canvas = carry
         step_settings = settings.at(step.index)
-        features_RLD, new = net().trunk(
-            x_RLD,
-            rows,
-            text_kv=text_kv,
-            condition=condition,
-            past=past,
-            visibility=visibility,
-            mixing=step_settings.mixing,
-        )
-        cache = cache.write(new, schedule, step)
-        cache = cache.replace(kv=network.shard_kv(cache.kv))
+        features_RLD, memory = trunk(x_RLD, memory, step, step_settings.mixing)
         sampled, method_trace = method(
             jax.vmap(jax.random.fold_in, (0, None))(keys_B, step.index),
             features_RLD[:, -schedule.sizes[step.like] :],
@@ -210,60 +201,32 @@ def sample(
         step_trace = StepTrace(method_trace, own_codes, canvas, inputs) if trace else None
         if inputs is not None:
             x_RLD = embed(inputs, step.next())
-        return (x_RLD, cache, canvas), StepOutput(sampled.codes_BL, step_trace)
+        return Carry(x_RLD, memory, canvas), StepOutput(sampled.codes_BL, step_trace)
 
-    def run_bucket(carry: tuple, group: Group) -> tuple[tuple, list[StepOutput]]:
+    def run_bucket(carry: Carry, group: Group) -> tuple[Carry, list[StepOutput]]:
         last = Step.at(group.members[-1])
-        x_RLD, cache, canvas = carry
-        padding = schedule.reads[last.like] - x_RLD.shape[1]
-        x_RLD = jnp.pad(x_RLD, ((0, 0), (0, padding), (0, 0)))
-        carry, outputs = scan_group(run_step, group, (x_RLD, cache, canvas))
-        x_RLD, cache, canvas = carry
-        inputs = tok().following(canvas, last)  # of the step after the bucket, at its own size
+        padding = schedule.reads[last.like] - carry.x_RLD.shape[1]
+        padded = jnp.pad(carry.x_RLD, ((0, 0), (0, padding), (0, 0)))
+        carry, outputs = scan_group(run_step, carry._replace(x_RLD=padded), group)
+        inputs = tok().following(carry.canvas, last)  # of the step after it, at its own size
         if inputs is not None:
-            x_RLD = embed(inputs, last.next())
-        return (x_RLD, cache, canvas), unpad_outputs(outputs, schedule, group, inputs)
+            carry = carry._replace(x_RLD=embed(inputs, last.next()))
+        return carry, unpad_outputs(outputs, schedule, group, inputs)
 
-    carry, outputs = (x_RLD, cache, canvas), []
+    carry = Carry(x_RLD, trunk.empty(len(x_RLD)), tok().blank(len(keys_B)))
+    outputs = []
     for group in groups:
-        run = run_bucket if group.padded else functools.partial(run_group, run_step)
+        run = run_bucket if group.padded else functools.partial(trunk.fold, run_step)
         carry, of_group = run(carry, group)
         outputs += of_group
-    _, cache, canvas = carry
     codes = [_flatten_steps(output.codes) for output in outputs]
     return Sample(
-        images=tok().decode(canvas),
+        images=tok().decode(carry.canvas),
         codes=jnp.concatenate(codes, axis=1),
-        trace=Trace(start_RLD, tuple(output.trace for output in outputs), cache.kv)
+        trace=Trace(start_RLD, tuple(output.trace for output in outputs), trunk.kv(carry.memory))
         if trace
         else None,
     )
-
-
-def run_group(
-    run_step: Callable[[Any, Step], tuple[Any, StepOutput]], carry: Any, group: Group
-) -> tuple[Any, list[StepOutput]]:
-    """Folds `run_step(carry, step) -> (carry, output)` over the steps of a group.
-
-    Returns the carry, and the outputs stacked along a new first axis, in a list.
-    """
-    if group.count > 1:
-        carry, outputs = scan_group(run_step, group, carry)
-        return carry, [outputs]
-    carry, output = run_step(carry, Step.at(group.first))
-    return carry, [jax.tree.map(lambda x: x[None], output)]
-
-
-def scan_group(
-    run_step: Callable[[Any, Step], tuple[Any, StepOutput]], group: Group, carry: Any
-) -> tuple[Any, StepOutput]:
-    """Folds `run_step` over the steps of a group in one scanned loop body; see `run_group`."""
-    like = group.members[-1 if group.padded else 0]
-
-    def body(carry: Any, index: jax.Array) -> tuple[Any, StepOutput]:
-        return run_step(carry, Step(index, like, group.padded))
-
-    return jax.lax.scan(body, carry, jnp.asarray(group.members))
 
 
 def unpad_outputs(

@@ -1,0 +1,310 @@
+"""How are the layers of a network run in sampling, and how do they keep keys and values?
+
+A step of sampling reads all weights and all keys and values so far. Where it has many rows, their
+products cost more than that, and `ScannedTrunk` compiles one layer for all. A step of one row costs
+nothing else: `SplitTrunk` then reads everything in place. Each of its layers has arrays of its own,
+because a layer's part of stacked arrays is copied before it is used, and its keys and values lie in
+blocks: the finished ones are constants of the loop over steps, and only the current one is written.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from star_jax.core.cache import AXES, KV, ROWS, Cache
+from star_jax.core.schedule import Group, Schedule, Step
+from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
+from star_jax.nn.bind import bind
+from star_jax.nn.blocks import Block
+from star_jax.nn.transformer import Transformer
+
+LAYERS = 'layers'  # the parameters of layers that are apart from each other
+BLOCK_ROWS = 64  # rows of a block of a `SplitTrunk`, but for those of a step that has more
+# Platforms on which a step of one row reads arrays in place only where each layer has its own.
+SPLIT = ('cpu', 'gpu', 'tpu')
+Layer = dict[str, Any]  # the parameters of one layer
+
+StepFn = Callable[[Any, Step], tuple[Any, Any]]  # (carry, step) -> carry, output
+
+
+class Carry(NamedTuple):
+    """What a step of sampling leaves to the next one.
+
+    Attributes:
+        x_RLD: the embedded rows of the next step.
+        memory: keys and values, as the trunk keeps them.
+        canvas: the tokenizer's canvas.
+    """
+
+    x_RLD: jax.Array
+    memory: Any
+    canvas: Any
+
+
+class Trunk(Protocol):
+    """All layers of a network, with their keys and values."""
+
+    def empty(self, rows: int) -> Any:
+        """The memory before the first step, for so many rows of a batch."""
+
+    def __call__(
+        self, x_RLD: jax.Array, memory: Any, step: Step, mixing: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """Features [R, L, D] of the rows of a step, and the memory with their keys and values."""
+
+    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
+        """Folds `run_step` over a group of equal steps, or of one.
+
+        Returns the carry, and the outputs of the steps in order, stacked along a new first axis
+        where they share a loop body.
+        """
+
+    def kv(self, memory: Any) -> KV:
+        """Keys and values of every layer, [depth, R, K, rows, H]."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScannedTrunk:
+    """Layers under one scan, with a cache of all rows that is written once per step.
+
+    Attributes:
+        network: the network.
+        params: its parameters.
+        condition: the conditions of all rows of the batch.
+        groups: the steps that are sampled, grouped by loop body.
+        keep_last: the memory also holds the rows of the last step.
+    """
+
+    network: Transformer
+    params: Any
+    condition: Any
+    groups: tuple[Group, ...]
+    keep_last: bool
+
+    @functools.cached_property
+    def text_kv(self) -> KV | None:
+        return bind(self.network, self.params).text_kv(self.condition)
+
+    def empty(self, rows: int) -> Cache:
+        kept = Cache.rows_kept(self.network.schedule, self.groups, keep_last=self.keep_last)
+        return self.network.empty_cache(rows, kept)
+
+    def __call__(
+        self, x_RLD: jax.Array, memory: Cache, step: Step, mixing: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        schedule = self.network.schedule
+        past, visibility = memory.past(schedule, step)
+        features_RLD, new = bind(self.network, self.params).trunk(
+            x_RLD,
+            schedule.rows(step),
+            text_kv=self.text_kv,
+            condition=self.condition,
+            past=past,
+            visibility=visibility,
+            mixing=mixing,
+        )
+        memory = memory.write(new, schedule, step)
+        return features_RLD, memory.replace(kv=self.network.shard_kv(memory.kv))
+
+    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
+        if group.count > 1:
+            carry, outputs = scan_group(run_step, carry, group)
+            return carry, [outputs]
+        return _one_step(run_step, carry, group)
+
+    def kv(self, memory: Cache) -> KV:
+        return memory.kv
+
+
+class Blocks(NamedTuple):
+    """The memory of a `SplitTrunk`; every block has the keys and values of each layer.
+
+    Attributes:
+        finished: blocks that are full, in the order of their rows.
+        current: the block that is written, if steps share a loop body; None otherwise.
+    """
+
+    finished: tuple[tuple[KV, ...], ...] = ()
+    current: tuple[KV, ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the finished blocks."""
+        return sum(block[0].rows for block in self.finished)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SplitTrunk:
+    """Layers one after the other, each with weights of its own, and a cache in blocks.
+
+    Attributes:
+        network: the network.
+        params: its parameters, but for those of the layers.
+        layers: the parameters of every layer.
+        condition: the conditions of all rows of the batch.
+    """
+
+    network: Transformer
+    params: Any
+    layers: tuple[Layer, ...]
+    condition: Any
+
+    @functools.cached_property
+    def text_kv(self) -> tuple[KV | None, ...]:
+        """Of every layer; computed once per image."""
+        states_BTE, _ = bind(self.network, self.params).starter.text(self.condition)
+        if states_BTE is None:
+            return (None,) * len(self.layers)
+        states_BTE = states_BTE.astype(self.network.dtype)
+        return tuple(
+            self._shard(bind(Block(self.network.block), layer).text_kv((), states_BTE)[1])
+            for layer in self.layers
+        )
+
+    def empty(self, rows: int) -> Blocks:
+        return Blocks()
+
+    def __call__(
+        self, x_RLD: jax.Array, memory: Blocks, step: Step, mixing: jax.Array | None
+    ) -> tuple[jax.Array, Blocks]:
+        network = self.network
+        per_layer, shared = bind(network, self.params).block_inputs(
+            network.schedule.rows(step),
+            text_kv=None,
+            condition=self.condition,
+            visibility=self._visibility(memory, step),
+            mixing=mixing,
+        )
+        x_RLD = network.sharding(x_RLD.astype(network.dtype), 'batch', 'tokens', None)
+        written = []
+        for layer, params in enumerate(self.layers):
+            pieces = (*memory.finished, *([memory.current] if memory.current else []))
+            inputs = jax.tree.map(lambda x, layer=layer: x[layer], per_layer)._replace(
+                past=tuple(block[layer] for block in pieces), text_kv=self.text_kv[layer]
+            )
+            x_RLD, kv = bind(Block(network.block), params)(x_RLD, inputs, shared)
+            written.append(self._shard(kv))
+        return x_RLD, self._write(memory, tuple(written), step)
+
+    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
+        """A scan per block. Finished blocks are no part of its carry, which would be copied."""
+        if group.padded:
+            raise ValueError('layers with arrays of their own sample no padded steps')
+        if group.count == 1:
+            return _one_step(run_step, carry, group)
+        reads, outputs = self.network.schedule.reads[group.first], []
+        most = max(BLOCK_ROWS // reads, 1)
+        for first in range(group.first, group.first + group.count, most):
+            part = Group(first, min(most, group.first + group.count - first))
+            carry, output = self._fold_block(run_step, carry, part, reads * part.count)
+            outputs += output
+        return carry, outputs
+
+    def kv(self, memory: Blocks) -> KV:
+        layers = [
+            KV(*(jnp.concatenate(arrays, axis=ROWS) for arrays in zip(*blocks, strict=True)))
+            for blocks in zip(*memory.finished, strict=True)
+        ]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+
+    def _fold_block(
+        self, run_step: StepFn, carry: Carry, group: Group, rows: int
+    ) -> tuple[Carry, list[Any]]:
+        if group.count == 1:
+            return _one_step(run_step, carry, group)
+        finished = carry.memory.finished
+        empty = self.network.empty_cache(len(carry.x_RLD), rows, layers=1).kv
+        current = (jax.tree.map(lambda x: x[0], empty),) * len(self.layers)
+
+        def in_block(inner: Carry, step: Step) -> tuple[Carry, Any]:
+            after, output = run_step(inner._replace(memory=Blocks(finished, inner.memory)), step)
+            return after._replace(memory=after.memory.current), output
+
+        carry, outputs = scan_group(in_block, carry._replace(memory=current), group)
+        return carry._replace(memory=Blocks((*finished, carry.memory))), [outputs]
+
+    def _visibility(self, memory: Blocks, step: Step) -> Visibility:
+        """What the rows of a step attend to among the blocks and themselves."""
+        schedule = self.network.schedule
+        first, end = schedule.starts[step.like : step.like + 2]
+        bound_L = schedule.visible_rows[first:end]
+        if memory.current is None:
+            return Visibility(bounds=StaticVisibility.of(bound_L))
+        rows, bounds = schedule.rows(step), None
+        if (bound_L != end).any():
+            bounds = TracedVisibility(jnp.asarray(schedule.visible_rows, jnp.int32)[rows])
+        return Visibility(bounds=bounds, written=rows[0])
+
+    def _write(self, memory: Blocks, new: tuple[KV, ...], step: Step) -> Blocks:
+        if memory.current is None:
+            return Blocks((*memory.finished, new))
+        place = self.network.schedule.rows(step)[0] - memory.rows
+        current = (block.write(kv, place) for block, kv in zip(memory.current, new, strict=True))
+        return memory._replace(current=tuple(map(self._shard, current)))
+
+    def _shard(self, kv: KV) -> KV:
+        return jax.tree.map(lambda x: self.network.sharding(x, *AXES), kv)
+
+
+def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
+    """The parameters as sampling on a platform reads them best: `split` if most steps have one row.
+
+    Arguments as of `split`.
+    """
+    single = sum(reads == 1 for reads in schedule.reads)
+    return split(params) if platform in SPLIT and 2 * single > schedule.steps else params
+
+
+def split(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters 'model' and 'tokenizer' with those of each layer apart, as 'layers'.
+
+    It happens once, before the program. Arrays of numpy are not copied; abstract arrays and
+    shardings are changed in the same way.
+    """
+    model = dict(params['model'])
+    stacked = model.pop('blocks')
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    layers = tuple(
+        jax.tree.map(functools.partial(_of_layer, layer=layer), stacked) for layer in range(depth)
+    )
+    return params | {'model': model, LAYERS: layers}
+
+
+def split_shardings(shardings: dict[str, Any], depth: int) -> dict[str, Any]:
+    """The shardings of the arrays that `split` makes, from those of the stacked ones."""
+    model = dict(shardings['model'])
+    layer = jax.tree.map(_sharding_of_layer, model.pop('blocks'))
+    return shardings | {'model': model, LAYERS: (layer,) * depth}
+
+
+def _of_layer(x: Any, layer: int) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        sharding = _sharding_of_layer(x.sharding)
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+    return x[layer]
+
+
+def _sharding_of_layer(sharding: Any) -> Any:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def scan_group(run_step: StepFn, carry: Any, group: Group) -> tuple[Any, Any]:
+    """Folds `run_step` over the steps of a group in one scanned loop body."""
+    like = group.members[-1 if group.padded else 0]
+
+    def body(carry: Any, index: jax.Array) -> tuple[Any, Any]:
+        return run_step(carry, Step(index, like, group.padded))
+
+    return jax.lax.scan(body, carry, jnp.asarray(group.members))
+
+
+def _one_step(run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
+    carry, output = run_step(carry, Step.at(group.first))
+    return carry, [jax.tree.map(lambda x: x[None], output)]
