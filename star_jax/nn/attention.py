@@ -223,7 +223,9 @@ class OutputProjection(nn.Module):
     def __call__(self, y_BLNH: jax.Array) -> jax.Array:
         kernel_init = nn.with_logical_partitioning(self.kernel_init, ('heads', None, 'embed'))
         kernel = self.param('kernel', kernel_init, (*self.shape, self.width))
-        y_BLD = jnp.einsum('BLNH,NHD->BLD', y_BLNH, kernel.astype(y_BLNH.dtype))
+        # One axis is summed: of two, XLA may choose an order in which it transposes the kernel.
+        rows = y_BLNH.reshape(*y_BLNH.shape[:2], -1)
+        y_BLD = rows @ kernel.reshape(-1, self.width).astype(rows.dtype)
         if not self.bias:
             return y_BLD
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))

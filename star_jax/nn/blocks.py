@@ -20,6 +20,7 @@ from star_jax.core.settings import Remat
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.nn import layers
 from star_jax.parallel.rules import ActivationSharding
+from star_jax.protocols import Kernel
 
 # What `jax.checkpoint` keeps of a block for its backward pass, beside the block's input. Products
 # without batch dimensions are those with weights: to keep those of attention, too, would store the
@@ -99,6 +100,12 @@ class BlockParts:
             if (part := getattr(self, name))
         }
         return dataclasses.replace(self, sharding=sharding, **sharded)
+
+    def with_kernel(self, change: Callable[[Kernel], Kernel]) -> 'BlockParts':
+        """The same parts, whose self-attention is computed by what `change` makes of its kernel."""
+        attend = self.self_attention(parent=None).attend
+        attention = functools.partial(self.self_attention, attend=change(attend))
+        return dataclasses.replace(self, self_attention=attention)
 
 
 class PerLayer(NamedTuple):

@@ -73,6 +73,31 @@ def _split_softmax(scores: list[jax.Array], pieces: tuple[KV, ...]) -> jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
+class WriteFirst:
+    """Writes new keys and values into the last piece of the past before `inner` reads it.
+
+    For a past of which `written` rows are there. Whoever writes the same rows into that piece
+    afterwards writes nothing twice: the compiler finds that both are one, and as nothing reads the
+    piece from before, it happens in place.
+    """
+
+    inner: Kernel
+
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        written, bounds = visibility.written, visibility.bounds
+        if written is None:
+            return self.inner(q_BLNH, past, new, visibility)
+        *before, last = past
+        if bounds is None:
+            bounds = TracedVisibility((written + new.rows)[None])
+        visibility = visibility.replace(bounds=bounds, written=None)
+        last = last.write(new, written - sum(kv.rows for kv in before))
+        return self.inner(q_BLNH, tuple(before), last, visibility)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiled:
     """The formula for one group of images, or of heads of one image, at a time.
 

@@ -21,6 +21,7 @@ from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
 from star_jax.nn.bind import bind
 from star_jax.nn.blocks import Block
+from star_jax.nn.kernels import WriteFirst
 from star_jax.nn.transformer import Transformer
 
 LAYERS = 'layers'  # the parameters of layers that are apart from each other
@@ -166,6 +167,10 @@ class SplitTrunk:
             for layer in self.layers
         )
 
+    @functools.cached_property
+    def _block(self) -> Block:
+        return Block(self.network.block.with_kernel(WriteFirst))
+
     def empty(self, rows: int) -> Blocks:
         return Blocks()
 
@@ -187,7 +192,7 @@ class SplitTrunk:
             inputs = jax.tree.map(lambda x, layer=layer: x[layer], per_layer)._replace(
                 past=tuple(block[layer] for block in pieces), text_kv=self.text_kv[layer]
             )
-            x_RLD, kv = bind(Block(network.block), params)(x_RLD, inputs, shared)
+            x_RLD, kv = bind(self._block, params)(x_RLD, inputs, shared)
             written.append(self._shard(kv))
         return x_RLD, self._write(memory, tuple(written), step)
 
