@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from star_jax.core.filters import BitFilter, NucleusFilter
+from star_jax.core.filters import BitFilter, NucleusFilter, kth_largest
 
 V = 12
 keep = jax.jit(lambda rule, logits, temperature=1.0: rule(logits, temperature))
@@ -152,3 +152,14 @@ def test_filter_of_bits_ranks_equal_values_by_their_number():
 def test_filter_of_bits_is_off_without_mass_and_with_all_of_it(top_p):
     logits = np.float32([[-9, 9], [0, 0]])
     np.testing.assert_array_equal(keep(BitFilter(top_k=900, top_p=top_p), logits), logits)
+
+
+@pytest.mark.parametrize('k', [1, 2, 7, 99, 100])
+def test_the_kth_largest_is_found_without_sorting(k):
+    random = np.random.default_rng(k)
+    x = random.normal(size=(3, 100)).astype(np.float32)
+    x[1, :40] = x[1, 40]  # ties
+    x[2, ::3] = [0.0, -0.0][k % 2]
+    x[0, 5], x[0, 6] = np.inf, -np.inf
+    found = jax.jit(kth_largest, static_argnums=1)(x, k)
+    np.testing.assert_array_equal(found[:, 0], np.sort(x)[:, -k])

@@ -33,11 +33,11 @@ class NucleusFilter:
         k = min(self.top_k, size) or size
         if k == size and self.top_p is None:
             return logits
+        if self.top_p is None:
+            return jnp.where(logits >= kth_largest(logits, k), logits, -jnp.inf)
         highest = jax.lax.top_k(logits, k)[0]  # sorting k values, not the whole vocabulary
         # The smallest by `min`: a slice of a slice makes XLA sort the whole vocabulary on a CPU.
         logits = jnp.where(logits >= highest.min(-1, keepdims=True), logits, -jnp.inf)
-        if self.top_p is None:
-            return logits
         return jnp.where(logits >= _nucleus(highest, logits, self.top_p), logits, -jnp.inf)
 
 
@@ -108,6 +108,29 @@ class SortedFilter:
         tied = logits == least
         first = tied & (jnp.cumsum(tied, axis=-1) <= same)
         return jnp.where((logits > least) | first, logits, -jnp.inf)
+
+
+def kth_largest(x: jax.Array, k: int) -> jax.Array:
+    """[..., 1]: the k-th largest of float32 numbers [..., V], exactly and without sorting.
+
+    Its 32 bits are found one by one, by counting the numbers that are at least as large; of 16,384
+    numbers on a CPU in a quarter of the time that sorting the largest 2,000 takes.
+    """
+    sign = jnp.uint32(1 << 31)
+
+    def flipped(bits: jax.Array) -> jax.Array:
+        """The bits, changed so that as whole numbers they are ordered as the floats are."""
+        return jnp.where(bits >= sign, ~bits, bits ^ sign)
+
+    bits_V = flipped(jax.lax.bitcast_convert_type(x, jnp.uint32))
+
+    def next_bit(place: jax.Array, found: jax.Array) -> jax.Array:
+        larger = found | (sign >> place.astype(jnp.uint32))
+        enough = (bits_V >= larger).sum(-1, keepdims=True, dtype=jnp.int32) >= k
+        return jnp.where(enough, larger, found)
+
+    found = jax.lax.fori_loop(0, 32, next_bit, jnp.zeros_like(bits_V[..., :1]))
+    return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
 
 
 def _nucleus(highest: jax.Array, logits: jax.Array, top_p: float | jax.Array) -> jax.Array:

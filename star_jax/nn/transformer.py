@@ -278,6 +278,10 @@ class Transformer(nn.Module):
         """Keys and values of every layer, sharded over images and heads."""
         return jax.tree.map(lambda x: self.sharding(x, 'layers', *AXES), kv)
 
+    def shard_kv_pieces(self, pieces: Any) -> Any:
+        """A pytree of keys and values of one layer each, sharded over images and heads."""
+        return jax.tree.map(lambda x: self.sharding(x, *AXES), pieces)
+
     def empty_cache(self, batch: int, rows: int, layers: int = 0) -> Cache:
         """A cache for so many images, `rows` rows of each, of some `layers` (0: of all)."""
         attention = self.block.self_attention(parent=None)

@@ -173,9 +173,9 @@ def sample(
     if stop:
         groups = tuple(group.before(stop) for group in groups if group.first < stop)
     if LAYERS in params:
-        trunk: Trunk = SplitTrunk(network, params['model'], params[LAYERS], condition)
+        trunk: Trunk = SplitTrunk.of(network, params['model'], params[LAYERS], condition)
     else:
-        trunk = ScannedTrunk(network, params['model'], condition, groups, keep_last=trace)
+        trunk = ScannedTrunk.of(network, params['model'], condition, groups, keep_last=trace)
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
         return jnp.concatenate([net().embed(inputs, schedule.rows(step))] * copies)

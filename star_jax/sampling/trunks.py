@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from star_jax.core.cache import AXES, KV, ROWS, Cache
+from star_jax.core.cache import KV, ROWS, Cache
 from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
 from star_jax.nn.bind import bind
@@ -79,6 +79,7 @@ class ScannedTrunk:
         condition: the conditions of all rows of the batch.
         groups: the steps that are sampled, grouped by loop body.
         keep_last: the memory also holds the rows of the last step.
+        text_kv: keys and values of the text in every layer, or None.
     """
 
     network: Transformer
@@ -86,10 +87,20 @@ class ScannedTrunk:
     condition: Any
     groups: tuple[Group, ...]
     keep_last: bool
+    text_kv: KV | None
 
-    @functools.cached_property
-    def text_kv(self) -> KV | None:
-        return bind(self.network, self.params).text_kv(self.condition)
+    @classmethod
+    def of(
+        cls,
+        network: Transformer,
+        params: Any,
+        condition: Any,
+        groups: tuple[Group, ...],
+        keep_last: bool,
+    ) -> 'ScannedTrunk':
+        """With the keys and values of the text, which are computed once per image."""
+        text_kv = bind(network, params).text_kv(condition)
+        return cls(network, params, condition, groups, keep_last, text_kv)
 
     def empty(self, rows: int) -> Cache:
         kept = Cache.rows_kept(self.network.schedule, self.groups, keep_last=self.keep_last)
@@ -148,24 +159,27 @@ class SplitTrunk:
         params: its parameters, but for those of the layers.
         layers: the parameters of every layer.
         condition: the conditions of all rows of the batch.
+        text_kv: keys and values of the text in each layer, or None for each.
     """
 
     network: Transformer
     params: Any
     layers: tuple[Layer, ...]
     condition: Any
+    text_kv: tuple[KV | None, ...]
 
-    @functools.cached_property
-    def text_kv(self) -> tuple[KV | None, ...]:
-        """Of every layer; computed once per image."""
-        states_BTE, _ = bind(self.network, self.params).starter.text(self.condition)
-        if states_BTE is None:
-            return (None,) * len(self.layers)
-        states_BTE = states_BTE.astype(self.network.dtype)
-        return tuple(
-            self._shard(bind(Block(self.network.block), layer).text_kv((), states_BTE)[1])
-            for layer in self.layers
-        )
+    @classmethod
+    def of(
+        cls, network: Transformer, params: Any, layers: tuple[Layer, ...], condition: Any
+    ) -> 'SplitTrunk':
+        """With the keys and values of the text, which are computed once per image."""
+        states_BTE, _ = bind(network, params).starter.text(condition)
+        text_kv: tuple[KV | None, ...] = (None,) * len(layers)
+        if states_BTE is not None:
+            states_BTE = states_BTE.astype(network.dtype)
+            block = Block(network.block)
+            text_kv = tuple(bind(block, layer).text_kv((), states_BTE)[1] for layer in layers)
+        return cls(network, params, layers, condition, network.shard_kv_pieces(text_kv))
 
     @functools.cached_property
     def _block(self) -> Block:
@@ -253,7 +267,7 @@ class SplitTrunk:
         return memory._replace(current=tuple(map(self._shard, current)))
 
     def _shard(self, kv: KV) -> KV:
-        return jax.tree.map(lambda x: self.network.sharding(x, *AXES), kv)
+        return self.network.shard_kv_pieces(kv)
 
 
 def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
