@@ -8,14 +8,19 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from convert_test import Names
+from convert_test import Names, same, save
 from flax.core import meta
+from safetensors.numpy import load_file
 
+import star_jax
+from star_jax import cli
+from star_jax.checkpoint import folder, models
 from star_jax.checkpoint.stored import TensorSpec
-from star_jax.convert import infer
+from star_jax.convert import infer, transfer
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.infer import ModelOptions
 from star_jax.convert.llamagen import BUFFERS, llamagen_entries
+from star_jax.convert.raster_vq import raster_vq_entries
 from star_jax.convert.table import ConversionTable
 from star_jax.core import condition
 from star_jax.core.condition import LabelCondition, TextCondition
@@ -30,6 +35,8 @@ from star_jax.sampling import program, trunks
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.program import image_keys
 from star_jax.sampling.sampler import sample
+from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.verify.llamagen_generate import CodesAlone
 
 CLASSES = LlamaGen(depth=2, width=16, heads=4, hidden=24, grid=(3, 4), codes=11, classes=5)
@@ -37,6 +44,9 @@ SHARED = dataclasses.replace(CLASSES, kv_heads=2)
 TEXT = LlamaGenText(
     depth=2, width=16, heads=4, hidden=24, grid=(3, 3), codes=11, text_width=6, text_rows=120
 )
+PIXELS = Autoencoder(width=8, multipliers=(1, 1), blocks=1, groups=4, fused_attention=False)
+CODES = RasterVQ(autoencoder=PIXELS, grid=(4, 4), codes=11)
+SAMPLED = dataclasses.replace(CLASSES, grid=(4, 4), names=('a', 'b', 'c', 'd', 'e'))
 # Parameters of each size, by class and by text (LlamaGen specification 2.1).
 PUBLISHED = {
     'B': (110_888_448, 112_282_368),
@@ -242,3 +252,39 @@ def test_wrong_sizes_of_a_file_are_named():
 def test_wrong_sizes_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CLASSES, **fields)
+
+
+def test_a_model_folder_samples_classes_alone_and_together(tmp_path):
+    tokenizer = folder.StoredTokenizer(config=CODES, params=tiny.random_params(CODES.abstract()))
+    content = folder.StoredModel(
+        config=SAMPLED, params=params_of(SAMPLED), tokenizer=tokenizer, text=None
+    )
+    folder.write(tmp_path / 'model', content)
+    pipe = star_jax.load(tmp_path / 'model')
+    options = {'guidance': 2.0, 'top_k': 5, 'top_p': 0.0, 'guided_steps': 6}
+    images = pipe(['b', '0', 'e'], **options)
+    assert images.shape == (3, 8, 8, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(pipe(['0'], seed=1, **options)[0], images[1])
+    assert f'{sum(x.size for x in jax.tree.leaves(params_of(SAMPLED))):,}' in repr(pipe)
+
+
+@pytest.mark.parametrize('model', [SAMPLED, TEXT], ids=['class', 'text'])
+def test_published_files_are_converted_back_bit_for_bit(tmp_path, model):
+    """Of a trainer by class, with a buffer; the bare dict of FSDP by text."""
+    state = to_state(llamagen_entries(model), params_of(model))
+    wrapped = {f'model.{name}': x for name, x in state.items()} if model is SAMPLED else state
+    wrapped['freqs_cis'] = np.zeros((3, 2, 2), np.float32)
+    vae = to_state(raster_vq_entries(CODES), tiny.random_params(CODES.abstract()))
+    vae['quantize.codebook_used'] = np.zeros(65536, np.float32)
+    file = save(tmp_path / 'gpt.safetensors', wrapped)
+    beside = save(tmp_path / 'vq.safetensors', vae)
+    words = ['--tokenizer', beside, '--heads', '4', '--groups', '4']
+    words += ['--sides', str(model.grid[0]), '--out', str(tmp_path / 'folder')]
+    assert cli.main(['convert', file, *words]) == 0
+    assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
+    back = {name: load_file(tmp_path / 'back' / file) for name, file in transfer.OUT.items()}
+    same(back['tokenizer'], vae)
+    same(back['transformer'], state | {'freqs_cis': wrapped['freqs_cis']})
+    found = models.read(tmp_path / 'folder')
+    assert found.config == dataclasses.replace(model, names=())
+    assert found.tokenizer.config == dataclasses.replace(CODES, grid=model.grid)

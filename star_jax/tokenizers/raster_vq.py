@@ -216,7 +216,7 @@ class RasterVQTokenizer(nn.Module):
 
     def embed(self, codes: jax.Array) -> jax.Array:
         """Code vectors, [..., C]."""
-        return self.quantiser.vectors[codes]
+        return self.quantiser.enter(self.quantiser.codebook[codes])
 
     def mix(self, weights_BLV: jax.Array) -> jax.Array:
         """Weighted means of the code vectors, [B, L, C]."""
