@@ -17,6 +17,7 @@ from star_jax.core.templates import Templates
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.families.infinity import Infinity
+from star_jax.nn.bind import bind
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training import train
@@ -153,3 +154,21 @@ def test_a_model_whose_grids_are_no_template_is_refused(run, fields, message):
     assert re.search(message, flaw(model)) and not flaw(MODEL)
     with pytest.raises(UserError, match=message):
         MixedJob(dataclasses.replace(run, model=model))
+
+
+def test_a_cache_holds_the_images_of_every_template(run, mixed_job, tmp_path):
+    cached = dataclasses.replace(run, cache=str(tmp_path / 'cache'), correction=SelfCorrection())
+    train.cache(cached)
+    assert sorted(path.name for path in (tmp_path / 'cache').glob('[0-9]*')) == [
+        '3x4',
+        '4x3',
+        '4x4',
+    ]
+    job = MixedJob(cached)
+    pairs = zip(job.batches(0), mixed_job.batches(0), strict=False)
+    for (template, inputs), (other, live) in itertools.islice(pairs, 3):
+        assert template == other
+        part = job.template(template)
+        codes = part.targets(job.frozen.tokenizer, inputs.encoded, jax.random.key(0)).codes_BL
+        expected = bind(part.tokenizer, {}).quantise(live.encoded).bits
+        assert np.array_equal(codes, bind(part.tokenizer, {}).tokens(expected))

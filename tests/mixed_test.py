@@ -121,6 +121,18 @@ def test_a_folder_and_a_prepared_set_know_the_ratio_of_their_images(tmp_path):
     assert stored.at((12, 16))[0]['image'].shape == (12, 16, 3)
 
 
+def test_ratios_that_take_long_to_read_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path))
+    monkeypatch.setattr(mixed, 'SLOW', 0)
+    first = shapes()
+    (stored,) = (tmp_path / 'ratios').iterdir()
+    monkeypatch.setattr(mixed.np, 'fromiter', None)  # what reads them
+    assert np.array_equal(shapes().template_of, first.template_of)
+    stored.write_bytes(b'')
+    with pytest.raises(TypeError):
+        shapes()
+
+
 def test_templates_are_found_by_ratio_grids_and_name():
     assert PUBLISHED.nearest(9 / 16) == '0.571' and PUBLISHED.nearest(1.125) == '1.0'
     assert len(PUBLISHED.names) == 15 and PUBLISHED.scales('0.25M') == 10

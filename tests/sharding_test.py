@@ -12,13 +12,9 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from star_jax.core.condition import TextCondition
-from star_jax.core.self_correction import SelfCorrection
 from star_jax.errors import UserError
-from star_jax.families.infinity import Infinity
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import AXES, MeshShape
-from star_jax.tokenizers.autoencoder import Autoencoder
-from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training.build import init_params
 from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram
 from star_jax.training.state import TrainState, abstract_state, init_sharded
@@ -31,16 +27,6 @@ MOMENTS = ('mu', 'nu')
 SHAPE = tiny.STAR.model
 VQ = tiny.TOKENIZER.model
 OPTIMIZER = tiny.OPTIMIZER.build(100)
-INFINITY = Infinity(
-    depth=2,
-    width=16,
-    heads=2,
-    bits=6,
-    grids=((1, 1), (1, 2), (2, 4)),
-    reference=(2, 4),
-    text_width=SHAPE.text_width,
-    text_rows=TOKENS,
-)
 
 
 def build_mesh(*sizes: int) -> jax.sharding.Mesh:
@@ -143,37 +129,3 @@ def test_job_refuses_a_mesh_that_does_not_divide_the_heads(tmp_path):
     )
     with pytest.raises(UserError, match=r'log_scale of shape \(2, 1\).*tensor=2.*that fit are 1$'):
         job.abstract()
-
-
-def infinity_losses(shape: tuple[int, ...]) -> list[float]:
-    """The losses of two steps of an Infinity on a mesh, with flipped bits and dropped captions."""
-    mesh, model = build_mesh(*shape), INFINITY
-    autoencoder = Autoencoder(width=8, multipliers=(1,), blocks=1, groups=4, attention=False)
-    bsq = BSQ(autoencoder=autoencoder, grids=model.grids, bits=model.bits)
-    program = TrainingProgram(
-        network=model.build().with_sharding(mesh),
-        tokenizer=bsq.build_training(SelfCorrection(strength=0.3)),
-        optimizer=OPTIMIZER,
-        recipe=Recipe(condition_drop=0.3, balance=0.5),
-    )
-    random = np.random.default_rng(0)
-    features_BhwK = random.normal(size=(BATCH, *model.grids[-1], model.bits)).astype(np.float32)
-    text = text_condition(random, BATCH)
-    abstract = abstract_state(start, model.abstract(), mesh)
-    state = jax.tree.map(np.asarray, start(tiny.random_params(model.abstract())))
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    inputs = rules.shard_batch(StepInputs(encoded=features_BhwK, prompts=text), mesh)
-    params = tiny.random_params(bsq.abstract())
-    frozen = Frozen(tokenizer=params, empty=jax.tree.map(lambda x: x[:1], text))
-    frozen = jax.device_put(frozen, rules.replicated(mesh))
-    train, found = jax.jit(program.train), []
-    for step in range(2):
-        state, metrics = train(state, frozen, inputs, jax.random.key(step))
-        found.append(float(metrics['loss']))
-    return found
-
-
-def test_every_mesh_computes_the_same_steps_of_an_infinity():
-    single = infinity_losses((1, 1, 1))
-    for shape in ((4, 2, 1), (2, 2, 2)):
-        np.testing.assert_allclose(infinity_losses(shape), single, rtol=1e-5)

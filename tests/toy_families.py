@@ -272,10 +272,6 @@ class WideStar(Star):
 
     grids: Grids = ((1, 1), (1, 2), (2, 4))
 
-    @property
-    def schedule(self) -> Pyramid:
-        return Pyramid(self.grids)
-
     def temperatures(self, temperature: float) -> np.ndarray:
         return temperature * np.linspace(2, 1, self.schedule.steps, dtype=np.float32)
 

@@ -8,15 +8,19 @@ the seed and the step, so a run continues at any step, with any number of proces
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
+from star_jax import files
 from star_jax.console import track
 from star_jax.data import pipeline
 from star_jax.data.caption_choice import ANY_CAPTION, CaptionChoice
@@ -24,6 +28,10 @@ from star_jax.data.pipeline import Batch, Example, Source
 from star_jax.parallel import mesh
 
 PROGRESS_FROM = 20_000  # images: the ratios of fewer are read at once
+SAMPLED = 64  # ratios that identify all of them, with the fingerprint of a source
+SLOW = 30  # seconds
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,16 +132,39 @@ def sort(source: Source, sizes: Sequence[tuple[int, int]], ratios: Sequence[floa
         sizes: (height, width) in pixels of the images of each template.
         ratios: height divided by width of each template; the first of equally near ones is taken.
     """
-    numbers = grain.MapDataset.source(range(len(source))).map(source.ratio)
-    threads = mesh.cores()
-    read = numbers.to_iter_dataset(grain.ReadOptions(num_threads=threads))
-    count, visible = len(source), len(source) >= PROGRESS_FROM
-    ratio_N = np.fromiter(track(read, 'reading aspect ratios', count, visible), np.float64, count)
+    ratio_N, count = _read_ratios(source), len(source)
     ratios_T, template_of = np.asarray(ratios), np.empty(count, np.int32)
     for first in range(0, count, PROGRESS_FROM):
         part = slice(first, first + PROGRESS_FROM)
         template_of[part] = np.abs(ratio_N[part, None] - ratios_T).argmin(1)
     return MixedSource(source, tuple(source.at(size) for size in sizes), template_of)
+
+
+def _read_ratios(source: Source) -> np.ndarray:
+    """[n] height divided by width of every example.
+
+    A large prepared set is read once: what took long is kept in the user's cache folder.
+    """
+    count, start = len(source), time.monotonic()
+    shown = [source.ratio(index) for index in pipeline.even_indices(source, SAMPLED)]
+    digest = hashlib.sha256(f'{source.fingerprint()} {count} {shown}'.encode()).hexdigest()
+    path = files.cache_folder() / 'ratios' / f'{digest[:24]}.npy'
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        stored = np.load(path)
+        if stored.shape == (count,) and stored.dtype == np.float64:
+            return stored
+    numbers = grain.MapDataset.source(range(count)).map(source.ratio)
+    read = numbers.to_iter_dataset(grain.ReadOptions(num_threads=mesh.cores()))
+    visible = count >= PROGRESS_FROM
+    ratio_N = np.fromiter(track(read, 'reading aspect ratios', count, visible), np.float64, count)
+    if time.monotonic() - start > SLOW:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(path) as temporary, temporary.open('wb') as file:
+                np.save(file, ratio_N)
+        except OSError as error:
+            log.warning('%s cannot be written (%s): ratios are read again next time', path, error)
+    return ratio_N
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -287,7 +287,7 @@ def _collate(samples: Sequence[dict]) -> Batch:
 def evenly_spaced(source: Source, count: int) -> Batch:
     """At most `count` examples, evenly spaced in the source, with their first captions."""
     _check_source(source, count)
-    return _collate([_first_caption(source[index]) for index in _even_indices(source, count)])
+    return _collate([_first_caption(source[index]) for index in even_indices(source, count)])
 
 
 def fingerprint(source: Source, *facts: object) -> str:
@@ -304,7 +304,7 @@ def fingerprint(source: Source, *facts: object) -> str:
     """
     _check_source(source, FINGERPRINT_EXAMPLES)
     digest = hashlib.sha256(repr((len(source), facts)).encode())
-    for index in _even_indices(source, FINGERPRINT_EXAMPLES):
+    for index in even_indices(source, FINGERPRINT_EXAMPLES):
         example = source[index]
         digest.update(example['image'].tobytes() + repr(example['captions']).encode())
     return digest.hexdigest()
@@ -313,11 +313,11 @@ def fingerprint(source: Source, *facts: object) -> str:
 def caption_fingerprint(source: Source) -> str:
     """The number of examples and a few captions: equal for copies of a dataset at any size."""
     _check_source(source, FINGERPRINT_EXAMPLES)
-    indices = _even_indices(source, FINGERPRINT_EXAMPLES)
+    indices = even_indices(source, FINGERPRINT_EXAMPLES)
     return repr((len(source), [source.captions(index) for index in indices]))
 
 
-def _even_indices(source: Source, count: int) -> list[int]:
+def even_indices(source: Source, count: int) -> list[int]:
     """Evenly spaced numbers of examples."""
     return [int(n) for n in np.linspace(0, len(source) - 1, min(count, len(source)))]
 

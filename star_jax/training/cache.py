@@ -193,7 +193,7 @@ def check(folder: Path, remove: bool = False) -> encoded.Check:
 
 def _folders(cache: Path) -> list[Path]:
     """The folders of encoded images in a cache."""
-    found = [[cache / name, *sorted(cache.glob(f'*x*/{name}'))] for name in SETS]
+    found = [[cache / name, *sorted(cache.glob(f'[0-9]*x[0-9]*/{name}'))] for name in SETS]
     return list(itertools.chain.from_iterable(found))
 
 

@@ -179,7 +179,13 @@ class MixedJob(TransformerJob):
         config, templates = self.tokenizer.config, self.run.model.templates
         sizes = [config.at(schedule).resolution for schedule in self._schedules.values()]
         ratios = [templates.ratio(name) for name in templates.names]
-        sets = {name: mixed.sort(source, sizes, ratios) for name, source in self.images.items()}
+        sets = {}
+
+        def sort() -> None:
+            for name, source in self.images.items():
+                sets[name] = mixed.sort(source, sizes, ratios)
+
+        peer_watchdog.first_then_others(sort)
         if cache_folder is None:
             return sets
         return {name: self._encoded(name, source, cache_folder) for name, source in sets.items()}
@@ -189,7 +195,8 @@ class MixedJob(TransformerJob):
         sized = list(source.sized)
         for number in np.unique(source.template_of).tolist():
             template, part = self.template(number), source.of_template(number)
-            images = jax.ShapeDtypeStruct((1, *template.tokenizer.resolution, 3), np.uint8)
+            shape = (self.run.batch, *template.tokenizer.resolution, 3)
+            images = jax.ShapeDtypeStruct(shape, np.uint8)
             encoded = jax.eval_shape(template.encode, self.tokenizer.params, images)
             example = jax.ShapeDtypeStruct(encoded.shape[1:], encoded.dtype)
             path, origin = (
