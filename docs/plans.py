@@ -1,4 +1,4 @@
-"""Makes docs/plans.md: plans of every STAR stage on TPU pods and GPUs, by `star-jax plan`.
+"""Makes docs/plans.md: plans of every STAR stage and of Infinity on TPU pods and GPUs.
 
     python docs/plans.py [docs/plans.json]
 
@@ -31,9 +31,16 @@ STAGES = (
 COUNTED = ('8xA100-80G', '64xH100')
 COMPILED = ('v5p-128', 'v5e-256', 'v6e-256')
 TOPOLOGIES = COUNTED + COMPILED
+INFINITY = ('infinity_2b', 'infinity_8b', 'infinity_20b')
+# Every row of the page: those of the largest models are counted only.
+ROWS = (
+    *((stage, topology) for stage in STAGES for topology in TOPOLOGIES),
+    *((stage, topology) for stage in INFINITY for topology in COUNTED),
+    *((INFINITY[0], topology) for topology in COMPILED),
+)
 SEARCHED = (('star_d30_256', 'v5e-256'),)  # compiled three times, to find the largest batch
 HEAD = """\
-# What every STAR stage needs on pods and GPUs
+# What every STAR stage and Infinity need on pods and GPUs
 
 Made by `python docs/plans.py`, which runs `star-jax plan configs/STAGE.py --topology NAME` for each
 row; none of the named machines was used. TPU rows are compiled ahead of time from the real training
@@ -53,6 +60,9 @@ The programs of the TPU rows were compiled before their bounds were computed by 
 record of a collective does not tell its mesh axis (v5e-256 and v6e-256 with three or four axes,
 except for star_d30_256 on v5e-256), the one with the most links was assumed.
 
+Infinity trains at 1024 x 1024 px with 256 images per step; the length of its published runs is not
+known, and 100,000 steps are assumed. Its text encoder is flan-t5-xl in bfloat16.
+
 """
 
 
@@ -62,8 +72,7 @@ def main(path: Path) -> None:
     with futures.ThreadPoolExecutor(mesh.cores()) as pool:
         jobs = [
             pool.submit(plan, stage, topology)
-            for topology in TOPOLOGIES
-            for stage in STAGES
+            for stage, topology in sorted(ROWS, key=lambda row: row[1] in COMPILED)
             if f'{stage} {topology}' not in rows
         ]
         for job in futures.as_completed(jobs):
@@ -95,7 +104,7 @@ def plan(stage: str, topology: str) -> dict:
 
 def page(rows: dict[str, dict]) -> str:
     """The table, the advice of each row, and the rows that are missing."""
-    names = [f'{stage} {topology}' for stage in STAGES for topology in TOPOLOGIES]
+    names = [f'{stage} {topology}' for stage, topology in ROWS]
     present = [rows[name] for name in names if name in rows]
     lines = [
         f'- {row["config"]} on {row["topology"]}: {"; ".join(row["advice"])}'

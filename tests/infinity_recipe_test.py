@@ -18,9 +18,13 @@ from star_jax.core.codes import Bits, Targets
 from star_jax.core.condition import TextCondition
 from star_jax.data import pipeline
 from star_jax.data.caption_choice import AnyCaption, ShortOrLong
+from star_jax.errors import UserError
+from star_jax.families.fit import check_tokenizer
 from star_jax.families.infinity import Infinity
+from star_jax.families.star import Star
 from star_jax.losses import tokens
 from star_jax.plan import workload
+from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training import summary
 from star_jax.training.build import init_params
 from star_jax.training.optimizer import AdamW, decayed
@@ -197,6 +201,21 @@ def test_the_summary_compares_classifiers_as_the_paper_does():
     text = summary.classifier(Bits(32), 2048)
     assert text.startswith('131,136 parameters (0.5 MiB) for 32 bits')
     assert '2^32 codes would have 8.8e+12 (32 TiB)' in text
+
+
+@pytest.mark.parametrize(
+    ('model', 'tokenizer', 'message'),
+    [
+        (Infinity(), BSQ(bits=16), 'model.bits is 32, but a token of the tokenizer has 16 bits'),
+        (Infinity(bits=56), BSQ(bits=56, patchify=True), 'a token of the tokenizer has 224 bits'),
+        (Infinity(bits=9), BSQ(bits=9, indexed=True), 'model.codes is 9 bits, but tokenizer.codes'),
+        (Star(), BSQ(), 'model.codes is 4096, but tokenizer.codes is 32 bits'),
+    ],
+)
+def test_a_tokenizer_of_other_bits_is_refused(model, tokenizer, message):
+    with pytest.raises(UserError, match=message):
+        check_tokenizer(model, tokenizer, where='it does not fit', remedy='name another')
+    check_tokenizer(model, model.default_tokenizer(), where='it fits', remedy='')
 
 
 def test_a_text_encoder_is_planned_in_the_dtype_of_the_run():

@@ -1,6 +1,6 @@
 """Do a tokenizer and a text encoder fit a transformer?"""
 
-from star_jax.core.codes import Codes, Index
+from star_jax.core.codes import Bits, Codes, Index
 from star_jax.errors import UserError
 from star_jax.protocols import Family, PromptEncoder, TokenizerConfig
 
@@ -17,8 +17,16 @@ def check_tokenizer(model: Family, tokenizer: TokenizerConfig, *, where: str, re
     Raises:
         UserError: names the field that differs, and both values.
     """
+    ours, theirs = model.vocabulary, tokenizer.vocabulary
+    if isinstance(ours, Bits) and isinstance(theirs, Bits):
+        if ours != theirs:
+            raise UserError(
+                f'{where}: model.bits is {ours.width}, but a token of the tokenizer has '
+                f'{theirs.width} bits: {remedy}'
+            )
+        return
     fields = {
-        'codes': (_show(model.vocabulary), _show(tokenizer.vocabulary)),
+        'codes': (_show(ours), _show(theirs)),
         'channels': (model.vector_width, tokenizer.vector_width),
     }
     for name, (predicted, produced) in fields.items():
@@ -39,5 +47,5 @@ def check_text_encoder(encoder: PromptEncoder, width: int) -> PromptEncoder:
     return encoder
 
 
-def _show(codes: Codes) -> int | Codes:
-    return codes.size if isinstance(codes, Index) else codes
+def _show(codes: Codes) -> int | str:
+    return codes.size if isinstance(codes, Index) else f'{codes.num_logits // 2} bits'

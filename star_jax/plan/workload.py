@@ -253,7 +253,7 @@ def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
             model,
             vq,
             where=f'the tokenizer {path} does not fit',
-            remedy='set model.codes and model.channels to those of the tokenizer',
+            remedy='give the model the sizes of the tokenizer, or name another tokenizer',
         )
         return vq, ''
     return (

@@ -72,7 +72,7 @@ class TransformerJob:
             run.model,
             vq,
             where=f'the tokenizer {run.tokenizer} does not fit',
-            remedy='set model.codes and model.channels to those of the tokenizer',
+            remedy='give the model the sizes of the tokenizer, or name another tokenizer',
         )
         summary.check_batch(run.batch, vq.resolution, self._mesh)
         self._rows = rules.process_rows(self._mesh, run.batch)
