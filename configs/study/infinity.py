@@ -15,10 +15,11 @@ from star_jax.core.settings import Settings
 from star_jax.core.templates import Templates
 from star_jax.data.shapes import Shapes
 from star_jax.families.infinity import Infinity
-from star_jax.losses.tokenizer import Objective
+from star_jax.losses.tokenizer import EntropyOfBits
 from star_jax.studies.runs import Contender, RunsStudy
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.training.objective import Objective
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run, TokenizerRun
 from star_jax.training.schedules import LearningRate
@@ -40,7 +41,7 @@ def tokenizer(bits: int) -> TokenizerRun:
         ),
         data=dataclasses.replace(TRAIN, count=200_000),
         validation=VALIDATION,
-        objective=Objective(),
+        objective=Objective(commitment=0.25, entropy=EntropyOfBits(weight=0.01)),
         optimizer=AdamW(
             learning_rate=LearningRate(peak=1e-3, warmup_steps=200, end=0.02, shape='lin'),
             weight_decay=0.0,
