@@ -15,6 +15,12 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def activations(x: jax.Array, dtype: str) -> jax.Array:
+    """x in the dtype of a network's activations; float32 means at least that."""
+    wide = at_least_float32(x.dtype) if dtype == 'float32' else dtype
+    return x.astype(wide)
+
+
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """LayerNorm over the last axis without scale or shift; float32 statistics, dtype of x out."""
     centred = x.astype(jnp.float32)

@@ -204,7 +204,7 @@ class RasterVQTokenizer(nn.Module):
 
     def decode_unclamped(self, canvas_BhwC: jax.Array) -> jax.Array:
         """The decoder's image, float32, not clamped."""
-        return self.decoder(self.post_quant_conv(canvas_BhwC).astype(self.dtype))
+        return self.decoder(layers.activations(self.post_quant_conv(canvas_BhwC), self.dtype))
 
     def decode(self, canvas_BhwC: jax.Array) -> jax.Array:
         """[B, H, W, 3] images in [-1, 1]."""

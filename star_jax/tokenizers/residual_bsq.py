@@ -380,7 +380,7 @@ class BSQTokenizer(nn.Module):
 
     def decode_unclamped(self, canvas_BhwK: jax.Array) -> jax.Array:
         """The decoder's image, float32, not clamped."""
-        return self.decoder(self.quantiser.leave(canvas_BhwK).astype(self.dtype))
+        return self.decoder(layers.activations(self.quantiser.leave(canvas_BhwK), self.dtype))
 
     def decode(self, canvas_BhwK: jax.Array) -> jax.Array:
         """[B, H, W, 3] images in [-1, 1]."""

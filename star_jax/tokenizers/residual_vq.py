@@ -356,7 +356,7 @@ class VQTokenizer(nn.Module):
 
     def decode_unclamped(self, canvas_BHWC: jax.Array) -> jax.Array:
         """The decoder's image, float32, not clamped."""
-        return self.decoder(self.post_quant_conv(canvas_BHWC).astype(self.dtype))
+        return self.decoder(layers.activations(self.post_quant_conv(canvas_BHWC), self.dtype))
 
     def decode(self, canvas_BHWC: jax.Array) -> jax.Array:
         """[B, H, W, 3] images in [-1, 1]."""

@@ -1,7 +1,7 @@
 """How large is a step, and how strong the decay, at each iteration?
 
 STAR specification 6. Iterations are micro-iterations, counted from 0. Every function takes
-a Python, numpy or traced integer and returns float32, within 1e-6 of the peak.
+a Python, numpy or traced integer and returns at least float32, within 1e-6 of the peak.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class LearningRate:
         step = jnp.asarray(step)
         warm = self.start + (1 - self.start) * step / max(self.warmup_steps, 1)
         fallen = (step - self.warmup_steps) / max(total_steps - 1 - self.warmup_steps, 1)
-        falling = self._fall(fallen.astype(jnp.float32))
+        falling = self._fall(fallen.astype(jnp.promote_types(fallen.dtype, jnp.float32)))
         return self.peak * jnp.where(step < self.warmup_steps, warm, falling)
 
     def _fall(self, u: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from star_jax.data import pipeline
 from star_jax.errors import UserError
 from star_jax.losses.tokenizer import Perceptual, psnr
 from star_jax.losses.tokens import Metrics
+from star_jax.nn import layers
 from star_jax.nn.bind import bind
 from star_jax.parallel import rules
 from star_jax.tokenizers import codebook, perceptual
@@ -311,7 +312,8 @@ class TokenizerJob:
         if quantised:
             losses['quantiser'] = objective.quantisation(f_BHWC, codes)
             losses |= objective.entropies(tokenizer, codes)
-        return Forward(signed, decoded.astype(signed.dtype), codes, losses)
+        decoded = decoded.astype(layers.at_least_float32(decoded.dtype))
+        return Forward(signed.astype(decoded.dtype), decoded, codes, losses)
 
     def _loss(
         self,
