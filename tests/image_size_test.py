@@ -77,6 +77,11 @@ def test_star_samples_any_template_of_its_own():
             'Learned positions belong to the tokens of one size',
         ),
         (
+            stored(Star(sides=(1, 2, 4), templates=TOY, keep_tokens=20)),
+            {'aspect': '4:3'},
+            r'no images of \(3, 4\): keep_tokens must be 0 or lie in',
+        ),
+        (
             stored(Infinity(grids=((1, 1), (3, 3)))),
             {'resolution': '0.06M'},
             'no template begins with the grids of the model, 1x1 3x3',

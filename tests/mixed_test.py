@@ -9,8 +9,8 @@ from PIL import Image
 
 from star_jax import image_io
 from star_jax.core.templates import PUBLISHED, Templates
-from star_jax.data import mixed, prepared
-from star_jax.data.folder import Folder
+from star_jax.data import mixed
+from star_jax.data.folder import Folder, prepare
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
@@ -102,22 +102,10 @@ def test_a_folder_and_a_prepared_set_know_the_ratio_of_their_images(tmp_path):
     source = Folder(path=str(folder), split='all').open(16)
     assert [source.ratio(index) for index in range(3)] == [0.75, 4 / 3, 1]
     assert source.at((16, 24))[1]['image'].shape == (16, 24, 3)
-    records = [
-        prepared.Record(
-            key=name,
-            image=image_io.encode(np.zeros((height, width, 3), np.uint8)),
-            captions=(name,),
-            label='',
-            source='',
-            licence='',
-            attribution='',
-        )
-        for name, (height, width) in {'a': (30, 40), 'b': (40, 30)}.items()
-    ]
-    prepared.write(tmp_path / 'set', {'train': records})
+    prepare(Folder(path=str(folder), held_out=0), tmp_path / 'set', 12, whole=True)
     stored = Prepared(path=str(tmp_path / 'set')).open(16)
-    by_caption = {stored.captions(n)[0]: stored.ratio(n) for n in range(2)}
-    assert by_caption == {'a': 0.75, 'b': 4 / 3}
+    by_caption = {stored.captions(n)[0]: stored.ratio(n) for n in range(3)}
+    assert by_caption == {'a': 0.75, 'b': 4 / 3, 'c': 1}
     assert stored.at((12, 16))[0]['image'].shape == (12, 16, 3)
 
 

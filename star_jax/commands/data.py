@@ -61,7 +61,7 @@ class PrepareEmoji:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareFolder:
-    """Writes a prepared dataset of your own images with captions, as squares of one size.
+    """Writes a prepared dataset of your own images with captions, as squares or whole.
 
     The caption of cat.png is in cat.txt beside it, or in a list: metadata.jsonl with lines such as
     {"file_name": "cat.png", "text": "a cat"}, metadata.json, metadata.csv. Parquet sets and tar
@@ -78,6 +78,8 @@ class PrepareFolder:
             after a split (0: no such split).
         caption: field or column of the captions in a list or a Parquet file ('': the first of text,
             caption and captions).
+        whole: keep the ratio of height and width, for a model of several aspect ratios; size is the
+            shorter side.
     """
 
     images: tyro.conf.Positional[Path]
@@ -85,6 +87,7 @@ class PrepareFolder:
     size: int = 128
     held_out: float = 0.1
     caption: str = ''
+    whole: bool = False
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -190,7 +193,7 @@ def _prepare_emoji(words: Sequence[str]) -> int:
 def _prepare_folder(words: Sequence[str]) -> int:
     options = arguments.parse(PrepareFolder, words, 'data prepare folder')
     source = Folder(path=str(options.images), held_out=options.held_out, caption=options.caption)
-    result = folder.prepare(source, options.out, options.size)
+    result = folder.prepare(source, options.out, options.size, options.whole)
     description = f'images, {result.skipped:,} records skipped'
     return _print(options.out, result.images, description, result.megabytes, result.seconds)
 

@@ -242,7 +242,7 @@ class Summary:
     megabytes: float
 
 
-def prepare(folder: Folder, out: Path, size: int) -> Summary:
+def prepare(folder: Folder, out: Path, size: int, whole: bool = False) -> Summary:
     """Writes the images of a folder as PNGs into a prepared dataset.
 
     Its splits are those of the folder that have images.
@@ -251,6 +251,7 @@ def prepare(folder: Folder, out: Path, size: int) -> Summary:
         folder: the images; `folder.split` is ignored.
         out: folder of the prepared dataset.
         size: side of the images in pixels.
+        whole: keep the ratio of every image; its shorter side has `size`, and nothing is cropped.
 
     Raises:
         UserError: as `Folder.open` and `prepared.write`.
@@ -263,9 +264,10 @@ def prepare(folder: Folder, out: Path, size: int) -> Summary:
     indices = collections.defaultdict(list)
     for index, entry in enumerate(source.entries):
         indices[assigned.split(entry.name)].append(index)
+    splits_of = sorted(indices.items())
     prepared.write(
         out,
-        {split: _records(source, numbers, split) for split, numbers in sorted(indices.items())},
+        {split: _records(source, numbers, split, whole) for split, numbers in splits_of},
         name='folder',
         description=f'The images of a folder, {size} px, prepared by star_jax.data.folder.',
     )
@@ -277,10 +279,12 @@ def prepare(folder: Folder, out: Path, size: int) -> Summary:
     )
 
 
-def _records(source: FolderSource, numbers: Sequence[int], split: str) -> Iterator[prepared.Record]:
+def _records(
+    source: FolderSource, numbers: Sequence[int], split: str, whole: bool
+) -> Iterator[prepared.Record]:
     """The records in order, encoded by threads a few records ahead."""
     threads = mesh.cores()
-    records = grain.MapDataset.source(numbers).map(functools.partial(_record, source))
+    records = grain.MapDataset.source(numbers).map(functools.partial(_record, source, whole))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     return track(
         records.to_iter_dataset(options),
@@ -290,7 +294,9 @@ def _records(source: FolderSource, numbers: Sequence[int], split: str) -> Iterat
     )
 
 
-def _record(source: FolderSource, index: int) -> prepared.Record:
+def _record(source: FolderSource, whole: bool, index: int) -> prepared.Record:
+    if whole:
+        source = source.at(_whole_size(source.size, source.ratio(index)))
     name, example = source.entries[index].name, source[index]
     return prepared.Record(
         key=name,
@@ -301,6 +307,11 @@ def _record(source: FolderSource, index: int) -> prepared.Record:
         licence='',
         attribution='',
     )
+
+
+def _whole_size(shorter: int, ratio: float) -> tuple[int, int]:
+    """(height, width) of an image with this shorter side and ratio of height to width."""
+    return round(shorter * max(ratio, 1)), round(shorter * max(1 / ratio, 1))
 
 
 def _root(path: str) -> Path:

@@ -73,9 +73,12 @@ class Scales(Decoder):
         """The same model with the grids of a schedule.
 
         Raises UserError for a model with as many vectors as tokens or scales, if their number
-        differs.
+        differs, and for fields that do not fit the grids.
         """
-        other = dataclasses.replace(self, grids=schedule.grids)
+        try:
+            other = dataclasses.replace(self, grids=schedule.grids)
+        except ValueError as error:
+            raise UserError(f'the model has no images of {schedule.grids[-1]}: {error}') from error
         if self.positions.table(self.schedule, self.width, self.init) is not None and (
             schedule.sizes != self.schedule.sizes
         ):
