@@ -6,6 +6,7 @@ import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny
 from convert_test import Names, same, save
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 import star_jax
 from star_jax import cli
-from star_jax.checkpoint import folder, models
+from star_jax.checkpoint import folder, models, weights
 from star_jax.checkpoint.stored import TensorSpec
 from star_jax.convert import infer, transfer
 from star_jax.convert.entries import to_params, to_state
@@ -27,9 +28,11 @@ from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import SortedFilter
 from star_jax.core.guidance import StepSettings
 from star_jax.core.settings import Settings
+from star_jax.data.scenes import TRAINED
 from star_jax.errors import UserError
 from star_jax.families.llamagen import SIZES, LlamaGen, LlamaGenText
 from star_jax.families.star import Star
+from star_jax.nn import layers
 from star_jax.nn.bind import bind
 from star_jax.sampling import program, trunks
 from star_jax.sampling.methods import FilteredSampling
@@ -37,6 +40,9 @@ from star_jax.sampling.program import image_keys
 from star_jax.sampling.sampler import sample
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.raster_vq import RasterVQ
+from star_jax.training import train, warm_start
+from star_jax.training.optimizer import decayed
+from star_jax.training.state import TrainState
 from star_jax.verify.llamagen_generate import CodesAlone
 
 CLASSES = LlamaGen(depth=2, width=16, heads=4, hidden=24, grid=(3, 4), codes=11, classes=5)
@@ -291,3 +297,66 @@ def test_published_files_are_converted_back_bit_for_bit(tmp_path, model):
     found = models.read(tmp_path / 'folder')
     assert found.config == model
     assert found.tokenizer.config == dataclasses.replace(CODES, grid=model.grid)
+
+
+def test_embeddings_and_matrices_decay_and_norms_and_constants_do_not():
+    """Weight decay of tensors with two axes or more (LlamaGen specification 4.1)."""
+    for model in (CLASSES, SHARED, TEXT):
+        decays = weights.flatten(decayed(params_of(model)))
+        for entry in llamagen_entries(model):
+            axes = len(entry.torch_shape(_shape(model, entry)))
+            expected = axes > 1 and entry.param_name not in model.constants
+            assert decays[entry.param_name] == expected, entry.param_name
+
+
+def _shape(model, entry):
+    shape = weights.flatten(params_of(model))[entry.param_name].shape
+    return shape if entry.row is None else shape[1:]
+
+
+def test_a_longer_raster_starts_with_the_model_of_a_shorter_one():
+    longer = dataclasses.replace(TEXT, grid=(6, 6))
+    state = TrainState.start(params_of(longer), optax.sgd(0.1), ema=False)
+    fitted = warm_start.fit(params_of(TEXT), state, 'the model of stage 1')
+    jax.tree.map(np.testing.assert_array_equal, fitted, params_of(TEXT))
+
+
+def test_dropout_is_of_the_key_and_of_training_alone():
+    model = dataclasses.replace(CLASSES, row_dropout=0.5, dropout=0.0)
+    codes, labels = np.zeros((64, 11), np.int32), LabelCondition(np.zeros(64, np.int32))
+
+    @jax.jit
+    def features(params, key):
+        return bind(model.build(), params).features(codes, labels, noise_key=key)
+
+    one, same, other = (features(params_of(model), jax.random.key(n)) for n in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+    plain = bind(model.build(), params_of(model)).features(codes, labels)
+    assert np.abs(plain - plain[:1]).max() < 1e-5  # equal images
+    assert np.abs(one - one[:1]).max() > 0.01
+    dropped = layers.dropout(jax.random.key(0), np.ones((1000, 100), np.float32), 0.1)
+    assert np.unique(dropped).tolist() == [0.0, np.float32(1 / 0.9)]
+    assert abs(float(dropped.mean()) - 1) < 5e-3
+
+
+def test_stochastic_depth_replaces_dropout_in_blocks():
+    deep = dataclasses.replace(CLASSES, drop_path=0.1)
+    assert CLASSES.build().block.dropout == 0.1 and deep.build().block.dropout == 0.0
+    assert deep.build().drops and deep.build().row_dropout == 0.1
+
+
+@pytest.mark.slow
+def test_a_run_trains_samples_and_resumes(tmp_path):
+    tokenizer = folder.StoredTokenizer(config=CODES, params=tiny.random_params(CODES.abstract()))
+    folder.write(tmp_path / 'tokenizer', tokenizer)
+    run = dataclasses.replace(
+        tiny.STAR,
+        model=dataclasses.replace(
+            SQUARE, classes=len(TRAINED), names=tuple(' '.join(pair) for pair in TRAINED)
+        ),
+        tokenizer=str(tmp_path / 'tokenizer'),
+    )
+    assert train.main(run, tmp_path / 'run')
+    pipe = star_jax.load(tmp_path / 'run' / 'model')
+    assert pipe([' '.join(TRAINED[0])], guidance=2.0).shape == (1, 8, 8, 3)

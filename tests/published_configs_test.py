@@ -1,5 +1,6 @@
 """Do the configs have the published sizes and hyperparameters of every stage?"""
 
+import dataclasses
 import functools
 import json
 import math
@@ -9,7 +10,7 @@ import jax
 import pytest
 from flax.core import meta
 
-from star_jax.checkpoint import config
+from star_jax.checkpoint import config, weights
 from star_jax.families.var import Var
 from star_jax.training.run import Run, TokenizerRun
 
@@ -112,3 +113,40 @@ def test_presets_of_tokenizers(name, parameters, resolution):
     assert float(rate.at(0, run.pace.steps)) == pytest.approx(1e-4)
     assert float(rate.at(run.pace.steps - 1, run.pace.steps)) == pytest.approx(1e-4)
     assert adversary.optimizer == run.optimizer
+
+
+# Parameters (LlamaGen specification 2.1) and tokens of an image.
+LLAMAGEN = {
+    'llamagen_b': (110_888_448, 576),
+    'llamagen_l': (342_910_976, 576),
+    'llamagen_xl': (774_699_520, 576),
+    'llamagen_xxl': (1_410_972_672, 576),
+    'llamagen_3b': (3_096_659_200, 576),
+    'llamagen_xxxl': (3_893_027_840, 576),
+    'llamagen_1b': (1_199_616_000, 576),
+    'llamagen_7b': (6_614_589_440, 576),
+    'llamagen_text_256': (777_678_080, 256),
+    'llamagen_text_512': (777_678_080, 1024),
+}
+
+
+@pytest.mark.parametrize('name', LLAMAGEN)
+def test_llamagen_has_the_published_size_and_recipe(name):
+    run, (parameters, tokens) = read(name), LLAMAGEN[name]
+    model, rate = run.model, run.optimizer.learning_rate
+    leaves = weights.flatten(meta.unbox(model.abstract()))
+    count = sum(math.prod(x.shape) for n, x in leaves.items() if n not in model.constants)
+    assert count == parameters and model.schedule.length == tokens
+    assert model.default_tokenizer().resolution == (16 * model.grid[0],) * 2
+    assert float(rate.at(0, run.pace.steps)) == float(rate.at(run.pace.steps - 1, run.pace.steps))
+    assert rate.peak == 1e-4 and run.batch == 256 and run.caption_drop == 0.1
+    optimizer = run.optimizer
+    assert (optimizer.weight_decay, optimizer.clip, optimizer.beta2) == (0.05, 1.0, 0.95)
+    assert model.dropout == model.row_dropout == 0.1
+
+
+def test_llamagen_by_text_has_two_stages():
+    first, second = read('llamagen_text_256'), read('llamagen_text_512')
+    assert second.init == 'runs/llamagen_text_256/model'
+    assert dataclasses.replace(second.model, grid=first.model.grid) == first.model
+    assert second.captions.short == 0.3

@@ -74,6 +74,9 @@ class Llama(Layers):
         channels: channels of the tokenizer's code vectors, which the model does not read.
         positions: position encoding; another kind is chosen in a config file.
         norm_epsilon: added to mean squares before their root.
+        row_dropout: rate of dropout of the embedded rows, in training.
+        dropout: rate of dropout after attention and after the feed-forward part, in training (0
+            where drop_path is positive, as published).
     """
 
     depth: int = 12
@@ -86,6 +89,8 @@ class Llama(Layers):
     channels: int = 8
     positions: RasterPositions = RasterRotary()
     norm_epsilon: float = 1e-5
+    row_dropout: float = 0.1
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +104,9 @@ class Llama(Layers):
             )
         if not 0 < self.norm_epsilon < 1:
             raise ValueError(f'norm_epsilon must lie in (0, 1), not {self.norm_epsilon}')
+        for name in ('row_dropout', 'dropout'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name} must lie in [0, 1), not {getattr(self, name)}')
         self.positions.check(self.width, self.head_width)
 
     @classmethod
@@ -167,6 +175,7 @@ class Llama(Layers):
                     out_init=INIT,
                 ),
                 norm=norm,
+                dropout=0.0 if self.drop_path else self.dropout,
             ),
             to_logits=PlainHead(self.width, self.codes, nn.initializers.zeros, norm()),
             init_rows=INIT,
@@ -174,6 +183,7 @@ class Llama(Layers):
             remat=remat,
             unroll=unroll,
             dtype=dtype,
+            row_dropout=self.row_dropout,
         )
 
     def default_tokenizer(self) -> RasterVQ:

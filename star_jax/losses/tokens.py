@@ -70,6 +70,7 @@ def token_losses(
     smoothing: float = 0.0,
     of_bits: BitReduction = 'mean',
     tables: PositionTables | None = None,
+    noise_key: jax.Array | None = None,
 ) -> TokenLosses:
     """The losses of every token that is kept.
 
@@ -84,9 +85,10 @@ def token_losses(
             plus e times the mean of -log p over all codes.
         of_bits: whether the trained loss of a token is the mean or the sum over its bits.
         tables: where the rows are (None: as the schedule of the network says).
+        noise_key: the key of dropout (None: nothing is dropped).
     """
     network = bind(network, params)
-    features_BRD = network.features(targets.inputs_BLC, condition, rows, paths, tables)
+    features_BRD = network.features(targets.inputs_BLC, condition, rows, paths, tables, noise_key)
     logits = codes.parse(network.head(features_BRD, condition))
     # Labels move to the rows that predict them: rows that are sharded cannot move cheaply. Only
     # pyramids drop tokens, and a row of a pyramid is a token.

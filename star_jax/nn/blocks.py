@@ -80,6 +80,7 @@ class BlockParts:
         cross_norm: the norm before cross-attention.
         cross_scale: scales what cross-attention adds (None: not scaled).
         modulation: scales, shifts and gates of the norms (None: none).
+        dropout: rate of dropout after self-attention and after the MLP, in training.
         sharding: how the rows of a block are sharded.
     """
 
@@ -90,6 +91,7 @@ class BlockParts:
     cross_norm: Callable[[], nn.Module] = layers.LayerNorm
     cross_scale: Callable[[], nn.Module] | None = None
     modulation: Callable[[], nn.Module] | None = None
+    dropout: float = 0.0
     sharding: ActivationSharding = ActivationSharding()
 
     def with_sharding(self, sharding: ActivationSharding) -> 'BlockParts':
@@ -119,6 +121,7 @@ class PerLayer(NamedTuple):
         adds_levels: 1 where the level embedding is added before the block, 0 elsewhere, or None.
         mixing_22: how the prompted and the unprompted rows after the block are combined from both
             (`core.guidance.mix_rows`), or None.
+        noise_key: the key of dropout, or None: nothing is dropped.
     """
 
     past: tuple[KV, ...] = ()
@@ -127,6 +130,7 @@ class PerLayer(NamedTuple):
     frequencies_NP2: jax.Array | None = None
     adds_levels: jax.Array | None = None
     mixing_22: jax.Array | None = None
+    noise_key: jax.Array | None = None
 
 
 class Shared(NamedTuple):
@@ -184,15 +188,24 @@ class Block(nn.Module):
             x_BLD = x_BLD + (layer.adds_levels * shared.levels_LD).astype(x_BLD.dtype)
         h = self.norm1(x_BLD) * (1 + scale1) + shift1
         h, kv = self.attn(h, rotation, layer.past, shared.visibility)
+        h = self._drop(h, layer, 0)
         x_BLD = x_BLD + path1 * (gate1 * h)
         if self.cross:
             h = self.cross(self.cross_norm(x_BLD), layer.text_kv, shared.text_length_B)
             x_BLD = x_BLD + (self.cross_scale(h) if self.cross_scale else h)
-        h = self.ffn(self.norm2(x_BLD) * (1 + scale2) + shift2)
+        h = self._drop(self.ffn(self.norm2(x_BLD) * (1 + scale2) + shift2), layer, 1)
         x_BLD = x_BLD + path2 * (gate2 * h)
         if layer.mixing_22 is not None:
             x_BLD = mix_rows(x_BLD, layer.mixing_22)
         return self.parts.sharding(x_BLD, 'batch', 'tokens', None), kv
+
+    def _drop(self, x_BLD: jax.Array, layer: PerLayer, branch: int) -> jax.Array:
+        """The rows of a branch after dropout, if there is any."""
+        if layer.noise_key is None or not self.parts.dropout:
+            return x_BLD
+        return layers.dropout(
+            jax.random.fold_in(layer.noise_key, branch), x_BLD, self.parts.dropout
+        )
 
 
 def stack_blocks(parts: BlockParts, depth: int, unroll: int, remat: Remat) -> nn.Module:

@@ -91,6 +91,11 @@ class LayerScale(nn.Module):
         return x * self.param('scale', init, (self.width,)).astype(x.dtype)
 
 
+def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    """x with elements set to 0 with probability `rate`, and the others divided by 1 - rate."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
 def _along(axis: str | None, init: Initializer) -> Initializer:
     return nn.with_logical_partitioning(init, (axis,))
 

@@ -54,6 +54,7 @@ class Transformer(nn.Module):
         mixes_rows: whether the logits of a row depend on the other rows of its batch.
         sharding: how arrays inside the program are sharded.
         row_multiple: teacher forcing pads the rows to a multiple of this number.
+        row_dropout: rate of dropout of the embedded rows, in training.
     """
 
     schedule: Schedule
@@ -77,6 +78,7 @@ class Transformer(nn.Module):
     mixes_rows: bool = False
     sharding: ActivationSharding = ActivationSharding()
     row_multiple: int = 1
+    row_dropout: float = 0.0
 
     def setup(self) -> None:
         shape = (self.levels_count or self.schedule.steps, self.width)
@@ -91,6 +93,11 @@ class Transformer(nn.Module):
     def head_width(self) -> int:
         """Channels H of an attention head."""
         return self.width // self.heads
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped out in training."""
+        return bool(self.row_dropout or self.block.dropout)
 
     @property
     def position_tables(self) -> PositionTables:
@@ -118,6 +125,7 @@ class Transformer(nn.Module):
         rows: Rows | None = None,
         paths: jax.Array | None = None,
         tables: PositionTables | None = None,
+        noise_key: jax.Array | None = None,
     ) -> jax.Array:
         """Teacher-forced features of rows.
 
@@ -127,6 +135,7 @@ class Transformer(nn.Module):
             rows: the rows to keep (None: all); traced ones are those of a schedule's `thin`.
             paths: [depth, 2, B] scales of the branches of self-attention and MLP (`drop_paths`).
             tables: where the rows are (None: as the schedule says).
+            noise_key: the key of dropout (None: nothing is dropped).
 
         Returns:
             [B, R, D]: features of the rows, and after them padding up to a multiple of
@@ -135,6 +144,9 @@ class Transformer(nn.Module):
         later = np.arange(self.schedule.starts[1], self.schedule.starts[-1])
         inputs = self.sharding.constrain_batch(inputs)  # else the tokenizer's canvases are split
         x_BLD = jnp.concatenate([self.start(condition), self.embed(inputs, later)], axis=1)
+        if noise_key is not None:
+            noise_key, row_key = jax.random.split(noise_key)
+            x_BLD = layers.dropout(row_key, x_BLD, self.row_dropout)
         if rows is None:
             rows = np.arange(self.schedule.starts[-1])
         else:
@@ -148,6 +160,7 @@ class Transformer(nn.Module):
             visibility=Visibility(bounds=visibility),
             paths=paths,
             tables=tables,
+            noise_key=noise_key,
         )
         return features_BLD
 
@@ -186,6 +199,7 @@ class Transformer(nn.Module):
         paths: jax.Array | None = None,
         mixing: jax.Array | None = None,
         tables: PositionTables | None = None,
+        noise_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
         """All layers.
 
@@ -200,6 +214,7 @@ class Transformer(nn.Module):
             paths: [depth, 2, B] scales of residual branches.
             mixing: [depth, 2, 2], for guidance after layers (`core.guidance.mix_rows`).
             tables: where all rows of the schedule are (None: as it says).
+            noise_key: the key of dropout (None: nothing is dropped).
 
         Returns:
             Features [B, L, D] before the last norm, and the new keys and values of every layer.
@@ -213,6 +228,7 @@ class Transformer(nn.Module):
             paths=paths,
             mixing=mixing,
             tables=tables,
+            noise_key=noise_key,
         )
         x_BLD = self.sharding(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
         return self.blocks(x_BLD, per_layer, shared)
@@ -228,6 +244,7 @@ class Transformer(nn.Module):
         paths: jax.Array | None = None,
         mixing: jax.Array | None = None,
         tables: PositionTables | None = None,
+        noise_key: jax.Array | None = None,
     ) -> tuple[PerLayer, Shared]:
         """What the layers receive beside the rows, with the arguments of `trunk`."""
         tables = jax.tree.map(
@@ -252,6 +269,7 @@ class Transformer(nn.Module):
             frequencies_NP2=self.frequencies() if self.frequencies else None,
             adds_levels=self._adds_levels() if self.levels_every else None,
             mixing_22=mixing,
+            noise_key=None if noise_key is None else jax.random.split(noise_key, self.depth),
         )
         return per_layer, shared
 
@@ -282,11 +300,11 @@ class Transformer(nn.Module):
         """A pytree of keys and values of one layer each, sharded over images and heads."""
         return jax.tree.map(lambda x: self.sharding(x, *AXES), pieces)
 
-    def empty_cache(self, batch: int, rows: int, layers: int = 0) -> Cache:
-        """A cache for so many images, `rows` rows of each, of some `layers` (0: of all)."""
+    def empty_cache(self, batch: int, rows: int, depth: int = 0) -> Cache:
+        """A cache for so many images, `rows` rows of each, of `depth` layers (0: of all)."""
         attention = self.block.self_attention(parent=None)
         heads = attention.kv_heads or attention.heads
-        shape = (layers or self.depth, batch, heads, rows, self.width // self.heads)
+        shape = (depth or self.depth, batch, heads, rows, self.width // self.heads)
         cache = Cache.empty(shape, self.dtype)
         return cache.replace(kv=self.shard_kv(cache.kv))
 

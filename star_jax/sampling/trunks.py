@@ -237,7 +237,7 @@ class SplitTrunk:
         if group.count == 1:
             return _one_step(run_step, carry, group)
         finished = carry.memory.finished
-        empty = self.network.empty_cache(len(carry.x_RLD), rows, layers=1).kv
+        empty = self.network.empty_cache(len(carry.x_RLD), rows, depth=1).kv
         current = (jax.tree.map(lambda x: x[0], empty),) * len(self.layers)
 
         def in_block(inner: Carry, step: Step) -> tuple[Carry, Any]:

@@ -27,6 +27,7 @@ from star_jax.nn.transformer import Transformer
 from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
 
+NOISE = 2  # folded into the key of a step for dropout
 REFINER = 'refiner'  # the name of a refinement head among the parameters of a model
 
 
@@ -185,6 +186,7 @@ class TrainingProgram:
             smoothing=recipe.label_smoothing,
             of_bits=recipe.bit_loss,
             tables=inputs.tables,
+            noise_key=jax.random.fold_in(key, NOISE) if network.drops else None,
         )
         count = losses.trained_BL.shape[1]
         weights_L = tokens.token_weights(network.schedule, count, recipe.balance)
