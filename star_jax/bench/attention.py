@@ -47,6 +47,10 @@ class AttentionJob:
             raise ValueError(
                 f'batch and repeats must be at least 1, not {self.batch} and {self.repeats}'
             )
+        timing.check_runs('repeats', self.repeats)
+        row = 3 * jnp.dtype(self.dtype).itemsize * self.model.width  # query, key and value
+        rows = self.batch * self.model.schedule.starts[-1]
+        machine.check_memory(f'a batch of {self.batch:,} images', rows * row)
 
 
 def run(job: AttentionJob) -> dict[str, Any]:

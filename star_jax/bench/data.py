@@ -5,10 +5,13 @@ import itertools
 import time
 from typing import Any
 
+from star_jax.bench import timing
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
 from star_jax.parallel import machine, mesh
+
+MOST_THREADS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,9 @@ class ReadingJob:
                 'batch and batches must be at least 1 and threads at least 0, not '
                 f'{self.batch}, {self.batches} and {self.threads}'
             )
+        timing.check_runs('batches', self.batches)
+        if self.threads > MOST_THREADS:
+            raise ValueError(f'threads must be at most {MOST_THREADS:,}, not {self.threads:,}')
 
 
 def run(source: Source, job: ReadingJob) -> dict[str, Any]:
@@ -41,6 +47,7 @@ def run(source: Source, job: ReadingJob) -> dict[str, Any]:
     count = job.batch * job.batches
     if not len(source):
         raise UserError('the dataset is empty: expected at least one example')
+    machine.check_memory(f'a batch of {job.batch:,} images', job.batch * source[0]['image'].nbytes)
     start = time.perf_counter()
     for index in range(count):
         source[index * len(source) // count]

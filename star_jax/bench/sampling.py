@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from star_jax.bench import timing
 from star_jax.bench.benchmark import Benchmark, TimedProgram, random_arrays
 from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
@@ -61,6 +62,7 @@ class SamplingJob:
                 f'batch, repeats and text_tokens must be at least 1, not {self.batch}, '
                 f'{self.repeats} and {self.text_tokens}'
             )
+        timing.check_runs('repeats', self.repeats)
         rows = self.text_tokens * self.model.text_width
         rows += self.model.schedule.sizes[-1] * self.model.width
         machine.check_memory(f'a batch of {self.batch:,} images', 4 * self.batch * rows)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from star_jax.bench import process
+from star_jax.bench import process, timing
 from star_jax.bench.process import Job
 from star_jax.bench.sampling import SamplingJob
 from star_jax.bench.training import TrainingJob
@@ -58,6 +58,7 @@ class SuiteSettings:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         if self.repeats < 1:
             raise ValueError(f'repeats must be at least 1, not {self.repeats}')
+        timing.check_runs('repeats', self.repeats)
         for size in self.resolutions + self.trained:
             if size and size not in SIDES:
                 known = ', '.join(map(str, SIDES))

@@ -21,9 +21,16 @@ SIDE = 2048
 SIDE_ON_ACCELERATORS = 8192
 READ = 2**29  # bytes whose sum measures the read rate: no cache holds them
 SUMS = 1024  # parts of them that are summed side by side
+MOST_RUNS = 100_000  # timed runs of one program: each time is kept
 MIN_SECONDS = 0.05  # shorter runs of a machine's rates are timed several times in a row
 
 Call = Callable[[], Any]
+
+
+def check_runs(name: str, runs: int) -> None:
+    """Raises ValueError for a number of timed runs, the option `name`, that takes for ever."""
+    if runs > MOST_RUNS:
+        raise ValueError(f'{name} must be at most {MOST_RUNS:,}, not {runs:,}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

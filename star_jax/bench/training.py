@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from star_jax.bench import timing
 from star_jax.bench.benchmark import Args, Benchmark, TimedProgram, random_arrays
 from star_jax.bench.sampling import condition
 from star_jax.core.flops import count_flops
@@ -44,6 +45,7 @@ class TrainingJob:
                 'repeats and text_tokens must be at least 1, not '
                 f'{self.repeats} and {self.text_tokens}'
             )
+        timing.check_runs('repeats', self.repeats)
 
     @property
     def dtype(self) -> str:
