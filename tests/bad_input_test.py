@@ -664,7 +664,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a config without a run', 'train {no_run.py}', "defines no 'run'; expected a line"),
     ('a run of another type', 'train {other_run.py}', "'run' is a int, expected a Run object"),
     ('a class as run', 'train {class.py}', "'run' is a type"),
-    ('ill-typed fields', 'train {typed.py}', 'tokenizer: given null, .*data: given 3'),
+    ('ill-typed fields', 'train {typed.py}', 'text, not None; data must be a Shapes .*, not 3'),
     ('a field of no run', 'train {keyword.py}', "unexpected keyword argument 'bach'"),
     ('a field that is nan', 'train {infinite.py}', r'decay in \[0, 1\), not nan'),
     ('a config cut short', 'train {torn.json}', 'damaged or was cut short'),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +13,18 @@ import tiny
 import star_jax
 from star_jax import cli
 from star_jax.core.settings import StableSettings
+from star_jax.data.folder import Folder
+from star_jax.data.prepared import Prepared
+from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
+from star_jax.evaluation.eval_context import EvalOptions
 from star_jax.families.star import Star
 from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling.pipeline import Pipeline, batches
+from star_jax.tokenizers.autoencoder import Autoencoder
+from star_jax.training.optimizer import AdamW
+from star_jax.training.run import Pace, Run, TokenizerRun
+from star_jax.training.schedules import LearningRate
 
 # In another batch the decoder rounds differently, by about 1e-4 of a level of gray. No pixel of the
 # images of this seed is within 1e-3 of a boundary between levels: bytes are equal on any machine.
@@ -225,11 +234,47 @@ def test_load_refuses_an_argument_in_a_sentence(folder, options, sentence):
 @pytest.mark.parametrize('field', ['depth', 'width', 'heads', 'codes', 'channels'])
 @pytest.mark.parametrize('value', [None, '16', [1]])
 def test_sizes_of_a_model_check_their_types(field, value):
-    with pytest.raises(TypeError, match=f'{field} must be a number, not') as caught:
+    with pytest.raises(TypeError, match=f'{field} must be a whole number, not') as caught:
         Star(**{field: value})
     assert isinstance(caught.value, UserError)
     with pytest.raises(TypeError, match='mesh.tensor must be a whole number, not'):
         MeshShape(tensor=value)
+
+
+WRONG = [
+    (Run, {'batch': '8'}, "batch must be a whole number, not '8'"),
+    (Run, {'ema': None}, 'ema must be a number, not None'),
+    (Run, {'data': 3, 'tokenizer': None}, 'data must be a Shapes or a .*, not 3'),
+    (Run, {'dtype': np.float32}, "dtype must be one of 'float32', 'bfloat16', not the class float"),
+    (Run, {'mesh': (1, 2)}, 'mesh must be a MeshShape, not a tuple'),
+    (TokenizerRun, {'model': None}, 'model must be a TokenizerConfig, not None'),
+    (Pace, {'log': 1.5}, 'log must be a whole number, not 1.5'),
+    (AdamW, {'learning_rate': 0.1}, 'learning_rate must be a LearningRate, not 0.1'),
+    (LearningRate, {'peak': 'high'}, "peak must be a number, not 'high'"),
+    (Shapes, {'objects': 3}, 'objects must be a tuple, each item a whole number, not 3'),
+    (Folder, {'path': Path('images')}, 'path must be a text, not a PosixPath'),
+    (Prepared, {'path': None}, 'path must be a text, not None'),
+    (Star, {'sides': [1, 2]}, 'sides must be a tuple, each item a whole number, not a list'),
+    (Star, {'positions': 'rotary'}, "positions must be a .*, not 'rotary'"),
+    (Autoencoder, {'multipliers': 3}, 'multipliers must be a tuple, .*, not 3'),
+    (EvalOptions, {'model': 'shipped', 'metrics': 'loss'}, "metrics must be a tuple, .*, not 'lo"),
+    (Pipeline, {'model': 'shipped', 'encoder': None}, "model must be a StoredModel; .*'shipped'"),
+]
+
+
+@pytest.mark.parametrize(('kind', 'fields', 'sentence'), WRONG)
+def test_configs_check_their_types(kind, fields, sentence):
+    with pytest.raises(TypeError, match=sentence) as caught:
+        kind(**fields)
+    assert isinstance(caught.value, UserError) and '\n' not in str(caught.value)
+
+
+def test_wrong_word_in_a_config_is_no_wrong_type():
+    with pytest.raises(UserError, match="remat must be one of 'none', .*, not 'all'") as caught:
+        Run(remat='all')
+    assert not isinstance(caught.value, TypeError)
+    number = np.int64(64)
+    assert Run(batch=number, ema=np.float32(0.5), model=Star(width=number, heads=2)).batch == 64
 
 
 def test_settings_check_their_types():

@@ -4,14 +4,60 @@ The command line and config files convert what they read; Python callers may pas
 of numpy are numbers, too; `True` is none.
 """
 
+import dataclasses
+import functools
 import numbers
 import reprlib
+import types
 import typing
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from star_jax.errors import UserError, UserTypeError
+
+WORDS = {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'True or False',
+    str: 'a text',
+    Path: 'a path',
+    types.NoneType: 'None',
+}
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
+
+
+def check_types(config: Any) -> None:
+    """Raises a UserTypeError that names each field of a dataclass with a value of a wrong type.
+
+    Types are those of the annotations; a text that is none of a Literal raises a UserError.
+    """
+    kinds = _field_types(type(config))
+    values = {name: getattr(config, name) for name in kinds}
+    wrong = [name for name in kinds if not _fits(values[name], kinds[name])]
+    if not wrong:
+        return
+    texts = [_is_literal(kinds[name]) and isinstance(values[name], str) for name in wrong]
+    sentences = (_sentence(name, describe(kinds[name]), values[name]) for name in wrong)
+    raise (UserError if all(texts) else UserTypeError)('; '.join(sentences))
+
+
+def describe(kind: Any) -> str:
+    """An annotation in words."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return describe(options[0])
+    if origin is typing.Literal:
+        return f'one of {", ".join(map(repr, options))}'
+    if origin in (typing.Union, types.UnionType):
+        return ' or '.join(map(describe, options))
+    if origin is tuple and options[-1] is Ellipsis:
+        return f'a tuple, each item {describe(options[0])}'
+    if origin is tuple:
+        return f'a tuple of {", ".join(map(describe, options))}'
+    return WORDS.get(kind) or f'a {getattr(kind, "__name__", kind)}'
 
 
 def whole_number(name: str, value: object, hint: str = '') -> int:
@@ -64,5 +110,44 @@ def show(value: object) -> str:
     return f'a {type(value).__name__}'
 
 
+@functools.cache
+def _field_types(config: type) -> Mapping[str, Any]:
+    """The annotation of each field; none if a class of a user's own has unknown ones."""
+    try:
+        hints = typing.get_type_hints(config)
+    except NameError:
+        return {}
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _fits(value, options[0])
+    if origin is typing.Literal:
+        return any(type(value) is type(option) and value == option for option in options)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if options[-1] is not Ellipsis:
+            return len(value) == len(options) and all(map(_fits, value, options))
+        return all(_fits(item, options[0]) for item in value)
+    if kind in NUMBERS:
+        return isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
+    if kind is bool:  # 0 and 1, too: recorded options and JSON of others hold them
+        return isinstance(value, bool | np.bool_ | int) and value in (0, 1)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _is_literal(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Literal
+
+
+def _sentence(name: str, expected: str, value: object) -> str:
+    return f'{name} must be {expected}, not {show(value)}'
+
+
 def _mismatch(name: str, expected: str, value: object) -> UserTypeError:
-    return UserTypeError(f'{name} must be {expected}, not {show(value)}')
+    return UserTypeError(_sentence(name, expected, value))

@@ -20,6 +20,7 @@ import numpy as np
 
 from star_jax import image_io
 from star_jax.console import track
+from star_jax.core.argument_types import check_types
 from star_jax.data import image_checks, image_files, listing, pipeline, prepared, splits
 from star_jax.data.pipeline import Example
 from star_jax.data.tree import Fault, File
@@ -58,6 +59,7 @@ class Folder:
     caption: str = ''
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.split not in SPLITS:
             raise UserError(
                 f'a folder of images has no split {self.split!r}: choose one of {", ".join(SPLITS)}'

@@ -19,6 +19,7 @@ from typing import Any, TypedDict, TypeVar
 import tensorflow_datasets as tfds
 
 from star_jax import files, image_io
+from star_jax.core.argument_types import check_types
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
 from star_jax.errors import UserError
@@ -68,6 +69,9 @@ class Prepared:
     image: str = 'image'
     caption: str = 'captions'
     label: str = 'label'
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def open(self, size: int | tuple[int, int]) -> Source:
         """The examples of the split, with images cropped to a size.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from star_jax.core.argument_types import check_types
 from star_jax.data import pipeline
 from star_jax.data.captions import scene_captions
 from star_jax.data.pipeline import Example
@@ -50,6 +51,7 @@ class Shapes:
     aspects: tuple[str, ...] = dataclasses.field(default=('1:1',), repr=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.aspects:
             raise UserError('shapes have no aspects: give one or more, such as 1:1')
         for aspect in self.aspects:

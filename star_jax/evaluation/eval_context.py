@@ -11,6 +11,7 @@ import numpy as np
 
 from star_jax.checkpoint import models
 from star_jax.checkpoint.folder import StoredModel
+from star_jax.core.argument_types import check_types
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
@@ -57,6 +58,7 @@ class EvalOptions:
     cross_attention: CrossAttentionMode = 'as_trained'
 
     def __post_init__(self) -> None:
+        check_types(self)
         if min(self.count, self.batch) < 1:
             raise ValueError(
                 f'count and batch must be at least 1, not {self.count} and {self.batch}'

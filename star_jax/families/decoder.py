@@ -6,6 +6,7 @@ import functools
 import jax
 from flax import linen as nn
 
+from star_jax.core.argument_types import check_types
 from star_jax.core.codes import Index
 from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.nn import layers
@@ -30,6 +31,7 @@ class Layers(Family):
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sizes(depth=self.depth, width=self.width, heads=self.heads)
         if self.width % self.heads:
             raise ValueError(f'width {self.width} does not divide into {self.heads} heads')

@@ -54,6 +54,7 @@ class Pipeline:
         buckets: Buckets | None = None,
         template: str = '',
     ) -> None:
+        instance('model', model, folder.StoredModel, 'a StoredModel; star_jax.load reads a folder')
         self._dtype = choice('dtype', dtype, Dtype)
         self.encoder = encoder
         self.recommended = model.sampling

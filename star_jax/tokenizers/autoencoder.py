@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from star_jax.core.argument_types import check_types
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 
@@ -51,6 +52,7 @@ class Autoencoder:
     latent: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sizes(width=self.width, groups=self.groups or 1, stem=self.stem)
         check_sizes(MOST_BLOCKS, blocks=self.blocks)
         if len(self.multipliers) > MOST_LEVELS:

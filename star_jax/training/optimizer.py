@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from star_jax.core.argument_types import check_types
 from star_jax.training.schedules import LearningRate, weight_decay_at
 
 OF_LEVELS = {'pair', 'signal'}  # the modulation from level embeddings
@@ -43,6 +44,7 @@ class AdamW:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.accumulate < 1 or self.clip <= 0:
             raise ValueError(f'accumulate must be at least 1 and clip positive: {self}')
         if min(self.weight_decay, self.weight_decay_end) < 0 or self.epsilon <= 0:

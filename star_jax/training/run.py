@@ -8,6 +8,7 @@ import dataclasses
 import statistics
 from typing import Any, Literal
 
+from star_jax.core.argument_types import check_types
 from star_jax.core.schedule import Grids
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
@@ -60,6 +61,7 @@ class Pace:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        check_types(self)
         if min(self.steps, self.log, self.sample, self.save, self.keep) < 1:
             raise ValueError(f'every field of a pace must be at least 1: {self}')
         if not 0 <= self.images <= MAX_GRID:
@@ -88,6 +90,7 @@ class SizeInTurn:
     batch: int
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.batch < 1:
             raise ValueError(f'batch must be at least 1, not {self.batch}')
 
@@ -351,6 +354,7 @@ def enlarged(resolution: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def _check_common(run: Run | TokenizerRun) -> None:
+    check_types(run)
     if run.batch < 1:
         raise ValueError(f'batch must be at least 1, not {run.batch}')
     if not 1 <= run.enlarge <= MAX_ENLARGE:

@@ -11,6 +11,8 @@ import re
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.argument_types import check_types
+
 HOLDS = {'lin0': 0.05, 'lin': 0.15, 'exp': 0.15, 'lin00': 0.0}  # share of the run at the peak
 SHAPES = ('cos', *HOLDS)
 BROKEN_LINE = re.compile(r'lin(0?\.\d+)')  # lin0.5: two lines that meet at half the run
@@ -39,6 +41,7 @@ class LearningRate:
     per_images: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.peak < 0 or self.warmup_steps < 0:
             raise ValueError(f'peak and warmup_steps must not be negative: {self}')
         if self.warmup_steps >= 2**31:
