@@ -24,7 +24,8 @@ ADAM = AdamW(  # *
 )
 
 run = TokenizerRun(
-    model=BSQ(grids=PUBLISHED.schedule('1.0', 7).grids, bits=32),  # Infinity specification 2.1 and 3.1
+    # Infinity specification 2.1 and 3.1
+    model=BSQ(grids=PUBLISHED.schedule('1.0', 7).grids, bits=32),
     data=Prepared(path='sets/images'),
     enlarge=1.25,  # *
     flip=0.5,  # *
