@@ -38,6 +38,7 @@ from star_jax.sampling import program, trunks
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.program import image_keys
 from star_jax.sampling.sampler import sample
+from star_jax.text.encoder import load as load_text
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.training import train, warm_start
@@ -275,6 +276,24 @@ def test_a_model_folder_samples_classes_alone_and_together(tmp_path):
     assert images.shape == (3, 8, 8, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(pipe(['0'], seed=1, **options)[0], images[1])
     assert f'{sum(x.size for x in jax.tree.leaves(params_of(SAMPLED))):,}' in repr(pipe)
+
+
+def test_a_model_folder_samples_from_cleaned_prompts(tmp_path):
+    pytest.importorskip('ftfy')
+    model = dataclasses.replace(TEXT, grid=(2, 2), text_width=32, text_rows=12)
+    codes = dataclasses.replace(CODES, grid=(2, 2))
+    content = folder.StoredModel(
+        config=model,
+        params=params_of(model),
+        tokenizer=folder.StoredTokenizer(config=codes, params=tiny.random_params(codes.abstract())),
+        text=folder.TextEncoderReference(**load_text(tiny.TEXT).reference()),
+    )
+    folder.write(tmp_path / 'model', content)
+    pipe = star_jax.load(tmp_path / 'model')
+    options = {'guidance': 2.0, 'top_k': 0, 'top_p': 0.0}
+    images = pipe(['a RED   circle', 'a red circle'], seed=[3, 3], **options)
+    assert images.shape == (2, 4, 4, 3)
+    np.testing.assert_array_equal(images[0], images[1])
 
 
 @pytest.mark.parametrize('model', [SQUARE, TEXT], ids=['class', 'text'])
