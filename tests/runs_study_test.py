@@ -37,6 +37,7 @@ def test_units_are_tokenizers_then_contenders_seed_by_seed(study):
 def test_equal_transformers_are_compared(study):
     plain = [one.run for one in study.contenders]
     models_of = {dataclasses.replace(run.model, bits=9, indexed=False) for run in plain}
+    assert study.timed_runs['bits-8'].model.bits == 8
     assert len(models_of) == 1 and len({run.pace for run in plain}) == 1
 
 

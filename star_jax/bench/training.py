@@ -59,7 +59,8 @@ class TrainingJob:
 
         def build(**changes: Any) -> TrainingProgram:
             changed = dataclasses.replace(run, **changes)
-            return build_program(changed, mesh, vq.build(), platform=jax.default_backend())
+            tokenizer = vq.build_training(run.correction)
+            return build_program(changed, mesh, tokenizer, platform=jax.default_backend())
 
         program, counted = build(), build(**COUNTED)
         state = init_sharded(

@@ -165,7 +165,9 @@ def read_sampling(
     command = f'bench {name} CONFIG|FOLDER'
     if not source or Path(source).suffix in ('.py', '.json'):
         run = run_config.load(Path(source), Run) if source else Run()
-        default = BenchSample(model=run.model, settings=run.sampling)
+        tokenizer = run.model.default_tokenizer()
+        autoencoder = getattr(tokenizer, 'autoencoder', Autoencoder())
+        default = BenchSample(model=run.model, settings=run.sampling, autoencoder=autoencoder)
         options = arguments.parse(BenchSample, words, command, default, common=COMMON)
         return options, _sampling_job(options)
     model = models.read(source)

@@ -304,7 +304,8 @@ def advise(
     model = run.model
     first, length = model.schedule.offsets[-2], model.keep_tokens or model.schedule.length
     keep = first + (length - first) // 2
-    if trains and first < keep < length:
+    drops_tokens = 'keep_tokens' in {field.name for field in dataclasses.fields(model)}
+    if trains and drops_tokens and first < keep < length:
         yield (
             f'--model.keep-tokens {keep}: training on {keep} of {length} tokens would leave about '
             f'{activations * keep / length:,.1f} of {activations:,.1f} GiB of activations'
@@ -316,7 +317,7 @@ def advise_cache(estimator: Estimator, flops: Mapping[str, Mapping[str, int]]) -
     """A sentence about `star-jax data cache` if frozen models take much of the arithmetic.
 
     A cache of codes replaces the tokenizer. The text encoder stays in the training program of a
-    run with `features` inside, until the run reads features from the cache, too.
+    run with `text_features` inside, until the run reads features from the cache, too.
     """
     run, chip = estimator.run, estimator.pod.chip
     seconds = {

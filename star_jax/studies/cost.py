@@ -1,4 +1,4 @@
-"""What does a training step cost with each kind of positions?
+"""What does a training step of each kind of a study cost?
 
 All kinds are timed in turn, in one process, so that every kind meets the same load of the machine.
 """
@@ -17,12 +17,12 @@ from star_jax.console import Console
 from star_jax.parallel import machine, startup
 from star_jax.studies import units
 from star_jax.studies.cells import Cells
-from star_jax.studies.positions import PositionsStudy
-from star_jax.studies.positions_unit import PositionsUnit
+from star_jax.studies.units import Study
+from star_jax.training.run import Run
 
 
-def measure(study: PositionsStudy, out: Path, rounds: int, console: Console) -> None:
-    """Times a training step of every kind of the first stage, and writes a JSON file.
+def measure(study: Study, out: Path, rounds: int, console: Console) -> None:
+    """Times a training step of every kind of a study, and writes a JSON file.
 
     Args:
         study: the study.
@@ -31,19 +31,14 @@ def measure(study: PositionsStudy, out: Path, rounds: int, console: Console) -> 
         console: shows the table.
     """
     startup.start()
-    stage = study.stages[0]
-    units_of_kinds = {
-        arm.kind: PositionsUnit(data=stage.data, arm=arm, seed=0, codes=study.codes)
-        for arm in stage.arms
-    }
-    steps = {kind: _step(unit) for kind, unit in units_of_kinds.items()}
+    steps = {kind: _step(run) for kind, run in study.timed_runs.items()}
     seconds = time_in_turn(steps, rounds, averaged=steps)
     base = next(iter(seconds))
     report = {
         'commit': units.read_commit(),
         'hardware': machine.describe(),
         'rounds': rounds,
-        'batch': stage.data.run.batch,
+        'batch': next(iter(study.timed_runs.values())).batch,
         'kinds': {
             kind: {
                 'seconds': float(np.median(times)),
@@ -59,9 +54,9 @@ def measure(study: PositionsStudy, out: Path, rounds: int, console: Console) -> 
     console.print(f'{out}')
 
 
-def _step(unit: PositionsUnit) -> Callable[[], Any]:
+def _step(run: Run) -> Callable[[], Any]:
     """A function that runs the next training step and returns what to wait for."""
-    benchmark = TrainingJob(run=unit.run).prepare()
+    benchmark = TrainingJob(run=run).prepare()
     program, args = benchmark.main.program, benchmark.main.args
 
     def step() -> Any:

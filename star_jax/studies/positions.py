@@ -7,6 +7,7 @@ from star_jax.studies.arms import Arm, DataSet
 from star_jax.studies.positions_result import NAME
 from star_jax.studies.positions_unit import PositionsUnit
 from star_jax.studies.reference import ReferenceUnit
+from star_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,16 @@ class PositionsStudy:
     @property
     def name(self) -> str:
         return NAME
+
+    @property
+    def timed_runs(self) -> dict[str, Run]:
+        """Of every kind of the first stage."""
+        stage = self.stages[0]
+        units = {
+            arm.kind: PositionsUnit(data=stage.data, arm=arm, seed=0, codes=self.codes)
+            for arm in stage.arms
+        }
+        return {kind: unit.run for kind, unit in units.items()}
 
     @property
     def units(self) -> list[ReferenceUnit | PositionsUnit]:

@@ -87,6 +87,11 @@ class RunsStudy:
                 )
 
     @property
+    def timed_runs(self) -> dict[str, Run]:
+        """Of every contender."""
+        return {one.name: one.run for one in self.contenders}
+
+    @property
     def units(self) -> list['TokenizerUnit | RunUnit']:
         """All units: the tokenizers, then all contenders with one seed before the next seed."""
         result: list[TokenizerUnit | RunUnit] = [

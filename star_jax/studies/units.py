@@ -9,7 +9,7 @@ import contextlib
 import gc
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from star_jax.console import Console
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import machine, startup
 from star_jax.training import faults
+from star_jax.training.run import Run
 
 PACKAGE = Path(__file__).parents[1]
 MAX_BYTES = 50_000  # of a unit's file: it is committed
@@ -63,10 +64,12 @@ class Study(Protocol):
     Attributes:
         name: the name of the study.
         units: all units, in the order in which they are made.
+        timed_runs: one run of every kind, whose training steps `study cost` compares.
     """
 
     name: str
     units: Sequence[Unit]
+    timed_runs: Mapping[str, Run]
 
 
 def load(path: Path) -> Study:

@@ -66,9 +66,16 @@ def classifier(bits: Bits, width: int) -> str:
     """The size of a head with two logits per bit, beside one with a logit per code."""
     pairs, codes = bits.num_logits * (width + 1), width * 2**bits.width
     return (
-        f'{pairs:,} parameters ({4 * pairs / 2**20:.2g} MiB) for {bits.width} bits of a token; one '
-        f'over 2^{bits.width} codes would have {codes:.2g} ({4 * codes / 2**40:.2g} TiB)'
+        f'{pairs:,} parameters ({_held(4 * pairs)}) for {bits.width} bits of a token; one over '
+        f'2^{bits.width} codes would have {codes:.2g} ({_held(4 * codes)})'
     )
+
+
+def _held(size: int) -> str:
+    """A number of bytes, in the largest unit that is not below 1."""
+    units = {'TiB': 2**40, 'GiB': 2**30, 'MiB': 2**20}
+    unit = next((name for name, one in units.items() if size >= one), 'MiB')
+    return f'{size / units[unit]:.2g} {unit}'
 
 
 def _processes() -> str:
