@@ -462,15 +462,7 @@ class Family:
         raise NotImplementedError
 
     def temperatures(self, temperature: float) -> np.ndarray:
-        """[S] float32 temperatures of every step, from a user's temperature.
-
-        Raises UserError for a temperature of 0 where the family has none.
-        """
-        if not temperature:
-            raise UserError(
-                f'a {type(self).__name__} has no temperature 0: set top_k 1 for the most probable '
-                'codes'
-            )
+        """[S] float32 temperatures of every step, from a user's temperature."""
         return np.full(self.schedule.steps, temperature, np.float32)
 
     def filter(self, settings: Settings) -> Filter:

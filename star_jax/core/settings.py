@@ -60,8 +60,7 @@ class Settings:
         top_k: sample among this many most probable codes (0, or more than there are: all).
         top_p: of those, sample among the most probable ones that hold this share of the probability
             (0: all).
-        temperature: divisor of the logits; below 1 sharpens the distribution (0: the most probable
-            code, for LlamaGen).
+        temperature: divisor of the logits; below 1 sharpens the distribution.
         guidance_layers: where guidance combines what is computed with and without a prompt: 0 the
             logits, -1 the output of the last layer, -2 of the one before it, and so on.
         guidance_per_step: guidance of each step, in place of `guidance` (none: that for all).
@@ -116,7 +115,7 @@ class Settings:
         if not 0 <= self.top_p <= 1:
             raise ValueError(f'top_p must lie in [0, 1], not {self.top_p}')
         for temperature in (self.temperature, *self.temperature_per_step):
-            if temperature and not 1 / LIMIT <= temperature <= LIMIT:
+            if not 1 / LIMIT <= temperature <= LIMIT:
                 raise ValueError(
                     f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}'
                 )
