@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 
 def to_signed(images: jax.Array) -> jax.Array:
-    """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
+    """uint8 in [0, 255] -> float32 in [-1, 1], or float64 where that is the default."""
+    return images.astype(float) / 127.5 - 1
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

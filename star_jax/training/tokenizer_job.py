@@ -300,7 +300,7 @@ class TokenizerJob:
         objective, dtype = self.run.objective, self.run.dtype
         tokenizer = self._tokenizer(_in_dtype(params, dtype), images)
         signed = pixels.to_signed(images)
-        f_BHWC = tokenizer.features(signed.astype(dtype))
+        f_BHWC = tokenizer.features(layers.activations(signed, dtype))
         codes = tokenizer.quantise(f_BHWC)
         canvas_BHWC, losses = f_BHWC, {}
         if quantised:
