@@ -25,7 +25,10 @@ from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
 from star_jax.families.infinity import Infinity
-from star_jax.training.run import Run
+from star_jax.tokenizers.raster_vq import RasterVQ
+from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.training.objective import Adversary, Objective
+from star_jax.training.run import Run, TokenizerRun
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ('a red circle', 'a small blue star on a white background', 'a green ring')
@@ -251,6 +254,9 @@ def test_common_options_exist(run_type, sections):
     runs = [run_type(data=data) for data in kinds]
     if run_type is Run:
         runs.append(Run(model=Infinity()))
+    else:
+        adversarial = Objective(adversary=Adversary())
+        runs += [TokenizerRun(model=model, objective=adversarial) for model in (BSQ(), RasterVQ())]
     names = {option.name for run in runs for option in help_text.options(run_type, run)}
     assert set(itertools.chain.from_iterable(sections.values())) <= names
 

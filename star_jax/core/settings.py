@@ -54,9 +54,8 @@ class Settings:
     """How images are sampled.
 
     Attributes:
-        guidance: classifier-free guidance, as published for the family of the model; the weight of
-            STAR and VAR grows from 0 at the first scale to this value at the last (0: off, which
-            halves the work).
+        guidance: classifier-free guidance, as published for the family of the model; that of STAR
+            and VAR grows from 0 at the first scale to this (0: off, which halves the work).
         top_k: sample among this many most probable codes (0, or more than there are: all).
         top_p: of those, sample among the most probable ones that hold this share of the probability
             (0: all).

@@ -113,8 +113,7 @@ class Visibility:
         first_B: [B] int32, the keys before it are hidden in that image; None: none are.
         end_B: [B] int32, at least 1: the keys from it on are hidden in that image; None: none are.
         written: scalar int32, the number of past rows that are written. New keys are numbered from
-            there on, and the rest of the past is hidden, all of it in its last piece. None: all of
-            the past is written.
+            there on, and the rest of the past is hidden. None: all of the past is written.
         mask: for visibility that is no interval: bool, broadcasts to [B, N, L, M] over the past
             and the new keys, True where a row attends. The other fields are None beside it.
             Only the kernels that write scores to memory take it.
@@ -161,7 +160,7 @@ def masks(visibility: Visibility, counts: tuple[int, ...]) -> list[jax.Array | N
             visible.append(number_111M >= lower_B1L1)
         if end_B111 is not None:
             visible.append(number_111M < end_B111)
-        if visibility.written is not None and start + count == starts[-2]:
+        if visibility.written is not None and not new:
             visible.append(number_111M < visibility.written)
         found.append(functools.reduce(jnp.logical_and, visible) if visible else None)
     return found

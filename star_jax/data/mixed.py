@@ -150,7 +150,7 @@ def _read_ratios(source: Source) -> np.ndarray:
     digest = hashlib.sha256(f'{source.fingerprint()} {count} {shown}'.encode()).hexdigest()
     path = files.cache_folder() / 'ratios' / f'{digest[:24]}.npy'
     with contextlib.suppress(OSError, ValueError, EOFError):
-        stored = np.load(path)
+        stored = np.load(path, allow_pickle=False)
         if stored.shape == (count,) and stored.dtype == np.float64:
             return stored
     numbers = grain.MapDataset.source(range(count)).map(source.ratio)
