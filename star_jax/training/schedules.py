@@ -74,7 +74,7 @@ class LearningRate:
         step = jnp.asarray(step)
         warm = self.start + (1 - self.start) * step / max(self.warmup_steps, 1)
         fallen = (step - self.warmup_steps) / max(total_steps - 1 - self.warmup_steps, 1)
-        falling = self._fall(fallen.astype(jnp.promote_types(fallen.dtype, jnp.float32)))
+        falling = self._fall(fallen.astype(float))
         return self.peak * jnp.where(step < self.warmup_steps, warm, falling)
 
     def _fall(self, u: jax.Array) -> jax.Array:
