@@ -11,7 +11,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=LlamaGen(depth=22, width=2048, heads=32, hidden=5632, grid=(24, 24)),
+    model=LlamaGen.published('1B', grid=(24, 24)),
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     enlarge=1.1,

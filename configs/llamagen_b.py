@@ -13,7 +13,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=LlamaGen(depth=12, width=768, heads=12, hidden=2048, grid=(24, 24)),
+    model=LlamaGen.published('B', grid=(24, 24)),
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     enlarge=1.1,

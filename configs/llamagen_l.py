@@ -11,7 +11,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=LlamaGen(depth=24, width=1024, heads=16, hidden=2816, grid=(24, 24)),
+    model=LlamaGen.published('L', grid=(24, 24)),
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     enlarge=1.1,

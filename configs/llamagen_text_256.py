@@ -12,7 +12,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=LlamaGenText(depth=36, width=1280, heads=20, hidden=3584, grid=(16, 16)),
+    model=LlamaGenText.published('XL', grid=(16, 16)),
     tokenizer='models/llamagen_text_tokenizer',
     text='models/flan-t5-xl',
     text_dtype='bfloat16',

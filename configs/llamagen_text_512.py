@@ -14,7 +14,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=LlamaGenText(depth=36, width=1280, heads=20, hidden=3584, grid=(32, 32)),
+    model=LlamaGenText.published('XL', grid=(32, 32)),
     init='runs/llamagen_text_256/model',
     tokenizer='models/llamagen_text_tokenizer',
     text='models/flan-t5-xl',

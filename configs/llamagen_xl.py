@@ -11,7 +11,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=LlamaGen(depth=36, width=1280, heads=20, hidden=3584, grid=(24, 24)),
+    model=LlamaGen.published('XL', grid=(24, 24)),
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     enlarge=1.1,

@@ -11,7 +11,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=LlamaGen(depth=48, width=2560, heads=40, hidden=6912, grid=(24, 24)),
+    model=LlamaGen.published('XXXL', grid=(24, 24)),
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     enlarge=1.1,

@@ -111,7 +111,15 @@ class Llama(Layers):
 
     @classmethod
     def published(cls, size: str, **fields: Any) -> 'Llama':
-        """The published model of a size: B, L, XL, XXL, 3B, XXXL, 1B or 7B."""
+        """The published model of a size (LlamaGen specification 2.1).
+
+        Args:
+            size: a key of `SIZES`: B, L, XL, XXL, 3B, XXXL, 1B or 7B.
+            **fields: other fields of the model.
+
+        Raises:
+            KeyError: there is no such size.
+        """
         depth, heads, width = SIZES[size]
         sizes = {'depth': depth, 'heads': heads, 'width': width, 'hidden': swiglu_width(width)}
         return cls(**(sizes | fields))

@@ -76,9 +76,12 @@ def _split_softmax(scores: list[jax.Array], pieces: tuple[KV, ...]) -> jax.Array
 class WriteFirst:
     """Writes new keys and values into the last piece of the past before `inner` reads it.
 
-    For a past of which `written` rows are there. Whoever writes the same rows into that piece
-    afterwards writes nothing twice: the compiler finds that both are one, and as nothing reads the
-    piece from before, it happens in place.
+    All unwritten rows of the past must be in its last piece. A caller that writes the same rows
+    into that piece afterwards costs nothing: the compiler merges both writes, and because nothing
+    reads the old piece, it writes in place. Without `written`, this is `inner`.
+
+    Attributes:
+        inner: the kernel that reads the pieces; the last one holds the new rows, too.
     """
 
     inner: Kernel

@@ -160,7 +160,7 @@ class Linear(nn.Module):
 
 
 class CodeEmbedding(nn.Module):
-    """The rows of codes, as the product of one-hot vectors with a kernel."""
+    """Codes [B, L] -> their rows [B, L, D] of a table, stored as the kernel of a linear layer."""
 
     codes: int
     width: int
