@@ -88,7 +88,14 @@ def token_losses(
         noise_key: the key of dropout (None: nothing is dropped).
     """
     network = bind(network, params)
-    features_BRD = network.features(targets.inputs_BLC, condition, rows, paths, tables, noise_key)
+    features_BRD = network.features(
+        targets.inputs_BLC,
+        condition,
+        rows=rows,
+        paths=paths,
+        tables=tables,
+        noise_key=noise_key,
+    )
     logits = codes.parse(network.head(features_BRD, condition))
     # Labels move to the rows that predict them: rows that are sharded cannot move cheaply. Only
     # pyramids drop tokens, and a row of a pyramid is a token.

@@ -90,7 +90,7 @@ def prepare(
 
     model, template = choose_size(model, size)
     encoder = model.config.prompt_encoder(load_encoder)
-    return Pipeline(model, encoder, dtype, mesh, buckets, template)
+    return Pipeline(model, encoder, dtype=dtype, mesh=mesh, buckets=buckets, template=template)
 
 
 def with_cross_attention(model: folder.StoredModel, mode: CrossAttentionMode) -> folder.StoredModel:

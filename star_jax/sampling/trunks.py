@@ -100,7 +100,14 @@ class ScannedTrunk:
     ) -> 'ScannedTrunk':
         """With the keys and values of the text, which are computed once per image."""
         text_kv = bind(network, params).text_kv(condition)
-        return cls(network, params, condition, groups, keep_last, text_kv)
+        return cls(
+            network=network,
+            params=params,
+            condition=condition,
+            groups=groups,
+            keep_last=keep_last,
+            text_kv=text_kv,
+        )
 
     def empty(self, rows: int) -> Cache:
         kept = Cache.rows_kept(self.network.schedule, self.groups, keep_last=self.keep_last)

@@ -231,7 +231,14 @@ class Competition:
     ) -> tuple[AdversaryState, dict[str, jax.Array]]:
         """One update of the discriminator, and its metrics; arguments as of `discriminator`."""
         loss = jax.value_and_grad(self.discriminator, has_aux=True)
-        (value, aux), gradients = loss(state.params, state.means_2, images, decoded, step, key)
+        (value, aux), gradients = loss(
+            state.params,
+            means_2=state.means_2,
+            images=images,
+            decoded=decoded,
+            step=step,
+            key=key,
+        )
         real, fake, of_real, of_fake = aux
         updates, opt = self.optimizer.update(gradients, state.opt, state.params)
         statistics = state.statistics

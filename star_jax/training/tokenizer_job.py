@@ -390,15 +390,20 @@ class TokenizerJob:
 
         (decoded, of_codes), pull, forward = jax.vjp(outputs, state.params, has_aux=True)
         generator = self._competition.generator(
-            state.adversary, decoded, reconstruction, at_last_kernel, state.step, generator_key
+            state.adversary,
+            decoded=decoded,
+            reconstruction=reconstruction,
+            at_last_kernel=at_last_kernel,
+            step=state.step,
+            key=generator_key,
         )
         (gradients,) = pull((generator.cotangent, jnp.ones_like(of_codes)))
         adversary, metrics = self._competition.update(
             state.adversary.replace(statistics=generator.statistics),
-            forward.images,
-            decoded,
-            state.step,
-            discriminator_key,
+            images=forward.images,
+            decoded=decoded,
+            step=state.step,
+            key=discriminator_key,
         )
         state = state.update(gradients, self.optimizer, self.run.ema, self._constants)
         metrics = {

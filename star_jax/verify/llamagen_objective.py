@@ -211,10 +211,17 @@ def _variant_fn(objective: Objective, pixels: str, competition: Competition) -> 
             return sum(parts.values()), parts
 
         generator = competition.generator(
-            state, decoded, reconstruction, lambda g: pull(g)[0], step, key
+            state,
+            decoded=decoded,
+            reconstruction=reconstruction,
+            at_last_kernel=lambda g: pull(g)[0],
+            step=step,
+            key=key,
         )
         loss = jax.value_and_grad(competition.discriminator, has_aux=True)
-        (value, _), gradients = loss(state.params, None, images, decoded, step, key)
+        (value, _), gradients = loss(
+            state.params, means_2=None, images=images, decoded=decoded, step=step, key=key
+        )
         return Variant(
             generator=generator,
             pixels=Objective().reconstruction(images, decoded)[pixels],
@@ -228,7 +235,10 @@ def _variant_fn(objective: Objective, pixels: str, competition: Competition) -> 
 
 def _convolve(kernel: jax.Array, features: jax.Array, bias: jax.Array) -> jax.Array:
     axes = ('NHWC', 'HWIO', 'NHWC')
-    return jax.lax.conv_general_dilated(features, kernel, (1, 1), 'SAME', None, None, axes) + bias
+    return (
+        jax.lax.conv_general_dilated(features, kernel, (1, 1), 'SAME', dimension_numbers=axes)
+        + bias
+    )
 
 
 def _recorded(x_BhwC: jax.Array) -> np.ndarray:
