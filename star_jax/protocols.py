@@ -31,7 +31,7 @@ CrossAttentionMode = Literal['as_trained', 'released', 'corrected']
 
 
 class PromptEncoder(Protocol):
-    """What turns prompts into the condition of a network: a text encoder, or a table of classes.
+    """Turns prompts into the condition of a network: a text encoder, or a table of classes.
 
     Attributes:
         field: which field of an example it reads.
@@ -99,7 +99,7 @@ class Starter(Protocol):
         """The condition of as many images without a prompt.
 
         Args:
-            condition: that of the prompted images.
+            condition: the condition of the prompted images.
             empty: the encoded empty prompt, one row.
         """
 
@@ -121,7 +121,7 @@ class Tokenizer(Protocol):
     resolution: tuple[int, int]
 
     def encode(self, images_BHWc: jax.Array) -> jax.Array:
-        """What a cache on disk holds and training starts from: codes, or features."""
+        """Codes or features: a cache on disk holds them, and training starts from them."""
 
     def training_targets(self, encoded: jax.Array, key: jax.Array) -> Targets:
         """Inputs and labels of teacher forcing; the key is for families that perturb them."""
@@ -206,7 +206,7 @@ class Kernel(Protocol):
                 heads.
             past: the keys and values of earlier rows in the order of their numbers, in any number
                 of pieces; empty in training.
-            new: the keys and values that follow: of the same L rows, or of a text.
+            new: the keys and values that follow, from the same L rows or from a text.
             visibility: which of all these keys each row attends to.
 
         Returns:
@@ -215,7 +215,7 @@ class Kernel(Protocol):
 
 
 class StepFns(NamedTuple):
-    """What a sampling method may call, closed over the parameters of network and tokenizer.
+    """Functions for a sampling method, closed over the parameters of network and tokenizer.
 
     Arrays with R rows hold B conditional rows, or B conditional rows and then B unconditional ones.
 
@@ -225,7 +225,7 @@ class StepFns(NamedTuple):
         embed: codes [B, L, *codes.shape] -> vectors [B, L, C].
         mix: weights [B, L, V] -> weighted means of the code vectors [B, L, C].
         refine: (vectors of fixed tokens [R, L, C], features, step) -> logits of the refinement
-            head, as of `head`.
+            head, as for `head`.
         trace: return a `MethodTrace`.
     """
 
@@ -238,12 +238,12 @@ class StepFns(NamedTuple):
 
 
 class MethodTrace(NamedTuple):
-    """What a sampling method computed in one step, float32.
+    """The arrays that a sampling method computed in one step, float32.
 
     Attributes:
         logits: [R, L, ..., V] of all rows, before guidance.
         guided: [B, L, ..., V], before temperature and filter.
-        probs: [B, L, ..., V], after both: what codes are sampled from.
+        probs: [B, L, ..., V], after both: codes are sampled from them.
         passes: the trace of every pass, for methods that take several.
     """
 
@@ -410,8 +410,8 @@ class Family:
         """The network (`nn.transformer.Transformer`).
 
         Args:
-            dtype: of the activations.
-            remat: what the backward pass computes again.
+            dtype: dtype of the activations.
+            remat: activations that the backward pass recomputes (`core.settings`).
             unroll: layers compiled side by side.
             attend: the attention kernel (left out: the one that fits the platform).
         """
@@ -436,7 +436,7 @@ class Family:
         raise NotImplementedError
 
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
-        """What reads prompts: what `load` gives where it is a text encoder.
+        """The encoder of prompts; a model of text returns the text encoder that `load` loads.
 
         Raises UserError where the encoder does not fit the model.
         """

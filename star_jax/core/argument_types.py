@@ -1,7 +1,7 @@
-"""Has an argument of a Python caller the type that it must have?
+"""Does an argument from a Python caller have the required type?
 
-The command line and config files convert what they read; Python callers may pass anything. Numbers
-of numpy are numbers, too; `True` is none.
+The command line and config files convert their values; Python callers may pass any object. A numpy
+number counts as a number; `True` does not.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ def choose(buckets: Buckets | None, sizes: Sequence[int], platform: str) -> Buck
     """The given buckets, or the default ones of a platform.
 
     Args:
-        buckets: what the user gave; None for the default.
+        buckets: the user's buckets; None for the default.
         sizes: the tokens of each scale.
         platform: 'cpu', 'gpu' or 'tpu'.
 

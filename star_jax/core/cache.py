@@ -27,7 +27,7 @@ class KV(NamedTuple):
 
     @classmethod
     def from_rows(cls, k_BMKH: jax.Array, v_BMKH: jax.Array) -> 'KV':
-        """From the order in which projections make them."""
+        """Makes it from arrays [B, M, K, H], the axis order of the projections."""
         return cls(k_BMKH.swapaxes(HEADS, ROWS), v_BMKH.swapaxes(HEADS, ROWS))
 
     def to_rows(self) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +49,7 @@ class KV(NamedTuple):
         return KV(*(jax.lax.slice_in_dim(x, first, end, axis=x.ndim + ROWS) for x in self))
 
     def write(self, new: 'KV', first: int | jax.Array) -> 'KV':
-        """The same with new rows from `first` on."""
+        """These keys and values, with the rows of `new` written from row `first` on."""
         return KV(
             *(
                 jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=x.ndim + ROWS)
@@ -59,9 +59,9 @@ class KV(NamedTuple):
 
 
 def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Visibility]:
-    """All keys and values in one array in the order of their numbers, and who attends to them.
+    """Joins all keys and values in order; also returns the visibility over the joined array.
 
-    Rows behind the last key that is visible mean nothing.
+    Rows behind the last visible key hold arbitrary numbers.
     """
     if not past:
         return new, visibility

@@ -26,7 +26,7 @@ class Sampled(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What a network is trained on.
+    """Inputs and labels of a network in training.
 
     Attributes:
         inputs_BLC: inputs of all steps but the first, as sampling would compute them, float32.

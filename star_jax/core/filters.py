@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-LOWEST_TEMPERATURE = 1e-5  # of a `SortedFilter`
+LOWEST_TEMPERATURE = 1e-5  # the least temperature that a `SortedFilter` divides by
 
 
 @flax.struct.dataclass

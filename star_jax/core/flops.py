@@ -22,7 +22,7 @@ def count_flops(function: Callable, *args: Any) -> int:
 
 
 def count_kinds(function: Callable, *args: Any) -> collections.Counter[str]:
-    """The same by kind of arithmetic.
+    """Floating-point operations of `function(*args)`, by kind of arithmetic.
 
     Returns:
         Operations of each kind that occurs: 'bfloat16' (operands below 32 bits), 'float32' (at

@@ -1,4 +1,8 @@
-"""How strong is classifier-free guidance at each step, and how high is the temperature?"""
+"""How does classifier-free guidance change logits, with which weight and temperature at each step?
+
+A family turns its published guidance number into one weight per step: `guidance_weights` in
+`families/scales.py` (STAR, VAR), `families/infinity.py` and `families/llamagen.py`.
+"""
 
 import flax.struct
 import jax
@@ -13,7 +17,8 @@ class StepSettings:
     Attributes:
         guidance: [S] float32 weights w of `guide`. Without unprompted rows they are ignored.
         temperature: [S] float32, by which guided logits are divided before they are filtered.
-        mixing: [S, depth, 2, 2] float32 of `mix_rows`, for guidance inside of layers (None: none).
+        mixing: [S, depth, 2, 2] float32 matrices of `mix_rows`, for guidance after layers (None:
+            guidance changes the logits alone).
     """
 
     guidance: np.ndarray | jax.Array
@@ -21,7 +26,7 @@ class StepSettings:
     mixing: np.ndarray | jax.Array | None = None
 
     def at(self, step: int | jax.Array) -> 'StepSettings':
-        """The same with the scalars of one step."""
+        """The settings of one step, as scalars."""
         return jax.tree.map(lambda x_S: jnp.asarray(x_S)[step], self)
 
     @property

@@ -88,7 +88,7 @@ def along_axes(x: jax.Array, sizes: Sequence[int], matrix: MatrixOf) -> jax.Arra
 
     Args:
         x: the maps.
-        sizes: of the axes between the first and the last.
+        sizes: new sizes of the axes between the first and the last.
         matrix: `area_matrix`, `bicubic_matrix` or `linear_matrix`.
     """
     for axis, size in enumerate(sizes, 1):

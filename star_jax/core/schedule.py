@@ -19,8 +19,8 @@ from star_jax.core.buckets import Buckets
 from star_jax.core.visibility import StaticVisibility
 from star_jax.errors import UserError
 
-MOST_TOKENS = 2**20  # of one image: a hundred times as many as at 1024 px
-MOST_SCALES = 128  # of a pyramid, ten times as many as at 1024 px: each is traced on its own
+MOST_TOKENS = 2**20  # tokens of an image: a hundred times as many as at 1024 px
+MOST_SCALES = 128  # scales of a pyramid, each traced on its own: ten times as many as at 1024 px
 
 Grids = tuple[tuple[int, int], ...]  # (height, width) of every scale, in tokens
 
@@ -176,7 +176,7 @@ class Schedule:
             shared: the buckets.
 
         Raises:
-            UserError: as of `check_buckets`.
+            UserError: as for `check_buckets`.
         """
         kinds = kinds or (None,) * self.steps
         self.check_buckets(shared, kinds)

@@ -61,9 +61,9 @@ class SelfCorrection:
         """Which bits of a scale are flipped, bool of this shape; None without flips.
 
         Args:
-            key: of the batch.
+            key: the key of the batch.
             step: the scale.
-            shape: that of the scale's bits.
+            shape: the shape of the scale's bits.
         """
         if not self.active or step >= self.scales:
             return None

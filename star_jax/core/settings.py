@@ -6,8 +6,8 @@ from typing import Literal
 from star_jax.core.argument_types import choice, flag, instance, number, whole_number
 from star_jax.core.unmasking import Mode
 
-Dtype = Literal['float32', 'bfloat16']  # of activations
-# What a layer's backward pass computes again: nothing; all but the outputs of matrix products with
+Dtype = Literal['float32', 'bfloat16']  # dtypes of activations
+# What a layer's backward pass recomputes: nothing; all but the outputs of matrix products with
 # weights; or all but the layer's input.
 Remat = Literal['none', 'dots', 'full']
 StableVersion = Literal['off', 'new', '1024']
@@ -57,16 +57,18 @@ class Settings:
         guidance: classifier-free guidance, as published for the family of the model; that of STAR
             and VAR grows from 0 at the first scale to this (0: off, which halves the work).
         top_k: sample among this many most probable codes (0, or more than there are: all).
-        top_p: of those, sample among the most probable ones that hold this share of the probability
+        top_p: then sample among the most probable ones that hold this share of their probability
             (0: all).
         temperature: divisor of the logits; below 1 sharpens the distribution.
-        guidance_layers: where guidance combines what is computed with and without a prompt: 0 the
-            logits, -1 the output of the last layer, -2 of the one before it, and so on.
+        guidance_layers: where guidance combines the rows with and without a prompt: 0 the logits,
+            -1 the output of the last layer, -2 of the one before it, and so on.
         guidance_per_step: guidance of each step, in place of `guidance` (none: that for all).
         guided_steps: guide the first so many steps only (0: all); a published cfg_interval of k
             guides k + 2.
-        temperature_per_step: temperature of each step, in place of `temperature` (none: that).
-        negative: prompt that images move away from, in place of none at all ('': none).
+        temperature_per_step: temperature of each step, in place of `temperature` (none: that for
+            all).
+        negative: prompt that guidance moves images away from, in place of the empty prompt ('': the
+            empty prompt).
         stop: sample the first so many steps only, for a coarse image (0: all).
         smooth: mix code vectors instead of sampling codes; top_k, top_p and temperature are
             ignored; images look cleaner and follow the prompt less.

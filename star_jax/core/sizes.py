@@ -2,7 +2,7 @@
 
 from star_jax.core.argument_types import number
 
-MOST_LAYERS = 1024  # of parts that are traced one by one
+MOST_LAYERS = 1024  # layers that are traced one by one
 LARGEST_BATCH = 2**20  # images of a batch
 LARGEST = 2**20  # larger than any size in use, and the product of three fits 64 bits
 

@@ -152,7 +152,7 @@ def _show(grids: Grids) -> str:
 
 
 def _published() -> tuple[tuple[str, str], ...]:
-    """In the published order, which decides between templates that are equally near."""
+    """The published templates; their order decides between templates that are equally near."""
     templates = []
     for name, scales in _TALL.items():
         templates.append((name, scales))

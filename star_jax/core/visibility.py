@@ -1,9 +1,10 @@
 """Which keys may a row attend to?
 
-Keys are numbered, those of the past first. In every schedule a row attends to the keys below one
-number, its upper bound, so that no mask of rows by keys is needed. An image may also hide the keys
-before a number of its own (a prompt padded on the left) or from a number on (one padded on the
-right).
+Keys are numbered, the keys of the past first. In every schedule a row attends to the keys below one
+number, its upper bound, so that no mask of rows by keys is needed. `Schedule.visible_rows` in
+`core/schedule.py` decides the upper bounds: block-causal in a `Pyramid`, causal in a `Raster`. An
+image may also hide the keys before a number of its own (a prompt padded on the left) or from a
+number on (one padded on the right).
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class StaticVisibility:
 
     @classmethod
     def of(cls, bound_L: np.ndarray) -> 'StaticVisibility':
-        """From the upper bound of each row, at least 1."""
+        """Makes it from the upper bound of each row, which is at least 1."""
         if len(bound_L) and min(bound_L) < 1:
             raise ValueError(f'every row must see a key, not {min(bound_L)} of them')
         return cls(tuple((len(list(run)), key) for key, run in itertools.groupby(bound_L.tolist())))

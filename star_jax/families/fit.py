@@ -12,7 +12,7 @@ def check_tokenizer(model: Family, tokenizer: TokenizerConfig, *, where: str, re
         model: config of the transformer.
         tokenizer: config of the tokenizer.
         where: the file or option that names the tokenizer, for the message.
-        remedy: what the user can do about a difference.
+        remedy: the advice of the message.
 
     Raises:
         UserError: names the field that differs, and both values.

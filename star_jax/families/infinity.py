@@ -34,13 +34,13 @@ from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
 from star_jax.tokenizers.residual_bsq import BSQ, PATCH
 
-PATCHED_BITS = 56  # of a token of the published 8B model
+PATCHED_BITS = 56  # bits of a token of the published 8B model
 LEVELS = 15  # rows of the level embedding, whatever the schedule
 UNIT = 256  # hidden widths are multiples of it
 POOL_WIDTH = 128  # channels of the text for each pooling head
 WIDE, WIDE_POOL_WIDTH = 4096, 64  # the same in wider models
 HEAD_INIT = 0.02  # shrinks the logits' weights at the start
-UNPROMPTED_STD, UNPROMPTED_BOUND = 1.2, 2.0  # of the learned text, before / sqrt(text width)
+UNPROMPTED_STD, UNPROMPTED_BOUND = 1.2, 2.0  # learned rows, times sqrt(text width)
 
 
 def hidden_channels(width: int, mlp_ratio: float, swiglu: bool) -> int:
@@ -78,7 +78,8 @@ class Infinity(Sizes):
         rms_norm: RMSNorm instead of LayerNorm.
         swiglu: SwiGLU instead of an MLP with GELU.
         input_norm: normalise the inputs of every scale.
-        cross_scale: initial value of learned scales of what cross-attention adds (negative: none).
+        cross_scale: initial value of a learned scale on the output of cross-attention (negative: no
+            scale).
         row_multiple: teacher forcing pads the rows to a multiple of this number.
         gate_init: factor on the initial gates of the modulation.
         modulation_init: factor on its initial scales and shifts, and on those of the head.
@@ -222,7 +223,7 @@ class Infinity(Sizes):
         )
 
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
-        """The text encoder that `load` gives; UserError unless it is of the model's text width."""
+        """The text encoder that `load` returns; UserError unless it has the model's text width."""
         return check_text_encoder(load(), self.text_width)
 
     def guidance_weights(self, guidance: float) -> np.ndarray:

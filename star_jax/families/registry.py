@@ -1,7 +1,8 @@
-"""Which families and tokenizers are known by a name?
+"""Under which names are families and tokenizers registered?
 
-A model folder and the config of a run name them; reading one never imports anything. A family from
-outside of this package is registered by a call in its own module or in a config file.
+A model folder and the config of a run use these names; reading one never imports anything. A family
+from another package is registered by a call in its module, which a Python config file or a Python
+caller imports before it loads a folder.
 """
 
 from typing import TypeVar

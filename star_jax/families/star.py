@@ -121,7 +121,7 @@ class Star(Scales):
         return dataclasses.replace(self, released_cross_attention=mode == 'released')
 
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
-        """The text encoder that `load` gives; UserError unless it is of the model's text width."""
+        """The text encoder that `load` returns; UserError unless it has the model's text width."""
         return check_text_encoder(load(), self.text_width)
 
     def abstract_condition(self, batch: int = 1, tokens: int = 1) -> TextCondition:

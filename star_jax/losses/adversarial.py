@@ -40,7 +40,7 @@ OF_GENERATOR: Mapping[GeneratorLoss, Callable[[jax.Array], jax.Array]] = {
 OF_DISCRIMINATOR: Mapping[DiscriminatorLoss, Callable[[jax.Array, jax.Array], jax.Array]] = {
     'hinge': _hinge,
     'vanilla': _vanilla,
-    'non_saturating': _vanilla,  # what the released loss of this name was meant to be
+    'non_saturating': _vanilla,  # the intended form of the released loss
     'non_saturating_released': _swapped,
 }
 
@@ -67,7 +67,7 @@ class R1:
     """A penalty on the discriminator's gradient at real images (Mescheder et al. 2018).
 
     Attributes:
-        weight: of half the mean squared length of the gradient.
+        weight: weight of half the mean squared length of the gradient.
         every: steps between two penalties, each of which counts as often.
     """
 
@@ -103,8 +103,8 @@ class LeCam:
     """A penalty on logits far from the earlier ones of the other kind (Tseng et al. 2021).
 
     Attributes:
-        weight: of the penalty.
-        decay: of the moving averages of the logits.
+        weight: weight of the penalty.
+        decay: decay of the moving averages of the logits.
     """
 
     weight: float = 0.001

@@ -107,7 +107,7 @@ def refine(
     Args:
         network: the transformer, with its `params`.
         inputs: the inputs of teacher forcing, [B, L - n_0, C].
-        vectors_BRC: as of `shown_vectors`.
+        vectors_BRC: as for `shown_vectors`.
         condition: one row per image.
         paths: scales of stochastic depth of the base model (None: 1).
     """
@@ -129,7 +129,7 @@ def mean_per_scale(schedule: Schedule, rows: np.ndarray, sums_3R: Any) -> Metric
 
     Args:
         schedule: tells the scale of each token.
-        rows: as of `refined_rows`.
+        rows: as for `refined_rows`.
         sums_3R: `hidden_sums`, summed over images.
     """
     scale_R = schedule.scale_of_token[rows]

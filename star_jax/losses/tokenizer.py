@@ -1,6 +1,6 @@
 """Which losses train a tokenizer?
 
-Of pixels, and of the codes. How they are weighted is the `Objective` of a run.
+Losses of pixels and of codes; the `Objective` of a run has their weights.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class CodeEntropies(NamedTuple):
-    """How decided and how varied codes are, in nats (LlamaGen specification 1.5).
+    """How certain and how varied codes are, in nats (LlamaGen specification 1.5).
 
     Attributes:
         per_sample: entropy of the soft code of one vector, averaged over the vectors.
@@ -44,11 +44,11 @@ def code_entropies(distances: jax.Array, temperature: float = 0.01) -> CodeEntro
 
 
 class BitEntropies(NamedTuple):
-    """How decided and how varied bits are, in nats (Infinity specification 3.6).
+    """How certain and how varied bits are, in nats (Infinity specification 3.6).
 
     Attributes:
         per_sample: entropy of the bits of one vector, averaged over the vectors; small where every
-            bit is decided.
+            bit is certain.
         codebook: entropy of the averaged bits; large where all codes are used.
         probs_K2: averaged probabilities of the negative and the positive code of every bit.
     """
@@ -69,17 +69,17 @@ def bit_entropies(z: jax.Array, inverse_temperature: float = 100.0) -> BitEntrop
 
 
 def _entropy(probs: jax.Array) -> jax.Array:
-    """Of distributions over the last axis."""
+    """Entropies, in nats, of distributions over the last axis."""
     return -(probs * jnp.log(probs + 1e-8)).sum(-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EntropyOfCodes:
-    """For tokenizers with a codebook (LlamaGen specification 1.5).
+    """The entropy loss of tokenizers with a codebook (LlamaGen specification 1.5).
 
     Attributes:
-        weight: of the entropy of each vector minus that of the averaged codes.
-        temperature: of the soft codes.
+        weight: weight of the entropy of each vector minus that of the averaged codes.
+        temperature: temperature of the soft codes.
     """
 
     weight: float = 0.1
@@ -104,11 +104,11 @@ class EntropyOfCodes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EntropyOfBits:
-    """For tokenizers of bits (Infinity specification 3.6).
+    """The entropy loss of tokenizers of bits (Infinity specification 3.6).
 
     Attributes:
-        weight: of the entropy of each vector minus that of the averaged bits.
-        inverse_temperature: of the soft bits.
+        weight: weight of the entropy of each vector minus that of the averaged bits.
+        inverse_temperature: inverse temperature of the soft bits.
         diversity: weight of the entropy of the averaged bits within the loss.
     """
 

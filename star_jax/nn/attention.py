@@ -1,7 +1,7 @@
-"""Which rows does a row gather from, and how strongly?
+"""How are queries, keys and values projected, normalised and rotated for attention?
 
-The modules here hold the projections; a part passed in, `attend`, is the kernel that computes what
-lies between them. Keys and values leave a layer as the cache holds them: after rotation and
+The modules here hold the projections; a part passed in, `attend`, is the kernel that computes
+attention from them. Keys and values leave a layer as the cache holds them: after rotation and
 normalisation.
 """
 
@@ -76,8 +76,8 @@ class SelfAttention(nn.Module):
         width: channels of a row.
         heads: query heads.
         scores: makes the part that normalises and scales queries and keys.
-        kernel_init: of the projections to queries, keys and values.
-        out_init: of the projection back.
+        kernel_init: initializer of the projections to queries, keys and values.
+        out_init: initializer of the output projection.
         attend: the kernel.
         sharding: how the arrays are split over devices.
         kv_heads: key/value heads, a divisor of `heads`, neighbours among which share one; 0: as
@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
         """Attends from rows [B, L, D] to the past and to the rows themselves.
 
         Returns:
-            What the rows gathered, [B, L, D], and their keys and values for the cache.
+            The output of attention, [B, L, D], and the keys and values of the rows for the cache.
         """
         dtype, shape = x_BLD.dtype, (self.heads, self.width // self.heads)
         q_BLNH, k_BLKH, v_BLKH = (
@@ -154,8 +154,8 @@ class CrossAttention(nn.Module):
         heads: heads of queries, keys and values.
         text_width: channels of a text token.
         scores: makes the part that normalises and scales queries and keys.
-        kernel_init: of the projections.
-        out_init: of the projection back (None: as the others).
+        kernel_init: initializer of the projections.
+        out_init: initializer of the output projection (None: `kernel_init`).
         released: reproduces the published code, which adds the output of the first row of the
             batch to every row (STAR specification 3.4).
         attend: the kernel.

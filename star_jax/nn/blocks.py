@@ -1,4 +1,4 @@
-"""What is one layer of a network?
+"""Which parts make one layer of a network?
 
 A block is made of parts: attention, MLP, norms and modulation. Layers are stacked under one scan.
 Suffixes: B batch, L rows, D width, N heads, P = H/2 rotation planes, F hidden width, V logits.
@@ -22,7 +22,7 @@ from star_jax.nn import layers
 from star_jax.parallel.rules import ActivationSharding
 from star_jax.protocols import Kernel
 
-# What `jax.checkpoint` keeps of a block for its backward pass, beside the block's input. Products
+# Values of a block that `jax.checkpoint` keeps for the backward pass, beside its input. Products
 # without batch dimensions are those with weights: to keep those of attention, too, would store the
 # scores that its kernels never hold at once.
 SAVED = {'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable, 'full': None}
@@ -78,7 +78,7 @@ class BlockParts:
         norm: the norm before self-attention and before the MLP.
         cross_attention: attention to the text, between the two (None: none).
         cross_norm: the norm before cross-attention.
-        cross_scale: scales what cross-attention adds (None: not scaled).
+        cross_scale: scales the output of cross-attention (None: not scaled).
         modulation: scales, shifts and gates of the norms (None: none).
         dropout: rate of dropout after self-attention and after the MLP, in training.
         sharding: how the rows of a block are sharded.
@@ -104,14 +104,14 @@ class BlockParts:
         return dataclasses.replace(self, sharding=sharding, **sharded)
 
     def with_kernel(self, change: Callable[[Kernel], Kernel]) -> 'BlockParts':
-        """The same parts, whose self-attention is computed by what `change` makes of its kernel."""
+        """The same parts, with the kernel of self-attention replaced by `change(kernel)`."""
         attend = self.self_attention(parent=None).attend
         attention = functools.partial(self.self_attention, attend=change(attend))
         return dataclasses.replace(self, self_attention=attention)
 
 
 class PerLayer(NamedTuple):
-    """What a block receives of its own; every array has layers first outside of the scan.
+    """The inputs of one block; outside of the scan the first axis of every array is the layer.
 
     Attributes:
         past: cached keys and values, in pieces.
@@ -134,7 +134,7 @@ class PerLayer(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all blocks receive alike.
+    """The inputs that all blocks share.
 
     Attributes:
         rotation_LP2: cosines and sines of every row, or None.

@@ -61,8 +61,8 @@ class PooledStart(nn.Module):
         text_width: channels E of a text token.
         heads: heads of the pooling attention, a divisor of the width.
         text_rows: learned rows without a prompt: the longest text.
-        kernel_init: of all weights but these rows.
-        unprompted_init: of these rows.
+        kernel_init: initializer of all weights but these rows.
+        unprompted_init: initializer of these rows.
     """
 
     width: int
@@ -128,7 +128,7 @@ class AttentionPool(nn.Module):
     Attributes:
         text_width: channels E of a text token.
         shape: heads and their width.
-        kernel_init: of all weights.
+        kernel_init: initializer of all weights.
     """
 
     text_width: int
@@ -229,9 +229,9 @@ class TextPrefix(nn.Module):
     Attributes:
         width: channels D of a row.
         text_width: channels E of a text token.
-        rows: rows of the prefix; of longer texts the first tokens count.
-        kernel_init: of the projections.
-        empty_init: of the constant rows.
+        rows: rows of the prefix; a longer text is cut to its first tokens.
+        kernel_init: initializer of the projections.
+        empty_init: initializer of the constant rows.
     """
 
     width: int

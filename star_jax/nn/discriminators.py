@@ -18,7 +18,7 @@ from flax import linen as nn
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 
-SLOPE = 0.2  # of LeakyReLU below zero
+SLOPE = 0.2  # slope of LeakyReLU below zero
 WIDEST = 8  # a patch discriminator widens up to this multiple of its width
 STATISTICS_MOMENTUM = 0.1
 STATISTICS_EPSILON = 1e-5
@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
     variance_C: jax.Array
 
 
-AllStatistics = Mapping[str, Statistics]  # of every batch norm of a network, by its name
+AllStatistics = Mapping[str, Statistics]  # statistics of every batch norm, by name
 
 
 def follow(running: AllStatistics, batch: AllStatistics) -> AllStatistics:

@@ -1,8 +1,8 @@
 """How is attention computed on an NVIDIA GPU?
 
-By cuDNN's fused kernel, which never writes scores to memory. It is slow with a mask, so it is
-called in ways that need none: for a scale and the keys below its bound, for a plain causal order,
-and with a number of keys per image.
+cuDNN's fused kernel never writes scores to memory. It is slow with a mask, so it is called in ways
+that need none: for a scale and the keys below its bound, for a plain causal order, and with a
+number of keys per image.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Flash:
         """Row k attends to the first k + 1 keys.
 
         Where an image hides its first keys, rows and keys are moved to the front by as many, and
-        the hidden rows, which attend to themselves alone, gather their own values.
+        the hidden rows, which attend to themselves alone, get their own values.
         """
         k_BMKH, v_BMKH = kv.to_rows()
         if first_B is None:

@@ -48,7 +48,7 @@ class PlainHead(nn.Module):
 class ModulatedHead(nn.Module):
     """Float32 logits of normalised features that each image's vector scales and shifts.
 
-    `norm` is the norm without parameters; `inner_init` as of `Head`.
+    `norm` is the norm without parameters; `inner_init` as for `Head`.
     """
 
     width: int

@@ -1,7 +1,7 @@
 """How is attention computed?
 
-Several kernels for the same numbers. `Dense` is the formula, which the tests compare the others
-with; these skip keys that no row attends to, or keep less in memory.
+All kernels compute the same numbers. `Dense` is the formula, with which the tests compare the
+others; these skip keys that no row attends to, or keep less in memory.
 """
 
 import dataclasses

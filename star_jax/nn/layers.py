@@ -1,6 +1,6 @@
 """The parameterised operations that every model is built from.
 
-Every parameter carries logical axes; `parallel/rules.py` says where on a mesh they lie.
+Every parameter has logical axes; `parallel/rules.py` maps them to the axes of a mesh.
 """
 
 import jax
@@ -11,7 +11,7 @@ Initializer = nn.initializers.Initializer
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """What sums are kept in: float32, or float64 in a program of float64."""
+    """The dtype of sums: float32, or float64 in a program of float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

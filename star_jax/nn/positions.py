@@ -1,4 +1,4 @@
-"""Which positions does a network know about?
+"""How does a network encode the positions of its rows?
 
 Each kind is a part of a model's config. A kind gives a rotation of queries and keys, a table that
 is added to the rows, both or neither. A rotation is either fixed, cosines and sines of every row,
@@ -32,7 +32,7 @@ def _check(theta: float, extent: float = 0.0) -> None:
 
 @flax.struct.dataclass
 class PositionTables:
-    """Where the rows of a schedule are; as arguments, grids of equal sizes share one program.
+    """Positions of the rows of a schedule, as arrays: grids of equal sizes share one program.
 
     Attributes:
         rotation_LP2: cosine and sine of each plane; None without a fixed rotation.
@@ -44,7 +44,7 @@ class PositionTables:
 
 
 class Positions:
-    """No positions; the base of all kinds.
+    """No positions; the base class of all kinds, whose union is `AnyPositions`.
 
     Attributes:
         rotary: whether queries and keys are rotated.
@@ -276,7 +276,7 @@ AnyPositions = (
     | SinCos
     | NoPositions
 )
-RasterPositions = RasterRotary | Learned | NoPositions  # those that a raster can have
+RasterPositions = RasterRotary | Learned | NoPositions  # the kinds of a raster
 
 
 class FixedTable(nn.Module):

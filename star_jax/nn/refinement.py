@@ -36,7 +36,7 @@ class Refiner(nn.Module):
         block: parts of a layer.
         to_logits: the projection to logits.
         init_rows: initializer of the level embeddings.
-        remat: what the backward pass computes again.
+        remat: activations that the backward pass recomputes (`core.settings`).
         unroll: layers compiled side by side.
         dtype: dtype of activations.
     """
@@ -91,7 +91,7 @@ class Refiner(nn.Module):
         return jnp.concatenate([rotation[:1], rotation[rows]])
 
     def _mask(self, rows: Rows) -> jax.Array | None:
-        """A token sees those of its step; the text's row sees all and is seen by all."""
+        """A token attends to its step and the text's row; the text's row attends to all rows."""
         if not isinstance(rows, np.ndarray):  # the rows of one traced step
             return None
         steps_L = self.schedule.step_of_row[rows]

@@ -62,11 +62,11 @@ class ShardedAttention:
                 self._specs(visibility, heads),
             ),
             out_specs=queries,
-            check_vma=False,  # kernels made for one device do not say along which axes they vary
+            check_vma=False,  # kernels for one device do not declare the axes along which they vary
         )(q_BLNH, past, new, visibility)
 
     def _per_row(self, visibility: Visibility, keys: int) -> Visibility:
-        """The same with bounds that can be split, because each device has other rows."""
+        """Visibility with bounds that can be split, because devices have different rows."""
         bounds = visibility.bounds
         if not isinstance(bounds, StaticVisibility):
             return visibility

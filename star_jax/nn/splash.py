@@ -20,8 +20,8 @@ from star_jax.core.visibility import ALL, StaticVisibility, Visibility
 from star_jax.nn.kernels import Chunked
 from star_jax.protocols import Kernel
 
-BLOCKS = (512, 256, 128)  # what the kernels take, the fastest first
-FILLING = 1.125  # of the least cost of padding, what a larger block may cost
+BLOCKS = (512, 256, 128)  # block sizes of the kernels, the fastest first
+FILLING = 1.125  # a larger block may cost this many times the least cost of padding
 BEHIND = -1  # the segment of keys that an image hides at its end; no row has it
 
 
@@ -140,7 +140,7 @@ def _block(count: int) -> int:
 
 
 def _fill(x_BNLH: jax.Array, block: int) -> jax.Array:
-    """The same with L padded to whole blocks."""
+    """The array with L padded to whole blocks."""
     return jnp.pad(x_BNLH, ((0, 0), (0, 0), (0, -x_BNLH.shape[2] % block), (0, 0)))
 
 

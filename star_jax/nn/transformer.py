@@ -1,4 +1,4 @@
-"""What predicts the tokens of a step from all earlier ones?
+"""How does the network predict the tokens of a step from all earlier ones?
 
 One network for every family; a family is the set of parts passed in. Training calls `features` and
 `head`; sampling calls `start`, `text_kv` and `empty_cache` once, then `trunk`, `head` and `embed`
@@ -48,7 +48,7 @@ class Transformer(nn.Module):
             once, to the embedded rows).
         modulator: makes the signal that modulates every block (None: the condition's summary).
         refiner: the head of stable sampling, if the model has one.
-        remat: what the backward pass computes again.
+        remat: activations that the backward pass recomputes (`core.settings`).
         unroll: layers that are compiled side by side in each round of the scan over layers.
         dtype: dtype of activations.
         mixes_rows: whether the logits of a row depend on the other rows of its batch.
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
 
     @property
     def position_tables(self) -> PositionTables:
-        """Where the rows of the schedule are, in numpy arrays."""
+        """Positions of the rows of the schedule, as numpy arrays."""
         return PositionTables(
             rotation_LP2=self.positions.rotation(self.schedule, self.head_width),
             xy_L2=self.positions.coordinates(self.schedule),
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
         """The condition of as many images without a prompt; it may depend on parameters.
 
         Args:
-            condition: that of the prompted images.
+            condition: the condition of the prompted images.
             empty: the encoded empty prompt, one row.
         """
         return self.starter.unprompted(condition, empty)
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
         tables: PositionTables | None = None,
         noise_key: jax.Array | None = None,
     ) -> tuple[PerLayer, Shared]:
-        """What the layers receive beside the rows, with the arguments of `trunk`."""
+        """The inputs of the layers beside the rows; arguments as for `trunk`."""
         tables = jax.tree.map(
             lambda table: jnp.asarray(table)[rows], tables or self.position_tables
         )

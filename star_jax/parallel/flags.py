@@ -42,7 +42,7 @@ TPU = (
     '--xla_tpu_enable_async_collective_fusion_multiple_steps=true',
     '--xla_tpu_overlap_compute_collective_tc=true',
 )
-MEMORY_FRACTION = 0.92  # of the memory of a GPU
+MEMORY_FRACTION = 0.92  # share of a GPU's memory
 
 ENVIRONMENT: dict[str, dict[str, str]] = {
     'gpu': {

@@ -25,7 +25,7 @@ MESSAGE_TIMEOUT = 5  # seconds for a message to arrive after a connection
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a process reports to process 0.
+    """The report of a process to process 0.
 
     Attributes:
         process: its number.

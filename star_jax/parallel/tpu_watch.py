@@ -1,4 +1,4 @@
-"""How does an unattended training on TPUs come to its end?
+"""How does a training run on TPUs unattended, to its end?
 
     bash launch/tpu_watch.sh NAME ZONE TYPE [OPTIONS OF gcloud] CONFIG --out SHARED/RUN ...
 
@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-INTERVAL = 60  # seconds between two looks
+INTERVAL = 60  # seconds between two checks
 MOST_IDLE = 600  # seconds of a slice without a run, after which it is replaced
 MOST_FAILURES = 5  # failures without a new checkpoint between them, after which the watch ends
 LIMITS = {'create': 300, 'install': MOST_IDLE, 'start': 300, 'stop': MOST_IDLE, 'delete': 1200}
-LIMIT = 120  # seconds of every other action, which only asks
+LIMIT = 120  # seconds of every other action, which only queries
 INTERRUPTED = 130  # exit status after ctrl-c, as in shells
 SCRIPT = Path(__file__).parents[2] / 'launch' / 'tpu.sh'
 
@@ -50,7 +50,7 @@ class GivenUpError(Exception):
 
 
 class Clock:
-    """Seconds, and how they pass."""
+    """A clock that counts seconds and waits."""
 
     def __init__(self) -> None:
         self._added = 0.0
@@ -68,7 +68,7 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """The arguments of the user.
 
     Attributes:
         create: type of the TPU, and options of its creation.
@@ -85,7 +85,7 @@ class Watch:
     """Looks at a resource and its run, and acts, until the run is complete or given up.
 
     Args:
-        request: what the user asked for.
+        request: the arguments of the user.
         tpu: runs an action of `launch/tpu.sh` with its words; returns exit status and output.
         clock: has `now` and `sleep`.
         say: takes a sentence for the user.
@@ -95,7 +95,7 @@ class Watch:
         self, request: Request, tpu: Tpu, clock: Clock, say: Callable[[str], object]
     ) -> None:
         self._request, self._tpu, self._clock, self._say = request, tpu, clock, say
-        self._seen: str | None = None  # the last state that was said
+        self._seen: str | None = None  # the last state that was reported
         self._exists = False  # whether this watch has ever seen the resource
         self._started = False  # whether the run on this slice was started, or seen running
         self._attempt_failed = False  # whether installing or starting has just failed
@@ -104,7 +104,7 @@ class Watch:
         self._is_idle, self._idle = False, 0.0  # at the last look; seconds of a slice without a run
         # Since the step of the newest checkpoint has grown. A preemption excuses those of a slice.
         self._run_failures = self._slice_failures = 0
-        self._step: int | None = None  # of the newest checkpoint
+        self._step: int | None = None  # step of the newest checkpoint
 
     def run(self) -> None:
         """Watches until the run is complete and the resource deleted.
@@ -117,7 +117,7 @@ class Watch:
             self._clock.sleep(INTERVAL)
 
     def _look(self) -> bool:
-        """Looks once and does what is due; returns whether this was the end."""
+        """Checks once and acts; returns whether the run has ended."""
         now = self._clock.now()
         elapsed, self._looked = now - self._looked, now
         state, run, step = self._state()
@@ -264,7 +264,7 @@ def run_action(name: str, zone: str, action: str, *words: str) -> tuple[int, str
     """Runs an action of `launch/tpu.sh`, and ends it after its limit.
 
     Returns:
-        Exit status, and what it printed if it only asks.
+        Exit status, and the output of an action that only queries.
     """
     asks = action not in LIMITS
     command = ['bash', str(SCRIPT), action, name, zone, *words]
@@ -282,7 +282,7 @@ def _kill(process: int) -> None:
     listed = subprocess.run(['ps', '-A', '-o', 'pid=,ppid='], stdout=subprocess.PIPE, text=True)
     parents = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
     found = [process]
-    for parent in found:  # which grows
+    for parent in found:  # the list grows in the loop
         found += [child for child, its_parent in parents if its_parent == parent]
     for number in found:
         with contextlib.suppress(ProcessLookupError):

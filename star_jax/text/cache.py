@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 ROOT_VARIABLE = 'STAR_JAX_CACHE'
 SUFFIX = '.safetensors'
-DIGITS = 16  # of the digest in the name of a segment
+DIGITS = 16  # digits of the digest in the name of a segment
 KEY_BYTES = 16  # a million captions collide with probability 1e-27
 STORED_DTYPE = np.float16
 DTYPES = {'U8': np.uint8, 'I64': np.int64, 'F16': STORED_DTYPE}

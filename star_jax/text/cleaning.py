@@ -24,7 +24,7 @@ DASHES = (
     '\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d'
 )
 SYMBOLS = '#&@~()[]{}/*|\\\u00ae\u2022\u00a9\u2122\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7'
-MOST_JOINERS = 3  # of '-' and '_' that a text keeps
+MOST_JOINERS = 3  # a text keeps at most so many '-' and '_'
 
 Step = Callable[[str], str]
 

