@@ -38,11 +38,11 @@ class Console(rich.console.Console):
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """What rich calls for every text, also in tables."""
+        """Renders a text without markup; rich calls this for every text, also in tables."""
         return super().render_str(plain(text), **options)
 
     def status(self, status: str, **options: Any) -> Status:
-        """A line that is shown while something works; `update` changes it."""
+        """A line that is shown during a long operation; `update` changes it."""
         return _PlainStatus(status, console=self, **options)
 
 

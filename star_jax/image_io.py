@@ -117,7 +117,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     files.check_regular(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of Pillow, about what it can read nevertheless
+            warnings.simplefilter('ignore')  # Pillow warns about files that it can read
             return decode(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f'no image at {path}: give the path of an existing file') from None

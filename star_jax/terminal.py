@@ -1,7 +1,7 @@
 """How does a command handle closed pipes, signals while it loads, and warnings?
 
-For a process that runs one command. This module imports only small ones: an error or signal during
-imports that precede these settings may end in a traceback.
+Its functions are for a process that runs one command. It imports small modules only: an error or a
+signal during imports that precede these settings may end in a traceback.
 """
 
 import contextlib

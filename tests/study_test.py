@@ -226,7 +226,7 @@ def test_report_writes_tables_numbers_and_curves(results, tmp_path):
     ('fields', 'sentence'),
     [
         ({'commit': 'def'}, 'units of 2 different commits (abc, def)'),
-        ({'settings': 'other'}, '2 different settingss'),
+        ({'settings': 'other'}, '2 different settings'),
         ({'tokenizer': 'other'}, '2 different tokenizers'),
         ({'kind': 'rotten'}, "there is no kind 'rotten' of positions"),
         ({'positions': {'kind': 'Learnt'}}, 'Learnt'),

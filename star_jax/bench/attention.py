@@ -20,7 +20,7 @@ from star_jax.nn.attention_dispatch import Name, named
 from star_jax.parallel import machine
 from star_jax.protocols import Family, Kernel
 
-KERNELS: tuple[Name, ...] = ('dense', 'by_scale', 'chunked', 'automatic')  # of every platform
+KERNELS: tuple[Name, ...] = ('dense', 'by_scale', 'chunked', 'automatic')  # run on every platform
 GRADIENT_FACTOR = 3  # operations with the gradient, relative to the forward pass
 
 
@@ -54,7 +54,7 @@ class AttentionJob:
 
 
 def run(job: AttentionJob) -> dict[str, Any]:
-    """For every kernel: seconds, GFLOP/s, share of the matrix rate and MiB of temporaries."""
+    """Measures every kernel: seconds, GFLOP/s, share of the matrix rate, MiB of temporaries."""
     schedule, heads = job.model.schedule, job.model.heads
     rows = schedule.starts[-1]
     shape = (3, job.batch, rows, heads, job.model.width // heads)

@@ -149,6 +149,6 @@ def condition(model: Family, rows: int, text_tokens: int) -> Any:
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.asarray(random.standard_normal(leaf.shape, np.float32))
-        return jnp.ones(leaf.shape, leaf.dtype)  # of masks: every token is real
+        return jnp.ones(leaf.shape, leaf.dtype)  # class 1, or a mask of real tokens
 
     return jax.tree.map(fill, model.abstract_condition(rows, text_tokens))

@@ -22,10 +22,10 @@ from star_jax.protocols import Family
 from star_jax.training.run import Run
 
 PROGRAMS = 'programs'  # the folder of compiled programs
-MEMORY_FRACTION = 0.85  # that the largest batch may fill
+MEMORY_FRACTION = 0.85  # share of the memory that the largest batch may fill
 BATCH_MULTIPLE = 4  # the largest batch is a multiple of it
 
-SHARE = 'read_rate_share'  # of a program, in the reports of this version
+SHARE = 'read_rate_share'  # a key of each program in the reports of this version
 
 Reports = dict[str, dict[str, Any]]
 

@@ -28,7 +28,7 @@ Call = Callable[[], Any]
 
 
 def check_runs(name: str, runs: int) -> None:
-    """Raises ValueError for a number of timed runs, the option `name`, that takes for ever."""
+    """Raises ValueError if `runs`, the value of the option `name`, exceeds MOST_RUNS."""
     if runs > MOST_RUNS:
         raise ValueError(f'{name} must be at most {MOST_RUNS:,}, not {runs:,}')
 

@@ -83,7 +83,7 @@ class TrainingJob:
         )
         batch = jax.device_put(batch, rules.batch_sharding(mesh))
         args = (state, frozen, batch, jax.random.key(0))
-        copies = mesh.size // mesh.shape['tensor']  # of the parameters, after they are gathered
+        copies = mesh.size // mesh.shape['tensor']  # copies of the gathered parameters
         return Benchmark(
             main=TimedProgram(
                 program=jax.jit(program.train, donate_argnums=0),

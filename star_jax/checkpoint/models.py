@@ -18,7 +18,7 @@ Part = TypeVar('Part', folder.StoredModel, folder.StoredTokenizer)
 
 
 def read(source: str | Path, check: bool = True) -> folder.StoredModel:
-    """Reads a model, with parameters in the types of a new one; arguments as of `reading`."""
+    """Reads a model, with parameters in the types of a new one; arguments as for `reading`."""
     with reading(source, check) as model:
         return model
 
@@ -53,7 +53,7 @@ def reading(source: str | Path, check: bool = True) -> Iterator[folder.StoredMod
 
 
 def read_tokenizer(source: str | Path, check: bool = True) -> folder.StoredTokenizer:
-    """Reads the tokenizer of any model folder; arguments and errors as of `reading`."""
+    """Reads the tokenizer of any model folder; arguments and errors as for `reading`."""
     path = folder.find(source)
     with verifying(path, check, parts=(folder.TOKENIZER,)):
         tokenizer = folder.read_tokenizer(path, load=_unread)

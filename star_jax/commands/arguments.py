@@ -21,7 +21,7 @@ _types = tyro.constructors.ConstructorRegistry()
 
 USAGE_ERROR = 2  # exit status of an invalid command line
 MAX_SUGGESTIONS = 3  # options that one error message suggests
-MISSING = re.compile(r'((?:--\S+ )?[A-Z]+) (.*?)\.? \(required\)')  # of a message by tyro
+MISSING = re.compile(r'((?:--\S+ )?[A-Z]+) (.*?)\.? \(required\)')  # part of tyro's message
 PLAIN = {  # Python's errors -> the same in plain words
     r'invalid literal for int\(\) with base 10: (.*)': r'\1 is no whole number',
     r'could not convert string to float: (.*)': r'\1 is no number',

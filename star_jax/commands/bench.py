@@ -35,7 +35,7 @@ USAGE = """usage: star-jax bench sample|train|buckets|attention|data|suite [...]
   star-jax bench suite configs/star_d16_256.py       sampling and training at many sizes, resumable
 """
 
-FLAG_PREFIXES = {'True': '', 'False': 'no-'}  # of the option that gives a switch this value
+FLAG_PREFIXES = {'True': '', 'False': 'no-'}  # prefix of a switch's option, by its value
 COMMON = {
     'model': ('depth', 'width', 'heads', 'sides'),
     'sampling': ('guidance', 'top-k', 'top-p', 'stable.version'),

@@ -39,7 +39,7 @@ class Convert:
         allow_nonfinite: convert weights that are NaN or infinite, too.
         copy_text: copy the text encoder into the model folder, instead of only naming it there.
         check: compare the weights of a model folder with the SHA-256 that it keeps.
-        model_options: what the file does not contain.
+        model_options: fields of the configs that the file does not contain.
     """
 
     source: tyro.conf.Positional[Path]

@@ -1,4 +1,4 @@
-"""What do the commands share whose first argument is the config of a run?"""
+"""Which options and steps do the commands share that take the config of a run?"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -28,7 +28,7 @@ from star_jax.sampling.sample_folder import SampleFolder
 
 NO_TEXT = ('Cc', 'Cs')  # categories of Unicode: control characters, surrogates
 OPEN = ('/dev/fd/', '/dev/stdin', '/proc/self/fd/')  # pipes that a shell has opened: `<(command)`
-MAX_CHARACTERS = 2_000  # of a prompt; text encoders read a few hundred at most
+MAX_CHARACTERS = 2_000  # in a prompt; text encoders read a few hundred at most
 COMMON = {
     'size of the images': ('aspect', 'height', 'width', 'resolution'),
     'sampling': ('guidance', 'top-k', 'top-p', 'temperature'),

@@ -42,7 +42,7 @@ SQUARES = {
 # Tokens along a side for each image size in px of a raster (LlamaGen specification 2.1).
 TOKENS = {256: 16, 384: 24, 512: 32}
 SIZES = sorted({*SIDES, *SQUARES, *TOKENS})
-HEAD_WIDTH = 64  # of every published STAR and VAR
+HEAD_WIDTH = 64  # channels of a head in every published STAR and VAR
 PATCHED = 8  # px a cell of the published tokenizer whose tokens are 2 x 2 cells
 RAW = -1.0  # the published rope_norm of coordinates in cells
 
@@ -52,7 +52,7 @@ T = TypeVar('T')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What a published file does not contain; the defaults are those of the published models.
+    """Fields that a published file lacks; the defaults are those of the published models.
 
     Attributes:
         size: image side in px, which determines the scales (0: the smallest that fits the number of
@@ -161,7 +161,7 @@ def tokenizer(
 
 
 def _infinity(specs: Specs, options: ModelOptions) -> Infinity:
-    """What a file lacks: scales, positions, and where the level embedding is added."""
+    """The fields that a file lacks: scales, positions, the layers that add the level embedding."""
     _require(specs, 2, 'word_embed.weight', 'cfg_uncond')
     chunks = _count(specs, 'block_chunks')
     first = 'block_chunks.0.module.0' if chunks else 'blocks.0'
@@ -201,7 +201,7 @@ def _infinity(specs: Specs, options: ModelOptions) -> Infinity:
 
 
 def _llamagen(specs: Specs, options: ModelOptions) -> LlamaGen | LlamaGenText:
-    """What a file lacks: heads, the grid, and positions."""
+    """The fields that a file lacks: heads, the grid, and positions."""
     first = 'layers.0.attention.wqkv.weight'
     _require(specs, 2, 'tok_embeddings.weight', first, 'layers.0.feed_forward.w1.weight')
     codes, width = specs['tok_embeddings.weight'].shape
@@ -278,7 +278,7 @@ def _bsq(specs: Specs, options: ModelOptions, model: Family | None) -> BSQ:
 
 
 def _raster_vq(specs: Specs, options: ModelOptions, model: Family | None) -> RasterVQ:
-    """What a file of LlamaGen's tokenizer lacks: the grid, and whether vectors are normalised."""
+    """The fields that a file lacks: the grid, and whether vectors are normalised."""
     if len(options.sides) > 1:
         raise UserError(
             f'this tokenizer has one scale, and sides are {options.sides}: give the side of its '

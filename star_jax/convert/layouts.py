@@ -51,7 +51,7 @@ def layout(config: Family | TokenizerConfig, names: Iterable[str] = ()) -> Layou
     """The layout of a config.
 
     Args:
-        config: of a transformer or of a tokenizer.
+        config: the config of a transformer or a tokenizer.
         names: the tensor names of a file, or the hint of its layout; if empty, the names are those
             of the original code.
     """

@@ -35,7 +35,7 @@ KINDS = {
 WRAPPERS = frozenset(
     ('module', '_orig_mod', '_fsdp_wrapped_module', '_fpw_module', '_checkpoint_wrapped_module')
 )
-CHUNKS = 'block_chunks'  # of Infinity, whose published names have the word `module` in each
+CHUNKS = 'block_chunks'  # in Infinity's names, which have the word `module` in each chunk
 FLAT = '_flat_param'  # ending of the tensors of FSDP that contain many parameters
 EMA = re.compile(r'(?:.*[._])?ema(?:[._].*)?', re.IGNORECASE)
 SAFETENSORS_HEADER = 100_000_000  # most bytes of a header
@@ -66,7 +66,7 @@ class PublishedFile:
 
     Attributes:
         parts: its state dicts under 'transformer', 'tokenizer', or both.
-        unused: where else it has tensors.
+        unused: places of its other tensors.
     """
 
     parts: Mapping[str, StateDict]
@@ -240,7 +240,7 @@ def _choose(found: Sequence[_Candidate], part: str, path: Path) -> _Candidate:
 
 
 def _unused(dicts: Sequence[tuple[str, Any]], chosen: Sequence[_Candidate]) -> list[str]:
-    """Where the tensors are that no chosen state dict has."""
+    """The places of the tensors that no chosen state dict has."""
     used = {(id(each.tensors), name) for each in chosen for name in each.names.values()}
     left = (
         f'{path}.{_without_wrappers(name)}'.lstrip('.')

@@ -36,7 +36,7 @@ class ConversionTable:
     def from_config(
         cls, config: Family | TokenizerConfig, names: Iterable[str]
     ) -> 'ConversionTable':
-        """The table of a config; `names` as of `layouts.layout`."""
+        """The table of a config; `names` as for `layouts.layout`."""
         abstract = weights.flatten(meta.unbox(config.abstract()))
         return cls(layout=layout(config, names), abstract=abstract)
 

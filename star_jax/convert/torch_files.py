@@ -18,7 +18,7 @@ from star_jax.checkpoint.stored import TensorSpec
 from star_jax.errors import UserError
 
 ZIP, PICKLE, TAR = b'PK\x03\x04', b'\x80', b'ustar'  # signatures of torch files, newest first
-TAR_OFFSET = 257  # of the tar signature, in bytes
+TAR_OFFSET = 257  # position of the tar signature, in bytes
 HEAD = TAR_OFFSET + len(TAR)  # bytes that contain the signature
 BITS = {1: 'uint8', 2: 'int16'}  # torch's type of equal width, for floats that numpy lacks
 SHOWN = 8  # classes in one message

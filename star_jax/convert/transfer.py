@@ -132,8 +132,8 @@ def to_folder(
         selection: which weights are converted.
 
     Returns:
-        The parts of the file by name ('transformer', 'tokenizer', or both), and where else it has
-        tensors.
+        The parts of the file by name ('transformer', 'tokenizer', or both), and the places of its
+        other tensors.
 
     Raises:
         UserError: a file is no published model, has weights that are not finite, or the folder

@@ -105,7 +105,7 @@ STYLES = {
     'firefox': Style(
         name='Firefox OS emoji',
         package='@iconify-json/fxemoji',
-        licence='CC-BY-4.0',  # of the images; the package names the licence of its code
+        licence='CC-BY-4.0',  # licence of the images; the package names the licence of its code
         attribution='FxEmojis, Mozilla Foundation, https://github.com/mozilla/fxemoji, '
         'https://creativecommons.org/licenses/by/4.0/, rasterised on white',
         run_together=True,

@@ -264,7 +264,7 @@ class Check:
 
     Attributes:
         intact: number of intact files.
-        size: of all files, in bytes.
+        size: size of all files, in bytes.
         damaged: the other files.
     """
 

@@ -100,7 +100,7 @@ class Folder:
         return found
 
     def open_all(self, size: int | tuple[int, int]) -> 'FolderSource':
-        """The images of all splits, those for tests, too; arguments and errors as of `open`."""
+        """The images of all splits, those for tests, too; arguments and errors as for `open`."""
         root = _root(self.path)
         contents = listing.read(root, self.caption)
         if not contents.captions and not contents.faults:
@@ -146,7 +146,7 @@ class Entry:
         name: path relative to the folder.
         captions: one or more captions.
         stamp: `file_stamp` of the file when it was checked.
-        shorter_side: of the image, in pixels.
+        shorter_side: shorter side of the image, in pixels.
         ratio: height divided by width.
     """
 

@@ -23,7 +23,7 @@ from star_jax.data import image_files
 from star_jax.data.tree import File
 from star_jax.parallel import mesh
 
-FORMAT = f'4, Pillow {PIL.__version__}'  # of the stored results, which depend on Pillow's version
+FORMAT = f'4, Pillow {PIL.__version__}'  # stored results depend on Pillow's version
 CHUNK = 256  # images queued at once: after ctrl-c only running threads must finish
 SAVED_EVERY = 60  # seconds
 PROGRESS_FROM = 200  # images: fewer are read so fast that a progress bar is not needed
@@ -38,7 +38,7 @@ class ImageCheck:
     Attributes:
         size: size of the file in bytes.
         modified: modification time of the file in ns.
-        shorter_side: of the image, in pixels.
+        shorter_side: shorter side of the image, in pixels.
         ratio: height divided by width.
         kind: kind of its fault, '' for a usable image.
         reason: description of its fault, '' for a usable image.
@@ -85,7 +85,7 @@ def check_images(root: Path, images: Mapping[str, File]) -> dict[str, ImageCheck
 def file_stamp(file: File) -> tuple[int, int] | None:
     """Size in bytes and modification time in ns of a file; None if there is no file.
 
-    Those of the container for a file in another file.
+    For a file inside another file these are the values of the container.
     """
     try:
         status = os.stat(file)

@@ -77,7 +77,7 @@ class UnfitError(Exception):
 
 
 class ImageSource(Protocol):
-    """Where an image file is: a `Path`, or a file in another, whose path `os.fspath` returns."""
+    """A `Path` of an image file, or an image in another file, whose path `os.fspath` returns."""
 
     def __fspath__(self) -> str: ...
 

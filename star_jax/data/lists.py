@@ -31,7 +31,7 @@ IMAGE_FIELDS = ('file_name', 'image', 'image_path', 'path', 'filename', 'file')
 CAPTION_FIELDS = ('text', 'caption', 'captions', 'txt')
 SEPARATORS = (',', '\t', ';')
 MAX_CELL = 2**24  # characters
-LEAST_ZEROS = 4  # UTF-16 of names and signs: at least one byte of so many is zero
+LEAST_ZEROS = 4  # at least one of so many bytes of names in UTF-16 is zero
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 NO_CAPTION = 'no caption'
@@ -56,7 +56,7 @@ def has_name_of_list(name: str) -> bool:
 
 
 def read(name: str, data: bytes) -> Iterator[tuple[str, Record | UnfitError]]:
-    """The records of a list, each with its place in the list, or the reason why it is none.
+    """The records of a list, each with its place in the list, or the reason why it is no record.
 
     Args:
         name: name of the list; its suffix decides the format.

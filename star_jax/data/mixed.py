@@ -174,7 +174,7 @@ class Order:
     Attributes:
         source: the sorted examples.
         batch: images per batch, of all processes together.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     source: MixedSource

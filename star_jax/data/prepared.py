@@ -181,7 +181,7 @@ class PreparedSource:
     def _of_image(
         self, index: int, record: Mapping[str, Any], read: Callable[[bytes], Value]
     ) -> Value:
-        """What `read` makes of the image file of a record."""
+        """The result of `read` for the image file of a record."""
         try:
             return read(record[self.config.image])
         except OSError as error:

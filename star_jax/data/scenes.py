@@ -152,12 +152,12 @@ def scene(index: int, split: str = 'train', objects: tuple[int, ...] = (1, 2, 3)
     randoms = _random_words(f'{split} {index}')
     background = _choose(randoms, [name for name, n in BACKGROUNDS.items() for _ in range(n)])
     number = _choose(randoms, objects)
-    pairs = _draw_pairs(randoms, split, number, background)
-    extents = [_draw_extent(randoms, number) for _ in range(number)]
+    pairs = _sample_pairs(randoms, split, number, background)
+    extents = [_sample_extent(randoms, number) for _ in range(number)]
     things = (
         Thing(shape=shape, colour=colour, extent=extent / _GRID, x=x / _GRID, y=y / _GRID)
         for (colour, shape), extent, (x, y) in zip(
-            pairs, extents, _draw_centres(randoms, extents), strict=True
+            pairs, extents, _sample_centres(randoms, extents), strict=True
         )
     )
     return Scene(things=tuple(things), background=background)
@@ -182,7 +182,7 @@ def _choose(randoms: Iterator[int], options: Sequence[Option]) -> Option:
     return options[next(randoms) % len(options)]
 
 
-def _draw_pairs(
+def _sample_pairs(
     randoms: Iterator[int], split: str, number: int, background: str
 ) -> list[tuple[str, str]]:
     """Different pairs of colour and shape; no colour is that of the background."""
@@ -195,17 +195,17 @@ def _draw_pairs(
     return pairs
 
 
-def _draw_extent(randoms: Iterator[int], number: int) -> int:
+def _sample_extent(randoms: Iterator[int], number: int) -> int:
     size = 'small' if number == MAX_THINGS else _choose(randoms, SIZES)
     low, high = _EXTENTS[size]
     return _choose(randoms, range(low, high + 1, 2))
 
 
-def _draw_centres(randoms: Iterator[int], extents: list[int]) -> list[tuple[int, int]]:
+def _sample_centres(randoms: Iterator[int], extents: list[int]) -> list[tuple[int, int]]:
     """Centres (x, y) of separate boxes: all are sampled again until no two boxes are too close."""
     while True:
         centres = [
-            (_draw_coordinate(randoms, extent), _draw_coordinate(randoms, extent))
+            (_sample_coordinate(randoms, extent), _sample_coordinate(randoms, extent))
             for extent in extents
         ]
         if all(
@@ -214,8 +214,8 @@ def _draw_centres(randoms: Iterator[int], extents: list[int]) -> list[tuple[int,
             return centres
 
 
-def _draw_coordinate(randoms: Iterator[int], extent: int) -> int:
-    """Draws a third, then a coordinate in it: otherwise half of all things were in the center."""
+def _sample_coordinate(randoms: Iterator[int], extent: int) -> int:
+    """Samples a third, then a coordinate in it: else half of all things would be in the center."""
     edge = extent // 2 + _BORDER
     low, high = _choose(
         randoms,

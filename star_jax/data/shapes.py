@@ -25,9 +25,9 @@ MIN_SIDE = 16  # in smaller images a small shape has five pixels and is not reco
 MAX_COUNT = 2**31 - 1  # images; grain shuffles in 32 bits
 STRIDE = 13  # between the captions that a scene keeps; coprime to their number
 
-RING_HOLE = 0.52  # of the outer radius
-CROSS_ARM = 0.36  # of the extent
-STAR_NOTCH = 0.45  # of the radius of the tips
+RING_HOLE = 0.52  # share of the outer radius
+CROSS_ARM = 0.36  # share of the extent
+STAR_NOTCH = 0.45  # share of the radius of the tips
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,11 +155,11 @@ def render(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
     image_hwc = np.empty((*height_and_width(size), 3), np.uint8)
     image_hwc[:] = COLOURS[scene.background]
     for thing in scene.things:
-        _draw_thing(image_hwc, thing)
+        _render_thing(image_hwc, thing)
     return image_hwc
 
 
-def _draw_thing(image_hwc: np.ndarray, thing: Thing) -> None:
+def _render_thing(image_hwc: np.ndarray, thing: Thing) -> None:
     height, width, _ = image_hwc.shape
     y, x, radius = thing.y * height, thing.x * width, thing.extent * min(height, width) / 2
     rows, columns = _span(y, radius, height), _span(x, radius, width)

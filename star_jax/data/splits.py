@@ -60,7 +60,7 @@ class Assignment:
     Attributes:
         by_folder: whether folders decide.
         share: share of the names that are held out otherwise.
-        held_out: those names.
+        held_out: the held-out names.
     """
 
     by_folder: bool
@@ -90,7 +90,7 @@ def assign(names: Sequence[str], others: Sequence[str], share: float) -> Assignm
 
     Args:
         names: paths of images relative to their dataset.
-        others: paths of what cannot be used, whose folders count, too.
+        others: paths of records that cannot be used, whose folders count, too.
         share: share of the names that are held out if no folder is named after a split.
     """
     by_folder = any(map(named, (*names, *others)))

@@ -59,7 +59,7 @@ class Row:
     """A row of a Parquet file.
 
     Attributes:
-        fields: its captions, and whatever else a record of a list has.
+        fields: its captions, and all other fields that a record of a list has.
         image: its image (None: the fields name a file).
     """
 

@@ -1,8 +1,8 @@
 """Which files does a folder hold, and where are their bytes?
 
 Files in tar archives count as files below the archive: `shard.tar/cat.png`. Linked folders are
-read, each folder once. Names that start with a dot are ignored. Whatever else is left out is a
-`Fault`, never silence.
+read, each folder once. Names that start with a dot are ignored. Every other entry that is left out
+is reported as a `Fault`.
 """
 
 import collections
@@ -89,9 +89,9 @@ class Tree:
     Attributes:
         root: the folder.
         names: paths relative to the folder, with '/', sorted.
-        archives: those names that are archives.
-        members: those names that are in archives.
-        faults: what was left out.
+        archives: the names of archives.
+        members: the names of files in archives.
+        faults: the entries that were left out.
     """
 
     root: Path
@@ -101,7 +101,7 @@ class Tree:
     faults: tuple[Fault, ...]
 
     def file(self, name: str) -> File:
-        """Where the bytes of a file are."""
+        """The `File` of a name, from which its bytes are read."""
         return self.members.get(name) or self.root / name
 
     def read(self, name: str) -> bytes:
@@ -170,7 +170,7 @@ def unreadable(path: str | Path, error: OSError) -> UserError:
 
 
 def _walk(root: Path) -> tuple[list[str], list[Fault]]:
-    """The relative paths of all files below `root`, and what is neither a file nor a folder.
+    """The relative paths of all files below `root`, and the other entries as faults.
 
     Links to folders are followed after all other folders, so that every folder has the name of its
     own place if that is below `root`, too.
@@ -200,7 +200,7 @@ def _walk(root: Path) -> tuple[list[str], list[Fault]]:
 
 
 def _place(folder: Path) -> tuple[int, int]:
-    """What identifies a folder, whatever the path that leads to it."""
+    """The identity of a folder, which does not depend on the path that leads to it."""
     try:
         status = os.stat(folder)
     except OSError as error:
@@ -227,7 +227,7 @@ def _kind(entry: os.DirEntry) -> str:
 
 
 def _tar_members(root: Path, name: str) -> tuple[dict[str, TarMember], list[Fault]]:
-    """The files in an archive by their names in the tree, and what is left out of it."""
+    """The files in an archive by their names in the tree, and the faults of the others."""
     members, faults = {}, []
     try:
         end = os.path.getsize(root / name)

@@ -134,7 +134,7 @@ def build(arrays: Mapping[str, np.ndarray]) -> EfficientNet:
 
 
 def conv_shapes() -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """For every convolution: its name, the name of its normalisation, the kernel shape (HWIO)."""
+    """The name, the name of the normalisation and the kernel shape (HWIO) of every convolution."""
     yield '_conv_stem', '_bn0', (3, 3, 3, STEM)
     width = STEM
     names = (f'_blocks.{index}' for index in itertools.count())

@@ -29,7 +29,7 @@ Result = TypeVar('Result')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What an evaluation computes, and how.
+    """The settings of an evaluation.
 
     Attributes:
         model: a model or tokenizer folder, a hub id, or 'shipped'.
@@ -41,7 +41,7 @@ class EvalOptions:
         batch: images per batch.
         settings: sampling settings; every group is sampled once with each of them.
         text: path or hub id of the text encoder ('': the one that the model folder names).
-        dtype: of activations.
+        dtype: dtype of the activations.
         cross_attention: as for `loading.load`.
     """
 
@@ -73,7 +73,7 @@ class EvalContext:
     `check` is whether weights are compared with the SHA-256 that the model folder keeps.
 
     Attributes:
-        options: what is evaluated.
+        options: the settings of the evaluation.
         model: the stored model, or None if the folder holds only a tokenizer.
         tokenizer: the stored tokenizer, at the resolution of the model.
         resolution: height and width of the images in pixels.

@@ -181,7 +181,7 @@ def alignment_rows(context: EvalContext, image_set: ImageSet) -> Rows:
 
 
 def alignment_scores(alignments: Sequence[Alignment], seed: int) -> dict[str, Score | None]:
-    """For each attribute the share of images where it holds, of those whose caption claims it."""
+    """The share of images in which an attribute holds, of the images whose caption claims it."""
     scores: dict[str, Score | None] = {}
     for field in dataclasses.fields(Alignment):
         results = [getattr(result, field.name) for result in alignments]

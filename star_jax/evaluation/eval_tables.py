@@ -35,7 +35,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """What was evaluated, with which settings, and which metrics were skipped."""
+    """Lines that name the model, the data, the settings and the skipped metrics."""
     lines = [
         f'{report["model"]} on {report["data"]} at {_format_grid(report["resolution"])} px, '
         f'seed {report["seed"]}; in brackets 95 % intervals (bootstrap over images)'

@@ -42,7 +42,7 @@ def compile_prediction(
     Args:
         model: transformer and tokenizer with their parameters.
         encoder: the text encoder of the model.
-        dtype: of activations.
+        dtype: dtype of the activations.
         batch: images per call of the program.
     """
     network = model.config.build(dtype)

@@ -131,5 +131,5 @@ def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) 
 def _local_size(axis: str, sizes: tuple[int, ...], pod: Pod) -> int:
     """Members of a group along a mesh axis that lie in one slice or node."""
     number = AXES.index(axis)
-    distance = math.prod(sizes[number + 1 :])  # of neighbours, in device numbers
+    distance = math.prod(sizes[number + 1 :])  # from one member to the next, in device numbers
     return max(min(sizes[number], pod.local_chips // distance), 1)

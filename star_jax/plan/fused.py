@@ -35,7 +35,7 @@ def _backward(*args: jax.core.ShapedArray) -> tuple[jax.core.ShapedArray, ...]:
 
 @jax.custom_vjp
 def attend(q_BLNH: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """[B, L, N, H]: reads queries, keys and values, and writes what the rows gather."""
+    """[B, L, N, H]: reads queries, keys and values, and writes the output of attention."""
     return forward_p.bind(q_BLNH, keys, values)
 
 
@@ -59,7 +59,7 @@ class Counted:
     """The kernel that a run uses on its platform, for counting arrays anywhere.
 
     Attributes:
-        kernel: that kernel, as `nn.attention_dispatch.named` gives it.
+        kernel: the kernel, as `nn.attention_dispatch.named` returns it.
         splits_rows: whether a mesh splits the rows of an image, whose bounds are then traced.
     """
 

@@ -34,12 +34,12 @@ PRODUCTS = ('dot_general', 'conv_general_dilated', *fused.NAMES)
 
 
 class Needs(NamedTuple):
-    """What a program needs on one device, in bytes.
+    """Memory and traffic of a program on one device, in bytes.
 
     Attributes:
         live: the most intermediate arrays that are live at once.
-        traffic: what matrix products, convolutions and fused attention read and write; the body of
-            a loop counts once per iteration.
+        traffic: bytes that matrix products, convolutions and fused attention read and write; the
+            body of a loop counts once per iteration.
     """
 
     live: int

@@ -32,9 +32,9 @@ class Communication:
     """Lower bounds of seconds.
 
     Attributes:
-        links: of all bytes that stay within a slice or node.
-        network: of all bytes that leave it.
-        axes: of the collectives along some mesh axes, alone, by the axes' names.
+        links: bound for all bytes that stay within a slice or node.
+        network: bound for all bytes that leave it.
+        axes: bounds for the collectives along some mesh axes, alone, by the axes' names.
     """
 
     links: float
@@ -187,7 +187,7 @@ def bound(
 
     Args:
         fabric: the links.
-        collectives: those of a program, with the bytes that one device sends.
+        collectives: the collectives of a program, with the bytes that one device sends.
         sizes: the lengths of the mesh axes (): no bounds by axis.
     """
     by_axes: dict[str, list[Collective]] = {}
@@ -221,10 +221,10 @@ def groups_along(axes: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[int, 
 
 
 def wraps(kind: str, sides: Sequence[int]) -> tuple[bool, ...]:
-    """For each axis of a TPU slice, whether it is a ring.
+    """Whether each axis of a TPU slice is a ring.
 
-    Those of 16 chips are in v5e and v6e; in v5p all are where the slice consists of cubes of
-    4 x 4 x 4 chips (jax-ml.github.io/scaling-book, part 2).
+    In v5e and v6e an axis of 16 chips is a ring; in v5p all axes are rings where the slice consists
+    of cubes of 4 x 4 x 4 chips (jax-ml.github.io/scaling-book, part 2).
     """
     if kind == 'v5p':
         return (all(side % 4 == 0 for side in sides),) * len(sides)

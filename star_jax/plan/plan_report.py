@@ -20,7 +20,7 @@ LIMITS = {
     'links': 'links between chips',
     'network': 'network between slices or nodes',
 }
-SHOWN_SHARE = 0.01  # of the step, from which the time of a mesh axis is shown
+SHOWN_SHARE = 0.01  # least share of the step for which the time of a mesh axis is shown
 COLUMNS = (
     'config',
     'topology',
@@ -106,7 +106,7 @@ class DeviceMemory:
         resident: arrays that stay in memory, by name.
         activations: temporaries that grow with the batch.
         temporaries: temporaries that do not.
-        grid: what a sample grid needs instead of both, with its copies of the weights.
+        grid: bytes that a sample grid needs instead of both, with its copies of the weights.
         limit: bytes that a program can use.
     """
 
@@ -176,7 +176,7 @@ class PlanReport:
         roofs: lower bounds by program; programs run one after another.
         alternatives: the run and small changes to it, counted from arrays.
         flops: floating-point operations of a step on all chips.
-        needed_flops: those of them that are needed once (nothing computed twice or padded).
+        needed_flops: the operations among them that are needed (nothing recomputed or padded).
         peak_flops: bfloat16 FLOP/s of one chip.
         steps: training steps of the run, or batches of a million generated images.
         checkpoint: bytes of a checkpoint.

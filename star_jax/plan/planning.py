@@ -23,8 +23,8 @@ from star_jax.plan.topologies import Pod
 from star_jax.plan.workload import device_bytes, state_bytes
 from star_jax.training.run import Run
 
-FROZEN_SHARE = 0.1  # of the time of all arithmetic, from which a cache is advised
-FASTER = 1.05  # times the images/s of a run, from which another batch is advised
+FROZEN_SHARE = 0.1  # least share of the time of all arithmetic for which a cache is advised
+FASTER = 1.05  # another batch is advised from this many times the images/s of the run
 IMAGES = 1_000_000  # generated images that the chip-hours of sampling are computed for
 
 

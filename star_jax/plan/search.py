@@ -12,9 +12,9 @@ from star_jax.plan.topologies import Pod
 from star_jax.plan.workload import device_bytes
 from star_jax.training.run import Run
 
-STATE_FRACTION = 0.25  # of the memory, for parameters, optimizer and averages
+STATE_FRACTION = 0.25  # share of the memory for parameters, optimizer and averages
 MAX_CHECKS = 2  # compilations that check the largest batch
-CHECK_FACTOR = 0.9  # from one checked batch to the next
+CHECK_FACTOR = 0.9  # factor from one checked batch to the next
 
 
 class LargestBatch(NamedTuple):

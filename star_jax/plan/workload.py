@@ -278,7 +278,7 @@ class _Prompts:
         encoder: the encoder.
         params: its parameters, boxed with logical axes.
         one: the condition of one prompt.
-        note: what was assumed of it ('': nothing).
+        note: the assumptions about it ('': none).
     """
 
     encoder: PromptEncoder

@@ -22,7 +22,7 @@ class Aligned:
         objects: objects that a prompt states.
         count: images.
         all: everything stated holds, and nothing else is shown.
-        number: as many objects as stated.
+        number: the image shows the stated number of objects.
         colours: the stated colours.
         shapes: the stated shapes.
     """

@@ -69,7 +69,7 @@ class LargerSize:
     """The image size to which trained models are carried.
 
     Attributes:
-        sides: sides of the scales: those of the training, and one more.
+        sides: sides of the scales: the sides of the training, and one more.
         steps: training steps at that size.
         rate: constant learning rate of these steps, as a share of the peak of the training.
     """

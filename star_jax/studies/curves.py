@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 COLOURS = ('#000000', '#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 STYLES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))  # so many that pairs repeat after 35
 FINAL = 1 / 3  # share of the steps that the second panel enlarges
-GAP = 0.055  # of a panel's height, between two names
+GAP = 0.055  # share of a panel's height between two names
 SIZE = (11, 4.5)  # inches
-MARGIN = 0.05  # of the losses shown, above and below
+MARGIN = 0.05  # share of the range of losses, above and below it
 
 Curve = Sequence[tuple[int, float]]
 Style = str | tuple[int, tuple[int, ...]]

@@ -9,7 +9,7 @@ from star_jax.errors import UserError
 from star_jax.training.logger import HELD_OUT, METRICS
 from star_jax.training.run import Pace
 
-POINTS = 10  # of a curve, equally spaced
+POINTS = 10  # equally spaced points of a curve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class PositionsStudy:
 
     @property
     def timed_runs(self) -> dict[str, Run]:
-        """Of every kind of the first stage."""
+        """One run of every kind of the first stage."""
         stage = self.stages[0]
         units = {
             arm.kind: PositionsUnit(data=stage.data, arm=arm, seed=0, codes=self.codes)

@@ -1,4 +1,4 @@
-"""What does the study of positions say?
+"""Which tables and verdicts follow from the results of the study of positions?
 
 The primary comparisons are fixed before the first unit (docs/positions.md), and only they get a
 verdict; their error rate is controlled together. Everything else is described. The report is a
@@ -60,12 +60,12 @@ class Claim:
     """A primary comparison.
 
     Attributes:
-        source: who claims it.
+        source: the paper or the authors that make the claim.
         statement: the claim, in words.
         score: the compared score.
         first: an arm.
         second: the arm that it is compared with.
-        expected: what the first arm's score is, compared with the second's, if the claim holds.
+        expected: how the first arm's score compares with the second's if the claim holds.
     """
 
     source: str
@@ -152,7 +152,7 @@ CLAIMS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A claim with what the units say.
+    """A claim with its result.
 
     Attributes:
         claim: the claim.
@@ -176,11 +176,11 @@ def load(folder: Path) -> tuple[list[PositionsResult], list[ReferenceResult]]:
     for path in units.unit_files(folder):
         result = units.read(path, _result_class)
         (references if isinstance(result, ReferenceResult) else results).append(result)
-    _check_equal('commit', [*results, *references], lambda one: one.commit, folder)
+    _check_equal('commits', [*results, *references], lambda one: one.commit, folder)
     for data in sorted({one.data for one in results}):
         of_data = [one for one in (*results, *references) if one.data == data]
         _check_equal('settings', of_data, lambda one: one.settings, folder)
-        _check_equal('tokenizer', of_data, lambda one: one.tokenizer, folder)
+        _check_equal('tokenizers', of_data, lambda one: one.tokenizer, folder)
     _check_arms(results)
     return results, references
 
@@ -236,7 +236,7 @@ def write(folder: Path, out: Path, console: Console) -> None:
 
 
 def sentence(results: Sequence[PositionsResult]) -> str:
-    """What the numbers were measured with, in words."""
+    """A sentence that names the code and the machines of the measurements."""
     commits = ', '.join(sorted({one.commit for one in results}))
     machines = []
     for one in results:
@@ -423,7 +423,7 @@ def _check_equal(
     values = {value(one) for one in results}
     if len(values) > 1:
         raise UserError(
-            f'{folder} has units of {len(values)} different {what}s '
+            f'{folder} has units of {len(values)} different {what} '
             f'({", ".join(sorted(map(str, values)))}), which do not compare: keep those of one in '
             'the folder'
         )

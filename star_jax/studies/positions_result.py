@@ -8,12 +8,12 @@ from star_jax.studies.aligned import Aligned
 from star_jax.studies.arms import check_kind
 from star_jax.studies.held_out import POINTS, HeldOut
 
-NAME = 'positions'  # of the study
+NAME = 'positions'  # name of the study
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Carried:
-    """What a model reaches at the larger size.
+    """Scores of a model at the larger size.
 
     Attributes:
         size: side of the images in pixels.
@@ -53,7 +53,7 @@ class PositionsResult:
         area: mean loss of these points, nats.
         fall: how much the loss fell over the last fifth of the steps, nats.
         aligned: alignment of images of the trained size, by number of objects.
-        larger: what the model reaches at a larger size.
+        larger: scores at the larger size.
         failure: why the training failed ('': it did not); the scores are then missing.
         seconds: time of the training and of the whole unit, since the last start.
     """

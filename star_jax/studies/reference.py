@@ -48,7 +48,7 @@ class ReferenceResult:
     Attributes:
         study: 'positions'.
         kind: 'reference'.
-        level_embedding: that of the shipped model.
+        level_embedding: whether the shipped model has one.
         seed: 0: image i is sampled with seed i.
         data: name of the data set.
         commit: commit of the code.

@@ -55,8 +55,8 @@ class RunsStudy:
     Attributes:
         name: the name of the study.
         tokenizers: the runs that train its tokenizers, by name.
-        contenders: what is compared; the first is the one that others are compared with.
-        folder: of the tokenizers and the encoded images, which the units share.
+        contenders: the compared runs; the first is the one that the others are compared with.
+        folder: folder of the tokenizers and the encoded images, which the units share.
         sampled: images of each number of objects that a unit samples.
 
     Raises:
@@ -88,7 +88,7 @@ class RunsStudy:
 
     @property
     def timed_runs(self) -> dict[str, Run]:
-        """Of every contender."""
+        """One run of every contender."""
         return {one.name: one.run for one in self.contenders}
 
     @property
@@ -165,7 +165,7 @@ class RunUnit:
         study: the name of the study.
         contender: the contender.
         seed: the seed.
-        folder: of the tokenizers and the encoded images.
+        folder: folder of the tokenizers and the encoded images.
         sampled: images of each number of objects that are sampled.
     """
 
@@ -234,7 +234,7 @@ class RunUnit:
         return tokenizer_folder(self.folder, name) / trainer.MODEL
 
     def _prepared(self) -> Run:
-        """The run, whose tokenizer exists; UserError before its unit was made."""
+        """The run; UserError if the unit of its tokenizer is not made yet."""
         one, place = self.contender, self._tokenizer
         original = tokenizer_folder(self.folder, one.tokenizer) / trainer.MODEL
         if not (original / folder.CONFIG).exists():

@@ -1,4 +1,4 @@
-"""What does a study of runs say?
+"""Which tables follow from the results of a study of runs?
 
 Every contender has the same seeds; differences are estimated in the additive model of
 `studies.statistics` and have intervals. The report is a function of the units' files.

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-ERROR_RATE = 0.05  # of all primary comparisons together
+ERROR_RATE = 0.05  # error rate of all primary comparisons together
 
 Scores = Mapping[tuple[str, int], float]  # by arm and seed
 

@@ -24,7 +24,7 @@ from star_jax.training import faults
 from star_jax.training.run import Run
 
 PACKAGE = Path(__file__).parents[1]
-MAX_BYTES = 50_000  # of a unit's file: it is committed
+MAX_BYTES = 50_000  # bytes of a unit's file, which is committed
 UNKNOWN = 'unknown'  # the commit of a package outside of a repository
 
 

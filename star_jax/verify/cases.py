@@ -35,7 +35,7 @@ from star_jax.verify import options
 from star_jax.verify.star_options import OPTIONS
 
 STATE = 'state_dict.safetensors'  # where the config names no file
-MOST_BYTES = 2**33  # of the arrays of a case
+MOST_BYTES = 2**33  # bytes of the arrays of a case
 AFTER = 'state_dict_after'
 QUANTISER = 'quantize.'  # prefix of the quantiser's tensors
 RAW = -1  # the rope_norm of coordinates in cells

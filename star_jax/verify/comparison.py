@@ -32,7 +32,7 @@ OBJECTIVES = 'losses'
 QUANTISER_GRADIENTS = 'quantiser_gradients_relative_to_max'
 FUNCTIONS = 'functions_without_weights'
 
-FLOOR = 5e-3  # of FLOORED_GRADIENTS, in units of the tolerance: 1e-6 where it is 2e-4
+FLOOR = 5e-3  # floor of FLOORED_GRADIENTS, in units of the tolerance: 1e-6 where that is 2e-4
 
 # Factors of the tolerances, as functions of the recorded array; 1 for the other classes.
 FACTORS: Mapping[str, Callable[[np.ndarray], np.ndarray | float]] = {

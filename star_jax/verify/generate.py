@@ -94,7 +94,7 @@ class Generations:
     def _unrefined(self, run: dict[str, Any]) -> SamplingMethod:
         option = functools.partial(self.run_option, run)
         if run['draw'] != 'argmax':
-            raise UserError(f"{self.case.folder}: a run must draw 'argmax', not {run['draw']!r}")
+            raise UserError(f"{self.case.path}: draw must be 'argmax', not {run['draw']!r}")
         if option('more_smooth', False):
             return SmoothSampling(self.star.schedule.steps, _zero_noise)
         return FilteredSampling(

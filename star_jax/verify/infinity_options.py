@@ -19,7 +19,7 @@ from star_jax.verify.options import Options
 
 MARKS: Mapping[str, float] = {
     TABLES: 2e-5,
-    LATENTS: 1e-5,  # of quantisers and self-correction; absolute below 1, where sums may cancel
+    LATENTS: 1e-5,  # quantisers and self-correction; absolute below 1, where sums may cancel
     TOKENIZED: 1e-4,
     ACTIVATIONS: 1e-4,
     FLOORED_GRADIENTS: 2e-4,

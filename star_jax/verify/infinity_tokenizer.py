@@ -357,7 +357,7 @@ def _sizes(schedule: list[list[int]]) -> Sizes:
 
 
 def _next_map(trace: BitTrace, sizes: Sizes, scale: int, matrix: resize.MatrixOf) -> jax.Array:
-    """What a scale would be fed, resampled by `matrix` from the canvas before it."""
+    """The map that a scale reads, resampled by `matrix` from the canvas before it."""
     if not 0 < scale < len(sizes):
         raise LookupError(f'scale {scale} of {len(sizes)} has no inputs')
     return resize.along_axes(trace.canvases[scale - 1], sizes[scale], matrix)

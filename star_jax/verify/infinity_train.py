@@ -148,7 +148,7 @@ class BitTraining:
 
     @property
     def token_losses(self) -> TokenLosses:
-        """Of the first run: what is reported depends on no option of a run."""
+        """The losses of the first run: the recorded ones depend on no option of a run."""
         return self.losses(self.case.option('runs')[0]['name'])[1]
 
     @property

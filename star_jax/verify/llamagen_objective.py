@@ -37,7 +37,7 @@ class Variant(NamedTuple):
         pixels: the reconstruction loss of the pixels, without a weight.
         at_kernel: the gradient of the tokenizer's loss at the last kernel.
         discriminator: the weighted loss of the discriminator.
-        gradients: of this loss, by the discriminator's parameters.
+        gradients: gradients of this loss, by the discriminator's parameters.
     """
 
     generator: GeneratorStep
@@ -127,7 +127,7 @@ class AdversarialLosses:
         return getattr(statistics, STATISTICS[kind])
 
     def at_decoded(self, variant: str) -> np.ndarray:
-        """What the original collects as the gradient of the decoded images.
+        """The array that the original collects as the gradient of the decoded images.
 
         It adds up everything that passes them: beside the gradient of the loss also both gradients
         from which an adaptive weight is computed.

@@ -34,11 +34,11 @@ BUFFER = 'quantize.codebook_used'  # the codes of the last steps
 
 
 class Forward(NamedTuple):
-    """What the tokenizer computes of images; maps are NHWC.
+    """The arrays that the tokenizer computes from images; maps are NHWC.
 
     Attributes:
         encoded: output of the encoder.
-        projected: what is normalised and quantised.
+        projected: the features that are normalised and quantised.
         quantised: straight-through values.
         codes_Bhw: the codes.
         margin: second-smallest minus smallest squared distance of each cell.

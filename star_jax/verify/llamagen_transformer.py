@@ -120,7 +120,7 @@ class TeacherForced:
 
     @property
     def gradients(self) -> dict[str, np.ndarray]:
-        """In the original names."""
+        """The gradients of the loss, in the original names."""
         return to_state(llamagen_entries(self.model), jax.device_get(self.losses[1]))
 
     def gradient_norm(self) -> float:

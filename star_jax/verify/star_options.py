@@ -80,7 +80,7 @@ NO_DROPOUT = {'attn_drop_rate': 0, 'drop_rate': 0, 'norm_eps': 1e-6}
 INERT_IN_STAR = ('num_classes',)  # rows of class_emb.weight, which STAR never reads
 INERT_IN_EVALUATION = ('drop_path_rate',)  # stochastic depth acts in training steps alone
 
-SAMPLING = ('cfg', 'more_smooth', 'top_k', 'top_p')  # of a run, or of all that have none of it
+SAMPLING = ('cfg', 'more_smooth', 'top_k', 'top_p')  # options of a run, by default the case's
 GENERATION = (
     *STAR,
     *ITS_TOKENIZER,

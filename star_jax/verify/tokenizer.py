@@ -93,7 +93,7 @@ class Quantiser:
 
 
 class Vqvae(Quantiser):
-    """The same for recorded images, with encoder and decoder."""
+    """Codes, canvases, losses and gradients of recorded images, with encoder and decoder."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
