@@ -1,4 +1,4 @@
-"""Do a tokenizer and a discriminator train against each other as published?"""
+"""Do a tokenizer and a discriminator train in alternation as published?"""
 
 import dataclasses
 import logging

@@ -173,7 +173,7 @@ def test_kernels_read_the_past_in_pieces(kernel, name):
 @pytest.mark.parametrize('name', ['one', 'each', 'all'])
 @pytest.mark.parametrize('kernel', PIECEWISE)
 def test_kernels_hide_rows_that_are_not_written(kernel, name):
-    """Also where whole pieces of the past are hidden, which must not give NaN."""
+    """Whole pieces of the past are hidden in some cases, which must not give NaN."""
     q_BLNH, kv = random(4, 10)
     for written in (0, 1, 3, 6):
         bounds = {
@@ -202,7 +202,7 @@ def test_shared_keys_are_not_repeated_in_memory(kernel):
 
 
 def test_traced_bounds_agree_with_static_ones():
-    """Of some rows in any order, as where queries are split over devices."""
+    """The rows are a subset in any order, as where queries are split over devices."""
     bound_L = np.random.default_rng(1).permutation(PYRAMID.visible_rows)[:10]
     visibility = Visibility(bounds=TracedVisibility(jnp.asarray(bound_L)))
     assert_same(KERNELS['chunked_by_scale'], *random(10, 18), visibility)

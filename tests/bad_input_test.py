@@ -613,7 +613,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a pipe as dataset', 'data show {pipe_of_set} --out {out}', 'json is a pipe, expected'),
     ('a pipe as record', f'{SAMPLE[:-5]}{{pipe_as_record}}', 'samples.jsonl is a pipe, expected'),
     ('a pipe as case', 'verify {pipe_of_case}', 'is a pipe, expected'),
-    # Sizes that take for ever.
+    # Sizes that would take too long.
     ('a million blocks', f'{TOKENIZER} --model.autoencoder.blocks 1000000', r'in \[1, 32\]'),
     ('a hundred thousand levels', 'train-tokenizer {levels.json}', 'too many levels'),
     ('a hundred thousand scales', 'train {scales.json}', '100,000 scales is too long'),
@@ -862,7 +862,7 @@ def surroundings(monkeypatch, tmp_path_factory) -> None:
 
 @pytest.fixture
 def prepare(home, tmp_path) -> Callable[[str], list[str]]:
-    """From a command line with {names} to its words, after the inputs that it names are written."""
+    """Splits a command line with {names} into words, and writes the inputs that it names."""
 
     def read(line: str) -> list[str]:
         places = {'home': home, 'out': tmp_path / 'out', 'nothing': tmp_path / 'nothing'}

@@ -50,7 +50,7 @@ def labels(rows: int) -> LabelCondition:
 
 @functools.cache
 def params_of(model) -> dict:
-    """Those of a model and of the tokenizer."""
+    """The parameters of a model and of the tokenizer."""
     vq = VQ.at(model.schedule)
     random = {'model': model.abstract(), 'tokenizer': vq.abstract()}
     return {name: tiny.random_params(abstract) for name, abstract in random.items()}
@@ -120,7 +120,7 @@ def test_given_codes_are_fed_back_in_any_buckets():
 
 
 def test_codes_that_are_fed_back_give_the_image_they_came_from():
-    """Under other keys and without any sampled code."""
+    """The keys differ, and no code is sampled."""
     free = sample_traced(())
     steps = dict(enumerate(np.split(free.codes, SMALL.schedule.offsets[1:-1], axis=1)))
     given = GivenCodes.of_steps(steps, SMALL.schedule, Index(SMALL.codes))
@@ -287,7 +287,7 @@ def test_raster_refuses_buckets():
 
 
 def test_pipeline_takes_buckets(tmp_path):
-    """Here with rows that mix, so that each image is sampled alone."""
+    """The rows of this model mix, so that each image is sampled alone."""
     load = functools.partial(star_jax.load, tiny.write_model(tmp_path / 'model'))
     alone, together = (
         load(cross_attention='released', buckets=shared) for shared in (None, [[0, 2]])

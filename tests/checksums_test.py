@@ -76,7 +76,7 @@ def test_changed_weights_are_refused_by_name(model, name):
             models.read_tokenizer(model)
         models.read_tokenizer(model, check=False)
     else:
-        models.read_tokenizer(model)  # whose weights are the same
+        models.read_tokenizer(model)  # the tokenizer's weights are intact
     assert cli.main(['convert', str(model), '--out', str(model.parent / 'out')]) == 2
     assert not (model.parent / 'out').exists()
     assert cli.main(['convert', str(model), '--out', str(model.parent / 'ok'), '--no-check']) == 0

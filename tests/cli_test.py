@@ -180,7 +180,7 @@ def test_help_fits_two_screens_and_has_an_example(words):
 
 @pytest.fixture
 def described(monkeypatch) -> Callable[[Sequence[str]], tuple[type, Any]]:
-    """From a command line to the dataclass whose options its --help prints, and their defaults."""
+    """Maps a command line to the dataclass whose options its --help prints, and their defaults."""
 
     def read(words: Sequence[str]) -> tuple[type, Any]:
         calls = []
@@ -249,7 +249,7 @@ def test_help_of_every_command_is_tested():
     [*run_config.COMMON.items(), (Run, run_config.PROGRAM), (Run, cache.COMMON)],
 )
 def test_common_options_exist(run_type, sections):
-    """Those of the data depend on the kind of dataset, those of a model on its family."""
+    """Options of the data depend on the kind of dataset, options of a model on its family."""
     kinds = (Shapes(), Folder(), Prepared(path='sets/any'))
     runs = [run_type(data=data) for data in kinds]
     if run_type is Run:
@@ -394,7 +394,7 @@ def test_trained_model_samples_images(samples, trained):
 
 
 def test_recorded_seed_reproduces_its_image(samples, trained, tmp_path):
-    """With a file of prompts, and alone instead of in a batch."""
+    """It is sampled from a file of prompts, and alone instead of in a batch."""
     (tmp_path / 'prompts.txt').write_text(f'{PROMPTS[1]}\n')
     options = ('--model', trained / 'model', '--seed', '1', '--out', tmp_path / 'out')
     assert star_jax('sample', '--prompts', tmp_path / 'prompts.txt', *options)[0] == 0

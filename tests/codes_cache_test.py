@@ -94,7 +94,7 @@ def test_cache_holds_the_codes_of_the_tokenizer(run, images, made):
 
 
 def test_training_from_a_cache_equals_training_from_images(run, images, made, monkeypatch):
-    """Over more than an epoch, with random and dropped captions, and on the validation set."""
+    """It covers more than an epoch, random and dropped captions, and the validation set."""
     cached, state = job(run, made), images.init()
     with monkeypatch.context() as patch:
         for kind in (TransformerJob, TextEncoder):

@@ -1,4 +1,4 @@
-"""Do codes know their likelihood, and are they drawn from it?"""
+"""Do codes compute their likelihood, and are they sampled from it?"""
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,6 @@ def test_image_is_sampled_with_its_own_key():
 
 
 def test_sampling_rule_is_one_static_value():
-    """It is a static field of a draw: were it new each time, every call would compile again."""
+    """It is a static field of a sampling method: a new object would compile every call again."""
     assert Index(V).sample == Index(V).sample
     assert hash(Index(V).sample) == hash(Index(V).sample)

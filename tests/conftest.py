@@ -26,7 +26,7 @@ def programs_freed() -> Iterator[None]:
     """The compiled programs of a module are freed at its end.
 
     Each maps about six regions of memory (one module came to 22,680), and Linux gives a process
-    65,530. Beyond them the compiler dies with a segmentation fault, or waits for ever.
+    65,530. Beyond them the compiler ends with a segmentation fault, or hangs.
     """
     yield
     jax.clear_caches()

@@ -99,7 +99,7 @@ def test_only_the_console_prints_with_rich():
 
 
 def test_only_the_terminal_writes_text_of_users():
-    """What other modules write to stdout is constant, or the result of a function that escapes."""
+    """Other modules write constants to stdout, or results of a function that escapes."""
     for path in PACKAGE.rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text('utf-8'))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == 'sys.stdout.write':

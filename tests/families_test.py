@@ -798,7 +798,7 @@ def training_program(family: Family, steps: int, recipe: Recipe, **rates) -> Tra
 
 
 def test_raster_is_trained_on_what_the_sampler_generates():
-    """By the same step as a pyramid: afterwards condition b generates image b."""
+    """A raster trains with the step of a pyramid: afterwards condition b generates image b."""
     family = raster_family()
     model, tokenizer = family.model, family.tokenizer
     grid = np.random.default_rng(3).integers(0, V, (B, 2, 3, 1))

@@ -52,13 +52,13 @@ class Examples(list):
 
 
 @jax.jit
-def walk(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+def tiny_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     x = state.params['x'] * 1.1 + batch
     state = state.replace(step=state.step + 1, params={'x': x})
     return state, {'loss': x.mean(), 'other': x[0] / 3}
 
 
-class Walk:
+class TinyJob:
     """A job with almost no work.
 
     Args:
@@ -99,7 +99,7 @@ class Walk:
         self, step: int, state: TrainState, batch: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         self._on_event('step', step)
-        state, metrics = walk(state, batch)
+        state, metrics = tiny_step(state, batch)
         if step + 1 == self._bad and self._poisoned in metrics:
             metrics[self._poisoned] = jnp.float32(jnp.nan)
         elif step + 1 == self._bad:
@@ -128,8 +128,8 @@ def _begin() -> TrainState:
     return TrainState(jnp.int32(0), params={'x': jnp.arange(3.0)}, ema=None, opt=())
 
 
-class Stroll(Walk):
-    """A walk with a larger state and slower steps, so that a full disk interrupts it."""
+class SlowJob(TinyJob):
+    """A job with a larger state and slower steps, so that a full disk interrupts it."""
 
     def __init__(self) -> None:
         super().__init__(lambda *_: time.sleep(0.01))
@@ -142,7 +142,7 @@ class Stroll(Walk):
         return TrainState(jnp.int32(0), params={'x': jnp.arange(2.0**16)}, ema=None, opt=())
 
 
-def go(job: Walk, out: Path) -> tuple[bool, str]:
+def train_job(job: TinyJob, out: Path) -> tuple[bool, str]:
     """Trains a job as `train.main` does: whether it is complete, and the console's text."""
     console = Console(file=io.StringIO(), width=200)
     with faults.Stop() as stop, faults.disk_watched(out / trainer.CHECKPOINTS), faults.lock(out):
@@ -152,7 +152,7 @@ def go(job: Walk, out: Path) -> tuple[bool, str]:
 @pytest.mark.parametrize(('seconds', 'fits'), [('15', True), ('0.0001', False)])
 def test_a_save_is_compared_with_the_notice(tmp_path, monkeypatch, caplog, seconds, fits):
     monkeypatch.setenv('STAR_JAX_NOTICE', seconds)
-    _, text = go(Walk(lambda event, step: time.sleep(0.02)), tmp_path)
+    _, text = train_job(TinyJob(lambda event, step: time.sleep(0.02)), tmp_path)
     assert f'this machine has {float(seconds):g} s after the notice' in text
     assert ('nothing is lost' in text) == fits
     assert caplog.text.count('loses the work since the last checkpoint') == (not fits)
@@ -168,7 +168,7 @@ def outcome(out: Path) -> tuple[list[dict], bytes, list[str]]:
 def undisturbed(tmp_path_factory):
     """The outcome of a run without faults."""
     out = tmp_path_factory.mktemp('undisturbed')
-    assert go(Walk(), out)[0]
+    assert train_job(TinyJob(), out)[0]
     return outcome(out)
 
 
@@ -203,11 +203,11 @@ def send(number: int, name: str, step: int) -> Callable[[str, int], None]:
 )
 def test_signal_stops_a_run_after_its_step(undisturbed, tmp_path, number, event, step, end):
     handlers = [signal.getsignal(number) for number in faults.SIGNALS]
-    complete, text = go(Walk(send(number, event, step)), tmp_path)
+    complete, text = train_job(TinyJob(send(number, event, step)), tmp_path)
     assert not complete and text.endswith(f'stopped {end}; the same command goes on\n')
     assert [signal.getsignal(number) for number in faults.SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
-    assert go(Walk(), tmp_path)[0]
+    assert train_job(TinyJob(), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
 
 
@@ -219,9 +219,9 @@ def test_a_failed_evaluation_is_made_after_the_restart(undisturbed, tmp_path, ev
             raise RuntimeError('the device is lost')
 
     with pytest.raises(RuntimeError):
-        go(Walk(fail), tmp_path)
+        train_job(TinyJob(fail), tmp_path)
     events = []
-    assert go(Walk(lambda *happened: events.append(happened)), tmp_path)[0]
+    assert train_job(TinyJob(lambda *happened: events.append(happened)), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
     if step == PACE.steps:
         assert ('step', step - 1) not in events, 'the state is saved before it is evaluated'
@@ -229,29 +229,29 @@ def test_a_failed_evaluation_is_made_after_the_restart(undisturbed, tmp_path, ev
 
 def test_no_grid_is_compiled_or_sampled_where_none_is_wanted(undisturbed, tmp_path):
     events = []
-    walk = Walk(lambda name, _: events.append(name))
-    walk.run = dataclasses.replace(walk.run, pace=dataclasses.replace(PACE, images=0))
-    assert go(walk, tmp_path)[0]
+    job = TinyJob(lambda name, _: events.append(name))
+    job.run = dataclasses.replace(job.run, pace=dataclasses.replace(PACE, images=0))
+    assert train_job(job, tmp_path)[0]
     assert not {'compile_grid', 'sample_grid'} & set(events)
     assert outcome(tmp_path) == (*undisturbed[:2], [])
 
 
 def test_memory_of_grids_is_printed_before_the_first_step(tmp_path):
     events = []
-    _, text = go(Walk(lambda name, _: events.append(name)), tmp_path)
+    _, text = train_job(TinyJob(lambda name, _: events.append(name)), tmp_path)
     assert 'sample grids of 16 images: 3 MiB of temporaries per device' in text
     assert events.index('compile_grid') < events.index('step')
 
 
 def test_signal_at_the_end_changes_nothing(undisturbed, tmp_path):
-    assert go(Walk(send(signal.SIGTERM, 'export', 14)), tmp_path)[0]
+    assert train_job(TinyJob(send(signal.SIGTERM, 'export', 14)), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
 
 
 def test_metrics_of_stopped_runs_are_joined(undisturbed, tmp_path):
     for step in (1, 2, 6, 7):
-        assert not go(Walk(send(signal.SIGTERM, 'step', step)), tmp_path)[0]
-    assert go(Walk(), tmp_path)[0]
+        assert not train_job(TinyJob(send(signal.SIGTERM, 'step', step)), tmp_path)[0]
+    assert train_job(TinyJob(), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
 
 
@@ -289,13 +289,13 @@ def test_only_the_main_thread_catches_signals():
 
 
 def test_run_skips_a_damaged_checkpoint(undisturbed, tmp_path, caplog):
-    assert not go(Walk(send(signal.SIGTERM, 'step', 11)), tmp_path)[0]
+    assert not train_job(TinyJob(send(signal.SIGTERM, 'step', 11)), tmp_path)[0]
     newest = tmp_path / 'checkpoints' / '12' / 'state'
     largest = max(newest.rglob('d/*'), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
-    complete, text = go(Walk(), tmp_path)
+    complete, text = train_job(TinyJob(), tmp_path)
     assert complete and 'continuing from step 10' in text
     assert 'step 12 is torn and skipped' in caplog.text and largest.name in caplog.text
     assert outcome(tmp_path) == undisturbed
@@ -312,7 +312,7 @@ def test_run_skips_a_damaged_checkpoint(undisturbed, tmp_path, caplog):
 )
 def test_non_finite_values_stop_the_run_and_are_not_saved(tmp_path, poisoned, bad, named):
     with pytest.raises(RunError) as caught:
-        go(Walk(poisoned=poisoned, bad=bad), tmp_path)
+        train_job(TinyJob(poisoned=poisoned, bad=bad), tmp_path)
     message = str(caught.value)
     assert message.startswith(f'{named}, so the run stopped')
     assert 'last good checkpoint is of step 5' in message and '\n' not in message
@@ -322,9 +322,9 @@ def test_non_finite_values_stop_the_run_and_are_not_saved(tmp_path, poisoned, ba
 
 
 def test_stop_does_not_save_non_finite_metrics(tmp_path):
-    job = Walk(send(signal.SIGTERM, 'step', 8), 'other', 7)
+    job = TinyJob(send(signal.SIGTERM, 'step', 8), 'other', 7)
     with pytest.raises(RunError, match='step 7: other is nan'):
-        go(job, tmp_path)
+        train_job(job, tmp_path)
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['5']
 
 
@@ -337,11 +337,11 @@ def test_full_disk_error_names_the_newest_complete_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'samples/1.png')
 
     with pytest.raises(RunError) as caught:
-        go(Walk(on_event), tmp_path)
+        train_job(TinyJob(on_event), tmp_path)
     message = str(caught.value)
     assert 'No space left on device: samples/1.png' in message
     assert (f'checkpoint of step {kept} is whole' if kept else 'no checkpoint yet') in message
-    assert go(Walk(), tmp_path)[0]
+    assert train_job(TinyJob(), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
 
 
@@ -367,10 +367,10 @@ def test_run_error_is_one_sentence_and_status_1(monkeypatch, tmp_path, capsys):
 def test_changed_training_data_are_warned_of_once(tmp_path, caplog):
     messages = []
     for step, examples in enumerate(('abc', 'abc', 'abcd', 'abcd', 'bcde')):
-        job = Walk(send(signal.SIGTERM, 'batch', step))
+        job = TinyJob(send(signal.SIGTERM, 'batch', step))
         job.source = Examples(examples)
         caplog.clear()
-        assert 'at step' in go(job, tmp_path)[1]
+        assert 'at step' in train_job(job, tmp_path)[1]
         messages.append([record.message for record in caplog.records])
     assert [len(texts) for texts in messages] == [0, 0, 1, 0, 1]
     assert (
@@ -404,7 +404,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     with logger.open_logger(tmp_path, 0) as run_logger:
         run_logger.log(1, {'loss': 1.0})
         run_logger.log_image(1, np.zeros((4, 4, 3), np.uint8))
-    trainer.claim(tmp_path, Walk().run)
+    trainer.claim(tmp_path, TinyJob().run)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     with logger.open_logger(tmp_path, 0) as run_logger:
@@ -440,10 +440,10 @@ def test_lock_refuses_a_second_run_until_the_first_ends(undisturbed, tmp_path):
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == 'locked\n'
         with pytest.raises(UserError, match=f'in use by process {first.pid}.*another --out'):
-            go(Walk(), tmp_path)
+            train_job(TinyJob(), tmp_path)
         assert not (tmp_path / 'config.json').exists()
         first.kill()
-    assert go(Walk(), tmp_path)[0]
+    assert train_job(TinyJob(), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
 
 
@@ -477,7 +477,7 @@ def test_lock_refuses_a_folder_that_cannot_be_created(tmp_path):
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory) -> dict[str, str]:
-    """That of a user's process: one host device per core."""
+    """The environment of a user's process: one host device per core."""
     return os.environ | {
         'PYTHONPATH': str(ROOT),
         'STAR_JAX_CACHE': str(tmp_path_factory.mktemp('cache')),
@@ -516,16 +516,16 @@ from star_jax.training import train
 if len(sys.argv) > 1:
     sys.path.insert(0, sys.argv[1])
     import faults_test
-    train.build_job = lambda run: faults_test.Stroll()
+    train.build_job = lambda run: faults_test.SlowJob()
 for line in sys.stdin:
     print('status', cli.main(shlex.split(line)), flush=True)
 """
 
 
 class Several:
-    """A process that obeys one command line after another, to start but once.
+    """A process that runs one command line after another, so that Python starts once.
 
-    Whatever it is told to train, it strolls if its words are where this file is.
+    It trains a `SlowJob` in place of any run if its argument is the folder of this file.
     """
 
     def __init__(self, environment: dict[str, str], *words: object) -> None:
@@ -550,7 +550,7 @@ class Several:
         self.process.stdin.flush()
 
     def end(self) -> tuple[int, str]:
-        """The exit status of the command line, and what it said."""
+        """The exit status and the output of the command line."""
         said = ''
         for line in self.process.stdout:
             if line.startswith('status '):
@@ -671,13 +671,13 @@ def kill_during_a_save(process: subprocess.Popen, out: Path) -> None:
 
 
 def wait_while_starting(process: subprocess.Popen, out: Path, seconds: float) -> None:
-    """So long, or until a run has begun to report."""
+    """Waits for some seconds, or until a run has begun to report."""
     lines, end = last_step(out), time.monotonic() + seconds
     wait_until(process, lambda: time.monotonic() > end or last_step(out) != lines)
 
 
 def wait_for_steps(process: subprocess.Popen, out: Path, steps: int, saving: bool) -> None:
-    """Until a run that goes on has done so many steps, and then, perhaps, until it saves."""
+    """Waits until a running run has done so many steps and, if asked, until it saves."""
     lines = last_step(out)
     wait_until(process, lambda: last_step(out) != lines)
     reached = newest(out) + steps
@@ -708,7 +708,7 @@ def assert_same(command: str, torn: Path, whole: Path, steps: int) -> None:
 
 
 def metrics(out: Path) -> list[dict]:
-    """What a run reported, but for its speed."""
+    """The reported metrics of a run, without its speed."""
     lines = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines]
 

@@ -1,4 +1,4 @@
-"""Which template and resolution are sampled for a wished size?"""
+"""Which template and resolution are sampled for a given size?"""
 
 import dataclasses
 

@@ -61,10 +61,10 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a loop has found.
+    """The result of a loop.
 
     Attributes:
-        seconds: of the undisturbed run.
+        seconds: seconds of the undisturbed run.
         points: how often the command was ended.
         ended: how often that was before its own end.
     """

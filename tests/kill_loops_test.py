@@ -1,4 +1,4 @@
-"""Do commands that were killed end as if undisturbed when they are given again?"""
+"""Do killed commands give the results of undisturbed ones when they are given again?"""
 
 from pathlib import Path
 

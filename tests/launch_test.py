@@ -349,7 +349,7 @@ def test_tpu_watch_ends_after_repeated_failures(cloud, status, starts):
     assert not (cloud.folder / 'state').exists()
 
 
-# What happens to a run that nobody watches, with events that are files in the home of the cloud:
+# An unattended run, with events that are files in the home of the cloud:
 # `refusals` creations fail, as many looks as `deaf` has find that no VM answers.
 EVENTFUL = CLOUD.replace(
     'case $4 in',
@@ -360,7 +360,7 @@ EVENTFUL = CLOUD.replace(
 case $4 in
   create | ssh) if fewer "$([[ $4 == ssh ]] && echo deaf || echo refusals)"; then exit 1; fi ;;&""",
 )
-# Each start takes the next line of `plan`; a run that is told to is preempted, or loses its VM.
+# Each start takes the next line of `plan`, whose words preempt the run or remove its VM.
 PLANNED = """#!/usr/bin/env bash
 echo "$*" >>"$HOME/runs"
 while (($#)); do [[ $1 == --out ]] && out="$2"; shift; done
@@ -382,7 +382,7 @@ done
 """
 
 
-def walk(cloud: Machine, *plan: str) -> tuple[subprocess.CompletedProcess, list[str], int]:
+def watch_run(cloud: Machine, *plan: str) -> tuple[subprocess.CompletedProcess, list[str], int]:
     """Watches a run whose starts go as planned; the result, the requests and the starts."""
     cloud.stub('gcloud', EVENTFUL)
     cloud.stub('../program', PLANNED)
@@ -393,7 +393,7 @@ def walk(cloud: Machine, *plan: str) -> tuple[subprocess.CompletedProcess, list[
 
 
 def test_watch_goes_on_if_creation_fails_twice_after_a_preemption(cloud):
-    done, requests, starts = walk(cloud, 'step refused preempted', 'ends')
+    done, requests, starts = watch_run(cloud, 'step refused preempted', 'ends')
     assert done.returncode == 0 and starts == 2, done
     assert [verb for verb in requests if verb in ('create', 'delete')] == [
         *('create', 'delete', 'create', 'create', 'create', 'delete')
@@ -401,38 +401,38 @@ def test_watch_goes_on_if_creation_fails_twice_after_a_preemption(cloud):
 
 
 def test_watch_goes_on_through_five_preemptions(cloud):
-    done, requests, starts = walk(cloud, *['step preempted'] * 5, 'ends')
+    done, requests, starts = watch_run(cloud, *['step preempted'] * 5, 'ends')
     assert done.returncode == 0 and starts == 6, done
     assert requests.count('create') == requests.count('delete') == 6
 
 
 def test_watch_goes_on_through_failures_with_progress_between(cloud):
-    done, requests, starts = walk(cloud, *['step fails'] * 5, 'ends')
+    done, requests, starts = watch_run(cloud, *['step fails'] * 5, 'ends')
     assert done.returncode == 0 and starts == 6, done
     assert requests.count('create') == requests.count('delete') == 1
 
 
 def test_watch_keeps_a_slice_that_does_not_answer_for_some_minutes(cloud):
-    done, requests, starts = walk(cloud, 'deaf9 ends')
+    done, requests, starts = watch_run(cloud, 'deaf9 ends')
     assert done.returncode == 0 and starts == 1, done
     assert requests.count('create') == requests.count('delete') == 1
 
 
 def test_watch_replaces_a_slice_that_does_not_answer_for_ten_minutes(cloud):
-    done, requests, starts = walk(cloud, 'step deaf12', 'ends')
+    done, requests, starts = watch_run(cloud, 'step deaf12', 'ends')
     assert done.returncode == 0 and starts == 2, done
     assert 'no run on this slice for 10 minutes' in done.stdout
     assert requests.count('create') == requests.count('delete') == 2
 
 
 def test_watch_starts_a_run_that_is_absent_after_its_start(cloud):
-    done, requests, starts = walk(cloud, 'absent', 'ends')
+    done, requests, starts = watch_run(cloud, 'absent', 'ends')
     assert done.returncode == 0 and starts == 2, done
     assert requests.count('create') == requests.count('delete') == 1
 
 
 def test_watch_ends_if_the_run_is_always_absent_after_its_start(cloud):
-    done, requests, starts = walk(cloud, *['absent'] * 9)
+    done, requests, starts = watch_run(cloud, *['absent'] * 9)
     assert done.returncode == 2 and starts == 5, done
     assert 'failures without a new checkpoint (absent)' in done.stderr
 

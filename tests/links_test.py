@@ -10,7 +10,7 @@ from star_jax.plan import links
 from star_jax.plan.hlo import Collective
 
 GB = 10**9
-LINK = 50 * GB  # of a v5e: 1,600 Gbit/s over four links
+LINK = 50 * GB  # one link of a v5e: 1,600 Gbit/s over four links
 
 
 def torus(kind: str, *sides: int) -> links.Torus:

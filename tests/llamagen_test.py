@@ -155,7 +155,7 @@ def test_an_image_alone_is_the_image_in_a_batch(name):
 
 
 def test_padding_of_a_prefix_changes_nothing():
-    """The same tokens at the end of the prefix, whatever is padded and wherever it is."""
+    """Any padding before the same tokens at the end of the prefix gives the same images."""
     network = bind(TEXT.build(), params_of(TEXT))
     short, long = text_of(3, 2, padded=3), text_of(3, 2, padded=3)
     moved = jax.tree.map(lambda x: x, long)
@@ -295,7 +295,7 @@ def test_a_model_folder_samples_from_cleaned_prompts(tmp_path):
 
 @pytest.mark.parametrize('model', [SQUARE, TEXT], ids=['class', 'text'])
 def test_published_files_are_converted_back_bit_for_bit(tmp_path, model):
-    """Of a trainer by class, with a buffer; the bare dict of FSDP by text."""
+    """By class: the file of a trainer, with a buffer; by text: the bare dict of FSDP."""
     state = to_state(llamagen_entries(model), params_of(model))
     state['freqs_cis'] = np.zeros((3, 2, 2), np.float32)
     wrapped = {f'model.{name}': x for name, x in state.items()} if model is SQUARE else state

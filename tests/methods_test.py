@@ -127,7 +127,7 @@ def test_bits_are_filtered_and_sampled_one_by_one(keys_B):
 
 @pytest.mark.parametrize('codes', [Index(V), Bits(5)], ids=['index', 'bits'])
 def test_given_codes_replace_those_of_given_steps(codes):
-    """At known steps, and at traced ones that are padded."""
+    """The steps are known, or traced and padded."""
     schedule = Pyramid.square((1, 2, 3))
     random = np.random.default_rng(0)
     steps = {k: random.integers(0, 2, (B, schedule.sizes[k], *codes.shape)) for k in (0, 2)}
@@ -161,7 +161,7 @@ def test_mixtures_sharpen_from_scale_to_scale_down_to_a_floor():
 
 @pytest.mark.parametrize('like', [1, 2])
 def test_smooth_sampling_mixes_code_vectors(like, keys_B, logits_RLV):
-    """At step 2, in a body of its own or in that of an earlier step."""
+    """Step 2 has a body of its own, or shares that of an earlier step."""
     sampled, trace = sample(SmoothSampling(steps=4), keys_B, logits_RLV, 2, like)
     np.testing.assert_allclose(trace.guided, guide(logits_RLV, B, 1.5), atol=1e-5)
     gumbel = np.stack([jax.random.gumbel(key, (L, V)) for key in keys_B])

@@ -114,7 +114,7 @@ def test_ratios_that_take_long_to_read_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(mixed, 'SLOW', 0)
     first = shapes()
     (stored,) = (tmp_path / 'ratios').iterdir()
-    monkeypatch.setattr(mixed.np, 'fromiter', None)  # what reads them
+    monkeypatch.setattr(mixed.np, 'fromiter', None)  # it reads the ratios
     assert np.array_equal(shapes().template_of, first.template_of)
     stored.write_bytes(b'')
     with pytest.raises(TypeError):

@@ -26,7 +26,7 @@ def published(golden, name: str) -> dict[str, tuple[int, ...]]:
     return {line[0]: tuple(json.loads(line[1])) for line in lines if not line[0].endswith(IGNORED)}
 
 
-def hollow(abstract):
+def placeholders(abstract):
     """Arrays of these shapes that use no memory."""
     return jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), meta.unbox(abstract))
 
@@ -54,7 +54,9 @@ def test_star_entries_equal_the_published_names(golden, name, star, parameters):
         jax.ShapeDtypeStruct((1, star.text_width), jnp.float32),
     )
     inputs = jax.ShapeDtypeStruct((1, star.schedule.length - 1, star.channels), jnp.float32)
-    params = hollow(jax.eval_shape(star.build().init, jax.random.key(0), inputs, text)['params'])
+    params = placeholders(
+        jax.eval_shape(star.build().init, jax.random.key(0), inputs, text)['params']
+    )
     assert shapes(to_state(star_entries(star), params)) == published(golden, name)
     assert count(params) + CLASSES * star.width == parameters
 
@@ -63,6 +65,6 @@ def test_vq_entries_equal_the_published_names(golden):
     vq = VQ()
     names = published(golden, 'vae_ch160v4096z32')
     pixels = jax.ShapeDtypeStruct((1, *vq.resolution, 3), jnp.float32)
-    params = hollow(jax.eval_shape(vq.build().init, jax.random.key(0), pixels)['params'])
+    params = placeholders(jax.eval_shape(vq.build().init, jax.random.key(0), pixels)['params'])
     assert shapes(to_state(vq_entries(vq, names), params)) == names
     assert count(params) == 108_948_355

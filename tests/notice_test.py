@@ -1,4 +1,4 @@
-"""Is a user told whether a save fits between the notice of a preemption and the end?"""
+"""Does a run report whether a save fits between the notice of a preemption and the end?"""
 
 import pytest
 

@@ -113,7 +113,7 @@ def test_constants_have_no_gradient_and_no_update():
     state = TrainState.start(params, optimizer, ema=True)
     for _ in range(3):
         state = state.update(gradients, optimizer, 0.9, constants)
-        assert gradient_norm(state.opt) == 1.0  # of the kernel alone
+        assert gradient_norm(state.opt) == 1.0  # the norm of the kernel alone
     for tree in (state.params, state.ema):
         np.testing.assert_array_equal(tree['fc']['constant'], params['fc']['constant'])
         assert (tree['fc']['kernel'] < 1).all()

@@ -26,7 +26,7 @@ packaged = pytest.mark.skipif(
 
 
 def tiny(bias: float = 0.0) -> Lpips:
-    """The same network with narrow random layers."""
+    """LPIPS with narrow random layers."""
     rng = np.random.default_rng(0)
     widths = [width for width, count in zip(WIDTHS, STAGES, strict=True) for _ in range(count)]
     convs = []

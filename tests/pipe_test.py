@@ -53,14 +53,14 @@ def test_images_are_bytes_and_differ(images):
 
 
 def test_image_does_not_depend_on_the_batch(pipe, images):
-    again = pipe(PROMPTS, seed=SEED, batch=2, guidance=2.0, top_k=8, top_p=0.8)  # of 2, 2 and 1
+    again = pipe(PROMPTS, seed=SEED, batch=2, guidance=2.0, top_k=8, top_p=0.8)  # 2, 2 and 1 images
     np.testing.assert_array_equal(again, images)
 
 
 def test_exact_image_alone_is_the_same_in_bfloat16(folder):
     pipe = star_jax.load(folder, dtype='bfloat16')
     exact = {'batch': 4, 'exact': True, 'guidance': 2.0, 'top_k': 8, 'top_p': 0.8}
-    images = pipe(PROMPTS, seed=SEED, **exact)  # of 4 and 4, of which 3 are no images
+    images = pipe(PROMPTS, seed=SEED, **exact)  # batches of 4 and 4, of which 3 rows are padding
     alone = [pipe([prompt], seed=SEED + i, **exact) for i, prompt in enumerate(PROMPTS)]
     np.testing.assert_array_equal(np.concatenate(alone), images)
     back = pipe(PROMPTS[::-1], seed=[SEED + i for i in range(4, -1, -1)], **exact)

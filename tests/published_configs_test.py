@@ -15,7 +15,7 @@ from star_jax.families.var import Var
 from star_jax.training.run import Run, TokenizerRun
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-CLASS_ROWS = 1001  # of the unused class_emb.weight, which counts in STAR's published numbers
+CLASS_ROWS = 1001  # rows of the unused class_emb.weight, which STAR's published numbers count
 
 # name: parameters (STAR specification 10; those of d20-d30 by the same sum), tokens, peak, batch.
 STAGES = {
@@ -31,7 +31,7 @@ STAGES = {
     'var_d30': (2_000_000_000, 680, 3.2e-4, 1024),
     'var_d36_512': (2_353_893_904, 2240, 2.4e-4, 768),
 }
-ROUNDED = ('var_d20', 'var_d24', 'var_d30')  # whose exact sizes were not published
+ROUNDED = ('var_d20', 'var_d24', 'var_d30')  # their exact sizes were not published
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Does a schedule say in which order tokens are read, seen and drawn?"""
+"""Does a schedule define the order in which tokens are read and sampled, and their visibility?"""
 
 import jax
 import numpy as np

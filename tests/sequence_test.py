@@ -20,7 +20,7 @@ from star_jax.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.usefixtures('compiled_here')
 
-SIDES = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)  # of 1024 px: 9,451 rows
+SIDES = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)  # 1024 px: 9,451 rows
 SIZES = {'depth': 1, 'width': 8, 'heads': 1, 'channels': 4, 'text_width': 8}
 TOKENS = 4
 

@@ -24,7 +24,7 @@ from star_jax.verify.train import Training
 SOURCE = Path(__file__).parent / 'golden' / 'star' / 'dev_star_train'
 SMOOTHING = 0.1
 ACCUMULATION = 2
-EPSILON = 1e-6  # of AdamW: with the source's 1e-8 the rounding of tiny gradients moves parameters
+EPSILON = 1e-6  # AdamW's: with the source's 1e-8 the rounding of tiny gradients moves parameters
 INPUTS = re.compile(r'step\d+\.(image|encoder_.*)|lr|weight_decay')
 REMARKS = ('findings', 'log', 'files', 'unchanged_entries', 'note')  # true of the source alone
 

@@ -67,12 +67,12 @@ def write_model(path: Path, model: Star = STAR.model) -> str:
 
 
 def tokenizer_params() -> dict:
-    """Those of an untrained tokenizer."""
+    """The parameters of an untrained tokenizer."""
     return random_params(TOKENIZER.model.abstract())
 
 
 def random_params(abstract: dict) -> dict:
-    """Parameters of these shapes, drawn without compiling anything."""
+    """Random parameters of these shapes, made without compiling anything."""
     random = np.random.default_rng(0)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:

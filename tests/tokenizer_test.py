@@ -1,4 +1,4 @@
-"""Does the tokenizer quantise what is left, add up what it drew, and learn through both?"""
+"""Does the tokenizer quantise residuals, sum code vectors on the canvas, and get gradients?"""
 
 import functools
 import itertools

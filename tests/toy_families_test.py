@@ -129,7 +129,7 @@ def test_inputs_of_training_fold_the_steps_of_sampling(name):
 
 
 def test_labels_describe_what_flipped_bits_left():
-    """With flips, the labels of later scales correct them; without, inputs are those of labels."""
+    """Labels of later scales correct flipped bits; without flips the inputs follow from labels."""
     _, tokenizer, params = parts('bit_scales')
     features = np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32)
 

@@ -111,7 +111,7 @@ def test_balanced_loss_trains_coarse_scales_first(job):
 
 
 def test_text_features_inside_the_program_equal_cached_ones(run, job):
-    """Up to the float16 of the cache."""
+    """They differ only by the float16 of the cache."""
     settings = dataclasses.replace(job.run, text_features='inside')
     _, inside = train(TransformerJob(settings), job.init(), take(TransformerJob(settings), 3))
     _, cached = train(job, job.init(), take(job, 3))

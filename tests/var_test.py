@@ -1,4 +1,4 @@
-"""A class-conditional model trains on labels and draws classes, by the commands that serve text."""
+"""Does a class-conditional model train on labels and sample classes, by the commands for text?"""
 
 import dataclasses
 import itertools

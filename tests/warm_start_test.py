@@ -58,7 +58,7 @@ def test_warm_start_keeps_the_first_rows(adaln):
 def test_warm_start_refuses_other_shapes():
     small, large = state_of(SMALL, 0), state_of(dataclasses.replace(SMALL, sides=SIDES), 1)
     with pytest.raises(UserError, match='levels'):
-        warm_start.fit(large.params, small, 'it')  # of more scales
+        warm_start.fit(large.params, small, 'it')  # the source has more scales
     wide = state_of(dataclasses.replace(SMALL, sides=SIDES, width=64), 1)
     with pytest.raises(UserError, match='22 of another shape or type'):
         warm_start.fit(small.params, wide, 'it')

@@ -39,7 +39,7 @@ def write_tokenizer() -> Tokenizer:
         single='[CLS] $A [SEP]',
         special_tokens=[('[CLS]', vocab['[CLS]']), ('[SEP]', vocab['[SEP]'])],
     )
-    # As MiniLM's own file has it: both must be overridden by whoever loads it.
+    # As in MiniLM's own file: the code that loads it must override both.
     tokenizer.enable_truncation(128)
     tokenizer.enable_padding(length=128)
     tokenizer.save(str(HERE / 'tokenizer.json'))

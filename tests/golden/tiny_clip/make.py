@@ -27,7 +27,7 @@ CAPTIONS = (
 
 
 def write_tokenizer() -> CLIPTokenizer:
-    """As Stable Diffusion 2.1 has it: padding is '!', its id 0."""
+    """Padding is '!' with the id 0, as in Stable Diffusion 2.1."""
     words = ['!', *(letter for letter in LETTERS if letter != '!')]
     words += [f'{letter}</w>' for letter in LETTERS]
     words += [merge.replace(' ', '') for merge in MERGES]
