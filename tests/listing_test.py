@@ -489,6 +489,69 @@ def test_folders_are_splits(tmp_path, capsys, folders, counts):
     assert f'{text} images' in capsys.readouterr().out
 
 
+def in_lines(root: Path, fields: list[dict[str, str]]) -> None:
+    for number in range(len(fields)):
+        add(root, f'{number}.png')
+    records = [
+        {'file_name': f'{n}.png', 'text': f'image {n}'} | more for n, more in enumerate(fields)
+    ]
+    (root / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, records)))
+
+
+def in_cells(root: Path, fields: list[dict[str, str]]) -> None:
+    for number in range(len(fields)):
+        add(root, f'{number}.png')
+    rows = [f'{n}.png,image {n},{more.get("split", "")}' for n, more in enumerate(fields)]
+    (root / 'metadata.csv').write_text('\n'.join(['file_name,text,split', *rows]))
+
+
+def in_table(root: Path, fields: list[dict[str, str]]) -> None:
+    columns = {
+        'image': [png() for _ in fields],
+        'text': [f'image {number}' for number in range(len(fields))],
+        'split': [more.get('split') for more in fields],
+    }
+    parquet.write_table(pa.table(columns), root / 'data.parquet')
+
+
+def beside(root: Path, fields: list[dict[str, str]]) -> None:
+    for number, more in enumerate(fields):
+        add(root, f'{number}.png')
+        (root / f'{number}.json').write_text(json.dumps({'caption': f'image {number}'} | more))
+
+
+@pytest.mark.parametrize('write', [in_lines, in_cells, in_table, beside])
+def test_records_name_splits(tmp_path, write):
+    write(tmp_path, [{'split': s} for s in ('train', 'TEST', 'val', 'restval', 'test')] + [{}])
+    found = {
+        split: [caption[-1] for caption in shown(Folder(path=str(tmp_path), split=split).open(16))]
+        for split in (*splits.SPLITS, 'all')
+    }
+    assert found == {
+        'train': ['0', '3', '5'],
+        'validation': ['2'],
+        'test': ['1', '4'],
+        'all': ['0', '2', '3', '5'],
+    }
+    assert Folder(path=str(tmp_path)).has_test_images()
+
+
+def test_image_of_two_splits_is_not_trained_on(tmp_path):
+    add(tmp_path, 'a.png')
+    add(tmp_path, 'b.png')
+    rows = 'a.png,one,train\na.png,two,test\nb.png,three,train\n'
+    (tmp_path / 'metadata.csv').write_text(f'file_name,text,split\n{rows}')
+    assert [e.name for e in Folder(path=str(tmp_path)).open(16).entries] == ['b.png']
+
+
+def test_folder_comes_before_the_field(tmp_path):
+    add(tmp_path, 'test/a.png')
+    add(tmp_path, 'b.png')
+    rows = 'test/a.png,one,train\nb.png,three,train\n'
+    (tmp_path / 'metadata.csv').write_text(f'file_name,text,split\n{rows}')
+    assert [e.name for e in Folder(path=str(tmp_path)).open(16).entries] == ['b.png']
+
+
 def test_folders_further_below_are_no_splits(tmp_path):
     fill(tmp_path, {'cats/test': 6, 'dogs/val': 6, 'testing ground': 6})
     for split in ('train', 'validation'):

@@ -42,14 +42,15 @@ class Folder:
     """A folder of images with captions, and the folders below it, as `listing` describes.
 
     The folders train, val and test in it (or other common names of them, in any case) are its
-    splits; images beside them are for training. Without a folder val, the split 'validation' is the
-    test images. A folder without any of them has the splits 'train' and 'validation'.
+    splits, and so are the values of a field `split` of records; images of neither are for training.
+    Without val, the split 'validation' is the test images. A folder without any of them has the
+    splits 'train' and 'validation'.
 
     Attributes:
         path: folder of the images.
         split: 'train', 'validation', 'test', or 'all', which is all but the test images.
-        held_out: approximate share of the images in the split 'validation' if no folder is named
-            after a split; the path of an image decides, so that adding images moves no others.
+        held_out: approximate share of the images in the split 'validation' if no folder or record
+            names a split; the path of an image decides, so that adding images moves no others.
         caption: field of the list of captions ('': the first of text, caption and captions).
     """
 
@@ -95,7 +96,7 @@ class Folder:
             faults=tuple(f for f in source.faults if assigned.fault_split(f.name) in kept),
         )
         if not found.entries:
-            raise self._no_split(counts, assigned.by_folder)
+            raise self._no_split(counts, assigned.by_user)
         _log_faults(self.path, found)
         return found
 
@@ -115,16 +116,24 @@ class Folder:
                 f'the first is {faults[0].name}: {faults[0].reason}'
             )
         files = {entry.name: contents.files[entry.name] for entry in entries}
-        return FolderSource(root=root, size=size, entries=entries, files=files, faults=faults)
+        return FolderSource(
+            root=root,
+            size=size,
+            entries=entries,
+            files=files,
+            splits=contents.splits,
+            faults=faults,
+        )
 
     def has_test_images(self) -> bool:
         """Whether there is a split 'test'; raises UserError as `open`."""
         contents = listing.read(_root(self.path), self.caption)
-        return any(splits.named(name) == splits.TEST for name in contents.captions)
+        assigned = splits.assign(tuple(contents.captions), (), contents.splits, share=0)
+        return splits.TEST in assigned.counts(contents.captions)
 
-    def _no_split(self, counts: Mapping[str, int], by_folder: bool) -> UserError:
+    def _no_split(self, counts: Mapping[str, int], by_user: bool) -> UserError:
         """The error for a split without images."""
-        if by_folder:
+        if by_user:
             add = '' if self.split == ALL else f'add a folder {self.split}, or '
             if self.split == splits.VALIDATION:
                 add += 'give the folder of the training images as path, which is divided, or '
@@ -166,6 +175,7 @@ class FolderSource:
         size: side of a square, or (height, width), in pixels.
         entries: the usable images.
         files: where they are, by their names.
+        splits: the splits that records state, by the names of the images.
         faults: the records that were left out.
     """
 
@@ -173,6 +183,7 @@ class FolderSource:
     size: int | tuple[int, int]
     entries: tuple[Entry, ...]
     files: Mapping[str, File]
+    splits: Mapping[str, str]
     faults: tuple[Fault, ...]
 
     @property
@@ -181,7 +192,8 @@ class FolderSource:
 
     def assign(self, held_out: float) -> splits.Assignment:
         """The splits of its images, of which a share is held out if no folder decides."""
-        return splits.assign(self.names, [fault.name for fault in self.faults], held_out)
+        faults = [fault.name for fault in self.faults]
+        return splits.assign(self.names, faults, self.splits, held_out)
 
     @property
     def enlarged(self) -> int:

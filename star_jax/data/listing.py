@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from star_jax import files
-from star_jax.data import image_files, lists, tables, tree
+from star_jax.data import image_files, lists, splits, tables, tree
 from star_jax.data.image_files import UnfitError
 from star_jax.data.lists import NO_CAPTION
 from star_jax.data.tree import Fault, File, Tree
@@ -46,11 +46,13 @@ class Listing:
         captions: captions by the path of an image relative to the folder, with '/', sorted; a row
             of a Parquet file counts as a file below it.
         files: where the images are, by the same path.
+        splits: the split that the records of an image state, by the same path, where they do.
         faults: records that cannot be used.
     """
 
     captions: Mapping[str, tuple[str, ...]]
     files: Mapping[str, File]
+    splits: Mapping[str, str]
     faults: tuple[Fault, ...]
 
 
@@ -92,6 +94,7 @@ class _Reader:
         self.tree = found
         self._field = caption_field
         self._captions = collections.defaultdict(list)
+        self._splits = collections.defaultdict(list)
         self._cells: dict[str, File] = {}
         self._listed: set[str] = set()
         self._faults = list(found.faults)
@@ -102,7 +105,13 @@ class _Reader:
     def listing(self) -> Listing:
         captions = {name: tuple(self._captions[name]) for name in sorted(self._captions)}
         places = {name: self._cells.get(name) or self.tree.file(name) for name in captions}
-        return Listing(captions, places, tuple(sorted(self._faults, key=lambda fault: fault.name)))
+        stated = {name: splits.of_records(self._splits[name]) for name in captions}
+        return Listing(
+            captions,
+            places,
+            splits={name: split for name, split in stated.items() if split},
+            faults=tuple(sorted(self._faults, key=lambda fault: fault.name)),
+        )
 
     def add_list(self, name: str) -> None:
         try:
@@ -125,6 +134,7 @@ class _Reader:
                     continue
                 try:
                     self._captions[place] = lists.captions(row.fields, self._field)
+                    self._splits[place].append(lists.split(row.fields))
                     self._cells[place] = row.image
                 except UnfitError as error:
                     self.fault(error.kind, place, str(error))
@@ -143,6 +153,7 @@ class _Reader:
             self._listed.add(image or path)
             if image is None:
                 raise UnfitError(NO_IMAGE, f'there is no {path}')
+            self._splits[image].append(lists.split(record))
             captions = lists.captions(record, self._field)
             self._captions[image] += captions
         except UnfitError as error:
@@ -162,7 +173,7 @@ class _Reader:
             if name in self._listed and not names:
                 continue  # a fault of its list
             try:
-                self._captions[name] = self._captions_beside(names)
+                self._captions[name] = self._captions_beside(name, names)
             except UnfitError as error:
                 self.fault(error.kind, name, str(error))
         for stem in beside.keys() - {_stem(name) for name in images | self._listed}:
@@ -170,7 +181,7 @@ class _Reader:
                 if suffix != RECORD_SUFFIX or name in self.tree.members:
                     self.fault(NO_IMAGE, name, 'there is no image of that name beside it')
 
-    def _captions_beside(self, names: Mapping[str, str]) -> list[str]:
+    def _captions_beside(self, image: str, names: Mapping[str, str]) -> list[str]:
         """The captions of an image from the files beside it, by their suffixes."""
         fault = UnfitError(NO_CAPTION, f'it is in no list and has no {TEXT_SUFFIX} file beside it')
         for suffix in (*TEXT_SUFFIXES, RECORD_SUFFIX):
@@ -180,7 +191,9 @@ class _Reader:
             try:
                 data = self.tree.read(name)
                 if suffix == RECORD_SUFFIX:
-                    return lists.captions(lists.parse_object(data), self._field)
+                    record = lists.parse_object(data)
+                    self._splits[image].append(lists.split(record))
+                    return lists.captions(record, self._field)
                 return lists.text_captions(data)
             except UnfitError as error:
                 fault = fault if fault.kind != NO_CAPTION else error

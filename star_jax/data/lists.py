@@ -8,8 +8,8 @@ A list is named `metadata` or `captions`, in any case, and is one of
 - `.csv`, `.tsv`: a line of field names, then one line per record; cells with the separator are in
   double quotes.
 
-A record has the path of an image and its captions. Fields are found in any case; null and empty
-values count as missing, so that the next field of the same kind is used.
+A record has the path of an image and its captions, and may name its split. Fields are found in
+any case; null and empty values count as missing, so that the next field of the same kind is used.
 """
 
 import codecs
@@ -29,6 +29,7 @@ SUFFIXES = ('.jsonl', '.json', '.csv', '.tsv')
 UNNAMED = ('.jsonl', '.csv', '.tsv')  # hardly anything else than a list, whatever its name
 IMAGE_FIELDS = ('file_name', 'image', 'image_path', 'path', 'filename', 'file')
 CAPTION_FIELDS = ('text', 'caption', 'captions', 'txt')
+SPLIT_FIELDS = ('split',)
 SEPARATORS = (',', '\t', ';')
 MAX_CELL = 2**24  # characters
 LEAST_ZEROS = 4  # at least one of so many bytes of names in UTF-16 is zero
@@ -86,6 +87,11 @@ def image_name(record: Record) -> str:
         if isinstance(value, str) and value:
             return tree.check_unicode(value)
     raise UnfitError(BAD_LINE, f'it has no {" or ".join(IMAGE_FIELDS)} with a path')
+
+
+def split(record: Record) -> Any:
+    """What a record states as its split, or None."""
+    return next(_values(record, SPLIT_FIELDS), None)
 
 
 def captions(record: Record, field: str = '') -> list[str]:

@@ -1,14 +1,15 @@
 """Which examples are trained on, and which are held out from training?
 
-Folders named after splits decide it. Where there are none, the split of an example depends on a
-hash of its name alone: it is the same on every machine and does not change when a dataset grows.
+Folders named after splits decide it, and the field `split` of records. Where there are none, the
+split of an example depends on a hash of its name alone: it is the same on every machine and does
+not change when a dataset grows.
 """
 
 import collections
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 TRAIN, VALIDATION, TEST = 'train', 'validation', 'test'
@@ -53,29 +54,40 @@ def named(path: str) -> str | None:
     return NAMES[found[1]] if found else None
 
 
+def of_records(values: Iterable[object]) -> str | None:
+    """The split that the records of one image state in a field, or None.
+
+    Where they differ, tests come before validation and training: such an image is not trained on.
+    """
+    stated = [NAMES.get(value.strip().casefold()) for value in values if isinstance(value, str)]
+    return max(filter(None, stated), key=SPLITS.index, default=None)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assignment:
     """The split of every name.
 
     Attributes:
-        by_folder: whether folders decide.
-        share: share of the names that are held out otherwise.
+        by_user: whether folders or records decide.
+        recorded: the split that the records of a name state.
+        share: share of the names that are held out if neither decides.
         held_out: the held-out names.
     """
 
-    by_folder: bool
+    by_user: bool
+    recorded: Mapping[str, str]
     share: float
     held_out: frozenset[str]
 
     def split(self, name: str) -> str:
-        """The split of an image; TRAIN if folders decide and its own is named after no split."""
-        if self.by_folder:
-            return named(name) or TRAIN
+        """The split of an image; if the user decides, TRAIN where neither folder nor record do."""
+        if self.by_user:
+            return named(name) or self.recorded.get(name, TRAIN)
         return VALIDATION if name in self.held_out else TRAIN
 
     def fault_split(self, name: str) -> str:
         """The split that reports a fault, so that each is reported once."""
-        if self.by_folder:
+        if self.by_user:
             return self.split(name)
         return VALIDATION if fraction(name) < self.share else TRAIN
 
@@ -85,17 +97,20 @@ class Assignment:
         return {split: numbers[split] for split in SPLITS if numbers[split]}
 
 
-def assign(names: Sequence[str], others: Sequence[str], share: float) -> Assignment:
+def assign(
+    names: Sequence[str], others: Sequence[str], recorded: Mapping[str, str], share: float
+) -> Assignment:
     """The splits of names.
 
     Args:
         names: paths of images relative to their dataset.
         others: paths of records that cannot be used, whose folders count, too.
-        share: share of the names that are held out if no folder is named after a split.
+        recorded: the split that the records of a path state, where they do.
+        share: share of the names that are held out if neither folders nor records name a split.
     """
-    by_folder = any(map(named, (*names, *others)))
-    chosen = frozenset() if by_folder else held_out(names, share)
-    return Assignment(by_folder=by_folder, share=share, held_out=chosen)
+    by_user = bool(recorded) or any(map(named, (*names, *others)))
+    chosen = frozenset() if by_user else held_out(names, share)
+    return Assignment(by_user=by_user, recorded=recorded, share=share, held_out=chosen)
 
 
 def fraction(text: str) -> float:

@@ -84,7 +84,8 @@ def read(path: Path, caption_field: str = '') -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             image = _image_column(schema)
-            wanted = {caption_field.lower(), *lists.CAPTION_FIELDS, *lists.IMAGE_FIELDS}
+            known = (*lists.CAPTION_FIELDS, *lists.IMAGE_FIELDS, *lists.SPLIT_FIELDS)
+            wanted = {caption_field.lower(), *known}
             columns = [name for name in schema.names if name.lower() in wanted and name != image]
             if image is None and not any(name.lower() in lists.IMAGE_FIELDS for name in columns):
                 raise UnfitError(

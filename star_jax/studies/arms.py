@@ -113,16 +113,3 @@ class DataSet:
         for name in ('positions', 'level_embedding'):
             del fields['run']['model'][name]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Arms that are made one seed after another.
-
-    Attributes:
-        data: the data set.
-        arms: the arms.
-    """
-
-    data: DataSet
-    arms: tuple[Arm, ...]
