@@ -39,7 +39,7 @@ def parse_aspect(aspect: str) -> float:
     """Width divided by height of a ratio such as '16:9'; UserError for another text."""
     match = re.fullmatch(r'(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)', aspect)
     if not match or not min(sides := (float(match[1]), float(match[2]))):
-        raise UserError(f'{aspect!r} is no aspect ratio: give width:height, such as 16:9')
+        raise UserError(f'{aspect!r} is not an aspect ratio: give width:height, such as 16:9')
     return sides[0] / sides[1]
 
 

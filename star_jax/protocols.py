@@ -181,7 +181,7 @@ class TrainedTokenizer(Tokenizer, Protocol):
     """
 
     def features(self, images_BHWc: jax.Array) -> jax.Array:
-        """[B, H, W, 3] in [-1, 1] -> [B, h, w, C]: what is quantised."""
+        """[B, H, W, 3] in [-1, 1] -> [B, h, w, C]: the features to quantise."""
 
     def quantise(self, f: jax.Array) -> QuantisedMaps:
         """The codes of features, and their canvases."""

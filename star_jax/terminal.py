@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 LONGEST_CLEANING = 60  # seconds
 LONGEST_FLUSH = 1
-CONTROLS = ('Cc', 'Cs', 'Zl', 'Zp')  # Unicode categories of characters that are no text
+CONTROLS = ('Cc', 'Cs', 'Zl', 'Zp')  # Unicode categories of characters that are not text
 REORDERING = frozenset('\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069')
 
 
@@ -206,7 +206,7 @@ def exit_at_once(
 
 
 def _exit(status: int, line: str, clean_up: Callable[[], None]) -> None:
-    """Ends the process, whatever its threads do."""
+    """Ends the process without waiting for its threads."""
     with contextlib.suppress(OSError):
         clean_up()
     with contextlib.suppress(OSError):

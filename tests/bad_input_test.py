@@ -460,13 +460,13 @@ CASES: list[tuple[str, str, str]] = [
     ('guidance nan', f'{SAMPLE} --guidance nan', 'guidance must lie in .* not nan'),
     ('guidance inf', f'{SAMPLE} --guidance inf', 'guidance must lie in .* not inf'),
     ('another dtype', f'{SAMPLE} --dtype int8', "'int8'.*'float32', 'bfloat16'"),
-    ('no aspect ratio', f'{SAMPLE} --aspect 16x9', "'16x9' is no aspect ratio: give width:height"),
+    ('no aspect ratio', f'{SAMPLE} --aspect 16x9', "'16x9' is not an aspect ratio: give"),
     ('half of a size', f'{SAMPLE} --height 64', 'height and width are given together'),
     ('another aspect ratio', f'{SAMPLE} --aspect 16:9', 'no templates of other aspect ratios'),
     ('another resolution', f'{SAMPLE} --resolution 1M', 'no templates of other aspect ratios'),
     ('templates that are none', f'{TRAIN} --model.templates.grids wide 1x1,2x2',
      'expected the height x width of every scale'),
-    ('aspects of no ratio', f'{TRAIN} --data.aspects wide', "'wide' is no aspect ratio"),
+    ('aspects of no ratio', f'{TRAIN} --data.aspects wide', "'wide' is not an aspect ratio"),
     ('no images to evaluate', f'{EVALUATE} --count 0', 'at least 1, not 0'),
     ('too many images to evaluate', f'{EVALUATE} --count {TOO_MANY}', '1 to 2,147,483,647'),
     ('more images than memory', f'{EVALUATE} --count {2 * 10**9}', 'images .*for less'),
@@ -513,22 +513,22 @@ CASES: list[tuple[str, str, str]] = [
     ('a folder of prompts', f'{PROMPTS} {{bare}}', 'Is a directory'),
     ('an empty file of prompts', f'{PROMPTS} {{empty}}', 'holds no prompt: write one per line'),
     ('blank lines of prompts', f'{PROMPTS} {{blank_lines}}', 'holds no prompt'),
-    ('a binary file of prompts', f'{PROMPTS} {{binary}}', 'no text: expected UTF-8'),
-    ('prompts in Latin-1', f'{PROMPTS} {{latin}}', r'no text in UTF-8 \(byte 3\): save it'),
-    ('prompts in UTF-16', f'{PROMPTS} {{utf16}}', r'no text in UTF-8 \(byte 0\)'),
-    ('a pickle of prompts', f'{PROMPTS} {{pickle}}', 'no text'),
+    ('a binary file of prompts', f'{PROMPTS} {{binary}}', 'not text: expected UTF-8'),
+    ('prompts in Latin-1', f'{PROMPTS} {{latin}}', r'not text in UTF-8 \(byte 3\): save it'),
+    ('prompts in UTF-16', f'{PROMPTS} {{utf16}}', r'not text in UTF-8 \(byte 0\)'),
+    ('a pickle of prompts', f'{PROMPTS} {{pickle}}', 'not text'),
     ('a prompt of 10,000 words', f'{PROMPTS} {{long_line}}', '39,999 characters .*make it shorter'),
     ('such a prompt as a word', f'sample "{"red " * 10_000}"', '40,000 characters'),
-    ('a prompt with half a character', 'sample "a \udcff"', 'no text: expected UTF-8'),
+    ('a prompt with half a character', 'sample "a \udcff"', 'not text: expected UTF-8'),
     ('a negative prompt too long', f'{SAMPLE} --negative "{"red " * 10_000}"', '40,000 characters'),
-    ('control characters to avoid', f'{SAMPLE} --negative "\x1b[2J"', 'no text: expected UTF-8'),
+    ('control characters to avoid', f'{SAMPLE} --negative "\x1b[2J"', 'not text: expected UTF-8'),
     ('an empty prompt', "sample 'a star' ''", 'a prompt is empty: write one'),
     ('no name of prompts', "sample --prompts ''", "'' names no file"),
     ('a class of a model of text', 'sample --class 3 --model {home}/model --out {out}', 'classes'),
     ('a class and a prompt', f'{SAMPLE} --class 3', 'from a prompt or from a class: leave one out'),
     ('prompts twice', f'{PROMPTS} {{words}} "a red circle"', 'leave one out'),
     # Model folders.
-    ('no folder', f'{MODEL} {{nothing}}', "no such folder, and it is no hub id like 'owner/name'"),
+    ('no folder', f'{MODEL} {{nothing}}', 'no such folder, and it is not a hub id'),
     ('no name of a folder', "sample 'a star' --model ''", "'': there is no such folder"),
     ('a file as model', f'{MODEL} {{words}}', 'there is no such folder'),
     ('a pickled model', f'{MODEL} {{pickle.pth}}', 'there is no such folder'),
@@ -608,7 +608,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a device of prompts', f'{PROMPTS} {{device.txt}}', 'is a device, expected'),
     ('a pipe as image', f'{RECONSTRUCT} {{pipe.png}}', 'is a pipe, expected'),
     ('a device as image', f'{RECONSTRUCT} {{device.png}}', 'is a device, expected'),
-    ('a pipe among images', 'data prepare folder {images_of_pipes} {out}', 'no regular file'),
+    ('a pipe among images', 'data prepare folder {images_of_pipes} {out}', 'not a regular file'),
     ('a pipe of captions', 'data prepare folder {list_of_pipes} {out}', 'is a pipe, expected'),
     ('a pipe as dataset', 'data show {pipe_of_set} --out {out}', 'json is a pipe, expected'),
     ('a pipe as record', f'{SAMPLE[:-5]}{{pipe_as_record}}', 'samples.jsonl is a pipe, expected'),
@@ -790,7 +790,7 @@ CASES: list[tuple[str, str, str]] = [
     ('another score', f'{EVALUATE} --metrics beauty', "'beauty'"),
     ('a loss of a tokenizer', 'evaluate {home}/tokenizer --metrics loss', 'needs a model'),
     ('no file to convert', 'convert {nothing}.pth --out {out}', 'there is no such file'),
-    ('words to convert', 'convert {words} --out {out}', 'is no file of torch'),
+    ('words to convert', 'convert {words} --out {out}', 'is not a torch file'),
     ('a set to convert', 'convert {home}/set --out {out}', 'has no config.json, expected a model'),
     ('weights cut short to convert', 'convert {cut_weights} --out {out}', 'damaged or was cut'),
     ('a model to convert to a file', 'convert {home}/model --out {words}', 'is a file, expected'),
@@ -1192,7 +1192,7 @@ def test_random_file_of_prompts_is_read_or_refused(home, tmp_path, capfd, conten
     (tmp_path / 'file').write_text('')
     options = ('--model', str(home / 'model'), '--out', str(tmp_path / 'file'))
     message = error_message(capfd, 'sample', '--prompts', str(tmp_path / 'prompts'), *options)
-    assert re.search('holds no prompt|no text|is a file, expected the name of a folder', message)
+    assert re.search('holds no prompt|not text|is a file, expected the name of a folder', message)
 
 
 # No code unpickles.

@@ -299,7 +299,7 @@ def test_scene_keeps_some_of_its_captions():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'aspects': ('16x9',)}, "'16x9' is no aspect ratio: give width:height"),
+        ({'aspects': ('16x9',)}, "'16x9' is not an aspect ratio: give width:height"),
         ({'aspects': ()}, 'no aspects'),
         ({'count': 0}, 'not 0'),
         ({'split': 'test'}, "'test'"),

@@ -83,7 +83,7 @@ def read_json(path: str | Path) -> Any:
     """Reads a JSON tree.
 
     Raises:
-        UserError: the file is missing, damaged (with the line) or no regular file.
+        UserError: the file is missing, damaged (with the line) or not a regular file.
     """
     files.check_regular(path, files.MOST_TEXT)
     try:
@@ -173,7 +173,7 @@ def _execute(path: Path) -> dict[str, Any]:
         raise UserError(f'{path}{line}: {error.msg}') from error
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit, GeneratorExit and whatever else a file raises
+    except BaseException as error:  # a file may raise any exception, SystemExit included
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = f', line {lines[-1]}' if lines else ''
@@ -198,7 +198,7 @@ def _dump(data: object, indent: int | None = None) -> str:
             f'{fields}: JSON has no nan or infinity, expected a finite number'
         ) from error
     except TypeError as error:
-        raise UserError(f'a config contains a value that is no plain data ({error})') from error
+        raise UserError(f'a config contains a value that is not plain data ({error})') from error
 
 
 def _not_finite(value: object, path: str) -> Iterator[str]:

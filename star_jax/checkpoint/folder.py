@@ -103,8 +103,8 @@ def write(
         allow_nonfinite: write NaN and infinite weights, too.
 
     Raises:
-        UserError: `folder` exists and is no model folder, or cannot be written, or weights are not
-            finite.
+        UserError: `folder` exists and is not a model folder, or cannot be written, or weights are
+            not finite.
     """
     folder = Path(folder).absolute()
     check_free(folder)
@@ -224,7 +224,8 @@ def find(source: str | Path) -> Path:
         return Path(source)
     if not HUB_ID.fullmatch(str(source)):
         raise UserError(
-            f"{source or repr('')}: there is no such folder, and it is no hub id like 'owner/name'"
+            f'{source or repr("")}: there is no such folder, and it is not a hub id '
+            "like 'owner/name'"
         )
     return _download(str(source))
 

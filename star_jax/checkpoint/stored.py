@@ -133,7 +133,7 @@ class StoredTensors:
 
 
 def _read_raw(path: Path, name: str, spec: TensorSpec) -> np.ndarray:
-    """An array whose type the library does not know; it has checked the header."""
+    """An array of a type that the library does not support; it has checked the header."""
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
         start, end = json.loads(file.read(length))[name]['data_offsets']

@@ -23,8 +23,8 @@ USAGE_ERROR = 2  # exit status of an invalid command line
 MAX_SUGGESTIONS = 3  # options that one error message suggests
 MISSING = re.compile(r'((?:--\S+ )?[A-Z]+) (.*?)\.? \(required\)')  # part of tyro's message
 PLAIN = {  # Python's errors -> the same in plain words
-    r'invalid literal for int\(\) with base 10: (.*)': r'\1 is no whole number',
-    r'could not convert string to float: (.*)': r'\1 is no number',
+    r'invalid literal for int\(\) with base 10: (.*)': r'\1 is not a whole number',
+    r'could not convert string to float: (.*)': r'\1 is not a number',
 }
 
 

@@ -228,7 +228,7 @@ def _option_words(option: str, value: str) -> list[str]:
     try:
         return [f'--{option}', *shlex.split(value)]
     except ValueError as error:
-        raise UserError(f'--sweep {option}: {value!r} is no value ({error})') from error
+        raise UserError(f'--sweep {option}: {value!r} is not a valid value ({error})') from error
 
 
 def sweep_of_buckets(sizes: Sequence[int]) -> str:

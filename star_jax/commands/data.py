@@ -22,7 +22,7 @@ USAGE = """usage: star-jax data prepare|show|cache|check [...]   (each has --hel
   star-jax data prepare folder my_images sets/me  writes a set of your own images with captions
   star-jax data show my_images                    writes a captioned grid of any set
   star-jax data cache configs/shapes.py           encodes the images and captions of a run once
-  star-jax data check sets/me.codes               compares all of that with its checksums
+  star-jax data check sets/me.codes               compares an encoded set with its checksums
 """
 PREPARE_USAGE = """usage: star-jax data prepare emoji|folder [...]   (each has --help)
 

@@ -30,9 +30,9 @@ class Evaluate:
 
     Tokenizer: PSNR, LPIPS (needs the extra lpips), used codes and perplexity per scale. Model: loss
     and accuracy per scale. On shapes also alignment: the share of sampled images that show all that
-    their caption says, decided by rules; the scores of the true images and of their reconstructions
-    are printed beside it as upper bounds. On other data KID-EffLite0 (needs the extra kid). Metrics
-    of images have 95 % intervals.
+    their caption states, decided by rules; the scores of the true images and of their
+    reconstructions are printed beside it as upper bounds. On other data KID-EffLite0 (needs the
+    extra kid). Metrics of images have 95 % intervals.
 
     The model folder recommends sampling settings; options replace them. With several values of
     guidance, top-k, top-p or temperature, every combination is evaluated.

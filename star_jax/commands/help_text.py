@@ -38,7 +38,7 @@ class Option:
         name: name without the dashes, such as pace.steps.
         invocation: name and type, such as '--pace.steps INT'.
         description: description of the field in the docstring.
-        default: the default value in words ('': none, or the description says it).
+        default: the default value in words ('': none, or the description has it).
         group: dotted name of the nested dataclass that has the field.
         owner: class that has the field.
         positional: whether the option is a positional argument.

@@ -186,8 +186,8 @@ def _check(prompt: str) -> None:
     )
     if character := next(invalid, None):
         raise UserError(
-            f'the prompt {ascii(prompt[:30])} holds {ascii(character)}, which is no text: expected '
-            'UTF-8 without control characters'
+            f'the prompt {ascii(prompt[:30])} holds {ascii(character)}, which is not text: '
+            'expected UTF-8 without control characters'
         )
     if not lists.is_visible(prompt):
         raise UserError(f'a prompt has only invisible characters ({ascii(prompt)}): write one')
@@ -217,7 +217,7 @@ def _read_prompts(options: Sample) -> list[str]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f'{options.prompts} is no text in UTF-8 (byte {error.start}): save it in UTF-8, one '
+            f'{options.prompts} is not text in UTF-8 (byte {error.start}): save it in UTF-8, one '
             'prompt per line'
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]

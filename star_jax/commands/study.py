@@ -47,7 +47,7 @@ class StudyRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyReport:
-    """Writes tables, and of positions plots, of whatever results a folder holds.
+    """Writes the tables of the results in a folder, and for a study of positions the plots.
 
     Results of several commits or settings do not compare and are refused.
 
@@ -55,7 +55,7 @@ class StudyReport:
 
     Attributes:
         folder: folder of results, as `study run` writes them.
-        out: the files are OUT.json, OUT_tables.md and, of positions, OUT.png.
+        out: the files are OUT.json, OUT_tables.md and, for positions, OUT.png.
     """
 
     folder: tyro.conf.Positional[Path]

@@ -212,8 +212,8 @@ def _llamagen(specs: Specs, options: ModelOptions) -> LlamaGen | LlamaGenText:
     kv_heads, rest = divmod(rows - width, 2 * max(inner, 1))
     if rest:
         raise UserError(
-            f'{first} has {rows} rows, which are not those of {heads} heads of {inner} channels '
-            'and of their keys and values: give the heads with --heads'
+            f'{first} has {rows} rows, which do not fit {heads} heads of {inner} channels with '
+            'their keys and values: give the heads with --heads'
         )
     side = TOKENS.get(options.size or 256)
     if options.sides:

@@ -187,7 +187,7 @@ def _is_torch(path: Path) -> bool:
     if path.suffix.lower() == '.safetensors':
         return False
     raise UserError(
-        f'{path} is no file of torch, or the download failed (a git-lfs pointer, a web page): '
+        f'{path} is not a torch file, or the download failed (a git-lfs pointer, a web page): '
         'fetch it again'
     )
 
@@ -280,7 +280,7 @@ def _wrappers(name: str) -> list[str]:
 
 
 def _not_published(path: Path) -> str:
-    return f'{path} is no published STAR, VAR, Infinity, LlamaGen or tokenizer file'
+    return f'{path} is not a published STAR, VAR, Infinity, LlamaGen or tokenizer file'
 
 
 def _layout_error(path: Path, names: Sequence[str]) -> UserError:

@@ -136,7 +136,7 @@ def to_folder(
         other tensors.
 
     Raises:
-        UserError: a file is no published model, has weights that are not finite, or the folder
+        UserError: a file is not a published model, has weights that are not finite, or the folder
             cannot be written.
     """
     folder.check_free(out)

@@ -32,7 +32,7 @@ NUMBERS = {int: numbers.Integral, float: numbers.Real}
 def check_types(config: Any) -> None:
     """Raises a UserTypeError that names each field of a dataclass with a value of a wrong type.
 
-    Types are those of the annotations; a text that is none of a Literal raises a UserError.
+    The annotations give the types; a text that is not in a Literal raises a UserError.
     """
     kinds = _field_types(type(config))
     values = {name: getattr(config, name) for name in kinds}

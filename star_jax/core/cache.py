@@ -91,8 +91,8 @@ class Cache:
     def rows_kept(schedule: Schedule, groups: tuple[Group, ...], keep_last: bool = False) -> int:
         """How many rows a cache must hold for steps in these groups.
 
-        No step reads those of the last one. A bucket that contains it writes them all the same,
-        because one body serves all of its steps. `keep_last`: a caller wants to read them.
+        No step reads the rows of the last one, but a bucket that contains it writes them, because
+        one body serves all of its steps. `keep_last`: keep them, too, for the caller to read.
         """
         return schedule.starts[-1 if keep_last or groups[-1].padded else -2]
 

@@ -1,6 +1,6 @@
 """What is one token?
 
-A head gives flat logits; `Codes` says how they are read. `Index` is one of many codes, `Bits` is a
+A head returns flat logits, which `Codes` parses. `Index` is one of many codes, `Bits` is a
 vector of independent bits.
 """
 

@@ -17,7 +17,7 @@ def check_codes(codes: int) -> None:
 def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None:
     """Raises a ValueError that names the first size, or a size of a tuple, outside [1, most].
 
-    It is a UserTypeError for what is no number.
+    A value that is not a number raises a UserTypeError.
     """
     for name, size in sizes.items():
         for value in size if isinstance(size, tuple) else (size,):

@@ -47,7 +47,7 @@ class StaticVisibility:
     def of(cls, bound_L: np.ndarray) -> 'StaticVisibility':
         """Makes it from the upper bound of each row, which is at least 1."""
         if len(bound_L) and min(bound_L) < 1:
-            raise ValueError(f'every row must see a key, not {min(bound_L)} of them')
+            raise ValueError(f'every row must attend to a key, not to {min(bound_L)} of them')
         return cls(tuple((len(list(run)), key) for key, run in itertools.groupby(bound_L.tolist())))
 
     @property

@@ -166,7 +166,7 @@ class _Shard:
         return dataclasses.replace(self, dtype=stored)
 
     def has_size(self, count: int) -> bool:
-        """Whether it holds `count` examples, and the file is as long as its header says."""
+        """Whether it holds `count` examples, and the file has the length that its header gives."""
         size = self.end + DIGEST * self.num_blocks
         return self.shape[0] == count and os.path.getsize(self.path) == size
 

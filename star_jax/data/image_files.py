@@ -121,7 +121,7 @@ def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, tu
     """
     # Reading a pipe or a device may not end.
     if os.path.exists(source) and not os.path.isfile(source):
-        raise UnfitError(UNREADABLE, 'it is no regular file')
+        raise UnfitError(UNREADABLE, 'it is not a regular file')
     try:
         with source.open('rb') as file:
             image = _open(file)

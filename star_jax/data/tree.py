@@ -195,7 +195,7 @@ def _walk(root: Path) -> tuple[list[str], list[Fault]]:
             elif entry.is_symlink():
                 faults.append(Fault(LINK, name, 'it leads to no file or folder'))
             else:
-                faults.append(Fault(NOT_A_FILE, name, 'it is no regular file'))
+                faults.append(Fault(NOT_A_FILE, name, 'it is not a regular file'))
     return names, faults
 
 
@@ -241,7 +241,7 @@ def _tar_members(root: Path, name: str) -> tuple[dict[str, TarMember], list[Faul
                     faults.append(Fault(LINK, path, 'links in archives are not read'))
                     continue
                 if not member.isreg():
-                    faults.append(Fault(NOT_A_FILE, path, 'it is no regular file'))
+                    faults.append(Fault(NOT_A_FILE, path, 'it is not a regular file'))
                     continue
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError('unexpected end of data')

@@ -50,7 +50,7 @@ class Layers(Family):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes(Layers):
-    """Sizes of a transformer, whatever its codes are.
+    """Sizes of a transformer with any kind of codes.
 
     Attributes:
         mlp_ratio: hidden width of an MLP, as a multiple of width.

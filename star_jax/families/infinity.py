@@ -35,7 +35,7 @@ from star_jax.protocols import Kernel, PromptEncoder
 from star_jax.tokenizers.residual_bsq import BSQ, PATCH
 
 PATCHED_BITS = 56  # bits of a token of the published 8B model
-LEVELS = 15  # rows of the level embedding, whatever the schedule
+LEVELS = 15  # rows of the level embedding, for any schedule
 UNIT = 256  # hidden widths are multiples of it
 POOL_WIDTH = 128  # channels of the text for each pooling head
 WIDE, WIDE_POOL_WIDTH = 4096, 64  # the same in wider models

@@ -1,4 +1,4 @@
-"""What do all networks over a pyramid of scales share, whatever their condition is?"""
+"""What do STAR and VAR, the networks over a pyramid of scales of indices, share?"""
 
 import dataclasses
 import functools

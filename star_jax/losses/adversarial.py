@@ -58,7 +58,7 @@ def adaptive_weight(reconstruction: jax.Array, adversarial: jax.Array, largest: 
 
 
 def accuracy(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The share of logits with the right sign; 0.5 if the discriminator cannot tell."""
+    """The share of logits with the right sign; 0.5 if it guesses."""
     return 0.5 * ((real > 0).mean() + (fake < 0).mean())
 
 

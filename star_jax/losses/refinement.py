@@ -128,7 +128,7 @@ def mean_per_scale(schedule: Schedule, rows: np.ndarray, sums_3R: Any) -> Metric
     """Loss and accuracy, averaged over all hidden tokens and over those of each scale.
 
     Args:
-        schedule: tells the scale of each token.
+        schedule: gives the scale of each token.
         rows: as for `refined_rows`.
         sums_3R: `hidden_sums`, summed over images.
     """

@@ -84,7 +84,7 @@ def token_losses(
         smoothing: label smoothing e; the trained loss of a token is (1 - e) times its cross-entropy
             plus e times the mean of -log p over all codes.
         of_bits: whether the trained loss of a token is the mean or the sum over its bits.
-        tables: where the rows are (None: as the schedule of the network says).
+        tables: positions of the rows (None: those of the network's schedule).
         noise_key: the key of dropout (None: nothing is dropped).
     """
     network = bind(network, params)

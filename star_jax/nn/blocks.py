@@ -23,8 +23,8 @@ from star_jax.parallel.rules import ActivationSharding
 from star_jax.protocols import Kernel
 
 # Values of a block that `jax.checkpoint` keeps for the backward pass, beside its input. Products
-# without batch dimensions are those with weights: to keep those of attention, too, would store the
-# scores that its kernels never hold at once.
+# without batch dimensions are the products with weights; keeping the products of attention, too,
+# would store scores that its kernels never hold at once.
 SAVED = {'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable, 'full': None}
 PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodulated block
 

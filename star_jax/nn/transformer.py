@@ -134,7 +134,7 @@ class Transformer(nn.Module):
             condition: a pytree with one row per image.
             rows: the rows to keep (None: all); traced ones are those of a schedule's `thin`.
             paths: [depth, 2, B] scales of the branches of self-attention and MLP (`drop_paths`).
-            tables: where the rows are (None: as the schedule says).
+            tables: positions of the rows (None: those of the schedule).
             noise_key: the key of dropout (None: nothing is dropped).
 
         Returns:
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
                 prefix is added here.
             paths: [depth, 2, B] scales of residual branches.
             mixing: [depth, 2, 2], for guidance after layers (`core.guidance.mix_rows`).
-            tables: where all rows of the schedule are (None: as it says).
+            tables: positions of all rows of the schedule (None: computed from it).
             noise_key: the key of dropout (None: nothing is dropped).
 
         Returns:

@@ -133,7 +133,7 @@ def _connect_cpus() -> None:
 
 def _initialize(**settings: object) -> None:
     """Initializes `jax.distributed`; a TPU of one machine may have no other process."""
-    # It would take SIGTERM from `faults.Stop`, and lose one that comes before the first step.
+    # The service would take SIGTERM from `faults.Stop`, and lose a signal before the first step.
     jax.config.update('jax_enable_preemption_service', False)
     try:
         jax.distributed.initialize(

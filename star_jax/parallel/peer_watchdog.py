@@ -190,7 +190,7 @@ def broadcast_text(text: str) -> str:
 def check_same(name: str, text: str) -> None:
     """Raises UserError in every process whose text differs from that of process 0.
 
-    `name` is what the text describes, in the plural, such as 'settings'.
+    `name` says in the plural what the text describes, such as 'settings'.
     """
     if broadcast_text(text) != text:
         raise UserError(

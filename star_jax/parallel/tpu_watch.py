@@ -2,8 +2,8 @@
 
     bash launch/tpu_watch.sh NAME ZONE TYPE [OPTIONS OF gcloud] CONFIG --out SHARED/RUN ...
 
-runs this module on the user's machine. Once a minute it looks at a queued resource and at the run
-on it, through the actions of `launch/tpu.sh`, and does what is due: it creates the resource,
+runs this module on the user's machine. Once a minute it checks a queued resource and the run
+on it, through the actions of `launch/tpu.sh`, and acts: it creates the resource,
 installs, starts the run, replaces a slice that was preempted or no longer answers, and deletes the
 resource at the end. A slice costs money from ACTIVE to its deletion, so no wait is unbounded.
 
@@ -60,7 +60,7 @@ class Clock:
         return time.monotonic() + self._added
 
     def sleep(self, seconds: int) -> None:
-        """Waits by the command `sleep`, and counts at least the seconds that were asked for."""
+        """Waits by the command `sleep`, and counts at least the requested seconds."""
         start = time.monotonic()
         subprocess.run(['sleep', str(seconds)], check=True)
         self._added += max(0.0, seconds - (time.monotonic() - start))
@@ -88,7 +88,7 @@ class Watch:
         request: the arguments of the user.
         tpu: runs an action of `launch/tpu.sh` with its words; returns exit status and output.
         clock: has `now` and `sleep`.
-        say: takes a sentence for the user.
+        say: prints a sentence for the user.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Watch:
         self._stopped = False  # whether the last look found the run stopped
         self._looked = clock.now()
         self._is_idle, self._idle = False, 0.0  # at the last look; seconds of a slice without a run
-        # Since the step of the newest checkpoint has grown. A preemption excuses those of a slice.
+        # Failures since the newest checkpoint; a preemption resets those of the slice.
         self._run_failures = self._slice_failures = 0
         self._step: int | None = None  # step of the newest checkpoint
 
@@ -246,7 +246,7 @@ class Watch:
         """State of the resource, '' if there is none, and of the run if the resource is ACTIVE.
 
         The third is the step of the newest checkpoint: -1 if there is none yet, None if unknown.
-        The action prints the first before it asks a VM, which may take too long to answer.
+        The action prints the first before it queries a VM, which may take too long to answer.
         """
         status, output = self._tpu('state', self._request.out)
         state, _, answer = output.strip().partition(' ')

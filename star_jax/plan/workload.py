@@ -245,7 +245,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
-    """The tokenizer that the run names; otherwise the published one, and a note that says so."""
+    """The tokenizer that the run names; otherwise the published one, and a note about it."""
     path, model = resolve(run).tokenizer, run.model
     if path == SHIPPED or os.path.isdir(path):
         vq = models.read_tokenizer(path).config.at(model.schedule)

@@ -49,7 +49,7 @@ class Arm:
     Attributes:
         kind: its name: a name in KINDS, with a suffix or not.
         positions: its positions.
-        level_embedding: whether a learned vector tells the scale of a token.
+        level_embedding: whether a learned vector marks the scale of a token.
         seeds: seeds of the initial parameters and of the order of the data.
     """
 

@@ -39,7 +39,7 @@ class PositionsResult:
     Attributes:
         study: 'positions'.
         kind: name of the arm.
-        level_embedding: whether a learned vector tells the scale of a token.
+        level_embedding: whether a learned vector marks the scale of a token.
         seed: the seed.
         data: name of the data set.
         commit: commit of the code.

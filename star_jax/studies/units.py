@@ -44,7 +44,7 @@ class Unit(Protocol):
         """The fields of the result, or None if it was asked to stop; the same call continues.
 
         Args:
-            work: a folder of its own, and whatever an earlier call left in it.
+            work: the folder of the unit, with the results of an interrupted call.
             console: shows the progress.
 
         Raises:
@@ -113,7 +113,7 @@ def run(
 
     Raises:
         UserError: a name in `only` is unknown, a folder cannot be used, or some units could not be
-            made; it names them and says why.
+            made; it names them and the reasons.
     """
     startup.start()
     files.check_folder(results)

@@ -1,8 +1,8 @@
 """How are captions cleaned before LlamaGen's text encoder reads them?
 
 `clean` applies the published steps twice, as training and sampling do (LlamaGen specification 4.4).
-Each step sees the whole text as the one before left it; their order and their quirks are those of
-the published code, because the released models saw no other captions.
+Each step reads the whole result of the step before; their order and their quirks are those of the
+published code, because the released models were trained on such captions.
 """
 
 import functools

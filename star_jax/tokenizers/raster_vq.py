@@ -178,7 +178,7 @@ class RasterVQTokenizer(nn.Module):
         return self.decode(self.quantise(self.features(images_BHWc)).canvases[-1])
 
     def features(self, images_BHWc: jax.Array) -> jax.Array:
-        """[B, H, W, 3] in [-1, 1] -> [B, h, w, C]: what is compared with the code vectors."""
+        """[B, H, W, 3] in [-1, 1] -> [B, h, w, C], compared with code vectors."""
         return self.quantiser.enter(self.quant_conv(self.encoder(images_BHWc)))
 
     def quantise(self, f_BhwC: jax.Array) -> Quantised:

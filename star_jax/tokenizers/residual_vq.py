@@ -53,7 +53,7 @@ class VQ(TokenizerConfig):
         codes: number of entries of the codebook.
         channels: channels of a code vector.
         phis: number of phi convolutions (1: shared by all scales; as many as scales: one each).
-        phi_ratio: share of a phi convolution's output in what a scale adds to the canvas.
+        phi_ratio: share of a phi convolution's output in the map that a scale adds to the canvas.
         normalised: look codes up by direction (cosine) instead of distance.
     """
 

@@ -148,7 +148,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with gzip.open(gzipped) as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise UserError(f'{gzipped} has more than {MOST_BYTES:,} bytes, so it is no case')
+            raise UserError(f'{gzipped} has more than {MOST_BYTES:,} bytes, so it is not a case')
         return safetensors.numpy.load(content)
     except (OSError, EOFError, zlib.error, safetensors.SafetensorError) as error:
         raise UserError(f'{gzipped}: cannot be read as gzipped safetensors ({error})') from error

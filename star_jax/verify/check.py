@@ -70,7 +70,7 @@ OPTIONS = {
     'infinity': infinity_options.OPTIONS,
     'llamagen': llamagen_options.OPTIONS,
 }
-# Of families whose cases carry no tolerances.
+# The tolerances of families whose cases have none.
 MARKS = {'infinity': infinity_options.MARKS, 'llamagen': llamagen_options.MARKS}
 
 
@@ -78,8 +78,8 @@ def verify(folder: Path) -> CaseReport:
     """Compares every array that the case in `folder` records.
 
     Raises:
-        UserError: the folder is no case, its family or kind is unknown, or its config has an option
-            that is unknown or not implemented.
+        UserError: the folder is not a case, its family or kind is unknown, or its config has an
+            option that is unknown or not implemented.
     """
     case = read_case(folder)
     kind = (case.option('family'), case.option('kind'))

@@ -183,7 +183,7 @@ class BitTokenizer:
 
     @property
     def hidden(self) -> list[jax.Array]:
-        """After the first convolution, and after every residual block and every downsampling."""
+        """Maps after the first convolution, and after every residual block and downsampling."""
         blocks, levels = self.bsq.autoencoder.blocks, len(self.bsq.autoencoder.widths)
         names = ['conv_in']
         for level in range(levels):

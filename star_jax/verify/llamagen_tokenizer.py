@@ -134,7 +134,7 @@ class VqTokenizer:
         return _recorded(self.forward.encoder[f'down_{level}_downsample'])
 
     def upsampled(self, block: str) -> np.ndarray:
-        """After an upsampling; the first is that of the lowest resolution."""
+        """The map after an upsampling, counted from the lowest resolution."""
         level = len(self.config.autoencoder.widths) - 1 - int(block)
         return _recorded(self.forward.decoder[f'up_{level}_upsample'])
 

@@ -10,7 +10,7 @@ def _below(parent: str, names: str) -> tuple[str, ...]:
     return tuple(f'{parent}.{name}' for name in names.split())
 
 
-# Sizes and names of the recorded arrays, and what the recording measured, in any kind of case.
+# Sizes and names of the recorded arrays, and measurements of the recording, in any kind of case.
 DESCRIPTIVE = (
     'batch',
     'buffers_in_state_dict',
