@@ -100,7 +100,15 @@ def track(
     visible: bool = True,
     transient: bool = False,
 ) -> Iterator[Item]:
-    """The items, with a bar of `total` on standard error that counts those that are finished."""
+    """Yields items, with a progress bar on standard error that counts the finished ones.
+
+    Args:
+        items: the items.
+        description: text before the bar.
+        total: number of items.
+        visible: whether the bar is shown at all.
+        transient: whether it disappears at the end.
+    """
     with progress_bar(visible=visible, transient=transient) as progress:
         task = progress.add_task(description, total=total, note='')
         for item in items:

@@ -155,6 +155,11 @@ def exit_on_signals(
     other errors. An ignored signal stays ignored. Outside the main thread, which alone may set
     handlers, this does nothing.
 
+    Args:
+        statuses: the exit status of each signal.
+        line: the line that is printed.
+        clean_up: called before the exit.
+
     Returns:
         A function that restores the previous handlers.
     """

@@ -59,7 +59,12 @@ class TextEncoderReference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTokenizer:
-    """Config and parameters of an image tokenizer."""
+    """An image tokenizer.
+
+    Attributes:
+        config: sizes and parts of the tokenizer; its class decides the kind.
+        params: parameters of the tokenizer.
+    """
 
     config: Any
     params: Mapping[str, Any]

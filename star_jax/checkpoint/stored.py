@@ -44,7 +44,12 @@ ALIGNMENT = 8  # bytes; arrays start at multiples
 
 
 class TensorSpec(NamedTuple):
-    """Shape and type of an array."""
+    """Shape and type of an array.
+
+    Attributes:
+        shape: shape of the array.
+        dtype: type of its elements.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -121,7 +121,7 @@ class BenchTrain:
 
 
 class Options(Protocol):
-    """The options that BenchSample and BenchTrain share."""
+    """The options that BenchSample and BenchTrain share, as their docstrings describe them."""
 
     sweep: tuple[str, ...]
     compilation_cache: Path | None

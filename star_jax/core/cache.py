@@ -20,7 +20,12 @@ AXES = ('batch', 'heads', None, None)  # logical axes of keys and of values
 
 
 class KV(NamedTuple):
-    """Keys and values, [..., B, K, M, H]. Query head i reads key/value head i // (N / K)."""
+    """Keys and values of some rows. Query head i reads key/value head i // (N / K).
+
+    Attributes:
+        keys: [..., B, K, M, H], after normalisation and rotation.
+        values: [..., B, K, M, H].
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -59,9 +64,16 @@ class KV(NamedTuple):
 
 
 def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Visibility]:
-    """Joins all keys and values in order; also returns the visibility over the joined array.
+    """Joins all keys and values in one array, in the order of their numbers.
 
-    Rows behind the last visible key hold arbitrary numbers.
+    Args:
+        past: earlier pieces; with `visibility.written`, so many of their rows are written.
+        new: the keys and values of the rows that attend.
+        visibility: which keys each row attends to.
+
+    Returns:
+        The joined array, whose rows behind the last visible key hold arbitrary numbers, and the
+        visibility over it.
     """
     if not past:
         return new, visibility

@@ -36,10 +36,16 @@ class StepSettings:
 
 
 def guide(logits: jax.Array, batch: int, weight: float | jax.Array) -> jax.Array:
-    """[B, ...] prompted + weight (prompted - unprompted).
+    """Classifier-free guidance: prompted + weight (prompted - unprompted).
 
-    `logits` are those of `batch` prompted rows over as many unprompted ones, or of the prompted
-    rows alone, which are returned as they are.
+    Args:
+        logits: [2 B, ...] of prompted rows over as many unprompted ones, or [B, ...] of prompted
+            rows alone, which are returned as they are.
+        batch: number of images B.
+        weight: the weight w of the step; 0 gives the prompted logits.
+
+    Returns:
+        [B, ...] guided logits.
     """
     if len(logits) == batch:
         return logits
@@ -48,7 +54,15 @@ def guide(logits: jax.Array, batch: int, weight: float | jax.Array) -> jax.Array
 
 
 def mix_rows(x_RLD: jax.Array, mixing_22: jax.Array) -> jax.Array:
-    """Prompted over unprompted rows, each a sum of both with weights [to, from]."""
+    """Replaces prompted and unprompted rows by weighted sums of both.
+
+    Args:
+        x_RLD: [2 B, L, D], prompted over unprompted rows.
+        mixing_22: weights [to, from].
+
+    Returns:
+        [2 B, L, D] in the same order.
+    """
     both = x_RLD.reshape(2, -1, *x_RLD.shape[1:])
     mixed = jnp.einsum('ij,j...->i...', mixing_22.astype(x_RLD.dtype), both, precision='highest')
     return mixed.reshape(x_RLD.shape)

@@ -17,18 +17,30 @@ from star_jax.core.schedule import Grids
 
 
 def place(x_BLC: jax.Array, grids: Grids, index: jax.Array) -> jax.Array:
-    """The tokens of scale `index` as a map [B, *grids[-1], C], in its upper left corner.
+    """Places the tokens of a scale in the upper left corner of a map.
 
-    `x_BLC` has as many rows as the last of `grids` has cells; its padding must be finite.
+    Args:
+        x_BLC: padded tokens, as many as the last of `grids` has cells; the padding must be finite.
+        grids: (height, width) of every scale.
+        index: the scale, traced.
+
+    Returns:
+        [B, *grids[-1], C].
     """
     cells = jnp.asarray(_token_of_cell(grids))[index]
     return x_BLC[:, cells].reshape(len(x_BLC), *grids[-1], -1)
 
 
 def take(x_BhwC: jax.Array, grids: Grids, index: jax.Array) -> jax.Array:
-    """The tokens [B, L, C] of scale `index` of such a map, padded; the inverse of `place`.
+    """Takes the tokens of a scale from the upper left corner of a map; the inverse of `place`.
 
-    An index after the last scale stands for the last scale.
+    Args:
+        x_BhwC: maps of the last of `grids`.
+        grids: (height, width) of every scale.
+        index: the scale, traced; an index after the last scale stands for the last scale.
+
+    Returns:
+        [B, L, C] padded tokens, as many as the last of `grids` has cells.
     """
     tokens = jnp.asarray(_cell_of_token(grids))[jnp.minimum(index, len(grids) - 1)]
     return x_BhwC.reshape(len(x_BhwC), -1, x_BhwC.shape[-1])[:, tokens]
@@ -37,15 +49,33 @@ def take(x_BhwC: jax.Array, grids: Grids, index: jax.Array) -> jax.Array:
 def enlarge(
     x_BhwC: jax.Array, grids: Grids, index: jax.Array, full: tuple[int, int], matrix: MatrixOf
 ) -> jax.Array:
-    """Maps [B, *full, C] of maps whose upper left corner holds the grid of scale `index`."""
+    """Resamples the grid of a scale to full size.
+
+    Args:
+        x_BhwC: maps whose upper left corner holds the grid.
+        grids: (height, width) of every scale.
+        index: the scale, traced.
+        full: (height, width) of the result.
+        matrix: the resampling along one axis, such as `resize.bicubic_matrix`.
+
+    Returns:
+        [B, *full, C].
+    """
     rows, columns = _matrices(matrix, tuple((grid, full) for grid in grids))
     return resize.resample(x_BhwC, jnp.asarray(rows)[index], jnp.asarray(columns)[index])
 
 
 def shrink(x_BHWC: jax.Array, grids: Grids, index: jax.Array, matrix: MatrixOf) -> jax.Array:
-    """Maps [B, *grids[-1], C] whose upper left corner holds the grid of scale `index`.
+    """Resamples maps of full size to the grid of a scale, in the upper left corner of a map.
 
-    An index after the last scale stands for the last scale.
+    Args:
+        x_BHWC: maps of full size.
+        grids: (height, width) of every scale.
+        index: the scale, traced; an index after the last scale stands for the last scale.
+        matrix: the resampling along one axis, such as `resize.area_matrix`.
+
+    Returns:
+        [B, *grids[-1], C].
     """
     index = jnp.minimum(index, len(grids) - 1)
     rows, columns = _matrices(matrix, tuple((x_BHWC.shape[1:3], grid) for grid in grids))

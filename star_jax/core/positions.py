@@ -58,10 +58,20 @@ def rotation(angles_LP: np.ndarray) -> np.ndarray:
 def raster_rotation(
     height: int, width: int, prefix: int, head_dim: int, theta: float
 ) -> np.ndarray:
-    """[prefix + height * width, P, 2] float32: cosines and sines of a raster after a prefix.
+    """Cosines and sines of a raster after a prefix (LlamaGen specification 2.3).
 
     Half of the planes rotate with the row of a cell, half with its column. In the rows of the
-    prefix both are 0, which makes queries and keys vanish there (LlamaGen specification 2.3).
+    prefix both are 0, which makes queries and keys vanish there.
+
+    Args:
+        height: cells along the height.
+        width: cells along the width.
+        prefix: rows before the first cell.
+        head_dim: channels of a head, a multiple of 4.
+        theta: base of the frequencies.
+
+    Returns:
+        [prefix + height * width, P, 2] float32.
     """
     yx_N2 = grid_xy(height, width)[:, ::-1]
     table_NP2 = rotation(rotary_angles(yx_N2, head_dim, theta))
@@ -74,11 +84,20 @@ def interpolated_rotation(
     head_dim: int,
     theta: float,
 ) -> np.ndarray:
-    """[L, P, 2] float32: cosines and sines, interpolated between those of whole coordinates.
+    """Cosines and sines, interpolated between those of whole coordinates.
 
-    Half of the planes rotate with the row, half with the column. The first and the last cell of an
-    axis have the coordinates 0 and `extents` - 1 (rows, columns); an axis of one cell has 0. An
-    interpolated row is shorter than 1 (Infinity specification 5.4, mode 1).
+    Half of the planes rotate with the row, half with the column. An interpolated row is shorter
+    than 1 (Infinity specification 5.4, mode 1).
+
+    Args:
+        grids: (height, width) of every scale.
+        extents: the first and the last cell of an axis have the coordinates 0 and `extents` - 1
+            (rows, columns); an axis of one cell has 0.
+        head_dim: channels of a head, a multiple of 4.
+        theta: base of the frequencies.
+
+    Returns:
+        [L, P, 2] float32.
     """
     freqs_F = theta ** -(np.arange(0, head_dim, 4) / head_dim)
 

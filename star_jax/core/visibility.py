@@ -97,7 +97,11 @@ class StaticVisibility:
 
 
 class TracedVisibility(NamedTuple):
-    """Upper bounds as an array: [rows] int32, or [1] where all rows have the same; at least 1."""
+    """Upper bounds as an array.
+
+    Attributes:
+        bound_L: [rows] int32, or [1] where all rows have the same; at least 1.
+    """
 
     bound_L: jax.Array
 

@@ -44,14 +44,24 @@ Key = Mapping[str, Any]
 
 
 class ArraySpec(Protocol):
-    """Shape and dtype of an array, such as a `jax.ShapeDtypeStruct`."""
+    """Shape and dtype of an array, such as a `jax.ShapeDtypeStruct`.
+
+    Attributes:
+        shape: the shape.
+        dtype: the dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 class EncodedExample(TypedDict):
-    """An example with its encoded image in place of the image."""
+    """An example with its encoded image in place of the image.
+
+    Attributes:
+        encoded: codes or features of the image.
+        captions: one or more captions.
+    """
 
     encoded: np.ndarray
     captions: tuple[str, ...]

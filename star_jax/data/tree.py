@@ -33,7 +33,11 @@ NOT_UNPACKED = 'archive'
 
 
 class File(Protocol):
-    """A `Path`, or a file in another file, whose path `os.fspath` then returns."""
+    """A `Path`, or a file in another file, whose path `os.fspath` then returns.
+
+    Attributes:
+        name: name of the file.
+    """
 
     name: str
 

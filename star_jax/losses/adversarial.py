@@ -115,13 +115,19 @@ class LeCam:
             raise ValueError(f'weight must not be negative, and decay lie in [0, 1): {self}')
 
     def penalty(self, real: jax.Array, fake: jax.Array, means_2: jax.Array) -> jax.Array:
-        """The weighted penalty; `means_2` are the average logits of real and decoded images."""
+        """The weighted penalty of a batch.
+
+        Args:
+            real: logits of real images.
+            fake: logits of decoded images.
+            means_2: moving averages of the logits of real and of decoded images.
+        """
         high = jnp.square(jax.nn.relu(real - means_2[1])).mean()
         low = jnp.square(jax.nn.relu(means_2[0] - fake)).mean()
         return self.weight * (high + low)
 
     def update(self, means_2: jax.Array, real: jax.Array, fake: jax.Array) -> jax.Array:
-        """The averages after a step."""
+        """The moving averages [2] after a step; arguments as for `penalty`."""
         new_2 = jnp.stack([real.mean(), fake.mean()]).astype(means_2.dtype)
         return self.decay * means_2 + (1 - self.decay) * new_2
 

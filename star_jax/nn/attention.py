@@ -25,7 +25,11 @@ MAX_LOG_SCALE = float(np.log(100))  # learned score scales stop here (STAR speci
 
 
 class Cosine(nn.Module):
-    """Queries and keys of unit length, and a learned scale per head that starts at 4."""
+    """Queries and keys of unit length, and a learned scale per head that starts at 4.
+
+    Attributes:
+        heads: number of heads.
+    """
 
     heads: int
 
@@ -42,7 +46,11 @@ class Cosine(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Plain dot products times a constant."""
+    """Plain dot products times a constant.
+
+    Attributes:
+        factor: the constant.
+    """
 
     factor: float
 
@@ -212,7 +220,14 @@ class CrossAttention(nn.Module):
 
 
 class OutputProjection(nn.Module):
-    """The output projection, with a bias unless `bias` is off."""
+    """The output projection, [B, L, N, H] -> [B, L, D].
+
+    Attributes:
+        width: channels D of the output.
+        shape: heads N and their width H.
+        kernel_init: initializer of the kernel.
+        bias: whether it has a bias.
+    """
 
     width: int
     shape: tuple[int, int]

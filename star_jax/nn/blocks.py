@@ -30,7 +30,15 @@ PLAIN = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # gates, scales and shifts of an unmodul
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh approximation), Linear."""
+    """Linear, GELU (tanh approximation), Linear: [B, L, D] -> [B, L, D].
+
+    Attributes:
+        width: channels D of a row.
+        hidden: channels F between the two layers.
+        kernel_init: initializer of the first kernel.
+        out_init: initializer of the second kernel.
+        sharding: how the arrays are split over devices.
+    """
 
     width: int
     hidden: int
@@ -50,7 +58,15 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """(SiLU(x W1) * (x W3)) W2, without biases (LlamaGen specification 2.3)."""
+    """(SiLU(x W1) * (x W3)) W2, without biases (LlamaGen specification 2.3).
+
+    Attributes:
+        width: channels D of a row.
+        hidden: channels F of both products.
+        kernel_init: initializer of W1 and W3.
+        out_init: initializer of W2.
+        sharding: how the arrays are split over devices.
+    """
 
     width: int
     hidden: int
@@ -209,9 +225,13 @@ class Block(nn.Module):
 
 
 def stack_blocks(parts: BlockParts, depth: int, unroll: int, remat: Remat) -> nn.Module:
-    """`depth` blocks under one scan.
+    """Blocks under one scan, called with the rows, a `PerLayer` and a `Shared`.
 
-    It is called with the rows, a `PerLayer` whose arrays have layers first, and a `Shared`.
+    Args:
+        parts: the parts of every block.
+        depth: number of blocks, the first axis of every array of the `PerLayer`.
+        unroll: blocks compiled per iteration of the scan.
+        remat: activations that the backward pass recomputes.
     """
     block = Block
     if remat != 'none':
@@ -231,9 +251,16 @@ def stack_blocks(parts: BlockParts, depth: int, unroll: int, remat: Remat) -> nn
 
 
 def drop_paths(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array:
-    """[depth, 2, B] float32 scales of stochastic depth: 0, or 1 / (1 - rate of the layer).
+    """Random scales of stochastic depth: 0, or 1 / (1 - rate of the layer).
 
-    The rate rises linearly from 0 to `rate` over the layers (STAR specification 3.4).
+    Args:
+        key: chooses the dropped branches.
+        depth: layers.
+        batch: images B.
+        rate: rate of the last layer; it rises linearly from 0 (STAR specification 3.4).
+
+    Returns:
+        [depth, 2, B] float32, for self-attention and MLP of each layer.
     """
     keep = 1 - jnp.linspace(0, rate, depth)[:, None, None]
     return jax.random.bernoulli(key, keep, (depth, 2, batch)) / keep

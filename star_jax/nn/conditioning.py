@@ -16,6 +16,12 @@ class TextStart(nn.Module):
     """The rows of the first step: the projected pooled text plus learned start positions.
 
     `text` gives cross-attention its states and lengths.
+
+    Attributes:
+        width: channels D of a row.
+        text_width: channels E of a text token.
+        rows: rows of the first step.
+        kernel_init: initializer of the projection and of the start positions.
     """
 
     width: int
@@ -157,7 +163,13 @@ class AttentionPool(nn.Module):
 class LabelStart(nn.Module):
     """The rows of the first step: the vector of a class plus learned start positions.
 
-    The vector of no class lies behind those of the `count` classes.
+    The vector of no class lies behind those of the classes.
+
+    Attributes:
+        width: channels D of a row.
+        count: number of classes.
+        rows: rows of the first step.
+        kernel_init: initializer of the class vectors and of the start positions.
     """
 
     width: int
@@ -191,7 +203,13 @@ class LabelStart(nn.Module):
 
 
 class LabelPrefix(nn.Module):
-    """The row of the first step: the vector of a class, or of no class, the last one."""
+    """The row of the first step: the vector of a class, or of no class, the last one.
+
+    Attributes:
+        width: channels D of a row.
+        count: number of classes.
+        kernel_init: initializer of the class vectors.
+    """
 
     width: int
     count: int
@@ -289,7 +307,12 @@ class TextPrefix(nn.Module):
 
 
 class LevelModulation(nn.Module):
-    """AdaLN signals of the level embeddings alone, for all layers (STAR specification 3.4)."""
+    """AdaLN signals of the level embeddings alone, for all layers (STAR specification 3.4).
+
+    Attributes:
+        width: channels D of a row.
+        kernel_init: initializer of both projections.
+    """
 
     width: int
     kernel_init: layers.Initializer
@@ -310,7 +333,12 @@ class LevelModulation(nn.Module):
 
 
 class VectorModulation(nn.Module):
-    """AdaLN signals from the vector of each image: a layer's own, or shared by all layers."""
+    """AdaLN signals from the vector of each image: for one layer, or shared by all layers.
+
+    Attributes:
+        width: channels D of a row.
+        kernel_init: initializer of the projection.
+    """
 
     width: int
     kernel_init: layers.Initializer
@@ -324,7 +352,12 @@ class VectorModulation(nn.Module):
 
 
 class ModulationOffset(nn.Module):
-    """A layer's own addition to a shared signal."""
+    """A learned offset that one layer adds to the shared signal [B, L, 6, D].
+
+    Attributes:
+        width: channels D of a row.
+        kernel_init: initializer of the offset.
+    """
 
     width: int
     kernel_init: layers.Initializer

@@ -29,7 +29,12 @@ leaky_relu = functools.partial(jax.nn.leaky_relu, negative_slope=SLOPE)
 
 
 class Statistics(NamedTuple):
-    """Mean and unbiased variance of every channel, at least float32."""
+    """Statistics of a batch, at least float32.
+
+    Attributes:
+        mean_C: mean of every channel.
+        variance_C: unbiased variance of every channel.
+    """
 
     mean_C: jax.Array
     variance_C: jax.Array
@@ -145,7 +150,11 @@ class PatchDiscriminator(nn.Module):
 
 
 class StyleBlock(nn.Module):
-    """Two convolutions and a blurred halving, beside a projection of the same."""
+    """Two convolutions and a blurred halving, plus a strided projection of the input.
+
+    Attributes:
+        width: channels of the output.
+    """
 
     width: int
 
@@ -158,7 +167,11 @@ class StyleBlock(nn.Module):
 
 
 class StyleDiscriminator(nn.Module):
-    """[B, H, W, 3] images of `size` -> [B, 1] logits."""
+    """[B, H, W, 3] images -> [B, 1] logits.
+
+    Attributes:
+        size: side of the images in pixels.
+    """
 
     size: int
 

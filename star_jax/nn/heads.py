@@ -10,10 +10,16 @@ from star_jax.nn import layers
 
 
 class Head(nn.Module):
-    """Float32 logits of features, normalised by `norm` first (None: not normalised).
+    """Float32 logits [B, L, V] of features [B, L, D].
 
-    Every head receives the condition's summary vector; this one does not use it. `inner_init` is
-    the initializer of a layer with GELU before the logits (None: no such layer).
+    Every head receives the condition's summary vector; this one does not use it.
+
+    Attributes:
+        width: channels D of a feature.
+        num_logits: number of logits V.
+        kernel_init: initializer of the projection to logits.
+        norm: normalises the features first (None: they are not normalised).
+        inner_init: initializer of a layer with GELU before the logits (None: no such layer).
     """
 
     width: int
@@ -29,7 +35,14 @@ class Head(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """Float32 logits of features that `norm` has normalised, without a bias."""
+    """Float32 logits [B, L, V] of normalised features [B, L, D], without a bias.
+
+    Attributes:
+        width: channels D of a feature.
+        num_logits: number of logits V.
+        kernel_init: initializer of the projection to logits.
+        norm: normalises the features.
+    """
 
     width: int
     num_logits: int
@@ -46,9 +59,15 @@ class PlainHead(nn.Module):
 
 
 class ModulatedHead(nn.Module):
-    """Float32 logits of normalised features that each image's vector scales and shifts.
+    """Float32 logits [B, L, V] of normalised features that each image's vector scales and shifts.
 
-    `norm` is the norm without parameters; `inner_init` as for `Head`.
+    Attributes:
+        width: channels D of a feature.
+        num_logits: number of logits V.
+        kernel_init: initializer of the projection to logits.
+        modulation_init: initializer of the projection from the vector to scales and shifts.
+        norm: the norm, which has no parameters.
+        inner_init: initializer of a layer with GELU before the logits (None: no such layer).
     """
 
     width: int

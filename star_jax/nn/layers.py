@@ -45,7 +45,13 @@ class LayerNorm(nn.Module):
 
 
 class AffineLayerNorm(nn.Module):
-    """`layer_norm` times a learned scale plus a learned shift; `axis` is their logical axis."""
+    """`layer_norm` times a learned scale plus a learned shift.
+
+    Attributes:
+        width: channels.
+        eps: added to the variance.
+        axis: logical axis of scale and shift.
+    """
 
     width: int
     eps: float = 1e-6
@@ -67,7 +73,13 @@ class PlainRMSNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` times a learned scale; `axis` is its logical axis."""
+    """`rms_norm` times a learned scale.
+
+    Attributes:
+        width: channels.
+        eps: added to the mean square.
+        axis: logical axis of the scale.
+    """
 
     width: int
     eps: float = 1e-5
@@ -80,7 +92,12 @@ class RMSNorm(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x times a learned scale per channel that starts at `start`."""
+    """x times a learned scale per channel.
+
+    Attributes:
+        width: channels.
+        start: initial value of every scale.
+    """
 
     width: int
     start: float
@@ -110,7 +127,14 @@ def unit(x: jax.Array) -> jax.Array:
 class Einsum(nn.Module):
     """A named-axis matmul: `Einsum('BLD,DNH->BLNH', (D, N, H), ('embed', 'heads', None))`.
 
-    The kernel is cast to the dtype of the input. `out` names the dtype that sums are kept in.
+    The kernel is cast to the dtype of the input.
+
+    Attributes:
+        equation: einsum letters of the input, the kernel and the output.
+        shape: shape of the kernel.
+        axes: logical axes of the kernel.
+        kernel_init: initializer of the kernel.
+        out: dtype of the sums and the output (None: that of the input).
     """
 
     equation: str
@@ -129,7 +153,12 @@ class Einsum(nn.Module):
 
 
 class Bias(nn.Module):
-    """Adds a vector that starts at zero."""
+    """Adds a learned array that starts at zero.
+
+    Attributes:
+        shape: shape of the array, the last axes of the input.
+        axes: its logical axes.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -141,7 +170,15 @@ class Bias(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis; `axes` name (input, output)."""
+    """y = x W + b over the last axis.
+
+    Attributes:
+        width_in: channels of the input.
+        width_out: channels of the output.
+        axes: logical axes (input, output) of the kernel.
+        kernel_init: initializer of the kernel; the bias starts at zero.
+        out: dtype of the sums and the output (None: that of the input).
+    """
 
     width_in: int
     width_out: int
@@ -160,7 +197,13 @@ class Linear(nn.Module):
 
 
 class CodeEmbedding(nn.Module):
-    """Codes [B, L] -> their rows [B, L, D] of a table, stored as the kernel of a linear layer."""
+    """Codes [B, L] -> their rows [B, L, D] of a table, stored as the kernel of a linear layer.
+
+    Attributes:
+        codes: number of codes.
+        width: channels D of a row.
+        kernel_init: initializer of the table.
+    """
 
     codes: int
     width: int
@@ -183,7 +226,14 @@ class NormedLinear(nn.Module):
 
 
 class Table(nn.Module):
-    """`rows` learned vectors, taken by index."""
+    """Learned vectors, selected by index.
+
+    Attributes:
+        rows: number of vectors.
+        width: channels of a vector.
+        axes: logical axes (rows, channels).
+        kernel_init: initializer of the table.
+    """
 
     rows: int
     width: int
@@ -204,9 +254,15 @@ def conv(
     strides: int = 1,
     padding: tuple[int, int] | None = None,
 ) -> nn.Conv:
-    """A `size` x `size` convolution of NHWC maps that keeps their sides.
+    """A convolution of NHWC maps; with the default padding and stride it keeps their sides.
 
-    `padding` (before, after) and `strides` hold for both axes.
+    Args:
+        channels: channels of the output.
+        size: side of the kernel.
+        init: initializer of the kernel (None: LeCun normal).
+        name: name of the module.
+        strides: stride along both axes.
+        padding: zeros (before, after) along both axes (None: half of the kernel's side).
     """
     init = nn.initializers.lecun_normal() if init is None else init
     return nn.Conv(

@@ -280,7 +280,13 @@ RasterPositions = RasterRotary | Learned | NoPositions  # the kinds of a raster
 
 
 class FixedTable(nn.Module):
-    """Sines and cosines of given coordinates, selected by row."""
+    """Sines and cosines of given coordinates, selected by row.
+
+    Attributes:
+        width: channels of a row, a multiple of 4.
+        theta: base of the frequencies.
+        xy: coordinates of every row.
+    """
 
     width: int
     theta: float
@@ -296,6 +302,12 @@ class MixedFrequencies(nn.Module):
 
     Magnitudes are theta^(-4 i / H) for i < H / 4, once in a direction a and once in a + 90 degrees;
     a is uniform per layer and head.
+
+    Attributes:
+        depth: layers.
+        heads: heads N of a layer.
+        head_width: channels H of a head.
+        theta: base of the frequencies.
     """
 
     depth: int

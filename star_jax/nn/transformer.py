@@ -301,7 +301,13 @@ class Transformer(nn.Module):
         return jax.tree.map(lambda x: self.sharding(x, *AXES), pieces)
 
     def empty_cache(self, batch: int, rows: int, depth: int = 0) -> Cache:
-        """A cache for so many images, `rows` rows of each, of `depth` layers (0: of all)."""
+        """An empty cache.
+
+        Args:
+            batch: rows of the batch: its images, prompted and unprompted.
+            rows: rows of each image that the cache holds.
+            depth: layers (0: all).
+        """
         attention = self.block.self_attention(parent=None)
         heads = attention.kv_heads or attention.heads
         shape = (depth or self.depth, batch, heads, rows, self.width // self.heads)

@@ -11,7 +11,13 @@ BORDER = 3  # columns from one cell to the next
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cells:
-    """A table before it is formatted; the first column holds names."""
+    """A table before it is formatted; the first column holds names.
+
+    Attributes:
+        title: the title.
+        columns: the header of every column.
+        rows: the cells of every row, as text.
+    """
 
     title: str
     columns: list[str]

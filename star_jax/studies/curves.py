@@ -48,7 +48,16 @@ def plot(curves: Mapping[str, Sequence[Curve]], seeds: str, path: Path) -> None:
 
 
 def spread(heights: Sequence[float], gap: float, top: float = 1.0) -> list[float]:
-    """Moves positions in [0, top] as little as needed until neighbours are `gap` apart."""
+    """Moves positions as little as needed until neighbours are `gap` apart.
+
+    Args:
+        heights: the positions, in any order.
+        gap: least distance of two neighbours.
+        top: the positions stay in [0, top].
+
+    Returns:
+        The new positions, in the order of `heights`.
+    """
     order = np.argsort(heights, kind='stable')
     # Minus the gaps below each, positions only have to be ascending: average those that are not.
     pools: list[list[float]] = []

@@ -22,7 +22,14 @@ ACTIVATIONS = {name: layers.ACTIVATIONS[name] for name in ('gelu', 'gelu_new', '
 
 
 class Block(nn.Module):
-    """Attention and MLP, each followed by its residual and norm (post-norm)."""
+    """Attention and MLP, each followed by its residual and norm (post-norm).
+
+    Attributes:
+        heads: attention heads.
+        mlp: channels inside the MLP.
+        eps: added to the variance of a norm.
+        activation: activation of the MLP.
+    """
 
     heads: int
     mlp: int
@@ -38,7 +45,19 @@ class Block(nn.Module):
 
 
 class Bert(nn.Module):
-    """Tokens to states [B, T, E]; the fields are those of config.json."""
+    """Tokens to states [B, T, E]; the fields follow config.json.
+
+    Attributes:
+        vocab: number of token ids.
+        positions: rows of the position table, the most tokens of a caption.
+        types: rows of the table of token types.
+        width: channels E of a state.
+        depth: layers.
+        heads: attention heads of a layer.
+        mlp: channels inside the MLP.
+        eps: added to the variance of a norm.
+        activation: activation of the MLP.
+    """
 
     vocab: int
     positions: int

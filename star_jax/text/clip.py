@@ -24,7 +24,14 @@ WRONG_END_ID = 2
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after its norm (pre-norm)."""
+    """Attention and MLP, each after its norm (pre-norm).
+
+    Attributes:
+        heads: attention heads.
+        mlp: channels inside the MLP.
+        eps: added to the variance of a norm.
+        activation: activation of the MLP.
+    """
 
     heads: int
     mlp: int
@@ -40,7 +47,18 @@ class Block(nn.Module):
 
 
 class Clip(nn.Module):
-    """Tokens to states [B, T, E]; attention is causal, over real tokens."""
+    """Tokens to states [B, T, E]; attention is causal, over real tokens.
+
+    Attributes:
+        vocab: number of token ids.
+        positions: rows of the position table, the most tokens of a caption.
+        width: channels E of a state.
+        depth: layers.
+        heads: attention heads of a layer.
+        mlp: channels inside the MLP.
+        eps: added to the variance of a norm.
+        activation: activation of the MLP.
+    """
 
     vocab: int
     positions: int

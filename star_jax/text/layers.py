@@ -34,7 +34,11 @@ def embedding(rows: int, width: int, name: str) -> Table:
 
 
 class LayerNorm(nn.Module):
-    """Normalises the last axis in float32, then scales and shifts."""
+    """Normalises the last axis in float32, then scales and shifts.
+
+    Attributes:
+        eps: added to the variance.
+    """
 
     eps: float
 
@@ -48,7 +52,11 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square of the last axis in float32, then scales."""
+    """Divides by the root mean square of the last axis in float32, then scales.
+
+    Attributes:
+        eps: added to the mean square.
+    """
 
     eps: float
 
@@ -89,7 +97,12 @@ def qkv(width: int, shape: tuple[int, int]) -> Einsum:
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear."""
+    """Linear, activation, Linear.
+
+    Attributes:
+        hidden: channels between the two layers.
+        activation: the activation.
+    """
 
     hidden: int
     activation: Activation

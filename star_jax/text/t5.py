@@ -36,7 +36,12 @@ GATED_MLP = (
 
 
 class PlainMlp(nn.Module):
-    """T5: activation between two products, without biases."""
+    """T5: activation between two products, without biases.
+
+    Attributes:
+        hidden: channels between the products.
+        activation: the activation.
+    """
 
     hidden: int
     activation: layers.Activation
@@ -48,7 +53,12 @@ class PlainMlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """T5 v1.1: the activation of one product gates another."""
+    """T5 v1.1: the activation of one product gates another.
+
+    Attributes:
+        hidden: channels of both products.
+        activation: the activation.
+    """
 
     hidden: int
     activation: layers.Activation
@@ -64,6 +74,12 @@ class Block(nn.Module):
     """Attention and MLP, each after its norm (pre-norm).
 
     Attention scores are not scaled; a bias that depends on the distance is added to them.
+
+    Attributes:
+        heads: attention heads.
+        head_width: channels of a head.
+        eps: added to the mean square of a norm.
+        mlp: makes the MLP, `PlainMlp` or `GatedMlp`.
     """
 
     heads: int
@@ -87,7 +103,19 @@ class Block(nn.Module):
 
 
 class T5(nn.Module):
-    """Tokens to states [B, T, E]; all layers share one table of biases by distance."""
+    """Tokens to states [B, T, E]; all layers share one table of biases by distance.
+
+    Attributes:
+        vocab: number of token ids.
+        width: channels E of a state.
+        depth: layers.
+        heads: attention heads of a layer.
+        head_width: channels of a head.
+        eps: added to the mean square of a norm.
+        buckets: rows of the table of biases.
+        max_distance: distance, in tokens, from which on the last row of a half applies.
+        mlp: makes the MLP, `PlainMlp` or `GatedMlp`.
+    """
 
     vocab: int
     width: int

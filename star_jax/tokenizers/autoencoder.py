@@ -93,7 +93,12 @@ class Autoencoder:
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions beside the identity (1x1 convolution to another width)."""
+    """Two normalised convolutions beside the identity (1x1 convolution to another width).
+
+    Attributes:
+        width: channels of the output.
+        groups: groups of the norms, as for an `Autoencoder`.
+    """
 
     width: int
     groups: int
@@ -138,7 +143,12 @@ class AttnBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, H, W, 3] images -> [B, h, w, channels] features."""
+    """[B, H, W, 3] images -> [B, h, w, channels] features.
+
+    Attributes:
+        sizes: the config.
+        channels: channels of the features.
+    """
 
     sizes: Autoencoder
     channels: int
@@ -165,7 +175,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, h, w, channels] features -> [B, H, W, 3] images, not yet clamped."""
+    """[B, h, w, channels] features -> [B, H, W, 3] images, not yet clamped.
+
+    Attributes:
+        sizes: the config.
+    """
 
     sizes: Autoencoder
 

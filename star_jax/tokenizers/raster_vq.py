@@ -147,7 +147,12 @@ class Codebook(nn.Module):
 
 
 class RasterVQTokenizer(nn.Module):
-    """Images <-> codes, and the canvas of code vectors between them; `dtype` is the decoder's."""
+    """Images <-> codes, and the canvas of code vectors between them.
+
+    Attributes:
+        config: the sizes.
+        dtype: dtype of the decoder's activations.
+    """
 
     config: RasterVQ
     dtype: str = 'float32'

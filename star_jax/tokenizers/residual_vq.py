@@ -293,7 +293,12 @@ class ResidualVQ(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Images <-> codes, and the canvas between them; `dtype` is the decoder's."""
+    """Images <-> codes, and the canvas between them.
+
+    Attributes:
+        config: the sizes.
+        dtype: dtype of the decoder's activations.
+    """
 
     config: VQ
     dtype: str = 'float32'
