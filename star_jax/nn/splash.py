@@ -80,7 +80,7 @@ class Splash:
             mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
             residual_checkpoint_name=None,
-            mask_function=sees,
+            mask_function=attends,
             interpret=self.interpret,
         )
 
@@ -107,7 +107,7 @@ def _segments(
     )
 
 
-def sees(keys: jax.Array, key: jax.Array) -> jax.Array:
+def attends(keys: jax.Array, key: jax.Array) -> jax.Array:
     """Whether rows of these upper bounds attend to the keys of these numbers."""
     return key < keys
 
@@ -118,7 +118,7 @@ class VisibilityMask(splash.Mask):
     They give `q_sequence`, meant for the numbers of the rows, to `mask_function`.
     """
 
-    mask_function = staticmethod(sees)
+    mask_function = staticmethod(attends)
 
     def __init__(self, bound_L: np.ndarray, keys: int) -> None:
         self.q_sequence = bound_L.astype(np.int32)
@@ -130,7 +130,7 @@ class VisibilityMask(splash.Mask):
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
         rows, keys = block
-        return sees(self.q_sequence[rows, None], np.arange(self.keys)[None, keys])
+        return attends(self.q_sequence[rows, None], np.arange(self.keys)[None, keys])
 
 
 def _block(count: int) -> int:
