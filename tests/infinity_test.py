@@ -15,7 +15,7 @@ from tiny import random_params
 from star_jax.checkpoint import folder
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.infinity import infinity_entries
-from star_jax.core import condition
+from star_jax.core import condition, pixels
 from star_jax.core.codes import Bits, Targets
 from star_jax.core.condition import TextCondition
 from star_jax.core.filters import BitFilter
@@ -28,9 +28,11 @@ from star_jax.families.infinity import Infinity
 from star_jax.families.star import Star
 from star_jax.losses import tokens
 from star_jax.nn.bind import bind
-from star_jax.sampling import program
+from star_jax.sampling import loading, program
 from star_jax.sampling.methods import FilteredSampling
+from star_jax.sampling.pipeline import Pipeline
 from star_jax.sampling.sampler import sample
+from star_jax.text.encoder import load as load_text
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training.transformer_job import TransformerJob
@@ -369,3 +371,38 @@ def test_a_run_trains_on_flipped_bits_and_samples_from_captions(job):
     assert not np.array_equal(state.params['starter']['rows'], before)
     job.compile_grid()
     assert job.sample_grid(state).dtype == np.uint8
+
+
+@pytest.fixture(scope='module')
+def pipe() -> Pipeline:
+    config = tokenizer_of(SQUARE)
+    stored = folder.StoredModel(
+        config=dataclasses.replace(TINY, text_width=32, text_rows=64),
+        params=random_params(dataclasses.replace(TINY, text_width=32, text_rows=64).abstract()),
+        tokenizer=folder.StoredTokenizer(config=config, params=random_params(config.abstract())),
+        text=folder.TextEncoderReference(**load_text(tiny.TEXT).reference()),
+    )
+    return loading.prepare(stored, 'tiny')
+
+
+def test_first_scales_of_images_are_kept(pipe):
+    prompts, settings = ['a red circle', 'two blue stars on a white background'], {'guidance': 3.0}
+    plain = pipe(prompts, **settings)
+    given = list(plain[::-1])
+    np.testing.assert_array_equal(pipe(prompts, image=given, keep=0, **settings), plain)
+    kept = pipe(prompts, image=given, keep=2, **settings)
+    alone = pipe(prompts[1:], seed=1, image=given[1], keep=2, **settings)
+    np.testing.assert_array_equal(alone[0], kept[1])
+    assert (kept != plain).any() and (kept != plain[::-1]).any()
+    whole = pipe(prompts, image=given, keep=len(SQUARE), **settings)
+    bound = bind(pipe.tokenizer, pipe._params['tokenizer'])
+    rebuilt = np.asarray(pipe.tokenizer.to_uint8(bound(pixels.to_signed(np.stack(given)))))
+    assert np.abs(whole.astype(int) - rebuilt).max() <= 1
+
+
+def test_a_negative_prompt_has_a_length_of_its_own(pipe):
+    settings = {'guidance': 3.0, 'negative': 'a small blue star above two large green rings'}
+    prompts = ['a red circle', 'two crosses on a white background']
+    together = pipe(prompts, **settings)
+    np.testing.assert_array_equal(pipe(prompts[1:], seed=1, **settings)[0], together[1])
+    assert (pipe(prompts, guidance=3.0) != together).any()

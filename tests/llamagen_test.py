@@ -23,7 +23,7 @@ from star_jax.convert.infer import ModelOptions
 from star_jax.convert.llamagen import BUFFERS, llamagen_entries
 from star_jax.convert.raster_vq import raster_vq_entries
 from star_jax.convert.table import ConversionTable
-from star_jax.core import condition
+from star_jax.core import condition, pixels
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import SortedFilter
 from star_jax.core.guidance import StepSettings
@@ -272,6 +272,16 @@ def test_a_model_folder_samples_classes_alone_and_together(tmp_path):
     images = pipe(['b', '0', 'e'], **options)
     assert images.shape == (3, 8, 8, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(pipe(['0'], seed=1, **options)[0], images[1])
+    kept = pipe(['b', '0', 'e'], image=list(images[::-1]), keep=2, **options)
+    again = pipe(['0'], seed=1, image=images[1], keep=2, **options)
+    np.testing.assert_array_equal(again[0], kept[1])
+    with pytest.raises(UserError, match='keep is 5, but .* has 4 rows of tokens: choose 0 to 4'):
+        pipe(['b'], image=images[0], keep=5, **options)
+    whole = pipe(['b', '0', 'e'], image=list(images[::-1]), keep=4, **options)
+    bound = bind(pipe.tokenizer, pipe._params['tokenizer'])
+    rebuilt = np.asarray(pipe.tokenizer.to_uint8(bound(pixels.to_signed(images[::-1]))))
+    assert np.abs(whole.astype(int) - rebuilt).max() <= 1
+    np.testing.assert_array_equal(pipe(['b', '0', 'e'], **options), images)
     assert f'{sum(x.size for x in jax.tree.leaves(params_of(SAMPLED))):,}' in repr(pipe)
 
 

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 import star_jax
-from star_jax import cli
+from star_jax import cli, image_io
+from star_jax.core import pixels
 from star_jax.core.settings import StableSettings
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
@@ -19,6 +21,7 @@ from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.evaluation.eval_context import EvalOptions
 from star_jax.families.star import Star
+from star_jax.nn.bind import bind
 from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling.pipeline import Pipeline, batches
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -29,6 +32,7 @@ from star_jax.training.schedules import LearningRate
 # In another batch the decoder rounds differently, by about 1e-4 of a level of gray. No pixel of the
 # images of this seed is within 1e-3 of a boundary between levels: bytes are equal on any machine.
 SEED = 339
+BLACK = np.zeros((16, 16, 3), np.uint8)
 PROMPTS = ['a red circle', 'a small blue star', 'a green ring', 'two crosses', 'a cat']
 
 
@@ -79,6 +83,19 @@ def test_exact_images_record_their_batch(folder, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures('compiled_here')
+def test_command_records_the_images_that_it_starts_from(folder, images, tmp_path, capsys):
+    wide = np.concatenate([images[0], images[1]], axis=1)
+    image_io.save_png(wide, tmp_path / 'wide.png')
+    command = ['sample', PROMPTS[0], '--model', folder, '--out', str(tmp_path / 'out')]
+    command += ['--image', str(tmp_path / 'wide.png'), '--keep']
+    assert cli.main([*command, '3']) == 0
+    assert 'wide.png: the centre of 32 x 16 px becomes 16 x 16 px' in capsys.readouterr().out
+    record = json.loads((tmp_path / 'out' / 'samples.jsonl').read_text())
+    assert record['keep'] == 3 and record['image']['source'].endswith('wide.png')
+    assert cli.main([*command, '2']) == 2
+    assert "its keep was '3' and would be '2'" in capsys.readouterr().err
+
+
 def test_image_does_not_depend_on_a_mesh_that_shards_parameters(folder, images):
     pipe = star_jax.load(
         folder, mesh=MeshShape(data=1, fsdp=2, tensor=2, sequence=2).build_on_first()
@@ -94,6 +111,28 @@ def test_guidance_off_equals_guidance_of_almost_zero(pipe):
     alone = pipe(PROMPTS[:2], guidance=0.0, top_k=8)
     beside = pipe(PROMPTS[:2], guidance=1e-12, top_k=8)
     np.testing.assert_array_equal(alone, beside)
+
+
+def test_all_scales_given_are_the_reconstruction_and_none_is_sampling(pipe, images):
+    settings = {'seed': SEED, 'guidance': 2.0, 'top_k': 8, 'top_p': 0.8}
+    given = images[:2].repeat(2, axis=1)[:, :, 4:-4]  # of another size
+    kept = pipe(PROMPTS[:2], image=list(given), keep=3, **settings)
+    bound = bind(pipe.tokenizer, pipe._params['tokenizer'])
+    cropped = np.stack([image_io.crop(image, 16) for image in given])
+    rebuilt = np.asarray(pipe.tokenizer.to_uint8(bound(pixels.to_signed(cropped))))
+    assert np.abs(kept.astype(int) - rebuilt).max() <= 1
+    sampled = pipe(PROMPTS[:2], image=list(given), keep=0, **settings)
+    np.testing.assert_array_equal(sampled, images[:2])
+
+
+def test_continued_image_does_not_depend_on_the_batch(pipe, images):
+    settings = {'guidance': 2.0, 'top_k': 8, 'top_p': 0.8, 'keep': 2}
+    together = pipe(PROMPTS[:3], seed=SEED, image=images[2:], **settings)
+    assert (together[0] != images[0]).any() and (together[0] != images[2]).any()
+    alone = pipe(PROMPTS[1:2], seed=SEED + 1, image=Image.fromarray(images[3]), **settings)
+    np.testing.assert_array_equal(alone[0], together[1])
+    of_one = pipe(PROMPTS[:3], seed=SEED, image=images[3], **settings)
+    np.testing.assert_array_equal(of_one[1], together[1])
 
 
 def test_settings_left_out_are_the_recommended_ones(pipe):
@@ -135,6 +174,10 @@ def test_batches_need_few_programs():
         (['a'], {'topk': 3}, "no setting 'topk' of sampling: choose of guidance, top_k"),
         (['a'], {'top_p': 2.0}, 'top_p must lie in'),
         (['a'], {'stable': True}, 'refinement head'),
+        (['a'], {'keep': 1}, 'keep is 1, but there is no image: give one, or leave keep out'),
+        (['a'], {'keep': 4, 'image': BLACK}, 'keep is 4, but an image of this model has 3 scales'),
+        (['a'], {'keep': -1}, 'keep is -1, but an image of this model has 3 scales: choose 0 to 3'),
+        (['a'] * 3, {'keep': 1, 'image': [BLACK] * 2}, 'there are 2 images for 3 prompts'),
     ],
 )
 def test_mistake_raises_a_sentence(pipe, prompts, settings, sentence):
@@ -178,6 +221,10 @@ def test_mistake_raises_a_sentence(pipe, prompts, settings, sentence):
         (['a'], {'stop': 1.0}, r'stop must be a whole number \(0: all steps\), not 1.0'),
         (['a'], {'smooth': 'yes'}, "smooth must be True or False, not 'yes'"),
         (['a'], {'smooth': 1}, 'smooth must be True or False, not 1'),
+        (['a'], {'image': 'cat.png'}, "image must be one image or a list of them, not 'cat.png'"),
+        (['a'], {'image': [None]}, r'image 0 is None, expected a uint8 array \(height, width, 3\)'),
+        (['a'], {'image': BLACK / 255}, r'shape \(16, 16, 3\) of float64, expected a uint8 array'),
+        (['a'], {'keep': 1.5, 'image': BLACK}, 'keep must be a whole number, not 1.5'),
         (['a'], {'stable': 'new'}, "stable must be True, False or a StableSettings, not 'new'"),
         (['a'], {'stable': None}, 'stable must be True, False or a StableSettings, not None'),
     ],

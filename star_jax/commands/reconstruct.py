@@ -10,10 +10,8 @@ import tyro
 
 from star_jax import files, image_io, terminal
 from star_jax.checkpoint import models
-from star_jax.commands import arguments
+from star_jax.commands import arguments, image_files
 from star_jax.core import pixels
-from star_jax.data.folder import MAX_ENLARGEMENT
-from star_jax.data.image_files import MAX_ASPECT
 from star_jax.errors import UserError
 from star_jax.files import SHIPPED
 from star_jax.losses.tokenizer import psnr
@@ -51,7 +49,10 @@ def main(words: Sequence[str]) -> int:
     files.check_folder(options.out)
     startup.start()
     folder = models.read_tokenizer(options.model, options.check)
-    images = [_load(path, folder.config.resolution) for path in options.images]
+    resolution = folder.config.resolution
+    images = [
+        image_io.crop(image_files.load(path, resolution), resolution) for path in options.images
+    ]
     reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
     grids = folder.config.grids
     rows, captions = [], []
@@ -66,20 +67,6 @@ def main(words: Sequence[str]) -> int:
     grid = image_io.grid(rows, captions, columns=1 + len(grids))
     terminal.write_line(image_io.save_png(grid, options.out / 'grid.png'))
     return 0
-
-
-def _load(path: Path, resolution: tuple[int, int]) -> np.ndarray:
-    """The centre of an image file. Raises UserError for too small or too long sides."""
-    image = image_io.load_image(path)
-    height, width = image.shape[:2]
-    size = max(resolution)
-    short, least = min(height, width), -(-size // MAX_ENLARGEMENT)
-    if short < least or max(height, width) > MAX_ASPECT * short:
-        raise UserError(
-            f'{path} has {width} x {height} pixels, expected a shorter side of at least {least} '
-            f'for {size} px, and sides of at most {MAX_ASPECT} : 1: give another image'
-        )
-    return image_io.crop(image, resolution)
 
 
 def _by_scale(tokenizer, params: dict, image_1HWc: jax.Array) -> tuple[jax.Array, jax.Array]:

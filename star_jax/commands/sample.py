@@ -1,18 +1,19 @@
 """`star-jax sample PROMPTS...`"""
 
 import dataclasses
+import hashlib
 import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from star_jax import files, terminal
+from star_jax import files, image_io, terminal
 from star_jax.checkpoint import models
-from star_jax.commands import arguments
+from star_jax.commands import arguments, image_files
 from star_jax.console import progress_bar
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Dtype, Settings
@@ -50,6 +51,10 @@ class Sample:
         classes: numbers or names of classes, for a class-conditional model.
         model: model folder, hub id, or 'shipped'.
         text: path of the model's text encoder ('': the path or hub id in the model folder).
+        image: image files to start from, one for all prompts or one per prompt; the centre of a
+            file is cropped and resized to the size of the images, as in training.
+        keep: how many first scales of them are kept, while the finer ones are sampled; of a raster
+            (LlamaGen), the first rows of tokens.
         out: folder of the images.
         seed: seed of the first image; image i uses seed + i, and samples.jsonl records it.
         batch: images per batch.
@@ -72,6 +77,8 @@ class Sample:
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name='class')] = ()
     model: str = SHIPPED
     text: str = ''
+    image: tuple[Path, ...] = ()
+    keep: int | None = None
     out: Path = Path('samples')
     seed: int = 0
     batch: int = pipeline.BATCH
@@ -90,6 +97,11 @@ class Sample:
             raise ValueError(
                 f'batch must be at least 1 and seed must lie in [0, 2^32), not {self.batch} and '
                 f'{self.seed}'
+            )
+        if bool(self.image) != (self.keep is not None):
+            raise ValueError(
+                'image and keep are given together: image names the files, and keep how many of '
+                'their first scales are kept'
             )
 
 
@@ -131,22 +143,53 @@ def main(words: Sequence[str]) -> int:
         same |= {'batch': options.batch}
     if options.text_dtype != Sample.text_dtype:
         same |= {'text_dtype': options.text_dtype}
+    given, recorded = _given_images(options, len(prompts), (height, width))
     records = [
-        {'prompt': prompt, 'seed': seed} | same for seed, prompt in enumerate(prompts, options.seed)
+        {'prompt': prompt, 'seed': options.seed + index} | same | record
+        for index, (prompt, record) in enumerate(zip(prompts, recorded, strict=True))
     ]
     folder = SampleFolder(options.out, records)
     missing = folder.missing()
+    if len(given) > 1:
+        given = [given[index] for index in missing]
     images = pipe.stream(
         [prompts[index] for index in missing],
         [options.seed + index for index in missing],
         options.settings,
         options.batch,
         options.exact,
+        given or None,
+        options.keep or 0,
     )
     for index, image in zip(missing, _with_progress(images, len(missing)), strict=True):
         folder.add(index, image)
     terminal.write_line(folder.grid())
     return 0
+
+
+def _given_images(
+    options: Sample, count: int, size: tuple[int, int]
+) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    """The images to start from, one for all or one per prompt, and the record of every prompt."""
+    if not options.image:
+        return [], [{}] * count
+    if len(options.image) not in (1, count):
+        raise UserError(
+            f'there are {len(options.image)} images for {count} prompts: give one, or one per '
+            'prompt'
+        )
+    images, records = [], []
+    for path in options.image:
+        image = image_files.load(path, size)
+        if image.shape[:2] != size:
+            width, height = image.shape[1::-1]
+            terminal.write_line(
+                f'{path}: the centre of {width} x {height} px becomes {size[1]} x {size[0]} px'
+            )
+        images.append(image_io.crop(image, size))
+        digest = hashlib.sha256(images[-1].tobytes()).hexdigest()
+        records.append({'image': {'source': str(path), 'sha256': digest}, 'keep': options.keep})
+    return images, records * (count // len(records))
 
 
 def _with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:

@@ -194,6 +194,13 @@ class Schedule:
             f'{type(self).__name__} cannot drop tokens in training: set model.keep_tokens to 0'
         )
 
+    def first_steps(self, parts: int) -> int:
+        """How many steps sample the first so many scales, or rows of tokens, of an image.
+
+        UserError for more than it has.
+        """
+        raise NotImplementedError
+
     def leading_rows(self, scales: int) -> np.ndarray:
         """int32 rows of the first scales, which are tokens; UserError for a single scale."""
         raise UserError(
@@ -260,6 +267,10 @@ class Pyramid(Schedule):
         """A row attends to its own step and all earlier ones."""
         return np.repeat(np.asarray(self.starts[1:]), self.reads)
 
+    def first_steps(self, parts: int) -> int:
+        """The same number: a step samples one scale."""
+        return _check_parts(parts, self.steps, 'scales')
+
     def leading_rows(self, scales: int) -> np.ndarray:
         """int32 rows of the first scales."""
         return np.arange(self.starts[scales], dtype=np.int32)
@@ -321,3 +332,16 @@ class Raster(Schedule):
     def scale_of_token(self) -> np.ndarray:
         """[L]: zeros, for a raster has one scale."""
         return np.zeros(self.length, np.int32)
+
+    def first_steps(self, parts: int) -> int:
+        """The tokens of the first rows of the grid."""
+        return self.width * _check_parts(parts, self.height, 'rows of tokens')
+
+
+def _check_parts(parts: int, most: int, name: str) -> int:
+    """The number of parts; UserError unless an image has so many."""
+    if 0 <= parts <= most:
+        return parts
+    raise UserError(
+        f'keep is {parts}, but an image of this model has {most} {name}: choose 0 to {most}'
+    )

@@ -24,7 +24,8 @@ from star_jax.errors import UserError, UserTypeError
 from star_jax.parallel import machine, rules
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.protocols import PromptEncoder
-from star_jax.sampling import program, trunks
+from star_jax.sampling import given_images, program, trunks
+from star_jax.sampling.given_images import AnyImage
 
 BATCH = 16  # images per run of the program by default
 
@@ -66,6 +67,7 @@ class Pipeline:
         shared = choose(buckets, sizes, platform)
         self._config = model.config
         self._program = program.compile_program(self.network, self.tokenizer, shared)
+        self._encode = given_images.encoder(self.tokenizer)
         shardings = {
             name: rules.shardings(part.config.abstract(), self.mesh, f' of the {name}')
             for name, part in (('model', model), ('tokenizer', model.tokenizer))
@@ -97,6 +99,8 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         batch: int = BATCH,
         exact: bool = False,
+        image: AnyImage | Sequence[AnyImage] | None = None,
+        keep: int = 0,
         **settings: Any,
     ) -> np.ndarray:
         """Samples one image per prompt.
@@ -107,6 +111,10 @@ class Pipeline:
             batch: images per run of the program.
             exact: fill up every batch, so that an image alone and in a batch is the same image in
                 bfloat16, too. It then depends on `batch`.
+            image: an image to start from, uint8 (h, w, 3) or of Pillow, or a list of one per
+                prompt. Of another size, its centre is cropped and resized as in training.
+            keep: how many of its first scales are kept, the finer ones are sampled; of a raster,
+                its first rows of tokens.
             **settings: fields of `Settings`; those left out are as recommended. `stable=True`
                 means as recommended, or as in the originals' demo.
 
@@ -120,7 +128,7 @@ class Pipeline:
         if not prompts:
             raise UserError('there is no prompt: give at least one')
         seeds = _seeds(seed, len(prompts))
-        images = self.stream(prompts, seeds, self.resolve(**settings), batch, exact)
+        images = self.stream(prompts, seeds, self.resolve(**settings), batch, exact, image, keep)
         return np.concatenate(list(images))
 
     def resolve(self, **settings: Any) -> Settings:
@@ -157,6 +165,8 @@ class Pipeline:
         settings: Settings,
         batch: int,
         exact: bool = False,
+        image: AnyImage | Sequence[AnyImage] | None = None,
+        keep: int = 0,
     ) -> Iterator[np.ndarray]:
         """The images of prompts and seeds, batch by batch, uint8 [b, H, W, 3].
 
@@ -169,9 +179,11 @@ class Pipeline:
             raise UserError(f'batch must be at least 1, not {batch}')
         sizes = batches(len(prompts), int(batch), batch_shards(self.mesh), flag('exact', exact))
         most, schedule = max(sizes, default=0), self._config.schedule
-        rows = self.network.width * schedule.sizes[-1] + 3 * math.prod(self.tokenizer.resolution)
+        resolution = self.tokenizer.resolution
+        rows = self.network.width * schedule.sizes[-1] + 3 * math.prod(resolution)
         machine.check_memory(f'a batch of {most:,} images', 4 * most * rows)
-        return self._stream(prompts, seeds, settings, sizes)
+        images = given_images.prepare(image, keep, len(prompts), schedule, resolution)
+        return self._stream(prompts, seeds, settings, sizes, images, keep)
 
     def _stream(
         self,
@@ -179,8 +191,12 @@ class Pipeline:
         seeds: Sequence[int],
         settings: Settings,
         sizes: Sequence[int],
+        images: Sequence[np.ndarray],
+        keep: int,
     ) -> Iterator[np.ndarray]:
-        pending, first, negative = None, 0, None
+        pending, first, negative, given = None, 0, None, None
+        params, schedule = self._params['tokenizer'], self._config.schedule
+        codes = [np.asarray(self._encode(params, image[None])) for image in images]
         if settings.negative:
             encoded = self.encoder.encode([settings.negative])
             negative = jax.device_put(encoded, rules.replicated(self.mesh))
@@ -193,6 +209,11 @@ class Pipeline:
             keys_B, prompted = jax.device_put(
                 (keys_B, self.encoder.encode(padded)), rules.batch_sharding(self.mesh)
             )
+            if codes:
+                of_batch = codes[part] if len(codes) > 1 else codes
+                given = given_images.given_codes(of_batch, size, keep, schedule)
+                split = rules.batch_sharding(self.mesh)
+                given = given.replace(codes=jax.device_put(given.codes, split))
             inputs = program.inputs(
                 self._config,
                 settings,
@@ -200,11 +221,12 @@ class Pipeline:
                 prompted=prompted,
                 empty=self._empty,
                 negative=negative,
+                given=given,
             )
-            images = self._program(self._params, inputs)
+            sampled = self._program(self._params, inputs)
             if pending:
                 yield _fetch(*pending)
-            pending = images, real
+            pending = sampled, real
         if pending:
             yield _fetch(*pending)
 

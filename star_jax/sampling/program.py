@@ -64,10 +64,11 @@ def inputs(
     prompted: Any,
     empty: Any,
     negative: Any = None,
+    given: GivenCodes | None = None,
 ) -> SamplingInputs:
     """The inputs for a model of `config` under a user's settings.
 
-    `negative` is the encoded `settings.negative`, one row.
+    `negative` is the encoded `settings.negative`, one row; `given` are codes to start from.
 
     Raises:
         UserError: as of `step_settings` and `sampling_method`.
@@ -80,6 +81,7 @@ def inputs(
         settings=steps,
         method=sampling_method(config, settings),
         negative=negative if steps.guided else None,
+        given=given,
         stop=settings.stop,
     )
 
