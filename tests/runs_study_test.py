@@ -2,20 +2,25 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
 from star_jax import cli
 from star_jax.checkpoint import config, folder, models
+from star_jax.console import Console
 from star_jax.core.codes import Index
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
-from star_jax.studies import runs, units
+from star_jax.plan import workload
+from star_jax.studies import aligned, runs, runs_report, units
 from star_jax.studies.aligned import Aligned
 from star_jax.studies.held_out import HeldOut
 from star_jax.studies.runs_result import RunResult, TokenizerResult
 from star_jax.training import trainer
+from star_jax.training.run import Pace
 
 STUDY = Path(__file__).parents[1] / 'configs' / 'study' / 'infinity.py'
 
@@ -65,7 +70,7 @@ def test_wrong_studies_are_refused(study):
         dataclasses.replace(study, contenders=other)
 
 
-def result(name: str, seed: int, loss: float, numbers: int, aligned: float) -> RunResult:
+def result(name: str, seed: int, loss: float, numbers: int, right: float) -> RunResult:
     point = HeldOut(step=1, loss=loss, accuracy=0.5, scales=())
     return RunResult(
         study='infinity',
@@ -80,7 +85,7 @@ def result(name: str, seed: int, loss: float, numbers: int, aligned: float) -> R
         numbers=numbers,
         curve=(point,) * 10,
         aligned=(
-            Aligned(objects=1, count=10, all=aligned, number=1, colours=1, shapes=1),
+            Aligned(objects=1, count=10, all=right, number=1, colours=1, shapes=1),
             Aligned(objects=2, count=30, all=0, number=1, colours=1, shapes=1),
         ),
         seconds={'training': 1.0, 'unit': 2.0},
@@ -103,6 +108,7 @@ def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
     assert cli.main(words) == 0
     tables = (tmp_path / 'report_tables.md').read_text()
     assert '| 9-bits | 8 | 25.0 |' in tables and 'index-512 - bits-9' in tables
+    assert '| -40.0' not in tables and 'adjusted p' in tables and '| 0.000 |' in tables
     assert '20.0 (20.0 to 20.0)' in tables and '-10.0 (-10.0 to -10.0)' in tables
     assert result('bits-9', 0, 0.1, 9, 0.8).nats == pytest.approx(0.1 * 9 * 85)
     assert len(config.read_json(tmp_path / 'report.json')) == 7
@@ -110,3 +116,97 @@ def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
     config.write(place / 'other.json', changed)
     assert cli.main(words) == 2
     assert 'bits-9 have different settings' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def families() -> runs.RunsStudy:
+    return units.load(STUDY.with_name('families.py'))
+
+
+def test_families_are_equal_in_parameters_and_arithmetic(families):
+    runs_of = families.timed_runs
+    parameters = [runs.trained_parameters(run.model) for run in runs_of.values()]
+    assert max(parameters) < 1.03 * min(parameters)
+    arithmetic = []
+    for run in runs_of.values():
+        run = dataclasses.replace(run, tokenizer='models/none')  # assumed: the family's own
+        programs = workload.training(run, run.mesh.build(), 'cpu').needed_programs
+        counted = workload.count_flops({'step': programs[workload.TRAINING_STEP]})
+        arithmetic.append(run.pace.steps * counted['step'].total())
+    assert max(arithmetic) < 1.005 * min(arithmetic)
+    shared = {(run.data, run.validation, run.optimizer, run.batch) for run in runs_of.values()}
+    assert len(shared) == 1
+
+
+def test_families_share_the_tokenizer_of_bits(families, study):
+    ours, theirs = dict(families.tokenizers), dict(study.tokenizers)
+    assert ours['9-bits'] == theirs['9-bits'] and families.folder == study.folder
+    assert len({run.model.autoencoder for run in ours.values()}) == 1
+
+
+def test_a_unit_samples_with_the_settings_that_are_best_on_training_scenes(monkeypatch):
+    asked = []
+
+    def fake(pipe: str, settings: Settings, count: int, split: str) -> list[Aligned]:
+        asked.append((pipe, count, split))
+        share = {1.0: 0.5, 2.0: 0.75, 3.0: 0.75}[settings.guidance]
+        return [Aligned(objects=1, count=4, all=share, number=1, colours=1, shapes=1)]
+
+    monkeypatch.setattr(aligned.loading, 'prepare', lambda model, source: 'pipe')
+    monkeypatch.setattr(aligned, '_alignment', fake)
+    choices = tuple(Settings(guidance=guidance) for guidance in (1.0, 2.0, 3.0))
+    assert aligned.best_settings(None, '', choices, 4) == choices[1]
+    assert asked == [('pipe', 4, 'train')] * 3
+
+
+def test_choices_belong_to_the_settings_of_a_unit(families):
+    unit = next(unit for unit in families.units if unit.name == 'raster-0')
+    fewer = dataclasses.replace(unit.contender, choices=unit.contender.choices[:2])
+    assert unit.settings != dataclasses.replace(unit, contender=fewer).settings
+
+
+def shortened(study: runs.RunsStudy, folder: Path) -> runs.RunsStudy:
+    """The study with a few steps on a few images."""
+
+    def pace(run: Any, steps: int) -> Pace:
+        return dataclasses.replace(run.pace, steps=steps, log=1, save=1, sample=steps)
+
+    def few(run: Any, steps: int, images: int, **fields: Any) -> Any:
+        data = dataclasses.replace(run.data, count=images)
+        validation = dataclasses.replace(run.validation, count=16)
+        return dataclasses.replace(
+            run, data=data, validation=validation, pace=pace(run, steps), **fields
+        )
+
+    tokenizers = tuple(
+        (name, few(run, 4, 32, plain_steps=min(run.plain_steps, 2)))
+        for name, run in study.tokenizers
+    )
+    contenders = tuple(
+        dataclasses.replace(one, run=few(one.run, 10, 32), seeds=(0,), choices=one.choices[:2])
+        for one in study.contenders
+    )
+    return dataclasses.replace(
+        study,
+        tokenizers=tokenizers,
+        contenders=contenders,
+        folder=str(folder),
+        sampled=2,
+        chosen_by=1,
+    )
+
+
+@pytest.mark.slow
+def test_a_short_study_of_families_from_end_to_end(families, tmp_path):
+    short = shortened(families, tmp_path / 'shared')
+    results, work = tmp_path / 'results', tmp_path / 'work'
+    assert units.run(short, results, work, Console())
+    runs_report.write(results, tmp_path / 'report', Console())
+    found = {
+        unit.name: units.read(results / f'{unit.name}.json', lambda _, unit=unit: unit.result_class)
+        for unit in short.units
+    }
+    assert {found[f'{name}-0'].tokens for name in ('star', 'bits', 'raster')} == {85, 64}
+    assert all(len(found[f'{one.name}-0'].curve) == 10 for one in short.contenders)
+    assert found['raster-0'].sampling in families.contenders[-1].choices
+    assert 'raster - star' in (tmp_path / 'report_tables.md').read_text()

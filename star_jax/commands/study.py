@@ -16,7 +16,7 @@ USAGE = """usage: star-jax study run|report|cost [...]   (each has --help)
 
   star-jax study run configs/study/positions.py      makes the units that have no result yet
   star-jax study report docs/results/positions       tables and plots of all results
-  star-jax study cost configs/study/positions.py     a training step of every kind, timed in turn
+  star-jax study cost configs/study/positions.py     a step of every kind, timed in turn
 """
 
 
@@ -64,7 +64,9 @@ class StudyReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyCost:
-    """Times a training step of every kind of a study, all in turn.
+    """Times a training step and sampling by every kind of a study, all in turn.
+
+    Weights are random. Of a study of positions sampling is not timed.
 
     Example: star-jax study cost configs/study/positions.py
 
@@ -72,15 +74,18 @@ class StudyCost:
         file: the study.
         out: JSON file to write.
         rounds: how often every kind is timed.
+        text_tokens: tokens of a caption.
     """
 
     file: tyro.conf.Positional[Path]
     out: Path = Path('runs/positions_cost.json')
     rounds: int = 15
+    text_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f'rounds must be at least 1, not {self.rounds}')
+        for name in ('rounds', 'text_tokens'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
 
 
 def main(words: Sequence[str]) -> int:
@@ -125,5 +130,6 @@ def _cost(words: Sequence[str]) -> int:
     from star_jax.studies import cost, units
 
     files.check_file(options.out)
-    cost.measure(units.load(options.file), options.out, options.rounds, Console())
+    study = units.load(options.file)
+    cost.measure(study, options.out, options.rounds, options.text_tokens, Console())
     return 0

@@ -7,13 +7,14 @@ vector of a class, or the projected states of a text (LlamaGen specification 2).
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from star_jax.core.argument_types import choice
 from star_jax.core.classes import Classes, check_classes
 from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
@@ -34,6 +35,9 @@ from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
 from star_jax.text.cleaning import clean
 from star_jax.tokenizers.raster_vq import RasterVQ
+
+Cleaning = Literal['published', 'none']
+CLEANINGS: dict[Cleaning, Callable[[str], str] | None] = {'published': clean, 'none': None}
 
 STD = 0.02  # of all fresh weights (LlamaGen specification 2.7)
 UNIT = 256  # published hidden widths are multiples of it
@@ -257,6 +261,8 @@ class LlamaGenText(Llama):
     Attributes:
         text_width: width of the text encoder's features.
         text_rows: rows of the prefix; texts are shortened to so many tokens.
+        cleaning: what prompts become before they are encoded: cleaned as published, or none, they
+            stay as they are.
     """
 
     constants: ClassVar[frozenset[str]] = frozenset({'starter/empty'})
@@ -267,9 +273,11 @@ class LlamaGenText(Llama):
     hidden: int = 3584
     text_width: int = 2048
     text_rows: int = 120
+    cleaning: Cleaning = 'published'
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        choice('cleaning', self.cleaning, Cleaning)
         check_sizes(text_width=self.text_width, text_rows=self.text_rows)
 
     @property
@@ -282,11 +290,12 @@ class LlamaGenText(Llama):
         return TextPrefix(self.width, self.text_width, self.text_rows, INIT, empty_init)
 
     def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
-        """The text encoder that `load` gives, which cleans its prompts first.
+        """The text encoder that `load` gives, with the cleaning of prompts.
 
         Raises UserError unless it is of the model's text width.
         """
-        return dataclasses.replace(check_text_encoder(load(), self.text_width), clean=clean)
+        encoder = check_text_encoder(load(), self.text_width)
+        return dataclasses.replace(encoder, clean=CLEANINGS[self.cleaning])
 
     def abstract_condition(self, batch: int = 1, tokens: int = 1) -> TextCondition:
         """Shapes of encoded captions of `tokens` tokens."""

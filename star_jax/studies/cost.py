@@ -1,15 +1,17 @@
-"""What does a training step of each kind of a study cost?
+"""What does each kind of a study cost: a training step, and sampling an image?
 
 All kinds are timed in turn, in one process, so that every kind meets the same load of the machine.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from star_jax.bench.benchmark import Benchmark
 from star_jax.bench.timing import time_in_turn
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
@@ -18,66 +20,104 @@ from star_jax.parallel import machine, startup
 from star_jax.studies import units
 from star_jax.studies.cells import Cells
 from star_jax.studies.units import Study
-from star_jax.training.run import Run
+
+BATCHES = (1, 16)  # images per run of a sampling program
+
+Report = dict[str, Any]
 
 
-def measure(study: Study, out: Path, rounds: int, console: Console) -> None:
-    """Times a training step of every kind of a study, and writes a JSON file.
+def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Console) -> None:
+    """Times a training step and sampling of every kind of a study, and writes a JSON file.
 
     Args:
         study: the study.
         out: the file.
         rounds: how often every kind is timed.
-        console: shows the table.
+        text_tokens: tokens of a caption.
+        console: shows the tables.
     """
     startup.start()
-    steps = {kind: _step(run) for kind, run in study.timed_runs.items()}
-    seconds = time_in_turn(steps, rounds, averaged=steps)
-    base = next(iter(seconds))
-    report = {
+    runs, samplers = study.timed_runs, study.timed_samplers
+    batch = next(iter(runs.values())).batch
+    report: Report = {
         'commit': units.read_commit(),
         'hardware': machine.describe(),
         'rounds': rounds,
-        'batch': next(iter(study.timed_runs.values())).batch,
-        'kinds': {
-            kind: {
-                'seconds': float(np.median(times)),
-                'ratio': float(np.median(times / seconds[base])),
-                'ratios': [float(ratio) for ratio in times / seconds[base]],
-            }
-            for kind, times in seconds.items()
+        'text_tokens': text_tokens,
+        'training': {
+            f'{batch} images a step': _measure(
+                {
+                    kind: TrainingJob(run=run, text_tokens=text_tokens).prepare()
+                    for kind, run in runs.items()
+                },
+                rounds,
+            )
+        },
+        'sampling': {
+            f'{images} at once': _measure(
+                {
+                    kind: dataclasses.replace(job, batch=images, text_tokens=text_tokens).prepare()
+                    for kind, job in samplers.items()
+                },
+                rounds,
+            )
+            for images in (BATCHES if samplers else ())
         },
     }
     config.write_json(out, report)
-    for table in _cells(report, base).for_terminal():
-        console.print(table)
+    for part in ('training', 'sampling'):
+        for name, kinds in report[part].items():
+            title = f'{part.capitalize()}, {name}: median of {rounds} rounds in turn'
+            for table in _cells(title, kinds).for_terminal():
+                console.print(table)
     console.print(f'{out}')
 
 
-def _step(run: Run) -> Callable[[], Any]:
-    """A function that runs the next training step and returns what to wait for."""
-    benchmark = TrainingJob(run=run).prepare()
-    program, args = benchmark.main.program, benchmark.main.args
+def _measure(benchmarks: Mapping[str, Benchmark], rounds: int) -> Report:
+    """Time and memory of the main program of each benchmark."""
+    programs = {kind: _compile(benchmark) for kind, benchmark in benchmarks.items()}
+    calls = {kind: call for kind, (call, _) in programs.items()}
+    seconds = time_in_turn(calls, rounds, averaged=calls)
+    base = next(iter(seconds))
+    return {
+        kind: {
+            'seconds': float(np.median(times)),
+            'seconds_per_image': float(np.median(times)) / benchmarks[kind].images,
+            'ratio': float(np.median(times / seconds[base])),
+            'ratios': [float(ratio) for ratio in times / seconds[base]],
+            'gflop': benchmarks[kind].main.flops / 1e9,
+            'bytes': programs[kind][1],
+        }
+        for kind, times in seconds.items()
+    }
+
+
+def _compile(benchmark: Benchmark) -> tuple[Callable[[], Any], int]:
+    """A function that runs the next step and returns what to wait for, and the bytes it holds."""
+    args = benchmark.main.args
+    compiled = benchmark.main.program.lower(*args).compile()
+    analysis = compiled.memory_analysis()
 
     def step() -> Any:
         nonlocal args
-        result = program(*args)
+        result = compiled(*args)
         args = benchmark.next_args(args, result)
-        return jax.tree.leaves(result[1])
+        return jax.tree.leaves(result)[-1]
 
-    return step
+    return step, analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
 
-def _cells(report: dict[str, Any], base: str) -> Cells:
+def _cells(title: str, kinds: Report) -> Cells:
+    base = next(iter(kinds))
     rows = [
         [
             kind,
-            f'{1000 * one["seconds"]:.1f}',
+            f'{1000 * one["seconds_per_image"]:.2f}',
             f'{one["ratio"]:.3f} ({min(one["ratios"]):.3f} to {max(one["ratios"]):.3f})',
+            f'{one["gflop"]:.2f}',
+            f'{one["bytes"] / 2**20:.1f}',
         ]
-        for kind, one in report['kinds'].items()
+        for kind, one in kinds.items()
     ]
-    title = (
-        f'Training step of {report["batch"]} images, median of {report["rounds"]} rounds in turn'
-    )
-    return Cells(title=title, columns=['kind', 'ms', f'of {base}'], rows=rows)
+    columns = ['kind', 'ms per image', f'time of {base}', 'GFLOP', 'MiB']
+    return Cells(title=title, columns=columns, rows=rows)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+from star_jax.bench.sampling import SamplingJob
 from star_jax.studies.arms import Arm, DataSet
 from star_jax.studies.positions_result import NAME
 from star_jax.studies.positions_unit import PositionsUnit
@@ -56,6 +57,11 @@ class PositionsStudy:
             for arm in stage.arms
         }
         return {kind: unit.run for kind, unit in units.items()}
+
+    @property
+    def timed_samplers(self) -> dict[str, SamplingJob]:
+        """None: sampling differs in nothing but positions."""
+        return {}
 
     @property
     def units(self) -> list[ReferenceUnit | PositionsUnit]:

@@ -12,19 +12,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
+from flax import linen as nn
 
+from star_jax.bench.sampling import SamplingJob
 from star_jax.checkpoint import config, folder, models
 from star_jax.console import Console
+from star_jax.core.settings import Settings
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.evaluation.reconstruction import compile_reconstruction
+from star_jax.protocols import Family
 from star_jax.studies import held_out, units
-from star_jax.studies.aligned import BATCH, Aligned, sampled_alignment
+from star_jax.studies.aligned import BATCH, Aligned, best_settings, sampled_alignment
 from star_jax.studies.held_out import POINTS
 from star_jax.studies.runs_result import RunResult, TokenizerResult
 from star_jax.training import train, trainer
 from star_jax.training.run import Run, TokenizerRun, resolve
+from star_jax.training.summary import count_parameters
 
 TOKENIZER = 'tokenizer'  # first word of the names of their units
 
@@ -39,6 +43,8 @@ class Contender:
         tokenizer: name of a tokenizer of the study.
         indexed: its tokens are one index instead of the bits of the tokenizer.
         seeds: seeds of the initial parameters and of the order of the data.
+        choices: sampling settings, of which every unit uses those that are best on training scenes
+            (none: the settings of the run).
     """
 
     name: str
@@ -46,6 +52,7 @@ class Contender:
     tokenizer: str
     indexed: bool = False
     seeds: tuple[int, ...] = (0, 1)
+    choices: tuple[Settings, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ class RunsStudy:
         contenders: the compared runs; the first is the one that the others are compared with.
         folder: folder of the tokenizers and the encoded images, which the units share.
         sampled: images of each number of objects that a unit samples.
+        chosen_by: images of each number of objects that choose the sampling settings of a unit.
 
     Raises:
         ValueError: two units have one name, or a contender names no tokenizer of the study.
@@ -68,6 +76,7 @@ class RunsStudy:
     contenders: tuple[Contender, ...]
     folder: str
     sampled: int = 250
+    chosen_by: int = 50
 
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
@@ -92,6 +101,19 @@ class RunsStudy:
         return {one.name: one.run for one in self.contenders}
 
     @property
+    def timed_samplers(self) -> dict[str, SamplingJob]:
+        """Of every contender, with the decoder of its tokenizer."""
+        tokenizers = dict(self.tokenizers)
+        return {
+            one.name: SamplingJob(
+                model=one.run.model,
+                autoencoder=tokenizers[one.tokenizer].model.autoencoder,
+                settings=(*one.choices, one.run.sampling)[0],
+            )
+            for one in self.contenders
+        }
+
+    @property
     def units(self) -> list['TokenizerUnit | RunUnit']:
         """All units: the tokenizers, then all contenders with one seed before the next seed."""
         result: list[TokenizerUnit | RunUnit] = [
@@ -107,6 +129,7 @@ class RunsStudy:
                     seed=seed,
                     folder=self.folder,
                     sampled=self.sampled,
+                    chosen_by=self.chosen_by,
                 )
                 for one in self.contenders
                 if seed in one.seeds
@@ -167,6 +190,7 @@ class RunUnit:
         seed: the seed.
         folder: folder of the tokenizers and the encoded images.
         sampled: images of each number of objects that are sampled.
+        chosen_by: images of each number of objects that choose the sampling settings.
     """
 
     study: str
@@ -174,6 +198,7 @@ class RunUnit:
     seed: int
     folder: str
     sampled: int
+    chosen_by: int
 
     result_class = RunResult
 
@@ -199,7 +224,10 @@ class RunUnit:
     @property
     def settings(self) -> str:
         """A digest of the contender's run."""
-        fields = config.to_json(dataclasses.replace(self.run, seed=0))
+        run, choices = dataclasses.replace(self.run, seed=0), self.contender.choices
+        fields = config.to_json(run)
+        if choices:
+            fields |= {'choices': [config.to_json(one) for one in choices], 'by': self.chosen_by}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
@@ -210,16 +238,25 @@ class RunUnit:
             return None
         training = time.monotonic() - start
 
-        def score() -> list[dict[str, Any]]:
+        def score() -> dict[str, Any]:
             model = models.read(trained / trainer.MODEL)
+            choices = self.contender.choices or (model.sampling,)
+            chosen = choices[0]
+            if len(choices) > 1:
+                chosen = best_settings(model, run.tokenizer, choices, self.chosen_by)
+            model = dataclasses.replace(model, sampling=chosen)
             aligned = sampled_alignment(model, run.tokenizer, self.sampled)
-            return [config.to_json(one) for one in aligned]
+            return {
+                'sampling': config.to_json(chosen),
+                'aligned': [config.to_json(one) for one in aligned],
+            }
 
         scores = units.once(work / 'aligned.json', score)
         unit = time.monotonic() - start
         return self._head() | {
             'curve': held_out.curve(trained, run.pace),
-            'aligned': tuple(config.from_json(Aligned, one) for one in scores),
+            'aligned': tuple(config.from_json(Aligned, one) for one in scores['aligned']),
+            'sampling': config.from_json(Settings, scores['sampling']),
             'seconds': {'training': training, 'unit': unit},
         }
 
@@ -251,17 +288,21 @@ class RunUnit:
     def _head(self) -> dict[str, Any]:
         """The fields of a result that need no training."""
         run = self.run
-        params = jax.tree.leaves(run.model.abstract())
         return {
             'study': self.study,
             'contender': self.contender.name,
             'seed': self.seed,
             'images': run.batch * run.pace.steps,
             'settings': self.settings,
-            'parameters': sum(math.prod(leaf.shape) for leaf in params),
+            'parameters': trained_parameters(run.model),
             'tokens': run.model.schedule.length,
             'numbers': math.prod(run.model.vocabulary.shape),
         }
+
+
+def trained_parameters(model: Family) -> int:
+    """Numbers in the parameters of a model, except for its constants."""
+    return count_parameters(nn.unbox(model.abstract()), model.constants)
 
 
 def tokenizer_folder(place: str, name: str) -> Path:

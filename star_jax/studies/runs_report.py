@@ -16,7 +16,7 @@ from star_jax.errors import UserError
 from star_jax.studies import units
 from star_jax.studies.cells import Cells
 from star_jax.studies.runs_result import RunResult, TokenizerResult
-from star_jax.studies.statistics import Difference, difference
+from star_jax.studies.statistics import Difference, Scores, difference, holm
 
 PERCENT = 100
 TABLES = '_tables.md'
@@ -64,7 +64,7 @@ def _contenders(results: Sequence[Any]) -> list[Cells]:
     for name in names:
         if len({one.settings for one in runs if one.contender == name}) > 1:
             raise UserError(f'the units of {name} have different settings: they do not compare')
-    rows, compared = [], []
+    rows = []
     good = [one for one in runs if not one.failure]
     shares = {(one.contender, one.seed): one.share for one in good if one.aligned}
     nats = {(one.contender, one.seed): one.nats for one in good}
@@ -76,6 +76,7 @@ def _contenders(results: Sequence[Any]) -> list[Cells]:
                 name,
                 f'{len(finished)} of {len(mine)}',
                 f'{mine[0].parameters:,}',
+                str(mine[0].tokens),
                 _spread([one.nats for one in finished], 1),
                 _spread([PERCENT * one.share for one in finished if one.aligned], 1),
                 f'{statistics.fmean(one.seconds["unit"] for one in finished):.0f}'
@@ -83,20 +84,30 @@ def _contenders(results: Sequence[Any]) -> list[Cells]:
                 else '',
             ]
         )
-        if name != names[0]:
-            compared.append(
-                [
-                    f'{name} - {names[0]}',
-                    _interval(difference(nats, name, names[0]), 1),
-                    _interval(difference(shares, name, names[0]), PERCENT),
-                ]
-            )
-    columns = ['contender', 'seeds', 'parameters', 'nats per image', 'aligned, %', 'seconds']
+    columns = ['contender', 'seeds', 'parameters', 'tokens', 'nats per image', 'aligned, %']
+    columns.append('seconds')
     tables = [Cells(title='Contenders: mean (lowest to highest)', columns=columns, rows=rows)]
-    if compared:
-        columns = ['difference (95 % interval)', 'nats per image', 'aligned, points']
-        tables.append(Cells(title='Differences', columns=columns, rows=compared))
+    if names[1:]:
+        tables.append(_differences(names, nats, shares))
     return tables
+
+
+def _differences(names: Sequence[str], nats: Scores, shares: Scores) -> Cells:
+    """Every contender against the first, with Holm's adjusted p of their alignment."""
+    first, others = names[0], names[1:]
+    aligned = [difference(shares, name, first) for name in others]
+    adjusted = iter(holm([one.p for one in aligned if one]))
+    rows = [
+        [
+            f'{name} - {first}',
+            _interval(difference(nats, name, first), 1),
+            _interval(one, PERCENT),
+            f'{next(adjusted):.3f}' if one else '',
+        ]
+        for name, one in zip(others, aligned, strict=True)
+    ]
+    columns = ['difference (95 % interval)', 'nats per image', 'aligned, points', 'adjusted p']
+    return Cells(title='Differences', columns=columns, rows=rows)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

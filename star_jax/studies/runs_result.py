@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from star_jax.studies.aligned import Aligned
+from star_jax.core.settings import Settings
+from star_jax.studies.aligned import Aligned, right
 from star_jax.studies.held_out import POINTS, HeldOut
 
 
@@ -50,6 +51,7 @@ class RunResult:
         curve: held-out scores at equally spaced points of the training, the last at its end; the
             loss of a token of bits is the mean over them.
         aligned: alignment of sampled images, by number of objects.
+        sampling: the settings with which these images were sampled.
         failure: why the training failed ('': it did not); the scores are then missing.
         seconds: time of the training and of the whole unit, since the last start.
     """
@@ -66,6 +68,7 @@ class RunResult:
     numbers: int
     curve: tuple[HeldOut, ...] = ()
     aligned: tuple[Aligned, ...] = ()
+    sampling: Settings | None = None
     failure: str = ''
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -81,5 +84,4 @@ class RunResult:
     @property
     def share(self) -> float:
         """Share of all sampled images that show what their prompts state."""
-        count = sum(one.count for one in self.aligned)
-        return sum(one.all * one.count for one in self.aligned) / count
+        return right(self.aligned)

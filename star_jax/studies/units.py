@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 
 from star_jax import files
+from star_jax.bench.sampling import SamplingJob
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import NotFiniteError, UserError
@@ -65,11 +66,13 @@ class Study(Protocol):
         name: the name of the study.
         units: all units, in the order in which they are made.
         timed_runs: one run of every kind, whose training steps `study cost` compares.
+        timed_samplers: sampling by every kind whose time and memory it compares, too.
     """
 
     name: str
     units: Sequence[Unit]
     timed_runs: Mapping[str, Run]
+    timed_samplers: Mapping[str, SamplingJob]
 
 
 def load(path: Path) -> Study:

@@ -48,9 +48,11 @@ def describe(
     constants = run.model.constants if isinstance(run, Run) else frozenset()
     beside = ''
     if state.adversary:
-        beside = f' and {_count(state.adversary.params, frozenset()):,} of the discriminator'
+        beside = (
+            f' and {count_parameters(state.adversary.params, frozenset()):,} of the discriminator'
+        )
     lines = {
-        'parameters': f'{_count(state.params, constants):,}{beside}',
+        'parameters': f'{count_parameters(state.params, constants):,}{beside}',
         'state in memory': f'{held} (parameters, averages, optimizer)',
         'tokens per image': f'{schedule.length:,} in {schedule.steps} steps',
         'arithmetic per step': f'{flops / 1e9:,.1f} GFLOP',
@@ -162,7 +164,7 @@ def _warn_of_stuck_bits(name: str, usage_K2: np.ndarray) -> None:
         )
 
 
-def _count(params: Any, constants: frozenset[str]) -> int:
+def count_parameters(params: Any, constants: frozenset[str]) -> int:
     """Numbers in parameters, except for those of constants."""
     return sum(
         math.prod(leaf.shape)
