@@ -7,6 +7,7 @@ from rich.table import Table
 
 TERMINAL = 80  # columns of text
 BORDER = 3  # columns from one cell to the next
+NAMES = 34  # columns of text of the first cell, at most: longer ones are wrapped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Cells:
         """Split into tables that are no wider than a terminal."""
         rows = [self.columns, *self.rows]
         widths = [max(map(len, cells)) + BORDER for cells in zip(*rows, strict=True)]
+        widths[0] = min(widths[0], NAMES + BORDER)
         left = list(range(1, len(widths)))
         while left:
             shown, room = [0], TERMINAL - 1 - widths[0]
@@ -34,9 +36,9 @@ class Cells:
                 room -= widths[left[0]]
                 shown.append(left.pop(0))
             table = Table(title=self.title, title_justify='left')
-            for number in shown:
-                justify = 'right' if number else 'left'
-                table.add_column(self.columns[number], justify=justify, no_wrap=not number)
+            table.add_column(self.columns[0], min_width=widths[0] - BORDER, max_width=NAMES)
+            for number in shown[1:]:
+                table.add_column(self.columns[number], justify='right')
             for row in self.rows:
                 table.add_row(*[row[number] for number in shown])
             yield table

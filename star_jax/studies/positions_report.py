@@ -276,15 +276,15 @@ def _claims(listed: Sequence[Answer]) -> Cells:
     rows = []
     for answer in listed:
         found, share = answer.found, answer.claim.score is two_objects
-        numbers = ['', '', '']
+        value = interval = p = ''
         if found is not None:
             factor, digits = (PERCENT, 1) if share else (1, 3)
             value, low, high = (f'{factor * x:+.{digits}f}' for x in _ends(found))
-            numbers = [value, f'[{low}, {high}]', f'{answer.adjusted:.2g}']
+            interval, p = f'[{low}, {high}]', f'{answer.adjusted:.2g}'
         claim = f'{answer.claim.source}: {answer.claim.statement}'
-        rows.append([claim, f'{answer.claim.first} - {answer.claim.second}', *numbers])
-        rows[-1].append(answer.verdict)
-    columns = ['claim', 'difference of', 'value', '95 %', 'p (Holm)', 'verdict']
+        arms = f'{answer.claim.first} - {answer.claim.second}'
+        rows.append([claim, value, interval, answer.verdict, p, arms])
+    columns = ['claim', 'difference', '95 %', 'verdict', 'p (Holm)', 'of']
     return Cells(title='Primary comparisons (nats; percentage points)', columns=columns, rows=rows)
 
 
