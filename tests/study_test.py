@@ -264,7 +264,7 @@ def test_the_words_after_study_are_checked(tmp_path):
 # The shipped study
 
 
-def test_the_study_is_the_registered_one():
+def test_the_study_is_the_registered_one(tmp_path):
     study = units.load(STUDY)
     names = [unit.name for unit in study.units]
     assert names[:3] == ['shapes-reference', 'shapes-normalised-0', 'shapes-rounded-0']
@@ -278,7 +278,7 @@ def test_the_study_is_the_registered_one():
     assert larger.model.schedule.length == 359 and larger.data.count == 312 * 16
     rates = [float(larger.optimizer.learning_rate.at(step, 312)) for step in (0, 100, 311)]
     assert rates == pytest.approx([2e-4] * 3)
-    status, out, _ = star_jax('study', 'run', STUDY, '--list')
+    status, out, _ = star_jax('study', 'run', STUDY, '--list', '--results', tmp_path)
     assert status == 0 and out.split() == names
 
 
