@@ -5,6 +5,10 @@ number, its upper bound, so that no mask of rows by keys is needed. `Schedule.vi
 `core/schedule.py` decides the upper bounds: block-causal in a `Pyramid`, causal in a `Raster`. An
 image may also hide the keys before a number of its own (a prompt padded on the left) or from a
 number on (one padded on the right).
+
+A pyramid of the grids 1 x 1 and 2 x 2, all five rows at once: row 0 attends to key 0, rows 1 to 4
+attend to all five keys. The upper bounds are (1, 5, 5, 5, 5), kept as the runs ((1, 1), (4, 5)). In
+sampling its second step has four rows and, after the one key of the past, five keys: ((4, 5),).
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Which parts make a STAR model?
 
-Text-conditioned next-scale prediction (STAR specification 3, 5 and 7).
+Text-conditioned next-scale prediction (STAR specification 3, 5 and 7). Guidance, filter and the
+fields that STAR and VAR share stand in `families/scales.py`.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Which parts make a VAR model?
 
 Class-conditional next-scale prediction (STAR specification 11): learned positions, and
-modulation of every layer and of the head by the vector of each image's class.
+modulation of every layer and of the head by the vector of each image's class. Guidance, filter and
+the fields that STAR and VAR share stand in `families/scales.py`.
 """
 
 import dataclasses

@@ -5,6 +5,9 @@
 
 Equal seeds give equal images, however many are sampled together; in bfloat16, where the rounding
 of a product depends on the number of its rows, only with `exact=True`.
+
+A pipeline encodes the prompts and runs a `program`; its loop over the steps is in `sampler`, and
+`trunks` runs the layers of one step.
 """
 
 import dataclasses
