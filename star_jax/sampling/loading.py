@@ -34,7 +34,7 @@ def load(
     Args:
         source: a model folder, a hub id, or 'shipped'.
         text: a path or hub id of the model's text encoder; by default the one that the model names.
-        dtype: of activations.
+        dtype: dtype of activations.
         mesh: the devices, over which parameters are sharded as in training and batches are split;
             by default the first device alone.
         cross_attention: as the model was trained; 'corrected'; or 'released', where the unprompted
@@ -44,7 +44,7 @@ def load(
         check: compare the weights with the SHA-256 that the model folder keeps.
         size: the size of the images, for a model with templates of several aspect ratios; the
             nearest one is sampled (by default the model's own).
-        text_dtype: of weights and activations of the text encoder.
+        text_dtype: dtype of weights and activations of the text encoder.
 
     Raises:
         UserError: a folder that cannot be read, weights that changed since it was written, a text
@@ -76,7 +76,7 @@ def prepare(
     size: ImageSize = MODELS_OWN,
     text_dtype: str = 'float32',
 ) -> Pipeline:
-    """A pipeline of a model that was read from `source`; other arguments as of `load`."""
+    """A pipeline of a model that was read from `source`; other arguments as for `load`."""
 
     def load_encoder() -> PromptEncoder:
         own = model.text.source if model.text else ''

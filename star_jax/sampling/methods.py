@@ -21,7 +21,7 @@ class FilteredSampling:
     """Logits are guided and filtered, then every token's code is sampled from what is left.
 
     Attributes:
-        filter: which codes may be sampled, and temperature.
+        filter: chooses the codes that may be sampled, and has the temperature.
         greedy: take the most probable codes, whatever the keys (static).
     """
 

@@ -30,7 +30,7 @@ EXACT = ('norm_out', 'conv_out')
 
 @flax.struct.dataclass
 class SamplingInputs:
-    """What a run of the program samples.
+    """The arguments of one run of the program.
 
     Attributes:
         keys_B: one key per image.
@@ -71,7 +71,7 @@ def inputs(
     `negative` is the encoded `settings.negative`, one row; `given` are codes to start from.
 
     Raises:
-        UserError: as of `step_settings` and `sampling_method`.
+        UserError: as for `step_settings` and `sampling_method`.
     """
     steps = step_settings(config, settings)
     return SamplingInputs(
@@ -124,7 +124,7 @@ def step_settings(config: Family, settings: Settings) -> StepSettings:
 
 
 def _of_steps(of_number: Callable[[float], np.ndarray], numbers: Sequence[float]) -> np.ndarray:
-    """[S]: at each step what the family makes of the number of that step."""
+    """[S]: the family's value at each step, from the number given for that step."""
     every = {number: of_number(number) for number in set(numbers)}
     return np.asarray([every[number][step] for step, number in enumerate(numbers)], np.float32)
 
@@ -199,7 +199,7 @@ def cast(params: dict, dtype: str) -> dict:
         if part == 'tokenizer':
             heavy = names[0] == 'decoder' and names[1] not in EXACT
         else:
-            inside = any(name in HEAVY for name in names[:2])  # of the network or its refiner
+            inside = any(name in HEAVY for name in names[:2])  # the network or its refiner
             heavy = inside and names[-1] == 'kernel'
         return x.astype(dtype) if heavy else x
 

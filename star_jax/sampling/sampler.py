@@ -27,7 +27,7 @@ from star_jax.sampling.trunks import LAYERS, Carry, ScannedTrunk, SplitTrunk, Tr
 
 
 class StepTrace(NamedTuple):
-    """What a step, or a stack of steps along a new first axis, computed.
+    """Intermediate results of a step, or of a stack of steps along a new first axis.
 
     Attributes:
         method: logits before and after guidance, and filtered probabilities.
@@ -43,7 +43,7 @@ class StepTrace(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the sampler computed.
+    """Intermediate results of the sampler.
 
     Attributes:
         start: [R, rows of step 0, D], the rows of the first step.
@@ -65,7 +65,7 @@ class Trace(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step, or a stack of steps, returns to the caller."""
+    """The results of a step, or of a stack of steps."""
 
     codes: jax.Array
     trace: StepTrace | None
@@ -101,7 +101,7 @@ class GivenCodes:
     def of_steps(
         cls, steps: Mapping[int, jax.Array], schedule: Schedule, codes: Codes
     ) -> 'GivenCodes':
-        """From the codes [B, L of the step, *codes.shape] of at least one step."""
+        """Makes it from the codes [B, L of the step, *codes.shape] of at least one step."""
         batch = len(next(iter(steps.values())))
         values = np.zeros((batch, schedule.length, *codes.shape), np.int32)
         for step, given in steps.items():
@@ -208,7 +208,7 @@ def sample(
         padding = schedule.reads[last.like] - carry.x_RLD.shape[1]
         padded = jnp.pad(carry.x_RLD, ((0, 0), (0, padding), (0, 0)))
         carry, outputs = scan_group(run_step, carry._replace(x_RLD=padded), group)
-        inputs = tok().following(carry.canvas, last)  # of the step after it, at its own size
+        inputs = tok().following(carry.canvas, last)  # for the next step, at its own size
         if inputs is not None:
             carry = carry._replace(x_RLD=embed(inputs, last.next()))
         return carry, unpad_outputs(outputs, schedule, group, inputs)

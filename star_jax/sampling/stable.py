@@ -69,11 +69,11 @@ class ScalePasses:
     base: int
 
 
-PassPlan = tuple[ScalePasses | None, ...]  # of every step; None: sampled at once
+PassPlan = tuple[ScalePasses | None, ...]  # one entry per step; None: sampled at once
 
 
 class PassTrace(NamedTuple):
-    """What one pass computed; stacked along a new first axis, all passes over a scale.
+    """Intermediate results of one pass; stacked along a new first axis, all passes over a scale.
 
     Attributes:
         logits_BLV: guided logits.
@@ -91,7 +91,7 @@ class PassTrace(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Which tokens are fixed, and their codes; codes of other tokens mean nothing."""
+    """The tokens that are fixed, and their codes; codes of other tokens mean nothing."""
 
     mask_BL: jax.Array
     codes_BL: jax.Array
@@ -245,7 +245,7 @@ def plan_of_settings(schedule: Schedule, settings: StableSettings, first_of_head
     """The passes that the settings name, for a head of the scales from `first_of_head` on.
 
     Raises:
-        UserError: as of `plan_passes`, and for scales that the schedule does not have.
+        UserError: as for `plan_passes`, and for scales that the schedule does not have.
     """
     first, last = settings.first or first_of_head, settings.last or schedule.steps - 1
     if not first <= last < schedule.steps:

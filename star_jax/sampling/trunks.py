@@ -34,7 +34,7 @@ StepFn = Callable[[Any, Step], tuple[Any, Any]]  # (carry, step) -> carry, outpu
 
 
 class Carry(NamedTuple):
-    """What a step of sampling leaves to the next one.
+    """The state between two steps of sampling.
 
     Attributes:
         x_RLD: the embedded rows of the next step.
@@ -98,7 +98,7 @@ class ScannedTrunk:
         groups: tuple[Group, ...],
         keep_last: bool,
     ) -> 'ScannedTrunk':
-        """With the keys and values of the text, which are computed once per image."""
+        """Makes it; keys and values of the text are computed once per image."""
         text_kv = bind(network, params).text_kv(condition)
         return cls(
             network=network,
@@ -179,7 +179,7 @@ class SplitTrunk:
     def of(
         cls, network: Transformer, params: Any, layers: tuple[Layer, ...], condition: Any
     ) -> 'SplitTrunk':
-        """With the keys and values of the text, which are computed once per image."""
+        """Makes it; keys and values of the text are computed once per image."""
         states_BTE, _ = bind(network, params).starter.text(condition)
         text_kv: tuple[KV | None, ...] = (None,) * len(layers)
         if states_BTE is not None:
@@ -255,7 +255,7 @@ class SplitTrunk:
         return carry._replace(memory=Blocks((*finished, carry.memory))), [outputs]
 
     def _visibility(self, memory: Blocks, step: Step) -> Visibility:
-        """What the rows of a step attend to among the blocks and themselves."""
+        """The keys that the rows of a step attend to, among the blocks and themselves."""
         schedule = self.network.schedule
         first, end = schedule.starts[step.like : step.like + 2]
         bound_L = schedule.visible_rows[first:end]
@@ -280,7 +280,7 @@ class SplitTrunk:
 def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
     """The parameters as sampling on a platform reads them best: `split` if most steps have one row.
 
-    Arguments as of `split`.
+    Arguments as for `split`.
     """
     single = sum(reads == 1 for reads in schedule.reads)
     return split(params) if platform in SPLIT and 2 * single > schedule.steps else params

@@ -22,7 +22,7 @@ from star_jax.nn.discriminators import AllStatistics
 from star_jax.training.objective import Adversary
 from star_jax.training.optimizer import gradient_norm
 
-GROUP = 'adversary'  # of the metrics
+GROUP = 'adversary'  # names the group of metrics
 
 # decoded images -> the weighted reconstruction loss and its parts
 Reconstruction = Callable[[jax.Array], tuple[jax.Array, Any]]
@@ -30,7 +30,7 @@ Reconstruction = Callable[[jax.Array], tuple[jax.Array, Any]]
 
 @flax.struct.dataclass
 class AdversaryState:
-    """What a discriminator carries from step to step.
+    """The state of a discriminator between steps.
 
     Attributes:
         params: its parameters.
@@ -54,9 +54,9 @@ class GeneratorStep(NamedTuple):
         parts: parts of the reconstruction loss.
         adversarial: the adversarial loss, without a weight.
         adaptive: the adaptive weight; 1 where it is off.
-        gradients: of the reconstruction loss and of the adversarial loss, with respect to the
-            decoded images.
-        lengths: of both at the decoder's last kernel.
+        gradients: gradients of the reconstruction loss and of the adversarial loss, with respect
+            to the decoded images.
+        lengths: lengths of both gradients at the decoder's last kernel.
         statistics: the running statistics after the discriminator saw the decoded images.
     """
 
@@ -87,7 +87,7 @@ class Competition:
         adversary: the losses.
         network: the discriminator.
         optimizer: makes updates of its gradients.
-        dtype: of its activations; statistics and logits are at least float32.
+        dtype: dtype of its activations; statistics and logits are at least float32.
     """
 
     adversary: Adversary
@@ -112,7 +112,7 @@ class Competition:
             resolution: (height, width) of the images in pixels.
             steps: training steps of the whole run.
             images: images per step.
-            dtype: of the activations.
+            dtype: dtype of the activations.
         """
         return cls(
             adversary=adversary,
@@ -153,15 +153,15 @@ class Competition:
         step: jax.Array,
         key: jax.Array,
     ) -> GeneratorStep:
-        """What trains the tokenizer.
+        """The gradient that trains the tokenizer, with its losses.
 
         Args:
-            state: of the discriminator.
+            state: state of the discriminator.
             decoded: [B, H, W, 3] decoded images, not clamped.
             reconstruction: the weighted reconstruction loss of decoded images, and its parts.
             at_last_kernel: gradient of decoded images -> gradient of the decoder's last kernel.
             step: training step, counted from 0.
-            key: of the augmentation.
+            key: random key of the augmentation.
         """
 
         def deceived(decoded: jax.Array) -> tuple[jax.Array, AllStatistics]:
@@ -199,11 +199,11 @@ class Competition:
 
         Args:
             params: its parameters.
-            means_2: as of an `AdversaryState`.
+            means_2: as for `AdversaryState`.
             images: [B, H, W, 3] real images in [-1, 1].
-            decoded: the decoded ones; they get no gradient.
+            decoded: [B, H, W, 3] decoded images; they get no gradient.
             step: training step, counted from 0.
-            key: of the augmentation.
+            key: random key of the augmentation.
 
         Returns:
             The loss, and logits and batch statistics of both, the real images first.
@@ -229,7 +229,7 @@ class Competition:
         step: jax.Array,
         key: jax.Array,
     ) -> tuple[AdversaryState, dict[str, jax.Array]]:
-        """One update of the discriminator, and its metrics; arguments as of `discriminator`."""
+        """One update of the discriminator, and its metrics; arguments as for `discriminator`."""
         loss = jax.value_and_grad(self.discriminator, has_aux=True)
         (value, aux), gradients = loss(
             state.params,

@@ -36,10 +36,10 @@ from star_jax.protocols import PromptEncoder
 from star_jax.text.cache import FeatureCache, segment_paths
 from star_jax.training.run import Data, Run
 
-SETS = ('data', 'validation')  # of a run
+SETS = ('data', 'validation')  # fields of a run
 FEATURES = np.dtype(np.float16)  # fewer labels differ than in bfloat16 (docs/training.md)
-ENCODING = 'encoding'  # of a key: absent where the encoded images are codes
-DIGITS = 16  # of a digest in a key, which needs to be readable, not secure
+ENCODING = 'encoding'  # part of a key; absent where the encoded images are codes
+DIGITS = 16  # length of a digest in a key, which needs to be readable, not secure
 
 Sources = Mapping[str, Source]
 Encode = Callable[[np.ndarray], jax.Array]
@@ -47,7 +47,7 @@ Encode = Callable[[np.ndarray], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What makes the encoded images and text features of a run.
+    """The networks and settings that make the encoded images and text features of a run.
 
     Attributes:
         run: the config.
@@ -74,14 +74,14 @@ class Origin:
         }
 
     def read(self, folder: Path, sources: Sources, example: encoded.ArraySpec) -> Sources:
-        """The sources, with encoded images like `example`; UserErrors as of `encoded.read`."""
+        """The sources, with encoded images like `example`; UserErrors as for `encoded.read`."""
         return {
             name: encoded.read(folder / name, self.key(name, source), source, example)
             for name, source in sources.items()
         }
 
     def write(self, folder: Path, sources: Sources, encode: Encode) -> None:
-        """Fills a folder with encoded images; whatever it holds already and is valid stays.
+        """Fills a folder with encoded images; valid entries that it already holds stay.
 
         Args:
             folder: the cache.
@@ -89,7 +89,7 @@ class Origin:
             encode: encodes exactly `run.batch` uint8 images.
 
         Raises:
-            UserError: as of `encoded.write`.
+            UserError: as for `encoded.write`.
         """
 
         def stored(images: np.ndarray) -> np.ndarray:
@@ -218,7 +218,7 @@ def _settings(data: Data) -> dict:
 
 
 def all_texts(sources: Iterable[Source], choice: CaptionChoice) -> list[str]:
-    """All texts that may become captions: what training chooses from, and first captions."""
+    """All texts that may become captions: the choices of training, and first captions."""
     texts = []
     for source in sources:
         for captions in map(source.captions, range(len(source))):

@@ -14,14 +14,14 @@ class Notice:
 
     Attributes:
         seconds: the time.
-        holder: what has it, with an article.
+        holder: the machine or pod that gets the notice, with an article.
     """
 
     seconds: float
     holder: str
 
     def plan(self, size: int) -> str:
-        """What a checkpoint of `size` bytes must fulfil, for the summary of a run."""
+        """The deadline for writing a checkpoint of `size` bytes, for the summary of a run."""
         return (
             f'{size / 1e9:,.2f} GB; {self.holder} has {self.seconds:g} s after the notice of a '
             f'preemption: it fits if written at {size / self.seconds / 1e9:,.2g} GB/s or more'
@@ -56,7 +56,7 @@ def find(environment: Mapping[str, str]) -> Notice | None:
         if not 0 < seconds < float('inf'):
             raise UserError(f'{VARIABLE} must be a number of seconds above 0, not {given!r}')
         return Notice(seconds=seconds, holder='this machine')
-    if 'KUBERNETES_SERVICE_HOST' in environment:  # of the 30 s of the node
+    if 'KUBERNETES_SERVICE_HOST' in environment:  # the node itself has 30 s
         return Notice(seconds=15, holder='a pod on a spot node of GKE')
     if 'SLURM_JOB_ID' in environment:  # --signal=TERM@300
         return Notice(seconds=300, holder='a job of launch/slurm.sh')

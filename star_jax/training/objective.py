@@ -1,4 +1,4 @@
-"""What does a tokenizer learn to make small?
+"""Which losses does a tokenizer minimise?
 
 The weights and the parts of a run's objective; the losses are pure functions in `losses/`.
 """
@@ -30,9 +30,9 @@ class Adversary:
 
     Attributes:
         discriminator: the network.
-        generator_loss: what the tokenizer makes small: hinge, non_saturating, or the published
-            losses of that name as they were released, with swapped arguments.
-        discriminator_loss: what the discriminator makes small; vanilla is non_saturating.
+        generator_loss: the loss that the tokenizer minimises: hinge, non_saturating, or the
+            published loss of that name as it was released, with swapped arguments.
+        discriminator_loss: the loss that the discriminator minimises; vanilla is non_saturating.
         weight: weight of the adversarial loss.
         start: the first step, counted from 1, at which it counts; before it the discriminator runs
             with gradients of zero.

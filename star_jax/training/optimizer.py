@@ -16,7 +16,7 @@ from star_jax.core.argument_types import check_types
 from star_jax.training.schedules import LearningRate, weight_decay_at
 
 OF_LEVELS = {'pair', 'signal'}  # the modulation from level embeddings
-CLIP_EPSILON = 1e-6  # of the published clipping
+CLIP_EPSILON = 1e-6  # the published clipping adds it to the norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

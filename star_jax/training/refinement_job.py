@@ -17,7 +17,7 @@ from star_jax.training.run import Run
 from star_jax.training.state import TrainState
 from star_jax.training.transformer_job import TransformerJob
 
-FREE_FIELDS = ('refinement', 'drop_path', 'keep_tokens')  # in which the frozen model may differ
+FREE_FIELDS = ('refinement', 'drop_path', 'keep_tokens')  # the frozen model may differ in these
 
 
 class RefinementJob(TransformerJob):

@@ -108,8 +108,8 @@ class TokenizerRun:
         validation: images of the validation metrics; without a path, a split of the training set.
         init: model folder to warm-start from ('': random weights); the codebook is kept if
             plain_steps is 0.
-        only: what is trained: everything (''), or the decoder, which leaves every code of the
-            tokenizer of init as it was.
+        only: the part that is trained: everything (''), or the decoder, which leaves every code
+            of the tokenizer of init as it was.
         objective: weights and parts of the losses.
         optimizer: optimizer and its schedules.
         pace: length of the run, reports and checkpoints.

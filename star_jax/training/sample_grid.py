@@ -94,11 +94,11 @@ class SampleGrid:
         """uint8 [images, H, W, 3] on every host, of these captions; image i uses seed i.
 
         Args:
-            run: `program`, or what `compile` made of it.
-            params: as of `compile`, on the devices.
+            run: `program`, or its compiled form from `compile`.
+            params: as for `compile`, on the devices.
             encode: captions -> their conditions.
-            captions: at most `images`.
-            empty: as of `compile`.
+            captions: at most `images` captions.
+            empty: as for `compile`.
         """
         count = padded_count(self.images, self.mesh)
         rows = rules.process_rows(self.mesh, count)

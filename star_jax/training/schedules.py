@@ -58,7 +58,7 @@ class LearningRate:
 
     @property
     def _tau(self) -> float:
-        """Where a broken line breaks; 0 for the other shapes."""
+        """The share of the steps at which a broken line breaks; 0 for the other shapes."""
         match = BROKEN_LINE.fullmatch(self.shape)
         return float(match.group(1)) if match else 0.0
 

@@ -118,7 +118,7 @@ def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
 
     Args:
         usage_KV: how often each scale used each value of a code.
-        codes: what one code is.
+        codes: the kind of codes.
     """
     scales = {f'scale {scale}': (row, MIN_USED_BY_SCALE) for scale, row in enumerate(usage_KV)}
     for name, (usage_V, least) in {'all scales': (usage_KV.sum(0), MIN_USED), **scales}.items():

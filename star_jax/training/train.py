@@ -74,7 +74,7 @@ def cache(run: Run, features: bool = False) -> Path:
 
     Raises:
         UserError: the folder holds something else or cannot be written, or the tokenizer does not
-            train on what is asked for.
+            train with these settings.
     """
     startup.start()
     run = resolve(run)

@@ -98,7 +98,7 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
     `samples/`, `metrics.jsonl`, event files and `model/`.
 
     Args:
-        job: what is trained.
+        job: the job that trains.
         out: the folder of the run.
         console: shows summary and progress.
         stop: when it asks, the current step is completed and saved.
@@ -146,11 +146,11 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
 
 
 class Trainer:
-    """The steps of a run, and what is due after each of them.
+    """The steps of a run, with the saves, logs and sample grids after them.
 
     Args:
-        job: what is trained.
-        checkpoints: where the state is saved.
+        job: the job that trains.
+        checkpoints: store of the saved states.
         window: collects metrics from one report to the next.
         logger: records metrics and sample grids.
         progress: shows how far the run is.
@@ -169,7 +169,7 @@ class Trainer:
         self._checkpoints, self._window = checkpoints, window
         self._logger, self._progress = logger, progress
         self._notice = notice.find(os.environ) if jax.process_index() == 0 else None
-        self._size = 0  # of a checkpoint, in bytes
+        self._size = 0  # bytes of a checkpoint
 
     def run(self, first: int, state: TrainState, stop: Stop) -> tuple[int, TrainState]:
         """Trains from step `first` to the end, or until asked to stop.

@@ -38,7 +38,7 @@ def fit(params: Any, state: TrainState, source: str) -> Any:
 
 
 def start(state: TrainState, params: Any) -> TrainState:
-    """A fresh state with other parameters, as of `fit`, also in its average, on the same devices.
+    """A fresh state with other parameters, as for `fit`, also in its average, on the same devices.
 
     Missing rows are those of the fresh state; missing level embeddings that modulate the blocks
     repeat the last one.
