@@ -81,17 +81,22 @@ def steps(job, first: int, count: int, state=None):
 
 
 @pytest.mark.slow
-def test_a_run_on_mixed_templates_continues_exactly(mixed_job, capfd):
+def test_a_run_on_mixed_templates_continues_exactly(mixed_job, capfd, caplog):
     job = mixed_job
     assert isinstance(job, MixedJob)
     order = [job.source.template_of[job.source.members(n)].size for n in range(3)]
     assert job.source.counts == order and min(order) > 5
-    state, losses = steps(job, 0, 6)
+    with jax.log_compiles():  # of this thread
+        state, losses = steps(job, 0, 6)
     trained = [jax.tree.map(np.asarray, state.params)]
     templates = [template for template, _ in itertools.islice(job.batches(0), 6)]
     assert {1, 2} <= set(templates)
     assert job.template(1).programs is job.template(2).programs
-    assert 'compiled the step of 17 tokens for the templates 4:3 and 3:4' in capfd.readouterr().err
+    reported = capfd.readouterr().err
+    assert reported.count('compiled the step of') == 2
+    assert 'compiled the step of 17 tokens for the templates 4:3 and 3:4' in reported
+    assert 'Compiling jit(encode)' in caplog.text
+    assert 'Compiling jit(train)' not in caplog.text
     half, first = steps(job, 0, 3)
     state, second = steps(job, 3, 3, state=half)
     trained.append(jax.tree.map(np.asarray, state.params))
@@ -102,6 +107,23 @@ def test_a_run_on_mixed_templates_continues_exactly(mixed_job, capfd):
     counts = job.validation.counts
     assert metrics['validation/loss'] == pytest.approx(np.average(by_template, weights=counts))
     assert 'validation/accuracy/2' in metrics
+
+
+@pytest.mark.slow
+def test_the_first_scales_of_every_template_are_trained(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path))
+    leading = dataclasses.replace(run, trained_scales=2)
+    job = train.build_job(leading)
+    state, losses = steps(job, 0, 4)
+    templates = [template for template, _ in itertools.islice(job.batches(0), 4)]
+    assert len(set(templates)) > 1 and np.isfinite(losses).all()
+    metrics = job.evaluate(state)
+    assert {'validation/loss/1', 'validation/loss/4:3'} <= metrics.keys()
+    assert 'validation/loss/2' not in metrics
+    template, inputs = next(job.batches(0))
+    inputs = job._with_targets(job.template(template), inputs, jax.random.key(0))
+    score = job.template(template).programs.score
+    assert score(state.params, job.frozen, inputs, jax.random.key(0)).nll_BL.shape == (8, 5)
 
 
 def test_a_template_trains_as_a_model_of_its_grids_alone(mixed_job):

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -24,6 +25,7 @@ from star_jax.parallel import peer_watchdog, rules
 from star_jax.protocols import Family
 from star_jax.training import cache
 from star_jax.training.build import build_program
+from star_jax.training.compile_ahead import CompileAhead
 from star_jax.training.program import StepInputs, TrainingProgram
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
@@ -74,8 +76,9 @@ class MixedJob(TransformerJob):
     """Trains on images that are sorted into the templates of the model.
 
     A step trains on images of one template, in the share that it has of the images. Encoding is
-    compiled for each template, the step of the transformer for each list of step sizes; both on
-    first use. Sample grids have the model's own grids.
+    compiled for each template, on first use; the step of the transformer for each list of step
+    sizes, in the background from the first step on, the most frequent first. Sample
+    grids have the model's own grids.
     """
 
     def __init__(self, run: Run) -> None:
@@ -90,7 +93,7 @@ class MixedJob(TransformerJob):
         templates, scales = run.model.templates, run.model.schedule.steps
         self._schedules = {name: templates.schedule(name, scales) for name in templates.names}
         self._programs: dict[tuple[int, ...], Programs] = {}
-        self._used: set[tuple[str, ...]] = set()
+        self._ahead = CompileAhead()
         self.template = functools.cache(self._template)
         super().__init__(run)
         if jax.process_count() > 1:
@@ -123,18 +126,51 @@ class MixedJob(TransformerJob):
     ) -> tuple[TrainState, Metrics]:
         template, inputs = self.template(batch[0]), batch[1]
         key = jax.random.fold_in(jax.random.key(self.run.seed), step)
-        programs, inputs = template.programs, self._with_targets(template, inputs, key)
-        if programs.names in self._used:
-            return programs.train(state, self.frozen, inputs, key)
-        start = time.monotonic()
-        trained = programs.train(state, self.frozen, inputs, key)
-        self._used.add(programs.names)
-        if jax.process_index() == 0:
-            Console(stderr=True).print(
-                f'compiled the step of {template.schedule.length:,} tokens for the templates '
-                f'{" and ".join(programs.names)} in {time.monotonic() - start:.0f} s'
-            )
-        return trained
+        inputs = self._with_targets(template, inputs, key)
+        if not self._ahead.started:
+            self._compile_ahead(batch[0], state, inputs, key)
+        self._ahead.wait(template.programs.names)
+        return template.programs.train(state, self.frozen, inputs, key)
+
+    def _compile_ahead(
+        self, first: int, state: TrainState, inputs: StepInputs, key: jax.Array
+    ) -> None:
+        """Compiles the steps of all templates that have images, the most frequent first.
+
+        Args:
+            first: the template of the step that waits.
+            state: before that step.
+            inputs: its batch, with targets.
+            key: of the step.
+        """
+        counts = self.source.counts
+        others = sorted(np.flatnonzero(counts).tolist(), key=lambda number: -counts[number])
+        compiled: dict[tuple[str, ...], Callable[[], None]] = {}
+        for template in map(self.template, (first, *others)):
+            names = template.programs.names
+            if names not in compiled:
+                like = self._abstract_inputs(template, inputs, key)
+                args = (_abstract(state), self.frozen, like, key)
+                compiled[names] = functools.partial(_compile, template.programs, args)
+        self._ahead.start(compiled)
+
+    def _abstract_inputs(
+        self, template: TrainedTemplate, inputs: StepInputs, key: jax.Array
+    ) -> StepInputs:
+        """The inputs of a template with targets, abstract, from those of another one."""
+        images = jax.ShapeDtypeStruct(
+            (self.run.batch, *template.tokenizer.resolution, 3), jnp.uint8
+        )
+        encoded = jax.eval_shape(template.encode, self.frozen.tokenizer, images)
+        targets = jax.eval_shape(template.targets, self.frozen.tokenizer, encoded, key)
+        split = rules.batch_sharding(self._mesh)
+        return StepInputs(
+            encoded=jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), targets
+            ),
+            prompts=_abstract(inputs.prompts),
+            tables=template.tables,
+        )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the validation set, over all images and per scale; loss by template.
@@ -268,6 +304,24 @@ class MixedJob(TransformerJob):
         """The inputs with targets, whose shapes are the same for grids of equal sizes."""
         targets: Targets = template.targets(self.frozen.tokenizer, inputs.encoded, key)
         return inputs.replace(encoded=targets)
+
+
+def _abstract(arrays: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
+    )
+
+
+def _compile(programs: Programs, args: tuple) -> None:
+    """Compiles the training step of these programs, and says so in the first process."""
+    start = time.monotonic()
+    programs.train.lower(*args).compile()
+    if jax.process_index() == 0:
+        Console(stderr=True).print(
+            f'compiled the step of {programs.program.network.schedule.length:,} tokens for the '
+            f'templates {" and ".join(programs.names)} in {time.monotonic() - start:.0f} s'
+        )
 
 
 def _folder_name(schedule: Pyramid) -> str:

@@ -1,0 +1,41 @@
+"""How are the programs of a run compiled before they are needed?
+
+One thread compiles one after the other, while the caller runs those that are ready. A jitted
+function that was lowered and compiled for some shapes and shardings is not compiled again when it
+is called with such arrays.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class CompileAhead:
+    """Compiles programs in the background, in the order in which they are given.
+
+    Those that have not begun when the main thread ends are left out, so that a command that stops
+    waits for one of them at most.
+    """
+
+    def __init__(self) -> None:
+        self._programs: dict[Hashable, Future[None]] = {}
+
+    @property
+    def started(self) -> bool:
+        """Whether programs were given."""
+        return bool(self._programs)
+
+    def start(self, compiled: Mapping[Hashable, Callable[[], None]]) -> None:
+        """Starts; `compiled` has a function for each name, which compiles the program."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix='compile')
+        self._programs = {name: pool.submit(_run, work) for name, work in compiled.items()}
+        pool.shutdown(wait=False)
+
+    def wait(self, name: Hashable) -> None:
+        """Returns when a program is compiled; raises what its compilation raised."""
+        self._programs[name].result()
+
+
+def _run(work: Callable[[], None]) -> None:
+    if threading.main_thread().is_alive():
+        work()
