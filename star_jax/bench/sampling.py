@@ -44,6 +44,7 @@ class SamplingJob:
         dtype: the compute dtype.
         buckets: scales that share a program body (None: the default of the platform).
         text_tokens: tokens of a prompt.
+        text_encoder: the text encoder is timed, too, where its sizes are published.
     """
 
     model: Family
@@ -55,6 +56,7 @@ class SamplingJob:
     dtype: Dtype = 'float32'
     buckets: Buckets | None = None
     text_tokens: int = 77
+    text_encoder: bool = True
 
     def __post_init__(self) -> None:
         if min(self.batch, self.repeats, self.text_tokens) < 1:
@@ -124,8 +126,8 @@ class SamplingJob:
         return self.tokenizer.build(self.dtype), random_arrays(nn.unbox(params))
 
     def _text_encoder(self) -> dict[str, TimedProgram]:
-        """The encoder of a batch of prompts, if a published one has the model's text width."""
-        if self.model.text_width not in PUBLISHED:
+        """The encoder of a batch of prompts, if it is timed."""
+        if not self.text_encoder or self.model.text_width not in PUBLISHED:
             return {}
         encoder_config = PUBLISHED[self.model.text_width]
         tower = TOWERS[encoder_config['model_type']](encoder_config)

@@ -63,6 +63,8 @@ class BenchSample:
         autoencoder: sizes of the tokenizer.
         resolution: image side in px, with the published scales (0: the scales of the model).
         text_tokens: tokens of a caption.
+        text_encoder: time the text encoder, too (that of Infinity takes 5 GB in float32); the
+            program samples from text features that are given.
         batch: images per batch.
         repeats: timed runs of the program.
         dtype: dtype of the activations; bfloat16 on accelerators.
@@ -79,6 +81,7 @@ class BenchSample:
     autoencoder: Autoencoder = Autoencoder()
     resolution: int = 0
     text_tokens: int = 77
+    text_encoder: bool = True
     batch: int = 1
     repeats: int = 10
     dtype: Dtype = 'float32'
