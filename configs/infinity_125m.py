@@ -3,13 +3,12 @@
 Replace the paths: the published tokenizer as a model folder, flan-t5-xl, and a set of images whose
 captions have a long and a short form. Optimizer, learning rate, flips, captions and weights of the
 scales are those of the published training script, which has 4 images per GPU and does not warm up;
-the length of the published runs is not known. `star-jax bench sample` only needs the model and the
-sampling settings.
+the length of the published runs is not known. The other sizes have the same recipe.
+`star-jax bench sample` only needs the model and the sampling settings.
 """
 
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Settings
-from star_jax.core.templates import PUBLISHED, RESOLUTIONS
 from star_jax.data.caption_choice import ShortOrLong
 from star_jax.data.prepared import Prepared
 from star_jax.families.infinity import Infinity
@@ -18,14 +17,7 @@ from star_jax.training.run import Pace, Run
 from star_jax.training.schedules import LearningRate
 
 run = Run(
-    model=Infinity(
-        depth=12,
-        width=768,
-        heads=8,
-        grids=PUBLISHED.by_name['1.0'][: RESOLUTIONS['0.06M']],
-        reference=PUBLISHED.by_name['1.0'][-1],
-        drop_path=0.1,
-    ),
+    model=Infinity.published('125M'),
     tokenizer='models/infinity_tokenizer',
     text='models/flan-t5-xl',
     text_dtype='bfloat16',

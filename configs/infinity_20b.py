@@ -1,49 +1,18 @@
 """Infinity-20B at 1024 px (Infinity specification 6 and 8); not released, 32 bits are assumed.
 
-Replace the paths as in infinity_125m.py, which names the source of every hyperparameter.
+Everything else is that of infinity_125m.py, which names the source of every hyperparameter.
 """
 
-from star_jax.core.self_correction import SelfCorrection
-from star_jax.core.settings import Settings
-from star_jax.core.templates import PUBLISHED, RESOLUTIONS
-from star_jax.data.caption_choice import ShortOrLong
-from star_jax.data.prepared import Prepared
-from star_jax.families.infinity import Infinity
-from star_jax.training.optimizer import AdamW
-from star_jax.training.run import Pace, Run
-from star_jax.training.schedules import LearningRate
+import dataclasses
+from pathlib import Path
 
-run = Run(
-    model=Infinity(
-        depth=58,
-        width=4608,
-        heads=36,
-        grids=PUBLISHED.by_name['1.0'][: RESOLUTIONS['1M']],
-        reference=PUBLISHED.by_name['1.0'][-1],
-        drop_path=0.25,
-    ),
-    tokenizer='models/infinity_tokenizer',
-    text='models/flan-t5-xl',
-    text_dtype='bfloat16',
-    text_features='inside',
-    data=Prepared(path='sets/captioned'),
-    captions=ShortOrLong(short=0.5, sentences=True, end='--'),
-    validation=Prepared(path='sets/captioned', split='validation'),
-    optimizer=AdamW(
-        learning_rate=LearningRate(
-            peak=6e-3, per_images=256, warmup_steps=0, end=1.0, shape='lin0'
-        ),
-        weight_decay=0.005,
-        beta1=0.9,
-        beta2=0.97,
-        clip=5.0,
-    ),
-    pace=Pace(steps=100_000, log=100, sample=5_000, save=2_000),
-    batch=256,
-    caption_drop=0.1,
-    balance=0.5,
-    correction=SelfCorrection(strength=0.3, scales=13),
-    dtype='bfloat16',
-    remat='full',
-    sampling=Settings(guidance=4.0, top_k=0, top_p=0.97, temperature=0.5),
+from star_jax.checkpoint.config import load_run
+from star_jax.families.infinity import Infinity
+from star_jax.training.run import Run
+
+SMALLEST = load_run(Path(__file__).with_name('infinity_125m.py'), Run)
+
+run = dataclasses.replace(
+    SMALLEST,
+    model=Infinity.published('20B', '1M'),
 )

@@ -20,7 +20,7 @@ from star_jax.core.filters import BitFilter, NucleusFilter
 from star_jax.core.schedule import Grids, Pyramid, square_grids
 from star_jax.core.settings import Remat, Settings
 from star_jax.core.sizes import check_codes, check_sizes
-from star_jax.core.templates import PUBLISHED, Templates
+from star_jax.core.templates import PUBLISHED, RESOLUTIONS, Templates
 from star_jax.families.decoder import Sizes
 from star_jax.families.fit import check_text_encoder
 from star_jax.nn import layers
@@ -34,6 +34,17 @@ from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
 from star_jax.tokenizers.residual_bsq import BSQ, PATCH
 
+# Depth, width and heads of the published sizes (Infinity specification 8), and what else differs.
+SIZES = {
+    '125M': (12, 768, 8, {}),
+    '361M': (16, 1152, 12, {}),
+    '940M': (24, 1536, 16, {}),
+    '2.2B': (32, 2080, 20, {}),
+    '4.7B': (40, 2688, 24, {}),
+    '2B': (32, 2048, 16, {}),
+    '8B': (40, 3584, 28, {'bits': 56}),
+    '20B': (58, 4608, 36, {'drop_path': 0.25}),
+}
 PATCHED_BITS = 56  # bits of a token of the published 8B model
 LEVELS = 15  # rows of the level embedding, for any schedule
 UNIT = 256  # hidden widths are multiples of it
@@ -139,6 +150,28 @@ class Infinity(Sizes):
                 f'{self.score_temperature} and {self.levels_every}'
             )
         self.positions.check(self.width, self.head_width)
+
+    @classmethod
+    def published(cls, size: str, resolution: str = '0.06M') -> 'Infinity':
+        """The published model of a size, with square images (Infinity specification 8).
+
+        Args:
+            size: a key of `SIZES`, such as 2B.
+            resolution: a key of `RESOLUTIONS`.
+
+        Raises:
+            KeyError: there is no such size or resolution.
+        """
+        depth, width, heads, others = SIZES[size]
+        grids = PUBLISHED.by_name['1.0']
+        return cls(
+            depth=depth,
+            width=width,
+            heads=heads,
+            grids=grids[: RESOLUTIONS[resolution]],
+            reference=grids[-1],
+            **others,
+        )
 
     @property
     def schedule(self) -> Pyramid:
