@@ -375,6 +375,7 @@ def make_estimator(run: Run, name: str, **chip: Any) -> estimate.Estimator:
         make_workload=workload.training,
         shape=shape,
         devices=(),
+        compiles=False,
         on_progress=lambda _: None,
     )
 
@@ -506,6 +507,14 @@ def test_compile_for_reads_needed_memory_from_the_compilers_error(message, tempo
     program = workload.Program(TooLarge(), ())
     compiled = estimate.compile_for(program, arguments=GIB, devices=1, slices=1)
     assert (compiled.temporaries, compiled.text) == (temporaries, None)
+
+
+@needs_libtpu
+def test_plan_of_a_tpu_slice_can_be_counted(run, monkeypatch):
+    monkeypatch.syspath_prepend(LIBTPU)
+    report = plan(dataclasses.replace(run, mesh=MeshShape(fsdp=2)), 'v5e:2x2', compiles=False)
+    assert not report.compiled and report.largest_batch and not report.largest_batch_compiled
+    assert report.roofs['training step'].links > 0
 
 
 @needs_libtpu

@@ -26,8 +26,8 @@ class Plan:
 
     CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; options
     replace its fields. Data, weights and text encoder of the run are not needed. For TPUs the
-    program is compiled (pip install -e '.[plan]'; takes minutes), for GPUs its arrays are counted.
-    Times are lower bounds from the peak rates of the chips.
+    program is compiled (pip install -e '.[plan]'; takes minutes); for GPUs, and with --no-compile,
+    its arrays are counted. Times are lower bounds from the peak rates of the chips.
 
     Example: star-jax plan configs/star_d30_256.py --topology v5p-128 --price 4.2
 
@@ -38,6 +38,7 @@ class Plan:
         sample: plan the sampling of a batch instead of its training.
         buckets: for --sample, pairs of the first and the last scale that share a program body
             (none: chosen by platform).
+        compile: compile the program for TPUs, for the compiler's own sizes and collectives.
         search: also find the largest batch that fits, which takes two more compilations.
         price: price of one chip for one hour (0: no costs are printed).
         json: JSON file of the plan.
@@ -47,6 +48,7 @@ class Plan:
     topology: str
     sample: bool = False
     buckets: Buckets | None = None
+    compile: bool = True
     search: bool = True
     price: float = 0.0
     json: Path | None = None
@@ -87,6 +89,7 @@ def main(words: Sequence[str]) -> int:
             samples=options.sample,
             buckets=options.buckets,
             search=options.search,
+            compiles=options.compile,
             price=options.price,
             on_progress=status.update,
         )

@@ -1,6 +1,7 @@
 """What memory, traffic and communication does one device need for a batch?
 
-For TPUs the run's own programs are compiled ahead of time; for GPUs `analytic` counts their arrays.
+For TPUs the run's own programs are compiled ahead of time; for GPUs, or where that takes too long,
+`analytic` counts their arrays.
 """
 
 import dataclasses
@@ -83,7 +84,8 @@ class Estimator:
         pod: the machines.
         make_workload: `workload.training` or `workload.sampling`.
         shape: the axes of the mesh.
-        devices: TPUs to compile for, from `pod.devices()`.
+        devices: TPUs of the pod, from `pod.devices()`; none for GPUs.
+        compiles: compile the programs for these devices.
         on_progress: receives a line of text before each slow step.
     """
 
@@ -92,12 +94,13 @@ class Estimator:
     make_workload: MakeWorkload
     shape: MeshShape
     devices: Sequence[jax.Device]
+    compiles: bool
     on_progress: Callable[[str], None]
 
     def estimate(self, batch: int, main_only: bool = False) -> Estimate:
         """The needs of a batch; `main_only` leaves out every program but the first."""
         run, pod = dataclasses.replace(self.run, batch=batch), self.pod
-        if pod.platform != 'tpu':
+        if not self.compiles:
             return self.count(batch)
         mesh = self.shape.build(self.devices)
         workload = self.make_workload(run, mesh, pod.platform)

@@ -36,6 +36,7 @@ def plan(
     samples: bool = False,
     buckets: Buckets | None = None,
     search: bool = True,
+    compiles: bool = True,
     price: float = 0.0,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> PlanReport:
@@ -48,6 +49,7 @@ def plan(
         samples: plan the generation of a batch instead of its training.
         buckets: scales that share a program body in sampling (None: the default of the platform).
         search: find the largest batch that fits, too.
+        compiles: compile the programs for TPUs; otherwise their arrays are counted.
         price: price of a chip-hour.
         on_progress: receives a line of text before each slow step.
 
@@ -70,6 +72,7 @@ def plan(
         make_workload=make_workload,
         shape=shape,
         devices=devices,
+        compiles=compiles and pod.platform == 'tpu',
         on_progress=on_progress,
     )
     estimate = estimator.estimate(run.batch)
@@ -104,7 +107,7 @@ def plan(
         config=config,
         topology=pod.name,
         chips=pod.chips,
-        compiled=pod.platform == 'tpu',
+        compiled=estimator.compiles,
         mesh=dict(zip(AXES, sizes, strict=True)),
         batch=run.batch,
         memory=memory,

@@ -44,7 +44,7 @@ def largest_batch(estimator: Estimator, estimate: Estimate) -> LargestBatch:
     most = max(int((estimator.pod.chip.memory - state - fixed) / per_image), 0)
     if state + estimate.grid > estimator.pod.chip.memory:
         most = 0  # no batch is small enough for the sample grid
-    if estimator.pod.platform != 'tpu':
+    if not estimator.compiles:
         return LargestBatch(slope, most * ways, False)
     for _ in range(MAX_CHECKS):
         if not most:
@@ -60,7 +60,7 @@ def largest_batch(estimator: Estimator, estimate: Estimate) -> LargestBatch:
 def _bytes_per_image(estimator: Estimator, estimate: Estimate) -> float:
     """Temporaries of the main program that each image of a device adds."""
     images, main = estimate.images, estimate.main
-    if estimator.pod.platform != 'tpu':
+    if not estimator.compiles:
         fixed = analytic.fixed(estimator.run, estimate.workload, estimator.sizes)
         return (estimate.temporaries[main] - fixed) / images
     other = 2 * images if estimator.fits(estimate) or images == 1 else images // 2
