@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from star_jax.core.cache import KV
 from star_jax.core.schedule import Pyramid, Raster
@@ -315,6 +316,23 @@ def test_a_gpu_counts_the_rows_that_are_written(flash_here):
         bounds = TracedVisibility(jnp.array([written + 3]))
         visibility = Visibility(bounds=bounds, written=jnp.int32(written))
         assert_same(flash_here, q_BLNH, pieces_of(kv, 2, 6), visibility)
+
+
+@pytest.mark.parametrize('first_B', [None, FIRST_B], ids=['all', 'padded'])
+@pytest.mark.parametrize('schedule', [Pyramid.square((1, 9, 11)), Raster(5, 5, prefix=2)], ids=str)
+def test_a_gpu_trains_on_odd_numbers_of_rows(monkeypatch, schedule, first_B):
+    """JAX checks the shapes when it traces, also where there is no GPU."""
+    monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91400)
+    monkeypatch.setattr(fused_attention_stablehlo, 'check_compute_capability', lambda _: True)
+    bounds = schedule.visibility()
+    rows = jax.ShapeDtypeStruct((2, bounds.rows, 4, 64), jnp.bfloat16)
+
+    def loss(q_BLNH: jax.Array, k_BMNH: jax.Array, v_BMNH: jax.Array) -> jax.Array:
+        new, visibility = KV.from_rows(k_BMNH, v_BMNH), Visibility(bounds=bounds, first_B=first_B)
+        return Flash()(q_BLNH, (), new, visibility).astype(jnp.float32).sum()
+
+    gradients = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(rows, rows, rows)
+    assert 'dot_product_attention_bwd' in str(gradients)
 
 
 @pytest.mark.gpu

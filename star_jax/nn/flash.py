@@ -6,7 +6,7 @@ number of keys per image.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +63,9 @@ class Flash:
             first_B = jnp.minimum(visibility.first_B, end_B - 1)
             k_BMKH, v_BMKH = _roll(k_BMKH, first_B), _roll(v_BMKH, first_B)
             end_B = end_B - first_B
-        return jax.nn.dot_product_attention(
-            q_BLNH,
-            k_BMKH,
-            v_BMKH,
-            scale=1.0,
-            key_value_seq_lengths=end_B,
-            implementation=self.implementation,
-        )
+        if new.rows % 2 and end_B is None:
+            end_B = jnp.full(len(q_BLNH), new.rows, jnp.int32)
+        return self._attend(q_BLNH, k_BMKH, v_BMKH, key_value_seq_lengths=end_B)
 
     def _causal(self, q_BLNH: jax.Array, kv: KV, first_B: jax.Array | None) -> jax.Array:
         """Row k attends to the first k + 1 keys.
@@ -80,27 +75,36 @@ class Flash:
         """
         k_BMKH, v_BMKH = kv.to_rows()
         if first_B is None:
-            return jax.nn.dot_product_attention(
-                q_BLNH,
-                k_BMKH,
-                v_BMKH,
-                scale=1.0,
-                is_causal=True,
-                implementation=self.implementation,
-            )
+            return self._attend(q_BLNH, k_BMKH, v_BMKH, is_causal=True)
         rows, heads = q_BLNH.shape[1:3]
         lengths_B = rows - first_B
-        moved = jax.nn.dot_product_attention(
+        moved = self._attend(
             *(_roll(x, first_B) for x in (q_BLNH, k_BMKH, v_BMKH)),
-            scale=1.0,
             is_causal=True,
             query_seq_lengths=lengths_B,
             key_value_seq_lengths=lengths_B,
-            implementation=self.implementation,
         )
         hidden_BL11 = (jnp.arange(rows)[None] < first_B[:, None])[:, :, None, None]
         values_BLNH = jnp.repeat(v_BMKH, heads // kv.heads, axis=2)
         return jnp.where(hidden_BL11, values_BLNH, _roll(moved, -first_B))
+
+    def _attend(
+        self, q_BLNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, **options: Any
+    ) -> jax.Array:
+        """The kernel, with even numbers of rows and keys: JAX refuses the gradient of others.
+
+        Options must hide an added key.
+        """
+        padded = map(_even, (q_BLNH, k_BMKH, v_BMKH))
+        attended_BLNH = jax.nn.dot_product_attention(
+            *padded, scale=1.0, implementation=self.implementation, **options
+        )
+        return attended_BLNH[:, : q_BLNH.shape[1]]
+
+
+def _even(x_BLNH: jax.Array) -> jax.Array:
+    """The same, with a row of zeros if the number of rows is odd."""
+    return jnp.pad(x_BLNH, ((0, 0), (0, x_BLNH.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def _roll(x_BLNH: jax.Array, first_B: jax.Array) -> jax.Array:
