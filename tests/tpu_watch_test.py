@@ -334,6 +334,38 @@ def test_clock_counts_the_seconds_that_it_was_asked_to_sleep(tmp_path, monkeypat
     assert 60 <= clock.now() - before < 90
 
 
+WATCH = """
+import sys
+from star_jax.parallel import tpu_watch
+
+class Watch:
+    def __init__(self, request, tpu, clock, say):
+        self.say = say
+
+    def run(self):
+        for _ in range(9):
+            self.say('the run continues')
+        open(sys.argv[1], 'x').close()
+        raise tpu_watch.GivenUpError('the run failed')
+
+tpu_watch.Watch = Watch
+sys.exit(tpu_watch.main(['d16', 'z', '/o', 'v5p-8', '--', 'c.py', '--out', '/o']))
+"""
+
+
+@pytest.mark.parametrize('outputs', [('stdout',), ('stdout', 'stderr')])
+def test_the_watch_goes_on_after_its_reader_has_closed_the_pipe(tmp_path, outputs):
+    read, write = os.pipe()
+    os.close(read)
+    streams = {'stderr': subprocess.PIPE} | dict.fromkeys(outputs, write)
+    command = [sys.executable, '-c', WATCH, str(tmp_path / 'done')]
+    environment = os.environ | {'PYTHONPATH': str(Path(star_jax.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, text=True, check=False, **streams)
+    os.close(write)
+    assert (tmp_path / 'done').exists() and done.returncode == 2
+    assert done.stderr in (None, 'tpu_watch.sh: the run failed\n')
+
+
 def test_ctrl_c_says_what_stays(monkeypatch, capsys):
     def interrupt(watch):
         raise KeyboardInterrupt

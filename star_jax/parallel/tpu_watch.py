@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 INTERVAL = 60  # seconds between two checks
 MOST_IDLE = 600  # seconds of a slice without a run, after which it is replaced
@@ -289,6 +290,20 @@ def _kill(process: int) -> None:
             os.kill(number, signal.SIGKILL)
 
 
+def write(stream: TextIO, text: str) -> None:
+    """Writes a text, or discards it and all later ones if they cannot be written.
+
+    The reader of the log may have exited; the slice must not stay without a watch.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
 def main(words: Sequence[str]) -> int:
     """Watches NAME ZONE OUT TYPE [OPTIONS OF gcloud] -- CONFIG [...]; returns the exit status."""
     name, zone, out, *rest = words
@@ -300,18 +315,18 @@ def main(words: Sequence[str]) -> int:
 
     def say(sentence: str) -> None:
         line = f'{name}: {sentence}'.encode('unicode_escape').decode()
-        sys.stdout.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n')
-        sys.stdout.flush()
+        write(sys.stdout, f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n')
 
     try:
         Watch(request, tpu, Clock(), say).run()
     except GivenUpError as error:
-        sys.stderr.write(f'{error.log}\ntpu_watch.sh: {error}\n'.lstrip())
+        write(sys.stderr, f'{error.log}\ntpu_watch.sh: {error}\n'.lstrip())
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(
+        write(
+            sys.stderr,
             'tpu_watch.sh: stopped; the resource stays and may cost money: the same command takes '
-            f'over again, and bash launch/tpu.sh delete {name} {zone} ends it\n'
+            f'over again, and bash launch/tpu.sh delete {name} {zone} ends it\n',
         )
         return INTERRUPTED
     return 0
