@@ -389,6 +389,26 @@ def test_damaged_and_packed_archives_are_reported(tmp_path):
     }
 
 
+def test_names_in_an_archive_that_cannot_be_files_are_reported(tmp_path):
+    with tarfile.open(tmp_path / 'set.tar', 'w') as archive:
+        for name, data in (
+            ('../out.png', png(1)),
+            ('a.png', png(1)),
+            ('a.txt', b'one'),
+            ('./a.png', png(2)),
+            ('.hidden.png', png(3)),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    source = Folder(path=str(tmp_path), split='all').open(16)
+    assert shown(source) == {'one': 2}
+    assert {fault.name: fault.kind for fault in source.faults} == {
+        'set.tar/../out.png': tree.OUTSIDE,
+        'set.tar/a.png': tree.TWICE,
+    }
+
+
 def test_links_and_pipes_in_an_archive_are_reported(tmp_path):
     pack(tmp_path / 'set.tar', {'a.png': png(1), 'a.txt': b'one'})
     others = {'hard.png': tarfile.LNKTYPE, 'soft.png': tarfile.SYMTYPE, 'pipe': tarfile.FIFOTYPE}

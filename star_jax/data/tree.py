@@ -30,6 +30,8 @@ NOT_UTF8 = 'not UTF-8'
 NOT_A_FILE = 'no file'
 LINK = 'link'
 NOT_UNPACKED = 'archive'
+OUTSIDE = 'outside'
+TWICE = 'twice'
 
 
 class File(Protocol):
@@ -238,7 +240,8 @@ def _tar_members(root: Path, name: str) -> tuple[dict[str, TarMember], list[Faul
         with tarfile.open(root / name, 'r:') as archive:
             for member in archive:
                 parts = PurePosixPath(member.name).parts
-                if member.isdir() or any(part.startswith('.') for part in parts):
+                hidden = any(part.startswith('.') and part != '..' for part in parts)
+                if member.isdir() or hidden:
                     continue
                 path = PurePosixPath(name, *(part for part in parts if part != '/')).as_posix()
                 if member.islnk() or member.issym():
@@ -247,8 +250,13 @@ def _tar_members(root: Path, name: str) -> tuple[dict[str, TarMember], list[Faul
                 if not member.isreg():
                     faults.append(Fault(NOT_A_FILE, path, 'it is not a regular file'))
                     continue
+                if '..' in parts:
+                    faults.append(Fault(OUTSIDE, path, 'its name leads out of the archive'))
+                    continue
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError('unexpected end of data')
+                if path in members:
+                    faults.append(Fault(TWICE, path, 'of its name the last one is read'))
                 members[path] = TarMember(root / name, member.name, member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
         reason = f'it is cut short, damaged or compressed ({error}): the rest of it is not read'
