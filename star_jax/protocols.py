@@ -21,7 +21,7 @@ from star_jax.core.codes import Codes, Sampled, Targets
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Schedule, Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection
-from star_jax.core.settings import Dtype, Remat, Settings
+from star_jax.core.settings import Dtype, Remat, Settings, check_divisor
 from star_jax.core.templates import Templates
 from star_jax.core.visibility import ALL, Visibility
 from star_jax.errors import UserError
@@ -462,7 +462,14 @@ class Family:
         raise NotImplementedError
 
     def temperatures(self, temperature: float) -> np.ndarray:
-        """[S] float32 temperatures of every step, from a user's temperature."""
+        """[S] float32 temperatures of every step, from a user's temperature.
+
+        Raises UserError for 0, by which no logits are divided.
+        """
+        try:
+            check_divisor(temperature)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return np.full(self.schedule.steps, temperature, np.float32)
 
     def filter(self, settings: Settings) -> Filter:

@@ -398,8 +398,8 @@ def test_recorded_seed_reproduces_its_image(samples, trained, tmp_path):
     (tmp_path / 'prompts.txt').write_text(f'{PROMPTS[1]}\n')
     options = ('--model', trained / 'model', '--seed', '1', '--out', tmp_path / 'out')
     assert star_jax('sample', '--prompts', tmp_path / 'prompts.txt', *options)[0] == 0
-    again = image_io.load_image(tmp_path / 'out' / '00000.png')
-    np.testing.assert_array_equal(again, image_io.load_image(samples / '00001.png'))
+    again = image_io.load_image(tmp_path / 'out' / '000000.png')
+    np.testing.assert_array_equal(again, image_io.load_image(samples / '000001.png'))
 
 
 def test_interrupted_sampling_continues(samples, trained, tmp_path):
@@ -408,13 +408,13 @@ def test_interrupted_sampling_continues(samples, trained, tmp_path):
     record = (out / 'samples.jsonl').read_text()
     lines = record.splitlines(keepends=True)
     (out / 'samples.jsonl').write_text(lines[0] + lines[1][:30])
-    (out / '00002.png').unlink()
-    first = (out / '00000.png').stat().st_mtime_ns
+    (out / '000002.png').unlink()
+    first = (out / '000000.png').stat().st_mtime_ns
     command = ('sample', *PROMPTS, '--model', trained / 'model', '--out', out)
     assert star_jax(*command)[0] == 0
     assert (out / 'samples.jsonl').read_text() == record
-    assert (out / '00000.png').stat().st_mtime_ns == first
-    for name in ('00001.png', '00002.png', 'grid.png'):
+    assert (out / '000000.png').stat().st_mtime_ns == first
+    for name in ('000001.png', '000002.png', 'grid.png'):
         assert (out / name).read_bytes() == (samples / name).read_bytes()
     message = error_message(*command, '--top-p', '0.5')
     assert 'holds other images' in message and 'settings' in message

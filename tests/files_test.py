@@ -139,16 +139,17 @@ def test_files_without_locks_are_abandoned_after_a_day(tmp_path, monkeypatch):
 
 def test_sample_folder_is_clean_after_the_next_run(tmp_path):
     records = [{'prompt': 'a', 'seed': 0}, {'prompt': 'b', 'seed': 1}]
-    SampleFolder(tmp_path, records).add(0, IMAGE)
-    for name in (f'.00001.png.{LEFT}', f'.grid.png.{LEFT}'):
+    with SampleFolder(tmp_path, records) as folder:
+        folder.add(0, IMAGE)
+    for name in (f'.000001.png.{LEFT}', f'.grid.png.{LEFT}'):
         (tmp_path / name).touch()
     files._searched.clear()  # as in a new process
-    folder = SampleFolder(tmp_path, records)
-    for index in folder.missing():
-        folder.add(index, IMAGE)
-    folder.grid()
+    with SampleFolder(tmp_path, records) as folder:
+        for index in folder.missing():
+            folder.add(index, IMAGE)
+        folder.grid()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {'00000.png', '00001.png', 'grid.png', 'samples.jsonl'}
+    assert names == {'000000.png', '000001.png', 'grid.png', 'samples.jsonl'}
 
 
 def test_images_are_readable_by_others(tmp_path):

@@ -18,17 +18,17 @@ def records(**settings) -> list[dict]:
 
 
 def test_removed_image_is_written_again_and_keeps_one_line(tmp_path):
-    folder = SampleFolder(tmp_path, records())
-    for index in folder.missing():
-        folder.add(index, IMAGE)
+    with SampleFolder(tmp_path, records()) as folder:
+        for index in folder.missing():
+            folder.add(index, IMAGE)
     before = (tmp_path / 'samples.jsonl').read_text()
     assert [json.loads(line)['prompt'] for line in before.splitlines()] == ['a', 'b']
-    (tmp_path / '00000.png').unlink()
-    folder = SampleFolder(tmp_path, records())
-    assert folder.missing() == [0]
-    folder.add(0, IMAGE)
-    assert folder.missing() == []
-    assert (tmp_path / '00000.png').exists()
+    (tmp_path / '000000.png').unlink()
+    with SampleFolder(tmp_path, records()) as folder:
+        assert folder.missing() == [0]
+        folder.add(0, IMAGE)
+        assert folder.missing() == []
+    assert (tmp_path / '000000.png').exists()
     assert (tmp_path / 'samples.jsonl').read_text() == before
 
 
@@ -41,6 +41,53 @@ def test_removed_image_is_written_again_and_keeps_one_line(tmp_path):
     ],
 )
 def test_error_names_the_setting_that_differs(tmp_path, settings, message):
-    SampleFolder(tmp_path, records()).add(0, IMAGE)
-    with pytest.raises(UserError, match=message):
-        SampleFolder(tmp_path, records(**settings))
+    with SampleFolder(tmp_path, records()) as folder:
+        folder.add(0, IMAGE)
+    with pytest.raises(UserError, match=message), SampleFolder(tmp_path, records(**settings)):
+        pass
+
+
+def many(count: int) -> list[dict]:
+    return [{'prompt': 'a', 'seed': seed} for seed in range(count)]
+
+
+def test_processes_divide_a_folder_and_another_number_of_them_continues(tmp_path):
+    with (
+        SampleFolder(tmp_path, many(7), (0, 2)) as first,
+        SampleFolder(tmp_path, many(7), (1, 2)) as second,
+    ):
+        assert (first.missing(), second.missing()) == ([0, 2, 4, 6], [1, 3, 5])
+        first.add(0, IMAGE)
+        second.add(1, IMAGE)
+        second.add(3, IMAGE)
+        assert first.left() == 4
+    with (tmp_path / 'samples-1-of-2.jsonl').open('a') as file:
+        file.write('{"file": "0000')
+    for number, missing in enumerate(([6], [4], [2, 5])):
+        with SampleFolder(tmp_path, many(7), (number, 3)) as folder:
+            assert folder.missing() == missing
+            for index in missing:
+                folder.add(index, IMAGE)
+    with SampleFolder(tmp_path, many(7)) as folder:
+        assert folder.missing() == [] and folder.left() == 0
+        assert folder.grid().exists()
+    images = sorted(path.name for path in tmp_path.glob('0*.png'))
+    assert images == [f'{index:06d}.png' for index in range(7)]
+    lines = [
+        json.loads(line)['file']
+        for path in tmp_path.glob('samples*.jsonl')
+        for line in path.read_text().splitlines()
+        if line.endswith('}')
+    ]
+    assert sorted(lines) == images
+
+
+def test_a_share_belongs_to_one_process(tmp_path):
+    with (
+        SampleFolder(tmp_path, many(2), (0, 2)),
+        pytest.raises(UserError, match='another process writes .*samples-0-of-2.jsonl'),
+        SampleFolder(tmp_path, many(2), (0, 2)),
+    ):
+        pass
+    with SampleFolder(tmp_path, many(2), (0, 2)) as folder:
+        assert folder.missing() == [0]

@@ -68,7 +68,7 @@ def test_training_learns_from_labels(trained):
 def test_classes_are_sampled_by_name_and_by_number(trained, tmp_path, capsys):
     words = ['sample', '--model', trained[1], '--guidance', '1.5', '--out']
     assert cli.main([*words, str(tmp_path / 'a'), '--class', 'red circle', '3']) == 0
-    assert [path.name for path in sorted(tmp_path.glob('a/0*'))] == ['00000.png', '00001.png']
+    assert [path.name for path in sorted(tmp_path.glob('a/0*'))] == ['000000.png', '000001.png']
     assert '"red circle"' in (tmp_path / 'a' / 'samples.jsonl').read_text()
     assert cli.main([*words, str(tmp_path / 'b'), '--class', 'red elephant']) == 2
     assert not (tmp_path / 'b').exists()

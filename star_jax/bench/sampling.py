@@ -65,6 +65,7 @@ class SamplingJob:
                 f'{self.repeats} and {self.text_tokens}'
             )
         timing.check_runs('repeats', self.repeats)
+        program.check_temperatures(self.model, self.settings)
         rows = self.text_tokens * self.model.text_width
         rows += self.model.schedule.sizes[-1] * self.model.width
         machine.check_memory(f'a batch of {self.batch:,} images', 4 * self.batch * rows)
@@ -83,7 +84,9 @@ class SamplingJob:
         counted = self.model.build(self.dtype, attend=ByScale())  # its FLOPs can be counted
         tokenizer, params = self._load() if self.folder else self._random()
         platform = jax.default_backend()
-        params = trunks.arrange(program.cast(params, self.dtype), network.schedule, platform)
+        buckets = choose(self.buckets, network.schedule.sizes, platform)
+        cast = program.cast(params, self.dtype)
+        params = trunks.arrange(cast, network.schedule, platform, buckets)
         inputs = program.inputs(
             self.model,
             self.settings,
@@ -92,7 +95,6 @@ class SamplingJob:
             empty=condition(self.model, 1, self.text_tokens),
         )
         args = (params, inputs)
-        buckets = choose(self.buckets, network.schedule.sizes, platform)
         counted_program = program.compile_program(counted, tokenizer)
         canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
         decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))

@@ -13,6 +13,7 @@ from star_jax import checksums
 from star_jax.checkpoint import folder, stored, weights
 from star_jax.core.settings import Settings
 from star_jax.families.fit import check_tokenizer
+from star_jax.protocols import Family
 
 Part = TypeVar('Part', folder.StoredModel, folder.StoredTokenizer)
 
@@ -87,6 +88,11 @@ def has_only_tokenizer(source: str | Path) -> bool:
 def read_sampling(source: str | Path) -> Settings:
     """Reads the recommended sampling settings of a model."""
     return folder.read_sampling(folder.find(source))
+
+
+def read_config(source: str | Path) -> Family:
+    """Reads the sizes and parts of a model, without its weights."""
+    return folder.read(folder.find(source), _unread).config
 
 
 def digest(source: str | Path) -> str:

@@ -20,6 +20,7 @@ from star_jax.evaluation.eval_context import EvalContext, EvalOptions
 from star_jax.evaluation.groups import SHAPES_DATASET
 from star_jax.parallel import startup
 from star_jax.protocols import CrossAttentionMode
+from star_jax.sampling import program
 
 SWEPT = ('guidance', 'top_k', 'top_p', 'temperature')  # options that take several values
 
@@ -136,10 +137,14 @@ def _settings(options: Evaluate) -> tuple[Settings, ...]:
     if options.stable is not None:
         stable = dataclasses.replace(stable, version=options.stable)
     fixed = {'smooth': options.smooth or recommended.smooth, 'stable': stable}
-    return tuple(
+    every = tuple(
         dataclasses.replace(recommended, **fixed, **dict(zip(SWEPT, combination, strict=True)))
         for combination in itertools.product(*values)
     )
+    model = models.read_config(options.model)
+    for settings in every:
+        program.check_temperatures(model, settings)
+    return every
 
 
 def _check_writable(path: Path | None) -> None:

@@ -25,7 +25,7 @@ from star_jax.parallel.mesh import MeshShape
 from star_jax.protocols import CrossAttentionMode
 from star_jax.sampling import loading, pipeline, program
 from star_jax.sampling.image_size import ImageSize
-from star_jax.sampling.sample_folder import SampleFolder
+from star_jax.sampling.sample_folder import MOST_IMAGES, WHOLE, SampleFolder
 
 NO_TEXT = ('Cc', 'Cs')  # categories of Unicode: control characters, surrogates
 OPEN = ('/dev/fd/', '/dev/stdin', '/proc/self/fd/')  # pipes that a shell has opened: `<(command)`
@@ -38,17 +38,23 @@ COMMON = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Generates one image per prompt or class: numbered PNG files, samples.jsonl and grid.png.
+    """Generates images of prompts or classes: numbered PNG files, samples.jsonl and grid.png.
 
     The model folder recommends sampling settings; options replace them. An interrupted command
-    continues when it is given again.
+    continues when it is given again. Several processes divide a set by --share, each with the same
+    other options.
 
     Example: star-jax sample "a red circle" "a small blue star on a white background" --out samples
+
+    Example: star-jax sample --model imagenet --class 207 360 --count 50 --share 0 2 --out set
 
     Attributes:
         prompt: the prompts, each in quotes.
         prompts: text file with one prompt per line.
         classes: numbers or names of classes, for a class-conditional model.
+        count: images of each prompt or class; they alternate, so that batches hold several.
+        share: two numbers I N: of N processes that fill one folder, this one makes images I, I + N,
+            and so on, with I from 0.
         model: model folder, hub id, or 'shipped'.
         text: path of the model's text encoder ('': the path or hub id in the model folder).
         image: image files to start from, one for all prompts or one per prompt; the centre of a
@@ -75,6 +81,8 @@ class Sample:
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     prompts: Path | None = None
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name='class')] = ()
+    count: int = 1
+    share: tuple[int, int] = WHOLE
     model: str = SHIPPED
     text: str = ''
     image: tuple[Path, ...] = ()
@@ -98,6 +106,14 @@ class Sample:
                 f'batch must be at least 1 and seed must lie in [0, 2^32), not {self.batch} and '
                 f'{self.seed}'
             )
+        if self.count < 1:
+            raise ValueError(f'count must be at least 1, not {self.count}')
+        number, processes = self.share
+        if not 0 <= number < processes:
+            raise ValueError(
+                f'share is the number of this process, from 0, and the number of processes, not '
+                f'{number} {processes}'
+            )
         if bool(self.image) != (self.keep is not None):
             raise ValueError(
                 'image and keep are given together: image names the files, and keep how many of '
@@ -110,6 +126,7 @@ def main(words: Sequence[str]) -> int:
     recommended = Sample(settings=models.read_sampling(options.model))
     options = arguments.parse(Sample, words, 'sample', recommended)
     prompts = _prompts(options)
+    program.check_temperatures(models.read_config(options.model), options.settings)
     files.check_folder(options.out)
     startup.start()
     pipe = loading.load(
@@ -129,7 +146,9 @@ def main(words: Sequence[str]) -> int:
     if options.classes and pipe.encoder.field != 'label':
         raise UserError(f'{options.model} samples from text and has no classes: give prompts')
     if pipe.encoder.field == 'label':
-        pipe.encoder.encode(prompts)  # refuses unknown classes before anything is written
+        pipe.encoder.encode(
+            sorted(set(prompts))
+        )  # refuses unknown classes before anything is written
     same = {
         'settings': dataclasses.asdict(options.settings),
         'height': height,
@@ -143,27 +162,32 @@ def main(words: Sequence[str]) -> int:
         same |= {'batch': options.batch}
     if options.text_dtype != Sample.text_dtype:
         same |= {'text_dtype': options.text_dtype}
-    given, recorded = _given_images(options, len(prompts), (height, width))
+    given, recorded = _given_images(options, len(prompts) // options.count, (height, width))
     records = [
         {'prompt': prompt, 'seed': options.seed + index} | same | record
-        for index, (prompt, record) in enumerate(zip(prompts, recorded, strict=True))
+        for index, (prompt, record) in enumerate(
+            zip(prompts, recorded * options.count, strict=True)
+        )
     ]
-    folder = SampleFolder(options.out, records)
-    missing = folder.missing()
-    if len(given) > 1:
-        given = [given[index] for index in missing]
-    images = pipe.stream(
-        [prompts[index] for index in missing],
-        [options.seed + index for index in missing],
-        options.settings,
-        options.batch,
-        options.exact,
-        given or None,
-        options.keep or 0,
-    )
-    for index, image in zip(missing, _with_progress(images, len(missing)), strict=True):
-        folder.add(index, image)
-    terminal.write_line(folder.grid())
+    with SampleFolder(options.out, records, options.share) as folder:
+        missing = folder.missing()
+        if len(given) > 1:
+            given = [given[index % len(given)] for index in missing]
+        images = pipe.stream(
+            [prompts[index] for index in missing],
+            [options.seed + index for index in missing],
+            options.settings,
+            options.batch,
+            options.exact,
+            given or None,
+            options.keep or 0,
+        )
+        for index, image in zip(missing, _with_progress(images, len(missing)), strict=True):
+            folder.add(index, image)
+        if left := folder.left():
+            terminal.write_line(f'{left:,} images of other processes are missing yet')
+        else:
+            terminal.write_line(folder.grid())
     return 0
 
 
@@ -204,8 +228,14 @@ def _with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.nda
 def _prompts(options: Sample) -> list[str]:
     """The prompts or classes of all images, checked."""
     prompts, negative = _read_prompts(options), options.settings.negative
+    if len(prompts) * options.count > MOST_IMAGES:
+        raise UserError(
+            f'{options.count:,} images of {len(prompts):,} prompts are more than the '
+            f'{MOST_IMAGES:,} of a folder: give a smaller --count'
+        )
     for prompt in [*prompts, *filter(None, [negative])]:
         _check(prompt)
+    prompts = prompts * options.count
     if options.seed + len(prompts) > program.SEEDS:
         raise UserError(
             f'image {len(prompts) - 1} would have the seed {options.seed + len(prompts) - 1}, '

@@ -15,6 +15,12 @@ StableVersion = Literal['off', 'new', '1024']
 LIMIT = 1e6  # logits that are scaled by more overflow float32
 
 
+def check_divisor(temperature: float) -> None:
+    """Raises ValueError for a temperature by which logits cannot be divided."""
+    if not 1 / LIMIT <= temperature <= LIMIT:
+        raise ValueError(f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StableSettings:
     """Causal-driven stable sampling, for a model with a refinement head (STAR specification 9).
@@ -59,7 +65,8 @@ class Settings:
         top_k: sample among this many most probable codes (0, or more than there are: all).
         top_p: then sample among the most probable ones that hold this share of their probability
             (0: all).
-        temperature: divisor of the logits; below 1 sharpens the distribution.
+        temperature: divisor of the logits; below 1 sharpens the distribution (0: almost only the
+            most probable code, of LlamaGen models alone).
         guidance_layers: where guidance combines the rows with and without a prompt: 0 the logits,
             -1 the output of the last layer, -2 of the one before it, and so on.
         guidance_per_step: guidance of each step, in place of `guidance` (none: that for all).
@@ -116,10 +123,8 @@ class Settings:
         if not 0 <= self.top_p <= 1:
             raise ValueError(f'top_p must lie in [0, 1], not {self.top_p}')
         for temperature in (self.temperature, *self.temperature_per_step):
-            if not 1 / LIMIT <= temperature <= LIMIT:
-                raise ValueError(
-                    f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}'
-                )
+            if not 0 <= temperature <= LIMIT:
+                raise ValueError(f'temperature must lie in [0, {LIMIT:g}], not {temperature}')
         if not self.guidance_layers or max(self.guidance_layers) > 0:
             raise ValueError(
                 'guidance_layers must hold 0 (the logits) or negative numbers (layers, -1 the '

@@ -123,6 +123,12 @@ def step_settings(config: Family, settings: Settings) -> StepSettings:
     )
 
 
+def check_temperatures(config: Family, settings: Settings) -> None:
+    """Raises UserError for a temperature at which the family does not sample."""
+    for temperature in {settings.temperature, *settings.temperature_per_step}:
+        config.temperatures(temperature)
+
+
 def _of_steps(of_number: Callable[[float], np.ndarray], numbers: Sequence[float]) -> np.ndarray:
     """[S]: the family's value at each step, from the number given for that step."""
     every = {number: of_number(number) for number in set(numbers)}
