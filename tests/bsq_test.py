@@ -18,7 +18,7 @@ from star_jax.core.schedule import Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection, flip_mask
 from star_jax.errors import UserError
 from star_jax.nn.bind import bind
-from star_jax.tokenizers import residual_bsq
+from star_jax.tokenizers import sign_quantiser
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.tokenizers.residual_vq import VQ
@@ -113,13 +113,13 @@ def test_packed_bits_are_bytes_and_come_back(width):
 
 def test_neighbouring_cells_are_joined_in_the_order_of_pixel_unshuffle():
     cells = jnp.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
-    joined = residual_bsq.unshuffle(cells)
+    joined = sign_quantiser.unshuffle(cells)
     assert joined.shape == (1, 1, 2, 12)
     for c in range(3):
         for y in range(2):
             for x in range(2):
                 assert joined[0, 0, 1, 4 * c + 2 * y + x] == cells[0, y, 2 + x, c]
-    np.testing.assert_array_equal(residual_bsq.shuffle(joined), cells)
+    np.testing.assert_array_equal(sign_quantiser.shuffle(joined), cells)
 
 
 @pytest.mark.parametrize('patchify', [False, True])
@@ -247,7 +247,7 @@ def test_indices_of_bits_are_the_same_tokens(patchify):
 
 def test_video_keeps_its_time_axis():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4, 4, 5)), jnp.float32)
-    trace = jax.jit(residual_bsq.quantise, static_argnums=1)(x, ((1, 1, 1), (2, 3, 2), (3, 4, 4)))
+    trace = jax.jit(sign_quantiser.quantise, static_argnums=1)(x, ((1, 1, 1), (2, 3, 2), (3, 4, 4)))
     assert [bits.shape for bits in trace.bits] == [
         (1, 1, 1, 1, 5),
         (1, 2, 3, 2, 5),

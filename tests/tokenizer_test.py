@@ -131,7 +131,8 @@ def test_codes_are_ordered_coarse_to_fine_and_row_by_row(quantised):
 
 
 def test_folding_codes_gives_the_canvas_of_quantising(quantised, params):
-    apply = functools.partial(quantiser().apply, {'params': params})
+    vq = VQ(grids=square_grids(SIDES), codes=V, channels=C, phis=2)
+    apply = functools.partial(vq.build().apply, {'params': {'quantiser': params}})
 
     @jax.jit
     def walk(codes_BL):

@@ -25,8 +25,9 @@ from star_jax.nn.positions import (
 from star_jax.protocols import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.raster_vq import RasterVQ
-from star_jax.tokenizers.residual_bsq import BSQ, PATCH
+from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.tokenizers.residual_vq import VQ
+from star_jax.tokenizers.sign_quantiser import PATCH
 
 # The published sides of each image size in px (STAR specification 7).
 SIDES = {

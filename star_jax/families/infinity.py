@@ -32,7 +32,8 @@ from star_jax.nn.heads import Head, ModulatedHead
 from star_jax.nn.positions import AnyPositions, ReferenceRotary
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel, PromptEncoder
-from star_jax.tokenizers.residual_bsq import BSQ, PATCH
+from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.tokenizers.sign_quantiser import PATCH
 
 # Depth, width and heads of the published sizes (Infinity specification 8), and what else differs.
 SIZES = {

@@ -5,27 +5,26 @@ nearest vector of the codebook. The codes are predicted one by one, in row order
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.core import pixels
-from star_jax.core.codes import Index, Sampled, Targets
+from star_jax.core.codes import Index, Sampled
 from star_jax.core.schedule import Grids, Pyramid, Raster, Step
 from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.errors import UserError
 from star_jax.nn import layers
-from star_jax.protocols import TokenizerConfig
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
+from star_jax.tokenizers.image_tokenizer import CodebookTokenizer, ImageTokenizerConfig
 from star_jax.tokenizers.residual_vq import Quantised
 
 PUBLISHED = Autoencoder(width=128, latent=256, fused_attention=False)  # 16 px a code: VQ-16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RasterVQ(TokenizerConfig):
+class RasterVQ(ImageTokenizerConfig):
     """An image tokenizer with one code per cell; the defaults are the published VQ-16 at 256 px.
 
     Attributes:
@@ -66,12 +65,6 @@ class RasterVQ(TokenizerConfig):
     def vector_width(self) -> int:
         return self.channels
 
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        height, width = self.grid
-        return height * self.autoencoder.downsampling, width * self.autoencoder.downsampling
-
     def at(self, schedule: Raster | Pyramid) -> 'RasterVQ':
         """This tokenizer with another grid: no parameter depends on it.
 
@@ -87,18 +80,6 @@ class RasterVQ(TokenizerConfig):
     def build(self, dtype: str = 'float32') -> 'RasterVQTokenizer':
         """The tokenizer, whose decoder has activations of `dtype` if its parameters have."""
         return RasterVQTokenizer(self, dtype)
-
-    def abstract(self) -> dict:
-        """Shapes of the parameters, boxed with logical axes."""
-        return _abstract(self)
-
-
-@functools.lru_cache(maxsize=16)  # tracing it takes longer than reading a model
-def _abstract(config: RasterVQ) -> dict:
-    # The smallest image: the parameters depend on no size.
-    config = dataclasses.replace(config, grid=(1, 1))
-    images = jax.ShapeDtypeStruct((1, *config.resolution, 3), jnp.float32)
-    return jax.eval_shape(config.build().init, jax.random.key(0), images)['params']
 
 
 class Codebook(nn.Module):
@@ -146,28 +127,13 @@ class Codebook(nn.Module):
         return layers.unit(vectors) if self.normalised else vectors
 
 
-class RasterVQTokenizer(nn.Module):
+class RasterVQTokenizer(CodebookTokenizer):
     """Images <-> codes, and the canvas of code vectors between them.
 
     Attributes:
         config: the sizes.
         dtype: dtype of the decoder's activations.
     """
-
-    config: RasterVQ
-    dtype: str = 'float32'
-
-    @property
-    def schedule(self) -> Raster:
-        return self.config.schedule
-
-    @property
-    def codes(self) -> Index:
-        return self.config.vocabulary
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        return self.config.resolution
 
     def setup(self) -> None:
         config = self.config
@@ -178,10 +144,6 @@ class RasterVQTokenizer(nn.Module):
         self.post_quant_conv = layers.conv(latent, 1)
         self.decoder = Decoder(config.autoencoder)
 
-    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
-        """Reconstructions of images, both in [-1, 1]."""
-        return self.decode(self.quantise(self.features(images_BHWc)).canvases[-1])
-
     def features(self, images_BHWc: jax.Array) -> jax.Array:
         """[B, H, W, 3] in [-1, 1] -> [B, h, w, C], compared with code vectors."""
         return self.quantiser.enter(self.quant_conv(self.encoder(images_BHWc)))
@@ -190,30 +152,6 @@ class RasterVQTokenizer(nn.Module):
         """The nearest codes, the lowest on ties, and their vectors as the only canvas."""
         codes_Bhw = self.quantiser.distances(f_BhwC).argmin(-1).astype(jnp.int32)
         return Quantised((codes_Bhw,), (f_BhwC,), (self.embed(codes_Bhw),))
-
-    def labels(self, quantised: Quantised) -> tuple[jax.Array, ...]:
-        """[B, h, w] codes of the only scale."""
-        return quantised.codes
-
-    def distances(self, vectors: jax.Array) -> jax.Array:
-        """[..., V]: squared distances from all code vectors."""
-        return self.quantiser.distances(vectors)
-
-    def encode(self, images_BHWc: jax.Array) -> jax.Array:
-        """[B, L] int32 codes of images in [-1, 1]."""
-        return self.quantise(self.features(images_BHWc)).codes_BL
-
-    def training_targets(self, encoded_BL: jax.Array, key: jax.Array) -> Targets:
-        """Inputs and labels of teacher forcing, from the codes [B, L] of `encode`."""
-        return Targets(self.inputs(encoded_BL), encoded_BL)
-
-    def decode_unclamped(self, canvas_BhwC: jax.Array) -> jax.Array:
-        """The decoder's image, float32, not clamped."""
-        return self.decoder(layers.activations(self.post_quant_conv(canvas_BhwC), self.dtype))
-
-    def decode(self, canvas_BhwC: jax.Array) -> jax.Array:
-        """[B, H, W, 3] images in [-1, 1]."""
-        return self.decode_unclamped(canvas_BhwC).clip(-1, 1)
 
     def to_uint8(self, images_BHWc: jax.Array) -> jax.Array:
         """uint8 images of images in [-1, 1], as the published code rounds them."""

@@ -2,40 +2,40 @@
 
 Multi-scale residual quantisation with one bit per channel, the sign (Infinity specification 3.4,
 3.5 and 3.7). Each scale takes the signs of what the coarser ones left over; the signs, brought to
-full size, add up to the canvas that the decoder turns into an image. Maps have any number of axes
-between the first and the last: (height, width) of images, (time, height, width) of video.
+full size, add up to the canvas that the decoder turns into an image.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from star_jax.core import padding, pixels, resize
+from star_jax.core import padding, resize
 from star_jax.core.codes import Bits, Codes, Index, Sampled, Targets
 from star_jax.core.schedule import Grids, Pyramid, Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection
 from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.core.templates import PUBLISHED
 from star_jax.nn import layers
-from star_jax.protocols import TokenizerConfig
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
-
-Sizes = tuple[tuple[int, ...], ...]  # of every scale, one number per axis
-Flips = Callable[[int, tuple[int, ...]], jax.Array | None]  # (step, shape) -> flipped bits
-
-SMALL = 0.05  # a residual is small below this share of the size of a code
-DECAY, LEAST = 0.1, 0.1  # what codes lose per scale where they decay, and what stays at least
-PATCH = 2  # cells of a token along each side where neighbouring cells are joined
+from star_jax.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from star_jax.tokenizers.sign_quantiser import (
+    PATCH,
+    BitTrace,
+    Flips,
+    decays,
+    quantise,
+    shuffle,
+    unshuffle,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BSQ(TokenizerConfig):
+class BSQ(ImageTokenizerConfig):
     """An image tokenizer with residual bits per scale; the defaults are the published d = 32.
 
     Attributes:
@@ -73,10 +73,6 @@ class BSQ(TokenizerConfig):
             raise ValueError(f'features must not be negative (0: the bits), not {self.features}')
 
     @property
-    def schedule(self) -> Pyramid:
-        return Pyramid(self.grids)
-
-    @property
     def projected(self) -> bool:
         """Whether features have other channels than the bits."""
         return self.features not in (0, self.bits)
@@ -96,12 +92,6 @@ class BSQ(TokenizerConfig):
     def vector_width(self) -> int:
         return self.bits * PATCH**2 if self.patchify else self.bits
 
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        height, width = self.cells[-1]
-        return height * self.autoencoder.downsampling, width * self.autoencoder.downsampling
-
     def at(self, schedule: Pyramid) -> 'BSQ':
         """This tokenizer with other scales: no parameter depends on them."""
         return dataclasses.replace(self, grids=schedule.grids)
@@ -115,128 +105,6 @@ class BSQ(TokenizerConfig):
     ) -> 'BSQTokenizer':
         """The tokenizer with flipped bits in its training targets, which need `features`."""
         return BSQTokenizer(self, correction=correction, gives_features=features)
-
-    def abstract(self) -> dict:
-        """Shapes of the parameters, boxed with logical axes."""
-        return _abstract(self)
-
-
-@functools.lru_cache(maxsize=16)  # tracing it takes longer than reading a model
-def _abstract(config: BSQ) -> dict:
-    # The smallest image: the parameters depend on no size.
-    config = dataclasses.replace(config, grids=((1, 1),))
-    images = jax.ShapeDtypeStruct((1, *config.resolution, 3), jnp.float32)
-    return jax.eval_shape(config.build().init, jax.random.key(0), images)['params']
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BitTrace:
-    """What happened at every scale, with K channels.
-
-    Attributes:
-        bits: per scale [B, *size, K] int8: the signs, before any flip.
-        residuals: per scale [B, *size, K]: what the signs were taken of.
-        codes: per scale [B, *size, K]: the vectors of those signs, with the gradient of the
-            residual's direction.
-        flips: per scale [B, *size, K] bool, or None.
-        canvases: per scale [B, *full, K]: the sum of the scales so far.
-    """
-
-    bits: tuple[jax.Array, ...]
-    residuals: tuple[jax.Array, ...]
-    codes: tuple[jax.Array, ...]
-    flips: tuple[jax.Array | None, ...]
-    canvases: tuple[jax.Array, ...]
-
-    @property
-    def small_shares(self) -> jax.Array:
-        """[S]: the share of small residuals at every scale (Infinity specification 3.7)."""
-        limit = SMALL / math.sqrt(self.bits[0].shape[-1])
-        return jnp.stack([(jnp.abs(residual) < limit).mean() for residual in self.residuals])
-
-    def losses(self, f: jax.Array, commitment: float) -> jax.Array:
-        """[S]: the commitment loss of each scale (Infinity specification 3.6).
-
-        The mean squared distance of the residual's direction from the code, which stays.
-        """
-        errors = [
-            layers.unit(residual) - code_vectors(bits)
-            for residual, bits in zip(self.residuals, self.bits, strict=True)
-        ]
-        return commitment * jnp.stack([jnp.square(error).mean() for error in errors])
-
-    def straight_through(self, f: jax.Array) -> jax.Array:
-        """The last canvas; its gradient flows through the directions of the residuals."""
-        return self.canvases[-1]
-
-
-def code_vectors(bits: jax.Array) -> jax.Array:
-    """Vectors of length 1 for the bits on the last axis, float32."""
-    return (2 * bits.astype(jnp.float32) - 1) / math.sqrt(bits.shape[-1])
-
-
-def decays(scales: int, decay: bool) -> tuple[float, ...]:
-    """The factor of every scale's codes."""
-    return tuple(max(LEAST, 1 - DECAY * s) if decay else 1.0 for s in range(scales))
-
-
-def quantise(
-    f: jax.Array,
-    sizes: Sizes,
-    decay: bool = False,
-    detach: bool = True,
-    flips: Flips | None = None,
-) -> BitTrace:
-    """The signs of every scale's residual.
-
-    Args:
-        f: [B, *full, K] float32 features.
-        sizes: of every scale; the last is the full size.
-        decay: later scales count less.
-        detach: no gradient flows through what earlier scales took away.
-        flips: which bits are flipped before their codes are taken away.
-    """
-    f, full = f.astype(layers.at_least_float32(f.dtype)), sizes[-1]
-    rest, canvas = f, jnp.zeros_like(f)
-    trace = BitTrace((), (), (), (), ())
-    for step, (size, factor) in enumerate(zip(sizes, decays(len(sizes), decay), strict=True)):
-        residual = resize.along_axes(rest, size, resize.area_matrix)
-        bits = (residual > 0).astype(jnp.int8)
-        direction = layers.unit(residual)
-        code = direction + jax.lax.stop_gradient(code_vectors(bits) - direction)
-        flip = flips(step, bits.shape) if flips else None
-        used = code if flip is None else code_vectors(bits ^ flip)
-        added = resize.along_axes(factor * used, full, resize.linear_matrix)
-        rest = rest - (jax.lax.stop_gradient(added) if detach else added)
-        canvas = canvas + added
-        trace = BitTrace(
-            bits=(*trace.bits, bits),
-            residuals=(*trace.residuals, residual),
-            codes=(*trace.codes, code),
-            flips=(*trace.flips, flip),
-            canvases=(*trace.canvases, canvas),
-        )
-    return trace
-
-
-def unshuffle(x_BhwC: jax.Array) -> jax.Array:
-    """Joins 2 x 2 neighbouring cells, [B, h / 2, w / 2, 4 C], channel by channel.
-
-    The order of PyTorch's pixel_unshuffle: channel, row, column.
-    """
-    batch, height, width, channels = x_BhwC.shape
-    x = x_BhwC.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
-    x = x.transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(batch, height // PATCH, width // PATCH, channels * PATCH**2)
-
-
-def shuffle(x_BhwC: jax.Array) -> jax.Array:
-    """The inverse of `unshuffle`."""
-    batch, height, width, channels = x_BhwC.shape
-    x = x_BhwC.reshape(batch, height, width, channels // PATCH**2, PATCH, PATCH)
-    x = x.transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(batch, height * PATCH, width * PATCH, channels // PATCH**2)
 
 
 class ChannelNorm(nn.Module):
@@ -281,7 +149,7 @@ class ResidualBSQ(nn.Module):
         return self.project_out(canvas) if self.config.projected else canvas
 
 
-class BSQTokenizer(nn.Module):
+class BSQTokenizer(ImageTokenizer):
     """Images <-> bits, and the canvas between them.
 
     Attributes:
@@ -291,32 +159,14 @@ class BSQTokenizer(nn.Module):
         gives_features: `encode` gives features although no bits are flipped.
     """
 
-    config: BSQ
-    dtype: str = 'float32'
     correction: SelfCorrection = PLAIN
     gives_features: bool = False
-
-    @property
-    def schedule(self) -> Pyramid:
-        return self.config.schedule
-
-    @property
-    def codes(self) -> Codes:
-        return self.config.vocabulary
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        return self.config.resolution
 
     def setup(self) -> None:
         config = self.config
         self.encoder = Encoder(config.autoencoder, config.features or config.bits)
         self.quantiser = ResidualBSQ(config)
         self.decoder = Decoder(config.autoencoder)
-
-    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
-        """Reconstructions of images, both in [-1, 1]."""
-        return self.decode(self.quantise(self.features(images_BHWc)).canvases[-1])
 
     def features(self, images_BHWc: jax.Array) -> jax.Array:
         """[B, H, W, 3] in [-1, 1] -> [B, h, w, K] float32: what is quantised."""
@@ -353,7 +203,7 @@ class BSQTokenizer(nn.Module):
         inputs = [
             self.following(canvas, Step.at(step)) for step, canvas in enumerate(trace.canvases[:-1])
         ]
-        return Targets(_concatenated(inputs, f_BhwK), self.token_codes(trace))
+        return Targets(self.joined(inputs, f_BhwK), self.token_codes(trace))
 
     def tokens(self, maps: tuple[jax.Array, ...]) -> jax.Array:
         """[B, L, D]: maps [B, h, w, K] of all scales in cells, as tokens in row order."""
@@ -381,14 +231,6 @@ class BSQTokenizer(nn.Module):
     def decode_unclamped(self, canvas_BhwK: jax.Array) -> jax.Array:
         """The decoder's image, float32, not clamped."""
         return self.decoder(layers.activations(self.quantiser.leave(canvas_BhwK), self.dtype))
-
-    def decode(self, canvas_BhwK: jax.Array) -> jax.Array:
-        """[B, H, W, 3] images in [-1, 1]."""
-        return self.decode_unclamped(canvas_BhwK).clip(-1, 1)
-
-    def to_uint8(self, images_BHWc: jax.Array) -> jax.Array:
-        """uint8 images of images in [-1, 1], as the published code rounds them."""
-        return pixels.to_uint8(images_BHWc)
 
     def embed(self, codes_BLK: jax.Array) -> jax.Array:
         """[B, L, D] vectors of bits or indices: a cell of a token has length 1."""
@@ -443,25 +285,7 @@ class BSQTokenizer(nn.Module):
         tokens = unshuffle(cells) if config.patchify else cells
         return padding.take(tokens, config.grids[alike], after.index)
 
-    def inputs(self, codes_BLK: jax.Array) -> jax.Array:
-        """[B, L - n_0, D]: the inputs of all steps but the first, under teacher forcing."""
-        canvas, inputs = self.blank(len(codes_BLK)), []
-        for step in range(self.schedule.steps - 1):
-            first, end = self.schedule.offsets[step : step + 2]
-            codes = codes_BLK[:, first:end]
-            sampled = Sampled(codes, self.embed(codes))
-            canvas, following = self.advance(canvas, sampled, Step.at(step))
-            inputs.append(following)
-        return _concatenated(inputs, canvas)
-
     def _tokens(self, x_BhwK: jax.Array) -> jax.Array:
         """[B, L, D] tokens of one map of cells."""
         x = unshuffle(x_BhwK) if self.config.patchify else x_BhwK
         return x.reshape(len(x), -1, x.shape[-1])
-
-
-def _concatenated(inputs: list[jax.Array], like_BhwK: jax.Array) -> jax.Array:
-    """The inputs of all later steps; empty for a schedule of one step."""
-    if inputs:
-        return jnp.concatenate(inputs, axis=1)
-    return jnp.zeros((len(like_BhwK), 0, like_BhwK.shape[-1]), jnp.float32)

@@ -6,21 +6,20 @@ through a phi convolution, add up to the canvas that the decoder turns into an i
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from star_jax.core import padding, pixels, resize
-from star_jax.core.codes import Index, Sampled, Targets
+from star_jax.core import padding, resize
+from star_jax.core.codes import Index, Sampled
 from star_jax.core.schedule import Grids, Pyramid, Step, square_grids
 from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.errors import UserError
 from star_jax.nn import layers
-from star_jax.protocols import TokenizerConfig
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
+from star_jax.tokenizers.image_tokenizer import CodebookTokenizer, ImageTokenizerConfig
 
 # Which of four phi convolutions serves each of K scales. At K = 10 scales 2 and 7 lie exactly
 # between two; only the rounding of the published float64 code decides (STAR specification 1.5).
@@ -44,7 +43,7 @@ PHI_OF_FOUR = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VQ(TokenizerConfig):
+class VQ(ImageTokenizerConfig):
     """An image tokenizer with residual codes per scale; the defaults are the published ones.
 
     Attributes:
@@ -74,10 +73,6 @@ class VQ(TokenizerConfig):
             raise ValueError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
 
     @property
-    def schedule(self) -> Pyramid:
-        return Pyramid(self.grids)
-
-    @property
     def vocabulary(self) -> Index:
         """The codes of one token."""
         return Index(self.codes)
@@ -85,12 +80,6 @@ class VQ(TokenizerConfig):
     @property
     def vector_width(self) -> int:
         return self.channels
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        height, width = self.grids[-1]
-        return height * self.autoencoder.downsampling, width * self.autoencoder.downsampling
 
     def at(self, schedule: Pyramid) -> 'VQ':
         """This tokenizer with other scales, as one published file serves 10 and 14 of them.
@@ -108,16 +97,6 @@ class VQ(TokenizerConfig):
     def build(self, dtype: str = 'float32') -> 'VQTokenizer':
         """The tokenizer, whose decoder has activations of `dtype` if its parameters have."""
         return VQTokenizer(self, dtype)
-
-    def abstract(self) -> dict:
-        """Shapes of the parameters, boxed with logical axes."""
-        return _abstract(self)
-
-
-@functools.lru_cache(maxsize=16)  # tracing it takes longer than reading a model
-def _abstract(config: VQ) -> dict:
-    images = jax.ShapeDtypeStruct((1, *config.resolution, 3), jnp.float32)
-    return jax.eval_shape(config.build().init, jax.random.key(0), images)['params']
 
 
 @jax.tree_util.register_dataclass
@@ -280,40 +259,14 @@ class ResidualVQ(nn.Module):
         inputs = resize.area(canvas_BHWC, *self.schedule.grids[after.like])
         return inputs.reshape(len(inputs), -1, self.channels)
 
-    def inputs(self, codes_BL: jax.Array) -> jax.Array:
-        """[B, L - n_0, C]: the inputs of all steps but the first, under teacher forcing."""
-        canvas, inputs = self.blank(len(codes_BL)), []
-        for step in range(self.schedule.steps - 1):
-            first, end = self.schedule.offsets[step : step + 2]
-            codes = codes_BL[:, first:end]
-            sampled = Sampled(codes, self.embed(codes))
-            canvas, following = self.advance(canvas, sampled, Step.at(step))
-            inputs.append(following)
-        return jnp.concatenate(inputs, axis=1)
 
-
-class VQTokenizer(nn.Module):
+class VQTokenizer(CodebookTokenizer):
     """Images <-> codes, and the canvas between them.
 
     Attributes:
         config: the sizes.
         dtype: dtype of the decoder's activations.
     """
-
-    config: VQ
-    dtype: str = 'float32'
-
-    @property
-    def schedule(self) -> Pyramid:
-        return self.config.schedule
-
-    @property
-    def codes(self) -> Index:
-        return self.config.vocabulary
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        return self.config.resolution
 
     def setup(self) -> None:
         config = self.config
@@ -331,45 +284,12 @@ class VQTokenizer(nn.Module):
         self.post_quant_conv = layers.conv(latent)
         self.decoder = Decoder(config.autoencoder)
 
-    def __call__(self, images_BHWc: jax.Array) -> jax.Array:
-        """Reconstructions of images, both in [-1, 1]."""
-        quantised = self.quantise(self.features(images_BHWc))
-        return self.decode(quantised.canvases[-1])
-
     def features(self, images_BHWc: jax.Array) -> jax.Array:
         """[B, H, W, 3] in [-1, 1] -> [B, h, w, C]."""
         return self.quant_conv(self.encoder(images_BHWc))
 
     def quantise(self, f_BHWC: jax.Array) -> Quantised:
         return self.quantiser.quantise(f_BHWC)
-
-    def labels(self, quantised: Quantised) -> tuple[jax.Array, ...]:
-        """Per scale [B, h, w]: the codes."""
-        return quantised.codes
-
-    def distances(self, vectors: jax.Array) -> jax.Array:
-        """[..., V]: squared distances from all code vectors."""
-        return self.quantiser.distances(vectors)
-
-    def encode(self, images_BHWc: jax.Array) -> jax.Array:
-        """[B, L] int32 codes of images in [-1, 1]."""
-        return self.quantise(self.features(images_BHWc)).codes_BL
-
-    def training_targets(self, encoded_BL: jax.Array, key: jax.Array) -> Targets:
-        """Inputs and labels of teacher forcing, from the codes [B, L] of `encode`."""
-        return Targets(self.inputs(encoded_BL), encoded_BL)
-
-    def decode_unclamped(self, canvas_BHWC: jax.Array) -> jax.Array:
-        """The decoder's image, float32, not clamped."""
-        return self.decoder(layers.activations(self.post_quant_conv(canvas_BHWC), self.dtype))
-
-    def decode(self, canvas_BHWC: jax.Array) -> jax.Array:
-        """[B, H, W, 3] images in [-1, 1]."""
-        return self.decode_unclamped(canvas_BHWC).clip(-1, 1)
-
-    def to_uint8(self, images_BHWc: jax.Array) -> jax.Array:
-        """uint8 images of images in [-1, 1], as the published code rounds them."""
-        return pixels.to_uint8(images_BHWc)
 
     def embed(self, codes_BL: jax.Array) -> jax.Array:
         return self.quantiser.embed(codes_BL)
@@ -387,9 +307,6 @@ class VQTokenizer(nn.Module):
 
     def following(self, canvas_BHWC: jax.Array, step: Step) -> jax.Array | None:
         return self.quantiser.following(canvas_BHWC, step)
-
-    def inputs(self, codes_BL: jax.Array) -> jax.Array:
-        return self.quantiser.inputs(codes_BL)
 
 
 def phi_of_scale(phis: int, scales: int) -> tuple[int, ...]:

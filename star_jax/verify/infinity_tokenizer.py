@@ -21,14 +21,8 @@ from star_jax.errors import UserError
 from star_jax.losses.tokenizer import bit_entropies
 from star_jax.nn.bind import bind
 from star_jax.tokenizers.autoencoder import Autoencoder
-from star_jax.tokenizers.residual_bsq import (
-    BSQ,
-    BitTrace,
-    ResidualBSQ,
-    Sizes,
-    code_vectors,
-    quantise,
-)
+from star_jax.tokenizers.residual_bsq import BSQ, ResidualBSQ
+from star_jax.tokenizers.sign_quantiser import BitTrace, Sizes, code_vectors, quantise
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import ACTIVATIONS, INTEGERS, LATENTS, TOKENIZED
