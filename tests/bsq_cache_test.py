@@ -59,7 +59,7 @@ def job(run: Run, place: Path | str = '', **changes) -> TransformerJob:
 
 
 def targets(job: TransformerJob):
-    batch = next(iter(job.batches(0)))
+    (batch,) = next(iter(job.batches(0)))
     compute = jax.jit(job.program._targets)
     return compute(job.frozen, batch, jax.random.key(0)), batch
 

@@ -108,7 +108,7 @@ def test_cache_serves_other_models_and_settings(run, made):
     """Only what codes and features depend on is compared."""
     wider = dataclasses.replace(run.model, mlp_ratio=2.0)
     served = job(run, made, model=wider, batch=16, seed=5, caption_drop=0.5)
-    assert len(next(iter(served.batches(0))).encoded) == 16
+    assert len(next(iter(served.batches(0)))[0].encoded) == 16
 
 
 def test_text_features_are_copied_from_the_users_cache(run, made, tmp_path, monkeypatch):
@@ -364,4 +364,4 @@ def test_training_crops_images_and_validation_does_not(run):
     side, _ = job.program.tokenizer.resolution
     assert job.source[0]['image'].shape[0] == round(1.5 * side)
     assert job.validation[0]['image'].shape[0] == side
-    assert next(job.batches(0)).encoded.shape == (run.batch, job.program.network.schedule.length)
+    assert next(job.batches(0))[0].encoded.shape == (run.batch, job.program.network.schedule.length)

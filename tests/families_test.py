@@ -784,7 +784,7 @@ def test_scaled_loss_scales_gradients_but_not_the_recorded_loss():
         program = training_program(family, 10, Recipe(loss_scale=scale))
         state = program.start(jax.tree.map(jnp.array, family.params['model']))
         train = jax.jit(program.train)
-        metrics[scale] = jax.device_get(train(state, frozen, inputs, jax.random.key(0))[1])
+        metrics[scale] = jax.device_get(train(state, frozen, (inputs,), jax.random.key(0)[None])[1])
     assert metrics[3.0]['loss'] == pytest.approx(metrics[1.0]['loss'])
     assert metrics[3.0]['gradient_norm'] == pytest.approx(
         3 * metrics[1.0]['gradient_norm'], rel=1e-5
@@ -817,7 +817,7 @@ def test_raster_is_trained_on_what_the_sampler_generates():
     losses = []
     for step in range(120):
         key = jax.random.fold_in(jax.random.key(1), step)
-        state, metrics = train(state, frozen, inputs, key)
+        state, metrics = train(state, frozen, (inputs,), key[None])
         losses.append(float(metrics['loss']))
     assert losses[-1] < losses[0] / 4
     run, _ = sampling(model, tokenizer)

@@ -59,7 +59,7 @@ def losses(shape: tuple[int, ...]) -> list[list[float]]:
     train, results = jax.jit(program.train), []
     for step in range(2):
         key = jax.random.fold_in(jax.random.key(7), step)
-        state, metrics = train(state, frozen, inputs, key)
+        state, metrics = train(state, frozen, (inputs,), key[None])
         results.append([float(metrics['loss']), float(metrics['gradient_norm'])])
     return results
 

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from star_jax.parallel import links
 from star_jax.parallel.chips import CHIPS
-from star_jax.plan import links
-from star_jax.plan.hlo import Collective
+from star_jax.parallel.links import Collective
 
 GB = 10**9
 LINK = 50 * GB  # one link of a v5e: 1,600 Gbit/s over four links

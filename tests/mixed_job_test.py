@@ -14,6 +14,7 @@ from star_jax.checkpoint import folder
 from star_jax.core.schedule import square_grids
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.templates import Templates
+from star_jax.data import mixed
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.families.infinity import Infinity
@@ -23,6 +24,7 @@ from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training import train
 from star_jax.training.build import build_program
 from star_jax.training.mixed_job import MixedJob, flaw
+from star_jax.training.program import step_keys
 
 pytestmark = pytest.mark.usefixtures('compiled_here')
 
@@ -129,12 +131,12 @@ def test_the_first_scales_of_every_template_are_trained(run, tmp_path, monkeypat
 def test_a_template_trains_as_a_model_of_its_grids_alone(mixed_job):
     job, key = mixed_job, jax.random.key(3)
     batches = {}
-    for template, inputs in job.batches(0):
+    for template, (inputs,) in job.batches(0):
         batches.setdefault(template, inputs)
         if len(batches) == 3:
             break
     shared, params = job.template(1).programs.program, job.init().params
-    loss = jax.jit(lambda *args: shared.loss(*args)[0])
+    loss = loss_of(shared)
     ready = [job._with_targets(job.template(n), batches[n], key) for n in (1, 2)]
     assert signature(ready[0]) == signature(ready[1])
     losses = [float(loss(params, job.frozen, inputs, key)) for inputs in ready]
@@ -147,10 +149,45 @@ def test_a_template_trains_as_a_model_of_its_grids_alone(mixed_job):
         encode_prompts=job.program.encode_prompts,
     )
     alone = dataclasses.replace(batches[2], tables=None)
-    expected = jax.jit(lambda *args: tall.loss(*args)[0])(params, job.frozen, alone, key)
+    expected = loss_of(tall)(params, job.frozen, alone, key)
     np.testing.assert_allclose(losses[1], expected, rtol=1e-5)
     unrotated = ready[1].replace(tables=ready[0].tables)
     assert float(loss(params, job.frozen, unrotated, key)) != losses[1]
+
+
+def loss_of(program):
+    """Parameters, frozen arrays, a micro-batch and its key -> the loss, jitted."""
+
+    @jax.jit
+    def loss(params, frozen, inputs, key):
+        return program.loss(params, frozen, *program.prepare(frozen, inputs, key))[0]
+
+    return loss
+
+
+@pytest.mark.slow
+def test_micro_batches_of_an_update_have_one_template(mixed_job):
+    optimizer = dataclasses.replace(mixed_job.run.optimizer, accumulate=2)
+    job = MixedJob(dataclasses.replace(mixed_job.run, optimizer=optimizer))
+    template, parts = batch = next(job.batches(0))
+    sides = job.template(template).tokenizer.resolution
+    batch_size = job.run.batch
+    read = mixed.batches(
+        job.source, batch=2 * batch_size, seed=job.run.seed, captions=job.run.captions
+    )
+    number, images = next(read)
+    assert number == template and images['image'].shape[1:3] == sides
+    second = job._template_inputs(
+        number, {name: rows[batch_size:] for name, rows in images.items()}
+    )
+    np.testing.assert_array_equal(second.encoded, parts[1].encoded)
+    state, plain = job.init(), mixed_job.template(template)
+    loss, losses = loss_of(plain.programs.program), []
+    for inputs, key in zip(parts, step_keys(jax.random.key(job.run.seed), 0, 2), strict=True):
+        inputs = mixed_job._with_targets(plain, inputs, key)
+        losses.append(float(loss(state.params, job.frozen, inputs, key)))
+    _, metrics = job.step(0, state, batch)
+    assert float(metrics['loss']) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def signature(tree) -> list:

@@ -22,6 +22,7 @@ from star_jax.core.visibility import StaticVisibility, Visibility
 from star_jax.errors import UserError
 from star_jax.families.star import Star
 from star_jax.nn.attention_dispatch import named
+from star_jax.parallel import links, rules
 from star_jax.parallel.chips import CHIPS, GIB
 from star_jax.parallel.mesh import MeshShape
 from star_jax.plan import (
@@ -30,7 +31,6 @@ from star_jax.plan import (
     fused,
     hlo,
     jaxpr_memory,
-    links,
     plan_report,
     planning,
     search,
@@ -249,7 +249,7 @@ def test_roof_is_the_largest_of_its_bounds():
     chip = dataclasses.replace(CHIPS['H100'], links=1e9, network=1e8)
     within = {'kind': 'all-gather', 'group_size': 8, 'local_size': 8, 'axes': ('tensor',)}
     across = {'kind': 'all-reduce', 'group_size': 16, 'local_size': 8, 'axes': ('data',)}
-    collectives = [hlo.Collective(count=1, bytes=10**9, **item) for item in (within, across)]
+    collectives = [links.Collective(count=1, bytes=10**9, **item) for item in (within, across)]
     flops = {'bfloat16': int(chip.bfloat16), 'exact': 0}
     roof = compute_roof(
         links.Switches(chip=chip),
@@ -282,7 +282,7 @@ def test_choose_mesh_splits_heads_and_tokens_where_the_batch_does_not_divide():
 def test_workload_of_a_published_stage_needs_no_local_files():
     run = config.load_run(CONFIGS / 'star_d16_256.py', Run)
     work = workload.training(run, MeshShape(fsdp=8).abstract_mesh(64), 'cpu')
-    size = {name: workload.device_bytes(tree) for name, tree in work.resident.items()}
+    size = {name: rules.device_bytes(tree) for name, tree in work.resident.items()}
     count = 274_934_272 - 1001 * 1024  # as in tests/published_configs_test.py
     assert size['parameters'] == pytest.approx(4 * count / 8, rel=0.01)
     assert size['optimizer'] == pytest.approx(2 * size['parameters'], rel=1e-4)
@@ -312,7 +312,7 @@ def test_plan_counts_memory_and_collectives_of_gpus(run):
     memory = report.memory
     for name, size in memory.resident.items():
         ways = {'tokenizer': 1, 'batch': 8}.get(name, 2)
-        assert size == pytest.approx(workload.device_bytes(on_one_chip[name]) / ways, rel=0.03)
+        assert size == pytest.approx(rules.device_bytes(on_one_chip[name]) / ways, rel=0.03)
     assert memory.fits and memory.total == sum(memory.resident.values()) + (
         memory.activations + memory.temporaries
     )
@@ -327,6 +327,10 @@ def test_plan_counts_memory_and_collectives_of_gpus(run):
     assert len(plan_report.tables(report)) == 4
     text = ' '.join(plan_report.sentences(report))
     assert text.startswith('it fits') and 'lower bound of a step' in text
+    assert set(report.replica_sum) == {'float32', 'bfloat16'}
+    (sent,) = (item.bytes for item in report.collectives if item.kind == 'all-reduce')
+    assert report.replica_sum['float32'] == pytest.approx(sent / 300e9)
+    assert 'sum of gradients over data: lower bounds of' in text
     assert 'upper bounds: ' in text and 'at least' not in text and 'predict' not in text
     checkpoint = sum(memory.resident[name] for name in workload.STATE)
     assert report.checkpoint == pytest.approx(2 * checkpoint, rel=0.03)  # fsdp splits it in two
@@ -397,7 +401,9 @@ def test_a_batch_is_compared_with_neighbours_that_need_no_other_axes(run):
 def test_advice_names_a_batch_without_other_axes_that_is_faster_and_fits():
     fields = {'mesh': {}, 'temporaries': 0, 'total': 0, 'flops': 0}
     own, remat, slow, fast, larger = (
-        plan_report.Alternative(name=name, batch=batch, seconds=seconds, fits=fits, **fields)
+        plan_report.Alternative(
+            name=name, batch=batch, images=batch, seconds=seconds, fits=fits, **fields
+        )
         for name, batch, seconds, fits in (
             ('this run', 480, 1.0, True),
             ('--remat none', 480, 0.5, True),
@@ -418,7 +424,7 @@ def test_estimates_contain_a_sample_grid(run):
     estimator = make_estimator(run, '8xH100')
     estimated = estimator.count(run.batch)
     resident = {
-        name: workload.device_bytes(tree) for name, tree in estimated.workload.resident.items()
+        name: rules.device_bytes(tree) for name, tree in estimated.workload.resident.items()
     }
     assert estimated.grid > resident['parameters']
     sizes = dataclasses.replace(estimated, grid=10**12)

@@ -14,9 +14,13 @@ from jax.sharding import PartitionSpec
 from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.parallel import rules
+from star_jax.parallel.links import mesh_axes
 from star_jax.parallel.mesh import AXES, MeshShape
+from star_jax.parallel.rules import device_bytes
+from star_jax.plan.hlo import HloText
 from star_jax.training.build import init_params
-from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram
+from star_jax.training.gradients import Replicas
+from star_jax.training.program import Frozen, Recipe, StepInputs, TrainingProgram, step_keys
 from star_jax.training.state import TrainState, abstract_state, init_sharded
 from star_jax.training.transformer_job import TransformerJob
 
@@ -35,9 +39,9 @@ def build_mesh(*sizes: int) -> jax.sharding.Mesh:
     return MeshShape(**shape).build(jax.devices()[: int(np.prod(sizes))])
 
 
-def batch() -> StepInputs:
+def batch(seed: int = 0) -> StepInputs:
     """Codes [B, L] and the conditions of captions."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     shape = (BATCH, SHAPE.schedule.length)
     codes_BL = random.integers(0, SHAPE.codes, shape, dtype=np.int32)
     return StepInputs(encoded=codes_BL, prompts=text_condition(random, BATCH))
@@ -67,29 +71,67 @@ def single_device_state() -> TrainState:
     return jax.device_get(init_sharded(start, init, build_mesh(1, 1, 1), jax.random.key(0)))
 
 
+class Steps:
+    """Training steps on a mesh, from a given state.
+
+    Args:
+        shape: the sizes of the mesh.
+        state: the state before the first step.
+        accumulate: micro-batches of a step.
+        apart: whether the gradients of replicas are kept apart.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], state: TrainState, accumulate: int = 1, apart: bool = False
+    ) -> None:
+        self.mesh = build_mesh(*shape)
+        self.accumulate = accumulate
+        program = TrainingProgram(
+            network=SHAPE.build().with_sharding(self.mesh),
+            tokenizer=VQ.build(),
+            optimizer=OPTIMIZER,
+            recipe=Recipe(condition_drop=0.2, drop_path=0.1),
+            replicas=Replicas(mesh=self.mesh if apart else None),
+        )
+        abstract = abstract_state(start, SHAPE.abstract(), self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        self.state = jax.device_put(state, shardings)
+        empty = text_condition(np.random.default_rng(2), 1)
+        frozen = Frozen(tokenizer=tiny.tokenizer_params(), empty=empty)
+        frozen = jax.device_put(frozen, rules.replicated(self.mesh))
+        self.batches = tuple(
+            rules.shard_batch(batch(seed), self.mesh) for seed in range(accumulate)
+        )
+        self.others = frozen, self.batches
+        # The state is not donated: a donated array from the host may share the host's memory.
+        train = jax.jit(program.train, out_shardings=(shardings, None))
+        self.train = train.lower(self.state, *self.others, self.keys(0)).compile()
+
+    def keys(self, step: int) -> jax.Array:
+        keys_A = step_keys(jax.random.key(7), step, self.accumulate)
+        return jax.device_put(keys_A, rules.replicated(self.mesh))
+
+    def run(self, count: int) -> list[list[float]]:
+        """Loss and gradient norm of so many steps."""
+        state, results = self.state, []
+        for step in range(count):
+            state, metrics = self.train(state, *self.others, self.keys(step))
+            results.append([float(metrics['loss']), float(metrics['gradient_norm'])])
+        return results
+
+    def sent_along_data(self) -> dict[tuple[str, tuple[str, ...]], int]:
+        """Bytes that a device sends to other replicas in a step, by collective and mesh axes."""
+        text, sent = HloText(self.train.as_text(), self.mesh.size, 1), {}
+        for item in text.collectives():
+            axes = mesh_axes(item, tuple(self.mesh.shape.values()))
+            if 'data' in axes:
+                sent[item.kind, axes] = sent.get((item.kind, axes), 0) + item.bytes
+        return sent
+
+
 def losses(shape: tuple[int, ...], state: TrainState) -> list[list[float]]:
     """Loss and gradient norm of three training steps on a mesh, from a given state."""
-    mesh = build_mesh(*shape)
-    program = TrainingProgram(
-        network=SHAPE.build().with_sharding(mesh),
-        tokenizer=VQ.build(),
-        optimizer=OPTIMIZER,
-        recipe=Recipe(condition_drop=0.2),
-    )
-    # The state is not donated: a donated array from the host may share the host's memory.
-    train = jax.jit(program.train)
-    abstract = abstract_state(start, SHAPE.abstract(), mesh)
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    inputs = rules.shard_batch(batch(), mesh)
-    empty = text_condition(np.random.default_rng(2), 1)
-    frozen = Frozen(tokenizer=tiny.tokenizer_params(), empty=empty)
-    frozen = jax.device_put(frozen, rules.replicated(mesh))
-    results = []
-    for step in range(3):
-        key = jax.random.fold_in(jax.random.key(7), step)
-        state, metrics = train(state, frozen, inputs, key)
-        results.append([float(metrics['loss']), float(metrics['gradient_norm'])])
-    return results
+    return Steps(shape, state).run(3)
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +142,23 @@ def single_device_losses(single_device_state) -> list[list[float]]:
 @pytest.mark.parametrize('shape', [(8, 1, 1), (4, 2, 1), (2, 2, 2), (2, 1, 2, 2)])
 def test_every_mesh_computes_the_same_step(shape, single_device_state, single_device_losses):
     np.testing.assert_allclose(losses(shape, single_device_state), single_device_losses, rtol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def accumulated_losses(single_device_state) -> list[list[float]]:
+    return Steps((1, 1, 1), single_device_state, accumulate=2).run(3)
+
+
+@pytest.mark.parametrize('shape', [(4, 2, 1), (2, 2, 2)])
+def test_replicas_sum_their_gradients_once_per_update(
+    shape, single_device_state, accumulated_losses
+):
+    steps = Steps(shape, single_device_state, accumulate=2, apart=True)
+    np.testing.assert_allclose(steps.run(3), accumulated_losses, rtol=1e-5)
+    held, data = device_bytes(steps.state.params), steps.mesh.shape['data']
+    ((name, sent),) = steps.sent_along_data().items()
+    assert name == ('all-reduce', ('data',))
+    assert sent == pytest.approx(2 * held * (data - 1) / data, rel=0.02)  # and the metrics
 
 
 def test_init_sharded_gives_the_same_state_on_every_mesh(single_device_state):

@@ -80,14 +80,25 @@ def test_accumulated_steps_make_one_update_and_one_average(run):
     state = job.init()
     start = leaves(state.params)
     first, second = take(job, 2)
-    state, _ = job.step(0, state, first)
-    assert all(np.array_equal(start[name], x) for name, x in leaves(state.params).items())
-    state, _ = job.step(1, state, second)
+    assert [len(first), len(second)] == [2, 2] and job.run.mean_batch == 2 * run.batch
+    plain = TransformerJob(run)
+    for micro_batch, (expected,) in zip((*first, *second), take(plain, 4), strict=True):
+        np.testing.assert_array_equal(micro_batch.encoded, expected.encoded)
+    np.testing.assert_array_equal(take(job, 1, step=1)[0][1].encoded, second[1].encoded)
+    assert jax.tree.structure(job.abstract()) == jax.tree.structure(
+        TransformerJob(dataclasses.replace(run, ema=0.75)).abstract()
+    )  # nothing pending is saved
+    state, metrics = job.step(0, state, first)
     end, means = leaves(state.params), leaves(state.ema)
     assert not np.array_equal(start['blocks/ffn/fc1/kernel'], end['blocks/ffn/fc1/kernel'])
     for name, mean in means.items():
-        keep = 2 / 11  # at the second step of a run: early averages reach back less far
+        keep = 1 / 10  # at the first step of a run: early averages reach back less far
         np.testing.assert_allclose(mean, keep * start[name] + (1 - keep) * end[name], atol=1e-6)
+    losses = [
+        float(plain.step(number, plain.init(), (inputs,))[1]['loss'])
+        for number, inputs in enumerate(first)
+    ]
+    assert float(metrics['loss']) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize(('balance', 'shares'), [(0, (1, 4, 10)), (1, (1, 1, 1))])
@@ -198,13 +209,18 @@ def test_sample_grid_is_split_over_the_mesh(job, monkeypatch):
 
 def test_label_smoothing_changes_the_trained_loss_alone(job):
     smoothed = TransformerJob(dataclasses.replace(job.run, label_smoothing=0.25))
-    state, inputs, key = job.init(), take(job, 1)[0], jax.random.key(0)
+    state, (inputs,), key = job.init(), take(job, 1)[0], jax.random.key(0)
 
     @jax.jit
     def losses(params, inputs):
-        args = (params, job.frozen, inputs, key)
-        programs = (job.program, smoothed.program)
-        return [(*program.loss(*args), program.score(*args)) for program in programs]
+        results = []
+        for program in (job.program, smoothed.program):
+            value, parts = program.loss(
+                params, job.frozen, *program.prepare(job.frozen, inputs, key)
+            )
+            score = program.score(params, job.frozen, inputs, key)
+            results.append((value, program.metrics(parts), score))
+        return results
 
     (loss, metrics, score), (smooth_loss, smooth_metrics, smooth_score) = losses(
         state.params, inputs

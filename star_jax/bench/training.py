@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -16,11 +17,11 @@ from star_jax.bench.benchmark import Args, Benchmark, TimedProgram, random_array
 from star_jax.bench.sampling import condition
 from star_jax.core.flops import count_flops
 from star_jax.parallel import rules
+from star_jax.parallel.rules import device_bytes
 from star_jax.plan.jaxpr_memory import weights_read
-from star_jax.plan.workload import device_bytes
 from star_jax.training import summary
 from star_jax.training.build import COUNTED, build_program, init_params
-from star_jax.training.program import Frozen, StepInputs, TrainingProgram
+from star_jax.training.program import Frozen, StepInputs, TrainingProgram, step_keys
 from star_jax.training.run import Run
 from star_jax.training.state import init_sharded
 
@@ -82,7 +83,8 @@ class TrainingJob:
             prompts=condition(run.model, run.batch, self.text_tokens),
         )
         batch = jax.device_put(batch, rules.batch_sharding(mesh))
-        args = (state, frozen, batch, jax.random.key(0))
+        accumulate = run.optimizer.accumulate
+        args = (state, frozen, (batch,) * accumulate, step_keys(jax.random.key(0), 0, accumulate))
         copies = mesh.size // mesh.shape['tensor']  # copies of the gathered parameters
         return Benchmark(
             main=TimedProgram(
@@ -102,7 +104,7 @@ class TrainingJob:
             },
             remainder='backward and update',
             weights=jax.eval_shape(lambda state: state.params, state),
-            images=run.batch,
+            images=accumulate * run.batch,
             pixels=max(vq.resolution),
             next_args=_next_args,
         )
@@ -126,10 +128,14 @@ def _random_encoded(abstract: jax.ShapeDtypeStruct, num_codes: int) -> np.ndarra
 
 
 def _forward(program: TrainingProgram) -> Callable[..., Any]:
-    """The loss at the state before a step, with the arguments of the step."""
+    """The losses at the state before a step, with the arguments of the step."""
 
-    def forward(state: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
-        return program.score(state.params, frozen, batch, key)
+    def forward(state: Any, frozen: Any, batches: Any, keys_A: jax.Array) -> Any:
+        def score(batch: tuple[Any, jax.Array]) -> Any:
+            return program.score(state.params, frozen, *batch)
+
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
+        return jax.lax.map(score, (stacked, keys_A))
 
     return forward
 

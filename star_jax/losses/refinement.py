@@ -30,7 +30,11 @@ class PlainLoss:
         self, logits_BRV: jax.Array, codes_BR: jax.Array, shown_BR: jax.Array, length: int
     ) -> jax.Array:
         nll_BR = Index(logits_BRV.shape[-1]).nll(logits_BRV, codes_BR)
-        return jnp.where(shown_BR, 0, nll_BR).sum() / jnp.maximum((~shown_BR).sum(), 1)
+        return jnp.where(shown_BR, 0, nll_BR).sum() / self.weight(shown_BR)
+
+    def weight(self, shown_BR: jax.Array) -> jax.Array:
+        """What the loss of images counts beside that of others: the number of hidden tokens."""
+        return jnp.maximum((~shown_BR).sum(), 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,10 @@ class ReleasedLoss:
         labels_BR = jnp.where(shown_BR, size, codes_BR)
         nll_BR = Index(size + 1).nll(jnp.concatenate([logits_BRV, extra_BR1], -1), labels_BR)
         return nll_BR.sum(1).mean() / length
+
+    def weight(self, shown_BR: jax.Array) -> int:
+        """What the loss of images counts beside that of others: their number."""
+        return len(shown_BR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from star_jax.core.visibility import ALL, StaticVisibility, Visibility
 from star_jax.nn import layers
 from star_jax.nn.blocks import BlockParts, PerLayer, Shared, stack_blocks
 from star_jax.nn.positions import Positions, PositionTables
+from star_jax.parallel.mesh import REPLICAS
 from star_jax.parallel.rules import ActivationSharding
 
 Rows = np.ndarray | jax.Array
@@ -316,12 +317,14 @@ class Transformer(nn.Module):
 
     def with_sharding(self, mesh: Mesh | None) -> 'Transformer':
         """The same network whose arrays are sharded over a mesh by the rules (None: not at all)."""
-        sharding, refiner = ActivationSharding(mesh), self.refiner
-        if refiner:
-            refiner = refiner.clone(block=refiner.block.with_sharding(sharding))
-        return self.clone(
-            sharding=sharding, block=self.block.with_sharding(sharding), refiner=refiner
-        )
+        return self._with_sharding(ActivationSharding(mesh))
+
+    def within_replica(self) -> 'Transformer':
+        """The same network for the part of a batch that one index of the mesh axis `data` has.
+
+        It is to be mapped over that axis.
+        """
+        return self._with_sharding(dataclasses.replace(self.sharding, mapped=(REPLICAS,)))
 
     def with_batch_groups(self, groups: int) -> 'Transformer':
         """The same network, whose rows mix only within each of `groups` equal parts of a batch."""
@@ -329,6 +332,12 @@ class Transformer(nn.Module):
             return self
         cross = functools.partial(self.block.cross_attention, groups=groups)
         return self.clone(block=dataclasses.replace(self.block, cross_attention=cross))
+
+    def _with_sharding(self, sharding: ActivationSharding) -> 'Transformer':
+        block, refiner = self.block.with_sharding(sharding), self.refiner
+        if refiner:
+            refiner = refiner.clone(block=refiner.block.with_sharding(sharding))
+        return self.clone(sharding=sharding, block=block, refiner=refiner)
 
     def _pad(
         self, x_BLD: jax.Array, rows: Rows, visibility: StaticVisibility

@@ -1,6 +1,7 @@
 """What are the peak rates and the memory of one accelerator?"""
 
 import dataclasses
+from typing import Any
 
 from star_jax.parallel.flags import MEMORY_FRACTION
 
@@ -20,8 +21,10 @@ class Chip:
         memory: bytes that a program can use.
         bandwidth: bytes/s of that memory.
         links: bytes/s that the chip sends to chips of its slice or node, over all its links; a
-            collective of a TPU slice uses those of its axes alone (`plan.links`).
+            collective of a TPU slice uses those of its axes alone (`parallel.links`).
         network: bytes/s that the chip sends to another slice or node.
+        kinds: what JAX calls a device of this kind.
+        axes: axes of a TPU slice, along which a chip has neighbours.
         chips_per_node: chips that share fast links (0: all chips of a slice do).
     """
 
@@ -33,6 +36,8 @@ class Chip:
     bandwidth: float
     links: float
     network: float
+    kinds: tuple[str, ...]
+    axes: int = 0
     chips_per_node: int = 0
 
     def rate(self, kind: str) -> float:
@@ -40,7 +45,7 @@ class Chip:
         return getattr(self, kind)
 
 
-def _tpu(name: str, bfloat16: float, **fields: float) -> Chip:
+def _tpu(name: str, bfloat16: float, **fields: Any) -> Chip:
     """A TPU, which multiplies bfloat16: float32 takes one pass by default and six for all bits."""
     return Chip(name=name, bfloat16=bfloat16, float32=bfloat16, exact=bfloat16 / 6, **fields)
 
@@ -61,6 +66,8 @@ CHIPS = {
             bandwidth=819 * GIGA,
             links=200 * GIGA,
             network=3.125 * GIGA,
+            kinds=('TPU v5 lite', 'TPU v5e'),
+            axes=2,
         ),
         _tpu(
             'v5p',
@@ -69,6 +76,8 @@ CHIPS = {
             bandwidth=2_765 * GIGA,
             links=600 * GIGA,
             network=6.25 * GIGA,
+            kinds=('TPU v5', 'TPU v5p'),
+            axes=3,
         ),
         _tpu(
             'v6e',
@@ -77,6 +86,8 @@ CHIPS = {
             bandwidth=1_600 * GIGA,
             links=400 * GIGA,
             network=12.5 * GIGA,
+            kinds=('TPU v6 lite', 'TPU v6e'),
+            axes=2,
         ),
         Chip(
             name='A100-40G',
@@ -87,6 +98,7 @@ CHIPS = {
             bandwidth=1_555 * GIGA,
             links=300 * GIGA,
             network=25 * GIGA,
+            kinds=('NVIDIA A100-SXM4-40GB',),
             chips_per_node=8,
         ),
         Chip(
@@ -98,6 +110,7 @@ CHIPS = {
             bandwidth=2_039 * GIGA,
             links=300 * GIGA,
             network=25 * GIGA,
+            kinds=('NVIDIA A100-SXM4-80GB',),
             chips_per_node=8,
         ),
         Chip(
@@ -109,6 +122,7 @@ CHIPS = {
             bandwidth=3_350 * GIGA,
             links=450 * GIGA,
             network=50 * GIGA,
+            kinds=('NVIDIA H100 80GB HBM3',),
             chips_per_node=8,
         ),
         Chip(
@@ -120,7 +134,13 @@ CHIPS = {
             bandwidth=4_800 * GIGA,
             links=450 * GIGA,
             network=50 * GIGA,
+            kinds=('NVIDIA H200',),
             chips_per_node=8,
         ),
     )
 }
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so, or None for an unknown one."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

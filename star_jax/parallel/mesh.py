@@ -15,6 +15,7 @@ from star_jax.core.argument_types import whole_number
 from star_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence')
+REPLICAS = 'data'  # along it, devices differ in the batch alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
@@ -72,6 +73,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device stores of abstract arrays with shardings (random keys are left out)."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
 def process_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Indices of the rows of a global batch that this process's devices hold, ascending.
 
@@ -131,9 +141,11 @@ class ActivationSharding:
 
     Attributes:
         mesh: the mesh to which `RULES` map logical axes; None: arrays are not constrained.
+        mapped: mesh axes that a caller maps over, so that they split no array in here.
     """
 
     mesh: Mesh | None = None
+    mapped: tuple[str, ...] = ()
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """`x` with a sharding constraint; `axes` are its logical axes (None: not split)."""
@@ -149,7 +161,7 @@ class ActivationSharding:
         """
         return PartitionSpec(
             *(
-                MESH_AXES[axis] if axis and size % self.num_shards(axis) == 0 else None
+                self._mesh_axes(axis) if axis and size % self.num_shards(axis) == 0 else None
                 for size, axis in zip(shape, axes, strict=True)
             )
         )
@@ -165,7 +177,14 @@ class ActivationSharding:
 
     def num_shards(self, axis: str) -> int:
         """The number of shards that a logical axis is split into."""
-        return 1 if self.mesh is None else _num_shards(self.mesh, MESH_AXES[axis])
+        return 1 if self.mesh is None else _num_shards(self.mesh, self._mesh_axes(axis))
+
+    def _mesh_axes(self, axis: str) -> str | tuple[str, ...] | None:
+        """The mesh axes that split a logical axis."""
+        axes = MESH_AXES[axis]
+        if isinstance(axes, tuple):
+            return tuple(name for name in axes if name not in self.mapped)
+        return None if axes in self.mapped else axes
 
 
 def _check_divisible(arrays: Any, shardings: Any, owner: str) -> None:

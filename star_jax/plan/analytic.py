@@ -5,18 +5,17 @@ Memory and traffic come from the jaxpr of one device's part of the batch, collec
 
 import dataclasses
 import functools
-import math
 
 import jax.numpy as jnp
 
 from star_jax.nn.attention_dispatch import named
+from star_jax.parallel.links import Collective, along, replica_sum
 from star_jax.parallel.mesh import AXES, MeshShape
+from star_jax.parallel.rules import device_bytes
 from star_jax.plan.fused import Counted
-from star_jax.plan.hlo import Collective
 from star_jax.plan.jaxpr_memory import Needs, measure
-from star_jax.plan.links import groups_along
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import MakeWorkload, Workload, device_bytes, state_bytes
+from star_jax.plan.workload import MakeWorkload, Workload, state_bytes
 from star_jax.training.run import Run
 
 BATCHES = (256, 512)  # so large that activations outweigh the update of the parameters
@@ -63,27 +62,32 @@ def _measured(
 
 
 def fixed(run: Run, workload: Workload, sizes: tuple[int, ...]) -> int:
-    """Bytes of one device for any batch: gradients, and layers gathered over `fsdp`."""
+    """Bytes of one device for any batch: gradients, their sums, and layers gathered over `fsdp`."""
     if workload.trained is None:
         return 0
     _, fsdp, _, _ = sizes
     gradients = device_bytes(workload.trained)
-    return gradients + (2 * fsdp * gradients // run.model.depth if fsdp > 1 else 0)
+    sums = gradients if run.optimizer.accumulate > 1 else 0
+    return gradients + sums + (2 * fsdp * gradients // run.model.depth if fsdp > 1 else 0)
 
 
-def traffic(workload: Workload, products: int, sizes: tuple[int, ...]) -> int:
+def traffic(run: Run, workload: Workload, products: int, sizes: tuple[int, ...]) -> int:
     """A lower bound of the bytes that one device reads and writes.
 
     Args:
+        run: the settings.
         workload: the programs and the resident arrays.
         products: bytes that the products of its images move, with whole layers.
         sizes: the lengths of the mesh axes.
     """
     _, _, tensor, sequence = sizes
+    products //= tensor * sequence
+    if workload.trained is None:
+        return products
     state = state_bytes({name: device_bytes(tree) for name, tree in workload.resident.items()})
-    trained = workload.trained
-    update = 2 * (state + device_bytes(trained)) if trained is not None else 0
-    return products // (tensor * sequence) + update
+    gradients, accumulate = device_bytes(workload.trained), run.optimizer.accumulate
+    sums = 2 * accumulate * gradients if accumulate > 1 else 0
+    return products + sums + 2 * (state + gradients)
 
 
 def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) -> list[Collective]:
@@ -102,34 +106,23 @@ def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) 
     else:
         weights = model.schedule.steps * gathered['parameters']
         rows *= 2 if model.guidance_weights(run.sampling.guidance).any() else 1
-    gradients = device_bytes(workload.trained) * fsdp
+    gradients = device_bytes(workload.trained) if trains else 0
+    reduced = gradients * fsdp * itemsize // 4  # over fsdp, in the compute dtype
     summed = SUMS_PER_LAYER * depth * rows * model.width * itemsize // sequence
     keys_and_values = 2 * depth * rows * model.width * itemsize // tensor
-    # kind, mesh axis, bytes that a device sends
+    # kind, mesh axis, bytes that a device sends for a micro-batch
     candidates = [
         ('all-gather', 'fsdp', weights * (fsdp - 1) // fsdp),
-        ('reduce-scatter', 'fsdp', gradients * (fsdp - 1) // fsdp),
-        ('all-reduce', 'data', 2 * gradients // fsdp * (data - 1) // data),
+        ('reduce-scatter', 'fsdp', reduced * (fsdp - 1) // fsdp),
         ('all-reduce', 'tensor', passes * 2 * summed * (tensor - 1) // tensor),
         ('all-gather', 'sequence', passes * keys_and_values * (sequence - 1) // sequence),
     ]
-    return [
-        Collective(
-            kind=kind,
-            group_size=sizes[AXES.index(axis)],
-            local_size=_local_size(axis, sizes, pod),
-            count=depth,
-            bytes=size,
-            groups=groups_along((axis,), sizes) if pod.platform == 'tpu' else (),
-            axes=(axis,),
-        )
+    runs = run.optimizer.accumulate if trains else 1
+    items = [
+        along(kind, axis, size, sizes, local_chips=pod.local_chips, count=depth).times(runs)
         for kind, axis, size in candidates
         if sizes[AXES.index(axis)] > 1 and size
     ]
-
-
-def _local_size(axis: str, sizes: tuple[int, ...], pod: Pod) -> int:
-    """Members of a group along a mesh axis that lie in one slice or node."""
-    number = AXES.index(axis)
-    distance = math.prod(sizes[number + 1 :])  # from one member to the next, in device numbers
-    return max(min(sizes[number], pod.local_chips // distance), 1)
+    if trains and data > 1:
+        items.append(replica_sum(gradients, run.gradient_dtype, sizes, local_chips=pod.local_chips))
+    return items

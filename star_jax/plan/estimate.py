@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 import jax
 
 from star_jax.errors import UserError
+from star_jax.parallel.links import Collective, Fabric
 from star_jax.parallel.mesh import MeshShape, batch_shards
+from star_jax.parallel.rules import device_bytes
 from star_jax.plan import analytic
-from star_jax.plan.hlo import Collective, HloText
-from star_jax.plan.links import Fabric
+from star_jax.plan.hlo import HloText
 from star_jax.plan.topologies import Pod
 from star_jax.plan.workload import (
     MakeWorkload,
     Program,
     Workload,
-    device_bytes,
     sampling,
     training,
 )
@@ -42,8 +42,8 @@ class Estimate:
         images: images of the batch that one device holds.
         workload: the programs and the resident arrays.
         temporaries: bytes beside the resident arrays, by program.
-        traffic: bytes read from and written to main memory, by program.
-        collectives: the collectives of each program.
+        traffic: bytes read from and written to main memory per step, by program.
+        collectives: the collectives of each program per step.
         grid: bytes beside the resident arrays while a sample grid is made: counted, not compiled.
         complete: whether all programs compiled; otherwise traffic and collectives are missing.
         compile_seconds: seconds that compilation took.
@@ -110,12 +110,18 @@ class Estimator:
             resident = device_bytes(program.args)
             compiled[name] = compile_for(program, resident, pod.chips, pod.slices)
         texts = {name: item.text for name, item in compiled.items()}
+        runs = {name: workload.programs[name].runs for name in compiled}
         return Estimate(
             images=batch // batch_shards(mesh),
             workload=workload,
             temporaries={name: item.temporaries for name, item in compiled.items()},
-            traffic={name: text.traffic() if text else 0 for name, text in texts.items()},
-            collectives={name: text.collectives() if text else [] for name, text in texts.items()},
+            traffic={
+                name: runs[name] * text.traffic() if text else 0 for name, text in texts.items()
+            },
+            collectives={
+                name: [item.times(runs[name]) for item in text.collectives()] if text else []
+                for name, text in texts.items()
+            },
             grid=self._grid(),
             complete=all(texts.values()),
             compile_seconds=sum(item.seconds for item in compiled.values()),
@@ -163,7 +169,7 @@ class Estimator:
                 for name in workload.programs
             },
             traffic={
-                name: analytic.traffic(workload, item.traffic, self.sizes)
+                name: analytic.traffic(run, workload, item.traffic, self.sizes)
                 if name == main
                 else item.traffic
                 for name, item in needs.items()

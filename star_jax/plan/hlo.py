@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from star_jax.parallel.links import Collective
+
 BITS = re.compile(r'[a-z]+?(\d+)')  # in the name of a number type, such as bf16 or f8e4m3fn
 SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
 INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*)$')
@@ -79,30 +81,6 @@ class Instruction:
         """The name of the computation in an attribute, such as `body` of a loop."""
         match = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.details)
         return match and match[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of a program that have the same kind and the same groups of devices.
-
-    Attributes:
-        kind: the operation, such as all-reduce.
-        group_size: devices that exchange data with each other.
-        local_size: the most devices of a group that belong to one slice or node.
-        count: executions per run of the program.
-        bytes: bytes that one device sends in all executions.
-        groups: the devices of each group by their numbers in the mesh; of a collective-permute
-            its pairs of source and target; (): groups of slices, or unknown.
-        axes: the mesh axes along which the devices of a group differ; () if they are not named.
-    """
-
-    kind: str
-    group_size: int
-    local_size: int
-    count: int
-    bytes: int
-    groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), repr=False)
-    axes: tuple[str, ...] = ()
 
 
 class HloText:

@@ -38,8 +38,8 @@ class Needs(NamedTuple):
 
     Attributes:
         live: the most intermediate arrays that are live at once.
-        traffic: bytes that matrix products, convolutions and fused attention read and write; the
-            body of a loop counts once per iteration.
+        traffic: bytes that matrix products, convolutions and fused attention read and write per
+            step; the body of a loop counts once per iteration.
     """
 
     live: int
@@ -49,7 +49,7 @@ class Needs(NamedTuple):
 def measure(program: Program) -> Needs:
     """The needs of a program."""
     jaxpr = jax.make_jaxpr(program.function)(*program.args).jaxpr
-    return Needs(live=_peak(jaxpr), traffic=_traffic(jaxpr))
+    return Needs(live=_peak(jaxpr), traffic=program.runs * _traffic(jaxpr))
 
 
 def weights_read(function: Callable, *args: Any) -> int:

@@ -8,10 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from star_jax.console import number_table
+from star_jax.parallel import links
 from star_jax.parallel.chips import GIB
-from star_jax.plan import links
-from star_jax.plan.hlo import Collective
-from star_jax.plan.links import Fabric
+from star_jax.parallel.links import Collective, Fabric
 from star_jax.plan.workload import state_bytes
 
 LIMITS = {
@@ -133,6 +132,7 @@ class Alternative:
     Attributes:
         name: the options that lead to it.
         batch: the global batch size.
+        images: images of a step.
         mesh: the lengths of the mesh axes.
         temporaries: bytes of one device beside the resident arrays.
         total: bytes of one device.
@@ -143,6 +143,7 @@ class Alternative:
 
     name: str
     batch: int
+    images: int
     mesh: dict[str, int]
     temporaries: int
     total: int
@@ -153,7 +154,7 @@ class Alternative:
     @property
     def images_per_second(self) -> float:
         """An upper bound."""
-        return self.batch / self.seconds
+        return self.images / self.seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,8 @@ class PlanReport:
         chips: the number of chips.
         compiled: whether programs were compiled; otherwise their arrays were counted.
         mesh: the lengths of the mesh axes.
-        batch: the global batch size.
+        batch: the global batch size: images of a micro-batch.
+        images: images of a step, of all its micro-batches.
         memory: bytes of one device.
         separated: whether activations are known apart from temporaries, not as one sum.
         largest_batch: the largest batch that fits (0: none does, None: not searched).
@@ -174,6 +176,8 @@ class PlanReport:
         collectives: the collectives of the main program.
         complete: whether the programs compiled; otherwise collectives and traffic are missing.
         roofs: lower bounds by program; programs run one after another.
+        gradient_dtype: the dtype in which replicas sum their gradients.
+        replica_sum: a lower bound of the seconds of that sum in each dtype; empty without replicas.
         alternatives: the run and small changes to it, counted from arrays.
         flops: floating-point operations of a step on all chips.
         needed_flops: the operations among them that are needed (nothing recomputed or padded).
@@ -193,6 +197,7 @@ class PlanReport:
     compiled: bool
     mesh: dict[str, int]
     batch: int
+    images: int
     memory: DeviceMemory
     separated: bool
     largest_batch: int | None
@@ -200,6 +205,8 @@ class PlanReport:
     collectives: list[Collective]
     complete: bool
     roofs: dict[str, Roof]
+    gradient_dtype: str
+    replica_sum: dict[str, float]
     alternatives: list[Alternative]
     flops: int
     needed_flops: int
@@ -225,7 +232,7 @@ class PlanReport:
     @property
     def images_per_second(self) -> float:
         """An upper bound."""
-        return self.batch / self.seconds
+        return self.images / self.seconds
 
     @property
     def hours(self) -> float:
@@ -248,8 +255,13 @@ def summary(report: PlanReport) -> str:
     how = 'compiled ahead of time' if report.compiled else 'counted, not compiled'
     return (
         f'{report.config} on {report.topology}: {report.chips} chips, {mesh}, batch '
-        f'{report.batch}, {how}'
+        f'{report.batch}{_micro_batches(report)}, {how}'
     )
+
+
+def _micro_batches(report: PlanReport) -> str:
+    count = report.images // report.batch
+    return f' x {count} micro-batches' if count > 1 else ''
 
 
 def tables(report: PlanReport) -> list[Table]:
@@ -260,7 +272,14 @@ def tables(report: PlanReport) -> list[Table]:
 
 def sentences(report: PlanReport) -> list[str]:
     """The verdict, the costs, the advice and the notes."""
-    return [*_verdict(report), *report.advice, *report.notes]
+    sums = []
+    if report.replica_sum:
+        sums = [f'sum of gradients over data: {_replica_sum(report)}']
+    return [*_verdict(report), *sums, *report.advice, *report.notes]
+
+
+def _replica_sum(report: PlanReport) -> str:
+    return links.sum_sentence(report.replica_sum, report.gradient_dtype)
 
 
 def _memory_table(report: PlanReport) -> Table:

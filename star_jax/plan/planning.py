@@ -11,16 +11,17 @@ import jax
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Remat
 from star_jax.errors import UserError
-from star_jax.parallel import rules
+from star_jax.parallel import links, rules
 from star_jax.parallel.chips import GIB
+from star_jax.parallel.links import Collective
 from star_jax.parallel.mesh import AXES, MeshShape
-from star_jax.plan import analytic, links, workload
+from star_jax.parallel.rules import device_bytes
+from star_jax.plan import analytic, workload
 from star_jax.plan.estimate import Estimate, Estimator
-from star_jax.plan.hlo import Collective
 from star_jax.plan.plan_report import Alternative, DeviceMemory, PlanReport, compute_roof
 from star_jax.plan.search import choose_mesh, largest_batch, mesh_options
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import device_bytes, state_bytes
+from star_jax.plan.workload import state_bytes
 from star_jax.training.run import Run
 
 FROZEN_SHARE = 0.1  # least share of the time of all arithmetic for which a cache is advised
@@ -110,6 +111,7 @@ def plan(
         compiled=estimator.compiles,
         mesh=dict(zip(AXES, sizes, strict=True)),
         batch=run.batch,
+        images=_step_images(estimate),
         memory=memory,
         separated=largest is not None,
         largest_batch=batch,
@@ -117,6 +119,8 @@ def plan(
         collectives=_named(estimate.collectives[estimate.main], sizes),
         complete=estimate.complete,
         roofs=roofs,
+        gradient_dtype=run.gradient_dtype,
+        replica_sum=_replica_sum(estimator, work),
         alternatives=found,
         flops=sum(sum(kinds.values()) for kinds in flops.values()),
         needed_flops=sum(sum(kinds.values()) for kinds in needed_flops.values()),
@@ -238,6 +242,7 @@ def _alternative(
     return Alternative(
         name=name,
         batch=estimator.run.batch,
+        images=_step_images(estimate),
         mesh=dict(zip(AXES, sizes, strict=True)),
         temporaries=estimate.peak_temporaries,
         total=estimate.total,
@@ -245,6 +250,24 @@ def _alternative(
         flops=sum(sum(kinds.values()) for kinds in flops.values()),
         seconds=sum(roof.seconds for roof in roofs),
     )
+
+
+def _replica_sum(estimator: Estimator, work: workload.Workload) -> dict[str, float]:
+    """The seconds in which replicas sum their gradients, by dtype; empty without replicas."""
+    data, *_ = estimator.sizes
+    if work.trained is None or data == 1:
+        return {}
+    return links.replica_sum_seconds(
+        estimator.fabric,
+        device_bytes(work.trained),
+        estimator.sizes,
+        local_chips=estimator.pod.local_chips,
+    )
+
+
+def _step_images(estimate: Estimate) -> int:
+    """Images of a step, of all its micro-batches."""
+    return estimate.workload.images * estimate.workload.micro_batches
 
 
 def _sizes(resident: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

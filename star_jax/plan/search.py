@@ -6,10 +6,10 @@ from typing import NamedTuple
 from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import MeshShape
+from star_jax.parallel.rules import device_bytes
 from star_jax.plan import analytic
 from star_jax.plan.estimate import Estimate, Estimator
 from star_jax.plan.topologies import Pod
-from star_jax.plan.workload import device_bytes
 from star_jax.training.run import Run
 
 STATE_FRACTION = 0.25  # share of the memory for parameters, optimizer and averages

@@ -16,8 +16,8 @@ import jax
 from jax.experimental import topologies
 
 from star_jax.errors import UserError
+from star_jax.parallel import links
 from star_jax.parallel.chips import CHIPS, Chip
-from star_jax.plan import links
 
 EXAMPLES = 'v5p:4x4x4, v5p-128, v5e-256, v6e:16x16, 2xv5e-256, 8xA100-80G or 64xH100'
 # Shapes of slices by their number of chips (cloud.google.com/tpu/docs/v5e, /v5p).

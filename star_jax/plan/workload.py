@@ -6,7 +6,6 @@ that a config names and this machine does not have.
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ from star_jax.text.encoder import abstract_encoder
 from star_jax.text.encoder_folder import locate
 from star_jax.text.hf_config import PUBLISHED
 from star_jax.training import build as training_build
-from star_jax.training.program import Frozen, StepInputs, TrainingProgram
+from star_jax.training.program import Frozen, StepInputs, TrainingProgram, step_keys
 from star_jax.training.run import Run, resolve
 from star_jax.training.state import abstract_state
 
@@ -44,10 +43,11 @@ STATE = ('parameters', 'optimizer', 'averages')  # the resident arrays of a chec
 
 
 class Program(NamedTuple):
-    """A jitted function and its abstract arguments (shapes, dtypes and shardings)."""
+    """A jitted function, its abstract arguments (shapes, dtypes, shardings), and runs per step."""
 
     function: Any
     args: tuple
+    runs: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class Workload:
     """The programs that devices run for one batch, and the arrays that they store.
 
     Attributes:
-        images: images of the batch.
+        images: images of the batch; of a micro-batch where several make a step.
+        micro_batches: how many of them make a step.
         programs: the programs by name; they run one after another, the main one is first.
         resident: abstract arrays that stay in memory, by name.
         trained: the resident parameters that have gradients; None without training.
@@ -65,6 +66,7 @@ class Workload:
     """
 
     images: int
+    micro_batches: int = 1
     programs: dict[str, Program]
     resident: dict[str, Any]
     trained: Any
@@ -129,14 +131,16 @@ def training(
         encoded=encoded, prompts=token_ids if inside else prompts.condition(run.batch)
     )
     batch = _split_batch(batch, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    args = (state, frozen, batch, _replicated(key, mesh))
+    accumulate = run.optimizer.accumulate
+    keys_A = jax.eval_shape(lambda: step_keys(jax.random.key(0), 0, accumulate))
+    batches = (batch,) * accumulate
+    args = (state, frozen, batches, _replicated(keys_A, mesh))
     encoding = {}
     if not run.cache:
         shape = (run.batch, *vq.resolution, 3)
         images = _split_batch(jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
         encode = jax.jit(step_program.encode, out_shardings=rules.batch_sharding(mesh))
-        encoding = {'tokenizer': Program(encode, (tokenizer_params, images))}
+        encoding = {'tokenizer': Program(encode, (tokenizer_params, images), accumulate)}
     resident = {
         'parameters': state.params,
         'optimizer': state.opt,
@@ -144,12 +148,13 @@ def training(
         'frozen model': frozen.base,
         'text encoder': frozen.encoder,
         'tokenizer': frozen.tokenizer,
-        'batch': batch,
+        'batch': batches,
     }
     countable, needed = build(attention='by_scale'), build(**training_build.COUNTED)
     step = Program(jax.jit(step_program.train, donate_argnums=0), args)
     return Workload(
         images=run.batch,
+        micro_batches=accumulate,
         programs={TRAINING_STEP: step} | encoding,
         resident={name: tree for name, tree in resident.items() if jax.tree.leaves(tree)},
         trained=state.params,
@@ -215,8 +220,14 @@ def sampling(
 
 
 def count_flops(programs: dict[str, Program]) -> dict[str, dict[str, int]]:
-    """Floating-point operations of each program on all chips, by kind (`core.flops`)."""
-    return {name: count_kinds(item.function, *item.args) for name, item in programs.items()}
+    """Floating-point operations of each program per step, by kind (`core.flops`), on all chips."""
+    return {
+        name: {
+            kind: item.runs * count
+            for kind, count in count_kinds(item.function, *item.args).items()
+        }
+        for name, item in programs.items()
+    }
 
 
 def state_bytes(resident: dict[str, int]) -> int:
@@ -233,15 +244,6 @@ def check_batch(batch: int, mesh: Mesh | AbstractMesh) -> None:
             f'a batch of {batch} does not divide over data x fsdp = {ways} chips: give a multiple '
             f'of {ways}, such as {nearest}, or put more chips on --mesh.tensor and --mesh.sequence'
         )
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device stores of abstract arrays with shardings (random keys are left out)."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    )
 
 
 def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:

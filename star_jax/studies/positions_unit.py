@@ -80,7 +80,7 @@ class PositionsUnit:
         optimizer: AdamW = dataclasses.replace(run.optimizer, learning_rate=rate)
         images = run.data
         if isinstance(images, Shapes):  # one pass over as many scenes as the steps need
-            images = dataclasses.replace(images, count=larger.steps * run.batch)
+            images = dataclasses.replace(images, count=round(larger.steps * run.mean_batch))
         return dataclasses.replace(
             run,
             model=dataclasses.replace(run.model, sides=larger.sides),
@@ -132,7 +132,7 @@ class PositionsUnit:
             'level_embedding': self.arm.level_embedding,
             'seed': self.seed,
             'data': self.data.name,
-            'images': run.batch * run.pace.steps,
+            'images': round(run.mean_batch * run.pace.steps),
             'positions': self.arm.positions,
             'settings': self.data.settings,
             'tokenizer': models.digest(run.tokenizer),

@@ -110,8 +110,8 @@ class Competition:
         Args:
             adversary: the losses.
             resolution: (height, width) of the images in pixels.
-            steps: training steps of the whole run.
-            images: images per step.
+            steps: micro-batches of the whole run.
+            images: images per micro-batch.
             dtype: dtype of the activations.
         """
         return cls(

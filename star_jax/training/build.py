@@ -8,7 +8,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from star_jax.nn.attention_dispatch import named
-from star_jax.parallel.mesh import batch_shards
+from star_jax.parallel.mesh import REPLICAS, batch_shards
+from star_jax.training.gradients import Replicas
 from star_jax.training.optimizer import decayed, everything
 from star_jax.training.program import Recipe, RefinementProgram, TrainingProgram
 from star_jax.training.run import Run
@@ -43,13 +44,15 @@ def build_program(
         'recipe': build_recipe(run, ways),
         'encode_prompts': encode_prompts,
         'batch_groups': ways,
+        'replicas': build_replicas(run, mesh),
     }
+    steps = run.pace.steps * run.optimizer.accumulate
     recipe = run.optimizer.for_batch(run.batch)
     if not run.model.refinement:
-        optimizer = recipe.build(run.pace.steps, constants=run.model.constants)
+        optimizer = recipe.build(steps, constants=run.model.constants)
         return TrainingProgram(optimizer=optimizer, **parts)
     decays = everything if run.unmasking.decay_all else decayed
-    optimizer = recipe.build(run.pace.steps, decays)
+    optimizer = recipe.build(steps, decays)
     return RefinementProgram(optimizer=optimizer, unmasking=run.unmasking, **parts)
 
 
@@ -68,6 +71,16 @@ def build_recipe(run: Run, ways: int) -> Recipe:
         ema=run.ema,
         constants=run.model.constants,
     )
+
+
+def build_replicas(run: Run, mesh: Mesh) -> Replicas:
+    """Which gradients are kept apart: those of replicas that are summed late, or in another dtype.
+
+    All others are summed where they are computed.
+    """
+    late = run.optimizer.accumulate > 1 or run.gradient_dtype != run.dtype
+    apart = late and mesh.shape[REPLICAS] > 1
+    return Replicas(mesh=mesh if apart else None, dtype=run.gradient_dtype)
 
 
 def init_params(run: Run, key: jax.Array) -> Any:

@@ -26,7 +26,7 @@ from star_jax.protocols import Family
 from star_jax.training import cache
 from star_jax.training.build import build_program
 from star_jax.training.compile_ahead import CompileAhead
-from star_jax.training.program import StepInputs, TrainingProgram
+from star_jax.training.program import StepInputs, TrainingProgram, step_keys
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
 from star_jax.training.transformer_job import TransformerJob
@@ -108,40 +108,47 @@ class MixedJob(TransformerJob):
         listed = f'{len(used)} in {programs} programs: {", ".join(shares)}'
         return super().summary() | {'templates': listed}
 
-    def batches(self, step: int) -> Iterator[tuple[int, StepInputs]]:
+    def batches(self, step: int) -> Iterator[tuple[int, tuple[StepInputs, ...]]]:
         self._warm_texts()
+        batch, numbers = self.run.batch, range(self.run.optimizer.accumulate)
         read = mixed.batches(
             self.source,
-            batch=self.run.batch,
+            batch=len(numbers) * batch,
             seed=self.run.seed,
             step=step,
-            rows=self._rows,
+            rows=np.concatenate([number * batch + self._rows for number in numbers]),
             captions=self.run.captions,
         )
-        for template, batch in read:
-            yield template, self._template_inputs(template, batch)
+        held = len(self._rows)
+        for template, images in read:
+            parts = (
+                {name: rows[number * held : (number + 1) * held] for name, rows in images.items()}
+                for number in numbers
+            )
+            yield template, tuple(self._template_inputs(template, part) for part in parts)
 
     def step(
-        self, step: int, state: TrainState, batch: tuple[int, StepInputs]
+        self, step: int, state: TrainState, batch: tuple[int, tuple[StepInputs, ...]]
     ) -> tuple[TrainState, Metrics]:
-        template, inputs = self.template(batch[0]), batch[1]
-        key = jax.random.fold_in(jax.random.key(self.run.seed), step)
-        inputs = self._with_targets(template, inputs, key)
+        template, batches = self.template(batch[0]), batch[1]
+        keys_A = step_keys(jax.random.key(self.run.seed), step, len(batches))
+        with_targets = functools.partial(self._with_targets, template)
+        batches = tuple(map(with_targets, batches, keys_A))
         if not self._ahead.started:
-            self._compile_ahead(batch[0], state, inputs, key)
+            self._compile_ahead(batch[0], state, batches, keys_A)
         self._ahead.wait(template.programs.names)
-        return template.programs.train(state, self.frozen, inputs, key)
+        return template.programs.train(state, self.frozen, batches, keys_A)
 
     def _compile_ahead(
-        self, first: int, state: TrainState, inputs: StepInputs, key: jax.Array
+        self, first: int, state: TrainState, batches: tuple[StepInputs, ...], keys_A: jax.Array
     ) -> None:
         """Compiles the steps of all templates that have images, the most frequent first.
 
         Args:
             first: the template of the step that waits.
             state: before that step.
-            inputs: its batch, with targets.
-            key: of the step.
+            batches: its micro-batches, with targets.
+            keys_A: their keys.
         """
         counts = self.source.counts
         others = sorted(np.flatnonzero(counts).tolist(), key=lambda number: -counts[number])
@@ -149,8 +156,8 @@ class MixedJob(TransformerJob):
         for template in map(self.template, (first, *others)):
             names = template.programs.names
             if names not in compiled:
-                like = self._abstract_inputs(template, inputs, key)
-                args = (_abstract(state), self.frozen, like, key)
+                like = self._abstract_inputs(template, batches[0], keys_A[0])
+                args = (_abstract(state), self.frozen, (like,) * len(batches), keys_A)
                 compiled[names] = functools.partial(_compile, template.programs, args)
         self._ahead.start(compiled)
 

@@ -58,6 +58,11 @@ class Adversary:
     def __post_init__(self) -> None:
         if min(self.weight, self.largest, self.start) < 0:
             raise ValueError(f'weight, largest and start must not be negative: {self}')
+        if self.optimizer.accumulate > 1:
+            raise ValueError(
+                'a discriminator has an update for every micro-batch of the tokenizer: give '
+                f'adversary.optimizer.accumulate 1, not {self.optimizer.accumulate}'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

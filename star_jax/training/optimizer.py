@@ -31,7 +31,8 @@ class AdamW:
         beta2: decay of the running mean of their squares.
         epsilon: constant added to the denominator of an update.
         clip: largest global norm of gradients; longer ones are scaled.
-        accumulate: steps whose mean gradient makes one update, at the rates of the last of them.
+        accumulate: micro-batches whose mean gradient makes the update of a step; schedules count
+            micro-batches.
     """
 
     learning_rate: LearningRate = LearningRate()
@@ -55,7 +56,7 @@ class AdamW:
             raise ValueError(f'beta1 and beta2 must lie in [0, 1): {self}')
 
     def for_batch(self, images: float) -> 'AdamW':
-        """This optimizer, with the learning rate of a batch of so many images."""
+        """This optimizer, with the learning rate of micro-batches of so many images."""
         rate = self.learning_rate.for_images(images * self.accumulate)
         return dataclasses.replace(self, learning_rate=rate)
 
@@ -68,7 +69,7 @@ class AdamW:
         """The transformation of a run.
 
         Args:
-            total_steps: micro-iterations of the whole run.
+            total_steps: micro-iterations of the whole run, `accumulate` for each update.
             decays: parameters -> True for those that decay; `decayed` by default.
             constants: names of the parameters that have no gradient and no update.
         """
@@ -85,8 +86,6 @@ class AdamW:
             optax.add_decayed_weights(decay, decays or decayed),
             optax.scale_by_learning_rate(rate),
         )
-        if self.accumulate > 1:
-            optimizer = optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
         return hold(optimizer, constants) if constants else optimizer
 
     def decay_at(self, step: int | jax.Array, total_steps: int) -> jax.Array:
@@ -141,10 +140,8 @@ def parameter_name(path: tuple) -> str:
 
 
 def gradient_norm(state: Any) -> jax.Array:
-    """The global norm of the gradient before clipping; 0 while gradients are accumulated."""
-    norm = optax.tree.get(state, 'norm_before_clip')
-    pending = optax.tree.get(state, 'mini_step', jnp.zeros((), jnp.int32))
-    return jnp.where(pending == 0, norm, 0.0)
+    """The global norm of the last gradient, before clipping."""
+    return optax.tree.get(state, 'norm_before_clip')
 
 
 def decayed(params: Any) -> Any:

@@ -5,8 +5,9 @@ A program has parts, but no weights and no data: `plan` compiles the programs th
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -24,6 +25,7 @@ from star_jax.nn.bind import bind
 from star_jax.nn.blocks import drop_paths
 from star_jax.nn.positions import PositionTables
 from star_jax.nn.transformer import Transformer
+from star_jax.training.gradients import Parts, Replicas, accumulate
 from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
 
@@ -62,7 +64,7 @@ class Recipe:
 
 @flax.struct.dataclass
 class StepInputs:
-    """The batch of one step: arrays with one row per image.
+    """A micro-batch: arrays with one row per image.
 
     Attributes:
         encoded: the images, encoded by the tokenizer: [B, ...]; or the targets made of them.
@@ -78,6 +80,47 @@ class StepInputs:
     def batch(self) -> int:
         """Images of the batch."""
         return len(jax.tree.leaves(self.encoded)[0])
+
+
+@flax.struct.dataclass
+class Prepared:
+    """A micro-batch, as its loss reads it: all that depends on no trained parameter is computed.
+
+    Only dropout is still random, so that without it parts have the losses that they have in the
+    whole.
+
+    Attributes:
+        targets: inputs and labels.
+        condition: the prompted conditions.
+        dropped_B: which images lose theirs.
+        paths_B2D: scales of stochastic depth, [B, 2, depth]; None: 1.
+        noise_B: seeds of dropout, uint32; a part drops out by its first; None: nothing is dropped.
+        shown_BR: which tokens a refinement head is shown; None without a head.
+    """
+
+    targets: Targets
+    condition: Any
+    dropped_B: jax.Array
+    paths_B2D: jax.Array | None = None
+    noise_B: jax.Array | None = None
+    shown_BR: jax.Array | None = None
+
+    @property
+    def paths(self) -> jax.Array | None:
+        """The scales as the network takes them, [depth, 2, B]."""
+        return None if self.paths_B2D is None else self.paths_B2D.T
+
+
+class TrainedRows(NamedTuple):
+    """The rows of a micro-batch that are trained, the same of all images.
+
+    Attributes:
+        rows: their numbers; None: all.
+        tables: where the rows of these images are (None: as the schedule of the network says).
+    """
+
+    rows: np.ndarray | jax.Array | None
+    tables: PositionTables | None
 
 
 @flax.struct.dataclass
@@ -110,6 +153,7 @@ class TrainingProgram:
             inside the program; None where a batch holds conditions.
         batch_groups: parts of the batch within which rows of the network may mix: the published
             code mixes those of one device.
+        replicas: the parts of a batch of which the gradients are kept apart.
     """
 
     network: Transformer
@@ -118,6 +162,7 @@ class TrainingProgram:
     recipe: Recipe = Recipe()
     encode_prompts: Callable[[Any, Any], Any] | None = None
     batch_groups: int = 1
+    replicas: Replicas = Replicas()
 
     def trained(self, params: Any) -> Any:
         """The part of a model's parameters that is trained: all of them."""
@@ -145,55 +190,101 @@ class TrainingProgram:
         return jax.eval_shape(self.encode, params, images)
 
     def train(
-        self, state: TrainState, frozen: Frozen, inputs: StepInputs, key: jax.Array
+        self, state: TrainState, frozen: Frozen, batches: Sequence[StepInputs], keys_A: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        """One update. Returns the state and the metrics of the step.
+        """One update by the mean gradient of micro-batches.
 
-        The gradient norm among them is that before clipping, 0 while gradients are accumulated.
+        Args:
+            state: the state before it.
+            frozen: the arrays that do not change.
+            batches: the micro-batches.
+            keys_A: the key of each (`step_keys`).
+
+        Returns:
+            The state after it, and the metrics: means over the micro-batches, and the gradient norm
+            before clipping.
         """
 
-        def loss(params: Any) -> tuple[jax.Array, Metrics]:
-            return self.loss(params, frozen, inputs, key)
+        def micro_step(
+            _: None, inputs: StepInputs, number: int | jax.Array
+        ) -> tuple[Any, Parts, None]:
+            prepared, shared = self.prepare(frozen, inputs, keys_A[number])
 
-        gradients, metrics = jax.grad(loss, has_aux=True)(state.params)
-        recipe = self.recipe
+            def differentiate(part: Prepared) -> tuple[Any, Parts]:
+                return jax.grad(self.loss, has_aux=True)(state.params, frozen, part, shared)
+
+            return *self.replicas.map(differentiate, prepared), None
+
+        recipe, replicas = self.recipe, self.replicas
+        gradients, parts, _ = accumulate(micro_step, batches)
+        gradients = replicas.sum_gradients(gradients)
         state = state.update(gradients, self.optimizer, recipe.ema, recipe.constants)
+        metrics_A = jax.vmap(lambda parts: self.metrics(replicas.sum(parts)))(parts)
+        metrics = {name: values_A.mean() for name, values_A in metrics_A.items()}
         return state, metrics | {'gradient_norm': gradient_norm(state.opt)}
 
-    def loss(
-        self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """The loss that a step minimises, and its metrics (STAR specification 4).
-
-        The metric `loss` is the mean over the kept tokens, with label smoothing, but without
-        `balance` and `loss_scale`; the others are not smoothed.
-        """
-        recipe, network, batch = self.recipe, self._network, inputs.batch
+    def prepare(
+        self, frozen: Frozen, inputs: StepInputs, key: jax.Array
+    ) -> tuple[Prepared, TrainedRows]:
+        """A micro-batch as its loss reads it, and the rows that are trained."""
+        recipe, network, batch = self.recipe, self.network, inputs.batch
         drop_key, path_key, thin_key = jax.random.split(key, 3)
-        rows, paths = self._rows, None
+        rows = self._rows
         if recipe.keep_tokens:
             rows = network.schedule.thin(thin_key, recipe.keep_tokens)
-        if recipe.drop_path:
-            paths = drop_paths(path_key, network.depth, batch, recipe.drop_path)
+        return Prepared(
+            targets=self._targets(frozen, inputs, key),
+            condition=self.condition(frozen, inputs),
+            dropped_B=jax.random.bernoulli(drop_key, recipe.condition_drop, (batch,)),
+            paths_B2D=self._paths(path_key, batch) if recipe.drop_path else None,
+            noise_B=self._noise(key, batch) if network.drops else None,
+        ), TrainedRows(rows, inputs.tables)
+
+    def loss(
+        self, params: Any, frozen: Frozen, part: Prepared, trained: TrainedRows
+    ) -> tuple[jax.Array, Parts]:
+        """The share of a part of a micro-batch in the loss that a step minimises.
+
+        STAR specification 4. The shares of all parts add up to the loss, and so do their metrics.
+
+        Args:
+            params: the trained parameters.
+            frozen: the arrays that do not change.
+            part: the part, from `prepare`.
+            trained: the rows that are trained.
+
+        Returns:
+            The loss, and what `metrics` takes.
+        """
+        recipe, network = self.recipe, self._part_network
         losses = tokens.token_losses(
             network,
             self.tokenizer.codes,
             params,
-            self._targets(frozen, inputs, key),
-            self._drop_conditions(params, frozen, inputs, drop_key),
-            rows=rows,
-            paths=paths,
+            part.targets,
+            self._drop_conditions(params, frozen, part),
+            rows=trained.rows,
+            paths=part.paths,
             smoothing=recipe.label_smoothing,
             of_bits=recipe.bit_loss,
-            tables=inputs.tables,
-            noise_key=jax.random.fold_in(key, NOISE) if network.drops else None,
+            tables=trained.tables,
+            noise_key=None if part.noise_B is None else jax.random.key(part.noise_B[0]),
         )
         count = losses.trained_BL.shape[1]
         weights_L = tokens.token_weights(network.schedule, count, recipe.balance)
         value = recipe.loss_scale * (weights_L * losses.trained_BL).mean()
-        trained_L, nll_L, hit_L = (loss_BL.mean(0) for loss_BL in losses)
-        metrics = tokens.mean_per_scale(network.schedule, nll_L, hit_L)
-        return value, metrics | {'loss': trained_L.mean()}
+        parts = self.replicas.count
+        return value / parts, TokenLosses(*(loss_BL.mean(0) / parts for loss_BL in losses))
+
+    def metrics(self, parts: Parts) -> Metrics:
+        """The metrics of a micro-batch, from the sum of what `loss` returns of its parts.
+
+        The metric `loss` is the mean over the kept tokens, with label smoothing, but without
+        `balance` and `loss_scale`; the others are not smoothed.
+        """
+        trained_L, nll_L, hit_L = parts
+        metrics = tokens.mean_per_scale(self.network.schedule, nll_L, hit_L)
+        return metrics | {'loss': trained_L.mean()}
 
     def score(self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> TokenLosses:
         """The losses of all trained scales, [B, L], with nothing dropped and nothing smoothed.
@@ -227,7 +318,23 @@ class TrainingProgram:
 
     @property
     def _network(self) -> Transformer:
+        """The network for a batch."""
         return self.network.with_batch_groups(self.batch_groups)
+
+    @property
+    def _part_network(self) -> Transformer:
+        """The network for a part of a batch."""
+        parts = self.replicas.count
+        network = self.network if parts == 1 else self.network.within_replica()
+        return network.with_batch_groups(self.batch_groups // parts)
+
+    def _paths(self, key: jax.Array, batch: int) -> jax.Array:
+        """[B, 2, depth] random scales of stochastic depth."""
+        return drop_paths(key, self.network.depth, batch, self.recipe.drop_path).T
+
+    def _noise(self, key: jax.Array, batch: int) -> jax.Array:
+        """[B] random seeds of dropout."""
+        return jax.random.bits(jax.random.fold_in(key, NOISE), (batch,))
 
     def _targets(self, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> Targets:
         """Inputs and labels of a batch."""
@@ -235,14 +342,10 @@ class TrainingProgram:
             return inputs.encoded
         return tokens.teacher_forcing(self.tokenizer, frozen.tokenizer, inputs.encoded, key)
 
-    def _drop_conditions(
-        self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
-    ) -> Any:
-        """The conditions of a batch, with the unprompted one in some rows at random."""
-        prompted = self.condition(frozen, inputs)
-        unprompted = bind(self.network, params).unprompted(prompted, frozen.empty)
-        drop_B = jax.random.bernoulli(key, self.recipe.condition_drop, (inputs.batch,))
-        return conditions.choose(drop_B, prompted, unprompted)
+    def _drop_conditions(self, params: Any, frozen: Frozen, part: Prepared) -> Any:
+        """The conditions of a part of a batch, with the unprompted one where they are dropped."""
+        unprompted = bind(self.network, params).unprompted(part.condition, frozen.empty)
+        return conditions.choose(part.dropped_B, part.condition, unprompted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,26 +370,60 @@ class RefinementProgram(TrainingProgram):
         """The parameters of head and base model."""
         return frozen.base | {REFINER: params}
 
-    def loss(
-        self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """The loss of the hidden tokens, and its metrics (STAR specification 9.1)."""
+    def prepare(
+        self, frozen: Frozen, inputs: StepInputs, key: jax.Array
+    ) -> tuple[Prepared, jax.Array]:
+        """A micro-batch as its loss reads it, and the weight of its loss (`Unmasking.weight`)."""
         drop_key, path_key, show_key = jax.random.split(key, 3)
         batch, rows = inputs.batch, refinement.refined_rows(self.network)
         shown_BR = self.unmasking.sample(show_key, (batch, len(rows)))
-        paths = None
-        if self.unmasking.noisy_base and self.recipe.drop_path:
-            paths = drop_paths(path_key, self.network.depth, batch, self.recipe.drop_path)
+        noisy = self.unmasking.noisy_base and self.recipe.drop_path
+        return Prepared(
+            targets=self._targets(frozen, inputs, key),
+            condition=self.condition(frozen, inputs),
+            dropped_B=jax.random.bernoulli(drop_key, self.recipe.condition_drop, (batch,)),
+            paths_B2D=self._paths(path_key, batch) if noisy else None,
+            shown_BR=shown_BR,
+        ), self.unmasking.loss.weight(shown_BR)
+
+    def loss(
+        self, params: Any, frozen: Frozen, part: Prepared, weight: jax.Array
+    ) -> tuple[jax.Array, Parts]:
+        """The share of a part of a micro-batch in the loss of the hidden tokens.
+
+        STAR specification 9.1. The shares of all parts add up to the loss.
+
+        Args:
+            params: the parameters of the head.
+            frozen: the arrays that do not change.
+            part: the part, from `prepare`.
+            weight: the weight of the loss of the whole micro-batch.
+
+        Returns:
+            The loss, and what `metrics` takes.
+        """
         params = self.model_params(params, frozen)
-        condition = self._drop_conditions(params, frozen, inputs, drop_key)
-        targets = self._targets(frozen, inputs, key)
+        condition = self._drop_conditions(params, frozen, part)
         logits_BRV = self._logits(
-            params, frozen, targets, shown_BR, condition=condition, paths=paths
+            self._part_network,
+            params,
+            frozen,
+            part.targets,
+            part.shown_BR,
+            condition=condition,
+            paths=part.paths,
         )
-        codes_BR, schedule = targets.codes_BL[:, rows], self.network.schedule
-        value = self.unmasking.loss(logits_BRV, codes_BR, shown_BR, schedule.length)
-        sums_3R = refinement.hidden_sums(logits_BRV, codes_BR, shown_BR).sum(1)
-        return value, refinement.mean_per_scale(schedule, rows, sums_3R) | {'loss': value}
+        rows, loss = refinement.refined_rows(self.network), self.unmasking.loss
+        codes_BR, shown_BR = part.targets.codes_BL[:, rows], part.shown_BR
+        value = loss(logits_BRV, codes_BR, shown_BR, self.network.schedule.length)
+        value *= loss.weight(shown_BR) / weight
+        return value, (refinement.hidden_sums(logits_BRV, codes_BR, shown_BR).sum(1), value)
+
+    def metrics(self, parts: Parts) -> Metrics:
+        """The metrics of a micro-batch, from the sum of what `loss` returns of its parts."""
+        sums_3R, value = parts
+        schedule, rows = self.network.schedule, refinement.refined_rows(self.network)
+        return refinement.mean_per_scale(schedule, rows, sums_3R) | {'loss': value}
 
     def score(self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> jax.Array:
         """`hidden_sums` [3, B, R] of a batch, of which the key hides tokens."""
@@ -294,11 +431,14 @@ class RefinementProgram(TrainingProgram):
         shown_BR = self.unmasking.sample(key, (inputs.batch, len(rows)))
         targets = self._targets(frozen, inputs, key)
         params, condition = self.model_params(params, frozen), self.condition(frozen, inputs)
-        logits_BRV = self._logits(params, frozen, targets, shown_BR, condition=condition)
+        logits_BRV = self._logits(
+            self._network, params, frozen, targets, shown_BR, condition=condition
+        )
         return refinement.hidden_sums(logits_BRV, targets.codes_BL[:, rows], shown_BR)
 
     def _logits(
         self,
+        network: Transformer,
         params: Any,
         frozen: Frozen,
         targets: Targets,
@@ -310,5 +450,11 @@ class RefinementProgram(TrainingProgram):
         """The head's logits [B, R, V]."""
         codes_BR = targets.codes_BL[:, refinement.refined_rows(self.network)]
         vectors_BRC = refinement.shown_vectors(self.tokenizer, frozen.tokenizer, codes_BR, shown_BR)
-        inputs = (self._network, params, targets.inputs_BLC, vectors_BRC, condition)
+        inputs = (network, params, targets.inputs_BLC, vectors_BRC, condition)
         return refinement.refine(*inputs, paths=paths)[1]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def step_keys(key: jax.Array, step: int | jax.Array, accumulate: int) -> jax.Array:
+    """The keys of the `accumulate` micro-batches of a step, from the key of the run."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, accumulate * step + jnp.arange(accumulate))

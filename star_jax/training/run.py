@@ -83,7 +83,7 @@ class SizeInTurn:
 
     Attributes:
         grids: height and width of each scale in tokens, from coarse to fine.
-        batch: images per step, over all devices.
+        batch: images per micro-batch, over all devices.
     """
 
     grids: Grids
@@ -113,7 +113,8 @@ class TokenizerRun:
         objective: weights and parts of the losses.
         optimizer: optimizer and its schedules.
         pace: length of the run, reports and checkpoints.
-        batch: images per step, over all devices.
+        batch: images per micro-batch, over all devices; a step trains on `optimizer.accumulate` of
+            them.
         other_sizes: further image sizes of the same model: each step trains the next size in turn.
         plain_steps: steps without the quantiser at the start; then k-means initialises the
             codebook.
@@ -155,7 +156,7 @@ class TokenizerRun:
     @property
     def mean_batch(self) -> float:
         """Images per step, on average over the sizes."""
-        return statistics.fmean(size.batch for size in self.sizes)
+        return self.optimizer.accumulate * statistics.fmean(size.batch for size in self.sizes)
 
     @property
     def quantised_from(self) -> int:
@@ -205,7 +206,7 @@ class Run:
             the training set.
         optimizer: optimizer and its schedules.
         pace: length of the run, reports and checkpoints.
-        batch: images per step, over all devices.
+        batch: images per micro-batch, over all devices.
         caption_drop: probability of an image without its caption or class, for guidance.
         trained_scales: train on the first so many scales alone (0: all); sample such a model with
             sampling.stop.
@@ -221,6 +222,7 @@ class Run:
         unmasking: training of a refinement head.
         ema: decay of the moving average of the parameters (0: none).
         dtype: dtype of the activations; bfloat16 on accelerators.
+        gradient_dtype: dtype in which the replicas (mesh.data) sum gradients, once per step.
         remat: which activations the backward pass computes again, which saves memory and costs
             time: none of them, all but the outputs of matrix products with weights (dots), or all
             but the input of each block (full).
@@ -258,6 +260,7 @@ class Run:
     unmasking: Unmasking = Unmasking()
     ema: float = 0.0
     dtype: Dtype = 'float32'
+    gradient_dtype: Dtype = 'float32'
     remat: Remat = 'none'
     unroll: int = 1
     attention: Name = 'automatic'
@@ -268,7 +271,7 @@ class Run:
     @property
     def mean_batch(self) -> float:
         """Images per step: all steps have the same number."""
-        return self.batch
+        return self.optimizer.accumulate * self.batch
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -359,6 +362,11 @@ def _check_common(run: Run | TokenizerRun) -> None:
         raise ValueError(f'batch must be at least 1, not {run.batch}')
     if not 1 <= run.enlarge <= MAX_ENLARGE:
         raise ValueError(f'enlarge must lie in [1, {MAX_ENLARGE}], not {run.enlarge}')
+    if run.pace.steps * run.optimizer.accumulate > MAX_STEPS:
+        raise ValueError(
+            f'steps x optimizer.accumulate must be at most {MAX_STEPS} micro-batches, not '
+            f'{run.pace.steps * run.optimizer.accumulate}'
+        )
     if not 0 <= run.ema < 1:
         raise ValueError(f'ema is a decay in [0, 1), not {run.ema}')
     if not 0 <= run.seed < 2**32:

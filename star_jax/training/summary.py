@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from star_jax.core.codes import Bits, Codes
 from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
-from star_jax.parallel import machine, rules
-from star_jax.parallel.mesh import batch_shards
+from star_jax.parallel import links, machine, rules
+from star_jax.parallel.mesh import REPLICAS, batch_shards
 from star_jax.training.optimizer import parameter_name
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.state import TrainState
@@ -78,6 +78,26 @@ def _held(size: int) -> str:
     units = {'TiB': 2**40, 'GiB': 2**30, 'MiB': 2**20}
     unit = next((name for name, one in units.items() if size >= one), 'MiB')
     return f'{size / units[unit]:.2g} {unit}'
+
+
+def replica_sum(params: Any, mesh: Mesh, dtype: str) -> dict[str, str]:
+    """How long replicas sum their gradients, as a line for a user; none without replicas.
+
+    Args:
+        params: the trained parameters, which may be abstract, with their shardings.
+        mesh: the devices.
+        dtype: the dtype of the sum.
+    """
+    if mesh.shape[REPLICAS] == 1:
+        return {}
+    size, devices = rules.device_bytes(params), list(mesh.devices.flat)
+    fabric, sizes = links.fabric_of(devices), tuple(mesh.shape.values())
+    local_chips = links.local_chips(devices)
+    if fabric is None:
+        sent = links.replica_sum(size, dtype, sizes, local_chips=local_chips).bytes
+        return {'sum of gradients': f'{sent / 2**20:,.1f} MiB sent by each device, in {dtype}'}
+    seconds = links.replica_sum_seconds(fabric, size, sizes, local_chips=local_chips)
+    return {'sum of gradients': links.sum_sentence(seconds, dtype)}
 
 
 def _processes() -> str:

@@ -29,7 +29,9 @@ from star_jax.tokenizers import codebook, perceptual
 from star_jax.tokenizers.scale_dropout import drop_scales
 from star_jax.training import summary, warm_start
 from star_jax.training.adversary import Competition
+from star_jax.training.gradients import Gradients, Parts, accumulate
 from star_jax.training.optimizer import gradient_norm, parameter_name
+from star_jax.training.program import step_keys
 from star_jax.training.run import SizeInTurn, TokenizerRun, enlarged
 from star_jax.training.state import TrainState, abstract_state, init_sharded
 
@@ -103,9 +105,11 @@ class TokenizerJob:
             )
         self.source, self.tokenizer = self.sizes[0].source, self.sizes[0].tokenizer
         self._most_scales = max(size.tokenizer.schedule.steps for size in self.sizes)
-        self._constants = self._untrained()
-        optimizer = run.optimizer.for_batch(run.mean_batch)
-        self.optimizer = optimizer.build(run.pace.steps, constants=self._constants)
+        self._constants, count = self._untrained(), run.optimizer.accumulate
+        self._micro_batches = count * run.pace.steps  # of the whole run
+        self.optimizer = run.optimizer.for_batch(run.mean_batch / count).build(
+            self._micro_batches, constants=self._constants
+        )
         self._competition = self._build_competition()
         distance = perceptual.load() if run.objective.perceptual else None
         self._perceptual = rules.shard(distance, rules.replicated(self._mesh))
@@ -121,8 +125,10 @@ class TokenizerJob:
         flops = []
         for size in self.sizes:
             images = jax.ShapeDtypeStruct((size.batch, *size.tokenizer.resolution, 3), jnp.uint8)
-            key = jax.random.key(0)
-            flops.append(count_flops(train, nn.unbox(state), images, self._perceptual, key))
+            batches = (images,) * self.run.optimizer.accumulate
+            keys_A = step_keys(jax.random.key(0), 0, len(batches))
+            args = (nn.unbox(state), batches, self._perceptual, keys_A)
+            flops.append(count_flops(train, *args))
         return summary.describe(
             state,
             self.tokenizer.schedule,
@@ -143,34 +149,38 @@ class TokenizerJob:
         state = init_sharded(self._start, self._init_params, self._mesh, key)
         return state if params is None else warm_start.start(state, params)
 
-    def batches(self, step: int) -> Iterator[jax.Array]:
-        turns = len(self.sizes)
+    def batches(self, step: int) -> Iterator[tuple[jax.Array, ...]]:
+        turns, count = len(self.sizes), self.run.optimizer.accumulate
         batches = [
             pipeline.batches(
                 size.source,
                 batch=size.batch,
                 seed=self.run.seed,
-                step=(step - turn + turns - 1) // turns,
+                step=count * ((step - turn + turns - 1) // turns),
                 rows=size.rows,
                 crop=size.tokenizer.resolution if self.run.enlarge > 1 else None,
             )
             for turn, size in enumerate(self.sizes)
         ]
         for turn in itertools.count(step):
-            yield rules.shard_batch(next(batches[turn % turns])['image'], self._mesh)
+            micro_batches = itertools.islice(batches[turn % turns], count)
+            yield tuple(rules.shard_batch(batch['image'], self._mesh) for batch in micro_batches)
 
-    def step(self, step: int, state: TrainState, images: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(
+        self, step: int, state: TrainState, batches: tuple[jax.Array, ...]
+    ) -> tuple[TrainState, Metrics]:
         run = self.run
         key = jax.random.fold_in(jax.random.key(run.seed), step)
         if step == run.quantised_from > 0 and run.model.has_codebook:
-            state = self._start_codes(state, images, key)
+            state = self._start_codes(state, batches[0], key)
         train = self._trains[step >= run.quantised_from]
-        state, metrics = train(state, images, self._perceptual, key)
+        keys_A = step_keys(jax.random.key(run.seed), step, len(batches))
+        state, metrics = train(state, batches, self._perceptual, keys_A)
         quantised_steps = step + 1 - run.quantised_from
         restarting = step < run.restart_until * run.pace.steps and not run.only
         restarting = restarting and run.model.has_codebook
         if quantised_steps > 0 and quantised_steps % run.restart_every == 0 and restarting:
-            state = self._restart_codes(state, images, key)
+            state = self._restart_codes(state, batches[0], key)
         return state, metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -241,8 +251,8 @@ class TokenizerJob:
         return Competition.build(
             adversary,
             resolution=self.tokenizer.resolution,
-            steps=run.pace.steps,
-            images=run.mean_batch,
+            steps=self._micro_batches,
+            images=run.mean_batch / run.optimizer.accumulate,
             dtype=run.dtype,
         )
 
@@ -333,20 +343,45 @@ class TokenizerJob:
         self,
         quantised: bool,
         state: TrainState,
-        images: jax.Array,
+        batches: tuple[jax.Array, ...],
         distance: Perceptual | None,
-        key: jax.Array,
+        keys_A: jax.Array,
     ) -> tuple[TrainState, Metrics]:
-        step = self._compete if self._competition else self._descend
-        if self.run.flip:
-            mirror_key, key = jax.random.split(key)
-            mirrors_B = jax.random.bernoulli(mirror_key, self.run.flip, (len(images),))
-            images = jnp.where(mirrors_B[:, None, None, None], images[:, :, ::-1], images)
-        state, forward, metrics = step(state, images, distance, quantised, key)
-        usage_KV = codebook.usage(self.tokenizer.labels(forward.quantised), self.tokenizer.codes)
-        state = state.replace(usage_KV=state.usage_KV.at[: len(usage_KV)].add(usage_KV))
-        used, ratio_B = (usage_KV.sum(0) > 0).mean(), psnr(forward.images, forward.decoded)
-        return state, {'psnr': ratio_B.mean(), 'used': used, **metrics}
+        """One update of the tokenizer by the mean gradient of micro-batches.
+
+        A discriminator has an update for each of them.
+        """
+        differentiate = self._compete if self._competition else self._descend
+
+        def micro_step(
+            adversary: Any, images: jax.Array, number: int | jax.Array
+        ) -> tuple[Gradients, Parts, Any]:
+            key = keys_A[number]
+            if self.run.flip:
+                mirror_key, key = jax.random.split(key)
+                mirrors_B = jax.random.bernoulli(mirror_key, self.run.flip, (len(images),))
+                images = jnp.where(mirrors_B[:, None, None, None], images[:, :, ::-1], images)
+            now = state.replace(adversary=adversary)
+            gradients, adversary, forward, metrics = differentiate(
+                now, images, distance, quantised, key
+            )
+            labels = self.tokenizer.labels(forward.quantised)
+            usage_KV = codebook.usage(labels, self.tokenizer.codes)
+            used, ratio_B = (usage_KV.sum(0) > 0).mean(), psnr(forward.images, forward.decoded)
+            metrics = {'psnr': ratio_B.mean(), 'used': used, **metrics}
+            return gradients, (metrics, usage_KV), adversary
+
+        gradients, parts, adversary = accumulate(micro_step, batches, state.adversary)
+        metrics_A, usage_AKV = parts
+        state = state.update(gradients, self.optimizer, self.run.ema, self._constants)
+        usage_KV = usage_AKV.sum(0)
+        state = state.replace(
+            adversary=adversary, usage_KV=state.usage_KV.at[: len(usage_KV)].add(usage_KV)
+        )
+        metrics = {name: values_A.mean() for name, values_A in metrics_A.items()}
+        if self._competition:
+            metrics['gradient_norm'] = gradient_norm(state.opt)
+        return state, metrics
 
     def _descend(
         self,
@@ -355,15 +390,14 @@ class TokenizerJob:
         distance: Perceptual | None,
         quantised: bool,
         key: jax.Array,
-    ) -> tuple[TrainState, Forward, Metrics]:
-        """An update without a discriminator."""
+    ) -> tuple[Gradients, None, Forward, Metrics]:
+        """Gradients without a discriminator."""
         loss = functools.partial(
             self._loss, images=images, distance=distance, quantised=quantised, key=key
         )
         (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         parts, forward = aux
-        state = state.update(gradients, self.optimizer, self.run.ema, self._constants)
-        return state, forward, {'loss': value, **parts}
+        return gradients, None, forward, {'loss': value, **parts}
 
     def _compete(
         self,
@@ -372,8 +406,8 @@ class TokenizerJob:
         distance: Perceptual | None,
         quantised: bool,
         key: jax.Array,
-    ) -> tuple[TrainState, Forward, Metrics]:
-        """An update of the tokenizer, then one of the discriminator on the same decoded images."""
+    ) -> tuple[Gradients, Any, Forward, Metrics]:
+        """Gradients of the tokenizer, and an update of the discriminator on the decoded images."""
         forward_key, generator_key, discriminator_key = jax.random.split(key, 3)
 
         def outputs(params: Any) -> tuple[tuple[jax.Array, jax.Array], Forward]:
@@ -405,16 +439,14 @@ class TokenizerJob:
             step=state.step,
             key=discriminator_key,
         )
-        state = state.update(gradients, self.optimizer, self.run.ema, self._constants)
         metrics = {
             'loss': generator.value + of_codes,
-            'gradient_norm': gradient_norm(state.opt),
             **generator.parts,
             **forward.losses,
             **generator.metrics,
             **metrics,
         }
-        return state.replace(adversary=adversary), forward, metrics
+        return gradients, adversary, forward, metrics
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _start_codes(self, state: TrainState, images: jax.Array, key: jax.Array) -> TrainState:

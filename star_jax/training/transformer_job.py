@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from star_jax.text.encoder import load as load_text
 from star_jax.text.tokens import Tokens
 from star_jax.training import cache, summary, warm_start
 from star_jax.training.build import COUNTED, build_program, init_params
-from star_jax.training.program import Frozen, StepInputs
+from star_jax.training.program import Frozen, StepInputs, step_keys
 from star_jax.training.run import Run, enlarged
 from star_jax.training.sample_grid import SampleGrid
 from star_jax.training.state import TrainState, abstract_state, init_sharded
@@ -139,7 +140,9 @@ class TransformerJob:
             encoded=program.abstract_encoded(self.frozen.tokenizer, run.batch),
             prompts=self._prompts([''] * run.batch),
         )
-        args = (nn.unbox(state), self.frozen, inputs, jax.random.key(0))
+        accumulate = run.optimizer.accumulate
+        keys_A = step_keys(jax.random.key(0), 0, accumulate)
+        args = (nn.unbox(state), self.frozen, (inputs,) * accumulate, keys_A)
         platform = self._mesh.devices.flat[0].platform
         countable = build_program(
             dataclasses.replace(run, **COUNTED),
@@ -152,10 +155,11 @@ class TransformerJob:
         if not run.cache:
             shape = (run.batch, *program.tokenizer.resolution, 3)
             images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-            flops += count_flops(program.encode, self.frozen.tokenizer, images)
-        return summary.describe(
+            flops += accumulate * count_flops(program.encode, self.frozen.tokenizer, images)
+        lines = summary.describe(
             state, program.network.schedule, flops=flops, run=run, examples=len(self.source)
         )
+        return lines | summary.replica_sum(self.abstract().params, self._mesh, run.gradient_dtype)
 
     def abstract(self) -> TrainState:
         params = self.program.trained(self.run.model.abstract())
@@ -166,22 +170,26 @@ class TransformerJob:
         params = models.read(source).params if source else None  # before anything is compiled
         return self._init(params, source)
 
-    def batches(self, step: int) -> Iterator[StepInputs]:
+    def batches(self, step: int) -> Iterator[tuple[StepInputs, ...]]:
         self._warm_texts()
-        for batch in pipeline.batches(
+        accumulate = self.run.optimizer.accumulate
+        batches = pipeline.batches(
             self.source,
             batch=self.run.batch,
             seed=self.run.seed,
-            step=step,
+            step=accumulate * step,
             rows=self._rows,
             crop=self.program.tokenizer.resolution if self.run.enlarge > 1 else None,
             captions=self.run.captions,
-        ):
-            yield self._inputs(batch)
+        )
+        while True:
+            yield tuple(map(self._inputs, itertools.islice(batches, accumulate)))
 
-    def step(self, step: int, state: TrainState, inputs: StepInputs) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(self.run.seed), step)
-        return self._train(state, self.frozen, inputs, key)
+    def step(
+        self, step: int, state: TrainState, batches: tuple[StepInputs, ...]
+    ) -> tuple[TrainState, Metrics]:
+        keys_A = step_keys(jax.random.key(self.run.seed), step, len(batches))
+        return self._train(state, self.frozen, batches, keys_A)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the validation set, over all tokens and per scale."""

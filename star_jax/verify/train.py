@@ -11,6 +11,7 @@ from star_jax.convert.entries import to_state
 from star_jax.convert.star import IGNORED, star_entries
 from star_jax.errors import UserError
 from star_jax.nn.bind import bind
+from star_jax.training import gradients
 from star_jax.training.optimizer import AdamW, decayed, gradient_norm
 from star_jax.training.schedules import LearningRate
 from star_jax.verify import cases
@@ -89,30 +90,37 @@ class Training:
 
     @functools.cached_property
     def trained(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Losses, gradient norms, and the state dict after the last step."""
+        """Losses, gradient norms (0 where no update is made), and the state dict after the last."""
         rows = tuple(range(self.star.schedule.length))
         smoothing = self.case.optional('label_smoothing', 0.0)
         loss = functools.partial(mean_nll, self.star, rows, smoothing=smoothing)
-        optimizer = self.optimizer.build(self.total)
+        optimizer, accumulate = self.optimizer.build(self.total), self.optimizer.accumulate
 
         @jax.jit
-        def update(params, opt, inputs, text, codes_BL):
-            value, gradients = jax.value_and_grad(loss)(params, inputs, text, codes_BL)
-            updates, opt = optimizer.update(gradients, opt, params)
-            return optax.apply_updates(params, updates), opt, value, gradient_norm(opt)
+        def micro_step(total, params, inputs, text, codes_BL):
+            value, gradient = jax.value_and_grad(loss)(params, inputs, text, codes_BL)
+            return gradients.add(total, gradient), value
+
+        @jax.jit
+        def update(total, params, opt):
+            updates, opt = optimizer.update(gradients.mean(total, accumulate), opt, params)
+            return optax.apply_updates(params, updates), opt, gradient_norm(opt)
 
         params, opt = self.params, jax.jit(optimizer.init)(self.params)
-        losses, norms = [], []
+        none = jax.tree.map(np.zeros_like, params)
+        losses, norms, total = [], np.zeros(len(self.steps), np.float32), none
         for step in self.steps:
             codes_BL, inputs = self.encoded(int(step))
             text = text_of(self.case, f'step{step}.')
-            params, opt, value, norm = update(params, opt, inputs, text, codes_BL)
+            total, value = micro_step(total, params, inputs, text, codes_BL)
             losses.append(value)
-            norms.append(norm)
+            if (step + 1) % accumulate == 0:
+                params, opt, norms[step] = update(total, params, opt)
+                total = none
         before = self.case.state.items()
         unchanged = {name: array for name, array in before if name.endswith(IGNORED)}
         after = unchanged | to_state(star_entries(self.star), params)
-        return np.asarray(losses), np.asarray(norms), after
+        return np.asarray(losses), norms, after
 
 
 def optimizer_of(case: Case) -> AdamW:

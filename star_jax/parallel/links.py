@@ -11,20 +11,51 @@ facts bound the time from below:
 The GPUs of a node are joined by a switch, so that each GPU has all of its links for any collective.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from star_jax.parallel.chips import Chip
-from star_jax.parallel.mesh import AXES
-from star_jax.plan.hlo import Collective
+from star_jax.core.settings import Dtype
+from star_jax.parallel.chips import Chip, chip_of
+from star_jax.parallel.mesh import AXES, REPLICAS
 
 WITH_SUMS = ('all-gather', 'reduce-scatter', 'all-reduce')  # data of a group may pass a cut once
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of a program that have the same kind and the same groups of devices.
+
+    Attributes:
+        kind: the operation, such as all-reduce.
+        group_size: devices that exchange data with each other.
+        local_size: the most devices of a group that belong to one slice or node.
+        count: executions per run of the program.
+        bytes: bytes that one device sends in all executions.
+        groups: the devices of each group by their numbers in the mesh; of a collective-permute
+            its pairs of source and target; (): groups of slices, or unknown.
+        axes: the mesh axes along which the devices of a group differ; () if they are not named.
+    """
+
+    kind: str
+    group_size: int
+    local_size: int
+    count: int
+    bytes: int
+    groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), repr=False)
+    axes: tuple[str, ...] = ()
+
+    def times(self, runs: int) -> 'Collective':
+        """The same in so many runs of the program."""
+        return dataclasses.replace(self, count=runs * self.count, bytes=runs * self.bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +244,67 @@ def mesh_axes(item: Collective, sizes: Sequence[int]) -> tuple[str, ...]:
     return tuple(name for name, differs in zip(AXES, along, strict=True) if differs)
 
 
+def along(
+    kind: str, axis: str, sent: int, sizes: Sequence[int], *, local_chips: int, count: int = 1
+) -> Collective:
+    """A collective along one mesh axis.
+
+    Args:
+        kind: the operation.
+        axis: the mesh axis.
+        sent: bytes that one device sends in all executions.
+        sizes: the lengths of the mesh axes.
+        local_chips: chips of a slice or node.
+        count: executions.
+    """
+    size, after = sizes[AXES.index(axis)], sizes[AXES.index(axis) + 1 :]
+    distance = math.prod(after)  # of neighbours, in device numbers
+    return Collective(
+        kind=kind,
+        group_size=size,
+        local_size=max(min(size, local_chips // distance), 1),
+        count=count,
+        bytes=sent,
+        groups=groups_along((axis,), sizes),
+        axes=(axis,),
+    )
+
+
+def replica_sum(
+    gradients: int, dtype: str, sizes: Sequence[int], *, local_chips: int
+) -> Collective:
+    """The sum of gradients over the replicas.
+
+    Args:
+        gradients: bytes of those of one device, in float32.
+        dtype: the dtype in which they are summed.
+        sizes: the lengths of the mesh axes.
+        local_chips: chips of a slice or node.
+    """
+    replicas, itemsize = sizes[AXES.index(REPLICAS)], jnp.dtype(dtype).itemsize
+    sent = 2 * gradients * itemsize // jnp.dtype('float32').itemsize * (replicas - 1) // replicas
+    return along('all-reduce', REPLICAS, sent, sizes, local_chips=local_chips)
+
+
+def replica_sum_seconds(
+    fabric: 'Fabric', gradients: int, sizes: Sequence[int], *, local_chips: int
+) -> dict[str, float]:
+    """A lower bound of the seconds of `replica_sum` in each dtype that a run can choose."""
+    seconds = {}
+    for dtype in typing.get_args(Dtype):
+        item = replica_sum(gradients, dtype, sizes, local_chips=local_chips)
+        communication = bound(fabric, [item])
+        seconds[dtype] = max(communication.links, communication.network)
+    return seconds
+
+
+def sum_sentence(seconds: Mapping[str, float], chosen: str) -> str:
+    """The seconds of `replica_sum_seconds`, of the `chosen` dtype first."""
+    first = f'{_time(seconds[chosen])} per step in {chosen} (--gradient-dtype)'
+    others = [f'{_time(value)} in {name}' for name, value in seconds.items() if name != chosen]
+    return f'lower bounds of {" and ".join([first, *others])}'
+
+
 def groups_along(axes: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The groups of devices that differ along these mesh axes alone."""
     ids, numbers = np.arange(math.prod(sizes)).reshape(sizes), [AXES.index(a) for a in axes]
@@ -231,6 +323,21 @@ def wraps(kind: str, sides: Sequence[int]) -> tuple[bool, ...]:
     return tuple(side == 16 for side in sides)
 
 
+def fabric_of(devices: Sequence[jax.Device]) -> Fabric | None:
+    """The links between the devices of a mesh, in its order; None for unknown devices."""
+    chip = chip_of(devices[0].device_kind)
+    if chip is None or chip.chips_per_node:
+        return chip and Switches(chip=chip)
+    places = np.array([device.coords for device in devices])
+    sides = places.max(0) + 1
+    return torus(chip, tuple(sides[: chip.axes].tolist()), devices)
+
+
+def local_chips(devices: Sequence[jax.Device]) -> int:
+    """The chips of a slice or node among the devices of a mesh."""
+    return max(collections.Counter(map(_slice, devices)).values())
+
+
 def torus(chip: Chip, sides: tuple[int, ...], devices: Sequence[jax.Device]) -> Torus:
     """The torus of TPU devices in the order of their mesh."""
     return Torus(
@@ -238,8 +345,17 @@ def torus(chip: Chip, sides: tuple[int, ...], devices: Sequence[jax.Device]) -> 
         sides=sides,
         wraps=wraps(chip.name, sides),
         places=np.array([device.coords[: len(sides)] for device in devices]),
-        slices=np.array([getattr(device, 'slice_index', 0) or 0 for device in devices]),
+        slices=np.array(list(map(_slice, devices))),
     )
+
+
+def _time(seconds: float) -> str:
+    return f'{seconds:.3f} s' if seconds >= 1 else f'{1000 * seconds:.3g} ms'
+
+
+def _slice(device: jax.Device) -> int:
+    """The number of the slice or node of a device."""
+    return getattr(device, 'slice_index', 0) or 0
 
 
 def _network(chip: Chip, collectives: Sequence[Collective]) -> float:
