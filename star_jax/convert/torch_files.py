@@ -68,13 +68,7 @@ class _ListStandIn:
 
 
 STAND_INS = {LISTS: _ListStandIn, DICTS: _DictStandIn, HARMLESS: _StandIn}
-# For files whose classes torch cannot list.
-COMMON = (
-    *('argparse.Namespace', 'pathlib.PosixPath', 'pathlib.WindowsPath', 'collections.defaultdict'),
-    *('numpy.dtype', 'numpy.ndarray', 'numpy.core.multiarray.scalar'),
-    *('numpy._core.multiarray.scalar', 'numpy.core.multiarray._reconstruct'),
-    'numpy._core.multiarray._reconstruct',
-)
+REFUSED = re.compile(r'GLOBAL (\S+) was not an allowed')  # in torch's error for the first one
 
 
 class TorchTensors:
@@ -132,27 +126,28 @@ def load(path: Path) -> Any:
         UserError: the file is damaged or holds a class that is not known to be harmless, or torch
             is not installed.
     """
-    torch = _torch()
-    try:
-        return _load(torch, path)
-    except UserError:
-        raise
-    except Exception as error:  # pickle.UnpicklingError, without importing pickle
-        names = _other_classes(torch, path)
-        dangerous = [name for name in names if _stand_in(name) is None]
-        if dangerous or not hasattr(torch, 'serialization'):
-            raise _refusal(path, dangerous) from error
-        stand_ins = [(_stand_in(name), name) for name in names]
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            return _load(torch, path)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _refusal(path, []) from error
+    torch, stand_ins = _torch(), {}
+    while True:
+        try:
+            return _load(torch, path, stand_ins)
+        except UserError:
+            raise
+        except Exception as error:  # pickle.UnpicklingError, without importing pickle
+            found = {name: _stand_in(name) for name in _other_classes(torch, path, error)}
+            dangerous = [name for name, part in found.items() if part is None]
+            if dangerous or found.keys() <= stand_ins.keys():
+                raise _refusal(path, dangerous) from error
+            stand_ins |= found
 
 
-def _load(torch: Any, path: Path) -> Any:
+def _load(torch: Any, path: Path, stand_ins: Mapping[str, type]) -> Any:
+    if not stand_ins:
+        return _load_plain(torch, path)
+    with torch.serialization.safe_globals([(part, name) for name, part in stand_ins.items()]):
+        return _load_plain(torch, path)
+
+
+def _load_plain(torch: Any, path: Path) -> Any:
     for mapped in (True, False):
         try:
             return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
@@ -165,12 +160,13 @@ def _load(torch: Any, path: Path) -> Any:
     raise AssertionError
 
 
-def _other_classes(torch: Any, path: Path) -> list[str]:
-    """The classes in a file beside those that torch reads itself."""
+def _other_classes(torch: Any, path: Path, error: Exception) -> list[str]:
+    """The classes in a file beside those that torch reads itself; at least the first of them."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # an old format, or one of another protocol
-        return list(COMMON)
+    except Exception:  # an old format, whose classes torch cannot list
+        names = REFUSED.findall(str(error))
+        return [name if '.' in name else f'builtins.{name}' for name in names]
 
 
 def _stand_in(name: str) -> type | None:
@@ -179,10 +175,15 @@ def _stand_in(name: str) -> type | None:
 
 def _refusal(path: Path, classes: list[str]) -> UserError:
     more = f' and {len(classes) - SHOWN} more' if len(classes) > SHOWN else ''
-    listed = f' ({", ".join(classes[:SHOWN])}{more})' if classes else ''
+    if not classes:
+        return UserError(
+            f'{path} is not read by the safe loader of torch: save its state dict as safetensors, '
+            'or with torch.save and its own pickle protocol, 2'
+        )
+    listed = ', '.join(classes[:SHOWN]) + more
     return UserError(
-        f'{path} holds more than tensors and plain data{listed}, which could execute code, so it '
-        'is not opened: save its state dict as safetensors'
+        f'{path} holds more than tensors and plain data ({listed}), which '
+        'could execute code, so it is not opened: save its state dict as safetensors'
     )
 
 
