@@ -200,7 +200,7 @@ def test_only_the_decoder_is_tuned_and_codes_stay(job, trained, tmp_path):
     job.export(trained[0], tmp_path / 'tokenizer')
     tuned = job_of(init=str(tmp_path / 'tokenizer'), only='decoder', plain_steps=2, ema=0.5)
     begun = tuned.init()
-    images = next(tuned.batches(0))
+    (images,) = next(tuned.batches(0))
     before, params = tuned.tokenizer, jax.device_get(begun.params)
     state, metrics = train(tuned, 2, begun)
     encode = jax.jit(lambda p, x: before.apply({'params': p}, x / 127.5 - 1.0, method='encode'))

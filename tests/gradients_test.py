@@ -128,6 +128,9 @@ def test_summary_has_a_line_for_the_sum_over_replicas(mesh):
     (line,) = summary.replica_sum(params, mesh, 'float32').values()
     assert line.endswith('MiB sent by each device, in float32')
     assert summary.replica_sum(params, MeshShape(fsdp=8).build(), 'float32') == {}
+    of_tokenizer = summary.device_sum(mesh, 'bfloat16')
+    assert of_tokenizer['sum of gradients'].startswith('in bfloat16 (--dtype)')
+    assert summary.device_sum(MeshShape(tensor=8, data=1).build(), 'float32') == {}
 
 
 def test_a_discriminator_has_no_micro_batches_of_its_own():

@@ -353,7 +353,8 @@ def test_dropout_is_of_the_key_and_of_training_alone():
 
     @jax.jit
     def features(params, key):
-        return bind(model.build(), params).features(codes, labels, noise_key=key)
+        keys_B = jax.random.split(key, 64)
+        return bind(model.build(), params).features(codes, labels, noise_B=keys_B)
 
     one, same, other = (features(params_of(model), jax.random.key(n)) for n in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
@@ -361,7 +362,9 @@ def test_dropout_is_of_the_key_and_of_training_alone():
     plain = bind(model.build(), params_of(model)).features(codes, labels)
     assert np.abs(plain - plain[:1]).max() < 1e-5  # equal images
     assert np.abs(one - one[:1]).max() > 0.01
-    dropped = layers.dropout(jax.random.key(0), np.ones((1000, 100), np.float32), 0.1)
+    keys_B, ones = jax.random.split(jax.random.key(0), 1000), np.ones((1000, 100), np.float32)
+    dropped = layers.dropout(keys_B, ones, 0.1)
+    np.testing.assert_array_equal(layers.dropout(keys_B[9:12], ones[:3], 0.1), dropped[9:12])
     assert np.unique(dropped).tolist() == [0.0, np.float32(1 / 0.9)]
     assert abs(float(dropped.mean()) - 1) < 5e-3
 

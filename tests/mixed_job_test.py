@@ -225,7 +225,7 @@ def test_a_cache_holds_the_images_of_every_template(run, mixed_job, tmp_path):
     ]
     job = MixedJob(cached)
     pairs = zip(job.batches(0), mixed_job.batches(0), strict=False)
-    for (template, inputs), (other, live) in itertools.islice(pairs, 3):
+    for (template, (inputs,)), (other, (live,)) in itertools.islice(pairs, 3):
         assert template == other
         part = job.template(template)
         codes = part.targets(job.frozen.tokenizer, inputs.encoded, jax.random.key(0)).codes_BL

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from star_jax import cli
-from star_jax.checkpoint import config
+from star_jax.checkpoint import config, folder
 from star_jax.core.cache import KV
 from star_jax.core.flops import count_flops, count_kinds
 from star_jax.core.settings import Remat
@@ -535,3 +535,31 @@ def test_plan_compiles_for_a_tpu_slice(run, compiled_here, monkeypatch):
     assert summed == pytest.approx(1.5 * memory.resident['parameters'], rel=0.2)
     roof = report.roofs['training step']
     assert roof.memory > 0 and set(roof.axes) == {'data'} and roof.links == roof.axes['data'] > 0
+
+
+@needs_libtpu
+def test_kernels_of_a_tpu_compile_for_replicas_that_sum_late(
+    run, compiled_here, monkeypatch, tmp_path
+):
+    """Float32 gradients are summed once over `data`, after both micro-batches."""
+    monkeypatch.syspath_prepend(LIBTPU)
+    model = dataclasses.replace(run.model, sides=(1, 2, 4, 12))  # so many rows have a kernel
+    tokenizer = dataclasses.replace(tiny.TOKENIZER.model, grids=model.schedule.grids)
+    params = tiny.random_params(tokenizer.abstract())
+    folder.write(tmp_path, folder.StoredTokenizer(config=tokenizer, params=params))
+    optimizer = dataclasses.replace(run.optimizer, accumulate=2)
+    run = dataclasses.replace(
+        run,
+        model=model,
+        tokenizer=str(tmp_path),
+        optimizer=optimizer,
+        cache='somewhere',
+        dtype='bfloat16',
+        attention='splash',
+        mesh=MeshShape(fsdp=2),
+    )
+    with jax.default_matmul_precision('default'):  # the kernel has none for all bits of bfloat16
+        report = plan(run, 'v5e:2x2', search=False)
+    assert report.compiled and report.complete
+    (sent,) = (item.bytes for item in report.collectives if item.axes == ('data',))
+    assert sent == pytest.approx(report.memory.resident['parameters'], rel=0.02)

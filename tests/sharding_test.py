@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
+from star_jax.nn.transformer import Transformer
 from star_jax.parallel import rules
 from star_jax.parallel.links import mesh_axes
 from star_jax.parallel.mesh import AXES, MeshShape
@@ -71,6 +72,12 @@ def single_device_state() -> TrainState:
     return jax.device_get(init_sharded(start, init, build_mesh(1, 1, 1), jax.random.key(0)))
 
 
+def with_dropout(network: Transformer) -> Transformer:
+    """The network, with dropout of rows and in blocks."""
+    block = dataclasses.replace(network.block, dropout=0.1)
+    return network.clone(row_dropout=0.2, block=block)
+
+
 class Steps:
     """Training steps on a mesh, from a given state.
 
@@ -87,7 +94,7 @@ class Steps:
         self.mesh = build_mesh(*shape)
         self.accumulate = accumulate
         program = TrainingProgram(
-            network=SHAPE.build().with_sharding(self.mesh),
+            network=with_dropout(SHAPE.build()).with_sharding(self.mesh),
             tokenizer=VQ.build(),
             optimizer=OPTIMIZER,
             recipe=Recipe(condition_drop=0.2, drop_path=0.1),

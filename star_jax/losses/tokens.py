@@ -70,7 +70,7 @@ def token_losses(
     smoothing: float = 0.0,
     of_bits: BitReduction = 'mean',
     tables: PositionTables | None = None,
-    noise_key: jax.Array | None = None,
+    noise_B: jax.Array | None = None,
 ) -> TokenLosses:
     """The losses of every token that is kept.
 
@@ -85,7 +85,7 @@ def token_losses(
             plus e times the mean of -log p over all codes.
         of_bits: whether the trained loss of a token is the mean or the sum over its bits.
         tables: positions of the rows (None: those of the network's schedule).
-        noise_key: the key of dropout (None: nothing is dropped).
+        noise_B: the key of dropout of each image (None: nothing is dropped).
     """
     network = bind(network, params)
     features_BRD = network.features(
@@ -94,7 +94,7 @@ def token_losses(
         rows=rows,
         paths=paths,
         tables=tables,
-        noise_key=noise_key,
+        noise_B=noise_B,
     )
     logits = codes.parse(network.head(features_BRD, condition))
     # Labels move to the rows that predict them: rows that are sharded cannot move cheaply. Only

@@ -137,7 +137,7 @@ class PerLayer(NamedTuple):
         adds_levels: 1 where the level embedding is added before the block, 0 elsewhere, or None.
         mixing_22: how the prompted and the unprompted rows after the block are combined from both
             (`core.guidance.mix_rows`), or None.
-        noise_key: the key of dropout, or None: nothing is dropped.
+        noise_B: the key of dropout of each image, or None: nothing is dropped.
     """
 
     past: tuple[KV, ...] = ()
@@ -146,7 +146,7 @@ class PerLayer(NamedTuple):
     frequencies_NP2: jax.Array | None = None
     adds_levels: jax.Array | None = None
     mixing_22: jax.Array | None = None
-    noise_key: jax.Array | None = None
+    noise_B: jax.Array | None = None
 
 
 class Shared(NamedTuple):
@@ -217,11 +217,10 @@ class Block(nn.Module):
 
     def _drop(self, x_BLD: jax.Array, layer: PerLayer, branch: int) -> jax.Array:
         """The rows of a branch after dropout, if there is any."""
-        if layer.noise_key is None or not self.parts.dropout:
+        if layer.noise_B is None or not self.parts.dropout:
             return x_BLD
-        return layers.dropout(
-            jax.random.fold_in(layer.noise_key, branch), x_BLD, self.parts.dropout
-        )
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(layer.noise_B, branch)
+        return layers.dropout(keys_B, x_BLD, self.parts.dropout)
 
 
 def stack_blocks(parts: BlockParts, depth: int, unroll: int, remat: Remat) -> nn.Module:

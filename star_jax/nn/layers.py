@@ -108,9 +108,21 @@ class LayerScale(nn.Module):
         return x * self.param('scale', init, (self.width,)).astype(x.dtype)
 
 
-def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
-    """x with elements set to 0 with probability `rate`, and the others divided by 1 - rate."""
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+def dropout(keys_B: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    """x with elements set to 0 with probability `rate`, and the others divided by 1 - rate.
+
+    Args:
+        keys_B: the key of each image, so that it loses the same in every part of a batch.
+        x: [B, ...].
+        rate: the probability.
+    """
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def split_keys(keys_B: jax.Array, count: int) -> jax.Array:
+    """[count, B] new keys from the key of each image."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys_B)
 
 
 def _along(axis: str | None, init: Initializer) -> Initializer:

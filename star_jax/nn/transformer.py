@@ -126,7 +126,7 @@ class Transformer(nn.Module):
         rows: Rows | None = None,
         paths: jax.Array | None = None,
         tables: PositionTables | None = None,
-        noise_key: jax.Array | None = None,
+        noise_B: jax.Array | None = None,
     ) -> jax.Array:
         """Teacher-forced features of rows.
 
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
             rows: the rows to keep (None: all); traced ones are those of a schedule's `thin`.
             paths: [depth, 2, B] scales of the branches of self-attention and MLP (`drop_paths`).
             tables: positions of the rows (None: those of the schedule).
-            noise_key: the key of dropout (None: nothing is dropped).
+            noise_B: the key of dropout of each image (None: nothing is dropped).
 
         Returns:
             [B, R, D]: features of the rows, and after them padding up to a multiple of
@@ -145,9 +145,9 @@ class Transformer(nn.Module):
         later = np.arange(self.schedule.starts[1], self.schedule.starts[-1])
         inputs = self.sharding.constrain_batch(inputs)  # else the tokenizer's canvases are split
         x_BLD = jnp.concatenate([self.start(condition), self.embed(inputs, later)], axis=1)
-        if noise_key is not None:
-            noise_key, row_key = jax.random.split(noise_key)
-            x_BLD = layers.dropout(row_key, x_BLD, self.row_dropout)
+        if noise_B is not None:
+            noise_B, row_keys_B = layers.split_keys(noise_B, 2)
+            x_BLD = layers.dropout(row_keys_B, x_BLD, self.row_dropout)
         if rows is None:
             rows = np.arange(self.schedule.starts[-1])
         else:
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
             visibility=Visibility(bounds=visibility),
             paths=paths,
             tables=tables,
-            noise_key=noise_key,
+            noise_B=noise_B,
         )
         return features_BLD
 
@@ -200,7 +200,7 @@ class Transformer(nn.Module):
         paths: jax.Array | None = None,
         mixing: jax.Array | None = None,
         tables: PositionTables | None = None,
-        noise_key: jax.Array | None = None,
+        noise_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
         """All layers.
 
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
             paths: [depth, 2, B] scales of residual branches.
             mixing: [depth, 2, 2], for guidance after layers (`core.guidance.mix_rows`).
             tables: positions of all rows of the schedule (None: computed from it).
-            noise_key: the key of dropout (None: nothing is dropped).
+            noise_B: the key of dropout of each image (None: nothing is dropped).
 
         Returns:
             Features [B, L, D] before the last norm, and the new keys and values of every layer.
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
             paths=paths,
             mixing=mixing,
             tables=tables,
-            noise_key=noise_key,
+            noise_B=noise_B,
         )
         x_BLD = self.sharding(x_BLD.astype(self.dtype), 'batch', 'tokens', None)
         return self.blocks(x_BLD, per_layer, shared)
@@ -245,7 +245,7 @@ class Transformer(nn.Module):
         paths: jax.Array | None = None,
         mixing: jax.Array | None = None,
         tables: PositionTables | None = None,
-        noise_key: jax.Array | None = None,
+        noise_B: jax.Array | None = None,
     ) -> tuple[PerLayer, Shared]:
         """The inputs of the layers beside the rows; arguments as for `trunk`."""
         tables = jax.tree.map(
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
             frequencies_NP2=self.frequencies() if self.frequencies else None,
             adds_levels=self._adds_levels() if self.levels_every else None,
             mixing_22=mixing,
-            noise_key=None if noise_key is None else jax.random.split(noise_key, self.depth),
+            noise_B=None if noise_B is None else layers.split_keys(noise_B, self.depth),
         )
         return per_layer, shared
 

@@ -86,15 +86,15 @@ class StepInputs:
 class Prepared:
     """A micro-batch, as its loss reads it: all that depends on no trained parameter is computed.
 
-    Only dropout is still random, so that without it parts have the losses that they have in the
-    whole.
+    What is random has a value or a key for each image, so that parts have the losses that they have
+    in the whole.
 
     Attributes:
         targets: inputs and labels.
         condition: the prompted conditions.
         dropped_B: which images lose theirs.
         paths_B2D: scales of stochastic depth, [B, 2, depth]; None: 1.
-        noise_B: seeds of dropout, uint32; a part drops out by its first; None: nothing is dropped.
+        noise_B: keys of dropout; None: nothing is dropped.
         shown_BR: which tokens a refinement head is shown; None without a head.
     """
 
@@ -268,7 +268,7 @@ class TrainingProgram:
             smoothing=recipe.label_smoothing,
             of_bits=recipe.bit_loss,
             tables=trained.tables,
-            noise_key=None if part.noise_B is None else jax.random.key(part.noise_B[0]),
+            noise_B=part.noise_B,
         )
         count = losses.trained_BL.shape[1]
         weights_L = tokens.token_weights(network.schedule, count, recipe.balance)
@@ -333,8 +333,8 @@ class TrainingProgram:
         return drop_paths(key, self.network.depth, batch, self.recipe.drop_path).T
 
     def _noise(self, key: jax.Array, batch: int) -> jax.Array:
-        """[B] random seeds of dropout."""
-        return jax.random.bits(jax.random.fold_in(key, NOISE), (batch,))
+        """[B] keys of dropout, one per image: the same of any mesh."""
+        return jax.random.split(jax.random.fold_in(key, NOISE), batch)
 
     def _targets(self, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> Targets:
         """Inputs and labels of a batch."""

@@ -121,8 +121,9 @@ class TokenizerRun:
         restart_every: steps between two restarts of unused codes at current feature vectors.
         restart_until: share of the run after which unused codes are no longer restarted.
         ema: decay of the moving average of the parameters (0: none).
-        dtype: dtype of the activations of encoder, decoder and discriminator; statistics, the
-            quantiser and losses are float32.
+        dtype: dtype of the activations of encoder, decoder and discriminator, and of the sum of
+            their gradients over devices, once per micro-batch: some losses (the entropy of codes)
+            are of a whole micro-batch; statistics, the quantiser and losses are float32.
         mesh: devices along each mesh axis.
         seed: seed of the initial parameters and of the order of the data.
     """

@@ -100,6 +100,18 @@ def replica_sum(params: Any, mesh: Mesh, dtype: str) -> dict[str, str]:
     return {'sum of gradients': links.sum_sentence(seconds, dtype)}
 
 
+def device_sum(mesh: Mesh, dtype: str) -> dict[str, str]:
+    """How the devices sum the gradients of a tokenizer, as a line for a user; none of one device.
+
+    Args:
+        mesh: the devices.
+        dtype: that of the activations.
+    """
+    if batch_shards(mesh) == 1:
+        return {}
+    return {'sum of gradients': f'in {dtype} (--dtype), over devices in every micro-batch'}
+
+
 def _processes() -> str:
     return f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
 

@@ -129,13 +129,14 @@ class TokenizerJob:
             keys_A = step_keys(jax.random.key(0), 0, len(batches))
             args = (nn.unbox(state), batches, self._perceptual, keys_A)
             flops.append(count_flops(train, *args))
-        return summary.describe(
+        lines = summary.describe(
             state,
             self.tokenizer.schedule,
             flops=round(statistics.fmean(flops)),
             run=self.run,
             examples=len(self.source),
         )
+        return lines | summary.device_sum(self._mesh, self.run.dtype)
 
     def abstract(self) -> TrainState:
         return abstract_state(self._start, self.run.model.abstract(), self._mesh)
