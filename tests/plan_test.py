@@ -538,6 +538,7 @@ def test_plan_compiles_for_a_tpu_slice(run, compiled_here, monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_kernels_of_a_tpu_compile_for_replicas_that_sum_late(
     run, compiled_here, monkeypatch, tmp_path
 ):
@@ -562,4 +563,5 @@ def test_kernels_of_a_tpu_compile_for_replicas_that_sum_late(
         report = plan(run, 'v5e:2x2', search=False)
     assert report.compiled and report.complete
     (sent,) = (item.bytes for item in report.collectives if item.axes == ('data',))
-    assert sent == pytest.approx(report.memory.resident['parameters'], rel=0.02)
+    held = report.memory.resident['parameters']
+    assert held < sent < 1.05 * held  # and the metrics, which are no small part here
