@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from star_jax.bench import bench_tables, process, sampling, suite, timing
+from star_jax.bench import bench_tables, process, sampling, suite, timing, torch_loop
 from star_jax.checkpoint import config, folder
 from star_jax.commands import bench
 from star_jax.errors import UserError
@@ -347,3 +348,9 @@ def test_sample_takes_sizes_and_weights_of_a_model_folder(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     with pytest.raises(UserError, match='leave out depth: 1 -> 2'):
         bench.read_sampling(str(path), ['--depth', '2'])
+
+
+def test_the_loop_of_pytorch_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    with pytest.raises(UserError, match='the loop needs PyTorch'):
+        torch_loop.loop(Star(depth=1, width=8, heads=1), batch=1, steps=1)

@@ -24,7 +24,7 @@ from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import NucleusFilter
 from star_jax.core.flops import count_flops
 from star_jax.core.guidance import StepSettings, guide
-from star_jax.core.schedule import Pyramid, Raster, square_grids
+from star_jax.core.schedule import Raster, square_grids
 from star_jax.core.visibility import Visibility
 from star_jax.families.star import Star
 from star_jax.families.var import Var
@@ -36,7 +36,6 @@ from star_jax.nn.blocks import BlockParts, Mlp, drop_paths
 from star_jax.nn.heads import Head
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary, RawRotary, SinCos
 from star_jax.nn.transformer import Transformer
-from star_jax.sampling import trunks
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.program import SamplingInputs, compile_program, image_keys
 from star_jax.sampling.sampler import sample
@@ -829,27 +828,3 @@ def test_raster_is_trained_on_what_the_sampler_generates():
         method=FilteredSampling(NucleusFilter(top_k=1), greedy=True),
     )
     np.testing.assert_array_equal(sampled.codes, grid.reshape(B, -1))
-
-
-@pytest.mark.parametrize('name', ['star', 'raw_adaln_without_level', 'var'])
-def test_layers_with_arrays_of_their_own_sample_the_same_pyramid(name):
-    family = FAMILIES[name]()
-    split = dataclasses.replace(family, params=trunks.split(family.params))
-    expected, found = sample_rows(family), sample_rows(split)
-    np.testing.assert_array_equal(found.codes, expected.codes)
-    np.testing.assert_allclose(guided_logits(found), guided_logits(expected), atol=6e-5)
-
-
-def test_layers_are_split_where_their_weights_are_large_and_few_bodies_are_compiled():
-    layers = {'w': jax.ShapeDtypeStruct((16, 1024, 4096), np.float32)}
-    params = {'model': {'blocks': layers}, 'tokenizer': {}}
-    scales = Pyramid(square_grids((1, 2, 3)))
-
-    def is_split(platform='cpu', params=params, schedule=scales, buckets=()):
-        return trunks.LAYERS in trunks.arrange(params, schedule, platform, buckets)
-
-    small = {'model': {'blocks': {'w': jax.ShapeDtypeStruct((16, 8, 8), np.float32)}}}
-    assert is_split()
-    assert not is_split(platform='tpu') and not is_split(params=small)
-    assert not is_split(buckets=((0, 1),))
-    assert not is_split(schedule=Pyramid(square_grids(tuple(range(1, 18)))))

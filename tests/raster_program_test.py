@@ -1,6 +1,9 @@
 """Does the loop of a raster's sampling program read weights and cache in place?"""
 
+import importlib.util
 import re
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +17,10 @@ from star_jax.core.settings import Settings
 from star_jax.families.llamagen import LlamaGen
 from star_jax.nn.bind import bind
 from star_jax.parallel.mesh import MeshShape
+from star_jax.plan import topologies
 from star_jax.sampling import trunks
 from star_jax.sampling.methods import FilteredSampling
-from star_jax.sampling.program import image_keys
+from star_jax.sampling.program import abstract_cast, image_keys
 from star_jax.sampling.sampler import sample
 from star_jax.verify.llamagen_generate import CodesAlone
 
@@ -24,17 +28,20 @@ from star_jax.verify.llamagen_generate import CodesAlone
 # array of a step has fewer.
 LEAST = 4096
 MODEL = LlamaGen(depth=2, width=128, heads=4, hidden=256, grid=(6, 6), codes=300, classes=3)
+XL = LlamaGen.published('XL', depth=2, grid=(8, 8), codes=1024, classes=3)
+ON_CHIP = 'S(1)'  # the fast memory of a TPU, in the layout of an array
+LIBTPU = Path(__file__).parents[1] / '.cache' / 'libtpu'  # where launch/test.sh puts it
 
 
-def compiled(mesh=None) -> str:
-    """The compiled text of a program that samples one image with guidance."""
-    network = MODEL.build().with_sharding(mesh)
-    tokenizer = CodesAlone(MODEL.schedule, MODEL.vocabulary)
-    settings = StepSettings(MODEL.guidance_weights(4.0), MODEL.temperatures(1.0))
-    method = FilteredSampling(MODEL.filter(Settings(top_k=0, top_p=0.0)))
+def compiled(mesh=None, model=MODEL, dtype='float32', device=None) -> Any:
+    """A compiled program that samples one image with guidance, for a device if one is given."""
+    network = model.build(dtype).with_sharding(mesh)
+    tokenizer = CodesAlone(model.schedule, model.vocabulary)
+    settings = StepSettings(model.guidance_weights(4.0), model.temperatures(1.0))
+    method = FilteredSampling(model.filter(Settings(top_k=0, top_p=0.0)))
 
     def run(params, keys_B, labels):
-        empty = LabelCondition(np.int32([MODEL.classes]))
+        empty = LabelCondition(np.int32([model.classes]))
         unprompted = bind(network, params['model']).unprompted(labels, empty)
         rows = condition.stack(labels, unprompted)
         return sample(
@@ -47,14 +54,21 @@ def compiled(mesh=None) -> str:
             method=method,
         ).codes
 
-    params = trunks.split({'model': nn.unbox(MODEL.abstract()), 'tokenizer': {}})
+    params = {'model': nn.unbox(model.abstract()), 'tokenizer': {}}
+    params = trunks.split(abstract_cast(params, dtype))
     keys_B = jax.eval_shape(lambda: image_keys([0]))
     labels = LabelCondition(jax.ShapeDtypeStruct((1,), np.int32))
-    return jax.jit(run).lower(params, keys_B, labels).compile().as_text()
+    args = (params, keys_B, labels)
+    if device is not None:
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        args = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+        )
+    return jax.jit(run).lower(*args).compile()
 
 
-def large_results(text: str) -> list[str]:
-    """The operations inside of loops that make an array of at least LEAST elements."""
+def large_results(text: str, least: int = LEAST) -> list[str]:
+    """The operations inside of loops that make an array of at least `least` elements."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -73,15 +87,32 @@ def large_results(text: str) -> list[str]:
             result = re.search(r'= \w+\[([\d,]*)\]\S* ([\w\-]+)\(', line)
             if result and result[2] not in ('parameter', 'get-tuple-element', 'bitcast'):
                 size = np.prod([int(n) for n in result[1].split(',') if n])
-                found += [line.strip()] if size >= LEAST else []
+                found += [line.strip()] if size >= least else []
     return found
 
 
 @pytest.mark.parametrize('mesh', [None, MeshShape(data=1)], ids=['no mesh', 'one device'])
 def test_no_weight_and_no_block_of_the_cache_is_copied_in_the_loop(mesh, monkeypatch):
     monkeypatch.setattr(trunks, 'BLOCK_ROWS', 16)
-    text = compiled(mesh and mesh.build(jax.devices()[:1]))
+    text = compiled(mesh and mesh.build(jax.devices()[:1])).as_text()
     found = large_results(text)
     assert [line for line in found if 'dynamic-update-slice' in line]  # the writes in place
     assert not [line for line in found if 'dynamic-update-slice' not in line]
     assert re.search(r'f32\[2,4,16,32\]', text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (LIBTPU.exists() or importlib.util.find_spec('libtpu')),
+    reason="libtpu compiles for TPUs: launch/test.sh fetches it, or pip install -e '.[plan]'",
+)
+def test_a_tpu_copies_no_weight_and_no_block_in_the_loop(monkeypatch):
+    """At the width of GPT-XL: what is large in the loop is fetched or written in fast memory."""
+    if LIBTPU.exists():
+        monkeypatch.syspath_prepend(str(LIBTPU))
+    monkeypatch.setattr(trunks, 'BLOCK_ROWS', 16)
+    device = topologies.parse_topology('v5e-1').devices()[0]
+    program = compiled(model=XL, dtype='bfloat16', device=device)
+    of_block = 2 * XL.heads * trunks.BLOCK_ROWS * XL.head_width
+    results = large_results(program.as_text(), of_block)
+    assert results and not [line for line in results if ON_CHIP not in line.partition('(%')[0]]

@@ -84,9 +84,7 @@ class SamplingJob:
         counted = self.model.build(self.dtype, attend=ByScale())  # its FLOPs can be counted
         tokenizer, params = self._load() if self.folder else self._random()
         platform = jax.default_backend()
-        buckets = choose(self.buckets, network.schedule.sizes, platform)
-        cast = program.cast(params, self.dtype)
-        params = trunks.arrange(cast, network.schedule, platform, buckets)
+        params = trunks.arrange(program.cast(params, self.dtype), network.schedule, platform)
         inputs = program.inputs(
             self.model,
             self.settings,
@@ -95,6 +93,7 @@ class SamplingJob:
             empty=condition(self.model, 1, self.text_tokens),
         )
         args = (params, inputs)
+        buckets = choose(self.buckets, network.schedule.sizes, platform)
         counted_program = program.compile_program(counted, tokenizer)
         canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
         decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))

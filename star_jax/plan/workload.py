@@ -191,8 +191,7 @@ def sampling(
     params = program.abstract_cast(
         {'model': model_params, 'tokenizer': tokenizer_params}, run.dtype
     )
-    chosen_buckets = choose(buckets, sizes, platform)
-    params = trunks.arrange(params, run.model.schedule, platform, chosen_buckets)
+    params = trunks.arrange(params, run.model.schedule, platform)
     keys_B = jax.eval_shape(lambda: program.image_keys(range(run.batch)))
     keys_B, prompted = _split_batch((keys_B, prompts.condition(run.batch)), mesh)
     inputs = program.inputs(
@@ -205,6 +204,7 @@ def sampling(
     numbers = (inputs.settings, inputs.method)
     settings, method = _replicated(jax.eval_shape(lambda: numbers), mesh)
     args = (params, inputs.replace(settings=settings, method=method))
+    chosen_buckets = choose(buckets, sizes, platform)
     return Workload(
         images=run.batch,
         programs={'sampling': build(attend or named(run.attention, platform), chosen_buckets)},

@@ -76,8 +76,7 @@ class Pipeline:
             for name, part in (('model', model), ('tokenizer', model.tokenizer))
         }
         params = {'model': model.params, 'tokenizer': model.tokenizer.params}
-        cast = program.cast(params, dtype)
-        params = trunks.arrange(cast, self.network.schedule, platform, shared)
+        params = trunks.arrange(program.cast(params, dtype), self.network.schedule, platform)
         if trunks.LAYERS in params:
             shardings = trunks.split_shardings(shardings, self.network.depth)
         self._params = jax.device_put(params, shardings)

@@ -1,11 +1,10 @@
 """How are the layers of a network run in sampling, and how do they keep keys and values?
 
 A step of sampling reads all weights and all keys and values so far. Where it has many rows, their
-products cost more than that, and `ScannedTrunk` compiles one layer for all. A step of few rows
-costs nothing else: `SplitTrunk` then reads everything in place. Each of its layers has arrays of
-its own, because a layer's part of stacked arrays is copied before it is used, and its keys and
-values lie in blocks: the finished ones are constants of the loop over steps, and only the current
-one is written.
+products cost more than that, and `ScannedTrunk` compiles one layer for all. A step of one row costs
+nothing else: `SplitTrunk` then reads everything in place. Each of its layers has arrays of its own,
+because a layer's part of stacked arrays is copied before it is used, and its keys and values lie in
+blocks: the finished ones are constants of the loop over steps, and only the current one is written.
 """
 
 import dataclasses
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from star_jax.core.buckets import Buckets
 from star_jax.core.cache import KV, ROWS, Cache
 from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
@@ -30,8 +28,6 @@ LAYERS = 'layers'  # the parameters of layers that are apart from each other
 BLOCK_ROWS = 64  # rows of a block of a `SplitTrunk`, but for those of a step that has more
 # Platforms on which a step of one row reads arrays in place only where each layer has its own.
 SPLIT = ('cpu', 'gpu', 'tpu')
-MOST_BODIES = 256  # layers of all steps that are compiled one by one: 20 seconds on two cores
-IN_CACHE = 2**24  # bytes of a layer's weights that a processor may keep in its cache
 Layer = dict[str, Any]  # the parameters of one layer
 
 StepFn = Callable[[Any, Step], tuple[Any, Any]]  # (carry, step) -> carry, output
@@ -281,28 +277,13 @@ class SplitTrunk:
         return self.network.shard_kv_pieces(kv)
 
 
-def arrange(
-    params: dict[str, Any], schedule: Schedule, platform: str, buckets: Buckets = ()
-) -> dict[str, Any]:
-    """The parameters as sampling on a platform reads them best: `split`, or as they are.
+def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
+    """The parameters as sampling on a platform reads them best: `split` if most steps have one row.
 
-    They are split if most steps have one row. On a CPU they are also split if the weights of a
-    layer do not fit into its cache, the steps are few enough to compile every layer of each, and
-    none of them are padded.
-
-    Args:
-        params: as of `split`.
-        schedule: the steps.
-        platform: 'cpu', 'gpu' or 'tpu'.
-        buckets: steps that share a program body.
+    Arguments as for `split`.
     """
     single = sum(reads == 1 for reads in schedule.reads)
-    if 2 * single > schedule.steps:
-        return split(params) if platform in SPLIT else params
-    leaves = jax.tree.leaves(params['model']['blocks'])
-    depth, held = leaves[0].shape[0], sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    few = depth * schedule.steps <= MOST_BODIES and not buckets
-    return split(params) if platform == 'cpu' and few and held >= depth * IN_CACHE else params
+    return split(params) if platform in SPLIT and 2 * single > schedule.steps else params
 
 
 def split(params: dict[str, Any]) -> dict[str, Any]:
