@@ -7,7 +7,7 @@ is called with such arrays.
 
 import threading
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 
 class CompileAhead:
@@ -18,7 +18,7 @@ class CompileAhead:
     """
 
     def __init__(self) -> None:
-        self._programs: dict[Hashable, Future[None]] = {}
+        self._programs: Mapping[Hashable, Future[None]] = {}
 
     @property
     def started(self) -> bool:
@@ -27,15 +27,21 @@ class CompileAhead:
 
     def start(self, compiled: Mapping[Hashable, Callable[[], None]]) -> None:
         """Starts; `compiled` has a function for each name, which compiles the program."""
-        pool = ThreadPoolExecutor(1, thread_name_prefix='compile')
-        self._programs = {name: pool.submit(_run, work) for name, work in compiled.items()}
-        pool.shutdown(wait=False)
+        self._programs = {name: Future() for name in compiled}
+        works = list(zip(compiled.values(), self._programs.values(), strict=True))
+        # Python waits for this thread at its end, but tasks of an executor would all be run first.
+        threading.Thread(target=_run, args=(works,), name='compile').start()
 
     def wait(self, name: Hashable) -> None:
         """Returns when a program is compiled; raises what its compilation raised."""
         self._programs[name].result()
 
 
-def _run(work: Callable[[], None]) -> None:
-    if threading.main_thread().is_alive():
-        work()
+def _run(works: list[tuple[Callable[[], None], 'Future[None]']]) -> None:
+    for compile_program, future in works:
+        if not threading.main_thread().is_alive():
+            return
+        try:
+            future.set_result(compile_program())
+        except BaseException as error:
+            future.set_exception(error)
