@@ -1,8 +1,9 @@
 """LlamaGen-B, by class at 384 px: 300 epochs of ImageNet (LlamaGen specification 2.1 and 4.1).
 
 Replace the paths: a prepared set of ImageNet with classes, and the converted tokenizer of 16 px a
-code (vq_ds16_c2i.pt). The learning rate is constant, images are cropped to 1 / 1.1 of their side as
-in ten-crop training, and dropout is that of the model's defaults.
+code (vq_ds16_c2i.pt). `star-jax data cache` with this config encodes ten crops of every image once,
+of which a step takes one. The learning rate is constant, and dropout is that of the model's
+defaults.
 """
 
 from star_jax.core.settings import Settings
@@ -17,6 +18,7 @@ run = Run(
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     enlarge=1.1,
+    crops='ten',
     validation=Prepared(path='sets/imagenet', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),

@@ -15,6 +15,7 @@ run = Run(
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     enlarge=1.1,
+    crops='ten',
     validation=Prepared(path='sets/imagenet', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),

@@ -365,3 +365,21 @@ def test_training_crops_images_and_validation_does_not(run):
     assert job.source[0]['image'].shape[0] == round(1.5 * side)
     assert job.validation[0]['image'].shape[0] == side
     assert next(job.batches(0))[0].encoded.shape == (run.batch, job.program.network.schedule.length)
+
+
+def test_ten_crops_from_a_cache_are_those_of_live_encoding(run, tmp_path):
+    live = dataclasses.replace(run, enlarge=1.5, crops='ten')
+    cached = dataclasses.replace(live, cache=str(tmp_path))
+    assert train.cache(cached) == tmp_path
+    job, expected = TransformerJob(cached), TransformerJob(live)
+    length = job.program.network.schedule.length
+    assert job.source[0]['encoded'].shape == (10, length)
+    assert job.validation[0]['encoded'].shape == (length,)
+    ours, theirs = job.batches(0), expected.batches(0)
+    for _ in range(2):
+        (one,), (other,) = next(ours), next(theirs)
+        np.testing.assert_array_equal(one.encoded, other.encoded)
+    with pytest.raises(UserError, match='was made for another run'):
+        TransformerJob(dataclasses.replace(cached, enlarge=1.25))
+    with pytest.raises(ValueError, match='ten crops are parts of an enlarged image'):
+        dataclasses.replace(run, crops='ten')

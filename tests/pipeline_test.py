@@ -7,6 +7,7 @@ import pytest
 
 from star_jax import image_io
 from star_jax.data import pipeline
+from star_jax.data.crops import RandomCrop, TenCrop
 from star_jax.data.shapes import Shapes
 from star_jax.data.show import show
 from star_jax.errors import UserError
@@ -104,15 +105,29 @@ def test_crops_are_random_parts_of_an_image():
             image = np.arange(6 * 6 * 3, dtype=np.uint8).reshape(6, 6, 3)
             return super().__getitem__(index) | {'image': image}
 
-    crops = np.concatenate([batch['image'] for batch in take(40, source=Large(10), crop=(4, 4))])
+    crops = np.concatenate(
+        [batch['image'] for batch in take(40, source=Large(10), crop=RandomCrop((4, 4)))]
+    )
     corners = crops[:, 0, 0, 0] // 3
     whole = np.arange(6 * 6 * 3, dtype=np.uint8).reshape(6, 6, 3)
     for crop, corner in zip(crops, corners, strict=True):
         top, left = divmod(int(corner), 6)
         assert (crop == whole[top : top + 4, left : left + 4]).all()
     assert set(corners) == {6 * top + left for top in range(3) for left in range(3)}
-    options = dict(source=Large(10), crop=(4, 4))
+    options = dict(source=Large(10), crop=RandomCrop((4, 4)))
     assert_same(take(3, step=2, **options), take(5, **options)[2:])
+
+
+def test_ten_crops_are_corners_centre_and_their_mirror_images():
+    image = np.arange(7 * 6 * 3).reshape(7, 6, 3)
+    crops = [TenCrop((4, 4)).crop(image, number) for number in range(10)]
+    places = [divmod(crop[0, 0, 0] // 3, 6) for crop in crops[:5]]
+    assert places == [(0, 0), (0, 2), (3, 0), (3, 2), (2, 1)]
+    for crop, mirrored in zip(crops[:5], crops[5:], strict=True):
+        np.testing.assert_array_equal(mirrored, crop[:, ::-1])
+    rng = np.random.default_rng(0)
+    seen = {TenCrop((4, 4))({'image': image}, rng)['image'].tobytes() for _ in range(100)}
+    assert seen == {crop.tobytes() for crop in crops}
 
 
 def test_sequential_batches_have_every_example_once_in_order():

@@ -9,14 +9,17 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Protocol, TypedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypedDict
 
 import grain
 import numpy as np
 
 from star_jax.data.caption_choice import ANY_CAPTION, CaptionChoice
 from star_jax.errors import UserError
+
+# Makes an example of an example, by random numbers of its own.
+Crop = Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]
 
 FINGERPRINT_EXAMPLES = 16  # examples that a fingerprint reads
 
@@ -121,7 +124,7 @@ def batches(
     step: int = 0,
     rows: Sequence[int] | None = None,
     threads: int = 4,
-    crop: tuple[int, int] | None = None,
+    crop: Crop | None = None,
     captions: CaptionChoice = ANY_CAPTION,
 ) -> Iterator[Batch]:
     """Endless batches: every epoch has a new order, and every image one random caption.
@@ -134,7 +137,7 @@ def batches(
         rows: the rows of every batch that this process reads (None: all).
         threads: threads that read ahead (0: read in the thread of the caller); `close()` of the
             iterator stops them.
-        crop: (height, width) in pixels of a random crop of every image (None: the whole image).
+        crop: what every example becomes, by random numbers of its own (None: it stays).
         captions: chooses among the captions of an image.
 
     Raises:
@@ -143,7 +146,7 @@ def batches(
     _check_source(source, batch)
     samples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if crop:
-        samples = samples.random_map(functools.partial(_crop, crop))
+        samples = samples.random_map(crop)
     return captioned_batches(
         samples, batch=batch, step=step, rows=rows, threads=threads, captions=captions
     )
@@ -251,13 +254,6 @@ def _check_source(source: Source, batch: int) -> None:
 def _read_options(threads: int) -> grain.ReadOptions:
     """Few batches ahead: with grain's default of 500, gigabytes of images would be in memory."""
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-
-
-def _crop(size: tuple[int, int], example: Example, rng: np.random.Generator) -> Example:
-    image = example['image']
-    height, width = size
-    top, left = rng.integers(0, np.array(image.shape[:2]) - size + 1)
-    return Example(**(example | {'image': image[top : top + height, left : left + width]}))
 
 
 def _random_caption(

@@ -19,6 +19,7 @@ from star_jax.core import pixels
 from star_jax.core.flops import count_flops
 from star_jax.core.schedule import Pyramid
 from star_jax.data import pipeline
+from star_jax.data.crops import RandomCrop
 from star_jax.errors import UserError
 from star_jax.losses.tokenizer import Perceptual, psnr
 from star_jax.losses.tokens import Metrics
@@ -159,7 +160,7 @@ class TokenizerJob:
                 seed=self.run.seed,
                 step=count * ((step - turn + turns - 1) // turns),
                 rows=size.rows,
-                crop=size.tokenizer.resolution if self.run.enlarge > 1 else None,
+                crop=RandomCrop(size.tokenizer.resolution) if self.run.enlarge > 1 else None,
             )
             for turn, size in enumerate(self.sizes)
         ]

@@ -78,11 +78,7 @@ def cache(run: Run, features: bool = False) -> Path:
     """
     startup.start()
     run = resolve(run)
-    if run.enlarge > 1:
-        raise UserError(
-            f'enlarge {run.enlarge} crops an image anew each time, and a cache holds one encoding '
-            'of each image: train without a cache, or with --enlarge 1'
-        )
+    run.check_encoded_once()
     folder = caches.cache_path(run)
     caches.check_free(folder)
     job = build_job(dataclasses.replace(run, cache=''))

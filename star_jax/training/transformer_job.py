@@ -29,7 +29,7 @@ from star_jax.text.tokens import Tokens
 from star_jax.training import cache, summary, warm_start
 from star_jax.training.build import COUNTED, build_program, init_params
 from star_jax.training.program import Frozen, StepInputs, step_keys
-from star_jax.training.run import Run, enlarged
+from star_jax.training.run import Run
 from star_jax.training.sample_grid import SampleGrid
 from star_jax.training.state import TrainState, abstract_state, init_sharded
 
@@ -78,7 +78,7 @@ class TransformerJob:
         summary.check_batch(run.batch, vq.resolution, self._mesh)
         self._rows = rules.process_rows(self._mesh, run.batch)
         sources = {
-            'data': run.data.open(enlarged(vq.resolution, run.enlarge)),
+            'data': run.data.open(run.loaded_size(vq.resolution)),
             'validation': run.validation.open(vq.resolution),
         }
         self.images = {
@@ -179,7 +179,7 @@ class TransformerJob:
             seed=self.run.seed,
             step=accumulate * step,
             rows=self._rows,
-            crop=self.program.tokenizer.resolution if self.run.enlarge > 1 else None,
+            crop=self.run.crop(self.program.tokenizer.resolution),
             captions=self.run.captions,
         )
         while True:
