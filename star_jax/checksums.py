@@ -34,7 +34,7 @@ def sha256(path: Path) -> str:
 
 
 def remembered(paths: Sequence[Path], compute: Callable[[], str]) -> str:
-    """What was computed from files, remembered until one of them changes.
+    """Values computed from files, remembered until one of the files changes.
 
     Args:
         paths: the files.

@@ -90,7 +90,7 @@ def image_name(record: Record) -> str:
 
 
 def split(record: Record) -> Any:
-    """What a record states as its split, or None."""
+    """The split that a record states, or None."""
     return next(_values(record, SPLIT_FIELDS), None)
 
 

@@ -137,7 +137,7 @@ def batches(
         rows: the rows of every batch that this process reads (None: all).
         threads: threads that read ahead (0: read in the thread of the caller); `close()` of the
             iterator stops them.
-        crop: what every example becomes, by random numbers of its own (None: it stays).
+        crop: changes every example, with random numbers of its own (None: it stays).
         captions: chooses among the captions of an image.
 
     Raises:

@@ -261,8 +261,7 @@ class LlamaGenText(Llama):
     Attributes:
         text_width: width of the text encoder's features.
         text_rows: rows of the prefix; texts are shortened to so many tokens.
-        cleaning: what prompts become before they are encoded: cleaned as published, or none, they
-            stay as they are.
+        cleaning: how prompts are cleaned before they are encoded: as published, or not at all.
     """
 
     constants: ClassVar[frozenset[str]] = frozenset({'starter/empty'})

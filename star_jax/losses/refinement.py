@@ -33,7 +33,7 @@ class PlainLoss:
         return jnp.where(shown_BR, 0, nll_BR).sum() / self.weight(shown_BR)
 
     def weight(self, shown_BR: jax.Array) -> jax.Array:
-        """What the loss of images counts beside that of others: the number of hidden tokens."""
+        """The weight of images beside other images: the number of their hidden tokens."""
         return jnp.maximum((~shown_BR).sum(), 1)
 
 
@@ -56,7 +56,7 @@ class ReleasedLoss:
         return nll_BR.sum(1).mean() / length
 
     def weight(self, shown_BR: jax.Array) -> int:
-        """What the loss of images counts beside that of others: their number."""
+        """The weight of images beside other images: their number."""
         return len(shown_BR)
 
 

@@ -23,7 +23,7 @@ class Chip:
         links: bytes/s that the chip sends to chips of its slice or node, over all its links; a
             collective of a TPU slice uses those of its axes alone (`parallel.links`).
         network: bytes/s that the chip sends to another slice or node.
-        kinds: what JAX calls a device of this kind.
+        kinds: JAX's names of this kind of device.
         axes: axes of a TPU slice, along which a chip has neighbours.
         chips_per_node: chips that share fast links (0: all chips of a slice do).
     """

@@ -34,7 +34,7 @@ def prepare(
         image: uint8 (h, w, 3) or a Pillow image, for all prompts; or a sequence of one per prompt.
         keep: how many first scales, or rows of tokens of a raster, are kept.
         count: the number of prompts.
-        schedule: of the model.
+        schedule: schedule of the model.
         size: (height, width) of its images in pixels.
 
     Returns:

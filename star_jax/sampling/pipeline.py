@@ -83,7 +83,7 @@ class Pipeline:
         self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 
     def __repr__(self) -> str:
-        """What it samples, and on what."""
+        """The model, its image size and its devices."""
         parts = {name: part for name, part in self._params.items() if name != 'tokenizer'}
         leaves = jax.tree.leaves(parts)
         prompts = {'caption': 'text', 'label': 'classes'}[self.encoder.field]

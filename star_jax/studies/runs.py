@@ -102,7 +102,7 @@ class RunsStudy:
 
     @property
     def timed_samplers(self) -> dict[str, SamplingJob]:
-        """Of every contender, with the decoder of its tokenizer."""
+        """One sampling job of every contender, with the decoder of its tokenizer."""
         tokenizers = dict(self.tokenizers)
         return {
             one.name: SamplingJob(

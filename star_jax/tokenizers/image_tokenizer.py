@@ -53,7 +53,7 @@ class ImageTokenizer(nn.Module):
 
     Attributes:
         config: its sizes.
-        dtype: of the decoder.
+        dtype: dtype of the decoder.
     """
 
     config: Any

@@ -154,7 +154,7 @@ class BSQTokenizer(ImageTokenizer):
 
     Attributes:
         config: its sizes.
-        dtype: of the decoder.
+        dtype: dtype of the decoder.
         correction: which bits training flips.
         gives_features: `encode` gives features although no bits are flipped.
     """

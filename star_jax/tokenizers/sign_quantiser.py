@@ -26,7 +26,7 @@ PATCH = 2  # cells of a token along each side where neighbouring cells are joine
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BitTrace:
-    """What happened at every scale, with K channels.
+    """Intermediate results of every scale, with K channels.
 
     Attributes:
         bits: per scale [B, *size, K] int8: the signs, before any flip.
@@ -86,7 +86,7 @@ def quantise(
 
     Args:
         f: [B, *full, K] float32 features.
-        sizes: of every scale; the last is the full size.
+        sizes: sizes of every scale; the last is the full size.
         decay: later scales count less.
         detach: no gradient flows through what earlier scales took away.
         flips: which bits are flipped before their codes are taken away.

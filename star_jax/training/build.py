@@ -30,11 +30,11 @@ def build_program(
     """The programs of a run: those of its refinement head if its model has one.
 
     Args:
-        run: what is trained, and how.
+        run: the config of the run.
         mesh: the devices.
         tokenizer: the module whose codes are predicted, with the schedule of the model.
         platform: 'cpu', 'gpu' or 'tpu': chooses the attention kernel.
-        encode_prompts: as of `TrainingProgram`.
+        encode_prompts: as for `TrainingProgram`.
     """
     attend = named(run.attention, platform)
     ways = batch_shards(mesh)

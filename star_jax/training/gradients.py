@@ -97,7 +97,7 @@ def accumulate(
     Args:
         step: the gradients of a micro-batch, and what it reports.
         batches: the inputs of each micro-batch.
-        carried: what the first micro-batch receives, and hands on to the next.
+        carried: a value that each micro-batch passes to the next; this one is for the first.
 
     Returns:
         The gradients, the reports along a first axis, and what the last micro-batch hands on.

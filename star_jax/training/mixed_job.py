@@ -38,7 +38,7 @@ class Programs:
 
     Attributes:
         names: the templates.
-        program: what they train.
+        program: their training program.
         train: its jitted training step.
         score: its jitted losses.
     """
@@ -51,10 +51,10 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedTemplate:
-    """What trains on the images of one template.
+    """The module, data and programs of one template.
 
     Attributes:
-        name: of the template.
+        name: name of the template.
         schedule: its grids.
         tokenizer: the module at these grids.
         tables: where its rows are, on the devices.
@@ -251,7 +251,7 @@ class MixedJob(TransformerJob):
         return dataclasses.replace(source, sized=tuple(sized))
 
     def _origin(self, schedule: Pyramid) -> cache.Origin:
-        """What makes the encoded images of a template."""
+        """The networks and settings that encode the images of a template."""
         run = dataclasses.replace(self.run, model=self.run.model.at(schedule))
         return dataclasses.replace(self.origin, run=run)
 
@@ -338,7 +338,7 @@ def _folder_name(schedule: Pyramid) -> str:
 
 
 def flaw(model: Family) -> str:
-    """What keeps a model from training on its templates, and what to do; '' for nothing."""
+    """Why a model cannot train on its templates, and what to do; '' if it can."""
     own, templates = model.schedule, model.templates
     try:
         template = templates.schedule(templates.of_grids(own.grids), own.steps)

@@ -35,7 +35,7 @@ REFINER = 'refiner'  # the name of a refinement head among the parameters of a m
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a step does besides predicting tokens.
+    """The options of a training step besides predicting tokens.
 
     Attributes:
         condition_drop: probability of the unprompted condition.
@@ -148,7 +148,7 @@ class TrainingProgram:
         network: the transformer.
         tokenizer: the module whose codes it predicts.
         optimizer: makes updates of gradients.
-        recipe: what a step does besides predicting tokens.
+        recipe: the options of a step besides predicting tokens.
         encode_prompts: parameters and tokenized prompts -> conditions, where prompts are encoded
             inside the program; None where a batch holds conditions.
         batch_groups: parts of the batch within which rows of the network may mix: the published

@@ -281,7 +281,7 @@ class Run:
         return self.optimizer.accumulate * self.batch
 
     def crop(self, resolution: tuple[int, int]) -> Crop | None:
-        """What of a training image a step sees; None: all of it."""
+        """The crop of each training image; None: the whole image."""
         if self.enlarge == 1:
             return None
         return TenCrop(resolution) if self.crops == 'ten' else RandomCrop(resolution)

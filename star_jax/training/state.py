@@ -73,9 +73,9 @@ class TrainState:
         """The state after one optimizer step.
 
         Args:
-            gradients: of the parameters.
+            gradients: gradients of the parameters.
             optimizer: the optimizer that the state was started with.
-            decay: of the moving average. Early in a run the average reaches back over a tenth of
+            decay: decay of the moving average. Early in a run the average reaches back over a tenth of
                 the steps only, so that a short run does not return its initial weights.
             constants: names of the parameters that do not change; they are not averaged.
         """

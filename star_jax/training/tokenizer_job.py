@@ -43,7 +43,7 @@ ADVERSARY_KEY = 2**31 - 1  # folded into the seed: the parameters of the discrim
 
 
 class Forward(NamedTuple):
-    """What a tokenizer computes of a batch in training.
+    """Intermediate results of a tokenizer for a training batch.
 
     Attributes:
         images: [B, H, W, 3] in [-1, 1].
@@ -212,7 +212,10 @@ class TokenizerJob:
             folder.write(out, folder.StoredTokenizer(config=self.run.model, params=params))
 
     def _size(self, size: SizeInTurn) -> TrainedSize:
-        """What trains at a size. Raises UserError if the model, the mesh or the data refuse it."""
+        """The module, data and programs of one size.
+
+        Raises UserError if the model, the mesh or the data refuse it.
+        """
         run = self.run
         model = run.model.at(Pyramid(size.grids))
         own = size.grids == run.model.schedule.grids

@@ -45,7 +45,7 @@ class TransformerJob:
         source: the training examples.
         validation: the held-out examples.
         images: both, with images where a cache replaces them: by 'data' and 'validation'.
-        origin: what a cache of this run is made of.
+        origin: the networks and settings that fill a cache of this run.
         prompt_encoder: makes conditions of prompts.
         tokenizer: config and parameters of the image tokenizer.
         texts: the cache of text features; None where prompts are encoded in the training program.
@@ -306,6 +306,6 @@ class TransformerJob:
         return StepInputs(encoded=encoded, prompts=prompts)
 
     def _prompts(self, captions: list[str]) -> Condition | Tokens:
-        """What the host makes of captions: features, token ids, or labels."""
+        """The captions as the host encodes them: features, token ids, or labels."""
         encode = self.prompt_encoder.tokenize if self.texts is None else self.texts.features
         return encode(captions)
