@@ -41,7 +41,7 @@ setup(
         'cattrs>=26',  # dataclasses to JSON and strictly back
         'rich>=13',  # progress bars and tables
         'Pillow>=11.3',  # images; AVIF since 11.3
-        'matplotlib>=3.10',  # the plot at the end of a study: hours of training shall not miss it
+        'matplotlib>=3.10',  # the plot at the end of hours of training
         'scipy>=1.13',  # Student's t, for intervals over a few seeds (JAX brings it)
         'tensorboardX>=2.6',  # event files without TensorFlow
     ],

@@ -75,8 +75,8 @@ class TrainState:
         Args:
             gradients: gradients of the parameters.
             optimizer: the optimizer that the state was started with.
-            decay: decay of the moving average. Early in a run the average reaches back over a tenth of
-                the steps only, so that a short run does not return its initial weights.
+            decay: decay of the moving average. Early in a run the average covers a tenth of the
+                steps only, so that a short run does not return its initial weights.
             constants: names of the parameters that do not change; they are not averaged.
         """
         updates, opt = optimizer.update(gradients, self.opt, self.params)
