@@ -1,33 +1,18 @@
 """LlamaGen-L, by class at 384 px: 300 epochs of ImageNet (LlamaGen specification 2.1 and 4.1).
 
-Replace the paths as in llamagen_b.py.
+The paths are those of llamagen_b.py, and so is the recipe.
 """
 
-from star_jax.core.settings import Settings
-from star_jax.data.prepared import Prepared
-from star_jax.families.llamagen import LlamaGen
-from star_jax.training.optimizer import AdamW
-from star_jax.training.run import Pace, Run
-from star_jax.training.schedules import LearningRate
+import dataclasses
+from pathlib import Path
 
-run = Run(
-    model=LlamaGen.published('L', grid=(24, 24)),
-    tokenizer='models/llamagen_tokenizer',
-    data=Prepared(path='sets/imagenet'),
-    enlarge=1.1,
-    crops='ten',
-    validation=Prepared(path='sets/imagenet', split='validation'),
-    optimizer=AdamW(
-        learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
-        weight_decay=0.05,
-        beta1=0.9,
-        beta2=0.95,
-        clip=1.0,
-    ),
-    pace=Pace(steps=1_501_200, log=100, sample=10_000, save=5_000),
-    batch=256,
-    caption_drop=0.1,
-    dtype='bfloat16',
-    remat='none',
-    sampling=Settings(guidance=2.0, top_k=0, top_p=0.0),
+from star_jax.checkpoint import config
+from star_jax.families.llamagen import LlamaGen
+from star_jax.training.run import Run
+
+base = config.load_run(Path(__file__).with_name('llamagen_b.py'), Run)
+
+run = dataclasses.replace(
+    base,
+    model=LlamaGen.published('L', grid=base.model.grid),
 )

@@ -1,38 +1,21 @@
 """LlamaGen-XL by text at 512 px, stage 2 of 2 (LlamaGen specification 4.3).
 
-Replace the paths: a prepared set of images with captions, the short ones last, the converted
-tokenizer (vq_ds16_t2i.pt) and the text encoder, flan-t5-xl. It starts from the model of stage 1; no
-parameter depends on the size of an image.
+Paths and recipe are those of llamagen_text_256.py; the captioned set has short captions last. It
+starts from the model of stage 1; no parameter depends on the size of an image.
 """
 
-from star_jax.core.settings import Settings
-from star_jax.data.caption_choice import ShortOrLong
-from star_jax.data.prepared import Prepared
-from star_jax.families.llamagen import LlamaGenText
-from star_jax.training.optimizer import AdamW
-from star_jax.training.run import Pace, Run
-from star_jax.training.schedules import LearningRate
+import dataclasses
+from pathlib import Path
 
-run = Run(
-    model=LlamaGenText.published('XL', grid=(32, 32)),
+from star_jax.checkpoint import config
+from star_jax.data.caption_choice import ShortOrLong
+from star_jax.training.run import Run
+
+base = config.load_run(Path(__file__).with_name('llamagen_text_256.py'), Run)
+
+run = dataclasses.replace(
+    base,
+    model=dataclasses.replace(base.model, grid=(32, 32)),
     init='runs/llamagen_text_256/model',
-    tokenizer='models/llamagen_text_tokenizer',
-    text='models/flan-t5-xl',
-    text_dtype='bfloat16',
-    data=Prepared(path='sets/captioned'),
     captions=ShortOrLong(short=0.3, sentences=False, end=''),
-    validation=Prepared(path='sets/captioned', split='validation'),
-    optimizer=AdamW(
-        learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
-        weight_decay=0.05,
-        beta1=0.9,
-        beta2=0.95,
-        clip=1.0,
-    ),
-    pace=Pace(steps=200_000, log=100, sample=10_000, save=5_000),
-    batch=256,
-    caption_drop=0.1,
-    dtype='bfloat16',
-    remat='full',
-    sampling=Settings(guidance=7.5, top_k=1000, top_p=0.0),
 )

@@ -190,6 +190,16 @@ def test_losses_do_not_depend_on_the_mesh(trained):
     assert metrics[0] == pytest.approx(trained[1][0], rel=2e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MODELS)
+def test_two_devices_train_every_tokenizer_and_its_discriminator_as_one_does(name, monkeypatch):
+    build = MeshShape.build
+    monkeypatch.setattr(MeshShape, 'build', lambda self: build(self, jax.devices()[: self.data]))
+    (_, one), (state, two) = (train(job_of(name, mesh=MeshShape(data=n)), 1) for n in (1, 2))
+    assert len(state.step.sharding.device_set) == 2
+    assert two[0] == pytest.approx(one[0], rel=2e-4, abs=1e-5)
+
+
 def test_evaluation_reports_the_discriminator_and_dead_codes(job, trained):
     scores = job.evaluate(trained[0])
     assert 0 <= scores['validation/discriminator_accuracy'] <= 1

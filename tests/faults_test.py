@@ -29,13 +29,16 @@ from star_jax.checkpoint.training import UNFINISHED, Checkpoints
 from star_jax.console import Console
 from star_jax.data.folder import Folder
 from star_jax.errors import RunError, UserError
+from star_jax.nn.discriminators import PatchGAN
 from star_jax.training import faults, logger, train, trainer
+from star_jax.training.objective import Adversary, Objective
 from star_jax.training.run import Pace
 from star_jax.training.state import TrainState
 from star_jax.training.tokenizer_job import TokenizerJob
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds until a run is taken for hung, on a busy machine
+GAN = 'train-tokenizer gan'  # a command, and a kind of its run
 LITTLE = 2**15  # bytes: enough for what a short run reports, too little for its checkpoint
 PACE = Pace(steps=14, log=5, sample=6, save=5)
 
@@ -488,8 +491,11 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 def settings(command: str, folder: Path, steps: int) -> Path:
-    """The file of a tiny run."""
+    """The file of a tiny run; `train-tokenizer gan` has a discriminator."""
     run = tiny.TOKENIZER
+    if command == GAN:
+        adversary = Adversary(discriminator=PatchGAN(width=4, layers=1), start=20, adaptive=True)
+        run = dataclasses.replace(run, objective=Objective(adversary=adversary))
     if command == 'train':
         run = dataclasses.replace(tiny.STAR, tokenizer=tiny.write_tokenizer(folder / 'tokenizer'))
     pace = Pace(steps=steps, log=1, sample=1000, save=10)
@@ -627,14 +633,14 @@ def test_run_continues_after_a_full_disk_and_a_stop(environment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('command', ['train', 'train-tokenizer'])
+@pytest.mark.parametrize('command', ['train', 'train-tokenizer', GAN])
 def test_run_killed_at_random_points_continues_bit_for_bit(command, environment, tmp_path):
-    """While starting, between saves and during them: twenty points with both commands."""
+    """While starting, between saves and during them: ten points with each kind of run."""
     steps, chance = 300, random.Random(0)
     # A kill may leave half a program in the cache, which is then no cache for the other tests.
     environment = environment | {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
     whole, torn = tmp_path / 'whole', tmp_path / 'torn'
-    words = (command, settings(command, tmp_path, steps))
+    words = (command.partition(' ')[0], settings(command, tmp_path, steps))
     began = time.monotonic()
     with start(environment, *words, '--out', whole) as process:
         wait_until(process, lambda: last_step(whole) > 0)
