@@ -119,3 +119,16 @@ def test_constants_have_no_gradient_and_no_update():
     for tree in (state.params, state.ema):
         np.testing.assert_array_equal(tree['fc']['constant'], params['fc']['constant'])
         assert (tree['fc']['kernel'] < 1).all()
+
+
+@pytest.mark.parametrize(
+    ('fields', 'sentence'),
+    [
+        ({'accumulate': 0}, r'accumulate must lie in \[1, 1024\], not 0'),
+        ({'accumulate': 10**9}, r'accumulate must lie in \[1, 1024\], not 1000000000'),
+        ({'clip': 0.0}, 'clip must be positive, not 0.0'),
+    ],
+)
+def test_limits_of_an_update_are_named(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        AdamW(**fields)

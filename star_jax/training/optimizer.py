@@ -17,6 +17,7 @@ from star_jax.training.schedules import LearningRate, weight_decay_at
 
 OF_LEVELS = {'pair', 'signal'}  # the modulation from level embeddings
 CLIP_EPSILON = 1e-6  # the published clipping adds it to the norm
+MOST_MICRO_BATCHES = 1024  # of a step, which are the inputs of one program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,12 @@ class AdamW:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.accumulate < 1 or self.clip <= 0:
-            raise ValueError(f'accumulate must be at least 1 and clip positive: {self}')
+        if not 1 <= self.accumulate <= MOST_MICRO_BATCHES:
+            raise ValueError(
+                f'accumulate must lie in [1, {MOST_MICRO_BATCHES}], not {self.accumulate}'
+            )
+        if self.clip <= 0:
+            raise ValueError(f'clip must be positive, not {self.clip}')
         if min(self.weight_decay, self.weight_decay_end) < 0 or self.epsilon <= 0:
             raise ValueError(
                 f'weight decays must not be negative, and epsilon must be positive: {self}'
