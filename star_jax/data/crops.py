@@ -29,7 +29,7 @@ class RandomCrop:
 
 @dataclasses.dataclass(frozen=True)
 class TenCrop:
-    """One of ten crops: the corners, the centre, and the mirror images of the five.
+    """One of ten crops: the corners and the centre of the image, and those of its mirror image.
 
     Attributes:
         size: (height, width) of a crop, in pixels.
@@ -46,10 +46,11 @@ class TenCrop:
 
     def crop(self, images: np.ndarray, number: int) -> np.ndarray:
         """Crop `number` of images [..., H, W, 3], in the order of torchvision's TenCrop."""
+        mirrored, place = divmod(number, TEN // 2)
+        if mirrored:  # before the crop: the centre of an odd margin is not in the middle
+            images = images[..., ::-1, :]
         height, width = self.size
         down, right = images.shape[-3] - height, images.shape[-2] - width
         places = ((0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2)))
-        mirrored, place = divmod(number, len(places))
         top, left = places[place]
-        cropped = images[..., top : top + height, left : left + width, :]
-        return cropped[..., ::-1, :] if mirrored else cropped
+        return images[..., top : top + height, left : left + width, :]
