@@ -82,7 +82,6 @@ def test_exact_images_record_their_batch(folder, tmp_path, capsys):
         assert 'its batch was' in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures('compiled_here')
 def test_command_records_the_images_that_it_starts_from(folder, images, tmp_path, capsys):
     wide = np.concatenate([images[0], images[1]], axis=1)
     image_io.save_png(wide, tmp_path / 'wide.png')
@@ -96,6 +95,23 @@ def test_command_records_the_images_that_it_starts_from(folder, images, tmp_path
     assert "its keep was '3' and would be '2'" in capsys.readouterr().err
 
 
+def test_shares_of_a_command_start_from_the_image_of_each_prompt(
+    folder, pipe, images, tmp_path, capsys
+):
+    paths = [str(image_io.save_png(images[n], tmp_path / f'{n}.png')) for n in (2, 3)]
+    command = ['sample', *PROMPTS[:2], '--count', '2', '--image', *paths, '--keep', '2']
+    command += ['--model', folder, '--out', str(tmp_path / 'out'), '--share']
+    assert cli.main([*command, '1', '2']) == 0
+    assert '2 images of other shares do not exist yet' in capsys.readouterr().out
+    assert cli.main([*command, '0', '2']) == 0
+    assert cli.main([*command, '1', '2']) == 0  # of which nothing is missing
+    assert 'grid.png' in capsys.readouterr().out
+    made = [image_io.load_image(tmp_path / 'out' / f'{n:06d}.png') for n in range(4)]
+    expected = pipe(PROMPTS[:2] * 2, image=list(images[2:4]) * 2, keep=2)
+    assert np.abs(np.stack(made).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.usefixtures('compiled_here')
 def test_image_does_not_depend_on_a_mesh_that_shards_parameters(folder, images):
     pipe = star_jax.load(
         folder, mesh=MeshShape(data=1, fsdp=2, tensor=2, sequence=2).build_on_first()

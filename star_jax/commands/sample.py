@@ -146,9 +146,8 @@ def main(words: Sequence[str]) -> int:
     if options.classes and pipe.encoder.field != 'label':
         raise UserError(f'{options.model} samples from text and has no classes: give prompts')
     if pipe.encoder.field == 'label':
-        pipe.encoder.encode(
-            sorted(set(prompts))
-        )  # refuses unknown classes before anything is written
+        classes = sorted(set(prompts))
+        pipe.encoder.encode(classes)  # refuses unknown ones before anything is written
     same = {
         'settings': dataclasses.asdict(options.settings),
         'height': height,
@@ -179,13 +178,13 @@ def main(words: Sequence[str]) -> int:
             options.settings,
             options.batch,
             options.exact,
-            given or None,
-            options.keep or 0,
+            image=given if options.image else None,
+            keep=options.keep or 0,
         )
         for index, image in zip(missing, _with_progress(images, len(missing)), strict=True):
             folder.add(index, image)
         if left := folder.left():
-            terminal.write_line(f'{left:,} images of other processes are missing yet')
+            terminal.write_line(f'{left:,} images of other shares do not exist yet')
         else:
             terminal.write_line(folder.grid())
     return 0
