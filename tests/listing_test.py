@@ -542,7 +542,8 @@ def beside(root: Path, fields: list[dict[str, str]]) -> None:
 
 @pytest.mark.parametrize('write', [in_lines, in_cells, in_table, beside])
 def test_records_name_splits(tmp_path, write):
-    write(tmp_path, [{'split': s} for s in ('train', 'TEST', 'val', 'restval', 'test')] + [{}])
+    names = ('train', 'TEST', 'val2014', 'restval', 'test2015')
+    write(tmp_path, [{'split': name} for name in names] + [{}])
     found = {
         split: [caption[-1] for caption in shown(Folder(path=str(tmp_path), split=split).open(16))]
         for split in (*splits.SPLITS, 'all')
@@ -597,7 +598,7 @@ def test_validation_without_a_folder_is_the_test_split(tmp_path, caplog):
     fill(tmp_path, {'train': 4, 'test': 3})
     source = Folder(path=str(tmp_path), split='validation').open(16)
     assert {entry.name.partition('/')[0] for entry in source.entries} == {'test'}
-    assert 'no folder of validation images: its test images' in caplog.text
+    assert 'no validation images: its test images' in caplog.text
 
 
 def test_missing_split_is_refused_with_the_counts(tmp_path):
@@ -606,7 +607,7 @@ def test_missing_split_is_refused_with_the_counts(tmp_path):
         Folder(path=str(tmp_path), split='validation').open(16)
     assert len(Folder(path=str(tmp_path / 'train'), split='validation').open(16))
     fill(tmp_path, {'val': 3})
-    message = "no usable images of the split 'test', its folders hold train 4, validation 3: add"
+    message = "no usable images of the split 'test', only train 4, validation 3: add"
     with pytest.raises(UserError, match=message):
         Folder(path=str(tmp_path), split='test').open(16)
 

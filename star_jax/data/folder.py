@@ -85,7 +85,7 @@ class Folder:
         counts, split = assigned.counts(source.names), self.split
         if split == splits.VALIDATION and split not in counts and splits.TEST in counts:
             log.warning(
-                '%s has no folder of validation images: its test images are the split validation',
+                '%s has no validation images: its test images are the split validation',
                 self.path,
             )
             split = splits.TEST
@@ -136,9 +136,12 @@ class Folder:
         if by_user:
             add = '' if self.split == ALL else f'add a folder {self.split}, or '
             if self.split == splits.VALIDATION:
-                add += 'give the folder of the training images as path, which is divided, or '
+                add += (
+                    'give the folder of the training images as path, which is divided if its '
+                    'records name no split, or '
+                )
             return UserError(
-                f'{self.path} has no usable images of the split {self.split!r}, its folders hold '
+                f'{self.path} has no usable images of the split {self.split!r}, only '
                 f'{counts_text(counts)}: {add}name another split'
             )
         return UserError(

@@ -59,8 +59,9 @@ def of_records(values: Iterable[object]) -> str | None:
 
     Where they differ, tests come before validation and training: such an image is not trained on.
     """
-    stated = [NAMES.get(value.strip().casefold()) for value in values if isinstance(value, str)]
-    return max(filter(None, stated), key=SPLITS.index, default=None)
+    words = (value.strip().casefold() for value in values if isinstance(value, str))
+    stated = (NAMES[found[1]] for found in map(_FOLDER.fullmatch, words) if found)
+    return max(stated, key=SPLITS.index, default=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
