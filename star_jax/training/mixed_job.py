@@ -321,7 +321,7 @@ def _abstract(arrays: Any) -> Any:
 
 
 def _compile(programs: Programs, args: tuple) -> None:
-    """Compiles the training step of these programs, and says so in the first process."""
+    """Compiles the training step of these programs, and reports it in the first process."""
     start = time.monotonic()
     programs.train.lower(*args).compile()
     if jax.process_index() == 0:

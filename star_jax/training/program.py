@@ -69,7 +69,7 @@ class StepInputs:
     Attributes:
         encoded: the images, encoded by the tokenizer: [B, ...]; or the targets made of them.
         prompts: their conditions, or what the program's `encode_prompts` takes.
-        tables: where the rows of these images are (None: as the schedule of the network says).
+        tables: positions of the rows (None: those of the network's schedule).
     """
 
     encoded: jax.Array | Targets
@@ -116,7 +116,7 @@ class TrainedRows(NamedTuple):
 
     Attributes:
         rows: their numbers; None: all.
-        tables: where the rows of these images are (None: as the schedule of the network says).
+        tables: positions of the rows (None: those of the network's schedule).
     """
 
     rows: np.ndarray | jax.Array | None
