@@ -8,20 +8,24 @@ import pytest
 from star_jax.training.compile_ahead import CompileAhead
 
 ENDING = """
+import threading
 import time
 from star_jax.training.compile_ahead import CompileAhead
 
+begun = threading.Event()
+
 def compile_program():
     print('compiled', flush=True)
+    begun.set()
     time.sleep(0.5)
 
 ahead = CompileAhead()
 ahead.start({name: compile_program for name in 'abc'})
-time.sleep(0.1)
+begun.wait()
 """
 
 
-def test_programs_are_compiled_in_order_and_errors_come_to_who_waits():
+def test_programs_are_compiled_in_order_and_waiting_raises_their_errors():
     done, ahead = [], CompileAhead()
 
     def fail() -> None:

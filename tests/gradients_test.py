@@ -26,7 +26,7 @@ def mesh():
 
 
 def gradient(x_B2: jax.Array) -> jax.Array:
-    """Of one part of a batch: the sum over its images."""
+    """The gradient of a part of a batch: the sum over its images."""
     return x_B2.sum(0)
 
 
