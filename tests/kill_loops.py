@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ PATIENCE = 1800  # seconds
 # The status after each; a process without its handlers yet dies of SIGTERM itself.
 SIGNALS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}
 RECORDS = 'array_record'
+MOMENT = re.compile(r'(?<=/)\d{20}-')
 CACHE, TEMPORARY, RESULTS = 'cache', 'temporary', 'results'
 
 # The folder of inputs, and that of results -> the words of a command.
@@ -166,9 +168,9 @@ def _finish(words: list[object], folder: Path, programs: Path) -> None:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Every file below a folder, without the moment that names of cached features begin with."""
     return {
-        str(path.relative_to(folder)): _content(path)
+        MOMENT.sub('', str(path.relative_to(folder))): _content(path)
         for path in folder.rglob('*')
         if path.is_file()
     }
