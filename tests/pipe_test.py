@@ -239,6 +239,7 @@ def test_mistake_raises_a_sentence(pipe, prompts, settings, sentence):
         (['a'], {'smooth': 1}, 'smooth must be True or False, not 1'),
         (['a'], {'image': 'cat.png'}, "image must be one image or a list of them, not 'cat.png'"),
         (['a'], {'image': [None]}, r'image 0 is None, expected a uint8 array \(height, width, 3\)'),
+        (['a'], {'image': BLACK[0, 0]}, r'shape \(3,\) of uint8, expected a uint8 array'),
         (['a'], {'image': BLACK / 255}, r'shape \(16, 16, 3\) of float64, expected a uint8 array'),
         (['a'], {'keep': 1.5, 'image': BLACK}, 'keep must be a whole number, not 1.5'),
         (['a'], {'stable': 'new'}, "stable must be True, False or a StableSettings, not 'new'"),

@@ -16,7 +16,7 @@ from star_jax.errors import UserError, UserTypeError
 from star_jax.nn.bind import bind
 from star_jax.sampling.sampler import GivenCodes
 
-CHANNELS = ((), (1,), (3,), (4,))  # grey, grey, RGB, RGB with transparency
+CHANNELS = ((), (1,), (3,), (4,))  # shape after the sides: grey, grey, RGB, RGBA
 AnyImage = np.ndarray | Image.Image
 Encode = Callable[[Any, np.ndarray], jax.Array]  # tokenizer parameters, uint8 [1, H, W, 3] -> codes
 
@@ -88,10 +88,14 @@ def _crop(number: int, image: object, size: tuple[int, int]) -> np.ndarray:
         return image_io.fit(image, size)
     if not isinstance(image, np.ndarray):
         shown = show(image)
-    elif image.dtype != np.uint8 or not image.size or image.shape[2:] not in CHANNELS:
+    elif image.dtype != np.uint8 or not _is_image(image.shape):
         shown = f'{show(image)} of {image.dtype}'
     else:
         return image_io.crop(image, size)
     raise UserTypeError(
         f'image {number} is {shown}, expected a uint8 array (height, width, 3) or a Pillow image'
     )
+
+
+def _is_image(shape: tuple[int, ...]) -> bool:
+    return len(shape) >= 2 and 0 not in shape and shape[2:] in CHANNELS
