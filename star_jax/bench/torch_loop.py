@@ -33,7 +33,7 @@ from star_jax.training.run import Run
 
 ROUNDED = 8  # rows of the cache are a multiple of it
 GUIDANCE = 4.0
-STD = 0.02  # of random weights
+STD = 0.02  # standard deviation of random weights
 THREADS = 2
 
 

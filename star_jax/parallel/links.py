@@ -258,7 +258,7 @@ def along(
         count: executions.
     """
     size, after = sizes[AXES.index(axis)], sizes[AXES.index(axis) + 1 :]
-    distance = math.prod(after)  # of neighbours, in device numbers
+    distance = math.prod(after)  # device numbers from one neighbour to the next
     return Collective(
         kind=kind,
         group_size=size,

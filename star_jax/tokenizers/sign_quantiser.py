@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from star_jax.core import resize
 from star_jax.nn import layers
 
-Sizes = tuple[tuple[int, ...], ...]  # of every scale, one number per axis
+Sizes = tuple[tuple[int, ...], ...]  # one tuple per scale, one number per axis
 Flips = Callable[[int, tuple[int, ...]], jax.Array | None]  # (step, shape) -> flipped bits
 
 SMALL = 0.05  # a residual is small below this share of the size of a code
-DECAY, LEAST = 0.1, 0.1  # what codes lose per scale where they decay, and what stays at least
+DECAY, LEAST = 0.1, 0.1  # loss of weight per scale where codes decay; least weight
 PATCH = 2  # cells of a token along each side where neighbouring cells are joined
 
 
@@ -30,7 +30,7 @@ class BitTrace:
 
     Attributes:
         bits: per scale [B, *size, K] int8: the signs, before any flip.
-        residuals: per scale [B, *size, K]: what the signs were taken of.
+        residuals: per scale [B, *size, K]: the numbers whose signs are the bits.
         codes: per scale [B, *size, K]: the vectors of those signs, with the gradient of the
             residual's direction.
         flips: per scale [B, *size, K] bool, or None.

@@ -17,7 +17,7 @@ from star_jax.training.schedules import LearningRate, weight_decay_at
 
 OF_LEVELS = {'pair', 'signal'}  # the modulation from level embeddings
 CLIP_EPSILON = 1e-6  # the published clipping adds it to the norm
-MOST_MICRO_BATCHES = 1024  # of a step, which are the inputs of one program
+MOST_MICRO_BATCHES = 1024  # micro-batches of a step, all inputs of one program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

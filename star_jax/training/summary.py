@@ -105,7 +105,7 @@ def device_sum(mesh: Mesh, dtype: str) -> dict[str, str]:
 
     Args:
         mesh: the devices.
-        dtype: that of the activations.
+        dtype: dtype of the activations.
     """
     if batch_shards(mesh) == 1:
         return {}

@@ -107,7 +107,7 @@ class TokenizerJob:
         self.source, self.tokenizer = self.sizes[0].source, self.sizes[0].tokenizer
         self._most_scales = max(size.tokenizer.schedule.steps for size in self.sizes)
         self._constants, count = self._untrained(), run.optimizer.accumulate
-        self._micro_batches = count * run.pace.steps  # of the whole run
+        self._micro_batches = count * run.pace.steps  # micro-batches of the whole run
         self.optimizer = run.optimizer.for_batch(run.mean_batch / count).build(
             self._micro_batches, constants=self._constants
         )
