@@ -565,12 +565,12 @@ def test_image_of_two_splits_is_not_trained_on(tmp_path):
     assert [e.name for e in Folder(path=str(tmp_path)).open(16).entries] == ['b.png']
 
 
-def test_folder_comes_before_the_field(tmp_path):
-    add(tmp_path, 'test/a.png')
-    add(tmp_path, 'b.png')
-    rows = 'test/a.png,one,train\nb.png,three,train\n'
+def test_image_that_folder_or_record_calls_a_test_is_not_trained_on(tmp_path):
+    for name in ('test/a.png', 'train/b.png', 'c.png'):
+        add(tmp_path, name)
+    rows = 'test/a.png,one,train\ntrain/b.png,two,test\nc.png,three,train\n'
     (tmp_path / 'metadata.csv').write_text(f'file_name,text,split\n{rows}')
-    assert [e.name for e in Folder(path=str(tmp_path)).open(16).entries] == ['b.png']
+    assert [e.name for e in Folder(path=str(tmp_path)).open(16).entries] == ['c.png']
 
 
 def test_folders_further_below_are_no_splits(tmp_path):

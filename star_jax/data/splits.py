@@ -81,9 +81,14 @@ class Assignment:
     held_out: frozenset[str]
 
     def split(self, name: str) -> str:
-        """The split of an image; if the user decides, TRAIN where neither folder nor record do."""
+        """The split of an image.
+
+        If the user decides: TRAIN where neither folder nor record do, and where they differ the
+        later of SPLITS, so that no image that either calls a test is trained on.
+        """
         if self.by_user:
-            return named(name) or self.recorded.get(name, TRAIN)
+            stated = filter(None, (named(name), self.recorded.get(name)))
+            return max(stated, key=SPLITS.index, default=TRAIN)
         return VALIDATION if name in self.held_out else TRAIN
 
     def fault_split(self, name: str) -> str:

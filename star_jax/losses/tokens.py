@@ -23,7 +23,8 @@ from star_jax.nn.transformer import Transformer
 Metrics = dict[str, jax.Array]
 BitReduction = Literal['mean', 'sum']
 
-TARGETS = 1  # folded into the key of a step for its inputs and labels
+# Folded into the key of a step for its inputs and labels; `jax.random.split` has the keys below.
+TARGETS = 3
 
 
 class TokenLosses(NamedTuple):

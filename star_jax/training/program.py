@@ -29,7 +29,8 @@ from star_jax.training.gradients import Parts, Replicas, accumulate
 from star_jax.training.optimizer import gradient_norm
 from star_jax.training.state import TrainState
 
-NOISE = 2  # folded into the key of a step for dropout
+# Folded into the key of a step for dropout. `jax.random.split(key, 3)` has the keys of 0 to 2.
+NOISE = 4
 REFINER = 'refiner'  # the name of a refinement head among the parameters of a model
 
 
