@@ -979,7 +979,7 @@ def test_damaged_cache_is_ignored_and_kept(tmp_path, caplog, content):
 def test_too_little_memory_ends_with_status_1(capfd, monkeypatch, prepare):
     """The command line is valid, and JAX reports the lack of memory only when it runs."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         jax.numpy.zeros(2**60, 'uint8')
 
     monkeypatch.setattr(Pipeline, 'stream', fail)
@@ -1015,7 +1015,7 @@ def test_failed_sampling_keeps_earlier_samples(capfd, monkeypatch, prepare, tmp_
     """An interrupted command has recorded the images that it wrote."""
 
     def stop_after(count: int) -> Callable[..., Iterator[np.ndarray]]:
-        def stream(*_: object) -> Iterator[np.ndarray]:
+        def stream(*_: object, **__: object) -> Iterator[np.ndarray]:
             yield np.zeros((count, 16, 16, 3), np.uint8)
             raise KeyboardInterrupt
 

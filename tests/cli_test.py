@@ -383,7 +383,7 @@ def test_run_writes_metrics_samples_and_a_model(trained):
 
 def test_trained_model_samples_images(samples, trained):
     for index in range(len(PROMPTS)):
-        assert image_io.load_image(samples / f'{index:05d}.png').shape == (16, 16, 3)
+        assert image_io.load_image(samples / f'{index:06d}.png').shape == (16, 16, 3)
     assert image_io.load_image(samples / 'grid.png').ndim == 3
     lines = [json.loads(line) for line in (samples / 'samples.jsonl').read_text().splitlines()]
     assert [line['prompt'] for line in lines] == list(PROMPTS)

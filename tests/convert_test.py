@@ -623,9 +623,9 @@ def test_convert_refuses_other_files(tmp_path, capsys, torch):
     for content in ([1], {'weight': 3}, {'trainer': {}}, {'trainer': {'var_wo_ddp': 4}}):
         torch['content'] = content
         (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
-        with pytest.raises(UserError, match='no published'):
+        with pytest.raises(UserError, match='not a published'):
             published.read(tmp_path / 'x.pth')
-    with pytest.raises(UserError, match='no published'):
+    with pytest.raises(UserError, match='not a published'):
         published.read(Path(file))
     with pytest.raises(UserError, match='no such file'):
         published.read(tmp_path / 'nothing.pth')
