@@ -122,7 +122,7 @@ def test_the_first_scales_of_every_template_are_trained(run, tmp_path, monkeypat
     metrics = job.evaluate(state)
     assert {'validation/loss/1', 'validation/loss/4:3'} <= metrics.keys()
     assert 'validation/loss/2' not in metrics
-    template, inputs = next(job.batches(0))
+    template, (inputs,) = next(job.batches(0))
     inputs = job._with_targets(job.template(template), inputs, jax.random.key(0))
     score = job.template(template).programs.score
     assert score(state.params, job.frozen, inputs, jax.random.key(0)).nll_BL.shape == (8, 5)
