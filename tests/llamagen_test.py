@@ -376,16 +376,21 @@ def test_stochastic_depth_replaces_dropout_in_blocks():
 
 
 @pytest.mark.slow
-def test_a_run_trains_samples_and_resumes(tmp_path):
-    tokenizer = folder.StoredTokenizer(config=CODES, params=tiny.random_params(CODES.abstract()))
+def test_a_run_trains_and_samples(tmp_path):
+    grid = (8, 8)  # 16 px, the least side of shapes
+    codes = dataclasses.replace(CODES, grid=grid)
+    tokenizer = folder.StoredTokenizer(config=codes, params=tiny.random_params(codes.abstract()))
     folder.write(tmp_path / 'tokenizer', tokenizer)
     run = dataclasses.replace(
         tiny.STAR,
         model=dataclasses.replace(
-            SQUARE, classes=len(TRAINED), names=tuple(' '.join(pair) for pair in TRAINED)
+            CLASSES,
+            grid=grid,
+            classes=len(TRAINED),
+            names=tuple(' '.join(pair) for pair in TRAINED),
         ),
         tokenizer=str(tmp_path / 'tokenizer'),
     )
     assert train.main(run, tmp_path / 'run')
     pipe = star_jax.load(tmp_path / 'run' / 'model')
-    assert pipe([' '.join(TRAINED[0])], guidance=2.0).shape == (1, 8, 8, 3)
+    assert pipe([' '.join(TRAINED[0])], guidance=2.0).shape == (1, 16, 16, 3)
