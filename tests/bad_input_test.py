@@ -1110,7 +1110,7 @@ def mistakes(draw: st.DrawFn, right: Any) -> Any:
     return wrong
 
 
-def loads_or_fails(kind: type, document: Any, path: Path) -> None:
+def assert_loads_or_fails(kind: type, document: Any, path: Path) -> None:
     """Reading a document either raises UserError, or keeps all values, also when read again."""
     path.write_text(json.dumps(document))  # nan and infinity as Python writes them
     try:
@@ -1140,13 +1140,13 @@ RUNS = [(Run, config.to_json(tiny.STAR)), (TokenizerRun, config.to_json(tiny.TOK
 @few_examples(max_examples=200)
 @hypothesis.given(st.data(), st.sampled_from(RUNS))
 def test_run_with_one_mistake_loads_or_fails(tmp_path, data, run):
-    loads_or_fails(run[0], data.draw(mistakes(run[1])), tmp_path / 'run.json')
+    assert_loads_or_fails(run[0], data.draw(mistakes(run[1])), tmp_path / 'run.json')
 
 
 @few_examples(max_examples=60)
 @hypothesis.given(documents, st.sampled_from(RUNS))
 def test_random_json_loads_as_a_run_or_fails(tmp_path, document, run):
-    loads_or_fails(run[0], document, tmp_path / 'run.json')
+    assert_loads_or_fails(run[0], document, tmp_path / 'run.json')
 
 
 @few_examples(max_examples=40)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from convert_test import Names, same, save
+from convert_test import Names, assert_same, save
 from safetensors.numpy import load_file
 
 from star_jax import cli
@@ -75,8 +75,8 @@ def test_files_are_converted_back_bit_for_bit(tmp_path, fields):
     config = dataclasses.replace(SMALL, **fields)
     state, vae = state_of(config), state_of(BITS, seed=1)
     back = there_and_back(tmp_path, state, vae)
-    same(back['transformer'], state)
-    same(back['tokenizer'], vae)
+    assert_same(back['transformer'], state)
+    assert_same(back['tokenizer'], vae)
     model = models.read(tmp_path / 'folder')
     assert model.config == config and model.tokenizer.config == BITS
     assert 'block_chunks.3.module.0.sa.q_bias' in state
@@ -86,7 +86,7 @@ def test_files_are_converted_back_bit_for_bit(tmp_path, fields):
 def test_every_number_of_chunks_is_kept(tmp_path, name):
     state = state_of(SMALL, [name])
     assert name in state
-    same(there_and_back(tmp_path, state, state_of(BITS))['transformer'], state)
+    assert_same(there_and_back(tmp_path, state, state_of(BITS))['transformer'], state)
 
 
 def test_tokens_of_joined_cells_and_plain_names_are_converted(tmp_path):
@@ -94,7 +94,7 @@ def test_tokens_of_joined_cells_and_plain_names_are_converted(tmp_path):
     vae = state_of(PATCHED, ['encoder.conv_in.weight'])
     assert 'encoder.mid.block_1.norm1.weight' in vae
     back = there_and_back(tmp_path, state_of(config), vae)
-    same(back['tokenizer'], vae)
+    assert_same(back['tokenizer'], vae)
     assert models.read(tmp_path / 'folder').tokenizer.config == PATCHED
 
 
@@ -105,7 +105,7 @@ def test_a_tokenizer_alone_is_converted(tmp_path):
     assert cli.main(['convert', file, '--sides', '1', '2', '4', '--out', out]) == 0
     assert models.read_tokenizer(out).config == projected
     assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
-    same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
+    assert_same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
 
 
 def test_names_of_a_trainer_are_removed_and_those_of_chunks_stay(tmp_path):
@@ -126,7 +126,7 @@ def test_names_of_a_trainer_are_removed_and_those_of_chunks_stay(tmp_path):
 
 def test_published_types_of_buffers_are_kept(tmp_path):
     state = {name: x.astype(np.float16) for name, x in state_of(SMALL).items()}
-    same(there_and_back(tmp_path, state, state_of(BITS))['transformer'], state)
+    assert_same(there_and_back(tmp_path, state, state_of(BITS))['transformer'], state)
 
 
 def test_another_mask_is_refused(tmp_path, capsys):

@@ -170,7 +170,7 @@ def there_and_back(tmp_path: Path, state, tokenizer, *options: str) -> dict[str,
     return {name: load_file(tmp_path / 'back' / file) for name, file in transfer.OUT.items()}
 
 
-def same(found, expected) -> None:
+def assert_same(found, expected) -> None:
     assert set(found) == set(expected)
     for name, array in expected.items():
         assert found[name].dtype == array.dtype, name
@@ -194,20 +194,20 @@ ROTARY = dataclasses.replace(STAR, refinement=Refinement(first=2))
 def test_file_is_converted_back_bit_for_bit(tmp_path, config):
     state, vae = state_of(config), state_of(VQ_SMALL, seed=1)
     back = there_and_back(tmp_path, state, vae, '--heads', '2', '--first-refined', '2')
-    same(back['transformer'], state)
-    same(back['tokenizer'], vae)
+    assert_same(back['transformer'], state)
+    assert_same(back['tokenizer'], vae)
     model = models.read(tmp_path / 'folder')
     assert model.config == config
     assert model.tokenizer.config == VQ_SMALL
     entries = (star_entries if isinstance(config, Star) else var_entries)(config)
     again = to_state(entries, model.params)
-    same(again, {name: state[name] for name in again})
+    assert_same(again, {name: state[name] for name in again})
 
 
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
 def test_conversion_keeps_narrow_floats(tmp_path, dtype):
     state, vae = state_of(STAR, dtype=dtype), state_of(VQ_SMALL)
-    same(there_and_back(tmp_path, state, vae)['transformer'], state)
+    assert_same(there_and_back(tmp_path, state, vae)['transformer'], state)
     kinds = {str(x.dtype) for x in jax.tree.leaves(models.read(tmp_path / 'folder').params)}
     assert kinds == {'float32'}
 
@@ -225,7 +225,7 @@ def test_conversion_keeps_every_naming_of_phi(tmp_path, phis, name):
             number = key.split('.')[-2] if phis > 1 else ''
             key = f'quantize.quant_resi.{name.format(number)}.{key.rpartition(".")[2]}'
         renamed[key] = array
-    same(there_and_back(tmp_path, state_of(STAR), renamed)['tokenizer'], renamed)
+    assert_same(there_and_back(tmp_path, state_of(STAR), renamed)['tokenizer'], renamed)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ def test_tokenizer_of_a_folder_is_converted_back_completely(tmp_path):
     words = [*sides, '--tokenizer', str(tmp_path / 'folder'), '--out', str(tmp_path / 'other')]
     assert cli.main(['convert', save(Path(file), state), *words]) == 0
     assert cli.main(['convert', str(tmp_path / 'other'), '--out', str(tmp_path / 'again')]) == 0
-    same(load_file(tmp_path / 'again' / transfer.OUT['tokenizer']), vae)
-    same(load_file(tmp_path / 'again' / transfer.OUT['transformer']), state)
+    assert_same(load_file(tmp_path / 'again' / transfer.OUT['tokenizer']), vae)
+    assert_same(load_file(tmp_path / 'again' / transfer.OUT['transformer']), state)
 
 
 def test_tokenizer_file_is_converted_to_a_folder(tmp_path):
@@ -261,7 +261,7 @@ def test_tokenizer_file_is_converted_to_a_folder(tmp_path):
     assert cli.main(['convert', file, *words]) == 0
     assert folder.has_only_tokenizer(tmp_path / 'folder')
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
-    same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
+    assert_same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
 
 
 class Tensor:
@@ -301,7 +301,7 @@ def test_trainer_file_has_both_parts(tmp_path, torch):
     assert torch['asked'] == [{'map_location': 'cpu', 'weights_only': True, 'mmap': True}]
     assert models.read(tmp_path / 'folder').config == STAR
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
-    same(load_file(tmp_path / 'back' / transfer.OUT['transformer']), state)
+    assert_same(load_file(tmp_path / 'back' / transfer.OUT['transformer']), state)
 
 
 def refused(tmp_path, capsys, state, *words: str) -> str:
@@ -353,7 +353,7 @@ def test_layers_of_several_types_are_promoted_and_converted_back(tmp_path, kinds
     state = {
         name: x.astype(kept[name] if 'zero' not in name else x.dtype) for name, x in state.items()
     }
-    same(there_and_back(tmp_path, state, vae)['transformer'], state)
+    assert_same(there_and_back(tmp_path, state, vae)['transformer'], state)
     flat = weights.flatten(weights.load(tmp_path / 'folder' / 'model.safetensors'))
     bias = [state[f'blocks.{layer}.ffn.fc2.bias'].astype('f8') for layer in range(3)]
     np.testing.assert_array_equal(flat['blocks/ffn/fc2/bias'].astype('f8'), bias)
@@ -373,7 +373,7 @@ def test_weights_of_8_bits_are_widened_and_converted_back(tmp_path, dtype):
     np.testing.assert_array_equal(params['blocks/ffn/fc2/bias'], bias.astype(np.float32))
     assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
     back = stored.StoredTensors([tmp_path / 'back' / transfer.OUT['transformer']])
-    same({name: back.read(name) for name in back.names()}, state)
+    assert_same({name: back.read(name) for name in back.names()}, state)
 
 
 def wrapped(state, *words: str) -> dict:
@@ -393,11 +393,11 @@ def test_names_of_wrappers_are_removed_in_any_order(tmp_path, capsys):
         file = save(tmp_path / 'model.safetensors', wrapped(state, *words))
         part = published.read(Path(file)).parts['transformer']
         assert set(part.wrappers) == set(words) and part.path == ''
-        same({name: part.tensors.read(name) for name in part.tensors.names()}, state)
+        assert_same({name: part.tensors.read(name) for name in part.tensors.names()}, state)
     out = str(tmp_path / 'folder')
     assert cli.main(['convert', file, '--tokenizer', vae, *OPTIONS, '--out', out]) == 0
     found = to_state(star_entries(STAR), models.read(out).params)
-    same(found, {name: state[name] for name in found})
+    assert_same(found, {name: state[name] for name in found})
     assert all(word in capsys.readouterr().out for word in words[:1])
 
 
@@ -463,7 +463,7 @@ def test_gradients_are_detached(tmp_path, torch):
     torch['content'] = {name: Parameter(x) for name, x in state.items()}
     (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
     tensors = published.read(tmp_path / 'x.pth').parts['transformer'].tensors
-    same({name: tensors.read(name) for name in tensors.names()}, state)
+    assert_same({name: tensors.read(name) for name in tensors.names()}, state)
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
@@ -531,7 +531,7 @@ def test_real_files_of_torch_are_read(tmp_path):
         content = {'state_dict': wrapped(tensors, 'module'), **beside}
         torch.save(content, file, _use_new_zipfile_serialization=zipped)
         found = published.read(file).parts['transformer'].tensors
-        same({name: found.read(name) for name in found.names()}, state_of(STAR))
+        assert_same({name: found.read(name) for name in found.names()}, state_of(STAR))
         torch.save(content | {'x': torch.nn.Linear}, file, _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError, match='torch.nn.*Linear.*could execute code'):
             published.read(file)
@@ -585,12 +585,12 @@ def test_published_shards_are_read_through_their_index(tmp_path, torch):
     weight_map = {name: shard for shard, mine in shards.items() for name in mine}
     index.write_text(json.dumps({'weight_map': weight_map}))
     tensors = published.read(index).parts['transformer'].tensors
-    same({name: tensors.read(name) for name in names}, state)
+    assert_same({name: tensors.read(name) for name in names}, state)
     for shard in shards:  # files of torch, which its `load` returns in turn
         (tmp_path / shard).write_bytes(published.torch_files.ZIP)
     torch['load'] = lambda path: {name: Tensor(state[name]) for name in shards[path.name]}
     tensors = published.read(index).parts['transformer'].tensors
-    same({name: tensors.read(name) for name in names}, state)
+    assert_same({name: tensors.read(name) for name in names}, state)
 
 
 def test_convert_refuses_a_nonzero_key_bias(tmp_path, capsys):

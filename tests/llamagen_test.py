@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from convert_test import Names, same, save
+from convert_test import Names, assert_same, save
 from flax.core import meta
 from safetensors.numpy import load_file
 
@@ -318,8 +318,8 @@ def test_published_files_are_converted_back_bit_for_bit(tmp_path, model):
     assert cli.main(['convert', file, *words]) == 0
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
     back = {name: load_file(tmp_path / 'back' / file) for name, file in transfer.OUT.items()}
-    same(back['tokenizer'], vae)
-    same(back['transformer'], state)
+    assert_same(back['tokenizer'], vae)
+    assert_same(back['transformer'], state)
     found = models.read(tmp_path / 'folder')
     assert found.config == model
     assert found.tokenizer.config == dataclasses.replace(CODES, grid=model.grid)

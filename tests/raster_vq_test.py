@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from convert_test import same, save
+from convert_test import assert_same, save
 from flax import linen as nn
 from safetensors.numpy import load_file
 
@@ -115,7 +115,7 @@ def test_files_are_converted_back_bit_for_bit(tmp_path, wrapper):
     assert cli.main(['convert', file, *words, '--out', out]) == 0
     assert models.read_tokenizer(out).config == config
     assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
-    same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
+    assert_same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
 
 
 def test_a_single_scale_is_refused_other_scales(tmp_path, capsys):
