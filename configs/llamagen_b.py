@@ -7,6 +7,7 @@ defaults.
 """
 
 from star_jax.core.settings import Settings
+from star_jax.data.crops import TenCrops
 from star_jax.data.prepared import Prepared
 from star_jax.families.llamagen import LlamaGen
 from star_jax.training.optimizer import AdamW
@@ -17,8 +18,7 @@ run = Run(
     model=LlamaGen.published('B', grid=(24, 24)),
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
-    enlarge=1.1,
-    crops='ten',
+    crops=TenCrops(enlarge=1.1),
     validation=Prepared(path='sets/imagenet', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),

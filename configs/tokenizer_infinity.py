@@ -6,6 +6,7 @@ of the same kind. Replace the path.
 """
 
 from star_jax.core.templates import PUBLISHED
+from star_jax.data.crops import RandomCrops
 from star_jax.data.prepared import Prepared
 from star_jax.losses.tokenizer import EntropyOfBits
 from star_jax.nn.discriminators import PatchGAN
@@ -27,7 +28,7 @@ run = TokenizerRun(
     # Infinity specification 2.1 and 3.1
     model=BSQ(grids=PUBLISHED.schedule('1.0', 7).grids, bits=32),
     data=Prepared(path='sets/images'),
-    enlarge=1.25,  # *
+    crops=RandomCrops(enlarge=1.25),  # *
     flip=0.5,  # *
     validation=Prepared(path='sets/images', split='validation'),
     objective=Objective(

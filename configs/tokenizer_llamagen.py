@@ -5,6 +5,7 @@ original chooses a size between 1 and 1.25 for each image, and statistics of the
 those of the whole batch.
 """
 
+from star_jax.data.crops import RandomCrops
 from star_jax.data.prepared import Prepared
 from star_jax.nn.discriminators import PatchGAN
 from star_jax.tokenizers.raster_vq import RasterVQ
@@ -25,7 +26,7 @@ ADAM = AdamW(
 run = TokenizerRun(
     model=RasterVQ(),  # 1.1: 16,384 codes of width 8, 71,883,403 parameters
     data=Prepared(path='sets/imagenet'),
-    enlarge=1.25,  # 1.7: the short side is at most the size over 0.8
+    crops=RandomCrops(enlarge=1.25),  # 1.7: the short side is at most the size over 0.8
     flip=0.5,  # 1.7
     validation=Prepared(path='sets/imagenet', split='validation'),
     objective=Objective(

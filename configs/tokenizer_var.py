@@ -6,6 +6,7 @@ weights of the losses nor the training script. Numbers marked with a star are th
 LlamaGen, whose encoder and decoder are of the same kind. Replace the path.
 """
 
+from star_jax.data.crops import RandomCrops
 from star_jax.data.prepared import Prepared
 from star_jax.nn.discriminators import StyleGAN
 from star_jax.tokenizers.residual_vq import VQ
@@ -25,7 +26,7 @@ ADAM = AdamW(  # *
 run = TokenizerRun(
     model=VQ(),  # STAR specification 1.1-1.7: 10 scales, 4,096 codes of width 32, four phis
     data=Prepared(path='sets/openimages'),
-    enlarge=1.25,  # *
+    crops=RandomCrops(enlarge=1.25),  # *
     flip=0.5,  # *
     validation=Prepared(path='sets/openimages', split='validation'),
     objective=Objective(

@@ -4,6 +4,7 @@ Replace the paths as in var_d16.py.
 """
 
 from star_jax.core.settings import Settings
+from star_jax.data.crops import RandomCrops
 from star_jax.data.prepared import Prepared
 from star_jax.families.var import Var
 from star_jax.training.optimizer import AdamW
@@ -20,7 +21,7 @@ run = Run(
     ),
     tokenizer='models/published_tokenizer',
     data=Prepared(path='sets/imagenet'),
-    enlarge=1.125,
+    crops=RandomCrops(enlarge=1.125),
     validation=Prepared(path='sets/imagenet', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(

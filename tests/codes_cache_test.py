@@ -17,6 +17,7 @@ import tiny
 from star_jax import cli, image_io
 from star_jax.checkpoint import folder
 from star_jax.data import encoded
+from star_jax.data.crops import RandomCrops, TenCrops
 from star_jax.data.folder import Folder
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
@@ -352,7 +353,7 @@ def shards(place: Path) -> list[str]:
 
 
 def test_cache_refuses_random_crops(run, tmp_path):
-    enlarged = dataclasses.replace(run, enlarge=1.5)
+    enlarged = dataclasses.replace(run, crops=RandomCrops(enlarge=1.5))
     with pytest.raises(UserError, match='enlarge 1.5 crops an image anew'):
         train.cache(enlarged)
     with pytest.raises(ValueError, match='leave out one of the two'):
@@ -360,7 +361,7 @@ def test_cache_refuses_random_crops(run, tmp_path):
 
 
 def test_training_crops_images_and_validation_does_not(run):
-    job = TransformerJob(dataclasses.replace(run, enlarge=1.5))
+    job = TransformerJob(dataclasses.replace(run, crops=RandomCrops(enlarge=1.5)))
     side, _ = job.program.tokenizer.resolution
     assert job.source[0]['image'].shape[0] == round(1.5 * side)
     assert job.validation[0]['image'].shape[0] == side
@@ -368,7 +369,7 @@ def test_training_crops_images_and_validation_does_not(run):
 
 
 def test_ten_crops_from_a_cache_are_those_of_live_encoding(run, tmp_path):
-    live = dataclasses.replace(run, enlarge=1.5, crops='ten')
+    live = dataclasses.replace(run, crops=TenCrops(enlarge=1.5))
     cached = dataclasses.replace(live, cache=str(tmp_path))
     assert train.cache(cached) == tmp_path
     job, expected = TransformerJob(cached), TransformerJob(live)
@@ -380,6 +381,6 @@ def test_ten_crops_from_a_cache_are_those_of_live_encoding(run, tmp_path):
         (one,), (other,) = next(ours), next(theirs)
         np.testing.assert_array_equal(one.encoded, other.encoded)
     with pytest.raises(UserError, match='was made for another run'):
-        TransformerJob(dataclasses.replace(cached, enlarge=1.25))
+        TransformerJob(dataclasses.replace(cached, crops=TenCrops(enlarge=1.25)))
     with pytest.raises(ValueError, match='ten crops are parts of an enlarged image'):
-        dataclasses.replace(run, crops='ten')
+        TenCrops(enlarge=1.0)

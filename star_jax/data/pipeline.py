@@ -9,17 +9,15 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypedDict
 
 import grain
 import numpy as np
 
 from star_jax.data.caption_choice import ANY_CAPTION, CaptionChoice
+from star_jax.data.crops import Crop
 from star_jax.errors import UserError
-
-# Makes an example of an example, by random numbers of its own.
-Crop = Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]
 
 FINGERPRINT_EXAMPLES = 16  # examples that a fingerprint reads
 

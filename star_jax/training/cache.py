@@ -30,7 +30,7 @@ from star_jax.checkpoint.folder import StoredTokenizer
 from star_jax.console import progress_bar
 from star_jax.data import encoded, pipeline
 from star_jax.data.caption_choice import CaptionChoice
-from star_jax.data.crops import TEN, TenCrop
+from star_jax.data.crops import WHOLE_IMAGES, Crops
 from star_jax.data.pipeline import Source
 from star_jax.errors import UserError
 from star_jax.protocols import PromptEncoder
@@ -65,29 +65,28 @@ class Origin:
     def key(self, name: str, source: Source) -> encoded.Key:
         """Everything that the encoded images of the set `name` depend on."""
         encoding = {ENCODING: f'features in {FEATURES}'} if self.features else {}
-        if self._has_ten(name):
-            encoding |= {'ten crops of images enlarged by': self.run.enlarge}
-        return encoding | {
-            'tokenizer': _digest(self.tokenizer),
-            'grids': list(map(list, self.run.model.schedule.grids)),
-            'text': self.prompt_encoder.identity[:DIGITS],
-            name: _settings(getattr(self.run, name)),
-            'images': source.fingerprint()[:DIGITS],
-            'examples': len(source),
-        }
+        return (
+            encoding
+            | self._crops(name).encoding
+            | {
+                'tokenizer': _digest(self.tokenizer),
+                'grids': list(map(list, self.run.model.schedule.grids)),
+                'text': self.prompt_encoder.identity[:DIGITS],
+                name: _settings(getattr(self.run, name)),
+                'images': source.fingerprint()[:DIGITS],
+                'examples': len(source),
+            }
+        )
 
     def read(self, folder: Path, sources: Sources, example: encoded.ArraySpec) -> Sources:
         """The sources, with encoded images like `example`; UserErrors as for `encoded.read`."""
-        ten = jax.ShapeDtypeStruct((TEN, *example.shape), example.dtype)
-        return {
-            name: encoded.read(
-                folder / name,
-                self.key(name, source),
-                source,
-                ten if self._has_ten(name) else example,
-            )
-            for name, source in sources.items()
-        }
+
+        def read(name: str, source: Source) -> Source:
+            shape = self._crops(name).stored_shape(example.shape)
+            stored = jax.ShapeDtypeStruct(shape, example.dtype)
+            return encoded.read(folder / name, self.key(name, source), source, stored)
+
+        return {name: read(name, source) for name, source in sources.items()}
 
     def write(self, folder: Path, sources: Sources, encode: Encode) -> None:
         """Fills a folder with encoded images; valid entries that it already holds stay.
@@ -105,19 +104,16 @@ class Origin:
             images = np.asarray(encode(images))
             return images.astype(FEATURES) if self.features else images
 
-        def ten(images: np.ndarray) -> np.ndarray:
-            crop = TenCrop(self.tokenizer.config.at(self.run.model.schedule).resolution).crop
-            return np.stack([stored(crop(images, number)) for number in range(TEN)], axis=1)
-
+        size = self.tokenizer.config.at(self.run.model.schedule).resolution
         for name, source in sources.items():
             with progress_bar() as bar:
-                encode_all = ten if self._has_ten(name) else stored
+                encode_all = self._crops(name).encode_all(stored, size)
                 blocks = _Blocks(source, encode_all, self.run.batch, bar, f'encoding {name}')
                 encoded.write(folder / name, self.key(name, source), len(source), blocks)
 
-    def _has_ten(self, name: str) -> bool:
-        """Whether the set `name` has ten encodings of each image."""
-        return name == 'data' and self.run.crops == 'ten'
+    def _crops(self, name: str) -> Crops:
+        """The crops of the set `name`: only training images are cropped."""
+        return self.run.crops if name == 'data' else WHOLE_IMAGES
 
     def write_texts(self, folder: Path, sources: Sources) -> None:
         """Fills a folder with the text features of the sets, if the run keeps them."""

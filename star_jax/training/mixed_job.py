@@ -16,6 +16,7 @@ from star_jax.console import Console
 from star_jax.core.codes import Targets
 from star_jax.core.schedule import Pyramid
 from star_jax.data import mixed, pipeline
+from star_jax.data.crops import WHOLE_IMAGES
 from star_jax.data.mixed import MixedSource
 from star_jax.errors import UserError
 from star_jax.losses import tokens
@@ -82,11 +83,11 @@ class MixedJob(TransformerJob):
     """
 
     def __init__(self, run: Run) -> None:
-        if run.enlarge > 1:
+        if run.crops != WHOLE_IMAGES:
             raise UserError(
-                f'enlarge {run.enlarge} crops images of one size, and the model has templates of '
-                f'several aspect ratios ({", ".join(run.model.templates.names[:3])}, ...): leave '
-                'enlarge out, or set model.templates.grids to nothing'
+                f'crops.enlarge {run.crops.enlarge} crops images of one size, and the model has '
+                f'templates of several aspect ratios ({", ".join(run.model.templates.names[:3])}, '
+                '...): leave crops out, or set model.templates.grids to nothing'
             )
         if reason := flaw(run.model):
             raise UserError(reason)

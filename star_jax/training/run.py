@@ -14,7 +14,7 @@ from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
 from star_jax.core.sizes import MOST_LAYERS
 from star_jax.data.caption_choice import AnyCaption, CaptionChoice
-from star_jax.data.crops import RandomCrop, TenCrop
+from star_jax.data.crops import WHOLE_IMAGES, Crops, RandomCrops
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
@@ -36,11 +36,7 @@ MAX_STEPS = 2**31 - 1  # programs count them in int32
 
 MAX_GRID = 1024  # images: more fit on no screen
 
-MAX_ENLARGE = 4  # beyond, a crop shows too little of an image
-
 Data = Shapes | Prepared | Folder
-Crops = Literal['random', 'ten']
-Crop = RandomCrop | TenCrop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +101,7 @@ class TokenizerRun:
     Attributes:
         model: sizes of the tokenizer.
         data: training images.
-        enlarge: load training images this many times larger and train on a random crop (1: no
-            crop).
+        crops: random crops of enlarged training images.
         flip: probability of training on the mirror image of an image.
         validation: images of the validation metrics; without a path, a split of the training set.
         init: model folder to warm-start from ('': random weights); the codebook is kept if
@@ -133,7 +128,7 @@ class TokenizerRun:
 
     model: TokenizerConfig = VQ()
     data: Data = Shapes()
-    enlarge: float = 1.0
+    crops: RandomCrops = WHOLE_IMAGES
     flip: float = 0.0
     validation: Data = Shapes(split='validation', count=512)
     init: str = ''
@@ -204,10 +199,8 @@ class Run:
         data: training images with captions.
         captions: which caption of an image a step takes: any of them equally often, or the shortest
             or a beginning of the longest (Infinity); another kind is chosen in a config file.
-        enlarge: load training images this many times larger and train on crops (VAR: 1.125,
-            LlamaGen: 1.1; 1: no crop).
-        crops: where these crops are: anywhere, anew in every step (random), or at the corners and
-            the centre, mirrored or not (ten), whose codes a cache can hold.
+        crops: crops of enlarged training images: at random places, or ten fixed ones (LlamaGen);
+            another kind is chosen in a config file.
         validation: images of the validation metrics and sample grids; without a path, a split of
             the training set.
         optimizer: optimizer and its schedules.
@@ -251,8 +244,7 @@ class Run:
     cache: str = ''
     data: Data = Shapes()
     captions: CaptionChoice = AnyCaption()
-    enlarge: float = 1.0
-    crops: Crops = 'random'
+    crops: Crops = WHOLE_IMAGES
     validation: Data = Shapes(split='validation', count=512)
     optimizer: AdamW = AdamW()
     pace: Pace = Pace()
@@ -280,27 +272,6 @@ class Run:
         """Images per step: all steps have the same number."""
         return self.optimizer.accumulate * self.batch
 
-    def crop(self, resolution: tuple[int, int]) -> Crop | None:
-        """The crop of each training image; None: the whole image."""
-        if self.enlarge == 1:
-            return None
-        return TenCrop(resolution) if self.crops == 'ten' else RandomCrop(resolution)
-
-    def loaded_size(self, resolution: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of training images before they are cropped to `resolution`."""
-        if self.crops == 'ten':  # rounded down (LlamaGen specification 4.1)
-            height, width = (int(self.enlarge * side) for side in resolution)
-            return height, width
-        return enlarged(resolution, self.enlarge)
-
-    def check_encoded_once(self) -> None:
-        """Raises UserError unless a cache can hold all encodings of an image."""
-        if self.enlarge > 1 and self.crops == 'random':
-            raise UserError(
-                f'enlarge {self.enlarge} crops an image anew each time, and a cache holds fixed '
-                'encodings of each image: leave out one of the two, or set crops to ten'
-            )
-
     def __post_init__(self) -> None:
         _check_common(self)
         if self.model.schedule.steps < 2:
@@ -327,9 +298,7 @@ class Run:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing must lie in [0, 1), not {self.label_smoothing}')
         if self.cache:
-            self.check_encoded_once()
-        if self.crops == 'ten' and self.enlarge == 1:
-            raise ValueError('ten crops are parts of an enlarged image: give enlarge, such as 1.1')
+            self.crops.check_cacheable()
         if not 1 <= self.unroll <= MOST_LAYERS:
             raise ValueError(
                 f'unroll is a number of layers in [1, {MOST_LAYERS}], not {self.unroll}'
@@ -377,18 +346,10 @@ def resolve(run: Run | TokenizerRun) -> Run | TokenizerRun:
     return dataclasses.replace(run, **changes)
 
 
-def enlarged(resolution: tuple[int, int], factor: float) -> tuple[int, int]:
-    """(height, width) of images before a random crop to `resolution`."""
-    height, width = resolution
-    return round(factor * height), round(factor * width)
-
-
 def _check_common(run: Run | TokenizerRun) -> None:
     check_types(run)
     if run.batch < 1:
         raise ValueError(f'batch must be at least 1, not {run.batch}')
-    if not 1 <= run.enlarge <= MAX_ENLARGE:
-        raise ValueError(f'enlarge must lie in [1, {MAX_ENLARGE}], not {run.enlarge}')
     if run.pace.steps * run.optimizer.accumulate > MAX_STEPS:
         raise ValueError(
             f'steps x optimizer.accumulate must be at most {MAX_STEPS} micro-batches, not '

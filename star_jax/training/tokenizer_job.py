@@ -17,7 +17,6 @@ from star_jax.checkpoint import folder, models
 from star_jax.core.flops import count_flops
 from star_jax.core.schedule import Pyramid
 from star_jax.data import pipeline
-from star_jax.data.crops import RandomCrop
 from star_jax.errors import UserError
 from star_jax.losses.tokens import Metrics
 from star_jax.parallel import rules
@@ -26,7 +25,7 @@ from star_jax.training import summary, warm_start
 from star_jax.training.adversary import Competition
 from star_jax.training.optimizer import parameter_name
 from star_jax.training.program import step_keys
-from star_jax.training.run import SizeInTurn, TokenizerRun, enlarged
+from star_jax.training.run import SizeInTurn, TokenizerRun
 from star_jax.training.state import TrainState, abstract_state, init_sharded
 from star_jax.training.tokenizer_program import TokenizerProgram
 
@@ -139,7 +138,7 @@ class TokenizerJob:
                 seed=self.run.seed,
                 step=count * ((step - turn + turns - 1) // turns),
                 rows=size.rows,
-                crop=RandomCrop(size.tokenizer.resolution) if self.run.enlarge > 1 else None,
+                crop=self.run.crops.crop(size.tokenizer.resolution),
             )
             for turn, size in enumerate(self.sizes)
         ]
@@ -204,7 +203,7 @@ class TokenizerJob:
             tokenizer=model.build(run.dtype),
             batch=size.batch,
             rows=rules.process_rows(self._mesh, size.batch),
-            source=run.data.open(enlarged(model.resolution, run.enlarge)),
+            source=run.data.open(run.crops.loaded_size(model.resolution)),
             validation=run.validation.open(model.resolution),
             group='validation' if own else f'validation/{height}x{width}',
         )

@@ -78,7 +78,7 @@ def cache(run: Run, features: bool = False) -> Path:
     """
     startup.start()
     run = resolve(run)
-    run.check_encoded_once()
+    run.crops.check_cacheable()
     folder = caches.cache_path(run)
     caches.check_free(folder)
     job = build_job(dataclasses.replace(run, cache=''))

@@ -78,7 +78,7 @@ class TransformerJob:
         summary.check_batch(run.batch, vq.resolution, self._mesh)
         self._rows = rules.process_rows(self._mesh, run.batch)
         sources = {
-            'data': run.data.open(run.loaded_size(vq.resolution)),
+            'data': run.data.open(run.crops.loaded_size(vq.resolution)),
             'validation': run.validation.open(vq.resolution),
         }
         self.images = {
@@ -179,7 +179,7 @@ class TransformerJob:
             seed=self.run.seed,
             step=accumulate * step,
             rows=self._rows,
-            crop=self.run.crop(self.program.tokenizer.resolution),
+            crop=self.run.crops.crop(self.program.tokenizer.resolution),
             captions=self.run.captions,
         )
         while True:
