@@ -7,7 +7,7 @@ import pytest
 
 from star_jax.parallel import links
 from star_jax.parallel.chips import CHIPS
-from star_jax.parallel.links import Collective
+from star_jax.parallel.collectives import Collective, groups_along, mesh_axes
 
 GB = 10**9
 LINK = 50 * GB  # one link of a v5e: 1,600 Gbit/s over four links
@@ -116,8 +116,8 @@ def test_collectives_between_slices_use_the_network():
 def test_mesh_axes_name_the_axes_of_groups():
     sizes = (8, 4, 2, 4)
     for axes in (('data',), ('tensor',), ('fsdp', 'sequence'), ('data', 'fsdp', 'tensor')):
-        groups = links.groups_along(axes, sizes)
-        assert links.mesh_axes(collective(groups), sizes) == axes
+        groups = groups_along(axes, sizes)
+        assert mesh_axes(collective(groups), sizes) == axes
         assert sorted(itertools.chain(*groups)) == list(range(256))
 
 
@@ -148,8 +148,7 @@ def test_d30_at_256_px_on_v5e_is_bound_by_its_links():
         ('reduce-scatter', 'fsdp'): 675_348_480,
     }
     collectives = [
-        collective(links.groups_along((axis,), sizes), kind, size)
-        for (kind, axis), size in sent.items()
+        collective(groups_along((axis,), sizes), kind, size) for (kind, axis), size in sent.items()
     ]
     bound = links.bound(slice_, collectives, sizes)
     assert bound.axes['tensor'] == pytest.approx(128 * 2.577512912 / (2 * 16 * 50))

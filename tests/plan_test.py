@@ -24,6 +24,7 @@ from star_jax.families.star import Star
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import links, rules
 from star_jax.parallel.chips import CHIPS, GIB
+from star_jax.parallel.collectives import Collective
 from star_jax.parallel.mesh import MeshShape
 from star_jax.plan import (
     analytic,
@@ -249,7 +250,7 @@ def test_roof_is_the_largest_of_its_bounds():
     chip = dataclasses.replace(CHIPS['H100'], links=1e9, network=1e8)
     within = {'kind': 'all-gather', 'group_size': 8, 'local_size': 8, 'axes': ('tensor',)}
     across = {'kind': 'all-reduce', 'group_size': 16, 'local_size': 8, 'axes': ('data',)}
-    collectives = [links.Collective(count=1, bytes=10**9, **item) for item in (within, across)]
+    collectives = [Collective(count=1, bytes=10**9, **item) for item in (within, across)]
     flops = {'bfloat16': int(chip.bfloat16), 'exact': 0}
     roof = compute_roof(
         links.Switches(chip=chip),

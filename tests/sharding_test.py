@@ -15,7 +15,7 @@ from star_jax.core.condition import TextCondition
 from star_jax.errors import UserError
 from star_jax.nn.transformer import Transformer
 from star_jax.parallel import rules
-from star_jax.parallel.links import mesh_axes
+from star_jax.parallel.collectives import mesh_axes
 from star_jax.parallel.mesh import AXES, MeshShape
 from star_jax.parallel.rules import device_bytes
 from star_jax.plan.hlo import HloText

@@ -13,49 +13,16 @@ The GPUs of a node are joined by a switch, so that each GPU has all of its links
 
 import collections
 import dataclasses
-import functools
 import itertools
 import math
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from star_jax.core.settings import Dtype
 from star_jax.parallel.chips import Chip, chip_of
-from star_jax.parallel.mesh import AXES, REPLICAS
-
-WITH_SUMS = ('all-gather', 'reduce-scatter', 'all-reduce')  # data of a group may pass a cut once
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of a program that have the same kind and the same groups of devices.
-
-    Attributes:
-        kind: the operation, such as all-reduce.
-        group_size: devices that exchange data with each other.
-        local_size: the most devices of a group that belong to one slice or node.
-        count: executions per run of the program.
-        bytes: bytes that one device sends in all executions.
-        groups: the devices of each group by their numbers in the mesh; of a collective-permute
-            its pairs of source and target; (): groups of slices, or unknown.
-        axes: the mesh axes along which the devices of a group differ; () if they are not named.
-    """
-
-    kind: str
-    group_size: int
-    local_size: int
-    count: int
-    bytes: int
-    groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), repr=False)
-    axes: tuple[str, ...] = ()
-
-    def times(self, runs: int) -> 'Collective':
-        """The same in so many runs of the program."""
-        return dataclasses.replace(self, count=runs * self.count, bytes=runs * self.bytes)
+from star_jax.parallel.collectives import Collective, mesh_axes
+from star_jax.parallel.mesh import AXES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +52,7 @@ class Switches:
 
     def links(self, collectives: Sequence[Collective]) -> float:
         """A lower bound of the seconds within a node."""
-        return sum(map(_sent_within, collectives)) / self.chip.links
+        return sum(item.bytes_within for item in collectives) / self.chip.links
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +87,7 @@ class Torus:
         crossings: dict[tuple[int, ...], float] = {}
         for item in collectives:
             axes, distance = self._extent(item)
-            crossings[axes] = crossings.get(axes, 0) + distance * _sent_within(item)
+            crossings[axes] = crossings.get(axes, 0) + distance * item.bytes_within
         numbers = range(len(self.sides))
         bounds = (
             sum(size for inner, size in crossings.items() if set(inner) <= set(axes))
@@ -161,7 +128,7 @@ class Torus:
         numbers = tuple(range(len(self.sides)))
         if not item.groups:
             return numbers, 1
-        groups_GM = _array(item.groups)
+        groups_GM = item.groups_GM
         places_GMA = self.places[groups_GM]
         apart_GMA = np.abs(places_GMA[:, 1:] - places_GMA[:, :1])
         around_GMA = np.where(self.wraps, np.array(self.sides) - apart_GMA, apart_GMA)
@@ -174,7 +141,7 @@ class Torus:
         """Bytes that the chips of each slab of one slice need from others: [first, length - 1]."""
         if not item.groups:
             return np.zeros((self.sides[axis], self.sides[axis] - 1))
-        groups_GM = _array(item.groups)
+        groups_GM = item.groups_GM
         if item.kind == 'collective-permute':
             return self._moved(groups_GM, axis) * item.bytes
         inside_GFE, local_G = self._inside(groups_GM, axis)
@@ -235,83 +202,6 @@ def bound(
     )
 
 
-def mesh_axes(item: Collective, sizes: Sequence[int]) -> tuple[str, ...]:
-    """The mesh axes along which members of a group differ."""
-    if item.axes or not item.groups:
-        return item.axes or ('unknown axes',)
-    numbers = np.unravel_index(_array(item.groups), tuple(sizes))
-    along = (np.ptp(number_GM, axis=1).any() for number_GM in numbers)
-    return tuple(name for name, differs in zip(AXES, along, strict=True) if differs)
-
-
-def along(
-    kind: str, axis: str, sent: int, sizes: Sequence[int], *, local_chips: int, count: int = 1
-) -> Collective:
-    """A collective along one mesh axis.
-
-    Args:
-        kind: the operation.
-        axis: the mesh axis.
-        sent: bytes that one device sends in all executions.
-        sizes: the lengths of the mesh axes.
-        local_chips: chips of a slice or node.
-        count: executions.
-    """
-    size, after = sizes[AXES.index(axis)], sizes[AXES.index(axis) + 1 :]
-    distance = math.prod(after)  # device numbers from one neighbour to the next
-    return Collective(
-        kind=kind,
-        group_size=size,
-        local_size=max(min(size, local_chips // distance), 1),
-        count=count,
-        bytes=sent,
-        groups=groups_along((axis,), sizes),
-        axes=(axis,),
-    )
-
-
-def replica_sum(
-    gradients: int, dtype: str, sizes: Sequence[int], *, local_chips: int
-) -> Collective:
-    """The sum of gradients over the replicas.
-
-    Args:
-        gradients: bytes of those of one device, in float32.
-        dtype: the dtype in which they are summed.
-        sizes: the lengths of the mesh axes.
-        local_chips: chips of a slice or node.
-    """
-    replicas, itemsize = sizes[AXES.index(REPLICAS)], jnp.dtype(dtype).itemsize
-    sent = 2 * gradients * itemsize // jnp.dtype('float32').itemsize * (replicas - 1) // replicas
-    return along('all-reduce', REPLICAS, sent, sizes, local_chips=local_chips)
-
-
-def replica_sum_seconds(
-    fabric: 'Fabric', gradients: int, sizes: Sequence[int], *, local_chips: int
-) -> dict[str, float]:
-    """A lower bound of the seconds of `replica_sum` in each dtype that a run can choose."""
-    seconds = {}
-    for dtype in typing.get_args(Dtype):
-        item = replica_sum(gradients, dtype, sizes, local_chips=local_chips)
-        communication = bound(fabric, [item])
-        seconds[dtype] = max(communication.links, communication.network)
-    return seconds
-
-
-def sum_sentence(seconds: Mapping[str, float], chosen: str) -> str:
-    """The seconds of `replica_sum_seconds`, of the `chosen` dtype first."""
-    first = f'{_time(seconds[chosen])} per step in {chosen} (--gradient-dtype)'
-    others = [f'{_time(value)} in {name}' for name, value in seconds.items() if name != chosen]
-    return f'lower bounds of {" and ".join([first, *others])}'
-
-
-def groups_along(axes: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The groups of devices that differ along these mesh axes alone."""
-    ids, numbers = np.arange(math.prod(sizes)).reshape(sizes), [AXES.index(a) for a in axes]
-    ids = np.moveaxis(ids, numbers, range(-len(numbers), 0))
-    return tuple(map(tuple, ids.reshape(-1, math.prod(sizes[a] for a in numbers)).tolist()))
-
-
 def wraps(kind: str, sides: Sequence[int]) -> tuple[bool, ...]:
     """Whether each axis of a TPU slice is a ring.
 
@@ -349,10 +239,6 @@ def torus(chip: Chip, sides: tuple[int, ...], devices: Sequence[jax.Device]) -> 
     )
 
 
-def _time(seconds: float) -> str:
-    return f'{seconds:.3f} s' if seconds >= 1 else f'{1000 * seconds:.3g} ms'
-
-
 def _slice(device: jax.Device) -> int:
     """The number of the slice or node of a device."""
     return getattr(device, 'slice_index', 0) or 0
@@ -360,31 +246,7 @@ def _slice(device: jax.Device) -> int:
 
 def _network(chip: Chip, collectives: Sequence[Collective]) -> float:
     """A lower bound of the seconds on the network between slices or nodes."""
-    return sum(map(_sent_away, collectives)) / chip.network
-
-
-def _sent_away(item: Collective) -> float:
-    """Bytes that each chip sends to other slices or nodes, on average."""
-    others, local = item.group_size - 1, item.local_size
-    if local >= item.group_size:
-        return 0.0
-    if item.kind == 'collective-permute':
-        return item.bytes
-    away = item.bytes * (item.group_size - local) / others
-    return away / local if item.kind in WITH_SUMS else away
-
-
-def _sent_within(item: Collective) -> float:
-    """Bytes that each chip sends to chips of its own slice or node, on average."""
-    if item.local_size == 1:
-        return 0.0
-    return item.bytes - _sent_away(item)
-
-
-@functools.lru_cache(maxsize=256)
-def _array(groups: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """Groups of devices, [groups, members]."""
-    return np.array(groups)
+    return sum(item.bytes_away for item in collectives) / chip.network
 
 
 def _order(name: str) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ import functools
 import jax.numpy as jnp
 
 from star_jax.nn.attention_dispatch import named
-from star_jax.parallel.links import Collective, along, replica_sum
+from star_jax.parallel.collectives import Collective, collective_along
+from star_jax.parallel.gradient_sum import replica_sum
 from star_jax.parallel.mesh import AXES, MeshShape
 from star_jax.parallel.rules import device_bytes
 from star_jax.plan.fused import Counted
@@ -119,7 +120,9 @@ def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) 
     ]
     runs = run.optimizer.accumulate if trains else 1
     items = [
-        along(kind, axis, size, sizes, local_chips=pod.local_chips, count=depth).times(runs)
+        collective_along(
+            kind, axis, runs * size, sizes, local_chips=pod.local_chips, count=runs * depth
+        )
         for kind, axis, size in candidates
         if sizes[AXES.index(axis)] > 1 and size
     ]

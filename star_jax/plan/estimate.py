@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 from star_jax.errors import UserError
-from star_jax.parallel.links import Collective, Fabric
+from star_jax.parallel.collectives import Collective
+from star_jax.parallel.links import Fabric
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.parallel.rules import device_bytes
 from star_jax.plan import analytic

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from star_jax.parallel.links import Collective
+from star_jax.parallel.collectives import Collective
 
 BITS = re.compile(r'[a-z]+?(\d+)')  # in the name of a number type, such as bf16 or f8e4m3fn
 SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?')

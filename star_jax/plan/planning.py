@@ -11,9 +11,9 @@ import jax
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Remat
 from star_jax.errors import UserError
-from star_jax.parallel import links, rules
+from star_jax.parallel import gradient_sum, rules
 from star_jax.parallel.chips import GIB
-from star_jax.parallel.links import Collective
+from star_jax.parallel.collectives import Collective, mesh_axes
 from star_jax.parallel.mesh import AXES, MeshShape
 from star_jax.parallel.rules import device_bytes
 from star_jax.plan import analytic, workload
@@ -257,7 +257,7 @@ def _replica_sum(estimator: Estimator, work: workload.Workload) -> dict[str, flo
     data, *_ = estimator.sizes
     if work.trained is None or data == 1:
         return {}
-    return links.replica_sum_seconds(
+    return gradient_sum.replica_sum_seconds(
         estimator.fabric,
         device_bytes(work.trained),
         estimator.sizes,
@@ -281,7 +281,7 @@ def _named(collectives: list[Collective], sizes: Sequence[int]) -> list[Collecti
     """Collectives with the names of their mesh axes instead of their groups, equal ones summed."""
     sums: dict[tuple, list[Collective]] = {}
     for item in collectives:
-        axes = links.mesh_axes(item, sizes)
+        axes = mesh_axes(item, sizes)
         sums.setdefault((item.kind, item.group_size, item.local_size, axes), []).append(item)
     named = [
         dataclasses.replace(
