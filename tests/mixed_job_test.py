@@ -17,13 +17,14 @@ from star_jax.core.templates import Templates
 from star_jax.data import mixed
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
+from star_jax.families.fit import templates_flaw
 from star_jax.families.infinity import Infinity
 from star_jax.nn.bind import bind
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training import train
 from star_jax.training.build import build_program
-from star_jax.training.mixed_job import MixedJob, flaw
+from star_jax.training.mixed_job import MixedJob
 from star_jax.training.program import step_keys
 
 pytestmark = pytest.mark.usefixtures('compiled_here')
@@ -93,7 +94,7 @@ def test_a_run_on_mixed_templates_continues_exactly(mixed_job, capfd, caplog):
     trained = [jax.tree.map(np.asarray, state.params)]
     templates = [template for template, _ in itertools.islice(job.batches(0), 6)]
     assert {1, 2} <= set(templates)
-    assert job.template(1).programs is job.template(2).programs
+    assert job.template(1).shared is job.template(2).shared
     reported = capfd.readouterr().err
     assert reported.count('compiled the step of') == 2
     assert 'compiled the step of 17 tokens for the templates 4:3 and 3:4' in reported
@@ -123,8 +124,8 @@ def test_the_first_scales_of_every_template_are_trained(run, tmp_path, monkeypat
     assert {'validation/loss/1', 'validation/loss/4:3'} <= metrics.keys()
     assert 'validation/loss/2' not in metrics
     template, (inputs,) = next(job.batches(0))
-    inputs = job._with_targets(job.template(template), inputs, jax.random.key(0))
-    score = job.template(template).programs.score
+    inputs = job.template(template).with_targets(job.frozen.tokenizer, inputs, jax.random.key(0))
+    score = job.template(template).shared.score
     assert score(state.params, job.frozen, inputs, jax.random.key(0)).nll_BL.shape == (8, 5)
 
 
@@ -135,9 +136,9 @@ def test_a_template_trains_as_a_model_of_its_grids_alone(mixed_job):
         batches.setdefault(template, inputs)
         if len(batches) == 3:
             break
-    shared, params = job.template(1).programs.program, job.init().params
+    shared, params = job.template(1).shared.program, job.init().params
     loss = loss_of(shared)
-    ready = [job._with_targets(job.template(n), batches[n], key) for n in (1, 2)]
+    ready = [job.template(n).with_targets(job.frozen.tokenizer, batches[n], key) for n in (1, 2)]
     assert signature(ready[0]) == signature(ready[1])
     losses = [float(loss(params, job.frozen, inputs, key)) for inputs in ready]
     assert loss._cache_size() == 1
@@ -182,9 +183,9 @@ def test_micro_batches_of_an_update_have_one_template(mixed_job):
     )
     np.testing.assert_array_equal(second.encoded, parts[1].encoded)
     state, plain = job.init(), mixed_job.template(template)
-    loss, losses = loss_of(plain.programs.program), []
+    loss, losses = loss_of(plain.shared.program), []
     for inputs, key in zip(parts, step_keys(jax.random.key(job.run.seed), 0, 2), strict=True):
-        inputs = mixed_job._with_targets(plain, inputs, key)
+        inputs = plain.with_targets(job.frozen.tokenizer, inputs, key)
         losses.append(float(loss(state.params, job.frozen, inputs, key)))
     _, metrics = job.step(0, state, batch)
     assert float(metrics['loss']) == pytest.approx(np.mean(losses), rel=1e-4)
@@ -210,7 +211,7 @@ def test_the_summary_counts_templates_and_programs(mixed_job):
 )
 def test_a_model_whose_grids_are_no_template_is_refused(run, fields, message):
     model = dataclasses.replace(MODEL, **fields)
-    assert re.search(message, flaw(model)) and not flaw(MODEL)
+    assert re.search(message, templates_flaw(model)) and not templates_flaw(MODEL)
     with pytest.raises(UserError, match=message):
         MixedJob(dataclasses.replace(run, model=model))
 

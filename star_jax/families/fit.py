@@ -1,4 +1,4 @@
-"""Do a tokenizer and a text encoder fit a transformer?"""
+"""Do a tokenizer, a text encoder and templates fit a transformer?"""
 
 from star_jax.core.codes import Bits, Codes, Index
 from star_jax.errors import UserError
@@ -45,6 +45,22 @@ def check_text_encoder(encoder: PromptEncoder, width: int) -> PromptEncoder:
             f'{encoder.width}: set it so, or give the model its own encoder'
         )
     return encoder
+
+
+def templates_flaw(model: Family) -> str:
+    """Why a model cannot train on its templates, and what to do; '' if it can."""
+    own, templates = model.schedule, model.templates
+    try:
+        template = templates.schedule(templates.of_grids(own.grids), own.steps)
+    except UserError as error:
+        return str(error)
+    reference = model.at(template).schedule.reference_grid
+    if own.reference_grid == reference:
+        return ''
+    return (
+        f'model.reference is {own.reference_grid}, but the template of the grids of the model ends '
+        f'with {reference}: set it so, or set model.templates to none'
+    )
 
 
 def _show(codes: Codes) -> int | str:

@@ -2,75 +2,34 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from star_jax.console import Console
-from star_jax.core.codes import Targets
 from star_jax.core.schedule import Pyramid
 from star_jax.data import mixed, pipeline
 from star_jax.data.crops import WHOLE_IMAGES
 from star_jax.data.mixed import MixedSource
 from star_jax.errors import UserError
+from star_jax.families.fit import templates_flaw
 from star_jax.losses import tokens
 from star_jax.losses.tokens import Metrics
-from star_jax.nn.positions import PositionTables
 from star_jax.parallel import peer_watchdog, rules
-from star_jax.protocols import Family
 from star_jax.training import cache
-from star_jax.training.build import build_program
 from star_jax.training.compile_ahead import CompileAhead
-from star_jax.training.program import StepInputs, TrainingProgram, step_keys
+from star_jax.training.program import StepInputs, step_keys
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
+from star_jax.training.template_programs import (
+    SharedPrograms,
+    TemplatePrograms,
+    abstract,
+    shared_programs,
+    template_programs,
+)
 from star_jax.training.transformer_job import TransformerJob
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Programs:
-    """The programs of all templates whose steps have equal sizes.
-
-    Attributes:
-        names: the templates.
-        program: their training program.
-        train: its jitted training step.
-        score: its jitted losses.
-    """
-
-    names: tuple[str, ...]
-    program: TrainingProgram
-    train: Any
-    score: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedTemplate:
-    """The module, data and programs of one template.
-
-    Attributes:
-        name: name of the template.
-        schedule: its grids.
-        tokenizer: the module at these grids.
-        tables: where its rows are, on the devices.
-        programs: shared with the template of the swapped ratio.
-        encode: parameters and uint8 images -> encoded images, jitted.
-        targets: parameters, encoded images and a key -> targets, jitted.
-    """
-
-    name: str
-    schedule: Pyramid
-    tokenizer: nn.Module
-    tables: PositionTables
-    programs: Programs
-    encode: Any
-    targets: Any
 
 
 class MixedJob(TransformerJob):
@@ -89,11 +48,11 @@ class MixedJob(TransformerJob):
                 f'templates of several aspect ratios ({", ".join(run.model.templates.names[:3])}, '
                 '...): leave crops out, or set model.templates.grids to nothing'
             )
-        if reason := flaw(run.model):
+        if reason := templates_flaw(run.model):
             raise UserError(reason)
         templates, scales = run.model.templates, run.model.schedule.steps
         self._schedules = {name: templates.schedule(name, scales) for name in templates.names}
-        self._programs: dict[tuple[int, ...], Programs] = {}
+        self._shared: dict[tuple[int, ...], SharedPrograms] = {}
         self._ahead = CompileAhead()
         self.template = functools.cache(self._template)
         super().__init__(run)
@@ -133,12 +92,12 @@ class MixedJob(TransformerJob):
     ) -> tuple[TrainState, Metrics]:
         template, batches = self.template(batch[0]), batch[1]
         keys_A = step_keys(jax.random.key(self.run.seed), step, len(batches))
-        with_targets = functools.partial(self._with_targets, template)
+        with_targets = functools.partial(template.with_targets, self.frozen.tokenizer)
         batches = tuple(map(with_targets, batches, keys_A))
         if not self._ahead.started:
             self._compile_ahead(batch[0], state, batches, keys_A)
-        self._ahead.wait(template.programs.names)
-        return template.programs.train(state, self.frozen, batches, keys_A)
+        self._ahead.wait(template.shared.names)
+        return template.shared.train(state, self.frozen, batches, keys_A)
 
     def _compile_ahead(
         self, first: int, state: TrainState, batches: tuple[StepInputs, ...], keys_A: jax.Array
@@ -155,30 +114,14 @@ class MixedJob(TransformerJob):
         others = sorted(np.flatnonzero(counts).tolist(), key=lambda number: -counts[number])
         compiled: dict[tuple[str, ...], Callable[[], None]] = {}
         for template in map(self.template, (first, *others)):
-            names = template.programs.names
-            if names not in compiled:
-                like = self._abstract_inputs(template, batches[0], keys_A[0])
-                args = (_abstract(state), self.frozen, (like,) * len(batches), keys_A)
-                compiled[names] = functools.partial(_compile, template.programs, args)
+            shared = template.shared
+            if shared.names not in compiled:
+                inputs = template.abstract_inputs(
+                    self.frozen.tokenizer, batches[0].prompts, batch=self.run.batch, key=keys_A[0]
+                )
+                args = (abstract(state), self.frozen, (inputs,) * len(batches), keys_A)
+                compiled[shared.names] = functools.partial(shared.compile_train, args)
         self._ahead.start(compiled)
-
-    def _abstract_inputs(
-        self, template: TrainedTemplate, inputs: StepInputs, key: jax.Array
-    ) -> StepInputs:
-        """The inputs of a template with targets, abstract, from those of another one."""
-        images = jax.ShapeDtypeStruct(
-            (self.run.batch, *template.tokenizer.resolution, 3), jnp.uint8
-        )
-        encoded = jax.eval_shape(template.encode, self.frozen.tokenizer, images)
-        targets = jax.eval_shape(template.targets, self.frozen.tokenizer, encoded, key)
-        split = rules.batch_sharding(self._mesh)
-        return StepInputs(
-            encoded=jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), targets
-            ),
-            prompts=_abstract(inputs.prompts),
-            tables=template.tables,
-        )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the validation set, over all images and per scale; loss by template.
@@ -187,15 +130,12 @@ class MixedJob(TransformerJob):
         """
         key, sums, scores = jax.random.key(0), {}, {}
         for number in np.unique(self.validation.template_of).tolist():
-            part, template, sums_2L = (
-                self.validation.of_template(number),
-                self.template(number),
-                0.0,
-            )
+            part, template = self.validation.of_template(number), self.template(number)
+            sums_2L = 0.0
             for batch, real in pipeline.padded_batches(part, self.run.batch, self._rows):
                 inputs = self._template_inputs(number, batch)
-                inputs = self._with_targets(template, inputs, key)
-                losses = template.programs.score(state.averaged, self.frozen, inputs, key)
+                inputs = template.with_targets(self.frozen.tokenizer, inputs, key)
+                losses = template.shared.score(state.averaged, self.frozen, inputs, key)
                 rows = (np.asarray(x_BL)[:real] for x_BL in (losses.nll_BL, losses.hit_BL))
                 sums_2L += np.stack([x_BL.sum(0) for x_BL in rows])
             means = tokens.mean_per_scale(template.schedule, *(sums_2L / len(part)))
@@ -243,10 +183,8 @@ class MixedJob(TransformerJob):
             images = jax.ShapeDtypeStruct(shape, np.uint8)
             encoded = jax.eval_shape(template.encode, self.tokenizer.params, images)
             example = jax.ShapeDtypeStruct(encoded.shape[1:], encoded.dtype)
-            path, origin = (
-                cache_folder / _folder_name(template.schedule),
-                self._origin(template.schedule),
-            )
+            origin = self._origin(template.schedule)
+            path = cache_folder / _folder_name(template.schedule)
             read = origin.read(path, {name: part}, example)[name]
             sized[number] = mixed.Encoded(read, part.members)
         return dataclasses.replace(source, sized=tuple(sized))
@@ -256,41 +194,23 @@ class MixedJob(TransformerJob):
         run = dataclasses.replace(self.run, model=self.run.model.at(schedule))
         return dataclasses.replace(self.origin, run=run)
 
-    def _template(self, number: int) -> TrainedTemplate:
+    def _template(self, number: int) -> TemplatePrograms:
+        """The modules and programs of a template."""
         name, schedule = list(self._schedules.items())[number]
-        run = self.run
-        model = run.model.at(schedule)
-        tokenizer = self.tokenizer.config.at(schedule).build_training(
-            run.correction, self.origin.features
-        )
-        if schedule.sizes not in self._programs:
-            program = build_program(
-                dataclasses.replace(run, model=model),
-                self._mesh,
+        run = dataclasses.replace(self.run, model=self.run.model.at(schedule))
+        config = self.tokenizer.config.at(schedule)
+        tokenizer = config.build_training(run.correction, self.origin.features)
+        if schedule.sizes not in self._shared:
+            named = self._schedules.items()
+            self._shared[schedule.sizes] = shared_programs(
+                run,
+                tuple(other for other, it in named if it.sizes == schedule.sizes),
                 tokenizer,
-                platform=self._mesh.devices.flat[0].platform,
+                mesh=self._mesh,
                 encode_prompts=self.program.encode_prompts,
             )
-            named = self._schedules.items()
-            alike = (other for other, it in named if it.sizes == schedule.sizes)
-            self._programs[schedule.sizes] = Programs(
-                names=tuple(alike),
-                program=program,
-                train=jax.jit(program.train, donate_argnums=0),
-                score=jax.jit(program.score, out_shardings=rules.replicated(self._mesh)),
-            )
-        split = rules.batch_sharding(self._mesh)
-        return TrainedTemplate(
-            name=name,
-            schedule=schedule,
-            tokenizer=tokenizer,
-            tables=rules.shard(model.build().position_tables, rules.replicated(self._mesh)),
-            programs=self._programs[schedule.sizes],
-            encode=jax.jit(functools.partial(tokens.encode, tokenizer), out_shardings=split),
-            targets=jax.jit(
-                functools.partial(tokens.teacher_forcing, tokenizer), out_shardings=split
-            ),
-        )
+        shared = self._shared[schedule.sizes]
+        return template_programs(name, run.model, tokenizer, mesh=self._mesh, shared=shared)
 
     def _template_inputs(self, number: int, batch: pipeline.Batch) -> StepInputs:
         """A batch of a template on the devices, its images encoded."""
@@ -306,49 +226,8 @@ class MixedJob(TransformerJob):
             tables=template.tables,
         )
 
-    def _with_targets(
-        self, template: TrainedTemplate, inputs: StepInputs, key: jax.Array
-    ) -> StepInputs:
-        """The inputs with targets, whose shapes are the same for grids of equal sizes."""
-        targets: Targets = template.targets(self.frozen.tokenizer, inputs.encoded, key)
-        return inputs.replace(encoded=targets)
-
-
-def _abstract(arrays: Any) -> Any:
-    """Shapes, dtypes and shardings of arrays."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
-    )
-
-
-def _compile(programs: Programs, args: tuple) -> None:
-    """Compiles the training step of these programs, and reports it in the first process."""
-    start = time.monotonic()
-    programs.train.lower(*args).compile()
-    if jax.process_index() == 0:
-        Console(stderr=True).print(
-            f'compiled the step of {programs.program.network.schedule.length:,} tokens for the '
-            f'templates {" and ".join(programs.names)} in {time.monotonic() - start:.0f} s'
-        )
-
 
 def _folder_name(schedule: Pyramid) -> str:
     """The folder of a template in a cache, such as 3x4."""
     height, width = schedule.grids[-1]
     return f'{height}x{width}'
-
-
-def flaw(model: Family) -> str:
-    """Why a model cannot train on its templates, and what to do; '' if it can."""
-    own, templates = model.schedule, model.templates
-    try:
-        template = templates.schedule(templates.of_grids(own.grids), own.steps)
-    except UserError as error:
-        return str(error)
-    reference = model.at(template).schedule.reference_grid
-    if own.reference_grid == reference:
-        return ''
-    return (
-        f'model.reference is {own.reference_grid}, but the template of the grids of the model ends '
-        f'with {reference}: set it so, or set model.templates to none'
-    )

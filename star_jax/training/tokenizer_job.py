@@ -34,8 +34,8 @@ OF_DECODER = ('decoder', 'post_quant_conv')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedSize:
-    """One image size of a run.
+class SizeParts:
+    """The module and the data of one image size.
 
     Attributes:
         tokenizer: the module, with the scales of this size.
@@ -189,8 +189,8 @@ class TokenizerJob:
         if jax.process_index() == 0:
             folder.write(out, folder.StoredTokenizer(config=self.run.model, params=params))
 
-    def _size(self, size: SizeInTurn) -> TrainedSize:
-        """The module, data and programs of one size.
+    def _size(self, size: SizeInTurn) -> SizeParts:
+        """The module and the data of one size.
 
         Raises UserError if the model, the mesh or the data refuse it.
         """
@@ -199,7 +199,7 @@ class TokenizerJob:
         own = size.grids == run.model.schedule.grids
         height, width = model.resolution
         summary.check_batch(size.batch, model.resolution, self._mesh)
-        return TrainedSize(
+        return SizeParts(
             tokenizer=model.build(run.dtype),
             batch=size.batch,
             rows=rules.process_rows(self._mesh, size.batch),
@@ -239,7 +239,7 @@ class TokenizerJob:
             dtype=run.dtype,
         )
 
-    def _evaluate(self, size: TrainedSize, state: TrainState) -> dict[str, float]:
+    def _evaluate(self, size: SizeParts, state: TrainState) -> dict[str, float]:
         """The scores of one image size."""
         ratios, counts, accuracies = [], 0.0, []
         for batch, count in pipeline.padded_batches(size.validation, size.batch, size.rows):
