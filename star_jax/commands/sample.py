@@ -1,9 +1,7 @@
 """`star-jax sample PROMPTS...`"""
 
 import dataclasses
-import hashlib
 import itertools
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,13 +9,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from star_jax import files, image_io, terminal
+from star_jax import files, terminal
 from star_jax.checkpoint import models
-from star_jax.commands import arguments, image_files
+from star_jax.commands import arguments, image_files, prompts
 from star_jax.console import progress_bar
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Dtype, Settings
-from star_jax.data import lists
 from star_jax.errors import UserError
 from star_jax.files import SHIPPED
 from star_jax.parallel import startup
@@ -27,9 +24,6 @@ from star_jax.sampling import loading, pipeline, program
 from star_jax.sampling.image_size import ImageSize
 from star_jax.sampling.sample_folder import MOST_IMAGES, WHOLE, SampleFolder
 
-NO_TEXT = ('Cc', 'Cs')  # categories of Unicode: control characters, surrogates
-OPEN = ('/dev/fd/', '/dev/stdin', '/proc/self/fd/')  # pipes that a shell has opened: `<(command)`
-MAX_CHARACTERS = 2_000  # in a prompt; text encoders read a few hundred at most
 COMMON = {
     'size of the images': ('aspect', 'height', 'width', 'resolution'),
     'sampling': ('guidance', 'top-k', 'top-p', 'temperature'),
@@ -125,7 +119,7 @@ def main(words: Sequence[str]) -> int:
     options = arguments.parse(Sample, words, 'sample', common=COMMON)
     recommended = Sample(settings=models.read_sampling(options.model))
     options = arguments.parse(Sample, words, 'sample', recommended)
-    prompts = _prompts(options)
+    texts = _texts(options)
     program.check_temperatures(models.read_config(options.model), options.settings)
     files.check_folder(options.out)
     startup.start()
@@ -146,34 +140,22 @@ def main(words: Sequence[str]) -> int:
     if options.classes and pipe.encoder.field != 'label':
         raise UserError(f'{options.model} samples from text and has no classes: give prompts')
     if pipe.encoder.field == 'label':
-        classes = sorted(set(prompts))
+        classes = sorted(set(texts))
         pipe.encoder.encode(classes)  # refuses unknown ones before anything is written
-    same = {
-        'settings': dataclasses.asdict(options.settings),
-        'height': height,
-        'width': width,
-        'model': {'source': options.model, 'sha256': models.digest(options.model)},
-        'text': pipe.encoder.reference(),
-        'dtype': options.dtype,
-        'cross_attention': options.cross_attention,
-    }
-    if options.exact:
-        same |= {'batch': options.batch}
-    if options.text_dtype != Sample.text_dtype:
-        same |= {'text_dtype': options.text_dtype}
-    given, recorded = _given_images(options, len(prompts) // options.count, (height, width))
+    given, recorded = image_files.read_given(
+        options.image, options.keep, count=len(texts) // options.count, size=(height, width)
+    )
+    shared = _shared_record(options, pipe)
     records = [
-        {'prompt': prompt, 'seed': options.seed + index} | same | record
-        for index, (prompt, record) in enumerate(
-            zip(prompts, recorded * options.count, strict=True)
-        )
+        {'prompt': prompt, 'seed': options.seed + index} | shared | record
+        for index, (prompt, record) in enumerate(zip(texts, recorded * options.count, strict=True))
     ]
     with SampleFolder(options.out, records, options.share) as folder:
         missing = folder.missing()
         if len(given) > 1:
             given = [given[index % len(given)] for index in missing]
         images = pipe.stream(
-            [prompts[index] for index in missing],
+            [texts[index] for index in missing],
             [options.seed + index for index in missing],
             options.settings,
             options.batch,
@@ -190,29 +172,23 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _given_images(
-    options: Sample, count: int, size: tuple[int, int]
-) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
-    """The images to start from, one for all or one per prompt, and the record of every prompt."""
-    if not options.image:
-        return [], [{}] * count
-    if len(options.image) not in (1, count):
-        raise UserError(
-            f'there are {len(options.image)} images for {count} prompts: give one, or one per '
-            'prompt'
-        )
-    images, records = [], []
-    for path in options.image:
-        image = image_files.load(path, size)
-        if image.shape[:2] != size:
-            width, height = image.shape[1::-1]
-            terminal.write_line(
-                f'{path}: the centre of {width} x {height} px becomes {size[1]} x {size[0]} px'
-            )
-        images.append(image_io.crop(image, size))
-        digest = hashlib.sha256(images[-1].tobytes()).hexdigest()
-        records.append({'image': {'source': str(path), 'sha256': digest}, 'keep': options.keep})
-    return images, records * (count // len(records))
+def _shared_record(options: Sample, pipe: pipeline.Pipeline) -> dict[str, Any]:
+    """The part of a record that is the same for all images of a command."""
+    height, width = pipe.tokenizer.resolution
+    record = {
+        'settings': dataclasses.asdict(options.settings),
+        'height': height,
+        'width': width,
+        'model': {'source': options.model, 'sha256': models.digest(options.model)},
+        'text': pipe.encoder.reference(),
+        'dtype': options.dtype,
+        'cross_attention': options.cross_attention,
+    }
+    if options.exact:
+        record |= {'batch': options.batch}
+    if options.text_dtype != Sample.text_dtype:
+        record |= {'text_dtype': options.text_dtype}
+    return record
 
 
 def _with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
@@ -224,75 +200,20 @@ def _with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.nda
             progress.advance(task)
 
 
-def _prompts(options: Sample) -> list[str]:
+def _texts(options: Sample) -> list[str]:
     """The prompts or classes of all images, checked."""
-    prompts, negative = _read_prompts(options), options.settings.negative
-    if len(prompts) * options.count > MOST_IMAGES:
+    found = prompts.read(options.prompt, options.prompts, options.classes)
+    if len(found) * options.count > MOST_IMAGES:
         raise UserError(
-            f'{options.count:,} images of {len(prompts):,} prompts are more than the '
+            f'{options.count:,} images of {len(found):,} prompts are more than the '
             f'{MOST_IMAGES:,} of a folder: give a smaller --count'
         )
-    for prompt in [*prompts, *filter(None, [negative])]:
-        _check(prompt)
-    prompts = prompts * options.count
-    if options.seed + len(prompts) > program.SEEDS:
+    for prompt in [*found, *filter(None, [options.settings.negative])]:
+        prompts.check(prompt)
+    found = found * options.count
+    if options.seed + len(found) > program.SEEDS:
         raise UserError(
-            f'image {len(prompts) - 1} would have the seed {options.seed + len(prompts) - 1}, '
+            f'image {len(found) - 1} would have the seed {options.seed + len(found) - 1}, '
             'expected a seed below 2^32: give a smaller --seed'
         )
-    return prompts
-
-
-def _check(prompt: str) -> None:
-    if not prompt.strip():
-        raise UserError('a prompt is empty: write one, or leave it out')
-    if len(prompt) > MAX_CHARACTERS:
-        raise UserError(
-            f'a prompt has {len(prompt):,} characters ({prompt[:30]!r}...), expected at most '
-            f'{MAX_CHARACTERS:,}, of which a text encoder reads only the first: make it shorter'
-        )
-    invalid = (
-        character
-        for character in prompt
-        if unicodedata.category(character) in NO_TEXT and not character.isspace()
-    )
-    if character := next(invalid, None):
-        raise UserError(
-            f'the prompt {ascii(prompt[:30])} holds {ascii(character)}, which is not text: '
-            'expected UTF-8 without control characters'
-        )
-    if not lists.is_visible(prompt):
-        raise UserError(f'a prompt has only invisible characters ({ascii(prompt)}): write one')
-
-
-def _read_prompts(options: Sample) -> list[str]:
-    if options.classes:
-        if options.prompt or options.prompts:
-            raise UserError('an image is sampled from a prompt or from a class: leave one out')
-        return list(options.classes)
-    if options.prompts is None:
-        if not options.prompt:
-            raise UserError(
-                'there is no prompt: give some in quotes, or a file with --prompts FILE'
-            )
-        return list(options.prompt)
-    if options.prompt:
-        raise UserError('prompts are given in quotes or in --prompts FILE: leave one out')
-    if not str(options.prompts).startswith(OPEN):
-        files.check_regular(options.prompts, files.MOST_TEXT)
-    try:
-        lines = options.prompts.read_text(encoding='utf-8-sig').splitlines()
-    except OSError as error:
-        raise UserError(
-            f'{options.prompts} cannot be read ({error.strerror}): give a text file with one '
-            'prompt per line'
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'{options.prompts} is not text in UTF-8 (byte {error.start}): save it in UTF-8, one '
-            'prompt per line'
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f'{options.prompts} holds no prompt: write one per line')
-    return prompts
+    return found
