@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from star_jax.core.argument_types import check_types
 from star_jax.errors import UserError
 
 PERCENT = (np.arange(101) * 0.01).astype(np.float32)  # rounded from float64, as in the original
@@ -32,6 +33,7 @@ class SelfCorrection:
     requant: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.strength <= 1 or self.scales < 0:
             raise ValueError(
                 'a self-correction needs a strength in [0, 1] and no negative number of scales, '

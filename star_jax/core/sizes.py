@@ -3,6 +3,7 @@
 from star_jax.core.argument_types import number
 
 MOST_LAYERS = 1024  # layers that are traced one by one
+MAX_STEPS = 2**31 - 1  # of a run: programs count them in int32
 LARGEST_BATCH = 2**20  # images of a batch
 LARGEST = 2**20  # larger than any size in use, and the product of three fits 64 bits
 

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Mapping
 
+from star_jax.core.argument_types import check_types
 from star_jax.core.schedule import Grids, Pyramid
 from star_jax.errors import UserError
 
@@ -53,6 +54,7 @@ class Templates:
     resolutions: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
         counts = {name: len(grids) for name, grids in self.by_name.items()}
         if len(counts) < len(self.grids) or not all(counts):
             raise ValueError(f'every template needs a name of its own, not {self.names}')

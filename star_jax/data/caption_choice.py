@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from star_jax.core.argument_types import check_types
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnyCaption:
@@ -34,6 +36,7 @@ class ShortOrLong:
     end: str = '--'
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.short <= 1:
             raise ValueError(f'short is a probability, not {self.short}')
 

@@ -128,8 +128,13 @@ class Infinity(Sizes):
         check_sizes(bits=self.bits, text_width=self.text_width, text_rows=self.text_rows)
         if self.indexed:
             check_codes(2**self.bits)
-        check_sizes(row_multiple=self.row_multiple, hidden=self.hidden)
+        check_sizes(
+            row_multiple=self.row_multiple,
+            hidden=self.hidden,
+            levels_every=max(self.levels_every, 1),
+        )
         for name, grids in {'grids': self.grids, **self.templates.by_name}.items():
+            Pyramid(grids)  # refuses grids that shrink, or none
             if grids[0] != (1, 1):
                 what = 'grids' if grids is self.grids else f'the template {name}'
                 raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.argument_types import check_types
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Remat
 from star_jax.core.sizes import check_sizes
@@ -40,6 +41,7 @@ class Refinement:
     blocks: int = 3
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.first < 1 or self.blocks < 1:
             raise ValueError(
                 f'a refinement needs a first scale and blocks of at least 1, not {self}'

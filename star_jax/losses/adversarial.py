@@ -13,6 +13,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.argument_types import check_types
+from star_jax.core.sizes import MAX_STEPS, check_sizes
+
 GeneratorLoss = Literal['hinge', 'non_saturating', 'non_saturating_released']
 DiscriminatorLoss = Literal['hinge', 'vanilla', 'non_saturating', 'non_saturating_released']
 
@@ -75,8 +78,10 @@ class R1:
     every: int = 16
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.every < 1:
-            raise ValueError(f'weight must not be negative and every at least 1: {self}')
+        check_types(self)
+        if self.weight < 0:
+            raise ValueError(f'weight must not be negative: {self}')
+        check_sizes(MAX_STEPS, every=self.every)
 
     def penalty(
         self, logits_of: Callable[[jax.Array], jax.Array], images: jax.Array, step: jax.Array
@@ -111,6 +116,7 @@ class LeCam:
     decay: float = 0.999
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.weight < 0 or not 0 <= self.decay < 1:
             raise ValueError(f'weight must not be negative, and decay lie in [0, 1): {self}')
 

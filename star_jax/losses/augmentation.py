@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.argument_types import check_types
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -29,6 +31,7 @@ class Augmentation:
     cutout: float = 0.5
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field in dataclasses.fields(self):
             if not 0 <= getattr(self, field.name) <= 1:
                 raise ValueError(f'{field.name} must lie in [0, 1], not {self}')

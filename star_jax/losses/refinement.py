@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from star_jax.core.argument_types import check_types
 from star_jax.core.codes import Index
 from star_jax.core.schedule import Schedule
 from star_jax.core.unmasking import Mode, share
@@ -76,6 +77,9 @@ class Unmasking:
     loss: PlainLoss | ReleasedLoss = PlainLoss()
     decay_all: bool = True
     noisy_base: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def shown(self, r_B: jax.Array, u_BR: jax.Array) -> jax.Array:
         """[B, R] bool: which tokens are shown, given uniform numbers of images and of tokens."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.argument_types import check_types
 from star_jax.nn import layers
 
 # [B, H, W, 3] pairs in [-1, 1] -> [B] perceptual distances.
@@ -86,6 +87,7 @@ class EntropyOfCodes:
     temperature: float = 0.01
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.weight < 0 or self.temperature <= 0:
             raise ValueError(f'weight must not be negative, and temperature positive: {self}')
 
@@ -117,6 +119,7 @@ class EntropyOfBits:
     diversity: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if min(self.weight, self.diversity) < 0 or self.inverse_temperature <= 0:
             raise ValueError(
                 f'weights must not be negative, and inverse_temperature positive: {self}'

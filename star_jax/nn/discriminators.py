@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from star_jax.core.argument_types import check_types
 from star_jax.core.sizes import check_sizes
 from star_jax.nn import layers
 
@@ -65,6 +66,7 @@ class PatchGAN:
     layers: int = 3
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sizes(width=self.width, layers=self.layers)
 
     def check(self, resolution: tuple[int, int]) -> None:

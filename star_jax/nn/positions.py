@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import positions
+from star_jax.core.argument_types import check_types
 from star_jax.core.schedule import Pyramid, Raster, Schedule
 from star_jax.nn import layers
 
@@ -94,6 +95,7 @@ class NormalisedRotary(Positions):
     extent: float = 64.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.theta, self.extent)
 
     def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
@@ -114,6 +116,7 @@ class RawRotary(Positions):
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.theta)
 
     def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
@@ -138,6 +141,7 @@ class RoundedRotary(Positions):
     reference: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.theta)
         if min(self.reference) < 0:
             raise ValueError(f'a reference grid has no negative sides, unlike {self.reference}')
@@ -168,6 +172,7 @@ class ReferenceRotary(Positions):
     mode: Literal['rounded', 'cells', 'interpolated'] = 'rounded'
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.theta)
 
     def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
@@ -198,6 +203,7 @@ class RasterRotary(Positions):
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.theta)
 
     def rotation(self, schedule: Raster, head_width: int) -> np.ndarray:
@@ -225,6 +231,7 @@ class MixedRotary(Positions):
     extent: float = 32.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.theta, self.extent)
 
     def coordinates(self, schedule: Pyramid) -> np.ndarray:
@@ -255,6 +262,7 @@ class SinCos(Positions):
     extent: float = 64.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.theta, self.extent)
 
     def check(self, width: int, head_width: int) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.core import pixels
+from star_jax.core.argument_types import check_types
 from star_jax.core.codes import Index, Sampled
 from star_jax.core.schedule import Grids, Pyramid, Raster, Step
 from star_jax.core.sizes import check_codes, check_sizes
@@ -42,6 +43,7 @@ class RasterVQ(ImageTokenizerConfig):
     normalised: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_codes(self.codes)
         check_sizes(channels=self.channels)
         Raster(*self.grid)  # refuses empty grids

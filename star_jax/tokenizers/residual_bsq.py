@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from star_jax.core import padding, resize
+from star_jax.core.argument_types import check_types
 from star_jax.core.codes import Bits, Codes, Index, Sampled, Targets
 from star_jax.core.schedule import Grids, Pyramid, Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection
@@ -64,6 +65,7 @@ class BSQ(ImageTokenizerConfig):
     indexed: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_sizes(bits=self.bits)
         if self.indexed:
             check_codes(2**self.vector_width)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import padding, resize
+from star_jax.core.argument_types import check_types
 from star_jax.core.codes import Index, Sampled
 from star_jax.core.schedule import Grids, Pyramid, Step, square_grids
 from star_jax.core.sizes import check_codes, check_sizes
@@ -65,6 +66,7 @@ class VQ(ImageTokenizerConfig):
     normalised: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_codes(self.codes)
         check_sizes(channels=self.channels, phis=self.phis)
         Pyramid(self.grids)  # refuses grids that shrink, or none

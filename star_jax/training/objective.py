@@ -10,6 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from star_jax.core.argument_types import check_types
+from star_jax.core.sizes import MAX_STEPS
 from star_jax.losses.adversarial import R1, DiscriminatorLoss, GeneratorLoss, LeCam
 from star_jax.losses.augmentation import Augmentation
 from star_jax.losses.tokenizer import EntropyOfBits, EntropyOfCodes, Perceptual, slope
@@ -56,8 +58,11 @@ class Adversary:
     augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if min(self.weight, self.largest, self.start) < 0:
             raise ValueError(f'weight, largest and start must not be negative: {self}')
+        if self.start > MAX_STEPS:
+            raise ValueError(f'adversary.start must be at most {MAX_STEPS} steps, not {self.start}')
         if self.optimizer.accumulate > 1:
             raise ValueError(
                 'a discriminator has an update for every micro-batch of the tokenizer: give '
@@ -96,6 +101,7 @@ class Objective:
     adversary: Adversary | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         weights = (self.l1, self.l2, self.edges, self.perceptual, self.quantiser, self.commitment)
         if min(weights) < 0:
             raise ValueError(f'weights of losses must not be negative: {self}')

@@ -12,7 +12,7 @@ from star_jax.core.argument_types import check_types
 from star_jax.core.schedule import Grids
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
-from star_jax.core.sizes import MOST_LAYERS
+from star_jax.core.sizes import MAX_STEPS, MOST_LAYERS
 from star_jax.data.caption_choice import AnyCaption, CaptionChoice
 from star_jax.data.crops import WHOLE_IMAGES, Crops, RandomCrops
 from star_jax.data.folder import Folder
@@ -31,8 +31,6 @@ from star_jax.text.encoder_folder import DEFAULT
 from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training.objective import Objective
 from star_jax.training.optimizer import AdamW
-
-MAX_STEPS = 2**31 - 1  # programs count them in int32
 
 MAX_GRID = 1024  # images: more fit on no screen
 
