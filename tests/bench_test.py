@@ -292,7 +292,7 @@ def test_cache_that_must_be_read_has_the_rows_before_each_step():
 @pytest.mark.parametrize(
     'words, message',
     [
-        ([], 'expected sample, train, buckets, attention, data or suite after bench'),
+        ([], 'expected sample, train, buckets, attention, torch, data or suite after bench'),
         (['smaple'], "not 'smaple'"),
         (['sample', '--sweep', 'batch'], 'OPTION=A,B'),
         (['sample', '--sweep', 'sides="1 2'], 'No closing quotation'),
@@ -302,6 +302,9 @@ def test_cache_that_must_be_read_has_the_rows_before_each_step():
         (['sample', '--resolution', '300'], '256, 512, 1024'),
         (['train', '--repeats', '0'], 'at least 1'),
         (['attention', '--kernels', 'fast'], 'fast'),
+        (['torch'], 'name the config of a LlamaGen model'),
+        (['torch', 'configs/var_d16.py'], 'this model is a Pyramid'),
+        (['torch', 'configs/llamagen_b.py', '--steps', '577'], 'an image has 576 steps'),
         (['data', '--batches', '0'], 'at least 1'),
         (['data', '--batches', str(10**20)], 'batches must be at most 100,000'),
         (['data', '--threads', str(10**9)], 'threads must be at most 1,024'),
@@ -350,7 +353,7 @@ def test_sample_takes_sizes_and_weights_of_a_model_folder(tmp_path):
         bench.read_sampling(str(path), ['--depth', '2'])
 
 
-def test_the_loop_of_pytorch_says_what_it_needs(monkeypatch):
+def test_the_loop_without_pytorch_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', None)
     with pytest.raises(UserError, match='the loop needs PyTorch'):
         torch_loop.loop(Star(depth=1, width=8, heads=1), batch=1, steps=1)

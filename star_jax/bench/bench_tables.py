@@ -166,6 +166,23 @@ def attention(report: dict[str, Any]) -> Table:
     return table
 
 
+def torch_loop(report: dict[str, Any]) -> Table:
+    """The report of `bench.torch_loop.run`."""
+    title = f'One step of sampling; memory is read with {report["read_rate_gbytes"]:,.1f} GB/s'
+    columns = ('ms', 'loop, ms', 'to the loop', 'MB read', 'of read rate', 'compile, s')
+    table = number_table(title, *columns)
+    cells = (
+        f'{report["step_ms"]:,.1f}',
+        f'{report["loop_step_ms"]:,.1f}',
+        f'{report["ratio"]:.2f}',
+        f'{1000 * report["read_gbytes_a_step"]:,.0f}',
+        f'{report["read_rate_share"]:.0%}',
+        f'{report["compile_seconds"]:,.1f}',
+    )
+    table.add_row(f'batch {report["batch"]:,}', *cells)
+    return table
+
+
 def data(report: dict[str, Any]) -> Table:
     """The report of `bench.data.run`."""
     columns = ('images/s', 'to one thread', 'per core')

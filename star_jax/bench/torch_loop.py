@@ -1,7 +1,5 @@
 """How long does a step of sampling a raster take beside a plain PyTorch loop?
 
-    python -m star_jax.bench.torch_loop configs/llamagen_b.py --side 16 --batch 1
-
 The loop has the form of the published code: one call per layer and step, fused projections of
 queries, keys and values by `F.linear`, two rows per image, a static cache of all rows rounded up to
 8, and an explicit mask over all of it. Weights are random in both. Rounds alternate: the program of
@@ -9,32 +7,65 @@ this package, its decoder alone, a sum that measures the read rate, steps of the
 not a requirement of this package.
 """
 
-import argparse
 import dataclasses
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from star_jax import terminal
 from star_jax.bench import timing
 from star_jax.bench.sampling import SamplingJob, cache_read
-from star_jax.checkpoint import config
+from star_jax.core.schedule import Raster
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.parallel import machine, startup
+from star_jax.parallel import machine
 from star_jax.protocols import Family
-from star_jax.training.run import Run
 
 ROUNDED = 8  # rows of the cache are a multiple of it
 GUIDANCE = 4.0
 STD = 0.02  # standard deviation of random weights
 THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchLoopJob:
+    """A model whose steps are timed in turn with those of the loop.
+
+    Attributes:
+        model: sizes of the transformer, of a family on rasters (LlamaGen).
+        batch: images at once, each with a prompted and an unprompted row.
+        rounds: how often both are timed, in turn.
+        steps: steps of the loop in a round.
+    """
+
+    model: Family
+    batch: int = 1
+    rounds: int = 3
+    steps: int = 32
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.rounds, self.steps) < 1:
+            raise ValueError(
+                'batch, rounds and steps must be at least 1, not '
+                f'{self.batch}, {self.rounds} and {self.steps}'
+            )
+        schedule = self.model.schedule
+        if not isinstance(schedule, Raster):
+            raise ValueError(
+                f'the loop samples a raster token by token, and the schedule of this model is a '
+                f'{type(schedule).__name__}: name the config of a LlamaGen model'
+            )
+        if self.model.kv_heads not in (0, self.model.heads):
+            raise ValueError(
+                f'the loop has as many heads of keys and values as of queries, {self.model.heads}, '
+                f'and the model has {self.model.kv_heads}: give kv_heads 0'
+            )
+        if self.steps > schedule.steps:
+            raise ValueError(
+                f'an image has {schedule.steps} steps: give at most as many, not {self.steps}'
+            )
 
 
 def loop(model: Family, batch: int, steps: int) -> Callable[[], float]:
@@ -124,12 +155,15 @@ def loop(model: Family, batch: int, steps: int) -> Callable[[], float]:
     return run
 
 
-def measure(model: Family, batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Seconds of a step of both, in turn, the read rate, and the share of it that ours reaches."""
-    job = SamplingJob(
-        model=model, settings=Settings(guidance=GUIDANCE, top_k=0, top_p=0.0), batch=batch
-    )
-    benchmark = job.prepare()
+def run(job: TorchLoopJob) -> dict[str, Any]:
+    """Times a step of both in turn: milliseconds, their ratio, and bytes read beside the read rate.
+
+    Raises UserError without PyTorch.
+    """
+    model, batch = job.model, job.batch
+    settings = Settings(guidance=GUIDANCE, top_k=0, top_p=0.0)
+    other = loop(model, batch, job.steps)
+    benchmark = SamplingJob(model=model, settings=settings, batch=batch).prepare()
     main, decoder = benchmark.main, benchmark.parts['decoder']
     start = time.perf_counter()
     compiled = main.program.lower(*main.args).compile()
@@ -143,8 +177,8 @@ def measure(model: Family, batch: int, rounds: int, steps: int) -> dict[str, Any
     }
     for call in calls.values():
         jax.block_until_ready(call())
-    other, found = loop(model, batch, steps), {name: [] for name in (*calls, 'loop')}
-    for _ in range(rounds):
+    found = {name: [] for name in (*calls, 'loop')}
+    for _ in range(job.rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
@@ -173,23 +207,3 @@ def measure(model: Family, batch: int, rounds: int, steps: int) -> dict[str, Any
         'seconds': found,
         'hardware': machine.describe(),
     }
-
-
-def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('config', type=Path, help='config of a run whose model is a raster')
-    parser.add_argument('--side', type=int, default=16, help='side of an image in tokens')
-    parser.add_argument('--batch', type=int, default=1, help='images at once')
-    parser.add_argument('--rounds', type=int, default=3, help='how often both are timed, in turn')
-    parser.add_argument('--steps', type=int, default=32, help='steps of the loop in a round')
-    options = parser.parse_args(words)
-    startup.start()
-    model = config.load_run(options.config, Run).model
-    model = dataclasses.replace(model, grid=(options.side, options.side))
-    report = measure(model, options.batch, options.rounds, options.steps)
-    terminal.write_line(json.dumps(report))
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))

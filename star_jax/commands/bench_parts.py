@@ -1,14 +1,15 @@
-"""`star-jax bench attention|data CONFIG`: the benchmarks that run in this process."""
+"""`star-jax bench attention|torch|data CONFIG`: the benchmarks that run in this process."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
+from rich.table import Table
 
 from star_jax import files
-from star_jax.bench import attention, bench_tables, data
+from star_jax.bench import attention, bench_tables, data, torch_loop
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, run_config
 from star_jax.console import Console
@@ -19,7 +20,9 @@ from star_jax.parallel import startup
 from star_jax.protocols import Family
 from star_jax.training.run import Data, Run, resolve
 
-COMMON = {'model': ('depth', 'width', 'heads', 'sides')}
+Job = TypeVar('Job')
+
+COMMON = {'model': ('depth', 'width', 'heads', 'sides', 'grid')}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,31 @@ class BenchAttention:
     repeats: int = 5
     dtype: Dtype = 'float32'
     kernels: tuple[Name, ...] = attention.KERNELS
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchTorch:
+    """Measures a step of sampling a raster, in turn with a plain PyTorch loop of the same sizes.
+
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run whose
+    model is a LlamaGen; options replace its sizes. The weights of both are random. PyTorch must be
+    installed.
+
+    Example: star-jax bench torch configs/llamagen_b.py --grid 16 16
+
+    Attributes:
+        model: sizes of the transformer.
+        batch: images at once.
+        rounds: how often both are timed, in turn.
+        steps: steps of the loop in a round.
+        json: JSON file of the report.
+    """
+
+    model: Annotated[Family, tyro.conf.arg(name='')]
+    batch: int = 1
+    rounds: int = 3
+    steps: int = 32
     json: Path | None = None
 
 
@@ -81,19 +109,21 @@ def measure_attention(source: str, words: Sequence[str]) -> None:
     options = arguments.parse(
         BenchAttention, words, 'bench attention CONFIG', default, common=COMMON
     )
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    path = fields.pop('json')
-    try:
-        job = attention.AttentionJob(**fields)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    _check(path)
-    startup.start()
-    console = Console()
-    with console.status('compiling and measuring'):
-        report = attention.run(job)
-    console.print(bench_tables.attention(report))
-    _write(path, {'job': config.to_json(job), **report})
+    job = _job(attention.AttentionJob, options)
+    _measure(job, attention.run, bench_tables.attention, options.json)
+
+
+def measure_torch(source: str, words: Sequence[str]) -> None:
+    """Runs `bench torch` with the config `source`, which must be given."""
+    if not source and not arguments.asks_for_help(words):
+        raise UserError(
+            'bench torch measures a raster: name the config of a LlamaGen model, such as '
+            'configs/llamagen_b.py'
+        )
+    default = BenchTorch(model=_run(source).model)
+    options = arguments.parse(BenchTorch, words, 'bench torch CONFIG', default, common=COMMON)
+    job = _job(torch_loop.TorchLoopJob, options)
+    _measure(job, torch_loop.run, bench_tables.torch_loop, options.json)
 
 
 def measure_data(source: str, words: Sequence[str]) -> None:
@@ -115,6 +145,31 @@ def measure_data(source: str, words: Sequence[str]) -> None:
         report = data.run(images, reading)
     console.print(bench_tables.data(report))
     _write(options.json, {'data': config.to_json(options.data), **report})
+
+
+def _job(job_class: type[Job], options: Any) -> Job:
+    """The job with the options of the same names; UserError for invalid ones."""
+    names = [field.name for field in dataclasses.fields(job_class)]
+    try:
+        return job_class(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _measure(
+    job: Job,
+    measure: Callable[[Job], dict[str, Any]],
+    table: Callable[[dict[str, Any]], Table],
+    path: Path | None,
+) -> None:
+    """Measures a job, prints the report as a table, and writes it to `path`."""
+    _check(path)
+    startup.start()
+    console = Console()
+    with console.status('compiling and measuring'):
+        report = measure(job)
+    console.print(table(report))
+    _write(path, {'job': config.to_json(job), **report})
 
 
 def _run(source: str) -> Run:
