@@ -115,6 +115,9 @@ def test_parquet_without_images_is_a_list(tmp_path):
         {'text': 3, 'caption': 'good'},
         {'file_name': None, 'image': 'a.png', 'text': 'good'},
         {'file_name': '', 'path': 'a.png', 'text': 'good'},
+        {'text': None, 'Text': 'good'},
+        {'TEXT': ' ', 'text': None, 'Text': 'good'},
+        {'file_name': None, 'image': {'bytes': None, 'path': 'a.png'}, 'text': 'good'},
     ],
 )
 def test_missing_and_empty_values_lose_no_record(tmp_path, fields):
@@ -154,6 +157,38 @@ def test_bad_line_of_a_table_affects_no_other(tmp_path, line, kind, reason):
     (fault,) = found.faults
     assert (fault.kind, fault.name) == (kind, 'metadata.csv, line 3') and reason in fault.reason
     assert found.captions == {'next.png': ('also\nfine',), 'ok.png': ('fine',)}
+
+
+def test_repeated_names_of_an_object_are_records_each(tmp_path):
+    add(tmp_path, 'a.png')
+    (tmp_path / 'captions.json').write_text('{"a.png": "one", "a.png": "two"}')
+    assert captions(tmp_path) == {'a.png': ('one', 'two')}
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+def test_line_ends_of_any_system_are_read(tmp_path, end):
+    for image in ('a.png', 'b.png'):
+        add(tmp_path, image)
+    lines = [json.dumps({'file_name': name, 'text': name[0]}) for name in ('a.png', 'b.png')]
+    (tmp_path / 'metadata.jsonl').write_text(end.join(lines), newline='')
+    assert captions(tmp_path) == {'a.png': ('a',), 'b.png': ('b',)}
+
+
+def test_spaces_around_cells_are_no_part_of_them(tmp_path):
+    add(tmp_path, 'a.png')
+    (tmp_path / 'metadata.csv').write_text('file_name , text\n a.png , "one, two"\n')
+    assert captions(tmp_path) == {'a.png': ('one, two',)}
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'metadata.csv', 'metadata.jsonl'])
+def test_zero_bytes_are_no_text(tmp_path, name):
+    """UTF-16 without its mark is valid UTF-8, with a zero byte in every letter of ASCII."""
+    add(tmp_path, 'a.png')
+    text = {'a.txt': 'one'.encode('utf-16-le').decode()}
+    text |= {'metadata.csv': 'file_name,text\na.png,o\0ne\n'}
+    text |= {'metadata.jsonl': '{"file_name": "a.png", "text": "o\\u0000ne"}'}
+    (tmp_path / name).write_text(text[name])
+    assert tree.NOT_UTF8 in kinds(tmp_path).values() and not listing.read(tmp_path).captions
 
 
 def test_list_with_another_name_is_reported(tmp_path):
@@ -258,6 +293,15 @@ def test_linked_folders_are_read_once(tmp_path):
     assert [(f.kind, f.name) for f in found.faults] == [(tree.LINK, name) for name in names]
 
 
+def test_link_to_a_folder_around_the_set_reads_no_image_twice(tmp_path):
+    root = tmp_path / 'set'
+    add(root, 'inside/a.png', 'a')
+    (root / 'around').symlink_to('..')
+    found = listing.read(root)
+    assert found.captions == {'inside/a.png': ('a',)}
+    assert [(f.kind, f.name) for f in found.faults] == [(tree.LINK, 'around/set')]
+
+
 def test_pipes_and_devices_are_reported_and_not_opened(tmp_path):
     add(tmp_path, 'a.png', 'a')
     for name in ('b.png', 'c.csv', 'a.json'):
@@ -323,6 +367,15 @@ def test_every_row_of_a_table_is_used_or_counted(tmp_path):
     assert [fault.kind for fault in source.faults] == [
         lists.NO_CAPTION, *[image_files.UNREADABLE] * 3
     ]  # fmt: skip
+
+
+def test_cell_that_is_not_utf8_affects_no_other_row(tmp_path):
+    offsets, letters = np.arange(4, dtype=np.int32), b'x\xffz'
+    texts = pa.StringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(letters))
+    parquet.write_table(pa.table({'image': [png(1)] * 3, 'text': texts}), tmp_path / 'a.parquet')
+    found = listing.read(tmp_path)
+    assert list(found.captions.values()) == [('x',), ('z',)]
+    assert [(f.kind, f.name) for f in found.faults] == [(tree.NOT_UTF8, 'a.parquet/00000001')]
 
 
 def test_damaged_tables_and_tables_without_images_are_reported(tmp_path):

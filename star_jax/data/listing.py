@@ -129,7 +129,7 @@ class _Reader:
         try:
             for number, row in enumerate(tables.read(self.tree.root / name, self._field)):
                 place = f'{name}/{number:08d}'
-                if row.image is None:
+                if row.image is None or isinstance(row.fields, UnfitError):
                     self._add_record(name, place, row.fields)
                     continue
                 try:

@@ -13,11 +13,12 @@ any case; null and empty values count as missing, so that the next field of the 
 """
 
 import codecs
+import collections
 import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,9 +31,11 @@ UNNAMED = ('.jsonl', '.csv', '.tsv')  # hardly anything else than a list, whatev
 IMAGE_FIELDS = ('file_name', 'image', 'image_path', 'path', 'filename', 'file')
 CAPTION_FIELDS = ('text', 'caption', 'captions', 'txt')
 SPLIT_FIELDS = ('split',)
+PATH = 'path'  # field of an image that is an object itself
 SEPARATORS = (',', '\t', ';')
 MAX_CELL = 2**24  # characters
 LEAST_ZEROS = 4  # at least one of so many bytes of names in UTF-16 is zero
+ZERO = '\0'
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 NO_CAPTION = 'no caption'
@@ -74,7 +77,7 @@ def read(name: str, data: bytes) -> Iterator[tuple[str, Record | UnfitError]]:
         return _table(data)
     if suffix == '.json' or data.lstrip().startswith(b'['):
         try:
-            return _document(parse(data))
+            return _document(parse(data, _object_of))
         except UnfitError as error:
             if suffix == '.json':
                 return iter([('', error)])
@@ -84,6 +87,8 @@ def read(name: str, data: bytes) -> Iterator[tuple[str, Record | UnfitError]]:
 def image_name(record: Record) -> str:
     """The path of the image of a record; raises UnfitError if it has none."""
     for value in _values(record, IMAGE_FIELDS):
+        if isinstance(value, dict):  # as Hugging Face datasets write an image that is a file
+            value = value.get(PATH)
         if isinstance(value, str) and value:
             return tree.check_unicode(value)
     raise UnfitError(BAD_LINE, f'it has no {" or ".join(IMAGE_FIELDS)} with a path')
@@ -121,17 +126,21 @@ def _texts(value: Any) -> list[str]:
         raise UnfitError(
             BAD_LINE, 'its caption is not text, expected a string or a list of strings'
         )
-    visible = [tree.check_unicode(text.strip()) for text in found if is_visible(text)]
-    if not visible:
-        raise UnfitError(EMPTY_CAPTION, 'its captions are empty')
-    return visible
+    return _visible(found)
 
 
 def text_captions(data: bytes) -> list[str]:
     """The lines of a text file that are not empty; raises UnfitError if there is none."""
-    visible = [line.strip() for line in decode(data).splitlines() if is_visible(line)]
+    return _visible(decode(data).splitlines())
+
+
+def _visible(texts: Iterable[str]) -> list[str]:
+    """The texts that are not empty; raises UnfitError if there is none, or one is no text."""
+    visible = [tree.check_unicode(text.strip()) for text in texts if is_visible(text)]
     if not visible:
         raise UnfitError(EMPTY_CAPTION, 'its captions are empty')
+    if any(ZERO in text for text in visible):
+        raise UnfitError(tree.NOT_UTF8, 'its text has zero bytes, as UTF-16: save it in UTF-8')
     return visible
 
 
@@ -140,10 +149,32 @@ def is_visible(text: str) -> bool:
     return any(unicodedata.category(char) not in _INKLESS and char not in _BLANK for char in text)
 
 
-def parse(data: bytes) -> Any:
-    """The value of a JSON document; raises UnfitError."""
+class _Repeating(dict):
+    """A JSON object in which a name occurs more than once.
+
+    Attributes:
+        pairs: all names and values.
+    """
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Repeating(pairs)
+
+
+def parse(data: bytes, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON document; raises UnfitError.
+
+    Args:
+        data: the document.
+        object_of: makes an object of its names and values (None: a dict).
+    """
     try:
-        return json.loads(decode(data))
+        return json.loads(decode(data), object_pairs_hook=object_of)
     except (ValueError, RecursionError) as error:
         raise UnfitError(BAD_LINE, f'it is not JSON ({error})') from error
 
@@ -164,15 +195,15 @@ def decode(data: bytes) -> str:
 
 def _values(record: Record, names: tuple[str, ...]) -> Iterator[Any]:
     """The values of those fields that exist and are not null, in the order of `names`."""
-    lowered = {key.lower(): value for key, value in record.items()}
+    by_name = collections.defaultdict(list)
+    for key, value in sorted(record.items(), key=lambda item: item[0] not in names):
+        by_name[key.lower()].append(value)
     for name in names:
-        value = record.get(name, lowered.get(name.lower()))
-        if value is not None:
-            yield value
+        yield from (value for value in by_name[name.lower()] if value is not None)
 
 
 def _lines(data: bytes) -> Iterator[tuple[str, Record | UnfitError]]:
-    for number, line in enumerate(data.split(b'\n'), start=1):
+    for number, line in enumerate(data.splitlines(), start=1):
         if line.strip():
             try:
                 yield f'line {number}', parse_object(line)
@@ -185,7 +216,8 @@ def _document(value: Any) -> Iterator[tuple[str, Record | UnfitError]]:
     if isinstance(value, list):
         numbered = ((f'record {number}', part) for number, part in enumerate(value, start=1))
     elif isinstance(value, dict):
-        numbered = ((f'record {name!r}', _keyed(name, part)) for name, part in value.items())
+        pairs = value.pairs if isinstance(value, _Repeating) else value.items()
+        numbered = ((f'record {name!r}', _keyed(name, part)) for name, part in pairs)
     else:
         numbered = [('', value)]
     for where, part in numbered:
@@ -214,7 +246,8 @@ def _table(data: bytes) -> Iterator[tuple[str, Record | UnfitError]]:
     separator = max(SEPARATORS, key=lines[0].count) if lines else SEPARATORS[0]
     header, first = None, 0
     while first < len(lines):
-        reader = csv.reader(lines[first:], delimiter=separator, strict=True)
+        cells = {'delimiter': separator, 'skipinitialspace': True, 'strict': True}
+        reader = csv.reader(lines[first:], **cells)
         last = first
         try:
             for row in reader:
@@ -237,7 +270,7 @@ def _row(header: list[str], row: list[str]) -> Record | UnfitError:
         return UnfitError(BAD_LINE, reason)
     if not all(map(_is_encodable, row)):
         return UnfitError(tree.NOT_UTF8, 'its text is not UTF-8')
-    return {name: cell for name, cell in zip(header, row, strict=False) if cell}
+    return {name: cell.strip() for name, cell in zip(header, row, strict=False) if cell}
 
 
 def _is_encodable(text: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from star_jax.data import lists
 from star_jax.data.image_files import UNREADABLE, UnfitError
+from star_jax.data.tree import NOT_UTF8
 
 SUFFIX = '.parquet'
 IMAGE_COLUMNS = ('image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'image_bytes', 'bytes')
@@ -59,11 +60,12 @@ class Row:
     """A row of a Parquet file.
 
     Attributes:
-        fields: its captions, and all other fields that a record of a list has.
+        fields: its captions, and all other fields that a record of a list has, or the reason why
+            they cannot be read.
         image: its image (None: the fields name a file).
     """
 
-    fields: lists.Record
+    fields: lists.Record | UnfitError
     image: Cell | None
 
 
@@ -93,14 +95,29 @@ def read(path: Path, caption_field: str = '') -> Iterator[Row]:
                 )
             for group in range(file.num_row_groups):
                 length = file.metadata.row_group(group).num_rows
-                records: list[dict[str, Any]] = [{}] * length
+                records: list[lists.Record | UnfitError] = [{}] * length
                 if columns:
-                    records = file.read_row_group(group, columns=columns).to_pylist()
+                    records = _records(file.read_row_group(group, columns=columns))
                 for row, fields in enumerate(records):
                     yield Row(fields, Cell(path, image, group, row) if image else None)
     except (pa.ArrowException, OSError, ValueError) as error:
         message = str(error).partition('\n')[0]
         raise UnfitError(UNREADABLE, f'it is cut short or damaged ({message})') from error
+
+
+def _records(table: Any) -> list[lists.Record | UnfitError]:
+    """The rows of a table; a cell that is not UTF-8 makes only its own row unreadable."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return [_record(table, row) for row in range(len(table))]
+
+
+def _record(table: Any, row: int) -> lists.Record | UnfitError:
+    try:
+        return table.slice(row, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return UnfitError(NOT_UTF8, 'its text is not UTF-8')
 
 
 @functools.lru_cache(KEPT_GROUPS)

@@ -187,7 +187,7 @@ def _walk(root: Path) -> tuple[list[str], list[Fault]]:
         is_link = not folders
         folder = links.popleft() if is_link else folders.pop()
         place = _place(root / folder)
-        if is_link and place in seen:
+        if place in seen:  # of a link, or below one that leads to a folder around this one
             faults.append(Fault(LINK, folder, 'it leads to a folder that is read already'))
             continue
         seen.add(place)
