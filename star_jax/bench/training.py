@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -96,10 +95,10 @@ class TrainingJob:
             ),
             parts={
                 'forward': TimedProgram(
-                    program=jax.jit(_forward(program)),
+                    program=jax.jit(program.forward),
                     args=None,
-                    flops=count_flops(_forward(counted), *args),
-                    reads=copies * weights_read(*_by_params(_forward(counted), args)),
+                    flops=count_flops(counted.forward, *args),
+                    reads=copies * weights_read(*_by_params(counted.forward, args)),
                 )
             },
             remainder='backward and update',
@@ -125,19 +124,6 @@ def _random_encoded(abstract: jax.ShapeDtypeStruct, num_codes: int) -> np.ndarra
     if np.issubdtype(abstract.dtype, np.integer):
         return random.integers(0, num_codes, abstract.shape, abstract.dtype)
     return random.standard_normal(abstract.shape, np.float32).astype(abstract.dtype)
-
-
-def _forward(program: TrainingProgram) -> Callable[..., Any]:
-    """The losses at the state before a step, with the arguments of the step."""
-
-    def forward(state: Any, frozen: Any, batches: Any, keys_A: jax.Array) -> Any:
-        def score(batch: tuple[Any, jax.Array]) -> Any:
-            return program.score(state.params, frozen, *batch)
-
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
-        return jax.lax.map(score, (stacked, keys_A))
-
-    return forward
 
 
 def _next_args(args: Args, result: Any) -> Args:

@@ -205,24 +205,24 @@ class TrainingProgram:
             The state after it, and the metrics: means over the micro-batches, and the gradient norm
             before clipping.
         """
-
-        def micro_step(
-            _: None, inputs: StepInputs, number: int | jax.Array
-        ) -> tuple[Any, Parts, None]:
-            prepared, shared = self.prepare(frozen, inputs, keys_A[number])
-
-            def differentiate(part: Prepared) -> tuple[Any, Parts]:
-                return jax.grad(self.loss, has_aux=True)(state.params, frozen, part, shared)
-
-            return *self.replicas.map(differentiate, prepared), None
-
         recipe, replicas = self.recipe, self.replicas
-        gradients, parts, _ = accumulate(micro_step, batches)
+        differentiate = jax.grad(self.loss, has_aux=True)
+        gradients, parts = self._accumulate(differentiate, state.params, frozen, batches, keys_A)
         gradients = replicas.sum_gradients(gradients)
         state = state.update(gradients, self.optimizer, recipe.ema, recipe.constants)
         metrics_A = jax.vmap(lambda parts: self.metrics(replicas.sum(parts)))(parts)
         metrics = {name: values_A.mean() for name, values_A in metrics_A.items()}
         return state, metrics | {'gradient_norm': gradient_norm(state.opt)}
+
+    def forward(
+        self, state: TrainState, frozen: Frozen, batches: Sequence[StepInputs], keys_A: jax.Array
+    ) -> tuple[jax.Array, Parts]:
+        """The forward pass of `train`, with its arguments: the mean loss, and what `loss` reports.
+
+        Benchmarks compare its time with that of `train`.
+        """
+        loss, parts = self._accumulate(self.loss, state.params, frozen, batches, keys_A)
+        return self.replicas.sum(loss), parts
 
     def prepare(
         self, frozen: Frozen, inputs: StepInputs, key: jax.Array
@@ -310,6 +310,33 @@ class TrainingProgram:
             return inputs.prompts
         encoded = self.encode_prompts(frozen.encoder, inputs.prompts)
         return self.network.sharding.constrain_batch(encoded)
+
+    def _accumulate(
+        self,
+        function: Callable[..., tuple[Any, Parts]],
+        params: Any,
+        frozen: Frozen,
+        batches: Sequence[StepInputs],
+        keys_A: jax.Array,
+    ) -> tuple[Any, Parts]:
+        """The mean result of a function with the arguments of `loss`, and what `loss` reports.
+
+        Replicas keep their results apart (`Replicas.map`); the reports have an axis of
+        micro-batches before that.
+        """
+
+        def micro_step(
+            _: None, inputs: StepInputs, number: int | jax.Array
+        ) -> tuple[Any, Parts, None]:
+            prepared, shared = self.prepare(frozen, inputs, keys_A[number])
+
+            def of_part(part: Prepared) -> tuple[Any, Parts]:
+                return function(params, frozen, part, shared)
+
+            return *self.replicas.map(of_part, prepared), None
+
+        result, parts, _ = accumulate(micro_step, batches)
+        return result, parts
 
     @property
     def _rows(self) -> np.ndarray | None:
