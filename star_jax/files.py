@@ -5,6 +5,7 @@ locked; the next writer of the same folder, or of a file of the same kind in it,
 """
 
 import contextlib
+import errno
 import fcntl
 import fnmatch
 import glob
@@ -27,6 +28,7 @@ SPECIAL = {  # files that may have no end
     stat.S_IFBLK: 'a device',
     stat.S_IFSOCK: 'a socket',
 }
+DEVICES = '/dev'  # where links lead to the open files of a process
 MOST_TEXT = 2**26  # bytes of a config, an index or a list that a user writes
 LONGEST_NAME = 255  # bytes of the name of a file
 ABANDONED_AFTER = 86_400  # seconds, on a file system without locks
@@ -49,7 +51,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder must exist. On an error an earlier file at `path` stays as it was. The first call for
     a folder and a suffix removes what killed processes left of such files there.
+
+    Raises:
+        OSError: `path` is a pipe, a device or a socket, or cannot be written.
     """
+    with contextlib.suppress(FileNotFoundError):
+        if kind := _special(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, f'it is {kind}', str(path))
     _remove_abandoned_once(path)
     temporary, lock = _create_temporary(path)
     _unfinished.add(temporary)
@@ -244,6 +252,10 @@ def check_file(path: Path) -> None:
     mode = _mode(path)
     if mode is not None and stat.S_ISDIR(mode):
         raise UserError(f'{path} is a folder, expected the name of a file: choose another path')
+    kind = _special(mode)
+    if kind or (path.is_symlink() and path.absolute().is_relative_to(DEVICES)):
+        kind = kind or 'a link to an open file'
+        raise UserError(f'{path} is {kind}, expected the name of a file: choose another path')
     _check_writable(path, path.absolute().parents)
 
 
@@ -276,14 +288,18 @@ def check_regular(path: str | Path, most: int | None = None) -> None:
         status = os.stat(path)
     except (OSError, ValueError):
         return
-    kind = stat.S_IFMT(status.st_mode)
-    if kind in SPECIAL:
-        raise UserError(f'{path} is {SPECIAL[kind]}, expected a regular file: name another path')
-    if most is not None and kind == stat.S_IFREG and status.st_size > most:
+    if kind := _special(status.st_mode):
+        raise UserError(f'{path} is {kind}, expected a regular file: name another path')
+    if most is not None and stat.S_ISREG(status.st_mode) and status.st_size > most:
         raise UserError(
             f'{path} has {status.st_size:,} bytes, expected at most {most:,}: it is another kind '
             'of file, name another path'
         )
+
+
+def _special(mode: int | None) -> str | None:
+    """In words what a path of this mode is, unless it is a file or a folder."""
+    return SPECIAL.get(stat.S_IFMT(mode or 0))
 
 
 def is_file_name(name: object) -> bool:

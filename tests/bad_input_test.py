@@ -597,6 +597,12 @@ CASES: list[tuple[str, str, str]] = [
     # Files without an end.
     ('a pipe as config', 'train {pipe.json}', 'is a pipe, expected a regular file'),
     ('a pipe as Python config', 'train {pipe.py}', 'is a pipe, expected'),
+    ('a pipe to write an image to', 'data show shapes --out {pipe.png}', 'is a pipe, expected the'),
+    ('a pipe to write scores to', f'{EVALUATE} --out {{pipe.json}}', 'is a pipe, expected the'),
+    ('a pipe to write times to', f'{BENCH} --json {{pipe.json}}', 'is a pipe, expected the'),
+    ('a device to write a plan to', 'plan {home}/star.json --topology 8xA100-80G --json {device.json}',
+     'is a device, expected the name of a file'),
+    ('a pipe of costs', 'study cost {study.py} --out {pipe.json}', 'is a pipe, expected the'),
     ('a device as config', 'train-tokenizer {device.json}', 'is a device, expected'),
     ('a device as Python config', 'bench train {device.py}', 'is a device, expected'),
     ('a device as study', 'study run {device.py}', 'is a device, expected'),

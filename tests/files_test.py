@@ -14,6 +14,7 @@ from prepared_test import record
 
 from star_jax import files, image_io
 from star_jax.data import prepared
+from star_jax.errors import UserError
 from star_jax.sampling.sample_folder import SampleFolder
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -171,3 +172,18 @@ def test_datasets_leave_no_temporary_folders(tmp_path, monkeypatch):
     with pytest.raises(files.UserError):
         prepared.Prepared(path='no_such_set_anywhere').open(8)
     assert not list((tmp_path / 'tmp').iterdir()) and tempfile.gettempdir() == str(tmp_path / 'tmp')
+
+
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    """A user with all rights, as in a container, could otherwise replace /dev/null."""
+    pipe, link = tmp_path / 'pipe', tmp_path / 'link'
+    os.mkfifo(pipe)
+    link.symlink_to('/dev/null')
+    for path, kind in ((pipe, 'a pipe'), (Path('/dev/null'), 'a device'), (link, 'a device')):
+        with pytest.raises(UserError, match=f'is {kind}, expected the name of a file'):
+            files.check_file(path)
+    with pytest.raises(UserError, match='/dev/stdout is a'):
+        files.check_file(Path('/dev/stdout'))
+    with pytest.raises(FileExistsError, match='it is a pipe'), files.replacing(pipe):
+        pass
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
