@@ -427,10 +427,10 @@ def test_what_a_unit_lacks_is_named_and_the_next_is_made(made, monkeypatch, tmp_
 
 
 def test_a_unit_whose_loss_is_not_finite_is_recorded(made, monkeypatch, tmp_path):
-    def measure(self, work, console):
+    def measure(self, work):
         raise NotFiniteError('stopped', 'step 4: loss is nan')
 
-    monkeypatch.setattr(unit_module.PositionsUnit, 'measure', measure)
+    monkeypatch.setattr(unit_module.PositionsUnit, '_measure', measure)
     study = units.load(made / 'study.py')
     only = ['tiny-normalised-3']
     assert units.run(study, tmp_path / 'r', tmp_path / 'w', Console(quiet=True), only)

@@ -98,6 +98,9 @@ class PositionsUnit:
         )
 
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
+        return units.or_failure(lambda: self._measure(work), self._head, console)
+
+    def _measure(self, work: Path) -> dict[str, Any] | None:
         start, run = time.monotonic(), self.run
         train.cache(run)
         trained = work / 'trained'
@@ -118,9 +121,6 @@ class PositionsUnit:
                 return None
             fields['larger'] = larger
         return fields | {'seconds': {'training': training, 'unit': time.monotonic() - start}}
-
-    def failed(self, reason: str) -> dict[str, Any]:
-        return self._head() | {'failure': reason}
 
     def _head(self) -> dict[str, Any]:
         """The fields of a result that need no training."""

@@ -136,6 +136,3 @@ class ReferenceUnit:
             share=float(np.mean(right)),
             psnr=float(np.mean(ratios)),
         )
-
-    def failed(self, reason: str) -> dict[str, Any]:
-        raise AssertionError(f'nothing is trained: {reason}')

@@ -160,6 +160,9 @@ class TokenizerUnit:
         return f'{TOKENIZER}-{self.tokenizer}'
 
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
+        return units.or_failure(lambda: self._measure(work), self._head, console)
+
+    def _measure(self, work: Path) -> dict[str, Any] | None:
         start, out = time.monotonic(), tokenizer_folder(self.folder, self.tokenizer)
         if not train.main(self.run, out):
             return None
@@ -171,9 +174,6 @@ class TokenizerUnit:
             'psnr': sum(ratios) / len(ratios),
             'seconds': time.monotonic() - start,
         }
-
-    def failed(self, reason: str) -> dict[str, Any]:
-        return self._head() | {'failure': reason}
 
     def _head(self) -> dict[str, Any]:
         images = round(self.run.mean_batch * self.run.pace.steps)
@@ -231,6 +231,9 @@ class RunUnit:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
+        return units.or_failure(lambda: self._measure(work), self._head, console)
+
+    def _measure(self, work: Path) -> dict[str, Any] | None:
         start, run = time.monotonic(), self._prepared()
         train.cache(run, features=run.correction.active)
         trained = work / 'trained'
@@ -259,9 +262,6 @@ class RunUnit:
             'sampling': config.from_json(Settings, scores['sampling']),
             'seconds': {'training': training, 'unit': unit},
         }
-
-    def failed(self, reason: str) -> dict[str, Any]:
-        return self._head() | {'failure': reason}
 
     @property
     def _tokenizer(self) -> Path:

@@ -50,12 +50,7 @@ class Unit(Protocol):
 
         Raises:
             UserError: something that the unit needs is missing.
-            NotFiniteError: a loss became non-finite.
         """
-        ...
-
-    def failed(self, reason: str) -> dict[str, Any]:
-        """The fields of the result of a unit whose loss became non-finite."""
         ...
 
 
@@ -93,7 +88,6 @@ def _is_study(study: object) -> bool:
             files.is_file_name(unit.name)
             and isinstance(unit.result_class, type)
             and callable(unit.measure)
-            and callable(unit.failed)
             for unit in units
         )
     except Exception:
@@ -164,6 +158,25 @@ def read(path: Path, choose: Callable[[Any], type]) -> Any:
         ) from error
 
 
+def or_failure(
+    measure: Callable[[], dict[str, Any] | None],
+    head: Callable[[], dict[str, Any]],
+    console: Console,
+) -> dict[str, Any] | None:
+    """The result of `measure()`, or `head()` and the field `failure` if a loss became non-finite.
+
+    Args:
+        measure: trains, and returns the fields of the result.
+        head: gives the fields that need no training.
+        console: shows the failure.
+    """
+    try:
+        return measure()
+    except NotFiniteError as error:
+        console.print(f'failed, the other units continue: {error}', soft_wrap=True)
+        return head() | {'failure': error.flaw}
+
+
 def once(path: Path, compute: Callable[[], Any]) -> Any:
     """The JSON tree that `compute()` returned, kept in a file: it is computed once."""
     if path.exists():
@@ -214,11 +227,7 @@ def _make(unit: Unit, results: Path, work: Path, commit: str, console: Console) 
     """Makes one unit and writes its file. Returns False if it was asked to stop."""
     work.mkdir(parents=True, exist_ok=True)
     with faults.lock(work):
-        try:
-            fields = unit.measure(work, console)
-        except NotFiniteError as error:
-            fields = unit.failed(error.flaw)
-            console.print(f'failed, the other units continue: {error}', soft_wrap=True)
+        fields = unit.measure(work, console)
     if fields is None:
         return False
     result = unit.result_class(**fields, commit=commit, hardware=(machine.describe(),))
