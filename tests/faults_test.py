@@ -30,10 +30,13 @@ from star_jax.console import Console
 from star_jax.data.folder import Folder
 from star_jax.errors import RunError, UserError
 from star_jax.nn.discriminators import PatchGAN
-from star_jax.training import faults, logger, train, trainer
+from star_jax.training import folder_lock, logger, stop_signals, train, trainer
+from star_jax.training.folder_lock import lock
+from star_jax.training.full_disk import disk_watched
 from star_jax.training.objective import Adversary, Objective
 from star_jax.training.run import Pace
 from star_jax.training.state import TrainState
+from star_jax.training.stop_signals import Stop
 from star_jax.training.tokenizer_job import TokenizerJob
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +151,7 @@ class SlowJob(TinyJob):
 def train_job(job: TinyJob, out: Path) -> tuple[bool, str]:
     """Trains a job as `train.main` does: whether it is complete, and the console's text."""
     console = Console(file=io.StringIO(), width=200)
-    with faults.Stop() as stop, faults.disk_watched(out / trainer.CHECKPOINTS), faults.lock(out):
+    with Stop() as stop, disk_watched(out / trainer.CHECKPOINTS), lock(out):
         return trainer.fit(job, out, console, stop), console.file.getvalue()
 
 
@@ -205,10 +208,10 @@ def send(number: int, name: str, step: int) -> Callable[[str, int], None]:
     ],
 )
 def test_signal_stops_a_run_after_its_step(undisturbed, tmp_path, number, event, step, end):
-    handlers = [signal.getsignal(number) for number in faults.SIGNALS]
+    handlers = [signal.getsignal(number) for number in stop_signals.SIGNALS]
     complete, text = train_job(TinyJob(send(number, event, step)), tmp_path)
     assert not complete and text.endswith(f'stopped {end}; the same command goes on\n')
-    assert [signal.getsignal(number) for number in faults.SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in stop_signals.SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
     assert train_job(TinyJob(), tmp_path)[0]
     assert outcome(tmp_path) == undisturbed
@@ -260,11 +263,11 @@ def test_metrics_of_stopped_runs_are_joined(undisturbed, tmp_path):
 
 def test_second_signal_ends_the_process(monkeypatch):
     ends = []
-    monkeypatch.setattr(faults.os, '_exit', ends.append)
-    with faults.Stop() as stop:
+    monkeypatch.setattr(stop_signals.os, '_exit', ends.append)
+    with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # `timeout` and shells may send two
-        time.sleep(2 * faults.ONE_SIGNAL)
+        time.sleep(2 * stop_signals.ONE_SIGNAL)
         assert stop.asked and ends == []
         os.kill(os.getpid(), signal.SIGTERM)
     assert ends == [130]
@@ -272,7 +275,7 @@ def test_second_signal_ends_the_process(monkeypatch):
 
 def test_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with faults.Stop() as stop:
+    with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
     assert not stop.asked and signal.signal(signal.SIGINT, before) is signal.SIG_IGN
@@ -282,7 +285,7 @@ def test_only_the_main_thread_catches_signals():
     handlers = []
 
     def enter() -> None:
-        with faults.Stop():
+        with Stop():
             handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)
@@ -349,12 +352,12 @@ def test_full_disk_error_names_the_newest_complete_checkpoint(
 
 
 def test_full_disk_is_recognized_by_message_and_cause(tmp_path):
-    with pytest.raises(RunError, match='File too large'), faults.disk_watched(tmp_path):
+    with pytest.raises(RunError, match='File too large'), disk_watched(tmp_path):
         try:
             raise ValueError('OUT_OF_RANGE: Failed to write to file 11: File too large')
         except ValueError as error:
             raise UserError('the cache cannot be written') from error
-    with pytest.raises(UserError), faults.disk_watched(tmp_path):
+    with pytest.raises(UserError), disk_watched(tmp_path):
         raise UserError('something else')
 
 
@@ -439,7 +442,7 @@ sys.stdin.read()
 
 
 def test_lock_refuses_a_second_run_until_the_first_ends(undisturbed, tmp_path):
-    words = [sys.executable, '-S', '-c', HOLDER, str(tmp_path / faults.LOCK)]
+    words = [sys.executable, '-S', '-c', HOLDER, str(tmp_path / folder_lock.LOCK)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == 'locked\n'
         with pytest.raises(UserError, match=f'in use by process {first.pid}.*another --out'):
@@ -451,11 +454,11 @@ def test_lock_refuses_a_second_run_until_the_first_ends(undisturbed, tmp_path):
 
 
 def test_lock_is_released_when_a_run_ends(tmp_path):
-    with faults.lock(tmp_path):
+    with lock(tmp_path):
         said = f'in use by process {os.getpid()} on .* since'
-        with pytest.raises(UserError, match=said), faults.lock(tmp_path):
+        with pytest.raises(UserError, match=said), lock(tmp_path):
             pass
-    with faults.lock(tmp_path):
+    with lock(tmp_path):
         pass
 
 
@@ -464,14 +467,14 @@ def test_lock_warns_of_a_file_system_without_locks(tmp_path, monkeypatch, caplog
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, 'flock', flock)
-    with faults.lock(tmp_path):
+    with lock(tmp_path):
         pass
     assert 'no locks here' in caplog.text
 
 
 def test_lock_refuses_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match='cannot be written'), faults.lock(tmp_path / 'file' / 'x'):
+    with pytest.raises(UserError, match='cannot be written'), lock(tmp_path / 'file' / 'x'):
         pass
 
 

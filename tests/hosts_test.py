@@ -21,7 +21,7 @@ from spawn import ROOT, Processes, free_port
 from star_jax.checkpoint import config, models, weights
 from star_jax.errors import RunError, UserError
 from star_jax.parallel import hosts, peer_watchdog, rendezvous
-from star_jax.training import faults, train
+from star_jax.training import folder_lock, train
 from star_jax.training.run import Pace, Run
 from star_jax.training.transformer_job import TransformerJob
 
@@ -358,8 +358,8 @@ def test_watchdog_does_nothing_in_a_process_alone():
 
 
 def test_lock_refuses_a_folder_that_is_not_shared(monkeypatch, tmp_path):
-    monkeypatch.setattr(faults, 'FILE_DELAY', 0.1)
+    monkeypatch.setattr(folder_lock, 'FILE_DELAY', 0.1)
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
     error = pytest.raises(UserError, match='give an --out that all processes share')
-    with error, faults.lock(tmp_path):
+    with error, folder_lock.lock(tmp_path):
         raise AssertionError

@@ -37,9 +37,10 @@ from star_jax.sampling.stable import (
     plan_passes,
 )
 from star_jax.text.encoder import load as load_text
-from star_jax.training import faults, train, trainer
+from star_jax.training import train, trainer
 from star_jax.training.refinement_job import RefinementJob
 from star_jax.training.run import Pace
+from star_jax.training.stop_signals import Stop
 
 B, L, V, C = 2, 16, 12, 3
 BOOK = np.random.default_rng(9).normal(size=(V, C)).astype(np.float32)
@@ -412,7 +413,7 @@ def test_head_continues_on_the_model_that_it_started_from(job, tmp_path):
     place, out = tmp_path / 'base', tmp_path / 'run'
     shutil.copytree(job.run.init, place)
     begun = train.build_job(dataclasses.replace(job.run, init=str(place)))
-    stop, console = faults.Stop(), Console(quiet=True)
+    stop, console = Stop(), Console(quiet=True)
     stop.asked = True
     assert not trainer.fit(begun, out, console, stop)
     with Checkpoints(out / trainer.CHECKPOINTS, keep=1) as checkpoints:

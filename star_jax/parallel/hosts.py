@@ -133,7 +133,8 @@ def _connect_cpus() -> None:
 
 def _initialize(**settings: object) -> None:
     """Initializes `jax.distributed`; a TPU of one machine may have no other process."""
-    # The service would take SIGTERM from `faults.Stop`, and lose a signal before the first step.
+    # The service would take SIGTERM from `training.stop_signals`, and lose a signal before the
+    # first step.
     jax.config.update('jax_enable_preemption_service', False)
     try:
         jax.distributed.initialize(

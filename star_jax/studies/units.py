@@ -21,7 +21,7 @@ from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import machine, startup
-from star_jax.training import faults
+from star_jax.training.folder_lock import lock
 from star_jax.training.run import Run
 
 PACKAGE = Path(__file__).parents[1]
@@ -226,7 +226,7 @@ def _is_made(unit: Unit, results: Path, console: Console) -> bool:
 def _make(unit: Unit, results: Path, work: Path, commit: str, console: Console) -> bool:
     """Makes one unit and writes its file. Returns False if it was asked to stop."""
     work.mkdir(parents=True, exist_ok=True)
-    with faults.lock(work):
+    with lock(work):
         fields = unit.measure(work, console)
     if fields is None:
         return False

@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
 from star_jax import files, image_io
-from star_jax.training.faults import first_flaw
+from star_jax.training.finite import first_flaw
 
 SAMPLES = 'samples'
 METRICS = 'metrics.jsonl'

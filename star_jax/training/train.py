@@ -18,8 +18,11 @@ from star_jax.families.fit import templates_flaw
 from star_jax.parallel import peer_watchdog, startup
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import cache as caches
-from star_jax.training import faults, trainer
+from star_jax.training import trainer
+from star_jax.training.folder_lock import lock
+from star_jax.training.full_disk import disk_watched
 from star_jax.training.run import Run, TokenizerRun, resolve, run_class
+from star_jax.training.stop_signals import Stop
 
 
 def main(
@@ -43,17 +46,17 @@ def main(
         UserError: the config or the folder cannot be used, or another process trains in the folder.
         RunError: the run cannot continue.
     """
-    with faults.Stop() as stop:
+    with Stop() as stop:
         check_out(out)
         startup.start(distributed=True)
         logging.getLogger('absl').setLevel(logging.WARNING)
         if jax.process_index() != 0:  # the first warns for all
             logging.getLogger(star_jax.__name__).setLevel(logging.ERROR)
-        with peer_watchdog.PeerWatchdog(), faults.disk_watched(out / trainer.CHECKPOINTS):
+        with peer_watchdog.PeerWatchdog(), disk_watched(out / trainer.CHECKPOINTS):
             peer_watchdog.check_same('settings', json.dumps(config.to_json(run), sort_keys=True))
             job = (build or build_job)(run)
             trainer.check(out, job.run)
-            with faults.lock(out):
+            with lock(out):
                 console = Console(quiet=jax.process_index() != 0)
                 return trainer.fit(job, out, console, stop)
 

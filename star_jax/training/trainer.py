@@ -22,10 +22,11 @@ from star_jax.data.pipeline import Source
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.parallel import peer_watchdog
 from star_jax.training import logger, notice
-from star_jax.training.faults import Stop, state_flaw
+from star_jax.training.finite import state_flaw
 from star_jax.training.logger import Logger, MetricsWindow
 from star_jax.training.run import Run, TokenizerRun, check_kind
 from star_jax.training.state import TrainState
+from star_jax.training.stop_signals import Stop
 from star_jax.training.summary import check_state, state_bytes
 
 CONFIG = 'config.json'
