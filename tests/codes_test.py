@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from star_jax.core.codes import Index
+from star_jax.core.codes import Bits, Index
 
 V = 5
 draw = jax.jit(Index.sample)
@@ -49,6 +49,22 @@ def test_codes_are_sampled_with_their_probability():
         shares = np.bincount(row, minlength=4) / row.size
         np.testing.assert_allclose(shares, probs, atol=0.015)
         assert shares[3] == 0
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 17), (2, 3, 4, 2)])
+def test_codes_are_those_of_jax_categorical(shape):
+    logits = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    logits[..., -1] = -np.inf
+    keys = jax.random.split(jax.random.key(4), 2)
+    expected = jax.vmap(jax.random.categorical)(keys, logits)
+    np.testing.assert_array_equal(draw(keys, logits), expected)
+
+
+def test_top_is_the_first_of_equal_codes_and_a_code_even_without_a_number():
+    logits = np.float32([[[0, 2, 2], [-np.inf, -np.inf, -np.inf], [np.nan, 0, 0]]])
+    assert Index(3).top(logits)[0, :2].tolist() == [1, 0]
+    assert Index(3).top(logits)[0, 2] < 3
+    assert Bits(1).top(np.float32([[[[1, 1]], [[0, 1]]]])).tolist() == [[[0], [1]]]
 
 
 def test_image_is_sampled_with_its_own_key():

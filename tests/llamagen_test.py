@@ -98,10 +98,10 @@ def empty_of(model, rows):
 
 
 @functools.cache
-def sampled(name: str, rows: int = 2, split: bool = False):
+def sampled(name: str, rows: int = 2, platform: str = ''):
     """Traced samples with guidance, and the logits of teacher forcing of the same tokens.
 
-    With `split`, layers have arrays of their own.
+    Parameters are arranged as for a `platform` ('': as training has them).
     """
     model, prompted = CONDITIONS[name]
     prompted = jax.tree.map(lambda x: x[:rows], prompted)
@@ -117,7 +117,7 @@ def sampled(name: str, rows: int = 2, split: bool = False):
         result = sample(
             network,
             tokenizer,
-            trunks.split(parts) if split else parts,
+            trunks.arrange(parts, model.schedule, platform),
             keys_B=image_keys(range(rows)),
             condition=both,
             settings=settings,
@@ -138,10 +138,13 @@ def test_sampling_computes_the_teacher_forced_logits(name):
     np.testing.assert_allclose(np.concatenate(logits, axis=1), forced[:, rows], atol=2e-5)
 
 
-@pytest.mark.parametrize('name', ['class', '3 tokens', 'shared heads'])
-def test_layers_with_arrays_of_their_own_compute_the_same(name, monkeypatch):
+@pytest.mark.parametrize(
+    ('name', 'platform'),
+    [('class', 'cpu'), ('class', 'tpu'), ('3 tokens', 'cpu'), ('shared heads', 'cpu')],
+)
+def test_layers_with_arrays_of_their_own_compute_the_same(name, platform, monkeypatch):
     monkeypatch.setattr(trunks, 'BLOCK_ROWS', 4)
-    (result, _), (expected, _) = sampled(name, split=True), sampled(name)
+    (result, _), (expected, _) = sampled(name, platform=platform), sampled(name)
     np.testing.assert_array_equal(result.codes, expected.codes)
     for one, other in zip(result.trace.steps(), expected.trace.steps(), strict=True):
         np.testing.assert_allclose(one.method.logits, other.method.logits, atol=2e-6)

@@ -55,7 +55,8 @@ def compiled(mesh=None, model=MODEL, dtype='float32', device=None) -> Any:
         ).codes
 
     params = {'model': nn.unbox(model.abstract()), 'tokenizer': {}}
-    params = trunks.split(abstract_cast(params, dtype))
+    platform = device.platform if device else 'cpu'
+    params = trunks.arrange(abstract_cast(params, dtype), model.schedule, platform)
     keys_B = jax.eval_shape(lambda: image_keys([0]))
     labels = LabelCondition(jax.ShapeDtypeStruct((1,), np.int32))
     args = (params, keys_B, labels)

