@@ -59,7 +59,7 @@ two more compilations and was searched for one row; the other compiled ones were
 `--no-search`.
 
 The programs of the compiled rows were compiled before their bounds were computed by axis. Where the
-record of a collective does not tell its mesh axis (v5e-256 and v6e-256 with three or four axes,
+record of a collective does not name its mesh axis (v5e-256 and v6e-256 with three or four axes,
 except for star_d30_256 on v5e-256), the one with the most links was assumed.
 
 Infinity trains at 1024 x 1024 px with 256 images per step; the length of its published runs is not

@@ -9,8 +9,8 @@ parse_tpu() { # TYPE [NAME]: v5p-128, or 2xv5e-256 for two slices. Sets $type, $
   runtime="v2-alpha-tpu${kind/v5e/v5-lite}" runtime="${runtime/v5p/v5}"
   ((count == 1)) || size=(--node-count="$count" --node-prefix="${2:-}")
 }
-no_direct='the pods use no GPUDirect: between nodes NCCL reaches about 4 GB/s instead of 340 GB/s'
-no_direct+=' (a3-mega); docs/launch.md says what to add to launch/jobset.yaml'
+no_direct='the pods use no GPUDirect: between nodes NCCL has about 4 GB/s instead of 340 GB/s'
+no_direct+=' (a3-mega); docs/launch.md lists what to add to launch/jobset.yaml'
 parse_pool() { # POOL of launch/gke.sh. Sets $platform, $note and fields of launch/jobset.yaml.
   local label=cloud.google.com/gke index=batch.kubernetes.io/job-completion-index m
   if [[ $1 =~ ^(([0-9]+)x)?(v5e|v5p|v6e):(([0-9]+)x([0-9]+)(x([0-9]+))?)$ ]]; then

@@ -18,7 +18,7 @@ check_run() { # Checks the arguments of star-jax train for a config and an --out
   if [[ ${1:-} == --out=* ]]; then out="${1#*=}"; else out="${2:-}"; fi
   [[ $out ]] || fail "a run needs --out FOLDER: it saves there and continues from there"
 }
-check_shared() { # Checks that every machine of the run can reach $out.
+check_shared() { # Checks that every machine of the run can open $out.
   [[ $out == /* ]] || fail "--out $out is not a folder that all machines share: give the absolute" \
     "path of a folder that every one of them mounts, on a file store or a bucket"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests: creates .venv, installs, then lint, format and pytest on all cores.
-# libtpu, which compiles for TPUs on any machine, goes to .cache: beside JAX it would look for TPUs.
+# libtpu, which compiles for TPUs on any machine, goes to .cache: beside JAX it would search for TPUs.
 #   bash launch/test.sh [PYTEST OPTIONS]      such as -k sampler, or -m slow for the slow tests
 # STAR_JAX_GOLDEN names another folder of recorded cases to verify (default: tests/golden).
 set -euo pipefail

@@ -3,7 +3,7 @@
 # preemption it does so again, and the run continues from its last checkpoint. At the end, or after
 # five failures without a new checkpoint, it deletes the resource. A slice that has no run, or does
 # not answer, is replaced after ten minutes. ctrl-c ends only this script; the same command takes
-# over again. It looks once a minute: keep this machine awake.
+# over again. It checks once a minute: keep this machine awake.
 #   bash launch/tpu_watch.sh [--dry-run] NAME ZONE TYPE [--OPTION=VALUE ... of gcloud] \
 #     CONFIG --out SHARED/RUN [OPTIONS OF star-jax train]
 #   bash launch/tpu_watch.sh d30 us-east5-a v5p-128 --spot configs/star_d30_256.py --out /mnt/d30

@@ -278,7 +278,7 @@ def test_memory_of_chunks_grows_linearly_with_the_rows():
 def flash_here(monkeypatch) -> Kernel:
     """The calls for a GPU with XLA's implementation in the place of cuDNN's, in float32.
 
-    What reaches the kernel for masks fails.
+    A call of the kernel for masks fails.
     """
     monkeypatch.setattr(flash, 'HALVES', (jnp.float32,))
     return Flash(otherwise=None, implementation='xla')

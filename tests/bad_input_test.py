@@ -265,7 +265,7 @@ INPUTS: dict[str, Write] = {
     'wide_text': model(model__text_width=64),
     'lost_text': model(text__source='/nowhere/at/all'),
     'dotted_text': model(text__source='package:os.path'),
-    'hub_text': model(text__source='nobody/nothing'),
+    'hub_text': model(text__source='absent/model'),
     'no_weights': model_weights(Path.unlink),
     'no_tokenizer_weights': model_weights(Path.unlink, 'tokenizer'),
     'cut_weights': model_weights(cut),
@@ -538,7 +538,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a pickled model', f'{MODEL} {{pickle.pth}}', 'there is no such folder'),
     ('an empty folder', f'{MODEL} {{bare}}', 'has no config.json, expected a model folder'),
     ('a name too long for any file', f'{MODEL} {"x" * 300}', 'there is no such folder'),
-    ('a hub without a network', f'{MODEL} nobody/nothing', 'cannot be downloaded from the hub'),
+    ('a hub without a network', f'{MODEL} absent/model', 'cannot be downloaded from the hub'),
     ('a tokenizer as model', f'{MODEL} {{home}}/tokenizer', 'only a tokenizer, expected a model'),
     ('a run as model', f'{MODEL} {{another_run}}', 'expected the fields family, model, sampling'),
     ('no JSON', f'{MODEL} {{no_json}}', 'not valid JSON at line 1, column 1'),
@@ -859,7 +859,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path_factory) -> None:
-    """No network and an empty cache; long computations fail, because no mistake may reach them."""
+    """No network and an empty cache; long computations fail: mistakes must be found before."""
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError('the input was accepted')

@@ -137,7 +137,7 @@ def test_codes_that_are_fed_back_give_the_image_they_came_from():
 
 @pytest.mark.parametrize('shared', [((0, 1),), ((1, 2),), ((0, 2),)], ids=str)
 def test_every_choice_of_buckets_gives_the_same_codes(shared):
-    """Padded to the last scale, the one before it reaches behind the rows that are read again.
+    """Padded to the last scale, the one before it ends behind the rows that are read again.
 
     A cache of these rows alone would move its keys over those of earlier scales.
     """

@@ -325,8 +325,8 @@ def test_fingerprint_changes_with_the_images_of_a_folder(tmp_path):
 
     colours = np.random.default_rng(0).integers(0, 256, (20, 3), dtype=np.uint8)
     for number, colour in enumerate(colours):
-        picture = np.broadcast_to(colour, (16, 16, 3))
-        image_io.save_png(picture, tmp_path / f'{number}.png')
+        image = np.broadcast_to(colour, (16, 16, 3))
+        image_io.save_png(image, tmp_path / f'{number}.png')
         (tmp_path / f'{number}.txt').write_text(f'colour {number}')
     seen = [fingerprint()]
     assert fingerprint() == seen[0]

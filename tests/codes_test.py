@@ -8,7 +8,7 @@ import pytest
 from star_jax.core.codes import Bits, Index
 
 V = 5
-draw = jax.jit(Index.sample)
+sample = jax.jit(Index.sample)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_codes_are_sampled_with_their_probability():
     probs = np.array([0.5, 0.3, 0.2, 0.0])
     with np.errstate(divide='ignore'):
         logits = np.broadcast_to(np.log(probs), (2, 20000, 4)).astype(np.float32)
-    codes = draw(jax.random.split(jax.random.key(1), 2), logits)
+    codes = sample(jax.random.split(jax.random.key(1), 2), logits)
     assert codes.dtype == jnp.int32
     for row in np.asarray(codes):
         shares = np.bincount(row, minlength=4) / row.size
@@ -57,7 +57,7 @@ def test_codes_are_those_of_jax_categorical(shape):
     logits[..., -1] = -np.inf
     keys = jax.random.split(jax.random.key(4), 2)
     expected = jax.vmap(jax.random.categorical)(keys, logits)
-    np.testing.assert_array_equal(draw(keys, logits), expected)
+    np.testing.assert_array_equal(sample(keys, logits), expected)
 
 
 def test_top_is_the_first_of_equal_codes_and_a_code_even_without_a_number():
@@ -70,10 +70,10 @@ def test_top_is_the_first_of_equal_codes_and_a_code_even_without_a_number():
 def test_image_is_sampled_with_its_own_key():
     logits = np.zeros((2, 64, V), np.float32)
     keys = jax.random.split(jax.random.key(2), 3)
-    first, second = draw(keys[:2], logits), draw(keys[::2], logits)
+    first, second = sample(keys[:2], logits), sample(keys[::2], logits)
     np.testing.assert_array_equal(first[0], second[0])
     assert (first[1] != second[1]).any()
-    np.testing.assert_array_equal(draw(keys[1:2], logits[1:])[0], first[1])
+    np.testing.assert_array_equal(sample(keys[1:2], logits[1:])[0], first[1])
 
 
 def test_sampling_rule_is_one_static_value():

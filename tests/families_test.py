@@ -74,10 +74,10 @@ class Pixels(nn.Module):
     def blank(self, batch):
         return jnp.zeros((batch, self.schedule.length), jnp.int32)
 
-    def advance(self, canvas, drawn, step):
-        canvas = jax.lax.dynamic_update_slice_in_dim(canvas, drawn.codes_BL, step.index, axis=1)
+    def advance(self, canvas, sampled, step):
+        canvas = jax.lax.dynamic_update_slice_in_dim(canvas, sampled.codes_BL, step.index, axis=1)
         last = step.like + 1 == self.schedule.steps
-        return canvas, None if last else drawn.codes_BL
+        return canvas, None if last else sampled.codes_BL
 
     def inputs(self, codes_BL):
         return codes_BL[:, :-1]

@@ -689,8 +689,8 @@ def wait_for_steps(process: subprocess.Popen, out: Path, steps: int, saving: boo
     """Waits until a running run has done so many steps and, if asked, until it saves."""
     lines = last_step(out)
     wait_until(process, lambda: last_step(out) != lines)
-    reached = newest(out) + steps
-    wait_until(process, lambda: last_step(out) >= reached)
+    saved_until = newest(out) + steps
+    wait_until(process, lambda: last_step(out) >= saved_until)
     wait_until(process, lambda: is_saving(out) or not saving)
 
 

@@ -258,7 +258,7 @@ def test_meet_returns_in_all_processes():
             20,
             'process 1 was started as one of 3 processes, and process 0 as one of 2',
         ),
-        ([(1, 2)], 0.5, 'process 1 cannot reach process 0 at 127.0.0.1'),
+        ([(1, 2)], 0.5, 'process 1 cannot connect to process 0 at 127.0.0.1'),
     ],
 )
 def test_meet_ends_all_processes_with_the_same_error(calls, timeout, sentence):

@@ -2,7 +2,7 @@
 
     python tests/import_metric.py [MODULE...]
 
-prints, for each module, how many modules of star_jax any `from star_jax` import reaches (imports
+prints, for each module, how many modules of star_jax any `from star_jax` import loads (imports
 inside functions and under TYPE_CHECKING count), and the longest path of imports.
 """
 

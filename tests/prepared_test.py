@@ -21,7 +21,7 @@ def record(index: int, **extra: str) -> dict:
         label=f'label {index}',
         source='test',
         licence='CC0',
-        attribution='nobody',
+        attribution='someone',
         **extra,
     )
 

@@ -75,10 +75,10 @@ def random_params(abstract: dict) -> dict:
     """Random parameters of these shapes, made without compiling anything."""
     random = np.random.default_rng(0)
 
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def sample(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if leaf.ndim == 1:
             return np.full(leaf.shape, path[-1].key == 'scale', np.float32)
-        drawn = random.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5
-        return drawn.astype(np.float32)
+        sampled = random.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5
+        return sampled.astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract))
+    return jax.tree_util.tree_map_with_path(sample, nn.unbox(abstract))

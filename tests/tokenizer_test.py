@@ -46,7 +46,7 @@ def quantiser(phis=2, normalised=False):
     return ResidualVQ(Pyramid.square(SIDES), V, C, phis, 0.5, normalised)
 
 
-def drawn(init, *args):
+def sampled(init, *args):
     """Random parameters of the right shapes, without compiling their initialisation."""
     rng = np.random.default_rng(1)
     shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), *args))
@@ -102,7 +102,7 @@ def narrow():
     vq = VQ(autoencoder=sizes, grids=square_grids(SIDES), codes=V, channels=C, phis=1)
     images = np.random.default_rng(2).uniform(-1, 1, (2, *vq.resolution, 3))
     images = images.astype(np.float32)
-    params = drawn(vq.build().init, images)
+    params = sampled(vq.build().init, images)
     return vq, params, images
 
 

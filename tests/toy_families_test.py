@@ -147,7 +147,7 @@ def test_labels_describe_what_flipped_bits_left():
 
 
 def test_padding_of_a_prefix_changes_nothing():
-    """Hidden rows of the prefix: their content never reaches an image."""
+    """Hidden rows of the prefix: no image depends on their content."""
     network, _, params = parts('prefix_raster')
     text, _ = conditions('prefix_raster', 3)
     dirty = text.replace(states_BTE=text.states_BTE + 9 * (1 - text.mask_BT[..., None]))

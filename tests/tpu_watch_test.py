@@ -339,12 +339,12 @@ import sys
 from star_jax.parallel import tpu_watch
 
 class Watch:
-    def __init__(self, request, tpu, clock, say):
-        self.say = say
+    def __init__(self, request, tpu, clock, report):
+        self.report = report
 
     def run(self):
         for _ in range(9):
-            self.say('the run continues')
+            self.report('the run continues')
         open(sys.argv[1], 'x').close()
         raise tpu_watch.GivenUpError('the run failed')
 

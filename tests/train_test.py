@@ -92,7 +92,7 @@ def test_accumulated_steps_make_one_update_and_one_average(run):
     end, means = leaves(state.params), leaves(state.ema)
     assert not np.array_equal(start['blocks/ffn/fc1/kernel'], end['blocks/ffn/fc1/kernel'])
     for name, mean in means.items():
-        keep = 1 / 10  # at the first step of a run: early averages reach back less far
+        keep = 1 / 10  # at the first step of a run: early averages are over fewer steps
         np.testing.assert_allclose(mean, keep * start[name] + (1 - keep) * end[name], atol=1e-6)
     losses = [
         float(plain.step(number, plain.init(), (inputs,))[1]['loss'])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Sides of the square matrices whose product measures the matrix rate: large enough to reach it.
+# Sides of the square matrices whose product measures the matrix rate: large enough for it.
 SIDE = 2048
 SIDE_ON_ACCELERATORS = 8192
 READ = 2**29  # bytes whose sum measures the read rate: no cache holds them

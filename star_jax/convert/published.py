@@ -157,13 +157,13 @@ def _torch_dicts(path: Path) -> Iterator[tuple[str, TorchTensors]]:
     content = torch_files.load(path)
     if not isinstance(content, Mapping):
         raise UserError(f'{_not_published(path)}: it holds a {type(content).__name__}; {EXPECTED}')
-    seen: set[int] = set()
+    visited: set[int] = set()
     pending = [((), content)]
     while pending:
         keys, inner = pending.pop()
-        if id(inner) in seen or len(keys) > DEEPEST:
+        if id(inner) in visited or len(keys) > DEEPEST:
             continue
-        seen.add(id(inner))
+        visited.add(id(inner))
         named = [(str(key), value) for key, value in inner.items()]
         if tensors := {name: value for name, value in named if torch_files.is_tensor(value)}:
             yield '.'.join(keys), TorchTensors(tensors)

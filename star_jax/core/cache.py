@@ -117,7 +117,7 @@ class Cache:
         """The cache with the keys and values of a step.
 
         A last step that the cache has no rows for is not written. Raises ValueError for a padded
-        step that could reach behind the end: such a write would be moved over earlier rows.
+        step that could end behind it: such a write would be moved over earlier rows.
         """
         start = schedule.rows(step)[0]
         if isinstance(step.index, int) and start >= self.kv.rows:

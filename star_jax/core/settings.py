@@ -78,7 +78,7 @@ class Settings:
             empty prompt).
         stop: sample the first so many steps only, for a coarse image (0: all).
         smooth: mix code vectors instead of sampling codes; top_k, top_p and temperature are
-            ignored; images look cleaner and follow the prompt less.
+            ignored; images are cleaner and follow the prompt less.
         stable: stable sampling of the finer scales in several passes, by a refinement head.
     """
 

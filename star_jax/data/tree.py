@@ -181,16 +181,16 @@ def _walk(root: Path) -> tuple[list[str], list[Fault]]:
     Links to folders are followed after all other folders, so that every folder has the name of its
     own place if that is below `root`, too.
     """
-    names, faults, seen = [], [], set()
+    names, faults, visited = [], [], set()
     folders, links = ['.'], collections.deque()
     while folders or links:
         is_link = not folders
         folder = links.popleft() if is_link else folders.pop()
         place = _place(root / folder)
-        if place in seen:  # of a link, or below one that leads to a folder around this one
+        if place in visited:  # of a link, or below one that leads to a folder around this one
             faults.append(Fault(LINK, folder, 'it leads to a folder that is read already'))
             continue
-        seen.add(place)
+        visited.add(place)
         for entry in _scan(root / folder):
             name = (PurePosixPath(folder) / entry.name).as_posix()
             kind = _kind(entry)

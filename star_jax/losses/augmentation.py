@@ -1,4 +1,4 @@
-"""How are images changed before a discriminator sees them?
+"""How are images changed before a discriminator gets them?
 
 Differentiable augmentation (Zhao et al. 2020): real and decoded images are changed at random in the
 same ways, so that a discriminator cannot remember a small training set.

@@ -1,4 +1,4 @@
-"""Which networks tell real images from decoded ones? (LlamaGen specification 1.6)
+"""Which networks distinguish real images from decoded ones? (LlamaGen specification 1.6)
 
 Batch statistics are explicit values: a network returns those of its batch, and normalises with
 given ones instead if it gets any. Statistics are those of the whole batch, over all devices, so

@@ -44,7 +44,7 @@ GRACE = 3.0  # seconds in which a process may still exit with its own error
 JAX_TIMEOUT = 100  # seconds after which JAX's own heartbeats abort all processes
 NO_TIMEOUT = 24 * 3600 * 1000  # milliseconds; the watchdog ends a wait for a lost process
 HEARTBEATS, EXITS = 'star_jax/heartbeat', 'star_jax/exit'  # prefixes of keys, before the process
-FIRST_LOST = 'process 0, which coordinates the run, is lost or cannot be reached'
+FIRST_LOST = 'process 0, which coordinates the run, is lost or does not answer'
 BROKEN_CONNECTION = 'Gloo'  # in the error that JAX raises on CPUs
 ADVICE = 'the same command, started for all of them, continues from the last checkpoint'
 
@@ -190,7 +190,7 @@ def broadcast_text(text: str) -> str:
 def check_same(name: str, text: str) -> None:
     """Raises UserError in every process whose text differs from that of process 0.
 
-    `name` says in the plural what the text describes, such as 'settings'.
+    `name` is the plural of what the text describes, such as 'settings'.
     """
     if broadcast_text(text) != text:
         raise UserError(

@@ -2,7 +2,7 @@
 
 JAX itself waits for minutes and then aborts with a stack trace. Here process 0 first listens at the
 address that JAX will use. Every other process reports its number there and waits until all have
-reported. If that fails, every process that can be reached gets the reason in one sentence.
+reported. If that fails, every connected process gets the reason in one sentence.
 
 Process 0 also connects to that address itself. If another process answers, two processes are
 number 0, on one machine or on two.
@@ -18,7 +18,7 @@ import time
 from star_jax.errors import UserError
 
 GO = 'go'
-RETRY = 0.2  # seconds between two attempts to reach process 0
+RETRY = 0.2  # seconds between two attempts to connect to process 0
 MAX_LINE = 4096  # bytes of a message
 MESSAGE_TIMEOUT = 5  # seconds for a message to arrive after a connection
 
@@ -52,7 +52,7 @@ def meet(host: str, port: int, processes: int, process: int, timeout: float) -> 
 
     Raises:
         UserError: a process is missing, two have the same number, the counts differ, or the port
-            is in use. Every process that process 0 has reached raises it.
+            is in use. Every process that is connected to process 0 raises it.
     """
     report, deadline = Report(process, processes), time.monotonic() + timeout
     if process == 0:
@@ -159,8 +159,8 @@ def _register(host: str, port: int, report: Report, deadline: float) -> None:
     answer = _exchange(host, port, report, deadline)
     if answer is None:
         raise UserError(
-            f'process {report.process} cannot reach process 0 at {host}:{port}: start process 0 '
-            'there, and let its port through'
+            f'process {report.process} cannot connect to process 0 at {host}:{port}: '
+            'start process 0 there, and let its port through'
         )
     if not answer:
         raise UserError(

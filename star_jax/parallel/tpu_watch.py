@@ -89,20 +89,23 @@ class Watch:
         request: the arguments of the user.
         tpu: runs an action of `launch/tpu.sh` with its words; returns exit status and output.
         clock: has `now` and `sleep`.
-        say: prints a sentence for the user.
+        report: prints a sentence for the user.
     """
 
     def __init__(
-        self, request: Request, tpu: Tpu, clock: Clock, say: Callable[[str], object]
+        self, request: Request, tpu: Tpu, clock: Clock, report: Callable[[str], object]
     ) -> None:
-        self._request, self._tpu, self._clock, self._say = request, tpu, clock, say
-        self._seen: str | None = None  # the last state that was reported
-        self._exists = False  # whether this watch has ever seen the resource
+        self._request, self._tpu, self._clock, self._report = request, tpu, clock, report
+        self._reported: str | None = None  # the last state that was reported
+        self._exists = False  # whether this watch has ever found the resource
         self._started = False  # whether the run on this slice was started, or seen running
         self._attempt_failed = False  # whether installing or starting has just failed
-        self._stopped = False  # whether the last look found the run stopped
+        self._stopped = False  # whether the last check found the run stopped
         self._looked = clock.now()
-        self._is_idle, self._idle = False, 0.0  # at the last look; seconds of a slice without a run
+        self._is_idle, self._idle = (
+            False,
+            0.0,
+        )  # at the last check; seconds of a slice without a run
         # Failures since the newest checkpoint; a preemption resets those of the slice.
         self._run_failures = self._slice_failures = 0
         self._step: int | None = None  # step of the newest checkpoint
@@ -123,10 +126,10 @@ class Watch:
         elapsed, self._looked = now - self._looked, now
         state, run, step = self._state()
         self._note_progress(step)
-        seen = f'{state} {run}'.strip()
-        if seen != self._seen:
-            self._say(seen or 'absent')
-            self._seen = seen
+        current = f'{state} {run}'.strip()
+        if current != self._reported:
+            self._report(current or 'absent')
+            self._reported = current
         if state == UNKNOWN:
             self._is_idle = False  # it is unknown whether the run went on
             return False
@@ -154,12 +157,12 @@ class Watch:
             self._wait_for_host()
         elif self._started and run == 'ended 0':
             self._delete_surely()
-            self._say('the run is complete, and the resource is deleted')
+            self._report('the run is complete, and the resource is deleted')
             return True
         elif self._started and run == 'ended 2':
             self._give_up(f'the arguments of the run have a mistake ({run})')
         elif self._started and run == 'ended 143' and not self._stopped:
-            self._stopped = True  # if this is a preemption, the next look shows it
+            self._stopped = True  # if this is a preemption, the next check shows it
         else:
             if self._started:
                 self._run_failures += 1
@@ -178,7 +181,9 @@ class Watch:
             return
         _, states = self._tpu('states')
         if 'running' in states.split():
-            self._say('the first VM does not answer, but another one reports that the run goes on')
+            self._report(
+                'the first VM does not answer, but another one reports that the run goes on'
+            )
             self._idle = 0.0
         else:
             self._slice_failures += 1
@@ -191,7 +196,9 @@ class Watch:
             return
         if not self._exists and self._state()[0] == '':
             raise GivenUpError('the resource cannot be created (the reason is above)')
-        self._say('the resource cannot be created now, which costs nothing: the next try follows')
+        self._report(
+            'the resource cannot be created now, which costs nothing: the next try follows'
+        )
 
     def _start(self) -> None:
         """Installs and starts the run; a run that is left from before is stopped first."""
@@ -199,7 +206,7 @@ class Watch:
         for words in (('install',), ('stop',), ('start', *self._request.train)):
             status, _ = self._tpu(*words)
             if status:
-                self._say(f'{words[0]} has failed: the next try follows')
+                self._report(f'{words[0]} has failed: the next try follows')
                 self._attempt_failed = True
                 return
         self._started, self._attempt_failed = True, False
@@ -218,7 +225,7 @@ class Watch:
             self._give_up(f'{MOST_FAILURES} failures without a new checkpoint ({run})')
 
     def _replace(self) -> None:
-        self._say(
+        self._report(
             f'no run on this slice for {self._idle / 60:.0f} minutes, which cost money: it is '
             'deleted and created again'
         )
@@ -226,14 +233,14 @@ class Watch:
 
     def _give_up(self, reason: str) -> None:
         """Deletes the resource and raises the reason."""
-        self._say(f'{reason}: the resource is deleted')
+        self._report(f'{reason}: the resource is deleted')
         _, log = self._tpu('last')
         self._delete_surely()
         raise GivenUpError(f'{reason}; the resource is deleted, and its log ends as above', log)
 
     def _delete(self) -> None:
         if self._tpu('delete')[0]:
-            self._say('the resource cannot be deleted now: the next try follows')
+            self._report('the resource cannot be deleted now: the next try follows')
 
     def _delete_surely(self) -> None:
         """Deletes the resource; returns when the cloud has none, or is deleting it."""
@@ -313,12 +320,12 @@ def main(words: Sequence[str]) -> int:
     def tpu(action: str, *words: str) -> tuple[int, str]:
         return run_action(name, zone, action, *words)
 
-    def say(sentence: str) -> None:
+    def report(sentence: str) -> None:
         line = f'{name}: {sentence}'.encode('unicode_escape').decode()
         write(sys.stdout, f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n')
 
     try:
-        Watch(request, tpu, Clock(), say).run()
+        Watch(request, tpu, Clock(), report).run()
     except GivenUpError as error:
         write(sys.stderr, f'{error.log}\ntpu_watch.sh: {error}\n'.lstrip())
         return 2

@@ -227,7 +227,7 @@ class PlanReport:
 
     @property
     def mfu(self) -> float:
-        """An upper bound: the share of the peak rate that the needed arithmetic reaches."""
+        """An upper bound: the share of the peak rate at which the needed arithmetic runs."""
         return self.needed_flops / (self.seconds * self.chips * self.peak_flops)
 
     @property

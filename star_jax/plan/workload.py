@@ -297,7 +297,7 @@ class _Prompts:
 
 @functools.lru_cache(maxsize=4)  # a plan builds many workloads of a run
 def _prompts(model: Family, text: str, dtype: Dtype) -> _Prompts:
-    """The encoder of a run's prompts; a note says if its sizes are those of a published one."""
+    """The encoder of a run's prompts; a note is added if its sizes are those of a published one."""
     encoder, note = _encoder(model, text, dtype)
     params = encoder.abstract_params()
     one = jax.eval_shape(encoder.apply, nn.unbox(params), encoder.abstract_tokens(1))

@@ -62,8 +62,8 @@ def gumbel_noise(keys_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 class SmoothSampling:
     """Soft mixtures of code vectors, sharper with every scale (STAR specification 8).
 
-    For looks only: the codes that it returns are the heaviest of each mixture. It ignores the
-    temperature of its steps.
+    They serve the appearance only: the codes that it returns are the heaviest of each mixture. It
+    ignores the temperature of its steps.
 
     Attributes:
         steps: the number of steps of the schedule (static).

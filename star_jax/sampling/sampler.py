@@ -110,7 +110,7 @@ class GivenCodes:
 
     def replace_codes(self, sampled: jax.Array, schedule: Schedule, step: Step) -> jax.Array:
         """The given codes of `step` where it is given, otherwise the `sampled` ones."""
-        # A padded step never reaches beyond L: it is padded to a later one.
+        # A padded step never ends beyond L: it is padded to a later one.
         first, size = jnp.asarray(schedule.offsets)[step.index], sampled.shape[1]
         given = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.codes), first, size, axis=1)
         return jnp.where(jnp.asarray(self.mask_S)[step.index], given.astype(sampled.dtype), sampled)

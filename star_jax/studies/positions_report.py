@@ -370,8 +370,8 @@ def _larger(data: str, arms: Mapping[str, Sequence[PositionsResult]]) -> Cells:
 
 def _mean(values: Sequence[float], digits: int = 3) -> str:
     """The mean, and the standard deviation over seeds if there are several."""
-    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{statistics.fmean(values):.{digits}f}{spread}'
+    deviation = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.fmean(values):.{digits}f}{deviation}'
 
 
 def _numbers(

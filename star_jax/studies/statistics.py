@@ -71,9 +71,11 @@ def difference(scores: Scores, first: str, second: str) -> Difference | None:
     if not error:  # no spread at all: a t statistic would divide by zero
         p = 1.0 if np.isclose(value, 0) else 0.0
         return Difference(value=value, low=value, high=value, p=p, freedom=freedom)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     p = float(2 * stats.t.sf(abs(value) / error, freedom))
-    return Difference(value=value, low=value - reach, high=value + reach, p=p, freedom=freedom)
+    return Difference(
+        value=value, low=value - half_width, high=value + half_width, p=p, freedom=freedom
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -33,7 +33,7 @@ def usage(
 
 
 def peel(f_BHWC: jax.Array, grids: tuple[tuple[int, int], ...]) -> list[jax.Array]:
-    """The vectors [B h w, C] that each scale would look up if earlier scales were exact."""
+    """The vectors [B h w, C] that each scale would quantise if earlier scales were exact."""
     rest, vectors = f_BHWC, []
     for height, width in grids:
         coarse = resize.area(rest, height, width)

@@ -209,14 +209,14 @@ class Competition:
             The loss, and logits and batch statistics of both, the real images first.
         """
         keys = jax.random.split(key)
-        seen = self._changed(keys[0], images)
-        real, of_real = self._apply(params, seen)
+        changed = self._changed(keys[0], images)
+        real, of_real = self._apply(params, changed)
         stopped = jax.lax.stop_gradient(decoded)
         fake, of_fake = self._apply(params, self._changed(keys[1], stopped))
         loss = adversarial.OF_DISCRIMINATOR[self.adversary.discriminator_loss](real, fake)
         penalty = self.adversary.penalty
         if isinstance(penalty, R1):
-            loss += penalty.penalty(lambda x: self._apply(params, x)[0], seen, step)
+            loss += penalty.penalty(lambda x: self._apply(params, x)[0], changed, step)
         elif isinstance(penalty, LeCam):
             loss += penalty.penalty(real, fake, means_2)
         return self.weight(step) * loss, (real, fake, of_real, of_fake)

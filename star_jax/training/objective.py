@@ -43,7 +43,7 @@ class Adversary:
         largest: upper limit of that scale.
         optimizer: optimizer of the discriminator and its schedules.
         penalty: a penalty on the discriminator, R1 or LeCam.
-        augmentation: random changes of the images that the discriminator sees.
+        augmentation: random changes of the images that the discriminator gets.
     """
 
     discriminator: AnyDiscriminator = PatchGAN()

@@ -152,8 +152,8 @@ def gradient_norm(state: Any) -> jax.Array:
 def decayed(params: Any) -> Any:
     """True for parameters that decay: kernels, except those of the modulation by level embeddings.
 
-    Layers are stacked, so the rank of an array does not tell a bias from a matrix: the names do.
-    Biases, level embeddings, positions, offsets and score scales never decay; the vectors of
+    Layers are stacked, so the rank of an array does not distinguish a bias from a matrix: the names
+    do. Biases, level embeddings, positions, offsets and score scales never decay; the vectors of
     classes decay.
     """
 

@@ -63,7 +63,7 @@ class LearningRate:
         return float(match.group(1)) if match else 0.0
 
     def for_images(self, images: float) -> 'LearningRate':
-        """The learning rate where an update sees so many images."""
+        """The learning rate where an update is made of so many images."""
         if not self.per_images:
             return self
         peak = self.peak * images / self.per_images

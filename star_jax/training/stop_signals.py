@@ -37,7 +37,7 @@ class Stop:
     def agreed(self) -> bool:
         """Whether to stop before the next step: the same answer in all processes of a run.
 
-        A preemption notice may reach one process first, so the processes combine their requests
+        A preemption notice may come to one process first, so the processes combine their requests
         before every step, and read the result `DELAY` steps later, when nothing needs to wait.
         """
         if jax.process_count() == 1:

@@ -146,7 +146,7 @@ def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
     """Warns if validation images use too few of the codes, at one scale or at all scales together.
 
     A scale with fewer tokens than codes cannot use all of them: its used codes are compared with
-    its tokens, if these are enough to tell.
+    its tokens, if these are enough to decide.
 
     Args:
         usage_KV: how often each scale used each value of a code.
@@ -172,7 +172,7 @@ def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
 
 
 def warn_of_winner(accuracy: float) -> None:
-    """Warns if a discriminator tells too many validation images from their reconstructions."""
+    """Warns if a discriminator is too accurate on validation images and their reconstructions."""
     if accuracy > MOST_ACCURATE:
         log.warning(
             'the discriminator wins: it is right about %.0f %% of validation images and their '

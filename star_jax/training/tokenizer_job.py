@@ -253,10 +253,10 @@ class TokenizerJob:
         used_K = (counts > 0).mean(1)
         perplexity_K = np.asarray(self.tokenizer.codes.perplexity(jnp.asarray(counts)))
         scores = {f'{size.group}/psnr': float(np.concatenate(ratios).mean())}
-        for scale, (used, spread) in enumerate(zip(used_K, perplexity_K, strict=True)):
+        for scale, (used, perplexity) in enumerate(zip(used_K, perplexity_K, strict=True)):
             scores |= {
                 f'{size.group}/used/{scale}': float(used),
-                f'{size.group}/perplexity/{scale}': float(spread),
+                f'{size.group}/perplexity/{scale}': float(perplexity),
             }
         used = float((counts.sum(0) > 0).mean())
         scores |= {f'{size.group}/used': used, f'{size.group}/dead': 1 - used}
