@@ -1,7 +1,9 @@
 """Does a pipeline give the same images in every batch and on every mesh?"""
 
+import collections
 import dataclasses
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -34,6 +36,25 @@ from star_jax.training.schedules import LearningRate
 SEED = 339
 BLACK = np.zeros((16, 16, 3), np.uint8)
 PROMPTS = ['a red circle', 'a small blue star', 'a green ring', 'two crosses', 'a cat']
+
+
+class Words(collections.abc.Sequence):
+    """A sequence without slices."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, index: int) -> str:
+        return self.words[operator.index(index)]
+
+
+def closed_image() -> Image.Image:
+    image = Image.new('RGB', (9, 9))
+    image.close()
+    return image
 
 
 @pytest.fixture(scope='module')
@@ -217,6 +238,7 @@ def test_mistake_raises_a_sentence(pipe, prompts, settings, sentence):
         (['a'], {'seed': None}, 'seed must be a whole number, or a list of one per prompt, not N'),
         (['a'], {'seed': 1.5}, 'seed must be a whole number, .*, not 1.5'),
         (['a'], {'seed': '1'}, "seed must be a whole number, .*, not '1'"),
+        (['a'], {'seed': b'a'}, 'seed must be a whole number, .*, not a bytes'),
         (['a'], {'seed': True}, 'seed must be a whole number, .*, not True'),
         (['a'], {'seed': [None]}, 'seed 0 must be a whole number, not None'),
         (['a'], {'seed': np.array([0.5])}, 'seed 0 must be a whole number, not 0.5'),
@@ -261,6 +283,10 @@ def test_wrong_type_raises_a_sentence(pipe, prompts, settings, sentence):
         (['a'], {'seed': -1}, r'must lie in \[0, 2\^32\), and -1 does not'),
         (['a'], {'guidance': float('nan')}, 'guidance must lie in .*, not nan'),
         (['\udc80'], {}, r"prompt 0 is '\\udc80', expected text that UTF-8 can encode"),
+        (['a'], {'negative': '\ud800'}, r"negative is '\\ud800', expected text that UTF-8 can"),
+        (['a'], {'image': Image.new('F', (9, 9)), 'keep': 1}, '9 x 9 pixels of mode F, expected'),
+        (['a'], {'image': Image.new('RGB', (0, 0)), 'keep': 1}, 'image 0 has 0 x 0 pixels'),
+        (['a'], {'image': closed_image(), 'keep': 1}, 'image 0 cannot be read .*: give another'),
     ],
 )
 def test_wrong_value_raises_a_sentence(pipe, prompts, settings, sentence):
@@ -359,6 +385,12 @@ def test_seeds_may_be_a_list_with_one_per_image(pipe, images):
         np.testing.assert_array_equal(pipe(prompts, seed=given, **settings), images[[3, 0, 1]])
     again = pipe(tuple(prompts[:1]), seed=np.int32(SEED + 3), **settings)
     np.testing.assert_array_equal(again, images[3:4])
+
+
+@pytest.mark.parametrize('kind', [tuple, collections.deque, collections.UserList, Words])
+def test_prompts_may_be_any_sequence(pipe, images, kind):
+    again = pipe(kind(PROMPTS), seed=SEED, guidance=2.0, top_k=8, top_p=0.8)
+    np.testing.assert_array_equal(again, images)
 
 
 def test_stream_checks_its_arguments_before_it_is_iterated(pipe):

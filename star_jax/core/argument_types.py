@@ -81,6 +81,18 @@ def flag(name: str, value: object) -> bool:
     raise _mismatch(name, 'True or False', value)
 
 
+def text(name: str, value: object) -> str:
+    """The value; a UserError unless it is a text that UTF-8 can encode."""
+    instance(name, value, str, 'a text')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f'{name} is {ascii(value[:30])}, expected text that UTF-8 can encode'
+        ) from None
+    return value
+
+
 def choice(name: str, value: object, options: Any) -> str:
     """The value; a UserError unless it is one of the texts of `options`, a Literal."""
     texts = typing.get_args(options)

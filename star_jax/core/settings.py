@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from star_jax.core.argument_types import choice, flag, instance, number, whole_number
+from star_jax.core.argument_types import choice, flag, instance, number, text, whole_number
 from star_jax.core.unmasking import Mode
 
 Dtype = Literal['float32', 'bfloat16']  # dtypes of activations
@@ -104,7 +104,7 @@ class Settings:
             check = whole_number if name == 'guidance_layers' else number
             for value in instance(name, getattr(self, name), tuple, 'a tuple of numbers'):
                 check(f'a number of {name}', value)
-        instance('negative', self.negative, str, 'a text')
+        text('negative', self.negative)
         whole_number('stop', self.stop, ' (0: all steps)')
         whole_number('guided_steps', self.guided_steps, ' (0: all steps)')
         flag('smooth', self.smooth)

@@ -85,7 +85,7 @@ def given_codes(
 def _crop(number: int, image: object, size: tuple[int, int]) -> np.ndarray:
     """The centre of an image, resized; UserTypeError for what is no image."""
     if isinstance(image, Image.Image):
-        return image_io.fit(image, size)
+        return _fit(number, image, size)
     if not isinstance(image, np.ndarray):
         shown = show(image)
     elif image.dtype != np.uint8 or not _is_image(image.shape):
@@ -95,6 +95,19 @@ def _crop(number: int, image: object, size: tuple[int, int]) -> np.ndarray:
     raise UserTypeError(
         f'image {number} is {shown}, expected a uint8 array (height, width, 3) or a Pillow image'
     )
+
+
+def _fit(number: int, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The centre of a Pillow image, resized; UserError if its pixels cannot be read."""
+    if image.mode not in image_io.MODES or 0 in image.size:
+        raise UserError(
+            f'image {number} has {image.width} x {image.height} pixels of mode {image.mode}, '
+            'expected RGB, grey or a palette: convert it'
+        )
+    try:
+        return image_io.fit(image, size)
+    except (OSError, ValueError) as error:  # it is read from its file only now
+        raise UserError(f'image {number} cannot be read ({error}): give another') from error
 
 
 def _is_image(shape: tuple[int, ...]) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from star_jax.checkpoint import folder
-from star_jax.core.argument_types import choice, flag, instance, show, whole_number
+from star_jax.core.argument_types import choice, flag, instance, show, text, whole_number
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.settings import Dtype, Settings, StableSettings
 from star_jax.errors import UserError, UserTypeError
@@ -129,7 +129,7 @@ class Pipeline:
         Raises:
             UserError: an invalid argument, or no prompt; a UserTypeError for a wrong type.
         """
-        _check_prompts(prompts)
+        prompts = _texts(prompts)
         if not prompts:
             raise UserError('there is no prompt: give at least one')
         seeds = _seeds(seed, len(prompts))
@@ -177,7 +177,7 @@ class Pipeline:
 
         The next batch is computed while the caller handles the one before. UserErrors as of a call.
         """
-        _check_prompts(prompts)
+        prompts = _texts(prompts)
         seeds = _seeds(seeds, len(prompts))
         instance('settings', settings, Settings, 'a Settings, such as pipe.resolve(top_k=5)')
         if whole_number('batch', batch) < 1:
@@ -257,8 +257,8 @@ def batches(count: int, most: int, ways: int, exact: bool = False) -> list[int]:
     return [most] * full + [min(last, most)]
 
 
-def _check_prompts(prompts: object) -> None:
-    """Raises a UserError unless these are texts that a tokenizer can read."""
+def _texts(prompts: object) -> list[str]:
+    """The prompts as a list; a UserError unless these are texts that a tokenizer can read."""
     if isinstance(prompts, str):
         raise UserTypeError(f'prompts come as a list, not as one text: give [{prompts[:30]!r}]')
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
@@ -266,19 +266,15 @@ def _check_prompts(prompts: object) -> None:
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise UserTypeError(f'prompt {number} is {show(prompt)}, expected a text')
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f'prompt {number} is {ascii(prompt[:30])}, expected text that UTF-8 can encode'
-            ) from None
+        text(f'prompt {number}', prompt)
+    return list(prompts)
 
 
 def _seeds(seed: object, count: int) -> Sequence[int]:
     """One seed per image, of a first seed or a list; UserErrors as of a call."""
     if isinstance(seed, np.ndarray) and seed.ndim == 1:
         seed = seed.tolist()
-    if isinstance(seed, str) or not isinstance(seed, Sequence):
+    if isinstance(seed, str | bytes | bytearray | memoryview) or not isinstance(seed, Sequence):
         first = whole_number('seed', seed, ', or a list of one per prompt')
         seeds = range(first, first + count)
     else:
