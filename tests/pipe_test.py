@@ -395,14 +395,14 @@ def test_prompts_may_be_any_sequence(pipe, images, kind):
 
 def test_stream_checks_its_arguments_before_it_is_iterated(pipe):
     settings = pipe.resolve()
-    for arguments, sentence in (
+    for (*arguments, batch), sentence in (
         ((['a'], [0, 1], settings, 4), 'there are 2 seeds for 1 prompts'),
         (([None], [0], settings, 4), 'prompt 0 is None'),
         ((['a'], [0], {'top_k': 3}, 4), 'settings must be a Settings'),
         ((['a'], [0], settings, 0), 'batch must be at least 1'),
     ):
         with pytest.raises(UserError, match=sentence):
-            pipe.stream(*arguments)
+            pipe.stream(*arguments, batch=batch)
 
 
 def test_repr_says_what_a_pipeline_is(pipe):

@@ -158,8 +158,8 @@ def main(words: Sequence[str]) -> int:
             [texts[index] for index in missing],
             [options.seed + index for index in missing],
             options.settings,
-            options.batch,
-            options.exact,
+            batch=options.batch,
+            exact=options.exact,
             image=given if options.image else None,
             keep=options.keep or 0,
         )

@@ -109,7 +109,7 @@ class EvalContext:
     def sample(self, group: Group, settings: Settings) -> np.ndarray:
         """uint8 [N, H, W, 3]: one image for the first caption of each image of the group."""
         seeds = range(self.options.seed, self.options.seed + len(group.captions))
-        batches = self.pipe.stream(group.captions, seeds, settings, self.options.batch)
+        batches = self.pipe.stream(group.captions, seeds, settings, batch=self.options.batch)
         return np.concatenate(list(self.with_progress(batches, group, 'sampling')))
 
     def with_progress(self, batches: Iterable[Result], group: Group, verb: str) -> Iterable[Result]:

@@ -117,10 +117,10 @@ class Watch:
             GivenUpError: the run has failed too often or has a mistake, and the resource is
                 deleted; or the first request for the resource was refused.
         """
-        while not self._look():
+        while not self._check():
             self._clock.sleep(INTERVAL)
 
-    def _look(self) -> bool:
+    def _check(self) -> bool:
         """Checks once and acts; returns whether the run has ended."""
         now = self._clock.now()
         elapsed, self._looked = now - self._looked, now
@@ -140,7 +140,7 @@ class Watch:
             self._is_idle, self._idle = False, 0.0
         if state == 'ACTIVE':
             self._exists = True
-            return self._look_at_run(run)
+            return self._check_run(run)
         self._started = self._attempt_failed = self._stopped = False
         if not state:
             self._create()
@@ -150,7 +150,7 @@ class Watch:
         self._exists = True
         return False
 
-    def _look_at_run(self, run: str) -> bool:
+    def _check_run(self, run: str) -> bool:
         if run == 'running':
             self._started, self._attempt_failed, self._stopped = True, False, False
         elif run == UNREACHABLE:

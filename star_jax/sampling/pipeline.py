@@ -133,7 +133,15 @@ class Pipeline:
         if not prompts:
             raise UserError('there is no prompt: give at least one')
         seeds = _seeds(seed, len(prompts))
-        images = self.stream(prompts, seeds, self.resolve(**settings), batch, exact, image, keep)
+        images = self.stream(
+            prompts,
+            seeds,
+            self.resolve(**settings),
+            batch=batch,
+            exact=exact,
+            image=image,
+            keep=keep,
+        )
         return np.concatenate(list(images))
 
     def resolve(self, **settings: Any) -> Settings:
@@ -168,6 +176,7 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         settings: Settings,
+        *,
         batch: int,
         exact: bool = False,
         image: AnyImage | Sequence[AnyImage] | None = None,
@@ -175,7 +184,8 @@ class Pipeline:
     ) -> Iterator[np.ndarray]:
         """The images of prompts and seeds, batch by batch, uint8 [b, H, W, 3].
 
-        The next batch is computed while the caller handles the one before. UserErrors as of a call.
+        The next batch is computed while the caller handles the one before. Arguments and errors are
+        those of a call.
         """
         prompts = _texts(prompts)
         seeds = _seeds(seeds, len(prompts))
@@ -188,13 +198,14 @@ class Pipeline:
         rows = self.network.width * schedule.sizes[-1] + 3 * math.prod(resolution)
         machine.check_memory(f'a batch of {most:,} images', 4 * most * rows)
         images = given_images.prepare(image, keep, len(prompts), schedule, resolution)
-        return self._stream(prompts, seeds, settings, sizes, images, keep)
+        return self._stream(prompts, seeds, settings, sizes=sizes, images=images, keep=keep)
 
     def _stream(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
         settings: Settings,
+        *,
         sizes: Sequence[int],
         images: Sequence[np.ndarray],
         keep: int,

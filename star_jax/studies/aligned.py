@@ -76,7 +76,7 @@ def _alignment(pipe: Pipeline, settings: Settings, count: int, split: str) -> li
         scenes = Shapes(count=count, split=split, objects=(objects,), phrasings=1)
         opened = scenes.open(pipe.tokenizer.resolution)
         prompts = [opened.captions(index)[0] for index in range(count)]
-        images = pipe.stream(prompts, range(count), settings, min(BATCH, count))
+        images = pipe.stream(prompts, range(count), settings, batch=min(BATCH, count))
         checks = [
             alignment.check(image, prompt)
             for image, prompt in zip(itertools.chain.from_iterable(images), prompts, strict=True)

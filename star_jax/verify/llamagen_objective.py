@@ -162,7 +162,16 @@ class AdversarialLosses:
         )
         run = _variant_fn(objective, pixels, self._competition(objective.adversary))
         step = global_step - 1  # the original counts from 1
-        return run(self.state, self.lpips, self.images, self.kernel, *self.decoder, step)
+        features, bias = self.decoder
+        return run(
+            self.state,
+            self.lpips,
+            self.images,
+            kernel=self.kernel,
+            features=features,
+            bias=bias,
+            step=step,
+        )
 
     def _competition(self, adversary: Adversary) -> Competition:
         network = self.config.build(self.images.shape[1:3])
@@ -192,12 +201,13 @@ class AdversarialLosses:
 
 @functools.cache
 def _variant_fn(objective: Objective, pixels: str, competition: Competition) -> Callable:
-    """(state, lpips, images, kernel, features, bias, step) -> `Variant`, jitted."""
+    """State, perceptual network, images and the last layer -> `Variant`, jitted."""
 
     def run(
         state: AdversaryState,
         lpips: Lpips,
         images: jax.Array,
+        *,
         kernel: jax.Array,
         features: jax.Array,
         bias: jax.Array,
