@@ -139,7 +139,13 @@ class Tokenizer(Protocol):
         """The canvas before the first step."""
 
     def advance(self, canvas: Any, sampled: Sampled, step: Step) -> tuple[Any, jax.Array | None]:
-        """The canvas with a step's tokens, and the next step's inputs (None after the last)."""
+        """The canvas with a step's tokens, and the next step's inputs (None after the last).
+
+        Args:
+            canvas: the canvas after the steps before.
+            sampled: codes [B, L of the step, *codes.shape] and vectors [B, L of the step, C].
+            step: the step.
+        """
 
     def following(self, canvas: Any, step: Step) -> jax.Array | None:
         """The inputs of the step after `step`, [B, L, C]; None after the last.

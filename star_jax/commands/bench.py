@@ -127,7 +127,14 @@ class BenchTrain:
 
 
 class Options(Protocol):
-    """The options that BenchSample and BenchTrain share, as their docstrings describe them."""
+    """The options that BenchSample and BenchTrain share, as their docstrings describe them.
+
+    Attributes:
+        sweep: options with their values.
+        compilation_cache: folder of compiled programs.
+        profile: folder of a profiler trace.
+        json: JSON file of the reports.
+    """
 
     sweep: tuple[str, ...]
     compilation_cache: Path | None

@@ -118,6 +118,11 @@ class Cache:
 
         A last step that the cache has no rows for is not written. Raises ValueError for a padded
         step that could end behind it: such a write would be moved over earlier rows.
+
+        Args:
+            new: keys and values of the step in every layer, [depth, R, K, rows of the step, H].
+            schedule: the steps of an image.
+            step: the step.
         """
         start = schedule.rows(step)[0]
         if isinstance(step.index, int) and start >= self.kv.rows:

@@ -141,7 +141,11 @@ class Categorical:
 
 @dataclasses.dataclass(frozen=True)
 class Index(Categorical):
-    """One of `size` codes; codes_BL are int32."""
+    """One of `size` codes; codes_BL are int32.
+
+    Attributes:
+        size: number of codes, V.
+    """
 
     size: int
 
@@ -171,7 +175,11 @@ class Index(Categorical):
 
 @dataclasses.dataclass(frozen=True)
 class Bits(Categorical):
-    """`width` independent bits; codes_BLK are 0 or 1, two neighbouring logits each."""
+    """`width` independent bits; codes_BLK are 0 or 1, two neighbouring logits each.
+
+    Attributes:
+        width: number of bits, K.
+    """
 
     width: int
 

@@ -25,9 +25,13 @@ MAX_SPANS = 32  # spans of rows that one program may unroll
 
 
 class Span(NamedTuple):
-    """Rows `first` to `end`, whose largest upper bound is `keys`.
+    """Neighbouring rows of queries, and the keys that they attend to.
 
-    `within` holds their upper bounds where these differ; None: all are `keys`.
+    Attributes:
+        first: the first row.
+        end: the row after the last one.
+        keys: the largest upper bound of the rows, in keys.
+        within: the upper bounds of the rows where they differ; None: all are `keys`.
     """
 
     first: int
@@ -49,7 +53,7 @@ class StaticVisibility:
 
     @classmethod
     def of(cls, bound_L: np.ndarray) -> 'StaticVisibility':
-        """Makes it from the upper bound of each row, which is at least 1."""
+        """Makes it from the upper bound of each row; ValueError unless all are at least 1."""
         if len(bound_L) and min(bound_L) < 1:
             raise ValueError(f'every row must attend to a key, not to {min(bound_L)} of them')
         return cls(tuple((len(list(run)), key) for key, run in itertools.groupby(bound_L.tolist())))

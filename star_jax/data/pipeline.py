@@ -80,7 +80,11 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A source with the label as its only caption, for class-conditional models."""
+    """A source with the label as its only caption, for class-conditional models.
+
+    Attributes:
+        source: the examples.
+    """
 
     source: Source
 

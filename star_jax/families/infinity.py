@@ -70,6 +70,9 @@ class Infinity(Sizes):
     """An Infinity transformer; the defaults are the published 125M at 256 px.
 
     Attributes:
+        depth: number of transformer blocks.
+        width: channels of a token inside the transformer.
+        heads: attention heads of a block; a divisor of width.
         drop_path: stochastic depth: probability of skipping the last block; it rises linearly from
             0 at the first block.
         bits: bits of a token.

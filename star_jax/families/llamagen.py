@@ -70,6 +70,9 @@ class Llama(Layers):
     """Sizes and parts of a Llama over a raster, whatever its prefix is; the defaults are GPT-B.
 
     Attributes:
+        depth: number of transformer blocks.
+        width: channels of a token inside the transformer.
+        heads: attention heads of a block; a divisor of width.
         kv_heads: heads of keys and values, a divisor of heads; neighbours share one (0: as many as
             heads).
         hidden: channels inside a feed-forward part.
@@ -259,6 +262,10 @@ class LlamaGenText(Llama):
     """A text-conditional LlamaGen transformer; the defaults are GPT-XL at 256 px.
 
     Attributes:
+        depth: number of transformer blocks.
+        width: channels of a token inside the transformer.
+        heads: attention heads of a block; a divisor of width.
+        hidden: channels inside a feed-forward part.
         text_width: width of the text encoder's features.
         text_rows: rows of the prefix; texts are shortened to so many tokens.
         cleaning: how prompts are cleaned before they are encoded: as published, or not at all.

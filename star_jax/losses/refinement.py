@@ -117,7 +117,8 @@ def refine(
     """Features [B, R, D] of the frozen base model and logits [B, R, V] of its head.
 
     Args:
-        network: the transformer, with its `params`.
+        network: the transformer.
+        params: its parameters.
         inputs: the inputs of teacher forcing, [B, L - n_0, C].
         vectors_BRC: as for `shown_vectors`.
         condition: one row per image.

@@ -45,6 +45,14 @@ def encode(tokenizer: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     """The tokenizer's encoding of uint8 images [B, H, W, 3]: codes, or features.
 
     Compile it as a separate program: then a cache on disk holds exactly what training computes.
+
+    Args:
+        tokenizer: the module.
+        params: its parameters.
+        images: [B, H, W, 3] uint8.
+
+    Returns:
+        Codes [B, L, *codes.shape], or float32 features.
     """
     return bind(tokenizer, params).encode(pixels.to_signed(images))
 
@@ -55,6 +63,12 @@ def teacher_forcing(
     """Inputs and labels of encoded images, with a key of their own that is folded from `key`.
 
     Held-out losses compare only if all of them use the same key.
+
+    Args:
+        tokenizer: the module.
+        params: its parameters.
+        encoded: what `encode` returned of B images.
+        key: the key of the micro-batch.
     """
     return bind(tokenizer, params).training_targets(encoded, jax.random.fold_in(key, TARGETS))
 
@@ -76,8 +90,9 @@ def token_losses(
     """The losses of every token that is kept.
 
     Args:
-        network: the transformer, with its `params`.
+        network: the transformer.
         codes: how its logits are parsed.
+        params: its parameters.
         targets: inputs and labels.
         condition: one row per image.
         rows: the rows that token dropping keeps (None: all).
@@ -87,6 +102,9 @@ def token_losses(
         of_bits: whether the trained loss of a token is the mean or the sum over its bits.
         tables: positions of the rows (None: those of the network's schedule).
         noise_B: the key of dropout of each image (None: nothing is dropped).
+
+    Returns:
+        Arrays [B, L], or [B, R] of the R kept rows.
     """
     network = bind(network, params)
     features_BRD = network.features(
@@ -116,6 +134,14 @@ def mean_per_scale(schedule: Schedule, nll_L: jax.Array, hit_L: jax.Array) -> Me
     """Loss and accuracy, averaged over all tokens and over those of each scale.
 
     Token dropping drops tokens of the last scale, so the first tokens of the schedule are kept.
+
+    Args:
+        schedule: gives the scale of each token.
+        nll_L: negative log-likelihood of each token, in nats, a mean over images.
+        hit_L: accuracy of each token, a mean over images.
+
+    Returns:
+        `loss` and `accuracy`, and `loss/S` and `accuracy/S` of each scale S.
     """
     metrics = {'loss': nll_L.mean(), 'accuracy': hit_L.mean()}
     scale_L = schedule.scale_of_token[: len(nll_L)]

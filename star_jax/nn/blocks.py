@@ -170,7 +170,11 @@ class Shared(NamedTuple):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, MLP, each added to its input (STAR specification 3.4)."""
+    """Self-attention, cross-attention, MLP, each added to its input (STAR specification 3.4).
+
+    Attributes:
+        parts: makes its modules.
+    """
 
     parts: BlockParts
 

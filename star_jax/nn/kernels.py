@@ -226,6 +226,9 @@ class Chunked:
     """The formula for about `rows` rows at a time, computed again in the backward pass.
 
     Only the scores of one chunk exist at once, so memory grows with M and not with L M.
+
+    Attributes:
+        rows: rows of queries per chunk, about.
     """
 
     rows: int = 256

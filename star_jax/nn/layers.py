@@ -259,7 +259,12 @@ class CodeEmbedding(nn.Module):
 
 
 class NormedLinear(nn.Module):
-    """A norm, then a linear layer."""
+    """A norm, then a linear layer.
+
+    Attributes:
+        norm: the norm.
+        linear: the layer.
+    """
 
     norm: nn.Module
     linear: nn.Module

@@ -19,9 +19,13 @@ from star_jax.protocols import Kernel
 
 @dataclasses.dataclass(frozen=True)
 class ShardedAttention:
-    """The kernel `inner`, of which every device computes the part that `sharding` gives it.
+    """A kernel of which every device computes its part.
 
-    Written out instead of left to the compiler, which cannot split kernels made for one device.
+    The split is written out, because the compiler cannot split kernels made for one device.
+
+    Attributes:
+        inner: the kernel of one device.
+        sharding: how batch, tokens and heads are split over the devices.
     """
 
     inner: Kernel

@@ -166,11 +166,20 @@ class Transformer(nn.Module):
         return features_BLD
 
     def start(self, condition: Any) -> jax.Array:
-        """[B, rows of step 0, D] float32."""
+        """[B, rows of step 0, D] float32.
+
+        Args:
+            condition: a pytree with one row per image.
+        """
         return self._add_positions(self.starter(condition), np.arange(self.schedule.starts[1]))
 
     def embed(self, inputs: jax.Array, rows: Rows) -> jax.Array:
-        """[B, L, D] float32: the tokenizer's inputs of `rows`, embedded, with their positions."""
+        """[B, L, D] float32: the tokenizer's inputs of `rows`, embedded, with their positions.
+
+        Args:
+            inputs: [B, L, C] float32, or codes [B, L] of a raster.
+            rows: [L] numbers of the rows in the schedule.
+        """
         return self._add_positions(self.embedder(inputs), rows)
 
     def unprompted(self, condition: Any, empty: Any) -> Any:

@@ -36,7 +36,8 @@ class ProcessAddress:
     """One process among several, as set in its environment.
 
     Attributes:
-        host, port: address of process 0.
+        host: name or address of the machine of process 0.
+        port: TCP port on which process 0 listens.
         processes: number of processes of the run.
         process: number of this process, from 0.
     """

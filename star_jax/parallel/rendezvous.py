@@ -45,7 +45,8 @@ def meet(host: str, port: int, processes: int, process: int, timeout: float) -> 
     """Returns in all processes once all have been started.
 
     Args:
-        host, port: address of process 0.
+        host: name or address of the machine of process 0.
+        port: TCP port on which process 0 listens.
         processes: number of processes of the run.
         process: number of this process, from 0.
         timeout: seconds until processes that have not reported count as missing.

@@ -46,7 +46,12 @@ WITHOUT_TRAFFIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """An array of a program: its `bytes`, and whether it is `on_chip` (not in main memory)."""
+    """An array of a program.
+
+    Attributes:
+        bytes: its size.
+        on_chip: whether it is in fast memory of the chip instead of main memory.
+    """
 
     bytes: int
     on_chip: bool

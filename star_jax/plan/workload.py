@@ -43,7 +43,13 @@ STATE = ('parameters', 'optimizer', 'averages')  # the resident arrays of a chec
 
 
 class Program(NamedTuple):
-    """A jitted function, its abstract arguments (shapes, dtypes, shardings), and runs per step."""
+    """A jitted function and how often it runs.
+
+    Attributes:
+        function: the function.
+        args: its abstract arguments: shapes, dtypes, shardings.
+        runs: runs per step, or per batch of images.
+    """
 
     function: Any
     args: tuple

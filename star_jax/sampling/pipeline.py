@@ -184,8 +184,19 @@ class Pipeline:
     ) -> Iterator[np.ndarray]:
         """The images of prompts and seeds, batch by batch, uint8 [b, H, W, 3].
 
-        The next batch is computed while the caller handles the one before. Arguments and errors are
-        those of a call.
+        The next batch is computed while the caller handles the one before.
+
+        Args:
+            prompts: the prompts, a list of N.
+            seeds: one seed per image.
+            settings: how images are sampled.
+            batch: images per run of the program.
+            exact: as for a call.
+            image: as for a call.
+            keep: as for a call.
+
+        Raises:
+            UserError: as for a call.
         """
         prompts = _texts(prompts)
         seeds = _seeds(seeds, len(prompts))

@@ -68,7 +68,14 @@ def inputs(
 ) -> SamplingInputs:
     """The inputs for a model of `config` under a user's settings.
 
-    `negative` is the encoded `settings.negative`, one row; `given` are codes to start from.
+    Args:
+        config: the model.
+        settings: how images are sampled.
+        keys_B: one key per image.
+        prompted: the conditions of the prompts, one row per image.
+        empty: the encoded empty prompt, one row.
+        negative: the encoded `settings.negative`, one row; None without.
+        given: codes to start from; None without.
 
     Raises:
         UserError: as for `step_settings` and `sampling_method`.

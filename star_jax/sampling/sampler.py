@@ -65,7 +65,12 @@ class Trace(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """The results of a step, or of a stack of steps."""
+    """The results of a step, or of a stack of steps.
+
+    Attributes:
+        codes: [B, L, *codes.shape], or stacked [steps, B, L, *codes.shape].
+        trace: what was computed on the way, stacked likewise; None unless asked for.
+    """
 
     codes: jax.Array
     trace: StepTrace | None
@@ -101,7 +106,13 @@ class GivenCodes:
     def of_steps(
         cls, steps: Mapping[int, jax.Array], schedule: Schedule, codes: Codes
     ) -> 'GivenCodes':
-        """Makes it from the codes [B, L of the step, *codes.shape] of at least one step."""
+        """Makes it from the codes [B, L of the step, *codes.shape] of at least one step.
+
+        Args:
+            steps: codes [B, L of the step, *codes.shape] by the number of their step.
+            schedule: the steps of an image.
+            codes: the codes of a token.
+        """
         batch = len(next(iter(steps.values())))
         values = np.zeros((batch, schedule.length, *codes.shape), np.int32)
         for step, given in steps.items():
@@ -109,7 +120,13 @@ class GivenCodes:
         return cls(values, np.isin(np.arange(schedule.steps), list(steps)))
 
     def replace_codes(self, sampled: jax.Array, schedule: Schedule, step: Step) -> jax.Array:
-        """The given codes of `step` where it is given, otherwise the `sampled` ones."""
+        """The given codes of `step` where it is given, otherwise the `sampled` ones.
+
+        Args:
+            sampled: [B, L of the step, *codes.shape].
+            schedule: the steps of an image.
+            step: the step.
+        """
         # A padded step never ends beyond L: it is padded to a later one.
         first, size = jnp.asarray(schedule.offsets)[step.index], sampled.shape[1]
         given = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.codes), first, size, axis=1)
@@ -234,7 +251,11 @@ def unpad_outputs(
 ) -> list[StepOutput]:
     """The outputs of each step of a bucket without their padding.
 
-    `inputs` are those of the step after the bucket.
+    Args:
+        outputs: stacked outputs of the padded steps.
+        schedule: the steps of an image.
+        group: the steps of the bucket.
+        inputs: the inputs of the step after the bucket, [B, L, C]; None after the last.
     """
     steps = []
     for position, step in enumerate(group.members):

@@ -91,7 +91,12 @@ class PassTrace(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """The tokens that are fixed, and their codes; codes of other tokens mean nothing."""
+    """The tokens that are fixed, and their codes; codes of other tokens mean nothing.
+
+    Attributes:
+        mask_BL: True for tokens that are fixed.
+        codes_BL: their codes, int32.
+    """
 
     mask_BL: jax.Array
     codes_BL: jax.Array
@@ -222,7 +227,14 @@ class StableSampling:
 def plan_passes(
     schedule: Schedule, version: Version, mode: Mode, first: int, last: int
 ) -> PassPlan:
-    """The passes over each step; the steps from `first` to `last` are sampled in passes.
+    """The passes over each step.
+
+    Args:
+        schedule: the steps of an image.
+        version: how many passes a scale has.
+        mode: how many tokens each pass fixes.
+        first: the first step that is sampled in passes.
+        last: the last one.
 
     Raises:
         UserError: a scale has too few tokens for its passes (the original crashes there).

@@ -81,6 +81,11 @@ class Trunk(Protocol):
 
         Returns the carry, and the outputs of the steps in order, stacked along a new first axis
         where they share a loop body.
+
+        Args:
+            run_step: carry and step -> carry and output.
+            carry: the carry before the group.
+            group: equal steps that share a loop body.
         """
 
     def kv(self, memory: Any) -> KV:

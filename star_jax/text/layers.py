@@ -76,7 +76,11 @@ def vector(module: nn.Module, name: str, init: nn.initializers.Initializer, x: j
 
 
 class SelfAttention(nn.Module):
-    """Attention of BERT and CLIP: the heads divide the width, every projection has a bias."""
+    """Attention of BERT and CLIP: the heads divide the width, every projection has a bias.
+
+    Attributes:
+        heads: attention heads, N.
+    """
 
     heads: int
 

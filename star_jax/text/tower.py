@@ -55,7 +55,11 @@ class PaddedMean:
 
 @dataclasses.dataclass(frozen=True)
 class StateOfToken:
-    """The state of the first real token `id`; the first state if the caption has no such token."""
+    """The state of the first real token `id`; the first state if the caption has no such token.
+
+    Attributes:
+        id: the token's id.
+    """
 
     id: int
     reads_padding: ClassVar[bool] = False

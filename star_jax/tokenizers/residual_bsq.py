@@ -110,7 +110,11 @@ class BSQ(ImageTokenizerConfig):
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over channels with learned scale and shift, which start at 1 / sqrt(width)."""
+    """LayerNorm over channels with learned scale and shift, which start at 1 / sqrt(width).
+
+    Attributes:
+        width: number of channels.
+    """
 
     width: int
 
@@ -124,7 +128,11 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBSQ(nn.Module):
-    """Projections and norm around the bits; all arrays are float32."""
+    """Projections and norm around the bits; all arrays are float32.
+
+    Attributes:
+        config: sizes of the tokenizer.
+    """
 
     config: BSQ
 

@@ -118,7 +118,13 @@ class Objective:
     def reconstruction(
         self, images: jax.Array, decoded: jax.Array, perceptual: Perceptual | None = None
     ) -> dict[str, jax.Array]:
-        """The weighted losses of `decoded` (not clamped) against `images` in [-1, 1]."""
+        """The weighted losses of `decoded` (not clamped) against `images` in [-1, 1].
+
+        Args:
+            images: [B, H, W, 3] float32.
+            decoded: [B, H, W, 3] float32.
+            perceptual: gives the perceptual distance of each pair; None: without it.
+        """
         error = decoded - images
         parts = {
             'l1': self.l1 * jnp.abs(error).mean(),

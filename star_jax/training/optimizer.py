@@ -104,7 +104,11 @@ class AdamW:
 
 
 class ClipState(NamedTuple):
-    """The global norm of the last gradient, before clipping."""
+    """The state of clipping.
+
+    Attributes:
+        norm_before_clip: global norm of the last gradient, before clipping, float32.
+    """
 
     norm_before_clip: jax.Array
 

@@ -227,7 +227,13 @@ class TrainingProgram:
     def prepare(
         self, frozen: Frozen, inputs: StepInputs, key: jax.Array
     ) -> tuple[Prepared, TrainedRows]:
-        """A micro-batch as its loss reads it, and the rows that are trained."""
+        """A micro-batch as its loss reads it, and the rows that are trained.
+
+        Args:
+            frozen: the arrays that do not change.
+            inputs: the micro-batch.
+            key: its key (`step_keys`).
+        """
         recipe, network, batch = self.recipe, self.network, inputs.batch
         drop_key, path_key, thin_key = jax.random.split(key, 3)
         rows = self._rows
@@ -291,6 +297,12 @@ class TrainingProgram:
         """The losses of all trained scales, [B, L], with nothing dropped and nothing smoothed.
 
         Give the same key for every model, so that held-out losses compare.
+
+        Args:
+            params: the trained parameters.
+            frozen: the arrays that do not change.
+            inputs: the images.
+            key: the key of perturbed targets.
         """
         targets = self._targets(frozen, inputs, key)
         condition = self.condition(frozen, inputs)
@@ -401,7 +413,13 @@ class RefinementProgram(TrainingProgram):
     def prepare(
         self, frozen: Frozen, inputs: StepInputs, key: jax.Array
     ) -> tuple[Prepared, jax.Array]:
-        """A micro-batch as its loss reads it, and the weight of its loss (`Unmasking.weight`)."""
+        """A micro-batch as its loss reads it, and the weight of its loss (`Unmasking.weight`).
+
+        Args:
+            frozen: the arrays that do not change.
+            inputs: the micro-batch.
+            key: its key (`step_keys`).
+        """
         drop_key, path_key, show_key = jax.random.split(key, 3)
         batch, rows = inputs.batch, refinement.refined_rows(self.network)
         shown_BR = self.unmasking.sample(show_key, (batch, len(rows)))

@@ -194,7 +194,12 @@ class TextGenerations(Generations):
 
 
 class CodesAlone(nn.Module):
-    """A tokenizer without images: its canvas is the array of codes."""
+    """A tokenizer without images: its canvas is the array of codes.
+
+    Attributes:
+        schedule: steps of an image.
+        codes: the codes of a token.
+    """
 
     schedule: Raster
     codes: Index

@@ -58,7 +58,14 @@ class Forward(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The training losses, each with its weight."""
+    """The training losses, each with its weight.
+
+    Attributes:
+        rec: reconstruction.
+        vq: distance of the code vectors to the features.
+        commit: distance of the features to the code vectors.
+        entropy: entropy of the codes.
+    """
 
     rec: jax.Array
     vq: jax.Array
