@@ -65,7 +65,13 @@ class Codes(Protocol):
         """[B, L, V] of a head -> logits [B, L, *shape, num_codes]."""
 
     def nll(self, logits: jax.Array, codes: jax.Array, smoothing: float = 0.0) -> jax.Array:
-        """[B, L] float32 negative log-likelihood (natural logarithm), a mean over bits."""
+        """[B, L] float32 negative log-likelihood (natural logarithm), a mean over bits.
+
+        Args:
+            logits: [B, L, *shape, num_codes], from `parse`.
+            codes: [B, L, *shape].
+            smoothing: share of the uniform distribution in the labels.
+        """
 
     def hits(self, logits: jax.Array, codes: jax.Array) -> jax.Array:
         """[B, L] float32: the share of a token's code that the most probable one gets right."""

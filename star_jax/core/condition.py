@@ -74,7 +74,13 @@ def stack(prompted: Any, unprompted: Any) -> Any:
 
 
 def choose(drop_B: jax.Array, prompted: Any, unprompted: Any) -> Any:
-    """The unprompted row where `drop_B` is True, the prompted row elsewhere."""
+    """The unprompted row where `drop_B` is True, the prompted row elsewhere.
+
+    Args:
+        drop_B: bool, one per image.
+        prompted: a pytree with one row per image.
+        unprompted: another one of the same shapes.
+    """
 
     def select(prompted: jax.Array, unprompted: jax.Array) -> jax.Array:
         drop = drop_B.reshape(-1, *[1] * (prompted.ndim - 1))

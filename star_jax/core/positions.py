@@ -12,7 +12,11 @@ import numpy as np
 def grid_xy(height: int, width: int, extent: float | None = None) -> np.ndarray:
     """[height * width, 2] float64 (x, y) of each cell in row order.
 
-    `extent` stretches any grid to [0, extent]; a side of one cell stays at 0.
+    Args:
+        height: cells along the height.
+        width: cells along the width.
+        extent: stretches any grid to [0, extent]; a side of one cell stays at 0 (None: coordinates
+            are the numbers of the cells).
     """
     y, x = np.divmod(np.arange(height * width, dtype=np.float64), width)
     xy_N2 = np.stack([x, y], axis=-1)
@@ -41,7 +45,13 @@ def rounded_xy(grids: tuple[tuple[int, int], ...], reference: tuple[int, int]) -
 def rotary_angles(xy_L2: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
     """[L, head_dim / 2] float32 angles: half of the planes rotate with x, half with y.
 
-    `head_dim` must divide by 4 (STAR specification 3.2).
+    Args:
+        xy_L2: coordinates of the rows.
+        head_dim: channels of a head, a multiple of 4 (STAR specification 3.2).
+        theta: base of the frequencies.
+
+    Raises:
+        ValueError: another head_dim.
     """
     if head_dim % 4:
         raise ValueError(f'rotary positions need a head width divisible by 4, not {head_dim}')
@@ -141,7 +151,15 @@ def rotate(x_BLNH: jax.Array, rotation: jax.Array) -> jax.Array:
 def sincos_table(xy_L2: np.ndarray, width: int, theta: float = 10000.0) -> np.ndarray:
     """[L, width] float32: sines and cosines of x in the first half, of y in the second.
 
-    `width` must divide by 4 (the two-dimensional form of Vaswani et al. 2017, section 3.5).
+    This is the two-dimensional form of Vaswani et al. 2017, section 3.5.
+
+    Args:
+        xy_L2: coordinates of the rows.
+        width: channels, a multiple of 4.
+        theta: base of the frequencies.
+
+    Raises:
+        ValueError: another width.
     """
     if width % 4:
         raise ValueError(f'sin-cos positions need a width divisible by 4, not {width}')

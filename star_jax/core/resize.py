@@ -100,6 +100,15 @@ def along_axes(x: jax.Array, sizes: Sequence[int], matrix: MatrixOf) -> jax.Arra
 
 
 def resample(x_BhwC: jax.Array, rows_yh: Matrix, columns_xw: Matrix) -> jax.Array:
-    """NHWC maps times a matrix along each axis."""
+    """NHWC maps times a matrix along each axis.
+
+    Args:
+        x_BhwC: the maps.
+        rows_yh: weights of the old rows in each new row.
+        columns_xw: weights of the old columns in each new column.
+
+    Returns:
+        [B, y, x, C].
+    """
     # Full precision: these maps feed a nearest-code search, where bfloat16 changes codes.
     return jnp.einsum('yh,xw,BhwC->ByxC', rows_yh, columns_xw, x_BhwC, precision='highest')

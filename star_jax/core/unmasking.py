@@ -32,6 +32,11 @@ def budgets(tokens: int, passes: int, mode: Mode = 'arccos') -> tuple[int, ...]:
 
     As in the original, the last pass gets what the rounding of the others leaves: 0 or less where
     a scale has very few tokens.
+
+    Args:
+        tokens: tokens of the scale.
+        passes: number of passes.
+        mode: how the share of fixed tokens falls (`share`).
     """
     r_S = 1 - np.arange(passes, dtype=np.float32) / np.float32(max(passes - 1, 1))
     shares_S = share(mode, r_S)

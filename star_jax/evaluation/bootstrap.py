@@ -59,7 +59,13 @@ def resample_weights(count: int, seed: int, resamples: int = RESAMPLES) -> list[
 
 
 def score(value: float, resampled_R: np.ndarray, count: int) -> Score:
-    """The score of `count` images, with percentiles of its resampled values as the interval."""
+    """The score of `count` images, with percentiles of its resampled values as the interval.
+
+    Args:
+        value: the score of all images.
+        resampled_R: the scores of the resamples.
+        count: number of images.
+    """
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled_R, [tail, 1 - tail])
     return Score(value=value, low=float(low), high=float(high), count=count)

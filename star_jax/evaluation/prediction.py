@@ -72,7 +72,13 @@ def concatenate(predictions: Iterable[Prediction]) -> Prediction:
 
 
 def scores(prediction: Prediction, schedule: Schedule, seed: int) -> dict[str, Any]:
-    """Loss (nats per token) and accuracy, over all tokens and per scale."""
+    """Loss (nats per token) and accuracy, over all tokens and per scale.
+
+    Args:
+        prediction: losses and hits of all images, [N, L].
+        schedule: gives the scale of each token.
+        seed: seed of the resamples.
+    """
     scale_L = schedule.scale_of_token
     return {
         'count': len(prediction.nll_NL),

@@ -89,7 +89,14 @@ def concatenate(reconstructions: Iterable[Reconstruction]) -> Reconstruction:
 
 
 def scores(reconstruction: Reconstruction, grids: Grids, codes: Codes, seed: int) -> dict[str, Any]:
-    """PSNR and LPIPS; the share of used codes; the share and the perplexity of each scale."""
+    """PSNR and LPIPS; the share of used codes; the share and the perplexity of each scale.
+
+    Args:
+        reconstruction: PSNR in dB and LPIPS of all images, and how often each code was used.
+        grids: (height, width) of each scale in tokens.
+        codes: the codes of a token.
+        seed: seed of the resamples.
+    """
     usage_KV, lpips_N = reconstruction.usage_KV, reconstruction.lpips_N
     perplexity_K = np.asarray(codes.perplexity(jnp.asarray(usage_KV)))
     used_K = (usage_KV > 0).mean(1)

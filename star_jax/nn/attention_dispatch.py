@@ -41,7 +41,16 @@ class Automatic:
         return self.choose(q_BLNH, past, new)(q_BLNH, past, new, visibility)
 
     def choose(self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV) -> Kernel:
-        """The kernel for such arrays."""
+        """The kernel for such arrays.
+
+        Few scores are computed at once, many in chunks; the kernels of GPUs and TPUs serve many
+        rows and head widths that are multiples of 8 up to 128.
+
+        Args:
+            q_BLNH: queries.
+            past: cached keys and values of earlier rows, in pieces.
+            new: keys and values of the rows.
+        """
         _, rows, heads, width = q_BLNH.shape
         keys = sum(kv.rows for kv in (*past, new))
         few = 4 * heads * rows * keys <= self.most_scores

@@ -67,11 +67,23 @@ class Positions:
         return None
 
     def frequencies(self, depth: int, heads: int, head_width: int) -> nn.Module | None:
-        """A module that gives learned frequencies [depth, N, P, 2]; None without them."""
+        """A module that gives learned frequencies [depth, N, P, 2]; None without them.
+
+        Args:
+            depth: number of blocks.
+            heads: heads of a block, N.
+            head_width: channels of a head, 2 P.
+        """
         return None
 
     def table(self, schedule: Schedule, width: int, init: layers.Initializer) -> nn.Module | None:
-        """A module from row indices to [L, width] vectors that are added to the rows."""
+        """A module from row indices to [L, width] vectors that are added to the rows.
+
+        Args:
+            schedule: the steps of an image.
+            width: channels of a row.
+            init: initialiser of a learned table.
+        """
         return None
 
 

@@ -229,7 +229,13 @@ def local_chips(devices: Sequence[jax.Device]) -> int:
 
 
 def torus(chip: Chip, sides: tuple[int, ...], devices: Sequence[jax.Device]) -> Torus:
-    """The torus of TPU devices in the order of their mesh."""
+    """The torus of TPU devices in the order of their mesh.
+
+    Args:
+        chip: the kind of chip.
+        sides: chips of a slice along each of its axes.
+        devices: the devices of the mesh, in its order.
+    """
     return Torus(
         chip=chip,
         sides=sides,

@@ -32,8 +32,14 @@ def program_needs(
 ) -> dict[str, Needs]:
     """The needs of each program on one device that has `images` images and no other device.
 
-    The needs per image are the difference between two large batches. Attention is that of the
-    platform; `splits_rows`: a mesh splits the rows of an image.
+    The needs per image are the difference between two large batches.
+
+    Args:
+        run: the config.
+        images: images of the device.
+        make_workload: makes the programs of a run.
+        platform: decides the attention kernel.
+        splits_rows: whether a mesh splits the rows of an image.
     """
     batch, step = BATCHES[0], BATCHES[1] - BATCHES[0]
     run = dataclasses.replace(run, batch=batch)

@@ -73,7 +73,15 @@ def choose_mesh(run: Run, pod: Pod, trains: bool) -> MeshShape:
     """A mesh that splits the batch as far as it divides; heads, then tokens, take the other chips.
 
     Parameters are split over `fsdp` as little as memory allows, because every split is gathered
-    again. Raises UserError if no such mesh divides the model.
+    again.
+
+    Args:
+        run: the config; its mesh is not read.
+        pod: the chips.
+        trains: whether gradients and the state of the optimizer need memory.
+
+    Raises:
+        UserError: no such mesh divides the model.
     """
     ways = max(n for n in _divisors(pod.chips) if run.batch % n == 0)
     copies = 3 + (run.ema > 0) if trains else 1

@@ -180,8 +180,13 @@ def sampling(
 ) -> Workload:
     """Generating a batch of images from encoded text, with the settings of `run.sampling`.
 
-    Scales of one of the `buckets` share a program body (None: the default of the platform); the
-    arithmetic of padded rows is not needed.
+    Args:
+        run: the config.
+        mesh: the devices, which may be abstract.
+        platform: cpu, gpu or tpu.
+        attend: the attention kernel (None: the one that the run names).
+        buckets: scales that share a program body (None: the default of the platform); the
+            arithmetic of their padded rows is not needed.
     """
     check_batch(run.batch, mesh)
     vq, tokenizer_note = _tokenizer(run)

@@ -77,6 +77,12 @@ def given_codes(
     """The codes of the first scales of a batch, of one image for all or of one per image.
 
     Where the images are fewer than the batch, the last one fills it up.
+
+    Args:
+        codes: codes [L, *codes.shape] of one image, or of each.
+        batch: rows of the batch.
+        keep: first scales that are kept; of a raster, first rows of tokens.
+        schedule: the steps of an image.
     """
     rows = [*codes, *[codes[-1]] * (batch - len(codes))]
     return GivenCodes(np.stack(rows), np.arange(schedule.steps) < schedule.first_steps(keep))

@@ -103,5 +103,12 @@ def softness(ratio: float | jax.Array) -> jax.Array:
 def soften(
     logits: jax.Array, gumbel: jax.Array, ratio: float | jax.Array, tau: float | jax.Array
 ) -> jax.Array:
-    """softmax(((1 + ratio) logits + gumbel) / tau)."""
+    """softmax(((1 + ratio) logits + gumbel) / tau).
+
+    Args:
+        logits: [B, L, V].
+        gumbel: noise of the same shape.
+        ratio: progress over the steps, from 0 to 1.
+        tau: temperature of the mixture.
+    """
     return jax.nn.softmax(((1 + ratio) * logits + gumbel) / tau)

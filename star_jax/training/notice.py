@@ -32,7 +32,13 @@ class Notice:
         return seconds <= self.seconds
 
     def compare(self, size: int, seconds: float, interval: int) -> str:
-        """One sentence about a save that took so long, of a run that saves every few steps."""
+        """One sentence about a save that took so long, of a run that saves every few steps.
+
+        Args:
+            size: bytes that were saved.
+            seconds: time of the save.
+            interval: steps between two saves.
+        """
         took = f'saving {size / 1e9:,.2f} GB took {seconds:,.1f} s, and {self.holder} has'
         if self.fits(seconds):
             return f'{took} {self.seconds:g} s after the notice of a preemption: nothing is lost'

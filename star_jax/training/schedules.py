@@ -97,6 +97,13 @@ class LearningRate:
 def weight_decay_at(
     step: int | jax.Array, total_steps: int, first: float, last: float
 ) -> jax.Array:
-    """The weight decay of iteration `step`: half a cosine from `first` to `last`."""
+    """The weight decay of iteration `step`: half a cosine from `first` to `last`.
+
+    Args:
+        step: the iteration, from 0.
+        total_steps: iterations of the run.
+        first: weight decay at the start.
+        last: weight decay at the end.
+    """
     turn = jnp.pi * jnp.asarray(step) / max(total_steps - 1, 1)
     return last + (first - last) * (0.5 + 0.5 * jnp.cos(turn))

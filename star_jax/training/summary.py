@@ -117,9 +117,17 @@ def _processes() -> str:
 
 
 def check_batch(batch: int, resolution: tuple[int, int], mesh: Mesh) -> None:
-    """A UserError if the mesh cannot split a batch of images, or if no memory holds it.
+    """Checks that the mesh can split a batch of images, and that memory holds it.
 
     Only the images are counted, in float32: a batch that passes may still be too large.
+
+    Args:
+        batch: images, over all devices.
+        resolution: (height, width) of an image, in pixels.
+        mesh: the devices.
+
+    Raises:
+        UserError: it cannot be split, or is too large.
     """
     ways = batch_shards(mesh)
     if batch % ways:
