@@ -1,7 +1,8 @@
 """How is a file or a folder replaced so that no reader ever opens half of it? Can it be written?
 
-A killed process may leave temporary files and folders behind. Those of a running process are
-locked; the next writer of the same folder, or of a file of the same kind in it, removes the others.
+A killed process may leave temporary files and folders behind. A running process locks
+its own; the next writer of the same folder, or of a file of the same kind in it, removes the
+others.
 """
 
 import contextlib

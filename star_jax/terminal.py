@@ -180,7 +180,7 @@ def exit_on_signals(
 def exit_at_once(
     statuses: Mapping[signal.Signals, int], line: str, clean_up: Callable[[], None]
 ) -> None:
-    """Like `exit_on_signals`, but even while the main thread computes outside of Python.
+    """Does what `exit_on_signals` does, even while the main thread computes outside of Python.
 
     Python runs its handlers between two instructions of the main thread, and a compilation is one
     instruction. So a thread reads the numbers of the signals from a pipe.

@@ -74,8 +74,14 @@ def time_in_turn(
     """Seconds of one run of each call, [repeats], after a run that warms it up.
 
     Every round runs all calls one after another, and waits for the result of each run before the
-    next one starts, so that the seconds are latencies. Of the calls named in `averaged`, a round
-    gives the mean over as many runs in a row as take MIN_SECONDS, and waits for the last one alone.
+    next one starts, so that the seconds are latencies. A call that is named in `averaged` runs
+    several times in a row, for MIN_SECONDS; a round waits for the last run alone, and gives the
+    mean.
+
+    Args:
+        calls: the calls by name.
+        repeats: number of rounds.
+        averaged: names of short calls.
     """
     counts = {name: 1 for name in calls}
     for name, call in calls.items():

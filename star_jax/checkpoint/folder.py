@@ -218,7 +218,7 @@ def not_finite(path: Path, names: Sequence[str]) -> UserError:
 def find(source: str | Path) -> Path:
     """The local folder of a source: 'shipped', a folder, or a hub id `owner/name`.
 
-    Of a hub id, configs and safetensors are downloaded to the cache of the hub's client.
+    Configs and safetensors of a hub id are downloaded to the cache of the hub's client.
 
     Raises:
         UserError: there is no such folder, and no such hub id.

@@ -66,7 +66,7 @@ class StudyReport:
 class StudyCost:
     """Times a training step and sampling by every kind of a study, all in turn.
 
-    Weights are random. Of a study of positions sampling is not timed.
+    Weights are random. A study of positions times no sampling.
 
     Example: star-jax study cost configs/study/positions.py
 

@@ -75,8 +75,8 @@ class BitFilter:
 class SortedFilter:
     """Temperature, then top-k, then the most probable codes in a sorted order.
 
-    A code stays while the codes before it hold at most `top_p`. Of equal codes, the one with the
-    lower number comes first (LlamaGen specification 3.2).
+    A code stays while the codes before it hold at most `top_p`. Codes with
+    equal logits are sorted by their numbers (LlamaGen specification 3.2).
 
     Attributes:
         top_k: how many codes stay, static (0, or at least as many as there are codes: off); all
@@ -101,7 +101,7 @@ class SortedFilter:
         mass = jnp.cumsum(probs, axis=-1)
         stays = jnp.pad(mass[..., :-1], [(0, 0)] * (mass.ndim - 1) + [(1, 0)]) <= self.top_p
         least = jnp.where(stays, highest, jnp.inf).min(-1, keepdims=True)
-        # Of codes equal to the last that stays, so many do; those beyond the k-th follow on.
+        # The number of codes that stay among those equal to the last one; the others follow on.
         same = (stays & (highest == least)).sum(-1, keepdims=True)
         beyond = jnp.floor((self.top_p - mass[..., -1:]) / probs[..., -1:]) + 1
         same += jnp.where(stays[..., -1:], jnp.maximum(beyond, 0), 0).astype(same.dtype)

@@ -1,6 +1,6 @@
 """How is a dataset of real captioned images made?
 
-From seven open emoji designs, rendered at any size: one concept in up to seven styles, each image
+Seven open emoji designs are rendered at any size: one concept in up to seven styles, each image
 with its name, keywords, style, licence and attribution. They are icons on white, not photographs.
 Two splits are held out: whole concepts, and (concept, style) pairs of concepts that are trained in
 other styles ("zebra, Noto" and "piano, Fluent 3D" are trained, "zebra, Fluent 3D" is held out).

@@ -1,6 +1,6 @@
 """How is a dataset of captioned images stored on disk?
 
-As a TensorFlow dataset in `array_record`: features, splits and version are described beside the
+It is a TensorFlow dataset in `array_record`: features, splits and version are described beside the
 records, and neither writing nor reading needs TensorFlow. Datasets from elsewhere in that format
 are read in the same way; the config names their fields.
 """

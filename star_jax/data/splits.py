@@ -127,7 +127,7 @@ def fraction(text: str) -> float:
 def held_out(names: Sequence[str], share: float) -> frozenset[str]:
     """About `share` of the names, each chosen independently.
 
-    Of two or more names at least one is held out and at least one is not. With a single name, or a
+    At least one of two or more names is held out, and at least one is not. With a single name, or a
     share of 0, none is held out.
     """
     if share == 0 or len(names) < 2:

@@ -13,9 +13,10 @@ What JAX offers instead, and why it is not enough (0.10.2 and 0.11):
   others at once or after that time; no public setting changes that. `launch/node.sh` then prints
   what to do. (`jax_enable_recoverability` keeps the peers alive; JAX calls it experimental.)
 - The barriers and broadcasts of `multihost_utils` are collectives of devices. They time out, or
-  keep devices busy, if a process works alone for minutes. Those here use the store and do not.
-- Its preemption service is disabled in `hosts`: of a run that continues from a checkpoint it loses
-  a SIGTERM that comes before the first step, because it counts steps from 0.
+  keep devices busy, if a process works alone for minutes. The barriers of this module use the
+  store and do neither.
+- Its preemption service is disabled in `hosts`: it counts steps from 0, so that a run that
+  continues from a checkpoint would lose a SIGTERM that comes before its first step.
 """
 
 import atexit

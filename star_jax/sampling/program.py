@@ -24,7 +24,7 @@ from star_jax.sampling.stable import StableSampling, plan_of_settings
 
 SEEDS = 2**32  # seeds lie below
 HEAVY = ('blocks', 'to_logits', 'merge')  # parts with products in the compute dtype
-# Of the decoder, the layers that make the pixels: bfloat16 has no more bits than a pixel.
+# The layers of the decoder that make the pixels: bfloat16 has no more bits than a pixel.
 EXACT = ('norm_out', 'conv_out')
 
 
@@ -173,7 +173,7 @@ def sampling_method(config: Family, settings: Settings) -> SamplingMethod:
 
 
 def compile_program(network: Transformer, tokenizer: nn.Module, buckets: Buckets = ()) -> Program:
-    """From encoded prompts to pixels; compiled once per batch size, top-k and kind of method.
+    """The program from encoded prompts to pixels, compiled once per batch size, top-k and method.
 
     Where a network mixes the rows of a batch, every image is a batch of its own, and no sharding of
     a batch applies inside it.

@@ -36,8 +36,8 @@ class SampleFolder:
     """A folder of images, one per record; opened again with the same records, it continues.
 
     It is used in a `with` block, at whose start another process that makes this share, and images
-    of other records, are refused. A record holds everything that determines an image. Of N
-    processes, number I makes every N-th image, beginning with the I-th.
+    of other records, are refused. A record holds everything that determines an image. Process
+    I of N makes every N-th image, beginning with the I-th.
 
     Args:
         folder: the folder.

@@ -13,8 +13,8 @@ from concurrent.futures import Future
 class CompileAhead:
     """Compiles programs in the background, in the order in which they are given.
 
-    Those that have not begun when the main thread ends are left out, so that a command that stops
-    waits for one of them at most.
+    Programs that have not begun when the main thread ends are left out, so that a command that
+    stops waits for one of them at most.
     """
 
     def __init__(self) -> None:

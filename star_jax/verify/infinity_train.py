@@ -1,6 +1,7 @@
 """How is a recorded training step of Infinity repeated? (kind `train_step`)
 
-From an image to the loss and its gradients, with the recorded flips and dropped texts.
+The step goes from an image to the loss and its gradients, with the recorded flips and dropped
+texts.
 """
 
 import functools
@@ -155,7 +156,7 @@ class BitTraining:
     def right_BL(self) -> np.ndarray:
         """Tokens counted as right.
 
-        Of a token of joined cells, as many bits must be right as one cell has (Infinity
+        A token of joined cells is right if as many of its bits are right as one cell has (Infinity
         specification 10, bug 12).
         """
         count_BL = np.rint(np.asarray(self.token_losses.hit_BL) * self.infinity.bits)
