@@ -43,8 +43,8 @@ def remembered(paths: Sequence[Path], compute: Callable[[], str]) -> str:
     name = hashlib.sha256('\n'.join(map(os.path.realpath, paths)).encode(errors='surrogateescape'))
     memory = files.cache_folder() / MEMORY / f'{name.hexdigest()}.json'
     before = _stats(paths)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        known = json.loads(memory.read_text('utf-8'))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = files.parse_json(memory.read_text('utf-8'))
         if known['files'] == before:
             return str(known['sha256'])
     result = compute()

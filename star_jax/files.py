@@ -10,6 +10,7 @@ import errno
 import fcntl
 import fnmatch
 import glob
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from star_jax.errors import UserError
 
@@ -271,6 +273,14 @@ def check_folder(path: Path) -> None:
         raise UserError(f'{path} is a file, expected the name of a folder: choose another path')
     absolute = path.absolute()
     _check_writable(path, (absolute, *absolute.parents))
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`, which raises ValueError for a text that is nested too deeply, too."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError('its JSON is nested too deeply') from error
 
 
 def check_regular(path: str | Path, most: int | None = None) -> None:

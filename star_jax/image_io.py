@@ -25,6 +25,7 @@ MODES = frozenset({'1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'}) |
 MIN_CELL = 128  # px: a narrower cell of a grid cannot hold a caption
 MARGIN = 8  # px
 CAPTION_SIZE = 12
+LONGEST_CAPTION = 1000  # characters in a grid; a file of captions may hold millions
 TITLE_SIZE = 18
 TEXT_COLOUR = (32, 32, 32)
 FIRST_TURNED = 5  # orientations of EXIF from here on lie on their side
@@ -184,7 +185,7 @@ def grid(
     Args:
         images: (h, w, 3) or (h, w, 4) uint8; small images are enlarged by an integer factor so that
             captions are legible.
-        captions: one caption per image, or None.
+        captions: one caption per image, or None; very long ones are cut.
         columns: images per row (None: the grid is about square).
         title: text above the grid, or None.
 
@@ -245,7 +246,12 @@ def _enlarge(image: Image.Image) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Breaks a text into lines of at most `width` px; words too long for a line are broken."""
+    """Breaks a text into lines of at most `width` px; words too long for a line are broken.
+
+    Of a longer text the first `LONGEST_CAPTION` characters are shown.
+    """
+    if len(text) > LONGEST_CAPTION:
+        text = f'{text[:LONGEST_CAPTION]} ...'
     lines = ['']
     for word in text.split():
         longer = f'{lines[-1]} {word}'.strip()

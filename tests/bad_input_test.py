@@ -971,7 +971,11 @@ def test_unwritable_cache_is_reported(capfd, monkeypatch, prepare, line):
     assert 'cannot' in error_message(capfd, *words)
 
 
-@pytest.mark.parametrize('content', [b'', b'{', b'\x08\0\0\0\0\0\0\0[]      ', b'\xff' * 99])
+DAMAGED = [b'', b'{', b'\xff' * 99]
+DAMAGED += [len(text).to_bytes(8, 'little') + text for text in (b'[]', b'{"a":3}', b'[' * 10**5)]
+
+
+@pytest.mark.parametrize('content', DAMAGED)
 def test_damaged_cache_is_ignored_and_kept(tmp_path, caplog, content):
     encoder = load_text(tiny.TEXT)
     first = FeatureCache(encoder, tmp_path).features(['a red circle'])

@@ -473,7 +473,9 @@ def test_reopening_decodes_changed_images_only(tmp_path, monkeypatch):
     assert len(Folder(path=str(tmp_path), split='all').open(8)) == 6 and decoded == ['03.png']
 
 
-@pytest.mark.parametrize('content', ['', '{"format": ', '[]', '{"format": "0", "checks": 3}', 'x'])
+@pytest.mark.parametrize(
+    'content', ['', '{"format": ', '[]', '{"format": "0", "checks": 3}', '[' * 10**5]
+)
 def test_damaged_stored_checks_are_ignored(tmp_path, cache, content):
     fill(tmp_path, 3)
     Folder(path=str(tmp_path), split='all').open(8)

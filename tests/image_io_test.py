@@ -115,6 +115,12 @@ def test_captions_wrap_inside_their_cell():
     assert ink_left and (gap > 128).all()
 
 
+@pytest.mark.parametrize('text', ['word ' * 10**6, 'x' * 10**6])
+def test_endless_captions_are_cut(text):
+    height, width, _ = image_io.grid([np.zeros((16, 16, 3), np.uint8)], [text]).shape
+    assert height < 4096 and width < 512
+
+
 def test_title_adds_a_line_on_top():
     images = np.zeros((1, 128, 128, 3), np.uint8)
     assert len(image_io.grid(images, title='original')) > len(image_io.grid(images))

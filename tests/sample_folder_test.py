@@ -47,6 +47,23 @@ def test_error_names_the_setting_that_differs(tmp_path, settings, message):
         pass
 
 
+@pytest.mark.parametrize('line', ['x', '3', '{}', '{"file": [1]}', '[' * 10**5])
+def test_damaged_record_is_refused_by_name(tmp_path, line):
+    (tmp_path / 'samples.jsonl').write_text(f'{line}\n')
+    with (
+        pytest.raises(UserError, match='samples.jsonl is no record of sampled images'),
+        SampleFolder(tmp_path, records()),
+    ):
+        pass
+
+
+def test_image_of_another_size_is_shown_as_it_is(tmp_path):
+    with SampleFolder(tmp_path, records()) as folder:
+        folder.add(0, IMAGE)
+        folder.add(1, np.zeros((9, 7, 3), np.uint8))
+        assert folder.grid().exists()
+
+
 def many(count: int) -> list[dict]:
     return [{'prompt': 'a', 'seed': seed} for seed in range(count)]
 

@@ -87,13 +87,12 @@ def read_json(path: str | Path) -> Any:
     """
     files.check_regular(path, files.MOST_TEXT)
     try:
-        return json.loads(Path(path).read_text('utf-8-sig'), parse_constant=_refuse_constant)
+        text = Path(path).read_text('utf-8-sig')
+        return files.parse_json(text, parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise UserError(f'{path}: there is no such file') from error
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})') from error
-    except RecursionError as error:
-        raise UserError(f'{path}: not a config: its JSON is nested too deeply') from error
     except json.JSONDecodeError as error:
         raise UserError(
             f'{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); '

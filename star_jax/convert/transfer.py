@@ -323,10 +323,10 @@ def _types(metadata: Mapping[str, str], name: str, path: Path) -> dict[str, str]
     """The types that the tensors of a part had in its file, where they differ."""
     text = metadata.get(f'{TYPES} of the {name}', '{}')
     try:
-        types = json.loads(text)
+        types = files.parse_json(text)
         if NAMES.keys() >= set(types.values()):
             return types
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         pass
     raise UserError(f'{path}: its metadata name no types of tensors: convert the file again')
 

@@ -110,7 +110,7 @@ def _check(file: File, stamp: tuple[int, int] | None) -> ImageCheck:
 def _load(path: Path) -> dict[str, ImageCheck]:
     """Stored results; empty if the file is missing, damaged or of another format."""
     try:
-        stored = json.loads(path.read_text('utf-8'))
+        stored = files.parse_json(path.read_text('utf-8'))
         if stored['format'] != FORMAT:
             return {}
         return {name: ImageCheck(*fields) for name, fields in stored['checks'].items()}

@@ -16,12 +16,12 @@ import codecs
 import collections
 import csv
 import io
-import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from star_jax import files
 from star_jax.data import tree
 from star_jax.data.image_files import UnfitError
 
@@ -174,8 +174,8 @@ def parse(data: bytes, object_of: Callable[[list[tuple[str, Any]]], Any] | None 
         object_of: makes an object of its names and values (None: a dict).
     """
     try:
-        return json.loads(decode(data), object_pairs_hook=object_of)
-    except (ValueError, RecursionError) as error:
+        return files.parse_json(decode(data), object_pairs_hook=object_of)
+    except ValueError as error:
         raise UnfitError(BAD_LINE, f'it is not JSON ({error})') from error
 
 

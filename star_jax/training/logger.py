@@ -206,6 +206,6 @@ def _to_float32(metrics: Metrics | Mapping[str, float]) -> Metrics:
 def _step_of(line: str) -> float:
     """The step of a line of metrics; infinity for a torn line, as if it was never written."""
     try:
-        return float(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return float(files.parse_json(line)['step'])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float('inf')
