@@ -126,7 +126,7 @@ class BenchTrain:
     json: Path | None = None
 
 
-class Options(Protocol):
+class SharedOptions(Protocol):
     """The options that BenchSample and BenchTrain share, as their docstrings describe them.
 
     Attributes:
@@ -143,7 +143,7 @@ class Options(Protocol):
 
 
 # A CONFIG and the words after it -> the options and the job that they describe.
-Read = Callable[[str, Sequence[str]], tuple[Options, SamplingJob | TrainingJob]]
+Read = Callable[[str, Sequence[str]], tuple[SharedOptions, SamplingJob | TrainingJob]]
 
 
 def main(words: Sequence[str]) -> int:

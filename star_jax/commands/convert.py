@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _summary(parts: dict[str, transfer.Part], unused: Sequence[str]) -> Table:
+def _summary(parts: dict[str, transfer.ConvertedPart], unused: Sequence[str]) -> Table:
     rows = {}
     for name, part in parts.items():
         source = part.source

@@ -74,7 +74,7 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class ConvertedPart:
     """A published state dict whose tensors passed the check of its table.
 
     Attributes:
@@ -120,7 +120,7 @@ def to_folder(
     tokenizer: str = '',
     text: TextSource | None = None,
     selection: Selection = Selection(),
-) -> tuple[dict[str, Part], tuple[str, ...]]:
+) -> tuple[dict[str, ConvertedPart], tuple[str, ...]]:
     """Converts a published file to a model folder.
 
     Args:
@@ -221,7 +221,7 @@ def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
     return written
 
 
-def _part(source: StateDict, infer_config: Callable[..., Any], where: str) -> Part:
+def _part(source: StateDict, infer_config: Callable[..., Any], where: str) -> ConvertedPart:
     tensors, not_finite = source.tensors, []
     try:
         specs = tensors.specs()
@@ -230,7 +230,7 @@ def _part(source: StateDict, infer_config: Callable[..., Any], where: str) -> Pa
         raise UserError(f'{where}: {error}') from error
     table = ConversionTable.from_config(config, specs)
     table.check(tensors, where)
-    return Part(
+    return ConvertedPart(
         config=config,
         table=table,
         source=source,
@@ -240,7 +240,7 @@ def _part(source: StateDict, infer_config: Callable[..., Any], where: str) -> Pa
     )
 
 
-def _refuse_nonfinite(parts: Iterable[Part]) -> None:
+def _refuse_nonfinite(parts: Iterable[ConvertedPart]) -> None:
     """Raises UserError if the parts, which have been read, have weights that are not finite."""
     for part in parts:
         if part.not_finite:
@@ -251,12 +251,12 @@ def _refuse_nonfinite(parts: Iterable[Part]) -> None:
             )
 
 
-def _tokenizer(part: Part) -> folder.StoredTokenizer:
+def _tokenizer(part: ConvertedPart) -> folder.StoredTokenizer:
     return folder.StoredTokenizer(config=part.config, params=part.params)
 
 
 def _model(
-    part: Part, tokenizer: folder.StoredTokenizer, text: TextSource | None, where: str
+    part: ConvertedPart, tokenizer: folder.StoredTokenizer, text: TextSource | None, where: str
 ) -> folder.StoredModel:
     remedy = 'give the tokenizer that the model was trained with'
     check_tokenizer(part.config, tokenizer.config, where=where, remedy=remedy)
@@ -303,7 +303,7 @@ def _copy_text(source: str, to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def _write_ignored(path: Path, parts: Mapping[str, Part], earlier: Path | None) -> None:
+def _write_ignored(path: Path, parts: Mapping[str, ConvertedPart], earlier: Path | None) -> None:
     """Writes the ignored tensors of the parts and those of the tokenizer's folder in `earlier`."""
     ignored, notes = {}, {}
     if earlier and earlier.exists():

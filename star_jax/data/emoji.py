@@ -150,7 +150,7 @@ class Icon:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
+class EmojiSummary:
     """The result of `prepare`.
 
     Attributes:
@@ -171,7 +171,7 @@ def prepare(
     size: int = 128,
     sets: Sequence[str] = tuple(STYLES),
     limit: int | None = None,
-) -> Summary:
+) -> EmojiSummary:
     """Downloads, renders and writes the dataset.
 
     Splits: `train`, `held_out_labels`, `held_out_pairs`. The folder `OUT.work` beside `out` holds
@@ -210,7 +210,7 @@ def prepare(
         description=f'Emoji in {len(sets)} styles, {size} px, rendered by star_jax.data.emoji.',
         extra=('style',),
     )
-    return Summary(
+    return EmojiSummary(
         images={name: len(split_icons) for name, split_icons in sorted(records.items())},
         labels=len({icon.label for icon, _ in rendered}),
         seconds=time.monotonic() - start,

@@ -269,7 +269,7 @@ def write(
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class CheckResult:
     """The result of `check`.
 
     Attributes:
@@ -283,7 +283,7 @@ class Check:
     damaged: tuple[Path, ...]
 
 
-def check(paths: Sequence[Path]) -> Check:
+def check(paths: Sequence[Path]) -> CheckResult:
     """Compares files with the digests in their names: NAME-DIGEST.SUFFIX."""
     with progress_bar() as bar, ThreadPoolExecutor(mesh.cores()) as pool:
         task, damaged = bar.add_task('reading', total=len(paths), note=''), []
@@ -292,7 +292,7 @@ def check(paths: Sequence[Path]) -> Check:
             if not intact:
                 damaged.append(path)
     size = sum(path.stat().st_size for path in paths)
-    return Check(len(paths) - len(damaged), size, tuple(damaged))
+    return CheckResult(len(paths) - len(damaged), size, tuple(damaged))
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -151,7 +151,7 @@ class Folder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class FolderEntry:
     """A usable image.
 
     Attributes:
@@ -184,7 +184,7 @@ class FolderSource:
 
     root: Path
     size: int | tuple[int, int]
-    entries: tuple[Entry, ...]
+    entries: tuple[FolderEntry, ...]
     files: Mapping[str, File]
     splits: Mapping[str, str]
     faults: tuple[Fault, ...]
@@ -227,7 +227,7 @@ class FolderSource:
         """Digest of the names, sizes and modification times of the images, and of all captions."""
         return pipeline.fingerprint(self, *self.entries)
 
-    def _image(self, entry: Entry) -> np.ndarray:
+    def _image(self, entry: FolderEntry) -> np.ndarray:
         path, file = self.root / entry.name, self.files[entry.name]
         if image_checks.file_stamp(file) != entry.stamp:
             raise UserError(
@@ -243,7 +243,7 @@ class FolderSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
+class FolderSummary:
     """The result of `prepare`.
 
     Attributes:
@@ -259,7 +259,7 @@ class Summary:
     megabytes: float
 
 
-def prepare(folder: Folder, out: Path, size: int, whole: bool = False) -> Summary:
+def prepare(folder: Folder, out: Path, size: int, whole: bool = False) -> FolderSummary:
     """Writes the images of a folder as PNGs into a prepared dataset.
 
     Its splits are those of the folder that have images.
@@ -288,7 +288,7 @@ def prepare(folder: Folder, out: Path, size: int, whole: bool = False) -> Summar
         name='folder',
         description=f'The images of a folder, {size} px, prepared by star_jax.data.folder.',
     )
-    return Summary(
+    return FolderSummary(
         images=assigned.counts(source.names),
         skipped=len(source.faults),
         seconds=time.monotonic() - start,
@@ -348,7 +348,7 @@ def _root(path: str) -> Path:
 
 def _check_entries(
     root: Path, contents: listing.Listing, size: int
-) -> tuple[tuple[Entry, ...], tuple[Fault, ...]]:
+) -> tuple[tuple[FolderEntry, ...], tuple[Fault, ...]]:
     """The images that can be used at this size, sorted by name, and all faults."""
     entries, faults = [], list(contents.faults)
     for name, check in image_checks.check_images(root, contents.files).items():
@@ -361,7 +361,7 @@ def _check_entries(
         else:
             stamp = (check.size, check.modified)
             sides = check.shorter_side, check.ratio
-            entries.append(Entry(name, contents.captions[name], stamp, *sides))
+            entries.append(FolderEntry(name, contents.captions[name], stamp, *sides))
     return tuple(entries), tuple(faults)
 
 

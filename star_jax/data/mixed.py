@@ -74,13 +74,13 @@ class MixedSource:
         """The numbers of the examples of a template."""
         return np.flatnonzero(self.template_of == template)
 
-    def of_template(self, template: int) -> 'Part':
+    def of_template(self, template: int) -> 'Subset':
         """The examples of a template alone."""
-        return Part(self.sized[template], self.members(template))
+        return Subset(self.sized[template], self.members(template))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class Subset:
     """Some examples of a source.
 
     Attributes:

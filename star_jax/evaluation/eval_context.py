@@ -15,7 +15,7 @@ from star_jax.core.argument_types import check_types
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.evaluation.groups import SHAPES_DATASET, Group, load_groups
+from star_jax.evaluation.groups import SHAPES_DATASET, EvalGroup, load_groups
 from star_jax.parallel import machine
 from star_jax.protocols import CrossAttentionMode
 from star_jax.sampling import loading
@@ -106,13 +106,15 @@ class EvalContext:
         pipe.encoder = _CachingEncoder(pipe.encoder)
         return pipe
 
-    def sample(self, group: Group, settings: Settings) -> np.ndarray:
+    def sample(self, group: EvalGroup, settings: Settings) -> np.ndarray:
         """uint8 [N, H, W, 3]: one image for the first caption of each image of the group."""
         seeds = range(self.options.seed, self.options.seed + len(group.captions))
         batches = self.pipe.stream(group.captions, seeds, settings, batch=self.options.batch)
         return np.concatenate(list(self.with_progress(batches, group, 'sampling')))
 
-    def with_progress(self, batches: Iterable[Result], group: Group, verb: str) -> Iterable[Result]:
+    def with_progress(
+        self, batches: Iterable[Result], group: EvalGroup, verb: str
+    ) -> Iterable[Result]:
         """The batches of a group, with a progress bar."""
         count = -(-len(group.source) // self.options.batch)
         return self._track(batches, count, f'{verb} {group.name}')

@@ -20,7 +20,7 @@ UNTRAINED_SPLITS = ('held_out', 'validation')  # splits of shapes that training 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
+class EvalGroup:
     """Images of one split with an equal number of objects.
 
     Attributes:
@@ -49,7 +49,7 @@ class Group:
 
 def load_groups(
     data: str, splits: Sequence[str], count: int, size: int | tuple[int, int]
-) -> list[Group]:
+) -> list[EvalGroup]:
     """A group for each split and, for shapes, for each number of objects.
 
     Args:
@@ -63,12 +63,16 @@ def load_groups(
     """
     if data == SHAPES_DATASET:
         return [
-            Group(split=split, objects=objects, source=_scenes(split, objects, count).open(size))
+            EvalGroup(
+                split=split, objects=objects, source=_scenes(split, objects, count).open(size)
+            )
             for split in splits or UNTRAINED_SPLITS
             for objects in range(1, MAX_THINGS + 1)
         ]
     return [
-        Group(split=split, objects=0, source=_FirstExamples(source=dataset.open(size), count=count))
+        EvalGroup(
+            split=split, objects=0, source=_FirstExamples(source=dataset.open(size), count=count)
+        )
         for split, dataset in _datasets(data, splits).items()
     ]
 

@@ -181,7 +181,7 @@ def check_free(folder: Path) -> None:
         encoded.check_free(folder / name)
 
 
-def check(folder: Path, remove: bool = False) -> encoded.Check:
+def check(folder: Path, remove: bool = False) -> encoded.CheckResult:
     """Reads every file of a cache and compares its digest.
 
     Args:

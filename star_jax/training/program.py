@@ -84,7 +84,7 @@ class StepInputs:
 
 
 @flax.struct.dataclass
-class Prepared:
+class PreparedBatch:
     """A micro-batch, as its loss reads it: all that depends on no trained parameter is computed.
 
     What is random has a value or a key for each image, so that parts have the losses that they have
@@ -226,7 +226,7 @@ class TrainingProgram:
 
     def prepare(
         self, frozen: Frozen, inputs: StepInputs, key: jax.Array
-    ) -> tuple[Prepared, TrainedRows]:
+    ) -> tuple[PreparedBatch, TrainedRows]:
         """A micro-batch as its loss reads it, and the rows that are trained.
 
         Args:
@@ -239,7 +239,7 @@ class TrainingProgram:
         rows = self._rows
         if recipe.keep_tokens:
             rows = network.schedule.thin(thin_key, recipe.keep_tokens)
-        return Prepared(
+        return PreparedBatch(
             targets=self._targets(frozen, inputs, key),
             condition=self.condition(frozen, inputs),
             dropped_B=jax.random.bernoulli(drop_key, recipe.condition_drop, (batch,)),
@@ -248,7 +248,7 @@ class TrainingProgram:
         ), TrainedRows(rows, inputs.tables)
 
     def loss(
-        self, params: Any, frozen: Frozen, part: Prepared, trained: TrainedRows
+        self, params: Any, frozen: Frozen, part: PreparedBatch, trained: TrainedRows
     ) -> tuple[jax.Array, Parts]:
         """The share of a part of a micro-batch in the loss that a step minimises.
 
@@ -342,7 +342,7 @@ class TrainingProgram:
         ) -> tuple[Any, Parts, None]:
             prepared, shared = self.prepare(frozen, inputs, keys_A[number])
 
-            def of_part(part: Prepared) -> tuple[Any, Parts]:
+            def of_part(part: PreparedBatch) -> tuple[Any, Parts]:
                 return function(params, frozen, part, shared)
 
             return *self.replicas.map(of_part, prepared), None
@@ -382,7 +382,7 @@ class TrainingProgram:
             return inputs.encoded
         return tokens.teacher_forcing(self.tokenizer, frozen.tokenizer, inputs.encoded, key)
 
-    def _drop_conditions(self, params: Any, frozen: Frozen, part: Prepared) -> Any:
+    def _drop_conditions(self, params: Any, frozen: Frozen, part: PreparedBatch) -> Any:
         """The conditions of a part of a batch, with the unprompted one where they are dropped."""
         unprompted = bind(self.network, params).unprompted(part.condition, frozen.empty)
         return conditions.choose(part.dropped_B, part.condition, unprompted)
@@ -412,7 +412,7 @@ class RefinementProgram(TrainingProgram):
 
     def prepare(
         self, frozen: Frozen, inputs: StepInputs, key: jax.Array
-    ) -> tuple[Prepared, jax.Array]:
+    ) -> tuple[PreparedBatch, jax.Array]:
         """A micro-batch as its loss reads it, and the weight of its loss (`Unmasking.weight`).
 
         Args:
@@ -424,7 +424,7 @@ class RefinementProgram(TrainingProgram):
         batch, rows = inputs.batch, refinement.refined_rows(self.network)
         shown_BR = self.unmasking.sample(show_key, (batch, len(rows)))
         noisy = self.unmasking.noisy_base and self.recipe.drop_path
-        return Prepared(
+        return PreparedBatch(
             targets=self._targets(frozen, inputs, key),
             condition=self.condition(frozen, inputs),
             dropped_B=jax.random.bernoulli(drop_key, self.recipe.condition_drop, (batch,)),
@@ -433,7 +433,7 @@ class RefinementProgram(TrainingProgram):
         ), self.unmasking.loss.weight(shown_BR)
 
     def loss(
-        self, params: Any, frozen: Frozen, part: Prepared, weight: jax.Array
+        self, params: Any, frozen: Frozen, part: PreparedBatch, weight: jax.Array
     ) -> tuple[jax.Array, Parts]:
         """The share of a part of a micro-batch in the loss of the hidden tokens.
 

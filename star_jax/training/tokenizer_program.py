@@ -31,7 +31,7 @@ LAST_KERNEL = ('decoder', 'conv_out', 'kernel')
 ADVERSARY_KEY = 2**31 - 1  # folded into the seed: the parameters of the discriminator
 
 
-class Forward(NamedTuple):
+class TokenizerForward(NamedTuple):
     """Intermediate results of a tokenizer for a training batch.
 
     Attributes:
@@ -91,7 +91,9 @@ class TokenizerProgram:
         images = jax.ShapeDtypeStruct((1, *self.run.model.resolution, 3), jnp.float32)
         return self.tokenizer.lazy_init(key, images)['params']
 
-    def _forward(self, params: Any, images: jax.Array, quantised: bool, key: jax.Array) -> Forward:
+    def _forward(
+        self, params: Any, images: jax.Array, quantised: bool, key: jax.Array
+    ) -> TokenizerForward:
         """Images, encoded and decoded. Without the quantiser the decoder reads the features."""
         objective, dtype = self.run.objective, self.run.dtype
         tokenizer = self._bound(_in_dtype(params, dtype), images)
@@ -109,7 +111,7 @@ class TokenizerProgram:
             losses['quantiser'] = objective.quantisation(f_BHWC, codes)
             losses |= objective.entropies(tokenizer, codes)
         decoded = decoded.astype(layers.at_least_float32(decoded.dtype))
-        return Forward(signed.astype(decoded.dtype), decoded, codes, losses)
+        return TokenizerForward(signed.astype(decoded.dtype), decoded, codes, losses)
 
     def _loss(
         self,
@@ -186,7 +188,7 @@ class TokenizerProgram:
         distance: Perceptual | None,
         quantised: bool,
         key: jax.Array,
-    ) -> tuple[Gradients, None, Forward, Metrics]:
+    ) -> tuple[Gradients, None, TokenizerForward, Metrics]:
         """Gradients without a discriminator."""
         loss = functools.partial(
             self._loss, images=images, distance=distance, quantised=quantised, key=key
@@ -202,11 +204,11 @@ class TokenizerProgram:
         distance: Perceptual | None,
         quantised: bool,
         key: jax.Array,
-    ) -> tuple[Gradients, Any, Forward, Metrics]:
+    ) -> tuple[Gradients, Any, TokenizerForward, Metrics]:
         """Gradients of the tokenizer, and an update of the discriminator on the decoded images."""
         forward_key, generator_key, discriminator_key = jax.random.split(key, 3)
 
-        def outputs(params: Any) -> tuple[tuple[jax.Array, jax.Array], Forward]:
+        def outputs(params: Any) -> tuple[tuple[jax.Array, jax.Array], TokenizerForward]:
             forward = self._forward(params, images, quantised, forward_key)
             return (forward.decoded, sum(forward.losses.values(), jnp.zeros(()))), forward
 

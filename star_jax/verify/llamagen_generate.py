@@ -40,7 +40,7 @@ TAG = '([^.]+)'
 CACHE_UNIT = 8  # the recorded caches are as long as its next multiple
 
 
-class Generations:
+class RasterGenerations:
     """The runs that the config lists; subclasses give the conditions.
 
     Attributes:
@@ -135,7 +135,7 @@ class Generations:
         )
 
 
-class ClassGenerations(Generations):
+class ClassGenerations(RasterGenerations):
     """Images of classes."""
 
     def __init__(self, case: Case) -> None:
@@ -153,7 +153,7 @@ class ClassGenerations(Generations):
         return LabelCondition(np.array([self.model.classes], np.int32))
 
 
-class TextGenerations(Generations):
+class TextGenerations(RasterGenerations):
     """Images of prompts, as a text encoder gives them."""
 
     def __init__(self, case: Case) -> None:

@@ -41,7 +41,7 @@ from star_jax.verify.options import check_value
 from star_jax.verify.rules import Rule, inputs
 
 
-class TeacherForced:
+class TeacherForcedRaster:
     """Logits, losses and gradients under teacher forcing, and what the network computes inside.
 
     Subclasses give the condition.
@@ -128,7 +128,7 @@ class TeacherForced:
         return math.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in leaves))
 
 
-class TeacherForcedClasses(TeacherForced):
+class TeacherForcedClasses(TeacherForcedRaster):
     """Images of classes."""
 
     def __init__(self, case: Case) -> None:
@@ -145,7 +145,7 @@ class TeacherForcedClasses(TeacherForced):
         return LabelCondition(np.array([self.model.classes], np.int32))
 
 
-class TeacherForcedTexts(TeacherForced):
+class TeacherForcedTexts(TeacherForcedRaster):
     """Images of captions, some of which are invalid: they have no caption and do not count."""
 
     def __init__(self, case: Case) -> None:
