@@ -359,6 +359,15 @@ def test_layers_of_several_types_are_promoted_and_converted_back(tmp_path, kinds
     np.testing.assert_array_equal(flat['blocks/ffn/fc2/bias'].astype('f8'), bias)
 
 
+def test_types_that_files_cannot_hold_stay_wide(tmp_path, torch):
+    state = {name: x.astype('float8_e4m3fnuz') for name, x in state_of(STAR).items()}
+    table = ConversionTable.from_config(STAR, state)
+    torch['content'] = {name: Tensor(x) for name, x in state.items()}
+    (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
+    tensors = published.read(tmp_path / 'x.pth').parts['transformer'].tensors
+    assert not table.converted_types(tensors, table.params(tensors, []))
+
+
 @pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'float8_e5m2'])
 def test_weights_of_8_bits_are_widened_and_converted_back(tmp_path, dtype):
     state, vae = state_of(STAR), state_of(VQ_SMALL)
@@ -591,6 +600,46 @@ def test_published_shards_are_read_through_their_index(tmp_path, torch):
     torch['load'] = lambda path: {name: Tensor(state[name]) for name in shards[path.name]}
     tensors = published.read(index).parts['transformer'].tensors
     assert_same({name: tensors.read(name) for name in names}, state)
+
+
+@pytest.mark.parametrize('is_torch', [False, True])
+def test_shards_with_a_tensor_of_the_same_name_are_refused(tmp_path, torch, is_torch):
+    state = state_of(STAR)
+    name, array = next(iter(state.items()))
+    save(tmp_path / '0.bin', state)
+    save(tmp_path / '1.bin', {name: array + 1})
+    index = tmp_path / 'model.index.json'
+    index.write_text(json.dumps({'weight_map': {'a': '0.bin', 'b': '1.bin'}}))
+    if is_torch:
+        for shard in ('0.bin', '1.bin'):
+            (tmp_path / shard).write_bytes(published.torch_files.ZIP)
+        torch['load'] = lambda path: {name: Tensor(array)}
+    with pytest.raises(UserError, match=f'1.bin: has {name}, which another of its files has'):
+        published.read(index)
+
+
+def test_tensors_that_numpy_cannot_hold_are_named(tmp_path, torch):
+    class Conjugated(Tensor):
+        def numpy(self):
+            raise RuntimeError("Can't call numpy() on Tensor that has negative bit set.")
+
+    class Nested:
+        dtype = 'torch.float32'
+
+        def numpy(self):
+            raise AssertionError
+
+        @property
+        def shape(self):
+            raise RuntimeError("Internal error: NestedTensorImpl doesn't support sizes.")
+
+    content = {name: Conjugated(x) for name, x in state_of(STAR).items()}
+    torch['content'] = content | {'nested': Nested()}
+    (tmp_path / 'x.pth').write_bytes(published.torch_files.ZIP)
+    tensors = published.read(tmp_path / 'x.pth').parts['transformer'].tensors
+    assert 'nested' not in tensors.names()
+    with pytest.raises(UserError, match=r'word_embed.weight cannot be read .*negative bit set'):
+        tensors.read('word_embed.weight')
 
 
 def test_convert_refuses_a_nonzero_key_bias(tmp_path, capsys):

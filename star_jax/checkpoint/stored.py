@@ -7,7 +7,7 @@ part while `write` writes it.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -88,13 +88,14 @@ class StoredTensors:
     """The arrays of several safetensors files.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or two files have an array of the same name.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._file = {}
         for path in paths:
             file = open_file(path)
+            check_names(path, self._file.keys() & file.keys())
             self._file |= {name: (path, file, name) for name in file.offset_keys()}
 
     def names(self) -> list[str]:
@@ -144,6 +145,15 @@ def _read_raw(path: Path, name: str, spec: TensorSpec) -> np.ndarray:
         start, end = json.loads(file.read(length))[name]['data_offsets']
         file.seek(8 + length + start)
         return np.frombuffer(file.read(end - start), spec.dtype).reshape(spec.shape)
+
+
+def check_names(path: Path, twice: Collection[str]) -> None:
+    """Raises a UserError if a file has arrays that another file of the same tree has."""
+    if twice:
+        raise UserError(
+            f'{path}: has {min(twice)}, which another of its files has, too: the files are of '
+            'several models, fetch those of one'
+        )
 
 
 def open_file(path: Path) -> safetensors.safe_open:

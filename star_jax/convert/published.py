@@ -31,9 +31,13 @@ KINDS = {
     'transformer': ('word_embed.weight', 'tok_embeddings.weight'),
     'tokenizer': ('quantize.embedding.weight', 'quantizer.lfq.mask', 'quantize.lfq.mask'),
 }
-# Names that DistributedDataParallel, torch.compile, FSDP and activation checkpoints put into names.
+# Names that DistributedDataParallel, torch.compile, Lightning, FSDP and activation checkpoints put
+# into names.
 WRAPPERS = frozenset(
-    ('module', '_orig_mod', '_fsdp_wrapped_module', '_fpw_module', '_checkpoint_wrapped_module')
+    (
+        *('module', '_orig_mod', '_forward_module'),
+        *('_fsdp_wrapped_module', '_fpw_module', '_checkpoint_wrapped_module'),
+    )
 )
 CHUNKS = 'block_chunks'  # in Infinity's names, which have the word `module` in each chunk
 FLAT = '_flat_param'  # ending of the tensors of FSDP that contain many parameters
@@ -147,7 +151,7 @@ def _dicts(path: Path) -> Iterator[tuple[str, Any]]:
     elif len(shards) == 1:
         yield from _torch_dicts(path)
     elif all(are_torch):
-        dicts = [tensors for shard in shards for _, tensors in _torch_dicts(shard)]
+        dicts = [(shard, found) for shard in shards for _, found in _torch_dicts(shard)]
         yield '', TorchTensors.merged(dicts)
     else:
         raise UserError(f'{path} names files of torch beside safetensors: give one kind of file')

@@ -10,7 +10,7 @@ import numpy as np
 from flax.core import meta
 
 from star_jax.checkpoint import weights
-from star_jax.checkpoint.stored import StreamedArray, Tensors, TensorSpec, is_finite
+from star_jax.checkpoint.stored import NAMES, StreamedArray, Tensors, TensorSpec, is_finite
 from star_jax.convert.buffers import Buffers
 from star_jax.convert.entries import Entry
 from star_jax.convert.layouts import Layout, layout
@@ -120,14 +120,17 @@ class ConversionTable:
         return weights.unflatten(flat)
 
     def converted_types(self, tensors: Tensors, params: Mapping[str, Any]) -> dict[str, str]:
-        """The types of tensors that are stored or computed in another one, by published name."""
+        """The types of tensors that are stored or computed in another one, by published name.
+
+        Those that the safetensors format lacks are left out: such tensors keep the wider type.
+        """
         specs, flat = tensors.specs(), weights.flatten(params)
         written = {entry.torch_name: flat[entry.param_name].dtype for entry in self.entries}
         written |= {name: make().dtype for name, make in self.buffers.items() if name in specs}
         return {
             name: specs[name].dtype.name
             for name, dtype in written.items()
-            if specs[name].dtype != dtype
+            if specs[name].dtype != dtype and specs[name].dtype.name in NAMES
         }
 
     def state(self, params: Tensors, types: Mapping[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from star_jax.checkpoint.stored import TensorSpec
+from star_jax.checkpoint.stored import TensorSpec, check_names
 from star_jax.errors import UserError
 
 ZIP, PICKLE, TAR = b'PK\x03\x04', b'\x80', b'ustar'  # signatures of torch files, newest first
@@ -78,9 +78,13 @@ class TorchTensors:
         self._tensors = tensors
 
     @classmethod
-    def merged(cls, parts: Iterable['TorchTensors']) -> 'TorchTensors':
-        """The tensors of several files."""
-        return cls({name: tensor for part in parts for name, tensor in part._tensors.items()})
+    def merged(cls, parts: Iterable[tuple[Path, 'TorchTensors']]) -> 'TorchTensors':
+        """The tensors of several files; UserError if two files have one of the same name."""
+        tensors = {}
+        for path, part in parts:
+            check_names(path, tensors.keys() & part._tensors.keys())
+            tensors |= part._tensors
+        return cls(tensors)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return {
@@ -94,10 +98,16 @@ class TorchTensors:
             tensor = tensor.detach()
         if row is not None:
             tensor = tensor[row]
-        if dtype.isbuiltin == 1:
-            return tensor.numpy()
-        bits = getattr(_torch(), BITS[dtype.itemsize])
-        return tensor.view(dtype=bits).numpy().view(dtype)
+        try:
+            if dtype.isbuiltin == 1:
+                return tensor.numpy()
+            bits = getattr(_torch(), BITS[dtype.itemsize])
+            return tensor.view(dtype=bits).numpy().view(dtype)
+        except (RuntimeError, TypeError) as error:  # such as a view of conjugated numbers
+            reason = str(error).partition('\n')[0]
+            raise UserError(
+                f'{name} cannot be read ({reason}): save its clone, in float32'
+            ) from error
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -111,7 +121,10 @@ class TorchTensors:
 
 
 def is_tensor(value: object) -> bool:
-    return all(hasattr(value, name) for name in ('numpy', 'dtype', 'shape'))
+    try:
+        return all(hasattr(value, name) for name in ('numpy', 'dtype', 'shape'))
+    except RuntimeError:  # a tensor of tensors, which has no shape
+        return False
 
 
 def is_torch(head: bytes) -> bool:
