@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 
 from star_jax.checkpoint.training import Checkpoints
 from star_jax.core.codes import Bits, Index
 from star_jax.core.schedule import square_grids
 from star_jax.errors import UserError
 from star_jax.losses import adversarial
-from star_jax.losses.adversarial import R1, LeCam
+from star_jax.losses.adversarial import R1, LeCam, PenaltyInputs
 from star_jax.losses.augmentation import Augmentation
 from star_jax.losses.tokenizer import EntropyOfBits, EntropyOfCodes
 from star_jax.nn import discriminators
@@ -24,6 +25,7 @@ from star_jax.parallel.mesh import MeshShape
 from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training import summary
+from star_jax.training.adversary import Competition
 from star_jax.training.objective import Adversary, Objective
 from star_jax.training.tokenizer_job import TokenizerJob
 
@@ -93,21 +95,43 @@ def test_adaptive_weight_is_a_clamped_ratio_of_lengths():
     assert adversarial.adaptive_weight(jnp.ones(4), jnp.zeros(4), 10.0) == 10
 
 
+def penalty_inputs(**fields) -> PenaltyInputs:
+    return PenaltyInputs(**(dict.fromkeys(PenaltyInputs._fields) | fields))
+
+
 def test_lecam_follows_logits_and_punishes_those_beyond_the_other_kind():
     lecam, means_2 = LeCam(weight=2.0, decay=0.9), jnp.array([1.0, -1.0])
-    penalty = lecam.penalty(jnp.array([2.0, -3.0]), jnp.array([3.0, 0.0]), means_2)
-    assert penalty == 2 * (9 / 2 + 1 / 2)
-    updated = lecam.update(means_2, jnp.array([3.0]), jnp.array([0.0]))
+    batch = penalty_inputs(real=jnp.array([2.0, -3.0]), fake=jnp.array([3.0, 0.0]), means_2=means_2)
+    assert lecam.penalty(batch) == 2 * (9 / 2 + 1 / 2)
+    batch = batch._replace(real=jnp.array([3.0]), fake=jnp.array([0.0]))
+    updated = lecam.update(batch)
     np.testing.assert_allclose(updated, [1.2, -0.9], rtol=1e-6)
 
 
 def test_r1_is_half_the_squared_gradient_every_few_steps():
-    images = jnp.ones((2, 2, 2, 3))
-    penalty = jax.jit(
-        lambda step: R1(weight=4.0, every=3).penalty(lambda x: 0.5 * x.sum((1, 2, 3)), images, step)
+    batch = penalty_inputs(
+        logits_of=lambda x: 0.5 * x.sum((1, 2, 3)), images=jnp.ones((2, 2, 2, 3))
     )
+    penalty = jax.jit(lambda step: R1(weight=4.0, every=3).penalty(batch._replace(step=step)))
     assert penalty(3) == 4 * 3 * 0.5 * 12 * 0.25
     assert penalty(4) == 0
+
+
+@pytest.mark.parametrize('penalty, averages', [(None, None), (R1(), None), (LeCam(), (2,))])
+def test_a_penalty_carries_its_averages_through_an_update(penalty, averages):
+    """Traced alone: the shapes of the state stay as they were."""
+    adversary = dataclasses.replace(ADVERSARY, penalty=penalty)
+    competition = Competition.build(
+        adversary, resolution=(16, 16), steps=4, images=2, dtype='float32'
+    )
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    key = jax.random.key(0)
+    params, _ = discriminators.abstract(adversary.discriminator, (16, 16), 2)
+    state = jax.eval_shape(lambda params: competition.start(params, (16, 16)), nn.unbox(params))
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    after, metrics = jax.eval_shape(competition.update, state, images, images, step, key)
+    assert jax.tree.map(jnp.shape, after.means_2) == averages
+    assert jax.tree.structure(after) == jax.tree.structure(state) and len(metrics) == 3
 
 
 def test_augmentation_keeps_images_where_it_is_off_and_is_differentiable():

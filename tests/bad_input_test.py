@@ -631,7 +631,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a single code', f'{TRAIN} --model.codes 1', 'codes must be at least 2'),
     ('a million layers of text', f'{SAMPLE} --text {{text_layers}}', 'at most 1,024 layers'),
     ('a million layers at once', f'{TRAIN} --unroll 1000000', r'unroll .* in \[1, 1024\]'),
-    ('a batch of no bench', f'{BENCH} --batch {10**9}', 'GiB, and this machine .*ask for less'),
+    ('a batch of no bench', f'{BENCH} --batch {10**9}', 'GiB, and this machine .*choose smaller'),
     ('a batch of no plan', f'plan {{home}}/star.json --topology 8xA100-80G --batch {10**12}',
      'batch of a plan is at most 1,048,576'),
     # Text encoders.
@@ -695,7 +695,7 @@ CASES: list[tuple[str, str, str]] = [
     ('a study that cannot be read', 'study run {syntax.py}', 'line 1'),
     ('a study in JSON', 'study run {home}/star.json', "expected a .py file that defines 'study'"),
     # Parts that do not fit.
-    ('a model for no memory', f'{TRAIN} --model.depth 1048576', 'optimizer .* GiB.*ask for less'),
+    ('a model for no memory', f'{TRAIN} --model.depth 1048576', 'optimizer .* GiB.*choose smaller'),
     ('no layers', f'{TRAIN} --model.depth 0', r'depth must lie in \[1, 1048576\], not 0'),
     ('sides that shrink', f'{TRAIN} --model.sides 4 2 1', 'sides of a pyramid must not shrink'),
     ('no sides', f'{TRAIN} --model.sides', 'a pyramid needs grids'),

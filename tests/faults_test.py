@@ -268,7 +268,7 @@ def test_second_signal_ends_the_process(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # `timeout` and shells may send two
         time.sleep(2 * stop_signals.ONE_SIGNAL)
-        assert stop.asked and ends == []
+        assert stop.requested and ends == []
         os.kill(os.getpid(), signal.SIGTERM)
     assert ends == [130]
 
@@ -278,7 +278,7 @@ def test_ignored_signal_stays_ignored():
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-    assert not stop.asked and signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+    assert not stop.requested and signal.signal(signal.SIGINT, before) is signal.SIG_IGN
 
 
 def test_only_the_main_thread_catches_signals():

@@ -414,7 +414,7 @@ def test_head_continues_on_the_model_that_it_started_from(job, tmp_path):
     shutil.copytree(job.run.init, place)
     begun = train.build_job(dataclasses.replace(job.run, init=str(place)))
     stop, console = Stop(), Console(quiet=True)
-    stop.asked = True
+    stop.requested = True
     assert not trainer.fit(begun, out, console, stop)
     with Checkpoints(out / trainer.CHECKPOINTS, keep=1) as checkpoints:
         checkpoints.save(1, begun.init(), [])

@@ -1,4 +1,8 @@
-"""How precise is a score that is computed from a sample of images?"""
+"""How precise is a score that is computed from a sample of images?
+
+A resample is a count per image, so that KID, which is no mean over images, uses the resamples, too.
+`scipy.stats.bootstrap` has no counts, and gives other numbers.
+"""
 
 import dataclasses
 

@@ -8,7 +8,7 @@ Logits are large where the discriminator takes an image for a real one. The rele
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,26 @@ def accuracy(real: jax.Array, fake: jax.Array) -> jax.Array:
     return 0.5 * ((real > 0).mean() + (fake < 0).mean())
 
 
+class PenaltyInputs(NamedTuple):
+    """What a penalty on a discriminator is computed from.
+
+    Attributes:
+        logits_of: the discriminator, images [B, H, W, 3] -> logits.
+        images: real images.
+        real: logits of real images.
+        fake: logits of decoded images.
+        means_2: moving averages of both logits, for a penalty that has them.
+        step: training step, counted from 0.
+    """
+
+    logits_of: Callable[[jax.Array], jax.Array]
+    images: jax.Array
+    real: jax.Array
+    fake: jax.Array
+    means_2: jax.Array | None
+    step: jax.Array
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class R1:
     """A penalty on the discriminator's gradient at real images (Mescheder et al. 2018).
@@ -83,24 +103,22 @@ class R1:
             raise ValueError(f'weight must not be negative: {self}')
         check_sizes(MAX_STEPS, every=self.every)
 
-    def penalty(
-        self, logits_of: Callable[[jax.Array], jax.Array], images: jax.Array, step: jax.Array
-    ) -> jax.Array:
-        """The weighted penalty of step number `step`; 0 between two penalties.
+    def start(self) -> None:
+        """It has no moving averages."""
 
-        Args:
-            logits_of: the discriminator, images [B, H, W, 3] -> logits.
-            images: real images.
-            step: training step.
-        """
+    def penalty(self, batch: PenaltyInputs) -> jax.Array:
+        """The weighted penalty of a step; 0 between two penalties."""
 
         def due() -> jax.Array:
-            gradient = jax.grad(lambda x: logits_of(x).sum())(images)
+            gradient = jax.grad(lambda x: batch.logits_of(x).sum())(batch.images)
             squares_B = jnp.square(gradient).sum((1, 2, 3))
             return (0.5 * self.weight * self.every) * squares_B.mean()
 
         kind = jax.eval_shape(due)
-        return jax.lax.cond(step % self.every == 0, due, lambda: jnp.zeros((), kind.dtype))
+        return jax.lax.cond(batch.step % self.every == 0, due, lambda: jnp.zeros((), kind.dtype))
+
+    def update(self, batch: PenaltyInputs) -> None:
+        """It has no moving averages."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,22 +138,20 @@ class LeCam:
         if self.weight < 0 or not 0 <= self.decay < 1:
             raise ValueError(f'weight must not be negative, and decay lie in [0, 1): {self}')
 
-    def penalty(self, real: jax.Array, fake: jax.Array, means_2: jax.Array) -> jax.Array:
-        """The weighted penalty of a batch.
+    def start(self) -> jax.Array:
+        """The moving averages [2] of the logits of real and of decoded images before step 0."""
+        return jnp.zeros(2)
 
-        Args:
-            real: logits of real images.
-            fake: logits of decoded images.
-            means_2: moving averages of the logits of real and of decoded images.
-        """
-        high = jnp.square(jax.nn.relu(real - means_2[1])).mean()
-        low = jnp.square(jax.nn.relu(means_2[0] - fake)).mean()
+    def penalty(self, batch: PenaltyInputs) -> jax.Array:
+        """The weighted penalty of a step."""
+        high = jnp.square(jax.nn.relu(batch.real - batch.means_2[1])).mean()
+        low = jnp.square(jax.nn.relu(batch.means_2[0] - batch.fake)).mean()
         return self.weight * (high + low)
 
-    def update(self, means_2: jax.Array, real: jax.Array, fake: jax.Array) -> jax.Array:
-        """The moving averages [2] after a step; arguments as for `penalty`."""
-        new_2 = jnp.stack([real.mean(), fake.mean()]).astype(means_2.dtype)
-        return self.decay * means_2 + (1 - self.decay) * new_2
+    def update(self, batch: PenaltyInputs) -> jax.Array:
+        """The moving averages [2] after a step."""
+        new_2 = jnp.stack([batch.real.mean(), batch.fake.mean()]).astype(batch.means_2.dtype)
+        return self.decay * batch.means_2 + (1 - self.decay) * new_2
 
 
 def _length(x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ def check_memory(name: str, size: int) -> None:
     if size > host_memory():
         raise UserError(
             f'{name} would take {size / 2**30:,.0f} GiB, and this machine has '
-            f'{host_memory() / 2**30:,.0f}: ask for less'
+            f'{host_memory() / 2**30:,.0f}: choose smaller sizes'
         )
 
 

@@ -46,7 +46,7 @@ class Pipeline:
         mesh: the devices.
         network: the transformer.
         tokenizer: its tokenizer.
-        template: name of the template of its images, '' if none was asked for.
+        template: name of the template of its images, '' if none was chosen.
     """
 
     def __init__(

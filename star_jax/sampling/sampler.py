@@ -69,7 +69,7 @@ class StepOutput(NamedTuple):
 
     Attributes:
         codes: [B, L, *codes.shape], or stacked [steps, B, L, *codes.shape].
-        trace: what was computed on the way, stacked likewise; None unless asked for.
+        trace: what was computed on the way, stacked likewise; None unless requested.
     """
 
     codes: jax.Array
@@ -82,7 +82,7 @@ class Sample(NamedTuple):
     Attributes:
         images: [B, H, W, 3] float32 in [-1, 1].
         codes: [B, L, *codes.shape] of all steps that were sampled.
-        trace: None unless asked for.
+        trace: None unless requested.
     """
 
     images: jax.Array

@@ -140,7 +140,7 @@ class PositionsUnit:
         }
 
     def _carried(self, model: Callable[[], folder.StoredModel], work: Path) -> Carried | None:
-        """Scores of the model at the larger size; None if the run was asked to stop."""
+        """Scores of the model at the larger size; None if a stop was requested."""
         larger = self.data.larger
         extended = work / 'extended'
         if not (extended / folder.CONFIG).exists():

@@ -42,7 +42,7 @@ class Unit(Protocol):
     result_class: type
 
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
-        """The fields of the result, or None if it was asked to stop; the same call continues.
+        """The fields of the result, or None if a stop was requested; the same call continues.
 
         Args:
             work: the folder of the unit, with the results of an interrupted call.
@@ -224,7 +224,7 @@ def _is_made(unit: Unit, results: Path, console: Console) -> bool:
 
 
 def _make(unit: Unit, results: Path, work: Path, commit: str, console: Console) -> bool:
-    """Makes one unit and writes its file. Returns False if it was asked to stop."""
+    """Makes one unit and writes its file. Returns False if a stop was requested."""
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
         fields = unit.measure(work, console)

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from star_jax.core.settings import Dtype
 from star_jax.losses import adversarial
-from star_jax.losses.adversarial import R1, LeCam
+from star_jax.losses.adversarial import PenaltyInputs
 from star_jax.nn import discriminators, layers
 from star_jax.nn.discriminators import AllStatistics
 from star_jax.training.objective import Adversary
@@ -137,7 +137,8 @@ class Competition:
             )
             for name, each in abstract.items()
         }
-        means_2 = jnp.zeros(2) if isinstance(self.adversary.penalty, LeCam) else None
+        penalty = self.adversary.penalty
+        means_2 = penalty.start() if penalty else None
         return AdversaryState(params, statistics, self.optimizer.init(params), means_2)
 
     def weight(self, step: jax.Array) -> jax.Array:
@@ -206,7 +207,8 @@ class Competition:
             key: random key of the augmentation.
 
         Returns:
-            The loss, and logits and batch statistics of both, the real images first.
+            The loss, and logits and batch statistics of both, the real images first, and the moving
+            averages after the step.
         """
         keys = jax.random.split(key)
         changed = self._changed(keys[0], images)
@@ -214,12 +216,18 @@ class Competition:
         stopped = jax.lax.stop_gradient(decoded)
         fake, of_fake = self._apply(params, self._changed(keys[1], stopped))
         loss = adversarial.OF_DISCRIMINATOR[self.adversary.discriminator_loss](real, fake)
-        penalty = self.adversary.penalty
-        if isinstance(penalty, R1):
-            loss += penalty.penalty(lambda x: self._apply(params, x)[0], changed, step)
-        elif isinstance(penalty, LeCam):
-            loss += penalty.penalty(real, fake, means_2)
-        return self.weight(step) * loss, (real, fake, of_real, of_fake)
+        batch = PenaltyInputs(
+            logits_of=lambda x: self._apply(params, x)[0],
+            images=changed,
+            real=real,
+            fake=fake,
+            means_2=means_2,
+            step=step,
+        )
+        if penalty := self.adversary.penalty:
+            loss += penalty.penalty(batch)
+            means_2 = penalty.update(batch)
+        return self.weight(step) * loss, (real, fake, of_real, of_fake, means_2)
 
     def update(
         self,
@@ -239,14 +247,11 @@ class Competition:
             step=step,
             key=key,
         )
-        real, fake, of_real, of_fake = aux
+        real, fake, of_real, of_fake, means_2 = aux
         updates, opt = self.optimizer.update(gradients, state.opt, state.params)
         statistics = state.statistics
         for batch in (of_real, of_fake):
             statistics = discriminators.follow(statistics, batch)
-        means_2 = state.means_2
-        if isinstance(self.adversary.penalty, LeCam):
-            means_2 = self.adversary.penalty.update(means_2, real, fake)
         state = state.replace(
             params=optax.apply_updates(state.params, updates),
             statistics=statistics,

@@ -29,7 +29,7 @@ class RefinementJob(TransformerJob):
     def __init__(self, run: Run) -> None:
         if not run.init:
             raise UserError(
-                'model.refinement asks for a head on a trained model, and there is none: name its '
+                'model.refinement adds a head to a trained model, and there is none: name its '
                 'folder with --init, or train the model first, without model.refinement'
             )
         model = models.read(run.init)

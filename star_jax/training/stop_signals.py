@@ -1,7 +1,7 @@
-"""How does a run stop when it is asked to?
+"""How does a signal stop a run?
 
-A signal asks the trainer to stop after its step. A kill needs none of this: the files on disk are
-complete at any moment (see `checkpoint/training.py`).
+A signal requests that the trainer stops after its step. A kill needs none of this: the files on
+disk are complete at any moment (see `checkpoint/training.py`).
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._answers: deque[jax.Array] = deque()
 
     def agreed(self) -> bool:
@@ -41,8 +41,8 @@ class Stop:
         before every step, and read the result `DELAY` steps later, when nothing needs to wait.
         """
         if jax.process_count() == 1:
-            return self.asked
-        self._answers.append(_any_of(self.asked))
+            return self.requested
+        self._answers.append(_any_of(self.requested))
         return len(self._answers) > DELAY and bool(self._answers.popleft())
 
     def __enter__(self) -> 'Stop':
@@ -69,7 +69,7 @@ class Stop:
                 self._undo.callback(signal.signal, number, previous or signal.SIG_DFL)
 
     def _request(self, *_: object) -> None:
-        self.asked = True
+        self.requested = True
 
     def _read_signals(self, read_end: int) -> None:
         """Reads the number of every signal as it arrives, until the pipe is closed."""
@@ -79,7 +79,7 @@ class Stop:
                 continue
             if first is None:
                 first = time.monotonic()
-                self.asked = True
+                self.requested = True
                 with contextlib.suppress(OSError):
                     os.write(2, NOTICE)
             elif time.monotonic() - first > ONE_SIGNAL:

@@ -60,7 +60,7 @@ class Job(Protocol):
     base: str
 
     def summary(self) -> dict[str, str]:
-        """The size of the run, as lines for a user who is about to pay for it."""
+        """The size of the run, as lines that are printed before its first step."""
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -102,7 +102,7 @@ def fit(job: Job, out: Path, console: Console, stop: Stop) -> bool:
         job: the job that trains.
         out: the folder of the run.
         console: shows summary and progress.
-        stop: when it asks, the current step is completed and saved.
+        stop: after a request to stop, the current step is completed and saved.
 
     Returns:
         Whether the run is complete.
@@ -173,7 +173,7 @@ class Trainer:
         self._size = 0  # bytes of a checkpoint
 
     def run(self, first: int, state: TrainState, stop: Stop) -> tuple[int, TrainState]:
-        """Trains from step `first` to the end, or until asked to stop.
+        """Trains from step `first` to the end, or until a stop is requested.
 
         Returns the number of completed steps and the state after them, which is saved.
         """
