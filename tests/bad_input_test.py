@@ -473,7 +473,7 @@ CASES: list[tuple[str, str, str]] = [
     ('aspects of no ratio', f'{TRAIN} --data.aspects wide', "'wide' is not an aspect ratio"),
     ('no images to evaluate', f'{EVALUATE} --count 0', 'at least 1, not 0'),
     ('too many images to evaluate', f'{EVALUATE} --count {TOO_MANY}', '1 to 2,147,483,647'),
-    ('more images than memory', f'{EVALUATE} --count {2 * 10**9}', 'images .*for less'),
+    ('more images than memory', f'{EVALUATE} --count {2 * 10**9}', 'images .*choose smaller'),
     ('a seed of evaluate', f'{EVALUATE} --seed -1', 'seed must lie in'),
     ('guidance of evaluate', f'{EVALUATE} --guidance 1 nan', 'guidance must lie in .* not nan'),
     ('no temperature of evaluate', f'{EVALUATE} --temperature 0', 'temperature must lie in'),
