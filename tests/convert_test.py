@@ -648,11 +648,11 @@ def test_convert_refuses_a_nonzero_key_bias(tmp_path, capsys):
     assert 'blocks.1.cross_attn.zero_k_bias differs from' in refused(tmp_path, capsys, state)
 
 
-def test_convert_asks_for_scales_that_cannot_be_inferred(tmp_path, capsys):
+def test_convert_requires_scales_that_cannot_be_inferred(tmp_path, capsys):
     assert '--sides' in refused(tmp_path, capsys, state_of(STAR), '--groups', '4')
 
 
-def test_convert_asks_for_the_first_refined_scale(tmp_path, capsys):
+def test_convert_requires_the_first_refined_scale(tmp_path, capsys):
     assert '3 scales' in (said := refused(tmp_path, capsys, state_of(ROTARY)))
     assert '--first-refined' in said
 

@@ -437,7 +437,7 @@ def test_watch_ends_if_the_run_is_always_absent_after_its_start(cloud):
     assert 'failures without a new checkpoint (absent)' in done.stderr
 
 
-def test_state_tells_a_vm_that_does_not_answer_from_one_without_the_run(cloud):
+def test_state_distinguishes_a_silent_vm_from_one_without_the_run(cloud):
     def state() -> str:
         done = tpu(cloud, 'state', 'd16', 'z', str(cloud.folder / 'out'))
         assert done.returncode == 0
@@ -562,7 +562,7 @@ def test_gke_requests_the_machines_of_a_pool(
 
 
 @pytest.mark.parametrize(
-    ('pool', 'is_said'),
+    ('pool', 'is_printed'),
     [
         ('4xnvidia-h100-mega-80gb:8', True),
         ('2xnvidia-h100-80gb:8', True),
@@ -570,11 +570,11 @@ def test_gke_requests_the_machines_of_a_pool(
         ('v5e:4x4', False),
     ],
 )
-def test_gke_says_that_pods_of_several_gpu_nodes_have_no_gpudirect(machine, pool, is_said):
+def test_gke_prints_that_pods_of_several_gpu_nodes_have_no_gpudirect(machine, pool, is_printed):
     words = ('start', 'd16', 'here/star_jax:1', pool, 'runs', *RUN)
     done = machine.bash(LAUNCH / 'gke.sh', *words)
     assert done.returncode == 0
-    assert ('no GPUDirect' in done.stderr) == is_said and done.stderr.count('\n') == is_said
+    assert ('no GPUDirect' in done.stderr) == is_printed and done.stderr.count('\n') == is_printed
 
 
 def test_gke_follows_and_stops_a_jobset(machine):

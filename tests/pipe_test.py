@@ -405,7 +405,7 @@ def test_stream_checks_its_arguments_before_it_is_iterated(pipe):
             pipe.stream(*arguments, batch=batch)
 
 
-def test_repr_says_what_a_pipeline_is(pipe):
+def test_repr_describes_a_pipeline(pipe):
     assert re.fullmatch(
         r'<Pipeline: Star of [\d,]+ parameters, from text to images of 16 x 16 px, float32, '
         r'on 1 x cpu>',

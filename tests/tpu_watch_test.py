@@ -366,7 +366,7 @@ def test_the_watch_goes_on_after_its_reader_has_closed_the_pipe(tmp_path, output
     assert done.stderr in (None, 'tpu_watch.sh: the run failed\n')
 
 
-def test_ctrl_c_says_what_stays(monkeypatch, capsys):
+def test_ctrl_c_prints_what_stays(monkeypatch, capsys):
     def interrupt(watch):
         raise KeyboardInterrupt
 
