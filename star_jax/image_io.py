@@ -248,7 +248,7 @@ def _enlarge(image: Image.Image) -> Image.Image:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Breaks a text into lines of at most `width` px; words too long for a line are broken.
 
-    Of a longer text the first `LONGEST_CAPTION` characters are shown.
+    Only the first `LONGEST_CAPTION` characters of a text are shown.
     """
     if len(text) > LONGEST_CAPTION:
         text = f'{text[:LONGEST_CAPTION]} ...'

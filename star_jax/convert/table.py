@@ -122,7 +122,7 @@ class ConversionTable:
     def converted_types(self, tensors: Tensors, params: Mapping[str, Any]) -> dict[str, str]:
         """The types of tensors that are stored or computed in another one, by published name.
 
-        Those that the safetensors format lacks are left out: such tensors keep the wider type.
+        Types that the safetensors format lacks are left out: their tensors keep the wider type.
         """
         specs, flat = tensors.specs(), weights.flatten(params)
         written = {entry.torch_name: flat[entry.param_name].dtype for entry in self.entries}
