@@ -66,7 +66,10 @@ def write(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def read(folder: Path) -> dict[str, str] | None:
-    """The SHA-256 of files by name; None if the folder keeps none."""
+    """The SHA-256 of files by name; None if the folder keeps none.
+
+    Raises UserError if the file of sums is damaged or cannot be read.
+    """
     path = folder / SUMS
     files.check_regular(path, files.MOST_TEXT)
     try:

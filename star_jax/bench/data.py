@@ -43,6 +43,13 @@ def run(source: Source, job: ReadingJob) -> dict[str, Any]:
     """Images per second of the pipeline and of one thread alone, and their ratio.
 
     The single thread reads as many examples as the pipeline, evenly spread over the source.
+
+    Args:
+        source: the dataset.
+        job: sizes of the batches, and threads.
+
+    Raises:
+        UserError: the dataset is empty, or memory does not hold a batch.
     """
     count = job.batch * job.batches
     if not len(source):

@@ -71,7 +71,8 @@ class TorchLoopJob:
 def loop(model: Family, batch: int, steps: int) -> Callable[[], float]:
     """A function that runs `steps` steps of the loop and returns the seconds of one of them.
 
-    Every step reads the whole cache, so its place does not matter.
+    Every step reads the whole cache, so its place does not matter. Raises UserError without
+    PyTorch.
 
     Args:
         model: sizes of the transformer.

@@ -164,7 +164,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """SHA-256 of a file, hexadecimal; UserError if it cannot be read."""
     try:
         with Path(path).open('rb') as file:
             return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -200,7 +200,10 @@ def index_path(path: Path) -> Path:
 
 
 def paths(path: Path) -> list[Path]:
-    """The files with the arrays of `path`: those of its index, or `path` itself."""
+    """The files with the arrays of `path`: those of its index, or `path` itself.
+
+    Raises UserError for a damaged index.
+    """
     index = index_path(path)
     if not index.exists():
         return [path]

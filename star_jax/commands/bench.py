@@ -175,7 +175,10 @@ def main(words: Sequence[str]) -> int:
 def read_sampling(
     source: str, words: Sequence[str], name: str = 'sample'
 ) -> tuple[BenchSample, SamplingJob]:
-    """The options of `bench NAME` for a CONFIG or a model FOLDER, and their job."""
+    """The options of `bench NAME` for a CONFIG or a model FOLDER, and their job.
+
+    Raises UserError for invalid options.
+    """
     command = f'bench {name} CONFIG|FOLDER'
     if not source or Path(source).suffix in ('.py', '.json'):
         run = run_config.load(Path(source), Run) if source else Run()
@@ -201,7 +204,10 @@ def read_sampling(
 
 
 def read_training(source: str, words: Sequence[str]) -> tuple[BenchTrain, TrainingJob]:
-    """The options for a CONFIG, and their job."""
+    """The options for a CONFIG, and their job.
+
+    Raises UserError for invalid options.
+    """
     run = run_config.load(Path(source), Run) if source else Run()
     default = BenchTrain(run=run)
     options = arguments.parse(

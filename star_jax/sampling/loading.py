@@ -76,7 +76,11 @@ def prepare(
     size: ImageSize = MODELS_OWN,
     text_dtype: str = 'float32',
 ) -> Pipeline:
-    """A pipeline of a model that was read from `source`; other arguments as for `load`."""
+    """A pipeline of a model that was read from `source`; other arguments as for `load`.
+
+    Raises:
+        UserError: as for `load`, except for what reading raises.
+    """
 
     def load_encoder() -> PromptEncoder:
         own = model.text.source if model.text else ''

@@ -114,7 +114,7 @@ class EncoderFolder:
 
     @functools.cached_property
     def weights(self) -> tuple[Path, ...]:
-        """The safetensors files: one, or the shards that the index names."""
+        """The safetensors files: one, or the shards of the index; UserError if any is missing."""
         if (self.path / WEIGHTS).is_file():
             return (self.path / WEIGHTS,)
         if not (self.path / INDEX).is_file():
@@ -132,7 +132,7 @@ class EncoderFolder:
 
     @functools.cached_property
     def tokenizer(self) -> tuple[Path, ...]:
-        """tokenizer.json alone if it exists, otherwise the older files."""
+        """tokenizer.json alone if it exists, otherwise the older files; UserError without any."""
         parents = [self.path.parent] if self.path.name == ENCODER_FOLDER else []
         subfolders = (parent / TOKENIZER_FOLDER for parent in (self.path, *parents))
         for folder in (self.path, *subfolders):

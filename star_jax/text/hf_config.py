@@ -42,7 +42,7 @@ PUBLISHED: Mapping[int, Mapping[str, Any]] = {
 
 
 def size(config: Mapping, name: str, default: int) -> int:
-    """A field that is a count."""
+    """A field that is a count; UserError for what is none."""
     value = config.get(name, default)
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise UserError(
@@ -52,7 +52,7 @@ def size(config: Mapping, name: str, default: int) -> int:
 
 
 def depth(config: Mapping, name: str, default: int) -> int:
-    """A field that is a number of layers."""
+    """A field that is a number of layers; UserError for what is none."""
     value = size(config, name, default)
     if value > MOST_LAYERS:
         raise UserError(
@@ -62,7 +62,7 @@ def depth(config: Mapping, name: str, default: int) -> int:
 
 
 def token_id(config: Mapping, name: str, default: int) -> int:
-    """A field that holds a token id; null is the default."""
+    """A field that holds a token id (null: the default); UserError for what is none."""
     value = config.get(name, default)
     value = default if value is None else value
     if type(value) is not int or value < 0:
@@ -71,7 +71,7 @@ def token_id(config: Mapping, name: str, default: int) -> int:
 
 
 def epsilon(config: Mapping, name: str, default: float) -> float:
-    """The number that a norm adds to the variance."""
+    """The number that a norm adds to the variance; UserError unless it lies in (0, 1)."""
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise UserError(f'{name} is {value!r} in the text encoder; expected a number in (0, 1).')
@@ -79,7 +79,7 @@ def epsilon(config: Mapping, name: str, default: float) -> float:
 
 
 def choice(config: Mapping, name: str, default: str, options: Mapping[str, Any]) -> Any:
-    """The option that a field names."""
+    """The option that a field names; UserError for an unknown one."""
     value = config.get(name, default)
     if not isinstance(value, str) or value not in options:
         raise UserError(f'{name} is {value!r} in the text encoder; supported: {sorted(options)}.')
@@ -87,7 +87,7 @@ def choice(config: Mapping, name: str, default: str, options: Mapping[str, Any])
 
 
 def num_heads(config: Mapping, width: int, default: int) -> int:
-    """The number of attention heads, which must divide the width."""
+    """The number of attention heads; UserError unless it divides the width."""
     count = size(config, 'num_attention_heads', default)
     if width % count:
         raise UserError(f'a text encoder of width {width} does not divide into {count} heads.')
