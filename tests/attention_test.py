@@ -16,7 +16,7 @@ from star_jax.core.visibility import ALL, StaticVisibility, TracedVisibility, Vi
 from star_jax.errors import UserError
 from star_jax.nn import attention_dispatch, flash
 from star_jax.nn.flash import Flash
-from star_jax.nn.kernels import ByScale, Chunked, Dense, Tiled
+from star_jax.nn.kernels import ByScale, Chunked, Dense, MergedHeads, Tiled
 from star_jax.nn.sharded_attention import ShardedAttention
 from star_jax.nn.splash import Splash
 from star_jax.parallel.mesh import MeshShape
@@ -407,3 +407,17 @@ def test_a_run_names_its_kernel():
     assert attention_dispatch.named('splash', 'tpu') == Splash(attention_dispatch.CHUNKED)
     with pytest.raises(UserError, match='flash is a kernel of GPUs'):
         attention_dispatch.named('flash', 'cpu')
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_merged_heads_compute_what_heads_compute(count):
+    random = np.random.default_rng(7)
+    queries = random.normal(size=(B, 3, 8, H)).astype(np.float32)  # two for each of 4 heads
+    past, new = (KV(*random.normal(size=(2, B, 4, rows, H)).astype(np.float32)) for rows in (5, 3))
+    visibility = Visibility(first_B=jnp.asarray([0, 2]))
+    merged = past.merge_heads(count)
+    assert merged.keys.shape == (B, 4 // count, 5, count * H)
+    np.testing.assert_array_equal(merged.split_heads(count).values, past.values)
+    expected = Dense()(queries, (past,), new, visibility)
+    actual = MergedHeads(Dense(), count)(queries, (merged,), new, visibility)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)

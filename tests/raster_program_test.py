@@ -103,17 +103,24 @@ def test_no_weight_and_no_block_of_the_cache_is_copied_in_the_loop(mesh, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('compiled_here')  # programs for a TPU are written to a cache, never read
 @pytest.mark.skipif(
     not (LIBTPU.exists() or importlib.util.find_spec('libtpu')),
     reason="libtpu compiles for TPUs: launch/test.sh fetches it, or pip install -e '.[plan]'",
 )
 def test_a_tpu_copies_no_weight_and_no_block_in_the_loop(monkeypatch):
-    """At the width of GPT-XL: what is large in the loop is fetched or written in fast memory."""
+    """At the width of GPT-XL: what is large in the loop is fetched or written in fast memory.
+
+    Blocks have no axis that a TPU would fill up: two heads of 64 channels are side by side.
+    """
     if LIBTPU.exists():
         monkeypatch.syspath_prepend(str(LIBTPU))
     monkeypatch.setattr(trunks, 'BLOCK_ROWS', 16)
     device = topologies.parse_topology('v5e-1').devices()[0]
     program = compiled(model=XL, dtype='bfloat16', device=device)
     of_block = 2 * XL.heads * trunks.BLOCK_ROWS * XL.head_width
-    results = large_results(program.as_text(), of_block)
+    text = program.as_text()
+    results = large_results(text, of_block)
     assert results and not [line for line in results if ON_CHIP not in line.partition('(%')[0]]
+    assert f'bf16[2,{XL.heads // 2},{trunks.BLOCK_ROWS},128]' in text
+    assert f'bf16[2,{XL.heads},{trunks.BLOCK_ROWS},64]' not in text

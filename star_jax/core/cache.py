@@ -53,6 +53,14 @@ class KV(NamedTuple):
             return self
         return KV(*(jax.lax.slice_in_dim(x, first, end, axis=x.ndim + ROWS) for x in self))
 
+    def merge_heads(self, count: int) -> 'KV':
+        """[..., K / count, M, count * H]: groups of heads as one, with their channels in order."""
+        return KV(*(_merge_heads(x, count) for x in self))
+
+    def split_heads(self, count: int) -> 'KV':
+        """What `merge_heads` made these of."""
+        return KV(*(_split_heads(x, count) for x in self))
+
     def write(self, new: 'KV', first: int | jax.Array) -> 'KV':
         """These keys and values, with the rows of `new` written from row `first` on."""
         return KV(
@@ -61,6 +69,18 @@ class KV(NamedTuple):
                 for x, y in zip(self, new, strict=True)
             )
         )
+
+
+def _merge_heads(x: jax.Array, count: int) -> jax.Array:
+    *batch, heads, rows, width = x.shape
+    grouped = x.reshape(*batch, heads // count, count, rows, width).swapaxes(-3, -2)
+    return grouped.reshape(*batch, heads // count, rows, count * width)
+
+
+def _split_heads(x: jax.Array, count: int) -> jax.Array:
+    *batch, groups, rows, width = x.shape
+    heads = x.reshape(*batch, groups, rows, count, width // count).swapaxes(-3, -2)
+    return heads.reshape(*batch, groups * count, rows, width // count)
 
 
 def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Visibility]:

@@ -101,6 +101,38 @@ class WriteFirst:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergedHeads:
+    """`inner`, for a past whose key/value heads are merged in groups (`KV.merge_heads`).
+
+    A query has zeros in the channels of the other heads of its group, and of its output its own
+    channels are kept: the numbers are the same, for `count` times the arithmetic. Without a past,
+    this is `inner`.
+
+    Attributes:
+        inner: the kernel over merged heads.
+        count: heads of a group.
+    """
+
+    inner: Kernel
+    count: int
+
+    def __call__(
+        self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL
+    ) -> jax.Array:
+        if not past or self.count == 1:
+            return self.inner(q_BLNH, past, new, visibility)
+        batch, rows, heads, width = q_BLNH.shape
+        # C heads of a group, each with G heads of queries, over the channels of C heads.
+        shape = (batch, rows, new.heads // self.count, self.count, heads // new.heads)
+        own_C1C1 = jnp.eye(self.count, dtype=q_BLNH.dtype)[:, None, :, None]
+        q_BLKCGCH = q_BLNH.reshape(*shape, 1, width) * own_C1C1
+        wide = q_BLKCGCH.reshape(batch, rows, heads, self.count * width)
+        y = self.inner(wide, past, new.merge_heads(self.count), visibility)
+        y_BLKCGCH = y.reshape(*shape, self.count, width) * own_C1C1.astype(y.dtype)
+        return y_BLKCGCH.sum(-2).reshape(q_BLNH.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiled:
     """The formula for one group of images, or of heads of one image, at a time.
 

@@ -5,7 +5,8 @@ products cost more than that, and `ScannedTrunk` compiles one layer for all. A s
 nothing else: `SplitTrunk` then reads everything in place. Each of its layers has arrays of its own,
 because a layer's part of stacked arrays is copied before it is used, and its keys and values lie in
 blocks: the finished ones are constants of the loop over steps, and only the current one is written.
-On a CPU its kernels have their outputs first (`layers.times_outputs_first`).
+On a CPU its kernels have their outputs first (`layers.times_outputs_first`). On a TPU, which fills
+up the last axis of an array to a multiple of 128, its blocks have narrow heads side by side.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -22,9 +24,10 @@ from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
 from star_jax.nn.bind import bind
 from star_jax.nn.blocks import Block
-from star_jax.nn.kernels import WriteFirst
+from star_jax.nn.kernels import MergedHeads, WriteFirst
 from star_jax.nn.layers import OUTPUTS_FIRST
 from star_jax.nn.transformer import Transformer
+from star_jax.protocols import Kernel
 
 LAYERS = 'layers'  # the parameters of layers that are apart from each other
 BLOCK_ROWS = 64  # rows of a block of a `SplitTrunk`, but for those of a step that has more
@@ -46,7 +49,22 @@ SUMMED_AXES = {
     'fc2': 1,
     'logits': 1,
 }
+LANES = {'tpu': 128}  # the least width that a platform stores an array with
 Layer = dict[str, Any]  # the parameters of one layer
+
+
+@flax.struct.dataclass
+class SplitLayers:
+    """Layers that are apart from each other.
+
+    Attributes:
+        params: the parameters of every layer.
+        lanes: heads narrower than this are stored side by side (static).
+    """
+
+    params: tuple[Layer, ...]
+    lanes: int = flax.struct.field(pytree_node=False, default=1)
+
 
 StepFn = Callable[[Any, Step], tuple[Any, Any]]  # (carry, step) -> carry, output
 
@@ -190,6 +208,7 @@ class SplitTrunk:
         layers: the parameters of every layer.
         condition: the conditions of all rows of the batch.
         text_kv: keys and values of the text in each layer, or None for each.
+        merged: key/value heads that blocks have side by side, as one head.
     """
 
     network: Transformer
@@ -197,23 +216,36 @@ class SplitTrunk:
     layers: tuple[Layer, ...]
     condition: Any
     text_kv: tuple[KV | None, ...]
+    merged: int
 
     @classmethod
     def of(
-        cls, network: Transformer, params: Any, layers: tuple[Layer, ...], condition: Any
+        cls, network: Transformer, params: Any, layers: SplitLayers, condition: Any
     ) -> 'SplitTrunk':
         """Makes it; keys and values of the text are computed once per image."""
         states_BTE, _ = bind(network, params).starter.text(condition)
-        text_kv: tuple[KV | None, ...] = (None,) * len(layers)
+        text_kv: tuple[KV | None, ...] = (None,) * len(layers.params)
         if states_BTE is not None:
             states_BTE = states_BTE.astype(network.dtype)
             block = Block(network.block)
-            text_kv = tuple(bind(block, layer).text_kv((), states_BTE)[1] for layer in layers)
-        return cls(network, params, layers, condition, network.shard_kv_pieces(text_kv))
+            text_kv = tuple(
+                bind(block, layer).text_kv((), states_BTE)[1] for layer in layers.params
+            )
+        return cls(
+            network=network,
+            params=params,
+            layers=layers.params,
+            condition=condition,
+            text_kv=network.shard_kv_pieces(text_kv),
+            merged=merged_heads(network, layers.lanes),
+        )
 
     @functools.cached_property
     def _block(self) -> Block:
-        return Block(self.network.block.with_kernel(WriteFirst))
+        def merged(inner: Kernel) -> Kernel:
+            return MergedHeads(WriteFirst(inner), self.merged)
+
+        return Block(self.network.block.with_kernel(merged))
 
     def empty(self, rows: int) -> Blocks:
         return Blocks()
@@ -237,7 +269,7 @@ class SplitTrunk:
                 past=tuple(block[layer] for block in pieces), text_kv=self.text_kv[layer]
             )
             x_RLD, kv = bind(self._block, params)(x_RLD, inputs, shared)
-            written.append(self._shard(kv))
+            written.append(self._shard(kv.merge_heads(self.merged)))
         return x_RLD, self._write(memory, tuple(written), step)
 
     def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
@@ -259,7 +291,8 @@ class SplitTrunk:
             KV(*(jnp.concatenate(arrays, axis=ROWS) for arrays in zip(*blocks, strict=True)))
             for blocks in zip(*memory.finished, strict=True)
         ]
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+        kv = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+        return kv.split_heads(self.merged)
 
     def _fold_block(
         self, run_step: StepFn, carry: Carry, group: Group, rows: int
@@ -268,7 +301,8 @@ class SplitTrunk:
             return _one_step(run_step, carry, group)
         finished = carry.memory.finished
         empty = self.network.empty_cache(len(carry.x_RLD), rows, depth=1).kv
-        current = (jax.tree.map(lambda x: x[0], empty),) * len(self.layers)
+        block = self._shard(jax.tree.map(lambda x: x[0], empty).merge_heads(self.merged))
+        current = (block,) * len(self.layers)
 
         def in_block(inner: Carry, step: Step) -> tuple[Carry, Any]:
             after, output = run_step(inner._replace(memory=Blocks(finished, inner.memory)), step)
@@ -300,6 +334,14 @@ class SplitTrunk:
         return self.network.shard_kv_pieces(kv)
 
 
+def merged_heads(network: Transformer, lanes: int) -> int:
+    """How many key/value heads of a network fill so many lanes, as each device has its own."""
+    heads = network.empty_cache(1, 1, depth=1).kv.heads
+    shards = network.sharding.num_shards('heads')
+    each = heads // shards if heads % shards == 0 else heads
+    return next(n for n in range(max(lanes // network.head_width, 1), 0, -1) if each % n == 0)
+
+
 def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
     """The parameters as sampling on a platform reads them best, which is done once, before it.
 
@@ -316,7 +358,10 @@ def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[s
     if platform not in SPLIT or 2 * single <= schedule.steps:
         return params
     params = split(params)
-    return outputs_first(params) if platform in PACKING else params
+    if platform in PACKING:
+        params = outputs_first(params)
+    layers = params[LAYERS].replace(lanes=LANES.get(platform, 1))
+    return params | {LAYERS: layers}
 
 
 def split(params: dict[str, Any]) -> dict[str, Any]:
@@ -327,14 +372,15 @@ def split(params: dict[str, Any]) -> dict[str, Any]:
     layers = tuple(
         jax.tree.map(functools.partial(_of_layer, layer=layer), stacked) for layer in range(depth)
     )
-    return params | {'model': model, LAYERS: layers}
+    return params | {'model': model, LAYERS: SplitLayers(layers)}
 
 
 def outputs_first(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters that `split` makes, with kernels that have their outputs first."""
     model = dict(params['model'])
     model['to_logits'] = _outputs_first(model['to_logits'])
-    return params | {'model': model, LAYERS: tuple(map(_outputs_first, params[LAYERS]))}
+    layers = tuple(map(_outputs_first, params[LAYERS].params))
+    return params | {'model': model, LAYERS: SplitLayers(layers)}
 
 
 def _outputs_first(params: Any, name: str = '') -> Any:
