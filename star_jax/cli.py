@@ -87,6 +87,7 @@ RESUMABLE = ('train', 'train-tokenizer')  # stopping one is no failure: the same
 DEPENDENCIES = ('jax', 'flax')  # --version prints their versions
 TERMINATED = {signal.SIGTERM: 143, signal.SIGHUP: 129}  # exit statuses, as in shells
 INTERRUPTED = 130  # exit status after ctrl-c, as in shells
+ROOM = 'make room, and give the same command again'
 SMALLER = 'give a smaller batch or model, or split the model over more devices'
 
 
@@ -121,7 +122,7 @@ def _load_with_handlers(command: str) -> types.ModuleType:
     name = f'star-jax {command}'
     terminal.redirect_warnings(lambda warning: _report(command, f'warning: {warning}', 0))
     if command in RESUMABLE:
-        statuses = dict.fromkeys((signal.SIGTERM, signal.SIGINT), 0)
+        statuses = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), 0)
         line = f'{name}: stopped; the same command continues the run'
         terminal.exit_on_signals(statuses, line, files.remove_unfinished)
         return _load(command)
@@ -153,6 +154,8 @@ def _run(words: list[str], load: Callable[[str], types.ModuleType]) -> int:
     except RunError as error:
         return _report(command, error, 1)
     except OSError as error:
+        if reason := files.full_disk(error):
+            return _report(command, f'nothing more can be written ({reason}): {ROOM}', 1)
         if error.filename is None:
             raise
         # Too many functions access files for each of them to check permissions first.
@@ -162,6 +165,8 @@ def _run(words: list[str], load: Callable[[str], types.ModuleType]) -> int:
     except KeyboardInterrupt:
         return _report(command, 'stopped', INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
+        if reason := files.full_disk(error):  # raised by a library
+            return _report(command, f'nothing more can be written ({reason}): {ROOM}', 1)
         if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
             raise
         return _report(command, f'the memory is too small ({error}): {SMALLER}', 1)

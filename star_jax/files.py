@@ -33,6 +33,7 @@ SPECIAL = {  # files that may have no end
 }
 DEVICES = '/dev'  # where links lead to the open files of a process
 MOST_TEXT = 2**26  # bytes of a config, an index or a list that a user writes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the limit of a file
 LONGEST_NAME = 255  # bytes of the name of a file
 ABANDONED_AFTER = 86_400  # seconds, on a file system without locks
 TEMPORARY = re.compile(r'\.(.+)\.[0-9a-f]{8}')  # the name of a file that is not yet complete
@@ -322,6 +323,22 @@ def is_file_name(name: object) -> bool:
 def unwritable(path: Path, error: OSError) -> UserError:
     """The UserError for a path that the operating system refuses to write."""
     return UserError(f'{path} cannot be written ({error.strerror or error}): choose another path')
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """The system's message if an error was caused by a full disk, else None.
+
+    Libraries may keep the message of the original error and nothing else, so its causes count, too.
+    """
+    while error is not None:
+        for number in FULL:
+            message = os.strerror(number)
+            if getattr(error, 'errno', None) == number:
+                return f'{message}: {error.filename}' if error.filename else message
+            if message in str(error):
+                return message
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _mode(path: Path) -> int | None:

@@ -37,6 +37,7 @@ import star_jax
 from star_jax import checksums, cli, files, image_io
 from star_jax.bench import process as benchmark
 from star_jax.checkpoint import config, models, weights
+from star_jax.commands import evaluate
 from star_jax.core.filters import NucleusFilter
 from star_jax.data import encoded, listing, prepared
 from star_jax.errors import UserError
@@ -775,6 +776,9 @@ CASES: list[tuple[str, str, str]] = [
     ('too few images to start from', f'{SAMPLE} --keep 2 --image a.png b.png',
      'there are 2 images for 1 prompts: give one, or one per prompt'),
     ('no image', RECONSTRUCT, 'there is no image: give the paths'),
+    ('an image that would be replaced', 'reconstruct {own_grid}/grid.png --out {own_grid}',
+     'grid.png is one of the images, and is not overwritten'),
+    ('a pipe of a reconstruction', 'reconstruct a.png --out {pipe_of_rows}', '000-a.png is a pipe'),
     ('a missing image', f'{RECONSTRUCT} {{nothing}}', 'no image at .*existing file'),
     ('a folder as image', f'{RECONSTRUCT} {{bare}}', 'cannot be read'),
     ('text as image', f'{RECONSTRUCT} {{no_image.png}}', 'give a PNG, JPEG or WebP'),
@@ -822,6 +826,8 @@ CASES: list[tuple[str, str, str]] = [
 INPUTS |= {
     'folder_as_record': with_folder('samples.jsonl'),
     'folder_as_grid': with_folder('grid.png'),
+    'own_grid': with_file('grid.png'),
+    'pipe_of_rows': lambda path, home: (path.mkdir(), os.mkfifo(path / '000-a.png')),
     'holds_data': with_file('data/notes.txt'),
     'file_of_checkpoints': with_file('checkpoints'),
     'folder_of_metrics': with_folder('metrics.jsonl'),
@@ -1005,6 +1011,41 @@ def test_path_without_permission_is_reported(capfd, monkeypatch):
     monkeypatch.setattr(cli, '_load', lambda command: types.SimpleNamespace(main=refuse))
     message = error_message(capfd, 'export', 'secret')
     assert 'secret/config.json cannot be used (Permission denied): change its perm' in message
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        OSError(28, 'No space left on device'),
+        OSError(122, 'Disk quota exceeded', 'x.json'),
+        RuntimeError('DATA_LOSS: write failed: No space left on device'),
+    ],
+)
+def test_full_disk_ends_with_status_1(capfd, monkeypatch, error):
+    def fail(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, '_load', lambda command: types.SimpleNamespace(main=fail))
+    assert cli.main(['study']) == 1
+    err = capfd.readouterr().err
+    assert 'nothing more can be written (' in err and err.endswith(
+        'make room, and give the same command again\n'
+    )
+
+
+def test_full_disk_does_not_lose_a_report(capfd, monkeypatch, tmp_path):
+    def refuse(*_: object) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(evaluate, 'EvalContext', lambda *_: None)
+    monkeypatch.setattr(eval_report, 'run', lambda context: None)
+    monkeypatch.setattr(evaluate.eval_tables, 'summary', lambda report: 'loss 1.25')
+    monkeypatch.setattr(evaluate.eval_tables, 'tables', lambda report: ())
+    monkeypatch.setattr(config, 'write_json', refuse)
+    monkeypatch.setattr(config, 'to_json', lambda report: {})
+    assert cli.main(['evaluate', 'shipped', '--out', f'{tmp_path}/x.json']) == 2
+    printed = capfd.readouterr()
+    assert 'loss 1.25' in printed.out and 'No space left on device' in printed.err
 
 
 def test_mistake_in_a_process_of_its_own_is_one_sentence():

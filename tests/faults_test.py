@@ -205,6 +205,7 @@ def send(number: int, name: str, step: int) -> Callable[[str, int], None]:
         (signal.SIGINT, 'evaluate', 6, 'at step 6, saved'),
         (signal.SIGTERM, 'sample_grid', 12, 'at step 12, saved'),
         (signal.SIGINT, 'step', 9, 'at step 10, saved'),
+        (signal.SIGHUP, 'step', 4, 'at step 5, saved'),
     ],
 )
 def test_signal_stops_a_run_after_its_step(undisturbed, tmp_path, number, event, step, end):

@@ -57,6 +57,15 @@ def test_damaged_record_is_refused_by_name(tmp_path, line):
         pass
 
 
+@pytest.mark.parametrize('name', ['000001.png', 'grid.png'])
+def test_images_of_something_else_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_bytes(b'mine')
+    (tmp_path / 'notes.txt').write_bytes(b'mine')
+    with pytest.raises(UserError, match=f'holds {name}, which no samples.jsonl there describes'):
+        SampleFolder(tmp_path, records())
+    assert (tmp_path / name).read_bytes() == b'mine' and len(list(tmp_path.iterdir())) == 2
+
+
 def test_image_of_another_size_is_shown_as_it_is(tmp_path):
     with SampleFolder(tmp_path, records()) as folder:
         folder.add(0, IMAGE)

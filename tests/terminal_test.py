@@ -117,7 +117,7 @@ def test_command_reports_output_that_cannot_be_written():
     ('command', 'number', 'status', 'line'),
     [
         ('train', signal.SIGTERM, 0, 'stopped; the same command continues the run'),
-        ('train-tokenizer', signal.SIGINT, 0, 'stopped; the same command continues the run'),
+        ('train-tokenizer', signal.SIGHUP, 0, 'stopped; the same command continues the run'),
         ('sample', signal.SIGINT, 130, 'stopped'),
         ('sample', signal.SIGTERM, -signal.SIGTERM, None),
     ],
@@ -125,9 +125,10 @@ def test_command_reports_output_that_cannot_be_written():
 def test_signal_while_a_command_loads_ends_it_with_one_line(command, number, status, line):
     """The signal is sent when half of the modules are imported, by the log of Python."""
     arguments = [sys.executable, '-X', 'importtime', '-m', 'star_jax', command, 'nothing.py']
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits SIG_IGN
+    # A child inherits SIG_IGN.
+    before = signal.signal(number, signal.default_int_handler)
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, before)
+    signal.signal(number, before)
     with process:
         while 'numpy' not in process.stderr.readline():
             assert process.poll() is None

@@ -96,15 +96,17 @@ def main(words: Sequence[str]) -> int:
     if options.grid is not None and context.model is None:
         raise UserError(f'{options.model} holds only a tokenizer: --grid needs a model')
     report = eval_report.run(context)
-    if options.grid is not None:
-        grid = eval_report.sample_grid(context, eval_options.settings[0])
-        image_io.save_png(grid, options.grid)
-    if options.out is not None:
-        config.write_json(options.out, config.to_json(report))
     console = Console()
     console.print(eval_tables.summary(report), highlight=False, soft_wrap=True)
     for table in eval_tables.tables(report):
         console.print(table)
+    # Only now, because a full disk must not lose the report.
+    if options.out is not None:
+        with files.writing(options.out):
+            config.write_json(options.out, config.to_json(report))
+    if options.grid is not None:
+        grid = eval_report.sample_grid(context, eval_options.settings[0])
+        image_io.save_png(grid, options.grid)
     return 0
 
 

@@ -47,6 +47,17 @@ def main(words: Sequence[str]) -> int:
     if not options.images:
         raise UserError('there is no image: give the paths of some image files')
     files.check_folder(options.out)
+    outputs = [
+        *(options.out / f'{i:03d}-{path.stem}.png' for i, path in enumerate(options.images)),
+        options.out / 'grid.png',
+    ]
+    given = {path.resolve() for path in options.images}
+    for path in outputs:
+        files.check_file(path)
+        if path.resolve() in given:
+            raise UserError(
+                f'{path} is one of the images, and is not overwritten: give another --out'
+            )
     startup.start()
     folder = models.read_tokenizer(options.model, options.check)
     resolution = folder.config.resolution
@@ -56,16 +67,16 @@ def main(words: Sequence[str]) -> int:
     reconstruct = jax.jit(lambda params, image: _by_scale(folder.config.build(), params, image))
     grids = folder.config.grids
     rows, captions = [], []
-    for index, (path, image) in enumerate(zip(options.images, images, strict=True)):
+    for path, image, output in zip(options.images, images, outputs[:-1], strict=True):
         reconstructions, decibels = reconstruct(folder.params, image[None])
         row = [image, *np.asarray(reconstructions)]
         titles = [path.name, *(f'up to {height} x {width}' for height, width in grids)]
         titles[-1] += f', {float(decibels):.1f} dB'
         row_image = image_io.grid(row, titles, columns=len(row))
-        image_io.save_png(row_image, options.out / f'{index:03d}-{path.stem}.png')
+        image_io.save_png(row_image, output)
         rows, captions = rows + row, captions + titles
     grid = image_io.grid(rows, captions, columns=1 + len(grids))
-    terminal.write_line(image_io.save_png(grid, options.out / 'grid.png'))
+    terminal.write_line(image_io.save_png(grid, outputs[-1]))
     return 0
 
 

@@ -45,7 +45,7 @@ class SampleFolder:
         share: I and N.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or holds images of something else.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class SampleFolder:
         if (folder / name).exists():
             files.check_regular(folder / name)
         self._folder, self._own = folder, folder / name
+        self._check_free(len(records))
         named = ({'file': FILE.format(i), **record} for i, record in enumerate(records))
         self._records = [json.loads(json.dumps(record)) for record in named]
         self._recorded, self._done = set(), set()
@@ -74,6 +75,17 @@ class SampleFolder:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _check_free(self, count: int) -> None:
+        """Raises UserError if images would replace some that no earlier command has made."""
+        if not self._folder.is_dir() or any(self._folder.glob(RECORDS)):
+            return
+        own = {FILE.format(index) for index in range(count)} | {GRID}
+        if found := sorted(own & {path.name for path in self._folder.iterdir()}):
+            raise UserError(
+                f'{self._folder} holds {found[0]}, which no {RECORD} there describes, and is not '
+                'overwritten: give another --out, or remove it'
+            )
 
     def missing(self) -> list[int]:
         """The numbers of the images of this share that do not exist yet."""

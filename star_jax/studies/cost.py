@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from star_jax import files
 from star_jax.bench.benchmark import Benchmark
 from star_jax.bench.timing import time_in_turn
 from star_jax.bench.training import TrainingJob
@@ -64,12 +65,14 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
             for images in (BATCHES if samplers else ())
         },
     }
-    config.write_json(out, report)
     for part in ('training', 'sampling'):
         for name, kinds in report[part].items():
             title = f'{part.capitalize()}, {name}: median of {rounds} rounds in turn'
             for table in _cells(title, kinds).for_terminal():
                 console.print(table)
+    with files.writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        config.write_json(out, report)
     console.print(f'{out}')
 
 

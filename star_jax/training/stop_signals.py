@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 INTERRUPTED = 130  # exit status after a second signal, as shells have it for ctrl-c
 ONE_SIGNAL = 0.5  # seconds in which signals count as one: `timeout` sends its own twice
 NOTICE = b'\nstopping after this step and saving; once more stops at once\n'
@@ -23,7 +23,7 @@ DELAY = 2  # steps until an answer is read: as many as are dispatched (`logger.S
 
 
 class Stop:
-    """A context in which SIGTERM and SIGINT are requests; a second one ends the process at once.
+    """A context in which SIGNALS are requests to stop; a second one ends the process at once.
 
     A thread reads the signals, because Python's own handlers wait while the main thread compiles or
     waits for a device. Only the main thread may set handlers: in another thread this catches

@@ -40,7 +40,7 @@ def main(
         build: makes the job of a run; `build_job` by default.
 
     Returns:
-        Whether the run is complete; otherwise SIGTERM or SIGINT has stopped it, and it is saved.
+        Whether the run is complete; otherwise a signal has stopped it, and it is saved.
 
     Raises:
         UserError: the config or the folder cannot be used, or another process trains in the folder.
