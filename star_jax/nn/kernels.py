@@ -28,8 +28,10 @@ class Dense:
         pieces = (*past, new)
         batch, rows, heads, width = q_BLNH.shape
         q_BLKGH = q_BLNH.reshape(batch, rows, new.heads, heads // new.heads, width)
+        # With L behind the heads in the queries, no scores are transposed after their product.
+        q_BKGLH = q_BLKGH.transpose(0, 2, 3, 1, 4)
         visible = masks(visibility, tuple(kv.rows for kv in pieces))
-        scores = [_scores(q_BLKGH, kv, mask) for kv, mask in zip(pieces, visible, strict=True)]
+        scores = [_scores(q_BKGLH, kv, mask) for kv, mask in zip(pieces, visible, strict=True)]
         if not past:
             weights_BKGLM = jax.nn.softmax(scores[0]).astype(new.values.dtype)
             y_BKGLH = jnp.einsum('BKGLM,BKMH->BKGLH', weights_BKGLM, new.values)
@@ -39,10 +41,10 @@ class Dense:
         return y_BKGLH.reshape(batch, heads, rows, width).swapaxes(1, 2)
 
 
-def _scores(q_BLKGH: jax.Array, kv: KV, mask_BNLM: jax.Array | None) -> jax.Array:
+def _scores(q_BKGLH: jax.Array, kv: KV, mask_BNLM: jax.Array | None) -> jax.Array:
     """[B, K, G, L, M] float32, -inf for hidden keys."""
     scores_BKGLM = jnp.einsum(
-        'BLKGH,BKMH->BKGLM', q_BLKGH, kv.keys, preferred_element_type=jnp.float32
+        'BKGLH,BKMH->BKGLM', q_BKGLH, kv.keys, preferred_element_type=jnp.float32
     )
     if mask_BNLM is None:
         return scores_BKGLM
