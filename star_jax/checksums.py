@@ -73,7 +73,7 @@ def read(folder: Path) -> dict[str, str] | None:
     path = folder / SUMS
     files.check_regular(path, files.MOST_TEXT)
     try:
-        lines = path.read_text('utf-8', errors='surrogateescape').splitlines()
+        lines = path.read_text('utf-8-sig', errors='surrogateescape').splitlines()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -86,7 +86,7 @@ def read(folder: Path) -> dict[str, str] | None:
                 f'{path}: line {number} has no SHA-256 and name of a file: write the list anew '
                 f'with {REMEDY}'
             )
-        digests[match[2]] = match[1]
+        digests[match[2].removeprefix('./')] = match[1]
     return digests
 
 

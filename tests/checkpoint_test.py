@@ -1,6 +1,7 @@
 """Does a run restore its last complete state, bit for bit, after any kind of stop?"""
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -188,6 +189,11 @@ def tear_manifest(step):
     os.truncate(step / 'manifest.json', 10)
 
 
+def tear_sizes(step):
+    manifest = json.loads((step / 'manifest.json').read_text())
+    (step / 'manifest.json').write_text(json.dumps(dict.fromkeys(manifest)))
+
+
 def tear_metadata(step):
     metadata = step / 'state' / '_METADATA'
     metadata.write_text(metadata.read_text().replace('{', '[', 1))
@@ -213,6 +219,7 @@ def flip(path, offset):
         (tear_flip, 'another checksum'),
         (tear_notes, 'notes.json has another checksum'),
         (tear_manifest, 'list of files'),
+        (tear_sizes, 'list of files holds no size of'),
         (tear_metadata, 'state/_METADATA has another checksum'),
         (tear_everything, 'list of files'),
     ],

@@ -142,6 +142,14 @@ def test_unlisted_files_and_torn_lists_are_refused(model):
         models.read(model)
 
 
+def test_lists_of_other_systems_are_read(model):
+    sums = model / checksums.SUMS
+    listed, text = checksums.read(model), sums.read_text()
+    for changed in (text.replace('  ', '  ./'), f'\ufeff{text}', text.replace('\n', '\r\n')):
+        sums.write_text(changed, 'utf-8', newline='')
+        assert checksums.read(model) == listed
+
+
 def test_weights_without_a_list_must_be_finite(model):
     (model / checksums.SUMS).unlink()
     models.read(model)

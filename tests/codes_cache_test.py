@@ -293,6 +293,20 @@ def test_check_finds_and_removes_damaged_files(four_shards, monkeypatch, capsys)
     assert 'holds no encoded images or features' in capsys.readouterr().err
 
 
+def test_pipes_among_shards_are_damaged_and_replaced(four_shards, capsys):
+    """Reading a pipe would wait for ever."""
+    folder, rows = four_shards
+    (shard,) = (folder / 'data').glob('00002-*')
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match='is a pipe'):
+        encoded.read(folder / 'data', {}, Captions(40), ROW)
+    assert cli.main(['data', 'check', str(folder)]) == 2
+    assert '1 of 4 files' in capsys.readouterr().err
+    encoded.write(folder / 'data', {}, 40, lambda first: [rows[first:]])
+    assert shard.is_file() and cli.main(['data', 'check', str(folder)]) == 0
+
+
 def test_check_reads_text_features(run, made, tmp_path, capsys):
     place = Path(shutil.copytree(made, tmp_path / 'copy'))
     segment = next((place / 'text').glob('*/*.safetensors'))

@@ -296,7 +296,11 @@ def _flaw(step: Path, share: int, shares: int) -> str | None:
     except (UserError, AttributeError) as error:
         return f'its list of files is missing or damaged ({error})'
     for name in list(files)[share::shares]:
-        if flaw := _flaw_of_file(step, name, files[name]):
+        try:
+            flaw = _flaw_of_file(step, name, files[name])
+        except (LookupError, TypeError):
+            flaw = f'its list of files holds no size of {name}'
+        if flaw:
             return flaw
     return None
 

@@ -164,7 +164,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal; UserError if it cannot be read."""
+    """SHA-256 of a file, hexadecimal; UserError if it cannot be read or may have no end."""
+    files.check_regular(path)
     try:
         with Path(path).open('rb') as file:
             return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -145,6 +145,7 @@ class _Shard:
     @staticmethod
     def open(path: Path) -> '_Shard':
         """Reads the header; raises ValueError if the file holds no such arrays."""
+        files.check_regular(path)
         with path.open('rb') as file:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
@@ -384,7 +385,7 @@ def _stored_dtype(array: np.ndarray) -> np.dtype:
 
 def _is_intact(path: Path) -> bool:
     digest = path.stem.partition('-')[2]
-    return bool(digest) and weights.sha256(path).startswith(digest)
+    return bool(digest) and path.is_file() and weights.sha256(path).startswith(digest)
 
 
 def _digest(data: bytes) -> bytes:
