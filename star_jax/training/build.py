@@ -11,7 +11,8 @@ from star_jax.nn.attention_dispatch import named
 from star_jax.parallel.mesh import REPLICAS, batch_shards
 from star_jax.training.gradients import Replicas
 from star_jax.training.optimizer import decayed, everything
-from star_jax.training.program import Recipe, RefinementProgram, TrainingProgram
+from star_jax.training.program import Recipe, TrainingProgram
+from star_jax.training.refinement_program import RefinementProgram
 from star_jax.training.run import Run
 
 # Changes to a run whose program can be counted: nothing is computed twice, and no kernel hides its

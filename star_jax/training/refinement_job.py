@@ -12,7 +12,7 @@ from star_jax.errors import UserError
 from star_jax.losses import refinement
 from star_jax.parallel import rules
 from star_jax.protocols import Family
-from star_jax.training.program import REFINER
+from star_jax.training.refinement_program import REFINER
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
 from star_jax.training.transformer_job import TransformerJob
