@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import jax
@@ -616,6 +617,39 @@ def test_shards_with_a_tensor_of_the_same_name_are_refused(tmp_path, torch, is_t
         torch['load'] = lambda path: {name: Tensor(array)}
     with pytest.raises(UserError, match=f'1.bin: has {name}, which another of its files has'):
         published.read(index)
+
+
+@pytest.mark.parametrize('damaged', [(), ('x/data/1',), ('x/data/0', 'x/data/1')])
+def test_damaged_members_of_a_file_are_found(tmp_path, torch, damaged):
+    """torch maps the file and would not see it; a file without any checksums is read."""
+    torch['content'] = {name: Tensor(x) for name, x in state_of(STAR).items()}
+    path = tmp_path / 'x.pth'
+    with zipfile.ZipFile(path, 'w') as archive:
+        for number in range(2):
+            archive.writestr(f'x/data/{number}', bytes([number]) * 100)
+        archive.writestr('x/empty', b'')
+    content = path.read_bytes()
+    for name in damaged:
+        letter = name[-1:]
+        content = content.replace(bytes([int(letter)]) * 100, bytes([int(letter)]) * 99 + b'!')
+    path.write_bytes(content)
+    if len(damaged) == 1:
+        with pytest.raises(
+            UserError, match=r'x/data/1 differs from its checksum\): fetch it again'
+        ):
+            published.read(path)
+    else:
+        assert published.read(path).parts
+
+
+def test_programs_are_not_called_damaged(tmp_path, torch):
+    def refuse(path):
+        raise RuntimeError('Cannot use ``weights_only=True`` with TorchScript archives passed')
+
+    torch['load'] = refuse
+    (tmp_path / 'x.pt').write_bytes(published.torch_files.ZIP)
+    with pytest.raises(UserError, match='x.pt is a program of TorchScript: save the state dict'):
+        published.read(tmp_path / 'x.pt')
 
 
 def test_tensors_that_numpy_cannot_hold_are_named(tmp_path, torch):

@@ -7,6 +7,8 @@ stand-ins, which execute nothing; a file with any other class is refused.
 
 import collections
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ ZIP, PICKLE, TAR = b'PK\x03\x04', b'\x80', b'ustar'  # signatures of torch files
 TAR_OFFSET = 257  # position of the tar signature, in bytes
 HEAD = TAR_OFFSET + len(TAR)  # bytes that contain the signature
 BITS = {1: 'uint8', 2: 'int16'}  # torch's type of equal width, for floats that numpy lacks
+BLOCK = 2**22  # bytes that are read at a time
 SHOWN = 8  # classes in one message
 
 LISTS = re.compile(r'collections\.deque')
@@ -30,7 +33,7 @@ DICTS = re.compile(
     r'|lightning_(fabric|utilities)(\.\w+)*\.AttributeDict'
 )
 HARMLESS = re.compile(
-    r'argparse\.Namespace|types\.SimpleNamespace|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path'
+    r'argparse\.Namespace|builtins\.Ellipsis|functools\.partial|types\.SimpleNamespace|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path'
     r'|builtins\.(bool|dict|float|frozenset|int|list|object|range|slice|str|tuple)|typing\.Any'
     r'|datetime\.(date|datetime|time|timedelta|timezone)|decimal\.Decimal|fractions\.Fraction'
     r'|uuid\.(UUID|SafeUUID)|numpy\.(dtype|ndarray|dtypes\.\w+DType)'
@@ -140,6 +143,7 @@ def load(path: Path) -> Any:
             is not installed.
     """
     torch, stand_ins = _torch(), {}
+    _check_zip(path)
     while True:
         try:
             return _load(torch, path, stand_ins)
@@ -151,6 +155,34 @@ def load(path: Path) -> Any:
             if dangerous or found.keys() <= stand_ins.keys():
                 raise _refusal(path, dangerous) from error
             stand_ins |= found
+
+
+def _check_zip(path: Path) -> None:
+    """Raises UserError for a zip file whose members differ from their checksums.
+
+    torch does not compare them where it maps a file into memory. A file that it was told to write
+    without checksums differs in every member.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.file_size]
+            damaged = [member.filename for member in members if not _is_intact(archive, member)]
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError):
+        return  # torch reports what it cannot read
+    if 0 < len(damaged) < len(members):
+        raise UserError(
+            f'{path}: the file is damaged ({damaged[0]} differs from its checksum): fetch it again'
+        )
+
+
+def _is_intact(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(member) as file:
+            while file.read(BLOCK):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def _load(torch: Any, path: Path, stand_ins: Mapping[str, type]) -> Any:
@@ -167,6 +199,10 @@ def _load_plain(torch: Any, path: Path) -> Any:
         except (RuntimeError, ValueError, EOFError, OSError) as error:
             if not mapped:
                 reason = str(error).partition('\n')[0]
+                if 'TorchScript' in reason:
+                    raise UserError(
+                        f'{path} is a program of TorchScript: save the state dict of its model'
+                    ) from error
                 raise UserError(
                     f'{path}: the file is damaged or was cut short ({reason})'
                 ) from error
