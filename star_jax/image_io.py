@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ MODES = frozenset({'1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'}) |
 MIN_CELL = 128  # px: a narrower cell of a grid cannot hold a caption
 MARGIN = 8  # px
 CAPTION_SIZE = 12
+LONGEST_ASPECT = 1000  # sides of an image whose ratio a user may ask for
 LONGEST_CAPTION = 1000  # characters in a grid; a file of captions may hold millions
 TITLE_SIZE = 18
 TEXT_COLOUR = (32, 32, 32)
@@ -39,9 +41,11 @@ def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
 def parse_aspect(aspect: str) -> float:
     """Width divided by height of a ratio such as '16:9'; UserError for another text."""
     match = re.fullmatch(r'(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)', aspect)
-    if not match or not min(sides := (float(match[1]), float(match[2]))):
-        raise UserError(f'{aspect!r} is not an aspect ratio: give width:height, such as 16:9')
-    return sides[0] / sides[1]
+    width, height = map(float, match.groups()) if match else (0.0, 0.0)
+    if not (width and height and 1 / LONGEST_ASPECT <= width / height <= LONGEST_ASPECT):
+        shown = reprlib.repr(aspect)
+        raise UserError(f'{shown} is not an aspect ratio: give width:height, such as 16:9')
+    return width / height
 
 
 def crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from star_jax import files
 from star_jax.bench import attention, bench_tables, data, torch_loop
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, run_config
+from star_jax.commands.data import MAX_SIZE
 from star_jax.console import Console
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
@@ -101,6 +102,12 @@ class BenchData:
     batches: int = 20
     threads: int = 4
     json: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.size <= MAX_SIZE:
+            raise ValueError(
+                f'size must lie in [0, {MAX_SIZE}] pixels (0: of the tokenizer), not {self.size}'
+            )
 
 
 def measure_attention(source: str, words: Sequence[str]) -> None:

@@ -29,8 +29,11 @@ SHAPES_3D |= {2048: (8, 16, 16), 4096: (16, 16, 16)}
 SHAPES = {'v5e': SHAPES_2D, 'v6e': SHAPES_2D, 'v5p': SHAPES_3D}
 MAX_CHIPS = 2**17
 CORES_PER_CHIP = {'v5p': 2}  # where product names count TensorCores
-TPU = re.compile(r'(?:(\d+)x)?(v5e|v5litepod|v5p|v6e)(?::(\d+(?:x\d+)*)|-(\d+))')
-GPU = re.compile(r'(?:(\d+)x)?([ah]\d+)(?:-(\d+)gb?)?', re.IGNORECASE)
+# Numbers of at most nine digits: Python converts no text of thousands of them.
+TPU = re.compile(
+    r'(?:(\d{1,9})x)?(v5e|v5litepod|v5p|v6e)(?::(\d{1,9}(?:x\d{1,9})*)|-(\d{1,9}))', re.ASCII
+)
+GPU = re.compile(r'(?:(\d{1,9})x)?([ah]\d+)(?:-(\d+)gb?)?', re.IGNORECASE | re.ASCII)
 # libtpu reads these on a machine without a TPU; otherwise it waits for a metadata server.
 ENVIRONMENT_WITHOUT_TPU = {
     'TPU_SKIP_MDS_QUERY': '1',
