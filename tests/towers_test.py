@@ -18,7 +18,7 @@ from star_jax.errors import UserError
 from star_jax.parallel.mesh import MeshShape
 from star_jax.text.cache import FeatureCache
 from star_jax.text.encoder import load
-from star_jax.text.encoder_folder import Tensors
+from star_jax.text.encoder_folder import LazyTensors
 from star_jax.text.t5 import distance_buckets
 from star_jax.text.tokens import Tokens
 from star_jax.text.tower import MaskedMean, PaddedMean, StateOfHighestId, StateOfToken
@@ -237,9 +237,9 @@ def test_sentencepiece_tokens_equal_those_of_sentencepiece(t5_folder):
 @pytest.mark.parametrize('name', ('tiny_bert', *FOLDERS))
 def test_every_parameter_is_read_once_on_first_use(monkeypatch, name):
     accessed = []
-    read = Tensors.__getitem__
+    read = LazyTensors.__getitem__
     monkeypatch.setattr(
-        Tensors, '__getitem__', lambda self, key: accessed.append(key) or read(self, key)
+        LazyTensors, '__getitem__', lambda self, key: accessed.append(key) or read(self, key)
     )
     tower = load(str(GOLDEN / name))
     assert not accessed

@@ -21,7 +21,7 @@ from star_jax.core.condition import TextCondition
 from star_jax.core.filters import NucleusFilter
 from star_jax.core.schedule import Grids, Pyramid, Raster, Schedule, Step
 from star_jax.core.settings import Settings
-from star_jax.families.decoder import Decoder
+from star_jax.families.decoder import IndexSizes
 from star_jax.families.registry import register_family, register_tokenizer
 from star_jax.families.star import Star
 from star_jax.nn import layers
@@ -189,7 +189,7 @@ class LearnedEmptyStart(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitScales(Decoder):
+class BitScales(IndexSizes):
     """Bits over a pyramid, with an unconditional embedding that learns."""
 
     depth: int = 2
@@ -449,7 +449,7 @@ class PrefixRotary(Positions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixRaster(Decoder):
+class PrefixRaster(IndexSizes):
     """A raster after a padded text prefix, made of Llama's parts."""
 
     constants = frozenset({'starter/empty'})

@@ -160,8 +160,8 @@ def load(path: Path) -> Any:
 def _check_zip(path: Path) -> None:
     """Raises UserError for a zip file whose members differ from their checksums.
 
-    torch does not compare them where it maps a file into memory. A file that it was told to write
-    without checksums differs in every member.
+    torch does not compare them where it maps a file into memory. A file that was written without
+    checksums differs in every member.
     """
     try:
         with zipfile.ZipFile(path) as archive:

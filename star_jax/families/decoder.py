@@ -84,7 +84,7 @@ class Sizes(Layers):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoder(Sizes):
+class IndexSizes(Sizes):
     """Sizes of a transformer that predicts an index per token.
 
     Attributes:

@@ -14,7 +14,7 @@ from star_jax.core.schedule import Grids, Pyramid, square_grids
 from star_jax.core.settings import Settings
 from star_jax.core.templates import Templates
 from star_jax.errors import UserError
-from star_jax.families.decoder import Decoder
+from star_jax.families.decoder import IndexSizes
 from star_jax.nn import layers
 from star_jax.nn.attention import Cosine, Scaled, SelfAttention
 from star_jax.nn.blocks import BlockParts, Mlp
@@ -28,7 +28,7 @@ HEAD_INIT = 0.02  # shrinks the logits' weights at the start (STAR specification
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scales(Decoder):
+class Scales(IndexSizes):
     """Sizes and parts of a transformer that predicts an image scale by scale.
 
     Attributes:

@@ -53,7 +53,7 @@ HUB_PATTERNS = (
 )
 
 
-class Tensors(Mapping[str, np.ndarray]):
+class LazyTensors(Mapping[str, np.ndarray]):
     """The tensors of a folder by name; a tensor is read on access, as float32."""
 
     def __init__(self, files: tuple[Path, ...]):
@@ -146,9 +146,9 @@ class EncoderFolder:
             f'tokenizer files of the model into it.'
         )
 
-    def tensors(self) -> Tensors:
+    def tensors(self) -> LazyTensors:
         """The tensors of the weights, read on access."""
-        return Tensors(self.weights)
+        return LazyTensors(self.weights)
 
     def sha256(self) -> str:
         """Hex digest of all files that are read: config, weights and tokenizer."""
