@@ -12,7 +12,7 @@ import tiny
 import star_jax
 from star_jax.commands import arguments, bench
 from star_jax.commands.sample import Sample
-from star_jax.core import buckets, cache, padding, resize
+from star_jax.core import buckets, padding, resize
 from star_jax.core.cache import KV
 from star_jax.core.codes import Index
 from star_jax.core.condition import LabelCondition, TextCondition
@@ -24,6 +24,7 @@ from star_jax.families.var import Var
 from star_jax.nn.positions import Learned
 from star_jax.sampling import methods, program, stable
 from star_jax.sampling.sampler import GivenCodes, sample
+from star_jax.sampling.trunks import Blocks
 
 SIDES = (1, 2, 3, 4)
 SIZES = (1, 4, 9, 16)
@@ -152,15 +153,18 @@ def codes_of(model, shared) -> np.ndarray:
     return jax.device_get(jax.jit(lambda *args: run(*args).codes)(*args))
 
 
-def test_a_cache_refuses_a_write_behind_its_end():
-    schedule = Pyramid.square((3, 3, 4))
-    empty = cache.Cache.empty((1, 1, 1, schedule.starts[-2], 1), 'float32')
-    new = KV(*[jnp.ones((1, 1, 1, 16, 1))] * 2)
-    with pytest.raises(ValueError, match='18 rows, but a step writes up to row 34'):
-        empty.write(new, schedule, Step(jnp.int32(1), 2, padded=True))
-    assert empty.write(new, schedule, Step.at(2)) is empty
-    groups = schedule.groups(), schedule.groups(shared=((1, 2),))
-    assert [cache.Cache.rows_kept(schedule, some) for some in groups] == [18, 34]
+def test_a_block_refuses_a_write_behind_its_end():
+    schedule, step = Pyramid.square((3, 3, 4)), Step(jnp.int32(1), 2, padded=True)
+
+    def zeros(rows: int) -> KV:
+        return KV(*[jnp.zeros((1, 1, 1, rows, 1))] * 2)
+
+    first = Blocks().finish(zeros(9))
+    with pytest.raises(ValueError, match='9 rows cannot hold a step that ends with its row 25'):
+        first.start(zeros(9)).write(zeros(16), schedule, step)
+    assert first.start(zeros(25)).write(zeros(16), schedule, step).finished == first.finished
+    with pytest.raises(ValueError, match='has no current block'):
+        first.write(zeros(16), schedule, step)
 
 
 OTHER = {'positions': Learned(), 'shared_adaln': True, 'cross_attention': False}

@@ -5,14 +5,12 @@ neighbours in memory, for one new row as for many. Kernels read `KV` through its
 einsum letters: K key/value heads, M rows, H head width.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
 
 HEADS, ROWS = -3, -2
@@ -97,8 +95,7 @@ def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Vis
     """
     if not past:
         return new, visibility
-    pieces = (*past, new)
-    joined = KV(*(jnp.concatenate(arrays, axis=ROWS) for arrays in zip(*pieces, strict=True)))
+    joined = join_rows((*past, new))
     if visibility.written is None:
         return joined, visibility
     bounds = visibility.bounds
@@ -109,64 +106,6 @@ def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Vis
     return joined.write(new, visibility.written), visibility.replace(bounds=bounds, written=None)
 
 
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of the rows that a later step reads, written once per step.
-
-    Attributes:
-        kv: [depth, R, K, rows, H], where R are the rows of the batch.
-    """
-
-    kv: KV
-
-    @staticmethod
-    def rows_kept(schedule: Schedule, groups: tuple[Group, ...], keep_last: bool = False) -> int:
-        """How many rows a cache must hold for steps in these groups.
-
-        No step reads the rows of the last one, but a bucket that contains it writes them, because
-        one body serves all of its steps. `keep_last`: keep them, too, for the caller to read.
-        """
-        return schedule.starts[-1 if keep_last or groups[-1].padded else -2]
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: str) -> 'Cache':
-        """A cache of keys and values of this `shape`, [depth, R, K, rows, H]."""
-        return cls(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
-
-    def write(self, new: KV, schedule: Schedule, step: Step) -> 'Cache':
-        """The cache with the keys and values of a step.
-
-        A last step that the cache has no rows for is not written. Raises ValueError for a padded
-        step that could end behind it: such a write would be moved over earlier rows.
-
-        Args:
-            new: keys and values of the step in every layer, [depth, R, K, rows of the step, H].
-            schedule: the steps of an image.
-            step: the step.
-        """
-        start = schedule.rows(step)[0]
-        if isinstance(step.index, int) and start >= self.kv.rows:
-            return self
-        known = step.padded or isinstance(step.index, int)
-        end = schedule.starts[step.like + 1]
-        if known and end > self.kv.rows:
-            raise ValueError(f'a cache of {self.kv.rows} rows, but a step writes up to row {end}')
-        return Cache(self.kv.write(new, start))
-
-    def past(self, schedule: Schedule, step: Step) -> tuple[tuple[KV, ...], Visibility]:
-        """The pieces of keys and values before a step, and what its rows attend to.
-
-        A step at a known row takes the rows before it; a traced one takes all that any of its
-        group may read, of which `written` are.
-        """
-        first, end = schedule.starts[step.like : step.like + 2]
-        if isinstance(step.index, int):
-            bounds = StaticVisibility.of(schedule.visible_rows[first:end])
-            return (self.kv.part(0, first),) if first else (), Visibility(bounds=bounds)
-        rows = schedule.rows(step)
-        bound_L = jnp.asarray(schedule.visible_rows, jnp.int32)[rows]
-        if np.ptp(schedule.visible_rows[first:end]) == 0:
-            bound_L = bound_L[:1]  # all rows of a step attend to the same keys
-        kept = first if step.padded else self.kv.rows
-        visibility = Visibility(bounds=TracedVisibility(bound_L), written=rows[0])
-        return (self.kv.part(0, kept),), visibility
+def join_rows(pieces: Iterable[KV]) -> KV:
+    """The rows of all pieces in one array, in their order."""
+    return KV(*(jnp.concatenate(arrays, axis=ROWS) for arrays in zip(*pieces, strict=True)))

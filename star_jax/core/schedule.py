@@ -71,6 +71,10 @@ class Group:
     def members(self) -> range:
         return range(self.first, self.first + self.count)
 
+    @property
+    def last(self) -> int:
+        return self.first + self.count - 1
+
     def before(self, stop: int) -> 'Group':
         """The part of the group before the step `stop`, which is after its first step."""
         count = min(self.count, stop - self.first)

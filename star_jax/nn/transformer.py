@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from star_jax.core.cache import AXES, KV, Cache
+from star_jax.core.cache import AXES, KV
 from star_jax.core.schedule import Schedule
 from star_jax.core.settings import Remat
 from star_jax.core.visibility import ALL, StaticVisibility, Visibility
@@ -310,19 +310,18 @@ class Transformer(nn.Module):
         """A pytree of keys and values of one layer each, sharded over images and heads."""
         return jax.tree.map(lambda x: self.sharding(x, *AXES), pieces)
 
-    def empty_cache(self, batch: int, rows: int, depth: int = 0) -> Cache:
-        """An empty cache.
+    def empty_cache(self, batch: int, rows: int, depth: int = 0) -> KV:
+        """Zeros for the keys and values of layers, [depth, R, K, rows, H].
 
         Args:
-            batch: rows of the batch: its images, prompted and unprompted.
+            batch: R rows of the batch: its images, prompted and unprompted.
             rows: rows of each image that the cache holds.
             depth: layers (0: all).
         """
         attention = self.block.self_attention(parent=None)
         heads = attention.kv_heads or attention.heads
         shape = (depth or self.depth, batch, heads, rows, self.width // self.heads)
-        cache = Cache.empty(shape, self.dtype)
-        return cache.replace(kv=self.shard_kv(cache.kv))
+        return self.shard_kv(KV(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)))
 
     def with_sharding(self, mesh: Mesh | None) -> 'Transformer':
         """The same network whose arrays are sharded over a mesh by the rules (None: not at all)."""

@@ -23,7 +23,7 @@ from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
-from star_jax.sampling.trunks import LAYERS, Carry, ScannedTrunk, SplitTrunk, Trunk, scan_group
+from star_jax.sampling.trunks import LAYERS, Blocks, Carry, ScannedTrunk, SplitTrunk, Trunk
 
 
 class StepTrace(NamedTuple):
@@ -192,7 +192,9 @@ def sample(
     if LAYERS in params:
         trunk: Trunk = SplitTrunk.of(network, params['model'], params[LAYERS], condition)
     else:
-        trunk = ScannedTrunk.of(network, params['model'], condition, groups, keep_last=trace)
+        trunk = ScannedTrunk.of(
+            network, params['model'], condition, None if trace else groups[-1].last
+        )
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
         return jnp.concatenate([net().embed(inputs, schedule.rows(step))] * copies)
@@ -224,13 +226,13 @@ def sample(
         last = Step.at(group.members[-1])
         padding = schedule.reads[last.like] - carry.x_RLD.shape[1]
         padded = jnp.pad(carry.x_RLD, ((0, 0), (0, padding), (0, 0)))
-        carry, outputs = scan_group(run_step, carry._replace(x_RLD=padded), group)
+        carry, (outputs,) = trunk.fold(run_step, carry._replace(x_RLD=padded), group)
         inputs = tok().following(carry.canvas, last)  # for the next step, at its own size
         if inputs is not None:
             carry = carry._replace(x_RLD=embed(inputs, last.next()))
         return carry, unpad_outputs(outputs, schedule, group, inputs)
 
-    carry = Carry(x_RLD, trunk.empty(len(x_RLD)), tok().blank(len(keys_B)))
+    carry = Carry(x_RLD, Blocks(), tok().blank(len(keys_B)))
     outputs = []
     for group in groups:
         run = run_bucket if group.padded else functools.partial(trunk.fold, run_step)

@@ -3,10 +3,13 @@
 A step of sampling reads all weights and all keys and values so far. Where it has many rows, their
 products cost more than that, and `ScannedTrunk` compiles one layer for all. A step of one row costs
 nothing else: `SplitTrunk` then reads everything in place. Each of its layers has arrays of its own,
-because a layer's part of stacked arrays is copied before it is used, and its keys and values lie in
-blocks: the finished ones are constants of the loop over steps, and only the current one is written.
-On a CPU its kernels have their outputs first (`layers.times_outputs_first`). On a TPU, which fills
-up the last axis of an array to a multiple of 128, its blocks have narrow heads side by side.
+because a layer's part of stacked arrays is copied before it is used; on a CPU its kernels have
+their outputs first (`layers.times_outputs_first`).
+
+Both keep keys and values in blocks. The finished ones are never written again, and are constants of
+a loop over steps, in which only the current one is written: no step copies those before it. On a
+TPU, which fills up the last axis of an array to a multiple of 128, narrow heads of a `SplitTrunk`
+lie side by side.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from star_jax.core.cache import KV, ROWS, Cache
+from star_jax.core.cache import KV, join_rows
 from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.core.visibility import StaticVisibility, TracedVisibility, Visibility
 from star_jax.nn.bind import bind
@@ -30,6 +33,7 @@ from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel
 
 LAYERS = 'layers'  # the parameters of layers that are apart from each other
+LEAST_ROWS = 512  # rows of a block of a `ScannedTrunk`, but for the last one
 BLOCK_ROWS = 64  # rows of a block of a `SplitTrunk`, but for those of a step that has more
 # Platforms on which a step of one row reads arrays in place only where each layer has its own.
 SPLIT = ('cpu', 'gpu', 'tpu')
@@ -86,9 +90,6 @@ class Carry(NamedTuple):
 class Trunk(Protocol):
     """All layers of a network, with their keys and values."""
 
-    def empty(self, rows: int) -> Any:
-        """The memory before the first step, for so many rows of a batch."""
-
     def __call__(
         self, x_RLD: jax.Array, memory: Any, step: Step, mixing: jax.Array | None
     ) -> tuple[jax.Array, Any]:
@@ -110,92 +111,164 @@ class Trunk(Protocol):
         """Keys and values of every layer, [depth, R, K, rows, H]."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScannedTrunk:
-    """Layers under one scan, with a cache of all rows that is written once per step.
-
-    Attributes:
-        network: the network.
-        params: its parameters.
-        condition: the conditions of all rows of the batch.
-        groups: the steps that are sampled, grouped by loop body.
-        keep_last: the memory also holds the rows of the last step.
-        text_kv: keys and values of the text in every layer, or None.
-    """
-
-    network: Transformer
-    params: Any
-    condition: Any
-    groups: tuple[Group, ...]
-    keep_last: bool
-    text_kv: KV | None
-
-    @classmethod
-    def of(
-        cls,
-        network: Transformer,
-        params: Any,
-        condition: Any,
-        groups: tuple[Group, ...],
-        keep_last: bool,
-    ) -> 'ScannedTrunk':
-        """Makes it; keys and values of the text are computed once per image."""
-        text_kv = bind(network, params).text_kv(condition)
-        return cls(
-            network=network,
-            params=params,
-            condition=condition,
-            groups=groups,
-            keep_last=keep_last,
-            text_kv=text_kv,
-        )
-
-    def empty(self, rows: int) -> Cache:
-        kept = Cache.rows_kept(self.network.schedule, self.groups, keep_last=self.keep_last)
-        return self.network.empty_cache(rows, kept)
-
-    def __call__(
-        self, x_RLD: jax.Array, memory: Cache, step: Step, mixing: jax.Array | None
-    ) -> tuple[jax.Array, Cache]:
-        schedule = self.network.schedule
-        past, visibility = memory.past(schedule, step)
-        features_RLD, new = bind(self.network, self.params).trunk(
-            x_RLD,
-            schedule.rows(step),
-            text_kv=self.text_kv,
-            condition=self.condition,
-            past=past,
-            visibility=visibility,
-            mixing=mixing,
-        )
-        memory = memory.write(new, schedule, step)
-        return features_RLD, memory.replace(kv=self.network.shard_kv(memory.kv))
-
-    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
-        if group.count > 1:
-            carry, outputs = scan_group(run_step, carry, group)
-            return carry, [outputs]
-        return _one_step(run_step, carry, group)
-
-    def kv(self, memory: Cache) -> KV:
-        return memory.kv
-
-
 class Blocks(NamedTuple):
-    """The memory of a `SplitTrunk`; every block has the keys and values of each layer.
+    """Keys and values of the rows so far, as a trunk keeps them.
+
+    A block has those of every layer: one `KV`, stacked, or a tuple of one per layer.
 
     Attributes:
         finished: blocks that are full, in the order of their rows.
         current: the block that is written, if steps share a loop body; None otherwise.
     """
 
-    finished: tuple[tuple[KV, ...], ...] = ()
-    current: tuple[KV, ...] | None = None
+    finished: tuple[Any, ...] = ()
+    current: Any = None
 
     @property
     def rows(self) -> int:
         """Rows of the finished blocks."""
-        return sum(block[0].rows for block in self.finished)
+        return sum(map(_rows, self.finished))
+
+    def start(self, current: Any) -> 'Blocks':
+        """The same with an empty block that the next steps write."""
+        return self._replace(current=current)
+
+    def finish(self, block: Any) -> 'Blocks':
+        """The finished blocks and one more."""
+        return Blocks((*self.finished, block))
+
+    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, Any]:
+        """Scans `run_step` over a group that writes the current block, and finishes it.
+
+        Finished blocks are no part of the scan's carry, which would be copied.
+        """
+
+        def in_block(inner: Carry, step: Step) -> tuple[Carry, Any]:
+            after, output = run_step(inner._replace(memory=self.start(inner.memory)), step)
+            return after._replace(memory=after.memory.current), output
+
+        carry, outputs = scan_group(in_block, carry._replace(memory=self.current), group)
+        return carry._replace(memory=self.finish(carry.memory)), outputs
+
+    def pieces(self, schedule: Schedule, step: Step) -> tuple[Any, ...]:
+        """The blocks that the rows of a step read; their numbers are in order."""
+        if self.current is None:
+            return self.finished
+        read = self.current
+        if step.padded:  # no row of the group attends to the current block behind this row
+            read = _map_kv(lambda kv: kv.part(0, schedule.starts[step.like] - self.rows), read)
+        return (*self.finished, read)
+
+    def visibility(self, schedule: Schedule, step: Step) -> Visibility:
+        """The keys that the rows of a step attend to, among the pieces and themselves."""
+        first, end = schedule.starts[step.like : step.like + 2]
+        bound_L = schedule.visible_rows[first:end]
+        if self.current is None:
+            return Visibility(bounds=StaticVisibility.of(bound_L))
+        rows, bounds = schedule.rows(step), None
+        if step.padded or (bound_L != end).any():
+            visible_L = jnp.asarray(schedule.visible_rows, jnp.int32)[rows]
+            equal = (bound_L == bound_L[0]).all()
+            bounds = TracedVisibility(visible_L[:1] if equal else visible_L)
+        return Visibility(bounds=bounds, written=rows[0])
+
+    def write(self, new: Any, schedule: Schedule, step: Step) -> 'Blocks':
+        """The blocks with the keys and values of a step.
+
+        Raises ValueError for a traced step without a current block, and for a padded one that could
+        end behind it: such a write would be moved over earlier rows.
+        """
+        if self.current is None:
+            if not isinstance(step.index, int):
+                raise ValueError('a loop over steps has no current block')
+            return self.finish(new)
+        rows, end = _rows(self.current), schedule.starts[step.like + 1] - self.rows
+        if step.padded and end > rows:
+            raise ValueError(
+                f'a block of {rows} rows cannot hold a step that ends with its row {end}'
+            )
+        place = schedule.rows(step)[0] - self.rows
+        return self.start(_map_kv(lambda kv, new: kv.write(new, place), self.current, new))
+
+
+def _is_kv(x: Any) -> bool:
+    return isinstance(x, KV)
+
+
+def _map_kv(change: Callable[..., KV], *blocks: Any) -> Any:
+    """Applies `change` to the keys and values of each layer, or of all."""
+    return jax.tree.map(change, *blocks, is_leaf=_is_kv)
+
+
+def _rows(block: Any) -> int:
+    return jax.tree.leaves(block, is_leaf=_is_kv)[0].rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScannedTrunk:
+    """Layers under one scan; a block has the keys and values of one step, or of steps in a loop.
+
+    Attributes:
+        network: the network.
+        params: its parameters.
+        condition: the conditions of all rows of the batch.
+        unread: the last step, whose keys and values no step reads; None: they are kept as well.
+        text_kv: keys and values of the text in every layer, or None.
+    """
+
+    network: Transformer
+    params: Any
+    condition: Any
+    unread: int | None
+    text_kv: KV | None
+
+    @classmethod
+    def of(
+        cls, network: Transformer, params: Any, condition: Any, unread: int | None
+    ) -> 'ScannedTrunk':
+        """Makes it; keys and values of the text are computed once per image."""
+        text_kv = bind(network, params).text_kv(condition)
+        return cls(network, params, condition, unread, text_kv)
+
+    def __call__(
+        self, x_RLD: jax.Array, memory: Blocks, step: Step, mixing: jax.Array | None
+    ) -> tuple[jax.Array, Blocks]:
+        schedule = self.network.schedule
+        features_RLD, new = bind(self.network, self.params).trunk(
+            x_RLD,
+            schedule.rows(step),
+            text_kv=self.text_kv,
+            condition=self.condition,
+            past=memory.pieces(schedule, step),
+            visibility=memory.visibility(schedule, step),
+            mixing=mixing,
+        )
+        if memory.current is None and step.index == self.unread:
+            return features_RLD, memory
+        memory = memory.write(self.network.shard_kv(new), schedule, step)
+        if memory.current is not None:
+            return features_RLD, memory.start(self.network.shard_kv(memory.current))
+        return features_RLD, self._join_small(memory)
+
+    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
+        if group.count == 1:
+            return _one_step(run_step, carry, group)
+        starts = self.network.schedule.starts
+        # Padded steps write as many rows as the last one.
+        kept = group.last + 1 if group.padded or self.unread != group.last else group.last
+        empty = self.network.empty_cache(len(carry.x_RLD), starts[kept] - starts[group.first])
+        carry, outputs = carry.memory.start(empty).fold(run_step, carry, group)
+        return carry, [outputs]
+
+    def kv(self, memory: Blocks) -> KV:
+        return join_rows(memory.finished)
+
+    def _join_small(self, memory: Blocks) -> Blocks:
+        """Joins the last two blocks if the first of them is small: many pieces cost time."""
+        if len(memory.finished) < 2 or memory.finished[-2].rows >= LEAST_ROWS:
+            return memory
+        *others, before, last = memory.finished
+        return Blocks((*others, join_rows((before, last))))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,9 +320,6 @@ class SplitTrunk:
 
         return Block(self.network.block.with_kernel(merged))
 
-    def empty(self, rows: int) -> Blocks:
-        return Blocks()
-
     def __call__(
         self, x_RLD: jax.Array, memory: Blocks, step: Step, mixing: jax.Array | None
     ) -> tuple[jax.Array, Blocks]:
@@ -258,13 +328,12 @@ class SplitTrunk:
             network.schedule.rows(step),
             text_kv=None,
             condition=self.condition,
-            visibility=self._visibility(memory, step),
+            visibility=memory.visibility(network.schedule, step),
             mixing=mixing,
         )
         x_RLD = network.sharding(x_RLD.astype(network.dtype), 'batch', 'tokens', None)
-        written = []
+        written, pieces = [], memory.pieces(network.schedule, step)
         for layer, params in enumerate(self.layers):
-            pieces = (*memory.finished, *([memory.current] if memory.current else []))
             inputs = jax.tree.map(lambda x, layer=layer: x[layer], per_layer)._replace(
                 past=tuple(block[layer] for block in pieces), text_kv=self.text_kv[layer]
             )
@@ -287,10 +356,7 @@ class SplitTrunk:
         return carry, outputs
 
     def kv(self, memory: Blocks) -> KV:
-        layers = [
-            KV(*(jnp.concatenate(arrays, axis=ROWS) for arrays in zip(*blocks, strict=True)))
-            for blocks in zip(*memory.finished, strict=True)
-        ]
+        layers = map(join_rows, zip(*memory.finished, strict=True))
         kv = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
         return kv.split_heads(self.merged)
 
@@ -299,36 +365,15 @@ class SplitTrunk:
     ) -> tuple[Carry, list[Any]]:
         if group.count == 1:
             return _one_step(run_step, carry, group)
-        finished = carry.memory.finished
-        empty = self.network.empty_cache(len(carry.x_RLD), rows, depth=1).kv
+        empty = self.network.empty_cache(len(carry.x_RLD), rows, depth=1)
         block = self._shard(jax.tree.map(lambda x: x[0], empty).merge_heads(self.merged))
         current = (block,) * len(self.layers)
-
-        def in_block(inner: Carry, step: Step) -> tuple[Carry, Any]:
-            after, output = run_step(inner._replace(memory=Blocks(finished, inner.memory)), step)
-            return after._replace(memory=after.memory.current), output
-
-        carry, outputs = scan_group(in_block, carry._replace(memory=current), group)
-        return carry._replace(memory=Blocks((*finished, carry.memory))), [outputs]
-
-    def _visibility(self, memory: Blocks, step: Step) -> Visibility:
-        """The keys that the rows of a step attend to, among the blocks and themselves."""
-        schedule = self.network.schedule
-        first, end = schedule.starts[step.like : step.like + 2]
-        bound_L = schedule.visible_rows[first:end]
-        if memory.current is None:
-            return Visibility(bounds=StaticVisibility.of(bound_L))
-        rows, bounds = schedule.rows(step), None
-        if (bound_L != end).any():
-            bounds = TracedVisibility(jnp.asarray(schedule.visible_rows, jnp.int32)[rows])
-        return Visibility(bounds=bounds, written=rows[0])
+        carry, outputs = carry.memory.start(current).fold(run_step, carry, group)
+        return carry, [outputs]
 
     def _write(self, memory: Blocks, new: tuple[KV, ...], step: Step) -> Blocks:
-        if memory.current is None:
-            return Blocks((*memory.finished, new))
-        place = self.network.schedule.rows(step)[0] - memory.rows
-        current = (block.write(kv, place) for block, kv in zip(memory.current, new, strict=True))
-        return memory._replace(current=tuple(map(self._shard, current)))
+        memory = memory.write(new, self.network.schedule, step)
+        return memory._replace(current=self.network.shard_kv_pieces(memory.current))
 
     def _shard(self, kv: KV) -> KV:
         return self.network.shard_kv_pieces(kv)
@@ -336,7 +381,7 @@ class SplitTrunk:
 
 def merged_heads(network: Transformer, lanes: int) -> int:
     """How many key/value heads of a network fill so many lanes, as each device has its own."""
-    heads = network.empty_cache(1, 1, depth=1).kv.heads
+    heads = network.empty_cache(1, 1, depth=1).heads
     shards = network.sharding.num_shards('heads')
     each = heads // shards if heads % shards == 0 else heads
     return next(n for n in range(max(lanes // network.head_width, 1), 0, -1) if each % n == 0)
