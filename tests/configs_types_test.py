@@ -64,12 +64,12 @@ def has_default(field: dataclasses.Field) -> bool:
 
 
 @pytest.mark.parametrize('kind', PARTS)
-def test_numbers_that_make_no_sense_raise_no_other_error(kind):
+def test_values_that_make_no_sense_raise_no_other_error(kind):
     for field in dataclasses.fields(kind):
         for value in (-1, 0, -1.0, 10**30, (), (0,), ((),), 'x'):
             try:
                 kind(**{field.name: value})
-            except (UserError, ValueError) as error:
+            except UserError as error:
                 assert '\n' not in str(error)
             except TypeError as error:
                 assert 'missing' in str(error)  # a field without a default
@@ -80,5 +80,5 @@ def test_numbers_that_make_no_sense_raise_no_other_error(kind):
     [(Pace, 'steps'), (R1, 'every'), (Adversary, 'start'), (Infinity, 'levels_every')],
 )
 def test_numbers_that_programs_cannot_count_are_refused(kind, field):
-    with pytest.raises(ValueError, match=f'{field} must .*2147483647|{field} must .*1048576'):
+    with pytest.raises(UserError, match=f'{field} must .*2147483647|{field} must .*1048576'):
         kind(**{field: 10**30})

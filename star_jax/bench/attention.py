@@ -16,6 +16,7 @@ from star_jax.bench import timing
 from star_jax.core.cache import KV
 from star_jax.core.settings import Dtype
 from star_jax.core.visibility import StaticVisibility, Visibility
+from star_jax.errors import UserError
 from star_jax.nn.attention_dispatch import Name, named
 from star_jax.parallel import machine
 from star_jax.protocols import Family, Kernel
@@ -44,7 +45,7 @@ class AttentionJob:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.repeats) < 1:
-            raise ValueError(
+            raise UserError(
                 f'batch and repeats must be at least 1, not {self.batch} and {self.repeats}'
             )
         timing.check_runs('repeats', self.repeats)

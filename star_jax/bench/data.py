@@ -30,13 +30,13 @@ class ReadingJob:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.batches) < 1 or self.threads < 0:
-            raise ValueError(
+            raise UserError(
                 'batch and batches must be at least 1 and threads at least 0, not '
                 f'{self.batch}, {self.batches} and {self.threads}'
             )
         timing.check_runs('batches', self.batches)
         if self.threads > MOST_THREADS:
-            raise ValueError(f'threads must be at most {MOST_THREADS:,}, not {self.threads:,}')
+            raise UserError(f'threads must be at most {MOST_THREADS:,}, not {self.threads:,}')
 
 
 def run(source: Source, job: ReadingJob) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from star_jax.checkpoint import models
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.flops import count_flops
 from star_jax.core.settings import Dtype, Settings
+from star_jax.errors import UserError
 from star_jax.nn.bind import bind
 from star_jax.nn.kernels import ByScale
 from star_jax.nn.transformer import Transformer
@@ -60,7 +61,7 @@ class SamplingJob:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.repeats, self.text_tokens) < 1:
-            raise ValueError(
+            raise UserError(
                 f'batch, repeats and text_tokens must be at least 1, not {self.batch}, '
                 f'{self.repeats} and {self.text_tokens}'
             )

@@ -55,14 +55,14 @@ class SuiteSettings:
     def __post_init__(self) -> None:
         for name in ('batches', 'training'):
             if min(getattr(self, name), default=1) < 1:
-                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
+                raise UserError(f'{name} must be at least 1, not {getattr(self, name)}')
         if self.repeats < 1:
-            raise ValueError(f'repeats must be at least 1, not {self.repeats}')
+            raise UserError(f'repeats must be at least 1, not {self.repeats}')
         timing.check_runs('repeats', self.repeats)
         for size in self.resolutions + self.trained:
             if size and size not in SIDES:
                 known = ', '.join(map(str, SIDES))
-                raise ValueError(f'no published scales of {size} px: expected {known} or 0')
+                raise UserError(f'no published scales of {size} px: expected {known} or 0')
 
 
 def with_resolution(model: Family, resolution: int) -> Family:

@@ -47,23 +47,23 @@ class TorchLoopJob:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.rounds, self.steps) < 1:
-            raise ValueError(
+            raise UserError(
                 'batch, rounds and steps must be at least 1, not '
                 f'{self.batch}, {self.rounds} and {self.steps}'
             )
         schedule = self.model.schedule
         if not isinstance(schedule, Raster):
-            raise ValueError(
+            raise UserError(
                 f'the loop samples a raster token by token, and the schedule of this model is a '
                 f'{type(schedule).__name__}: name the config of a LlamaGen model'
             )
         if self.model.kv_heads not in (0, self.model.heads):
-            raise ValueError(
+            raise UserError(
                 f'the loop has as many heads of keys and values as of queries, {self.model.heads}, '
                 f'and the model has {self.model.kv_heads}: give kv_heads 0'
             )
         if self.steps > schedule.steps:
-            raise ValueError(
+            raise UserError(
                 f'an image has {schedule.steps} steps: give at most as many, not {self.steps}'
             )
 

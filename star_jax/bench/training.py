@@ -15,6 +15,7 @@ from star_jax.bench import timing
 from star_jax.bench.benchmark import Args, Benchmark, TimedProgram, random_arrays
 from star_jax.bench.sampling import condition
 from star_jax.core.flops import count_flops
+from star_jax.errors import UserError
 from star_jax.parallel import rules
 from star_jax.parallel.rules import device_bytes
 from star_jax.plan.jaxpr_memory import weights_read
@@ -41,7 +42,7 @@ class TrainingJob:
 
     def __post_init__(self) -> None:
         if min(self.repeats, self.text_tokens) < 1:
-            raise ValueError(
+            raise UserError(
                 'repeats and text_tokens must be at least 1, not '
                 f'{self.repeats} and {self.text_tokens}'
             )

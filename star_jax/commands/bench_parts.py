@@ -105,7 +105,7 @@ class BenchData:
 
     def __post_init__(self) -> None:
         if not 0 <= self.size <= MAX_SIZE:
-            raise ValueError(
+            raise UserError(
                 f'size must lie in [0, {MAX_SIZE}] pixels (0: of the tokenizer), not {self.size}'
             )
 

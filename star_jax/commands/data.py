@@ -56,7 +56,7 @@ class PrepareEmoji:
     def __post_init__(self) -> None:
         _check_size(self.size)
         if self.limit < 0:
-            raise ValueError(f'limit must not be negative (0: all), not {self.limit}')
+            raise UserError(f'limit must not be negative (0: all), not {self.limit}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,12 +124,12 @@ class Show:
     def __post_init__(self) -> None:
         _check_size(self.size)
         if not 1 <= self.count <= MAX_SHOWN or not 1 <= self.columns <= MAX_SHOWN:
-            raise ValueError(
+            raise UserError(
                 f'count and columns must lie in [1, {MAX_SHOWN}], not {self.count} and '
                 f'{self.columns}'
             )
         if self.seed < 0:
-            raise ValueError(f'seed must not be negative, not {self.seed}')
+            raise UserError(f'seed must not be negative, not {self.seed}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

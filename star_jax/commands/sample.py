@@ -96,20 +96,20 @@ class Sample:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not 0 <= self.seed < program.SEEDS:
-            raise ValueError(
+            raise UserError(
                 f'batch must be at least 1 and seed must lie in [0, 2^32), not {self.batch} and '
                 f'{self.seed}'
             )
         if self.count < 1:
-            raise ValueError(f'count must be at least 1, not {self.count}')
+            raise UserError(f'count must be at least 1, not {self.count}')
         number, processes = self.share
         if not 0 <= number < processes:
-            raise ValueError(
+            raise UserError(
                 f'share is the number of this process, from 0, and the number of processes, not '
                 f'{number} {processes}'
             )
         if bool(self.image) != (self.keep is not None):
-            raise ValueError(
+            raise UserError(
                 'image and keep are given together: image names the files, and keep how many of '
                 'their first scales are kept'
             )

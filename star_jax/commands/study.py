@@ -85,7 +85,7 @@ class StudyCost:
     def __post_init__(self) -> None:
         for name in ('rounds', 'text_tokens'):
             if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
+                raise UserError(f'{name} must be at least 1, not {getattr(self, name)}')
 
 
 def main(words: Sequence[str]) -> int:

@@ -85,9 +85,9 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if self.size and self.size not in SIZES:
-            raise ValueError(f'size is one of {", ".join(map(str, SIZES))} px, not {self.size}')
+            raise UserError(f'size is one of {", ".join(map(str, SIZES))} px, not {self.size}')
         if self.size and self.sides:
-            raise ValueError('give size or sides, not both')
+            raise UserError('give size or sides, not both')
 
 
 def transformer(specs: Specs, options: ModelOptions) -> Family:

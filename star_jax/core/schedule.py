@@ -234,17 +234,17 @@ class Pyramid(Schedule):
 
     def __post_init__(self) -> None:
         if len(self.grids) > MOST_SCALES:
-            raise ValueError(
+            raise UserError(
                 f'a pyramid of {len(self.grids):,} scales is too long, expected at most '
                 f'{MOST_SCALES}: give fewer sides'
             )
         if not self.grids or any(h < 1 or w < 1 for h, w in self.grids):
-            raise ValueError(f'a pyramid needs grids of at least 1 x 1, not {self.grids}')
+            raise UserError(f'a pyramid needs grids of at least 1 x 1, not {self.grids}')
         for (h, w), (next_h, next_w) in itertools.pairwise(self.grids):
             if next_h < h or next_w < w:
-                raise ValueError(f'the sides of a pyramid must not shrink: {self.grids}')
+                raise UserError(f'the sides of a pyramid must not shrink: {self.grids}')
         if self.length > MOST_TOKENS:
-            raise ValueError(
+            raise UserError(
                 f'a pyramid of {self.length:,} tokens is too long, expected at most '
                 f'{MOST_TOKENS:,}: give smaller sides than {self.grids[-1]}'
             )
@@ -307,9 +307,9 @@ class Raster(Schedule):
 
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.prefix) < 1:
-            raise ValueError(f'a raster needs positive height, width and prefix, not {self}')
+            raise UserError(f'a raster needs positive height, width and prefix, not {self}')
         if self.height * self.width + self.prefix > MOST_TOKENS:
-            raise ValueError(
+            raise UserError(
                 f'a raster of {self.height:,} x {self.width:,} tokens after {self.prefix:,} rows '
                 f'is too long, expected at most {MOST_TOKENS:,}'
             )

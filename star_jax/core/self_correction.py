@@ -35,7 +35,7 @@ class SelfCorrection:
     def __post_init__(self) -> None:
         check_types(self)
         if not 0 <= self.strength <= 1 or self.scales < 0:
-            raise ValueError(
+            raise UserError(
                 'a self-correction needs a strength in [0, 1] and no negative number of scales, '
                 f'not {self}'
             )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from star_jax.core.argument_types import choice, flag, instance, number, text, whole_number
 from star_jax.core.unmasking import Mode
+from star_jax.errors import UserError
 
 Dtype = Literal['float32', 'bfloat16']  # dtypes of activations
 # What a layer's backward pass recomputes: nothing; all but the outputs of matrix products with
@@ -18,7 +19,7 @@ LIMIT = 1e6  # logits that are scaled by more overflow float32
 def check_divisor(temperature: float) -> None:
     """Raises ValueError for a temperature by which logits cannot be divided."""
     if not 1 / LIMIT <= temperature <= LIMIT:
-        raise ValueError(f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}')
+        raise UserError(f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class StableSettings:
         whole_number('stable.last', self.last)
         flag('stable.once', self.once)
         if min(self.first, self.last) < 0:
-            raise ValueError(
+            raise UserError(
                 f'stable.first and stable.last count scales from 0, not {self.first} and '
                 f'{self.last}'
             )
@@ -111,22 +112,22 @@ class Settings:
         instance('stable', self.stable, StableSettings, 'True, False or a StableSettings')
         for guidance in (self.guidance, *self.guidance_per_step):
             if not 0 <= guidance <= LIMIT:
-                raise ValueError(f'guidance must lie in [0, {LIMIT:g}], not {guidance}')
+                raise UserError(f'guidance must lie in [0, {LIMIT:g}], not {guidance}')
         if self.stop < 0:
-            raise ValueError(f'stop must not be negative (0: all steps), not {self.stop}')
+            raise UserError(f'stop must not be negative (0: all steps), not {self.stop}')
         if self.guided_steps < 0:
-            raise ValueError(
+            raise UserError(
                 f'guided_steps must not be negative (0: all steps), not {self.guided_steps}'
             )
         if self.top_k < 0:
-            raise ValueError(f'top_k must not be negative (0: all), not {self.top_k}')
+            raise UserError(f'top_k must not be negative (0: all), not {self.top_k}')
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f'top_p must lie in [0, 1], not {self.top_p}')
+            raise UserError(f'top_p must lie in [0, 1], not {self.top_p}')
         for temperature in (self.temperature, *self.temperature_per_step):
             if not 0 <= temperature <= LIMIT:
-                raise ValueError(f'temperature must lie in [0, {LIMIT:g}], not {temperature}')
+                raise UserError(f'temperature must lie in [0, {LIMIT:g}], not {temperature}')
         if not self.guidance_layers or max(self.guidance_layers) > 0:
-            raise ValueError(
+            raise UserError(
                 'guidance_layers must hold 0 (the logits) or negative numbers (layers, -1 the '
                 f'last), not {self.guidance_layers}'
             )

@@ -1,6 +1,7 @@
 """How large may a part of a network be?"""
 
 from star_jax.core.argument_types import number
+from star_jax.errors import UserError
 
 MOST_LAYERS = 1024  # layers that are traced one by one
 MAX_STEPS = 2**31 - 1  # of a run: programs count them in int32
@@ -12,7 +13,7 @@ def check_codes(codes: int) -> None:
     """Raises a ValueError unless `codes` is the size of a codebook."""
     check_sizes(codes=codes)
     if codes < 2:
-        raise ValueError('codes must be at least 2, or there is nothing to predict, not 1')
+        raise UserError('codes must be at least 2, or there is nothing to predict, not 1')
 
 
 def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None:
@@ -23,4 +24,4 @@ def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None
     for name, size in sizes.items():
         for value in size if isinstance(size, tuple) else (size,):
             if not 1 <= number(name, value) <= most:
-                raise ValueError(f'{name} must lie in [1, {most}], not {value}')
+                raise UserError(f'{name} must lie in [1, {most}], not {value}')

@@ -57,12 +57,12 @@ class Templates:
         check_types(self)
         counts = {name: len(grids) for name, grids in self.by_name.items()}
         if len(counts) < len(self.grids) or not all(counts):
-            raise ValueError(f'every template needs a name of its own, not {self.names}')
+            raise UserError(f'every template needs a name of its own, not {self.names}')
         if len(set(counts.values())) > 1:
-            raise ValueError(f'all templates need equally many scales, not {counts}')
+            raise UserError(f'all templates need equally many scales, not {counts}')
         for name, count in self.resolutions:
             if not 1 <= count <= min(counts.values(), default=0):
-                raise ValueError(
+                raise UserError(
                     f'the resolution {name} has {count} scales, but the templates have '
                     f'{min(counts.values(), default=0)}'
                 )
@@ -140,7 +140,7 @@ def _parse(name: str, scales: str) -> Grids:
     """The grids that a text such as '1x1 2x2' lists; ValueError for another text."""
     pairs = [re.fullmatch(r'(\d+)x(\d+)', scale) for scale in scales.split()]
     if not pairs or not all(pairs):
-        raise ValueError(
+        raise UserError(
             f'the template {name!r} is {scales!r}, expected the height x width of every scale, '
             "such as '1x1 2x2 3x4'"
         )

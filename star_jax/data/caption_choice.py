@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from star_jax.core.argument_types import check_types
+from star_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class ShortOrLong:
     def __post_init__(self) -> None:
         check_types(self)
         if not 0 <= self.short <= 1:
-            raise ValueError(f'short is a probability, not {self.short}')
+            raise UserError(f'short is a probability, not {self.short}')
 
     def choose(self, captions: tuple[str, ...], rng: np.random.Generator) -> str:
         """The caption of one training step."""

@@ -25,7 +25,7 @@ Encode = Callable[[np.ndarray], np.ndarray]  # images [B, H, W, 3] -> encoded im
 def _check_enlarge(crops: 'RandomCrops | TenCrops') -> None:
     check_types(crops)
     if not 1 <= crops.enlarge <= MAX_ENLARGE:
-        raise ValueError(f'enlarge must lie in [1, {MAX_ENLARGE}], not {crops.enlarge}')
+        raise UserError(f'enlarge must lie in [1, {MAX_ENLARGE}], not {crops.enlarge}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class TenCrops:
     def __post_init__(self) -> None:
         _check_enlarge(self)
         if self.enlarge == 1:
-            raise ValueError('ten crops are parts of an enlarged image: give enlarge, such as 1.1')
+            raise UserError('ten crops are parts of an enlarged image: give enlarge, such as 1.1')
 
     @property
     def encoding(self) -> dict[str, Any]:

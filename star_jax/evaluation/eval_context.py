@@ -60,11 +60,11 @@ class EvalOptions:
     def __post_init__(self) -> None:
         check_types(self)
         if min(self.count, self.batch) < 1:
-            raise ValueError(
+            raise UserError(
                 f'count and batch must be at least 1, not {self.count} and {self.batch}'
             )
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f'seed must lie in [0, 2^32), not {self.seed}')
+            raise UserError(f'seed must lie in [0, 2^32), not {self.seed}')
 
 
 class EvalContext:

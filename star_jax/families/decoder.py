@@ -9,6 +9,7 @@ from flax import linen as nn
 from star_jax.core.argument_types import check_types
 from star_jax.core.codes import Index
 from star_jax.core.sizes import check_codes, check_sizes
+from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.protocols import Family
 
@@ -34,9 +35,9 @@ class Layers(Family):
         check_types(self)
         check_sizes(depth=self.depth, width=self.width, heads=self.heads)
         if self.width % self.heads:
-            raise ValueError(f'width {self.width} does not divide into {self.heads} heads')
+            raise UserError(f'width {self.width} does not divide into {self.heads} heads')
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f'drop_path must lie in [0, 1), not {self.drop_path}')
+            raise UserError(f'drop_path must lie in [0, 1), not {self.drop_path}')
 
     @property
     def head_width(self) -> int:

@@ -21,6 +21,7 @@ from star_jax.core.schedule import Grids, Pyramid, square_grids
 from star_jax.core.settings import Remat, Settings
 from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.core.templates import PUBLISHED, RESOLUTIONS, Templates
+from star_jax.errors import UserError
 from star_jax.families.decoder import Sizes
 from star_jax.families.fit import check_text_encoder
 from star_jax.nn import layers
@@ -140,21 +141,21 @@ class Infinity(Sizes):
             Pyramid(grids)  # refuses grids that shrink, or none
             if grids[0] != (1, 1):
                 what = 'grids' if grids is self.grids else f'the template {name}'
-                raise ValueError(
+                raise UserError(
                     f'the first of {what} must be 1 x 1, the row of the pooled text, not '
                     f'{grids[0][0]} x {grids[0][1]}: put 1 x 1 before it'
                 )
         if self.schedule.steps > LEVELS:
-            raise ValueError(f'grids has {self.schedule.steps} scales, expected at most {LEVELS}')
+            raise UserError(f'grids has {self.schedule.steps} scales, expected at most {LEVELS}')
         if self.width % self.pool_heads:
-            raise ValueError(
+            raise UserError(
                 f'width {self.width} does not divide into the {self.pool_heads} heads that pool a '
                 f'text of width {self.text_width}: choose a multiple of {self.pool_heads}'
             )
         if self.head_layers not in (1, 2):
-            raise ValueError(f'head_layers must be 1 or 2, not {self.head_layers}')
+            raise UserError(f'head_layers must be 1 or 2, not {self.head_layers}')
         if self.score_temperature <= 0 or self.levels_every < 0:
-            raise ValueError(
+            raise UserError(
                 'score_temperature must be positive and levels_every not negative, not '
                 f'{self.score_temperature} and {self.levels_every}'
             )

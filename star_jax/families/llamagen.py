@@ -22,6 +22,7 @@ from star_jax.core.filters import LOWEST_TEMPERATURE, SortedFilter
 from star_jax.core.schedule import Raster
 from star_jax.core.settings import Remat, Settings
 from star_jax.core.sizes import check_codes, check_sizes
+from star_jax.errors import UserError
 from star_jax.families.decoder import Layers
 from star_jax.families.fit import check_text_encoder
 from star_jax.nn import layers
@@ -104,16 +105,16 @@ class Llama(Layers):
         check_codes(self.codes)
         check_sizes(hidden=self.hidden, channels=self.channels, grid=self.grid)
         if len(self.grid) != 2:
-            raise ValueError(f'grid is a height and a width in tokens, not {self.grid}')
+            raise UserError(f'grid is a height and a width in tokens, not {self.grid}')
         if self.kv_heads and (self.kv_heads < 0 or self.heads % self.kv_heads):
-            raise ValueError(
+            raise UserError(
                 f'kv_heads must be 0 or divide the {self.heads} heads, not {self.kv_heads}'
             )
         if not 0 < self.norm_epsilon < 1:
-            raise ValueError(f'norm_epsilon must lie in (0, 1), not {self.norm_epsilon}')
+            raise UserError(f'norm_epsilon must lie in (0, 1), not {self.norm_epsilon}')
         for name in ('row_dropout', 'dropout'):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name} must lie in [0, 1), not {getattr(self, name)}')
+                raise UserError(f'{name} must lie in [0, 1), not {getattr(self, name)}')
         self.positions.check(self.width, self.head_width)
 
     @classmethod

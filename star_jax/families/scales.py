@@ -60,7 +60,7 @@ class Scales(IndexSizes):
         self.positions.check(self.width, self.head_width)
         first = self.schedule.offsets[-2]
         if self.keep_tokens and not first < self.keep_tokens <= self.schedule.length:
-            raise ValueError(
+            raise UserError(
                 f'keep_tokens must be 0 or lie in ({first}, {self.schedule.length}], '
                 f'because only the last scale is thinned; it is {self.keep_tokens}'
             )

@@ -16,6 +16,7 @@ from star_jax.core.argument_types import check_types
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Remat
 from star_jax.core.sizes import check_sizes
+from star_jax.errors import UserError
 from star_jax.families.fit import check_text_encoder
 from star_jax.families.scales import Scales
 from star_jax.nn.attention import CrossAttention
@@ -43,7 +44,7 @@ class Refinement:
     def __post_init__(self) -> None:
         check_types(self)
         if self.first < 1 or self.blocks < 1:
-            raise ValueError(
+            raise UserError(
                 f'a refinement needs a first scale and blocks of at least 1, not {self}'
             )
         check_sizes(first=self.first, blocks=self.blocks)
@@ -138,17 +139,17 @@ class Star(Scales):
     def _check_refinement(self, refinement: Refinement) -> None:
         """Raises ValueError for a head that this model cannot have (STAR specification 9)."""
         if self.positions.rotation(self.schedule, self.head_width) is None:
-            raise ValueError(
+            raise UserError(
                 'a refinement head needs fixed rotary positions, not '
                 f'{type(self.positions).__name__}'
             )
         if self.depth < refinement.blocks:
-            raise ValueError(
+            raise UserError(
                 f'a refinement head of {refinement.blocks} blocks needs a model of as many layers, '
                 f'not {self.depth}'
             )
         if refinement.first >= self.schedule.steps:
-            raise ValueError(
+            raise UserError(
                 f'refinement.first must be a scale after the first of {self.schedule.steps}, '
                 f'not {refinement.first}'
             )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
 from star_jax.core.sizes import MAX_STEPS, check_sizes
+from star_jax.errors import UserError
 
 GeneratorLoss = Literal['hinge', 'non_saturating', 'non_saturating_released']
 DiscriminatorLoss = Literal['hinge', 'vanilla', 'non_saturating', 'non_saturating_released']
@@ -100,7 +101,7 @@ class R1:
     def __post_init__(self) -> None:
         check_types(self)
         if self.weight < 0:
-            raise ValueError(f'weight must not be negative: {self}')
+            raise UserError(f'weight must not be negative: {self}')
         check_sizes(MAX_STEPS, every=self.every)
 
     def start(self) -> None:
@@ -136,7 +137,7 @@ class LeCam:
     def __post_init__(self) -> None:
         check_types(self)
         if self.weight < 0 or not 0 <= self.decay < 1:
-            raise ValueError(f'weight must not be negative, and decay lie in [0, 1): {self}')
+            raise UserError(f'weight must not be negative, and decay lie in [0, 1): {self}')
 
     def start(self) -> jax.Array:
         """The moving averages [2] of the logits of real and of decoded images before step 0."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
+from star_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Augmentation:
         check_types(self)
         for field in dataclasses.fields(self):
             if not 0 <= getattr(self, field.name) <= 1:
-                raise ValueError(f'{field.name} must lie in [0, 1], not {self}')
+                raise UserError(f'{field.name} must lie in [0, 1], not {self}')
 
     def __call__(self, key: jax.Array, images_BHWc: jax.Array) -> jax.Array:
         """The changed images; every image has random numbers of its own."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
+from star_jax.errors import UserError
 from star_jax.nn import layers
 
 # [B, H, W, 3] pairs in [-1, 1] -> [B] perceptual distances.
@@ -89,12 +90,12 @@ class EntropyOfCodes:
     def __post_init__(self) -> None:
         check_types(self)
         if self.weight < 0 or self.temperature <= 0:
-            raise ValueError(f'weight must not be negative, and temperature positive: {self}')
+            raise UserError(f'weight must not be negative, and temperature positive: {self}')
 
     def check(self, has_codebook: bool) -> None:
         """Raises ValueError for tokenizers of bits."""
         if not has_codebook:
-            raise ValueError('EntropyOfCodes is for codebooks, not for bits: use EntropyOfBits')
+            raise UserError('EntropyOfCodes is for codebooks, not for bits: use EntropyOfBits')
 
     def losses(self, tokenizer: Any, quantised: Any) -> jax.Array:
         every = [
@@ -121,14 +122,14 @@ class EntropyOfBits:
     def __post_init__(self) -> None:
         check_types(self)
         if min(self.weight, self.diversity) < 0 or self.inverse_temperature <= 0:
-            raise ValueError(
+            raise UserError(
                 f'weights must not be negative, and inverse_temperature positive: {self}'
             )
 
     def check(self, has_codebook: bool) -> None:
         """Raises ValueError for tokenizers with a codebook."""
         if has_codebook:
-            raise ValueError('EntropyOfBits is for bits, not for codebooks: use EntropyOfCodes')
+            raise UserError('EntropyOfBits is for bits, not for codebooks: use EntropyOfCodes')
 
     def losses(self, tokenizer: Any, quantised: Any) -> jax.Array:
         every = [

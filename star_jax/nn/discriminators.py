@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from star_jax.core.argument_types import check_types
 from star_jax.core.sizes import check_sizes
+from star_jax.errors import UserError
 from star_jax.nn import layers
 
 SLOPE = 0.2  # slope of LeakyReLU below zero
@@ -73,7 +74,7 @@ class PatchGAN:
         """Raises ValueError for images without a patch."""
         least = 2 ** (self.layers + 1) + 2 ** (self.layers)
         if min(resolution) < least:
-            raise ValueError(
+            raise UserError(
                 f'a PatchGAN of {self.layers} layers needs images of at least {least} px, not '
                 f'{" x ".join(map(str, resolution))}: give fewer layers'
             )
@@ -91,7 +92,7 @@ class StyleGAN:
     def check(self, resolution: tuple[int, int]) -> None:
         """Raises ValueError for images whose size has no published width."""
         if resolution[0] != resolution[1] or resolution[0] not in STYLE_WIDTHS:
-            raise ValueError(
+            raise UserError(
                 f'a StyleGAN discriminator needs square images of one of '
                 f'{", ".join(map(str, STYLE_WIDTHS))} px, not '
                 f'{" x ".join(map(str, resolution))}: use a PatchGAN'

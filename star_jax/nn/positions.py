@@ -18,6 +18,7 @@ from flax import linen as nn
 from star_jax.core import positions
 from star_jax.core.argument_types import check_types
 from star_jax.core.schedule import Pyramid, Raster, Schedule
+from star_jax.errors import UserError
 from star_jax.nn import layers
 
 INTERPOLATED = 128  # cells of the longer side whose cosines and sines are interpolated
@@ -26,9 +27,7 @@ INTERPOLATED = 128  # cells of the longer side whose cosines and sines are inter
 def _check(theta: float, extent: float = 0.0) -> None:
     """Raises ValueError for numbers that give no angles."""
     if theta <= 0 or extent < 0:
-        raise ValueError(
-            f'theta must be positive and extent not negative, not {theta} and {extent}'
-        )
+        raise UserError(f'theta must be positive and extent not negative, not {theta} and {extent}')
 
 
 @flax.struct.dataclass
@@ -56,7 +55,7 @@ class Positions:
     def check(self, width: int, head_width: int) -> None:
         """Raises ValueError where the kind does not fit these widths in channels."""
         if self.rotary and head_width % 4:
-            raise ValueError(f'rotary positions need a head width divisible by 4, not {head_width}')
+            raise UserError(f'rotary positions need a head width divisible by 4, not {head_width}')
 
     def rotation(self, schedule: Schedule, head_width: int) -> np.ndarray | None:
         """[rows, P, 2] float32: cosine and sine of each plane; None without a fixed rotation."""
@@ -156,7 +155,7 @@ class RoundedRotary(Positions):
         check_types(self)
         _check(self.theta)
         if min(self.reference) < 0:
-            raise ValueError(f'a reference grid has no negative sides, unlike {self.reference}')
+            raise UserError(f'a reference grid has no negative sides, unlike {self.reference}')
 
     def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
         grid = self.reference if all(self.reference) else schedule.reference_grid
@@ -279,7 +278,7 @@ class SinCos(Positions):
 
     def check(self, width: int, head_width: int) -> None:
         if width % 4:
-            raise ValueError(f'sin-cos positions need a width divisible by 4, not {width}')
+            raise UserError(f'sin-cos positions need a width divisible by 4, not {width}')
 
     def table(self, schedule: Pyramid, width: int, init: layers.Initializer) -> nn.Module:
         xy_L2 = positions.pyramid_xy(schedule.grids, self.extent)

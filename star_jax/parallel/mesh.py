@@ -39,7 +39,7 @@ class MeshShape:
         for axis in AXES:
             whole_number(f'mesh.{axis}', getattr(self, axis))
         if self.data < 0 or min(self.fsdp, self.tensor, self.sequence) < 1:
-            raise ValueError(
+            raise UserError(
                 'mesh axes need at least one device each (data: 0 is all devices that the other '
                 f'axes leave): {self}'
             )

@@ -34,12 +34,12 @@ class ImageSize:
         if self.aspect:
             parse_aspect(self.aspect)
         if min(self.height, self.width) < 0 or (self.height == 0) != (self.width == 0):
-            raise ValueError(
+            raise UserError(
                 f'height and width are given together, in pixels, not {self.height} and '
                 f'{self.width}'
             )
         if self.aspect and self.height:
-            raise ValueError(
+            raise UserError(
                 'the ratio follows from height and width: leave out aspect, or height and width'
             )
 

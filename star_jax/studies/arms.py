@@ -6,6 +6,7 @@ import json
 
 from star_jax.checkpoint import config
 from star_jax.data.shapes import Shapes
+from star_jax.errors import UserError
 from star_jax.nn.positions import (
     AnyPositions,
     Learned,
@@ -61,7 +62,7 @@ class Arm:
     def __post_init__(self) -> None:
         check_kind(self.kind, self.positions)
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f'seeds must be different, not {self.seeds}')
+            raise UserError(f'seeds must be different, not {self.seeds}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,12 @@ class DataSet:
 
     def __post_init__(self) -> None:
         if self.run.pace.steps % POINTS:
-            raise ValueError(
+            raise UserError(
                 f'a curve has {POINTS} equally spaced points: expected a multiple of {POINTS} '
                 f'steps, not {self.run.pace.steps}'
             )
         if self.sampled and not isinstance(self.run.data, Shapes):
-            raise ValueError(f'only shapes can be scored, not {type(self.run.data).__name__}')
+            raise UserError(f'only shapes can be scored, not {type(self.run.data).__name__}')
 
     @property
     def settings(self) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 from star_jax.bench.sampling import SamplingJob
+from star_jax.errors import UserError
 from star_jax.studies.arms import Arm, DataSet
 from star_jax.studies.positions_result import NAME
 from star_jax.studies.positions_unit import PositionsUnit
@@ -42,7 +43,7 @@ class PositionsStudy:
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f'two units are called {twice[0]!r}: kinds need different names')
+            raise UserError(f'two units are called {twice[0]!r}: kinds need different names')
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from star_jax.errors import UserError
 from star_jax.nn.positions import AnyPositions
 from star_jax.studies.aligned import Aligned
 from star_jax.studies.arms import check_kind
@@ -80,10 +81,10 @@ class PositionsResult:
 
     def __post_init__(self) -> None:
         if self.study != NAME:
-            raise ValueError(f'a unit of the study {self.study!r}, expected {NAME!r}')
+            raise UserError(f'a unit of the study {self.study!r}, expected {NAME!r}')
         check_kind(self.kind, self.positions)
         if not self.failure and (len(self.curve) != POINTS or self.area is None):
-            raise ValueError(f'the curve has {len(self.curve)} points, expected {POINTS}')
+            raise UserError(f'the curve has {len(self.curve)} points, expected {POINTS}')
 
     @property
     def arm(self) -> str:

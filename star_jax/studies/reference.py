@@ -14,6 +14,7 @@ from star_jax.checkpoint import models
 from star_jax.console import Console
 from star_jax.core.schedule import Pyramid, square_grids
 from star_jax.data.shapes import Shapes
+from star_jax.errors import UserError
 from star_jax.evaluation import alignment
 from star_jax.evaluation.reconstruction import compile_reconstruction
 from star_jax.files import SHIPPED
@@ -75,7 +76,7 @@ class ReferenceResult:
 
     def __post_init__(self) -> None:
         if (self.study, self.kind) != (NAME, KIND):
-            raise ValueError(f'a unit {self.kind!r} of the study {self.study!r}')
+            raise UserError(f'a unit {self.kind!r} of the study {self.study!r}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -81,16 +81,16 @@ class RunsStudy:
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f'two units are called {twice[0]!r}: give them different names')
+            raise UserError(f'two units are called {twice[0]!r}: give them different names')
         known = [name for name, _ in self.tokenizers]
         for one in self.contenders:
             if one.tokenizer not in known:
-                raise ValueError(
+                raise UserError(
                     f'{one.name} names the tokenizer {one.tokenizer!r}, and the study has '
                     f'{", ".join(known)}'
                 )
             if one.run.pace.steps % POINTS:
-                raise ValueError(
+                raise UserError(
                     f'a curve has {POINTS} equally spaced points: expected a multiple of {POINTS} '
                     f'steps, not {one.run.pace.steps} of {one.name}'
                 )

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from star_jax.core.settings import Settings
+from star_jax.errors import UserError
 from star_jax.studies.aligned import Aligned, right
 from star_jax.studies.held_out import POINTS, HeldOut
 
@@ -74,7 +75,7 @@ class RunResult:
 
     def __post_init__(self) -> None:
         if not self.failure and len(self.curve) != POINTS:
-            raise ValueError(f'the curve has {len(self.curve)} points, expected {POINTS}')
+            raise UserError(f'the curve has {len(self.curve)} points, expected {POINTS}')
 
     @property
     def nats(self) -> float:

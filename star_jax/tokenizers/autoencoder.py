@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from star_jax.core.argument_types import check_types
 from star_jax.core.sizes import check_sizes
+from star_jax.errors import UserError
 from star_jax.nn import layers
 
 LARGEST_SIDE = 2**14  # px, of an image
@@ -56,22 +57,22 @@ class Autoencoder:
         check_sizes(width=self.width, groups=self.groups or 1, stem=self.stem)
         check_sizes(MOST_BLOCKS, blocks=self.blocks)
         if len(self.multipliers) > MOST_LEVELS:
-            raise ValueError(
+            raise UserError(
                 f'an autoencoder of {len(self.multipliers):,} multipliers has too many levels, '
                 f'expected at most {MOST_LEVELS}'
             )
         check_sizes(multipliers=self.multipliers, widths=self.widths)
         if self.latent < 0:
-            raise ValueError(f'latent must not be negative (0: the codebook), not {self.latent}')
+            raise UserError(f'latent must not be negative (0: the codebook), not {self.latent}')
         check_sizes(latent=self.latent or 1)
         if not self.multipliers:
-            raise ValueError('an autoencoder needs at least one of the multipliers of its width')
+            raise UserError('an autoencoder needs at least one of the multipliers of its width')
         if self.groups < 0:
-            raise ValueError(f'groups must not be negative (0: 32 or 24), not {self.groups}')
+            raise UserError(f'groups must not be negative (0: 32 or 24), not {self.groups}')
         if self.groups and self.width % self.groups:
-            raise ValueError(f'width {self.width} does not divide into {self.groups} norm groups')
+            raise UserError(f'width {self.width} does not divide into {self.groups} norm groups')
         if not self.groups and (odd := [w for w in self.widths if w % 32 and w % 24]):
-            raise ValueError(f'{odd[0]} channels divide into neither 32 nor 24 norm groups')
+            raise UserError(f'{odd[0]} channels divide into neither 32 nor 24 norm groups')
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -86,7 +87,7 @@ class Autoencoder:
         """Raises ValueError for a last grid (height, width) in cells whose images are too large."""
         height, width = (side * self.downsampling for side in grid)
         if max(height, width) > LARGEST_SIDE:
-            raise ValueError(
+            raise UserError(
                 f'a last grid of {grid} and a downsampling of {self.downsampling} make images of '
                 f'{height} x {width} px, expected at most {LARGEST_SIDE} px a side'
             )

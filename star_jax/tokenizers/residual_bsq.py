@@ -21,6 +21,7 @@ from star_jax.core.schedule import Grids, Pyramid, Step
 from star_jax.core.self_correction import PLAIN, SelfCorrection
 from star_jax.core.sizes import check_codes, check_sizes
 from star_jax.core.templates import PUBLISHED
+from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
 from star_jax.tokenizers.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -72,7 +73,7 @@ class BSQ(ImageTokenizerConfig):
         Pyramid(self.grids)  # refuses grids that shrink, or none
         self.autoencoder.check_grid(self.cells[-1])
         if self.features < 0:
-            raise ValueError(f'features must not be negative (0: the bits), not {self.features}')
+            raise UserError(f'features must not be negative (0: the bits), not {self.features}')
 
     @property
     def projected(self) -> bool:

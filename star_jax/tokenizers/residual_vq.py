@@ -72,7 +72,7 @@ class VQ(ImageTokenizerConfig):
         Pyramid(self.grids)  # refuses grids that shrink, or none
         self.autoencoder.check_grid(self.grids[-1])
         if not 0 <= self.phi_ratio <= 1:
-            raise ValueError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
+            raise UserError(f'phi_ratio must lie in [0, 1], not {self.phi_ratio}')
 
     @property
     def vocabulary(self) -> Index:

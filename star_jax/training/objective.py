@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
 from star_jax.core.sizes import MAX_STEPS
+from star_jax.errors import UserError
 from star_jax.losses.adversarial import R1, DiscriminatorLoss, GeneratorLoss, LeCam
 from star_jax.losses.augmentation import Augmentation
 from star_jax.losses.tokenizer import EntropyOfBits, EntropyOfCodes, Perceptual, slope
@@ -60,11 +61,11 @@ class Adversary:
     def __post_init__(self) -> None:
         check_types(self)
         if min(self.weight, self.largest, self.start) < 0:
-            raise ValueError(f'weight, largest and start must not be negative: {self}')
+            raise UserError(f'weight, largest and start must not be negative: {self}')
         if self.start > MAX_STEPS:
-            raise ValueError(f'adversary.start must be at most {MAX_STEPS} steps, not {self.start}')
+            raise UserError(f'adversary.start must be at most {MAX_STEPS} steps, not {self.start}')
         if self.optimizer.accumulate > 1:
-            raise ValueError(
+            raise UserError(
                 'a discriminator has an update for every micro-batch of the tokenizer: give '
                 f'adversary.optimizer.accumulate 1, not {self.optimizer.accumulate}'
             )
@@ -104,9 +105,9 @@ class Objective:
         check_types(self)
         weights = (self.l1, self.l2, self.edges, self.perceptual, self.quantiser, self.commitment)
         if min(weights) < 0:
-            raise ValueError(f'weights of losses must not be negative: {self}')
+            raise UserError(f'weights of losses must not be negative: {self}')
         if not 0 <= self.scale_dropout <= 1:
-            raise ValueError(f'scale_dropout is a probability, not {self.scale_dropout}')
+            raise UserError(f'scale_dropout is a probability, not {self.scale_dropout}')
 
     def check(self, model: TokenizerConfig) -> None:
         """Raises ValueError if parts do not fit the codes or the image size of a tokenizer."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from star_jax.core.argument_types import check_types
+from star_jax.errors import UserError
 from star_jax.training.schedules import LearningRate, weight_decay_at
 
 OF_LEVELS = {'pair', 'signal'}  # the modulation from level embeddings
@@ -48,17 +49,17 @@ class AdamW:
     def __post_init__(self) -> None:
         check_types(self)
         if not 1 <= self.accumulate <= MOST_MICRO_BATCHES:
-            raise ValueError(
+            raise UserError(
                 f'accumulate must lie in [1, {MOST_MICRO_BATCHES}], not {self.accumulate}'
             )
         if self.clip <= 0:
-            raise ValueError(f'clip must be positive, not {self.clip}')
+            raise UserError(f'clip must be positive, not {self.clip}')
         if min(self.weight_decay, self.weight_decay_end) < 0 or self.epsilon <= 0:
-            raise ValueError(
+            raise UserError(
                 f'weight decays must not be negative, and epsilon must be positive: {self}'
             )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f'beta1 and beta2 must lie in [0, 1): {self}')
+            raise UserError(f'beta1 and beta2 must lie in [0, 1): {self}')
 
     def for_batch(self, images: float) -> 'AdamW':
         """This optimizer, with the learning rate of micro-batches of so many images."""

@@ -60,15 +60,15 @@ class Pace:
     def __post_init__(self) -> None:
         check_types(self)
         if min(self.steps, self.log, self.sample, self.save, self.keep) < 1:
-            raise ValueError(f'every field of a pace must be at least 1: {self}')
+            raise UserError(f'every field of a pace must be at least 1: {self}')
         if not 0 <= self.images <= MAX_GRID:
-            raise ValueError(
+            raise UserError(
                 f'images of a sample grid must lie in [0, {MAX_GRID}] (0: none), not {self.images}'
             )
         if self.steps > MAX_STEPS:
-            raise ValueError(f'steps must be at most {MAX_STEPS}, not {self.steps}')
+            raise UserError(f'steps must be at most {MAX_STEPS}, not {self.steps}')
         if self.save % self.log:
-            raise ValueError(
+            raise UserError(
                 f'save ({self.save}) must be a multiple of log ({self.log}), so that a run that '
                 'continues from a checkpoint reports the same means'
             )
@@ -89,7 +89,7 @@ class SizeInTurn:
     def __post_init__(self) -> None:
         check_types(self)
         if self.batch < 1:
-            raise ValueError(f'batch must be at least 1, not {self.batch}')
+            raise UserError(f'batch must be at least 1, not {self.batch}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,19 +163,19 @@ class TokenizerRun:
     def __post_init__(self) -> None:
         _check_common(self)
         if self.plain_steps < 0 or self.restart_every < 1:
-            raise ValueError(
+            raise UserError(
                 'plain_steps must not be negative and restart_every at least 1 '
                 f'(restart_until 0 restarts none), not {self.plain_steps} and {self.restart_every}'
             )
         if self.only and not self.init:
-            raise ValueError(
+            raise UserError(
                 f'only {self.only!r} tunes a part of a trained tokenizer: name its folder with init'
             )
         self.objective.check(self.model)
         if not 0 <= self.flip <= 1:
-            raise ValueError(f'flip is a probability, not {self.flip}')
+            raise UserError(f'flip is a probability, not {self.flip}')
         if not 0 <= self.restart_until <= 1:
-            raise ValueError(f'restart_until is a share in [0, 1], not {self.restart_until}')
+            raise UserError(f'restart_until is a share in [0, 1], not {self.restart_until}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,32 +273,32 @@ class Run:
     def __post_init__(self) -> None:
         _check_common(self)
         if self.model.schedule.steps < 2:
-            raise ValueError(
+            raise UserError(
                 f'the model has {self.model.schedule.steps} scale, and training predicts scales '
                 'from earlier scales: give two or more'
             )
         if not 0 <= self.caption_drop <= 1:
-            raise ValueError(f'caption_drop is a probability, not {self.caption_drop}')
+            raise UserError(f'caption_drop is a probability, not {self.caption_drop}')
         if not 0 <= self.trained_scales <= self.model.schedule.steps:
-            raise ValueError(
+            raise UserError(
                 f'trained_scales must lie in [0, {self.model.schedule.steps}] (0: all scales), '
                 f'not {self.trained_scales}'
             )
         if self.trained_scales:
             self.model.schedule.leading_rows(self.trained_scales)
             if self.model.keep_tokens or self.model.refinement:
-                raise ValueError(
+                raise UserError(
                     'trained_scales leaves scales out of the loss, and so do model.keep_tokens and '
                     'a refinement head: set only one of them'
                 )
         if not 0 <= self.balance <= 1:
-            raise ValueError(f'balance must lie in [0, 1], not {self.balance}')
+            raise UserError(f'balance must lie in [0, 1], not {self.balance}')
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f'label_smoothing must lie in [0, 1), not {self.label_smoothing}')
+            raise UserError(f'label_smoothing must lie in [0, 1), not {self.label_smoothing}')
         if self.cache:
             self.crops.check_cacheable()
         if not 1 <= self.unroll <= MOST_LAYERS:
-            raise ValueError(
+            raise UserError(
                 f'unroll is a number of layers in [1, {MOST_LAYERS}], not {self.unroll}'
             )
 
@@ -347,17 +347,17 @@ def resolve(run: Run | TokenizerRun) -> Run | TokenizerRun:
 def _check_common(run: Run | TokenizerRun) -> None:
     check_types(run)
     if run.batch < 1:
-        raise ValueError(f'batch must be at least 1, not {run.batch}')
+        raise UserError(f'batch must be at least 1, not {run.batch}')
     if run.pace.steps * run.optimizer.accumulate > MAX_STEPS:
-        raise ValueError(
+        raise UserError(
             f'steps x optimizer.accumulate must be at most {MAX_STEPS} micro-batches, not '
             f'{run.pace.steps * run.optimizer.accumulate}'
         )
     if not 0 <= run.ema < 1:
-        raise ValueError(f'ema is a decay in [0, 1), not {run.ema}')
+        raise UserError(f'ema is a decay in [0, 1), not {run.ema}')
     if not 0 <= run.seed < 2**32:
-        raise ValueError(f'seed must lie in [0, 2^32), not {run.seed}')
+        raise UserError(f'seed must lie in [0, 2^32), not {run.seed}')
     if isinstance(run.data, Folder) and run.data.split == TEST:
-        raise ValueError(
+        raise UserError(
             f'data.split is {TEST!r}, whose images are never trained on: choose train or all'
         )

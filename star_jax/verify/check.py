@@ -117,8 +117,10 @@ def _lines(case: Case, kind: type) -> tuple[comparison.Line, ...]:
         return rules.compare_case(case, kind(case).rules())
     except (flax.errors.FlaxError, einops.EinopsError) as error:
         raise UserError(f'{case.folder}: the weights do not fit the config: {error}') from error
-    except UserError:
-        raise
+    except UserError as error:
+        if str(case.folder) in str(error):
+            raise
+        raise UserError(f'{case.path} describes no case of its kind: {error}') from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f'{case.path} does not describe a case of its kind '
