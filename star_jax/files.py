@@ -284,6 +284,15 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         raise ValueError('its JSON is nested too deeply') from error
 
 
+def lines(text: str) -> list[str]:
+    """The lines of a text, which end as any system ends them.
+
+    `str.splitlines` also ends a line at form feeds and at five separators of Unicode, which texts
+    from web pages contain.
+    """
+    return re.split(r'\r\n|\r|\n', text)
+
+
 def check_regular(path: str | Path, most: int | None = None) -> None:
     """Checks, before a file is read, that reading it ends.
 

@@ -187,3 +187,8 @@ def test_pipes_and_devices_are_not_replaced(tmp_path):
     with pytest.raises(FileExistsError, match='it is a pipe'), files.replacing(pipe):
         pass
     assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+def test_lines_end_as_any_system_ends_them():
+    text = 'a\nb\r\nc\rd\u2028e\x0cf\x85g\x1ch'
+    assert files.lines(text) == ['a', 'b', 'c', 'd\u2028e\x0cf\x85g\x1ch']

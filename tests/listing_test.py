@@ -224,6 +224,12 @@ def test_captions_without_ink_are_empty(tmp_path, blank):
     assert len(kinds(tmp_path)) == 2
 
 
+def test_separators_of_unicode_end_no_caption(tmp_path):
+    add(tmp_path, 'a.png')
+    (tmp_path / 'a.txt').write_text('one\u2028line\rtwo\x85\x0clines\r\n', newline='')
+    assert captions(tmp_path) == {'a.png': ('one\u2028line', 'two\x85\x0clines')}
+
+
 @pytest.mark.parametrize('text', ['\u732b', '\U0001f469\u200d\U0001f680', '?', '\u2764\ufe0f', '7'])
 def test_short_captions_are_kept(tmp_path, text):
     add(tmp_path, 'a.png', text)

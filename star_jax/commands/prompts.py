@@ -39,7 +39,7 @@ def read(given: Sequence[str], path: Path | None, classes: Sequence[str]) -> lis
     if not str(path).startswith(OPEN):
         files.check_regular(path, files.MOST_TEXT)
     try:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()
+        lines = files.lines(path.read_text(encoding='utf-8-sig'))
     except OSError as error:
         raise UserError(
             f'{path} cannot be read ({error.strerror}): give a text file with one prompt per line'

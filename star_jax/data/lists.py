@@ -131,7 +131,7 @@ def _texts(value: Any) -> list[str]:
 
 def text_captions(data: bytes) -> list[str]:
     """The lines of a text file that are not empty; raises UnfitError if there is none."""
-    return _visible(decode(data).splitlines())
+    return _visible(files.lines(decode(data)))
 
 
 def _visible(texts: Iterable[str]) -> list[str]:
