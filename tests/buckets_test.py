@@ -24,7 +24,7 @@ from star_jax.families.var import Var
 from star_jax.nn.positions import Learned
 from star_jax.sampling import methods, program, stable
 from star_jax.sampling.sampler import GivenCodes, sample
-from star_jax.sampling.trunks import Blocks
+from star_jax.sampling.trunks import KVPieces
 
 SIDES = (1, 2, 3, 4)
 SIZES = (1, 4, 9, 16)
@@ -153,17 +153,17 @@ def codes_of(model, shared) -> np.ndarray:
     return jax.device_get(jax.jit(lambda *args: run(*args).codes)(*args))
 
 
-def test_a_block_refuses_a_write_behind_its_end():
+def test_a_piece_refuses_a_write_behind_its_end():
     schedule, step = Pyramid.square((3, 3, 4)), Step(jnp.int32(1), 2, padded=True)
 
     def zeros(rows: int) -> KV:
         return KV(*[jnp.zeros((1, 1, 1, rows, 1))] * 2)
 
-    first = Blocks().finish(zeros(9))
+    first = KVPieces().finish(zeros(9))
     with pytest.raises(ValueError, match='9 rows cannot hold a step that ends with its row 25'):
         first.start(zeros(9)).write(zeros(16), schedule, step)
     assert first.start(zeros(25)).write(zeros(16), schedule, step).finished == first.finished
-    with pytest.raises(ValueError, match='has no current block'):
+    with pytest.raises(ValueError, match='has no current piece'):
         first.write(zeros(16), schedule, step)
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from star_jax.losses.refinement import PlainLoss, ReleasedLoss
-from star_jax.parallel import gradient_sum, links, rules
+from star_jax.parallel import gradient_sum_time, links, rules
 from star_jax.parallel.chips import CHIPS, chip_of
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import summary
@@ -104,12 +104,12 @@ def test_both_dtypes_of_the_sum_are_timed_by_their_links():
     """16 GPUs of two nodes: of 2 x 15/16 x 4 GB, 14/15 stay in the node, and half crosses it."""
     fabric = links.Switches(chip=CHIPS['H100'])
     sizes, gradients = (16, 1, 1, 1), 4 * 10**9
-    seconds = gradient_sum.replica_sum_seconds(fabric, gradients, sizes, local_chips=8)
+    seconds = gradient_sum_time.replica_sum_seconds(fabric, gradients, sizes, local_chips=8)
     sent = 2 * gradients * 15 / 16
     away = sent * 8 / 15
     assert seconds['float32'] == pytest.approx(max((sent - away / 8) / 450e9, away / 8 / 50e9))
     assert seconds['bfloat16'] == pytest.approx(seconds['float32'] / 2)
-    sentence = gradient_sum.sum_sentence(seconds, 'bfloat16')
+    sentence = gradient_sum_time.sum_sentence(seconds, 'bfloat16')
     assert (
         sentence
         == 'lower bounds of 7.78 ms per step in bfloat16 (--gradient-dtype) and 15.6 ms in float32'

@@ -141,7 +141,7 @@ def test_sampling_computes_the_teacher_forced_logits(name):
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 @pytest.mark.parametrize('name', ['class', '3 tokens', 'shared heads'])
 def test_layers_with_arrays_of_their_own_compute_the_same(name, platform, monkeypatch):
-    monkeypatch.setattr(trunks, 'BLOCK_ROWS', 4)
+    monkeypatch.setattr(trunks, 'PIECE_ROWS', 4)
     (result, _), (expected, _) = sampled(name, platform=platform), sampled(name)
     np.testing.assert_array_equal(result.codes, expected.codes)
     for one, other in zip(result.trace.steps(), expected.trace.steps(), strict=True):

@@ -7,7 +7,7 @@ import pytest
 
 from star_jax import image_io
 from star_jax.data import pipeline
-from star_jax.data.crops import RandomCrop, TenCrop
+from star_jax.data.crops import OneOfTenCrops, RandomCrop
 from star_jax.data.shapes import Shapes
 from star_jax.data.show import show
 from star_jax.errors import UserError
@@ -121,13 +121,13 @@ def test_crops_are_random_parts_of_an_image():
 def test_ten_crops_are_corners_and_centre_of_an_image_and_of_its_mirror_image():
     """In the order of torchvision's TenCrop, whose centre is right of the middle, or left of it."""
     image = np.arange(7 * 7 * 3).reshape(7, 7, 3)
-    crops = [TenCrop((4, 4)).crop(image, number) for number in range(10)]
+    crops = [OneOfTenCrops((4, 4)).crop(image, number) for number in range(10)]
     places = [divmod(crop[0, 0, 0] // 3, 7) for crop in crops]
     assert places[:5] == [(0, 0), (0, 3), (3, 0), (3, 3), (2, 2)]
     assert places[5:] == [(0, 6), (0, 3), (3, 6), (3, 3), (2, 4)]
     np.testing.assert_array_equal(crops[5], image[:4, :2:-1])
     rng = np.random.default_rng(0)
-    seen = {TenCrop((4, 4))({'image': image}, rng)['image'].tobytes() for _ in range(100)}
+    seen = {OneOfTenCrops((4, 4))({'image': image}, rng)['image'].tobytes() for _ in range(100)}
     assert seen == {crop.tobytes() for crop in crops}
 
 

@@ -94,7 +94,7 @@ def large_results(text: str, least: int = LEAST) -> list[str]:
 
 @pytest.mark.parametrize('mesh', [None, MeshShape(data=1)], ids=['no mesh', 'one device'])
 def test_no_weight_and_no_block_of_the_cache_is_copied_in_the_loop(mesh, monkeypatch):
-    monkeypatch.setattr(trunks, 'BLOCK_ROWS', 16)
+    monkeypatch.setattr(trunks, 'PIECE_ROWS', 16)
     text = compiled(mesh and mesh.build(jax.devices()[:1])).as_text()
     found = large_results(text)
     assert [line for line in found if 'dynamic-update-slice' in line]  # the writes in place
@@ -111,16 +111,16 @@ def test_no_weight_and_no_block_of_the_cache_is_copied_in_the_loop(mesh, monkeyp
 def test_a_tpu_copies_no_weight_and_no_block_in_the_loop(monkeypatch):
     """At the width of GPT-XL: what is large in the loop is fetched or written in fast memory.
 
-    Blocks have no axis that a TPU would fill up: two heads of 64 channels are side by side.
+    Pieces have no axis that a TPU would fill up: two heads of 64 channels are side by side.
     """
     if LIBTPU.exists():
         monkeypatch.syspath_prepend(str(LIBTPU))
-    monkeypatch.setattr(trunks, 'BLOCK_ROWS', 16)
+    monkeypatch.setattr(trunks, 'PIECE_ROWS', 16)
     device = topologies.parse_topology('v5e-1').devices()[0]
     program = compiled(model=XL, dtype='bfloat16', device=device)
-    of_block = 2 * XL.heads * trunks.BLOCK_ROWS * XL.head_width
+    of_piece = 2 * XL.heads * trunks.PIECE_ROWS * XL.head_width
     text = program.as_text()
-    results = large_results(text, of_block)
+    results = large_results(text, of_piece)
     assert results and not [line for line in results if ON_CHIP not in line.partition('(%')[0]]
-    assert f'bf16[2,{XL.heads // 2},{trunks.BLOCK_ROWS},128]' in text
-    assert f'bf16[2,{XL.heads},{trunks.BLOCK_ROWS},64]' not in text
+    assert f'bf16[2,{XL.heads // 2},{trunks.PIECE_ROWS},128]' in text
+    assert f'bf16[2,{XL.heads},{trunks.PIECE_ROWS},64]' not in text

@@ -56,7 +56,7 @@ class KV(NamedTuple):
         return KV(*(_merge_heads(x, count) for x in self))
 
     def split_heads(self, count: int) -> 'KV':
-        """What `merge_heads` made these of."""
+        """The inverse of `merge_heads`."""
         return KV(*(_split_heads(x, count) for x in self))
 
     def write(self, new: 'KV', first: int | jax.Array) -> 'KV':
@@ -90,7 +90,7 @@ def join(past: tuple[KV, ...], new: KV, visibility: Visibility) -> tuple[KV, Vis
         visibility: which keys each row attends to.
 
     Returns:
-        The joined array, whose rows behind the last visible key hold arbitrary numbers, and the
+        The joined array, whose rows after the last visible key are undefined, and the
         visibility over it.
     """
     if not past:

@@ -103,7 +103,7 @@ class TenCrops:
 
     def crop(self, size: Size) -> Crop:
         """Crops an example to this size, or takes one of its ten cached encodings."""
-        return TenCrop(size)
+        return OneOfTenCrops(size)
 
     def check_cacheable(self) -> None:
         """Does nothing: a cache holds all ten encodings of an image."""
@@ -114,7 +114,7 @@ class TenCrops:
 
     def encode_all(self, encode: Encode, size: Size) -> Encode:
         """Encodes loaded images to what a cache stores of them, [B, 10, ...]."""
-        crop = TenCrop(size).crop
+        crop = OneOfTenCrops(size).crop
         return lambda images: np.stack([encode(crop(images, n)) for n in range(TEN)], axis=1)
 
 
@@ -137,7 +137,7 @@ class RandomCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class TenCrop:
+class OneOfTenCrops:
     """One of ten crops: the corners and the centre of the image, and those of its mirror image.
 
     Attributes:

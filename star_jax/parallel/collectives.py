@@ -1,6 +1,7 @@
 """Which devices exchange how many bytes?
 
-A collective of a program joins devices whose numbers in the mesh differ along some of its axes.
+A collective exchanges data within groups of devices; the members of a group differ along some mesh
+axes. Within a slice or node data go over its own links (ICI, NVLink), otherwise over the network.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ import numpy as np
 
 from star_jax.parallel.mesh import AXES
 
-WITH_SUMS = ('all-gather', 'reduce-scatter', 'all-reduce')  # data of a group may pass a cut once
+# Collectives that can combine within a slice or node first, so that data leave it once.
+HIERARCHICAL = ('all-gather', 'reduce-scatter', 'all-reduce')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Collective:
         if self.kind == 'collective-permute':
             return self.bytes
         away = self.bytes * (self.group_size - local) / others
-        return away / local if self.kind in WITH_SUMS else away
+        return away / local if self.kind in HIERARCHICAL else away
 
     @property
     def bytes_within(self) -> float:

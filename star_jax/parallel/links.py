@@ -5,7 +5,8 @@ links per axis (one at the end of an axis that does not wrap around). A collecti
 the axes along which its groups extend, and neighbours in a group may be several chips apart. Two
 facts bound the time from below:
 
-- Bytes that chips between two faces of the torus need from the others pass the links of the faces.
+- Cut the torus across one axis at two places: the chips between the cuts are a slab, and all data
+  that a slab needs from outside cross the links of its two faces, the cuts.
 - Every sent byte crosses at least as many links as the distance of the nearest members of a group.
 
 The GPUs of a node are joined by a switch, so that each GPU has all of its links for any collective.
@@ -99,7 +100,7 @@ class Torus:
         return max(bounds, default=0.0)
 
     def _by_cuts(self, collectives: Sequence[Collective]) -> float:
-        """The bound by the bytes that chips between two faces need from the others."""
+        """The bound by the bytes that each slab needs from outside."""
         longest = 0.0
         for axis, side in enumerate(self.sides):
             if side == 1:

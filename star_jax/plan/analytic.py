@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from star_jax.nn.attention_dispatch import named
 from star_jax.parallel.collectives import Collective, collective_along
-from star_jax.parallel.gradient_sum import replica_sum
+from star_jax.parallel.gradient_sum_time import replica_sum
 from star_jax.parallel.mesh import AXES, MeshShape
 from star_jax.parallel.rules import device_bytes
 from star_jax.plan.fused import Counted

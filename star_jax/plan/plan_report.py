@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from star_jax.console import number_table
-from star_jax.parallel import gradient_sum, links
+from star_jax.parallel import gradient_sum_time, links
 from star_jax.parallel.chips import GIB
 from star_jax.parallel.collectives import Collective
 from star_jax.parallel.links import Fabric
@@ -280,7 +280,7 @@ def sentences(report: PlanReport) -> list[str]:
 
 
 def _replica_sum(report: PlanReport) -> str:
-    return gradient_sum.sum_sentence(report.replica_sum, report.gradient_dtype)
+    return gradient_sum_time.sum_sentence(report.replica_sum, report.gradient_dtype)
 
 
 def _memory_table(report: PlanReport) -> Table:

@@ -11,7 +11,7 @@ import jax
 from star_jax.core.buckets import Buckets
 from star_jax.core.settings import Remat
 from star_jax.errors import UserError
-from star_jax.parallel import gradient_sum, rules
+from star_jax.parallel import gradient_sum_time, rules
 from star_jax.parallel.chips import GIB
 from star_jax.parallel.collectives import Collective, mesh_axes
 from star_jax.parallel.mesh import AXES, MeshShape
@@ -257,7 +257,7 @@ def _replica_sum(estimator: Estimator, work: workload.Workload) -> dict[str, flo
     data, *_ = estimator.sizes
     if work.trained is None or data == 1:
         return {}
-    return gradient_sum.replica_sum_seconds(
+    return gradient_sum_time.replica_sum_seconds(
         estimator.fabric,
         device_bytes(work.trained),
         estimator.sizes,

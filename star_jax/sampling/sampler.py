@@ -23,7 +23,7 @@ from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
-from star_jax.sampling.trunks import LAYERS, Blocks, Carry, ScannedTrunk, SplitTrunk, Trunk
+from star_jax.sampling.trunks import LAYERS, Carry, KVPieces, ScannedTrunk, SplitTrunk, Trunk
 
 
 class StepTrace(NamedTuple):
@@ -232,7 +232,7 @@ def sample(
             carry = carry._replace(x_RLD=embed(inputs, last.next()))
         return carry, unpad_outputs(outputs, schedule, group, inputs)
 
-    carry = Carry(x_RLD, Blocks(), tok().blank(len(keys_B)))
+    carry = Carry(x_RLD, KVPieces(), tok().blank(len(keys_B)))
     outputs = []
     for group in groups:
         run = run_bucket if group.padded else functools.partial(trunk.fold, run_step)

@@ -1,12 +1,11 @@
 """How are the layers of a network run in sampling, and how do they keep keys and values?
 
-A step of sampling reads all weights and all keys and values so far. Where it has many rows, their
-products cost more than that, and `ScannedTrunk` compiles one layer for all. A step of one row costs
-nothing else: `SplitTrunk` then reads everything in place. Each of its layers has arrays of its own,
-because a layer's part of stacked arrays is copied before it is used; on a CPU its kernels have
-their outputs first (`layers.times_outputs_first`).
+With many rows in a step matrix products dominate, so `ScannedTrunk` scans one compiled layer. With
+one row reads of weights, keys and values dominate, so `SplitTrunk` has the parameters of each layer
+apart: a slice of stacked parameters would be copied before it is used. On a CPU its weight matrices
+are stored [out, in] (`layers.times_outputs_first`).
 
-Both keep keys and values in blocks. The finished ones are never written again, and are constants of
+Both keep keys and values in pieces. The finished ones are never written again, and are constants of
 a loop over steps, in which only the current one is written: no step copies those before it. On a
 TPU, which fills up the last axis of an array to a multiple of 128, narrow heads of a `SplitTrunk`
 lie side by side.
@@ -33,8 +32,8 @@ from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel
 
 LAYERS = 'layers'  # the parameters of layers that are apart from each other
-LEAST_ROWS = 512  # rows of a block of a `ScannedTrunk`, but for the last one
-BLOCK_ROWS = 64  # rows of a block of a `SplitTrunk`, but for those of a step that has more
+LEAST_ROWS = 512  # rows of a piece of a `ScannedTrunk`, but for the last one
+PIECE_ROWS = 64  # rows of a piece of a `SplitTrunk`; a step that has more is a piece
 # Platforms on which a step of one row reads arrays in place only where each layer has its own.
 SPLIT = ('cpu', 'gpu', 'tpu')
 # Platforms on which few rows are multiplied fastest by kernels with their outputs first, because a
@@ -111,14 +110,14 @@ class Trunk(Protocol):
         """Keys and values of every layer, [depth, R, K, rows, H]."""
 
 
-class Blocks(NamedTuple):
+class KVPieces(NamedTuple):
     """Keys and values of the rows so far, as a trunk keeps them.
 
-    A block has those of every layer: one `KV`, stacked, or a tuple of one per layer.
+    A piece has those of every layer: one `KV`, stacked, or a tuple of one per layer.
 
     Attributes:
-        finished: blocks that are full, in the order of their rows.
-        current: the block that is written, if steps share a loop body; None otherwise.
+        finished: pieces that are full, in row order.
+        current: the piece that is written, if steps share a loop body; None otherwise.
     """
 
     finished: tuple[Any, ...] = ()
@@ -126,36 +125,36 @@ class Blocks(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the finished blocks."""
+        """Rows of the finished pieces."""
         return sum(map(_rows, self.finished))
 
-    def start(self, current: Any) -> 'Blocks':
-        """The same with an empty block that the next steps write."""
+    def start(self, current: Any) -> 'KVPieces':
+        """The same with an empty piece that the next steps write."""
         return self._replace(current=current)
 
-    def finish(self, block: Any) -> 'Blocks':
-        """The finished blocks and one more."""
-        return Blocks((*self.finished, block))
+    def finish(self, piece: Any) -> 'KVPieces':
+        """The finished pieces and one more."""
+        return KVPieces((*self.finished, piece))
 
     def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, Any]:
-        """Scans `run_step` over a group that writes the current block, and finishes it.
+        """Scans `run_step` over a group that writes the current piece, and finishes it.
 
-        Finished blocks are no part of the scan's carry, which would be copied.
+        Finished pieces are no part of the scan's carry, which would be copied.
         """
 
-        def in_block(inner: Carry, step: Step) -> tuple[Carry, Any]:
+        def in_piece(inner: Carry, step: Step) -> tuple[Carry, Any]:
             after, output = run_step(inner._replace(memory=self.start(inner.memory)), step)
             return after._replace(memory=after.memory.current), output
 
-        carry, outputs = scan_group(in_block, carry._replace(memory=self.current), group)
+        carry, outputs = scan_group(in_piece, carry._replace(memory=self.current), group)
         return carry._replace(memory=self.finish(carry.memory)), outputs
 
     def pieces(self, schedule: Schedule, step: Step) -> tuple[Any, ...]:
-        """The blocks that the rows of a step read; their numbers are in order."""
+        """The pieces that the rows of a step read, in row order."""
         if self.current is None:
             return self.finished
         read = self.current
-        if step.padded:  # no row of the group attends to the current block behind this row
+        if step.padded:  # no row of the group attends to the current piece behind this row
             read = _map_kv(lambda kv: kv.part(0, schedule.starts[step.like] - self.rows), read)
         return (*self.finished, read)
 
@@ -172,20 +171,20 @@ class Blocks(NamedTuple):
             bounds = TracedVisibility(visible_L[:1] if equal else visible_L)
         return Visibility(bounds=bounds, written=rows[0])
 
-    def write(self, new: Any, schedule: Schedule, step: Step) -> 'Blocks':
-        """The blocks with the keys and values of a step.
+    def write(self, new: Any, schedule: Schedule, step: Step) -> 'KVPieces':
+        """The pieces with the keys and values of a step.
 
-        Raises ValueError for a traced step without a current block, and for a padded one that could
+        Raises ValueError for a traced step without a current piece, and for a padded one that could
         end behind it: such a write would be moved over earlier rows.
         """
         if self.current is None:
             if not isinstance(step.index, int):
-                raise ValueError('a loop over steps has no current block')
+                raise ValueError('a loop over steps has no current piece')
             return self.finish(new)
         rows, end = _rows(self.current), schedule.starts[step.like + 1] - self.rows
         if step.padded and end > rows:
             raise ValueError(
-                f'a block of {rows} rows cannot hold a step that ends with its row {end}'
+                f'a piece of {rows} rows cannot hold a step that ends with its row {end}'
             )
         place = schedule.rows(step)[0] - self.rows
         return self.start(_map_kv(lambda kv, new: kv.write(new, place), self.current, new))
@@ -195,44 +194,44 @@ def _is_kv(x: Any) -> bool:
     return isinstance(x, KV)
 
 
-def _map_kv(change: Callable[..., KV], *blocks: Any) -> Any:
+def _map_kv(change: Callable[..., KV], *pieces: Any) -> Any:
     """Applies `change` to the keys and values of each layer, or of all."""
-    return jax.tree.map(change, *blocks, is_leaf=_is_kv)
+    return jax.tree.map(change, *pieces, is_leaf=_is_kv)
 
 
-def _rows(block: Any) -> int:
-    return jax.tree.leaves(block, is_leaf=_is_kv)[0].rows
+def _rows(piece: Any) -> int:
+    return jax.tree.leaves(piece, is_leaf=_is_kv)[0].rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScannedTrunk:
-    """Layers under one scan; a block has the keys and values of one step, or of steps in a loop.
+    """Layers under one scan; a piece has the keys and values of one step, or of steps in a loop.
 
     Attributes:
         network: the network.
         params: its parameters.
         condition: the conditions of all rows of the batch.
-        unread: the last step, whose keys and values no step reads; None: they are kept as well.
+        uncached_step: the step whose keys and values are not cached; None: all are cached.
         text_kv: keys and values of the text in every layer, or None.
     """
 
     network: Transformer
     params: Any
     condition: Any
-    unread: int | None
+    uncached_step: int | None
     text_kv: KV | None
 
     @classmethod
     def of(
-        cls, network: Transformer, params: Any, condition: Any, unread: int | None
+        cls, network: Transformer, params: Any, condition: Any, uncached_step: int | None
     ) -> 'ScannedTrunk':
         """Makes it; keys and values of the text are computed once per image."""
         text_kv = bind(network, params).text_kv(condition)
-        return cls(network, params, condition, unread, text_kv)
+        return cls(network, params, condition, uncached_step, text_kv)
 
     def __call__(
-        self, x_RLD: jax.Array, memory: Blocks, step: Step, mixing: jax.Array | None
-    ) -> tuple[jax.Array, Blocks]:
+        self, x_RLD: jax.Array, memory: KVPieces, step: Step, mixing: jax.Array | None
+    ) -> tuple[jax.Array, KVPieces]:
         schedule = self.network.schedule
         features_RLD, new = bind(self.network, self.params).trunk(
             x_RLD,
@@ -243,7 +242,7 @@ class ScannedTrunk:
             visibility=memory.visibility(schedule, step),
             mixing=mixing,
         )
-        if memory.current is None and step.index == self.unread:
+        if memory.current is None and step.index == self.uncached_step:
             return features_RLD, memory
         memory = memory.write(self.network.shard_kv(new), schedule, step)
         if memory.current is not None:
@@ -255,25 +254,25 @@ class ScannedTrunk:
             return _one_step(run_step, carry, group)
         starts = self.network.schedule.starts
         # Padded steps write as many rows as the last one.
-        kept = group.last + 1 if group.padded or self.unread != group.last else group.last
+        kept = group.last + 1 if group.padded or self.uncached_step != group.last else group.last
         empty = self.network.empty_cache(len(carry.x_RLD), starts[kept] - starts[group.first])
         carry, outputs = carry.memory.start(empty).fold(run_step, carry, group)
         return carry, [outputs]
 
-    def kv(self, memory: Blocks) -> KV:
+    def kv(self, memory: KVPieces) -> KV:
         return join_rows(memory.finished)
 
-    def _join_small(self, memory: Blocks) -> Blocks:
-        """Joins the last two blocks if the first of them is small: many pieces cost time."""
+    def _join_small(self, memory: KVPieces) -> KVPieces:
+        """Joins the last two pieces if the first of them is small: many pieces cost time."""
         if len(memory.finished) < 2 or memory.finished[-2].rows >= LEAST_ROWS:
             return memory
         *others, before, last = memory.finished
-        return Blocks((*others, join_rows((before, last))))
+        return KVPieces((*others, join_rows((before, last))))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitTrunk:
-    """Layers one after the other, each with weights of its own, and a cache in blocks.
+    """Layers one after the other, each with weights of its own, and a cache in pieces.
 
     Attributes:
         network: the network.
@@ -281,7 +280,7 @@ class SplitTrunk:
         layers: the parameters of every layer.
         condition: the conditions of all rows of the batch.
         text_kv: keys and values of the text in each layer, or None for each.
-        merged: key/value heads that blocks have side by side, as one head.
+        merged: key/value heads that pieces have side by side, as one head.
     """
 
     network: Transformer
@@ -321,8 +320,8 @@ class SplitTrunk:
         return Block(self.network.block.with_kernel(merged))
 
     def __call__(
-        self, x_RLD: jax.Array, memory: Blocks, step: Step, mixing: jax.Array | None
-    ) -> tuple[jax.Array, Blocks]:
+        self, x_RLD: jax.Array, memory: KVPieces, step: Step, mixing: jax.Array | None
+    ) -> tuple[jax.Array, KVPieces]:
         network = self.network
         per_layer, shared = bind(network, self.params).block_inputs(
             network.schedule.rows(step),
@@ -335,43 +334,43 @@ class SplitTrunk:
         written, pieces = [], memory.pieces(network.schedule, step)
         for layer, params in enumerate(self.layers):
             inputs = jax.tree.map(lambda x, layer=layer: x[layer], per_layer)._replace(
-                past=tuple(block[layer] for block in pieces), text_kv=self.text_kv[layer]
+                past=tuple(piece[layer] for piece in pieces), text_kv=self.text_kv[layer]
             )
             x_RLD, kv = bind(self._block, params)(x_RLD, inputs, shared)
             written.append(self._shard(kv.merge_heads(self.merged)))
         return x_RLD, self._write(memory, tuple(written), step)
 
     def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
-        """A scan per block. Finished blocks are no part of its carry, which would be copied."""
+        """A scan per piece. Finished pieces are no part of its carry, which would be copied."""
         if group.padded:
             raise ValueError('layers with arrays of their own sample no padded steps')
         if group.count == 1:
             return _one_step(run_step, carry, group)
         reads, outputs = self.network.schedule.reads[group.first], []
-        most = max(BLOCK_ROWS // reads, 1)
+        most = max(PIECE_ROWS // reads, 1)
         for first in range(group.first, group.first + group.count, most):
             part = Group(first, min(most, group.first + group.count - first))
-            carry, output = self._fold_block(run_step, carry, part, reads * part.count)
+            carry, output = self._fold_piece(run_step, carry, part, reads * part.count)
             outputs += output
         return carry, outputs
 
-    def kv(self, memory: Blocks) -> KV:
+    def kv(self, memory: KVPieces) -> KV:
         layers = map(join_rows, zip(*memory.finished, strict=True))
         kv = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
         return kv.split_heads(self.merged)
 
-    def _fold_block(
+    def _fold_piece(
         self, run_step: StepFn, carry: Carry, group: Group, rows: int
     ) -> tuple[Carry, list[Any]]:
         if group.count == 1:
             return _one_step(run_step, carry, group)
         empty = self.network.empty_cache(len(carry.x_RLD), rows, depth=1)
-        block = self._shard(jax.tree.map(lambda x: x[0], empty).merge_heads(self.merged))
-        current = (block,) * len(self.layers)
+        piece = self._shard(jax.tree.map(lambda x: x[0], empty).merge_heads(self.merged))
+        current = (piece,) * len(self.layers)
         carry, outputs = carry.memory.start(current).fold(run_step, carry, group)
         return carry, [outputs]
 
-    def _write(self, memory: Blocks, new: tuple[KV, ...], step: Step) -> Blocks:
+    def _write(self, memory: KVPieces, new: tuple[KV, ...], step: Step) -> KVPieces:
         memory = memory.write(new, self.network.schedule, step)
         return memory._replace(current=self.network.shard_kv_pieces(memory.current))
 

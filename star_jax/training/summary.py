@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from star_jax.core.codes import Bits, Codes
 from star_jax.core.schedule import Schedule
 from star_jax.errors import UserError
-from star_jax.parallel import gradient_sum, links, machine, rules
+from star_jax.parallel import gradient_sum_time, links, machine, rules
 from star_jax.parallel.mesh import REPLICAS, batch_shards
 from star_jax.training.optimizer import parameter_name
 from star_jax.training.run import Run, TokenizerRun
@@ -94,10 +94,10 @@ def replica_sum(params: Any, mesh: Mesh, dtype: str) -> dict[str, str]:
     fabric, sizes = links.fabric_of(devices), tuple(mesh.shape.values())
     local_chips = links.local_chips(devices)
     if fabric is None:
-        sent = gradient_sum.replica_sum(size, dtype, sizes, local_chips=local_chips).bytes
+        sent = gradient_sum_time.replica_sum(size, dtype, sizes, local_chips=local_chips).bytes
         return {'sum of gradients': f'{sent / 2**20:,.1f} MiB sent by each device, in {dtype}'}
-    seconds = gradient_sum.replica_sum_seconds(fabric, size, sizes, local_chips=local_chips)
-    return {'sum of gradients': gradient_sum.sum_sentence(seconds, dtype)}
+    seconds = gradient_sum_time.replica_sum_seconds(fabric, size, sizes, local_chips=local_chips)
+    return {'sum of gradients': gradient_sum_time.sum_sentence(seconds, dtype)}
 
 
 def device_sum(mesh: Mesh, dtype: str) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""How long does the sum of gradients over the replicas of a mesh take at least?"""
+"""How long does the sum of gradients over the replicas of a mesh take at least?
+
+The sum itself is computed by `Replicas` in `star_jax/training/gradients.py`.
+"""
 
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,7 +20,7 @@ def replica_sum(
     """The sum of gradients over the replicas.
 
     Args:
-        gradients: bytes of those of one device, in float32.
+        gradients: bytes of the float32 gradients on one device.
         dtype: the dtype in which they are summed.
         sizes: the lengths of the mesh axes.
         local_chips: chips of a slice or node.
