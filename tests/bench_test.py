@@ -116,6 +116,7 @@ def swept(tiny):
     return json.loads(out.read_text()), trace
 
 
+@pytest.mark.slow
 def test_train_measures_and_profiles_a_step(swept):
     (report,), trace = swept
     assert report['job']['run']['batch'] == 8

@@ -196,6 +196,15 @@ def send(number: int, name: str, step: int) -> Callable[[str, int], None]:
     return on_event
 
 
+@pytest.fixture
+def hangups():
+    """Signals of a closed terminal arrive, as they do not where `nohup` started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures('hangups')
 @pytest.mark.parametrize(
     'number, event, step, end',
     [
@@ -573,6 +582,7 @@ class Several:
         return self.end()
 
 
+@pytest.mark.slow
 def test_killed_run_continues_bit_for_bit(environment, tmp_path):
     """kill -9 during a save, then the same command: equal bit for bit."""
     whole, torn = tmp_path / 'whole', tmp_path / 'torn'

@@ -122,6 +122,7 @@ def test_run_continues_with_four_and_with_two_processes(run, alone, tmp_path):
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
 def test_lost_process_ends_the_other_and_one_continues(run, alone, tmp_path):
     out = tmp_path / 'out'
     with Processes(command(run, tmp_path), 2, tmp_path) as processes:

@@ -376,6 +376,7 @@ def lasting(path: Path) -> dict:
     return {name: x for name, x in config.read_json(path).items() if name not in TIMES}
 
 
+@pytest.mark.slow
 def test_a_unit_measures_everything_at_both_sizes(made):
     path = made / 'results' / 'tiny-learned-3.json'
     opening = ['study', 'kind', 'level_embedding', 'seed', 'data', 'commit', 'images', 'hardware']
@@ -397,6 +398,7 @@ def test_a_unit_measures_everything_at_both_sizes(made):
     }
 
 
+@pytest.mark.slow
 def test_a_finished_unit_is_kept_and_a_damaged_one_made_again(made, monkeypatch):
     path = made / 'results' / 'tiny-learned-3.json'
     before = path.read_bytes()
@@ -411,6 +413,7 @@ def test_a_finished_unit_is_kept_and_a_damaged_one_made_again(made, monkeypatch)
     assert 'made again' in out and lasting(path) == first
 
 
+@pytest.mark.slow
 def test_what_a_unit_lacks_is_named_and_the_next_is_made(made, monkeypatch, tmp_path):
     study = units.load(made / 'study.py')
     tried = []
@@ -426,6 +429,7 @@ def test_what_a_unit_lacks_is_named_and_the_next_is_made(made, monkeypatch, tmp_
     assert tried == ['tiny-reference', 'tiny-learned-3', 'tiny-normalised-3']
 
 
+@pytest.mark.slow
 def test_a_unit_whose_loss_is_not_finite_is_recorded(made, monkeypatch, tmp_path):
     def measure(self, work):
         raise NotFiniteError('stopped', 'step 4: loss is nan')

@@ -242,7 +242,9 @@ def test_constants_are_saved_and_never_change(trained):
     assert job.summary()['parameters'].replace(',', '').startswith(str(count))
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=pytest.mark.slow) if n == 'wide_star' else n for n in NAMES]
+)
 def test_a_family_from_outside_is_planned(name, trained):
     run, _ = trained(name)
     plan = planning.plan(run, topologies.parse_topology('1xA100-80G'), config=name, search=False)

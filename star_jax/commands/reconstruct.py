@@ -1,6 +1,7 @@
 """`star-jax reconstruct IMAGES...`"""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +52,10 @@ def main(words: Sequence[str]) -> int:
         *(options.out / f'{i:03d}-{path.stem}.png' for i, path in enumerate(options.images)),
         options.out / 'grid.png',
     ]
-    given = {path.resolve() for path in options.images}
+    given = {os.path.realpath(path) for path in options.images}
     for path in outputs:
         files.check_file(path)
-        if path.resolve() in given:
+        if os.path.realpath(path) in given:
             raise UserError(
                 f'{path} is one of the images, and is not overwritten: give another --out'
             )
