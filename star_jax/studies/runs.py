@@ -126,6 +126,7 @@ class RunsStudy:
                 RunUnit(
                     study=self.name,
                     contender=one,
+                    baseline=self.contenders[0].name,
                     seed=seed,
                     folder=self.folder,
                     sampled=self.sampled,
@@ -187,6 +188,7 @@ class RunUnit:
     Attributes:
         study: the name of the study.
         contender: the contender.
+        baseline: the name of the contender with which the others are compared.
         seed: the seed.
         folder: folder of the tokenizers and the encoded images.
         sampled: images of each number of objects that are sampled.
@@ -195,6 +197,7 @@ class RunUnit:
 
     study: str
     contender: Contender
+    baseline: str
     seed: int
     folder: str
     sampled: int
@@ -291,6 +294,7 @@ class RunUnit:
         return {
             'study': self.study,
             'contender': self.contender.name,
+            'baseline': self.baseline,
             'seed': self.seed,
             'images': run.batch * run.pace.steps,
             'settings': self.settings,

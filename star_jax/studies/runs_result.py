@@ -41,6 +41,7 @@ class RunResult:
     Attributes:
         study: the name of the study.
         contender: the name of the contender.
+        baseline: the name of the first contender of the study, with which the others are compared.
         seed: the seed.
         commit: commit of the code.
         images: images of the training.
@@ -67,6 +68,7 @@ class RunResult:
     parameters: int
     tokens: int
     numbers: int
+    baseline: str = ''
     curve: tuple[HeldOut, ...] = ()
     aligned: tuple[Aligned, ...] = ()
     sampling: Settings | None = None
