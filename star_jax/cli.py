@@ -153,23 +153,29 @@ def _run(words: list[str], load: Callable[[str], types.ModuleType]) -> int:
         return _report(command, error, 2)
     except RunError as error:
         return _report(command, error, 1)
-    except OSError as error:
-        if reason := files.full_disk(error):
-            return _report(command, f'nothing more can be written ({reason}): {ROOM}', 1)
+    except (OSError, MemoryError, RuntimeError) as error:
+        return _report_resource(command, error)
+    except KeyboardInterrupt:
+        return _report(command, 'stopped', INTERRUPTED)
+
+
+def _report_resource(command: str, error: OSError | MemoryError | RuntimeError) -> int:
+    """Reports a full disk, a file that cannot be used, or too little memory; raises other errors.
+
+    Libraries raise RuntimeErrors for each of the first and the last.
+    """
+    if reason := files.full_disk(error):
+        return _report(command, f'nothing more can be written ({reason}): {ROOM}', 1)
+    if isinstance(error, OSError):
         if error.filename is None:
-            raise
+            raise error
         # Too many functions access files for each of them to check permissions first.
         name, reason = os.fspath(error.filename), error.strerror or error
         sentence = f'{name} cannot be used ({reason}): change its permissions, or name another'
         return _report(command, sentence, 2)
-    except KeyboardInterrupt:
-        return _report(command, 'stopped', INTERRUPTED)
-    except (MemoryError, RuntimeError) as error:
-        if reason := files.full_disk(error):  # raised by a library
-            return _report(command, f'nothing more can be written ({reason}): {ROOM}', 1)
-        if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
-            raise
-        return _report(command, f'the memory is too small ({error}): {SMALLER}', 1)
+    if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
+        raise error
+    return _report(command, f'the memory is too small ({error}): {SMALLER}', 1)
 
 
 def _report(command: str, error: object, status: int) -> int:

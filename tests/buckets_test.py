@@ -23,8 +23,8 @@ from star_jax.families.star import Refinement, Star
 from star_jax.families.var import Var
 from star_jax.nn.positions import Learned
 from star_jax.sampling import methods, program, stable
+from star_jax.sampling.kv_pieces import KVPieces
 from star_jax.sampling.sampler import GivenCodes, sample
-from star_jax.sampling.trunks import KVPieces
 
 SIDES = (1, 2, 3, 4)
 SIZES = (1, 4, 9, 16)

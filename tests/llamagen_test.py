@@ -33,7 +33,7 @@ from star_jax.errors import UserError
 from star_jax.families.llamagen import SIZES, LlamaGen, LlamaGenText
 from star_jax.nn import layers
 from star_jax.nn.bind import bind
-from star_jax.sampling import program, trunks
+from star_jax.sampling import program, trunks, weight_layout
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.program import image_keys
 from star_jax.sampling.sampler import sample
@@ -117,7 +117,7 @@ def sampled(name: str, rows: int = 2, platform: str = ''):
         result = sample(
             network,
             tokenizer,
-            trunks.arrange(parts, model.schedule, platform),
+            weight_layout.arrange(parts, model.schedule, platform),
             keys_B=image_keys(range(rows)),
             condition=both,
             settings=settings,

@@ -18,7 +18,7 @@ from star_jax.families.llamagen import LlamaGen
 from star_jax.nn.bind import bind
 from star_jax.parallel.mesh import MeshShape
 from star_jax.plan import topologies
-from star_jax.sampling import trunks
+from star_jax.sampling import trunks, weight_layout
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.program import abstract_cast, image_keys
 from star_jax.sampling.sampler import sample
@@ -56,7 +56,7 @@ def compiled(mesh=None, model=MODEL, dtype='float32', device=None) -> Any:
 
     params = {'model': nn.unbox(model.abstract()), 'tokenizer': {}}
     platform = device.platform if device else 'cpu'
-    params = trunks.arrange(abstract_cast(params, dtype), model.schedule, platform)
+    params = weight_layout.arrange(abstract_cast(params, dtype), model.schedule, platform)
     keys_B = jax.eval_shape(lambda: image_keys([0]))
     labels = LabelCondition(jax.ShapeDtypeStruct((1,), np.int32))
     args = (params, keys_B, labels)

@@ -70,11 +70,14 @@ def test_wrong_studies_are_refused(study):
         dataclasses.replace(study, contenders=other)
 
 
-def result(name: str, seed: int, loss: float, numbers: int, right: float) -> RunResult:
+def result(
+    name: str, seed: int, loss: float, numbers: int, right: float, baseline: str = 'bits-9'
+) -> RunResult:
     point = HeldOut(step=1, loss=loss, accuracy=0.5, scales=())
     return RunResult(
         study='infinity',
         contender=name,
+        baseline=baseline,
         seed=seed,
         commit='abc',
         images=100,
@@ -116,6 +119,23 @@ def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
     config.write(place / 'other.json', changed)
     assert cli.main(words) == 2
     assert 'bits-9 have different settings' in capsys.readouterr().err
+
+
+def test_contenders_are_compared_with_the_first_one_of_the_study(study, tmp_path, capsys):
+    first = study.contenders[0].name
+    assert {unit.baseline for unit in study.units if hasattr(unit, 'contender')} == {first}
+    (tmp_path / 'results').mkdir()
+    for name in ('a', 'b', 'c'):
+        for seed in (0, 1):
+            one = result(name, seed, 0.1, 9, 0.5 + seed / 10, baseline='b')
+            config.write(tmp_path / 'results' / f'{name}-{seed}.json', one)
+    words = ['study', 'report', str(tmp_path / 'results'), '--out', str(tmp_path / 'report')]
+    assert cli.main(words) == 0
+    tables = (tmp_path / 'report_tables.md').read_text()
+    assert '| a - b |' in tables and '| c - b |' in tables and '- a |' not in tables
+    other = result('d', 0, 0.1, 9, 0.5, baseline='d')
+    config.write(tmp_path / 'results' / 'd-0.json', other)
+    assert cli.main(words) == 2 and 'of several studies' in capsys.readouterr().err
 
 
 @pytest.fixture(scope='module')

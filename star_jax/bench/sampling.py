@@ -24,7 +24,7 @@ from star_jax.nn.transformer import Transformer
 from star_jax.parallel import machine
 from star_jax.plan.jaxpr_memory import weights_read
 from star_jax.protocols import Family, TokenizerConfig
-from star_jax.sampling import program, trunks
+from star_jax.sampling import program, weight_layout
 from star_jax.text.encoder import TOWERS, read_states
 from star_jax.text.hf_config import PUBLISHED
 from star_jax.text.tokens import pad
@@ -85,7 +85,7 @@ class SamplingJob:
         counted = self.model.build(self.dtype, attend=ByScale())  # its FLOPs can be counted
         tokenizer, params = self._load() if self.folder else self._random()
         platform = jax.default_backend()
-        params = trunks.arrange(program.cast(params, self.dtype), network.schedule, platform)
+        params = weight_layout.arrange(program.cast(params, self.dtype), network.schedule, platform)
         inputs = program.inputs(
             self.model,
             self.settings,

@@ -189,10 +189,6 @@ def run(job: TorchLoopJob) -> dict[str, Any]:
     count, network = model.schedule.steps, model.build()
     ours = (median['program'] - median['decoder']) / count
     reads = (main.reads - decoder.reads) / count
-    rows = model.schedule.starts[-1]
-    kept = jax.eval_shape(lambda: network.empty_cache(2 * batch, rows))
-    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
     return {
         'batch': batch,
         'step_ms': 1000 * ours,
@@ -203,7 +199,6 @@ def run(job: TorchLoopJob) -> dict[str, Any]:
         'read_rate_gbytes': rate.amount / median['read'] / 1e9,
         'read_rate_share': reads / ours / (rate.amount / median['read']),
         'decoder_seconds_an_image': median['decoder'] / batch,
-        'temporaries_of_cache': temporaries / cache,
         'compile_seconds': compiling,
         'seconds': found,
         'hardware': machine.describe(),

@@ -253,7 +253,7 @@ def _with_relative_text(
 ) -> tuple[StoredModel | StoredTokenizer, bool]:
     """The content with a text source relative to the folder, and whether `inside` contains it."""
     text = content.text if isinstance(content, StoredModel) else None
-    path, inside = Path(text.source if text else ''), inside.resolve()
+    path, inside = Path(text.source if text else ''), Path(os.path.realpath(inside))
     if text is None or not path.is_absolute() or not path.is_relative_to(inside):
         return content, False
     source = '/'.join([TEXT_SOURCE, *path.relative_to(inside).parts])

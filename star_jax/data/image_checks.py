@@ -58,7 +58,7 @@ def check_images(root: Path, images: Mapping[str, File]) -> dict[str, ImageCheck
     Results are stored even if the call is interrupted, and those until a minute ago if the process
     is killed.
     """
-    path = files.cache_folder() / 'folders' / f'{_digest(str(root.resolve()))}.json'
+    path = files.cache_folder() / 'folders' / f'{_digest(os.path.realpath(root))}.json'
     checks = _load(path)
     stamps = {name: file_stamp(image) for name, image in images.items()}
     unchecked = [name for name in images if not _is_valid(checks.get(name), stamps[name])]

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 Initializer = nn.initializers.Initializer
 # The name of a kernel that is stored with the axes of its outputs first, [*out, *in], in the place
-# of 'kernel': `sampling.trunks.arrange` stores it so where sampling reads it fastest.
+# of 'kernel': `sampling.weight_layout.arrange` stores it so where sampling reads it fastest.
 OUTPUTS_FIRST = 'outputs_first'
 
 

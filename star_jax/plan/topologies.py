@@ -96,7 +96,7 @@ class Pod:
         """
         if importlib.util.find_spec('libtpu') is None:
             raise UserError(
-                f'programs for {self.name} are compiled by libtpu, which is not installed; run in '
+                f'libtpu, which knows the chips of {self.name}, is not installed; run in '
                 "the folder of this project: pip install -e '.[plan]'"
             )
         for name, value in ENVIRONMENT_WITHOUT_TPU.items():

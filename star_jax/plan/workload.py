@@ -29,7 +29,7 @@ from star_jax.nn.kernels import ByScale
 from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
 from star_jax.protocols import Family, Kernel, PromptEncoder, TokenizerConfig
-from star_jax.sampling import program, trunks
+from star_jax.sampling import program, weight_layout
 from star_jax.text.encoder import abstract_encoder
 from star_jax.text.encoder_folder import locate
 from star_jax.text.hf_config import PUBLISHED
@@ -202,7 +202,7 @@ def sampling(
     params = program.abstract_cast(
         {'model': model_params, 'tokenizer': tokenizer_params}, run.dtype
     )
-    params = trunks.arrange(params, run.model.schedule, platform)
+    params = weight_layout.arrange(params, run.model.schedule, platform)
     keys_B = jax.eval_shape(lambda: program.image_keys(range(run.batch)))
     keys_B, prompted = _split_batch((keys_B, prompts.condition(run.batch)), mesh)
     inputs = program.inputs(

@@ -27,7 +27,7 @@ from star_jax.errors import UserError, UserTypeError
 from star_jax.parallel import machine, rules
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.protocols import PromptEncoder
-from star_jax.sampling import given_images, program, trunks
+from star_jax.sampling import given_images, program, weight_layout
 from star_jax.sampling.given_images import AnyImage
 
 BATCH = 16  # images per run of the program by default
@@ -77,7 +77,7 @@ class Pipeline:
         }
         params = {'model': model.params, 'tokenizer': model.tokenizer.params}
         params, abstract = (
-            trunks.arrange(tree, self.network.schedule, platform)
+            weight_layout.arrange(tree, self.network.schedule, platform)
             for tree in (program.cast(params, dtype), abstract)
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

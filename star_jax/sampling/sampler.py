@@ -23,7 +23,9 @@ from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
-from star_jax.sampling.trunks import LAYERS, Carry, KVPieces, ScannedTrunk, SplitTrunk, Trunk
+from star_jax.sampling.kv_pieces import Carry, KVPieces
+from star_jax.sampling.trunks import ScannedTrunk, SplitTrunk, Trunk
+from star_jax.sampling.weight_layout import LAYERS
 
 
 class StepTrace(NamedTuple):
@@ -153,7 +155,7 @@ def sample(
         network: the transformer.
         tokenizer: its tokenizer.
         params: parameters of both, as 'model' and 'tokenizer', and perhaps those of the layers
-            apart from the model's others, as 'layers' (`trunks.split`).
+            apart from the model's others, as 'layers' (`weight_layout.split`).
         keys_B: one key per image, which is folded with each step.
         condition: B conditional rows and then B unconditional ones, or conditional rows alone (no
             guidance).

@@ -61,7 +61,9 @@ def _tokenizers(results: Sequence[Any]) -> list[Cells]:
 def _contenders(results: Sequence[Any]) -> list[Cells]:
     runs = [one for one in results if isinstance(one, RunResult)]
     names = list(dict.fromkeys(one.contender for one in sorted(runs, key=lambda one: one.seed)))
-    names.sort(key=lambda name: all(name != one.baseline for one in runs))  # the baseline is first
+    names.sort(key=lambda name: name != runs[0].baseline)  # the baseline is first
+    if len({one.baseline for one in runs}) > 1:
+        raise UserError('the units are of several studies: report each of them alone')
     for name in names:
         if len({one.settings for one in runs if one.contender == name}) > 1:
             raise UserError(f'the units of {name} have different settings: they do not compare')

@@ -60,6 +60,7 @@ class RunResult:
 
     study: str
     contender: str
+    baseline: str
     seed: int
     commit: str
     images: int
@@ -68,7 +69,6 @@ class RunResult:
     parameters: int
     tokens: int
     numbers: int
-    baseline: str = ''
     curve: tuple[HeldOut, ...] = ()
     aligned: tuple[Aligned, ...] = ()
     sampling: Settings | None = None

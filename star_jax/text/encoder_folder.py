@@ -197,7 +197,7 @@ def absolute_source(source: str) -> str:
     """The source in a form for files: paths become absolute."""
     local = Path(os.path.expanduser(source))
     is_path = not source.startswith('package:') and os.path.isdir(local)
-    return str(local.resolve()) if is_path else source
+    return os.path.realpath(local) if is_path else source
 
 
 def _package_folder(name: str) -> Path:

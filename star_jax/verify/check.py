@@ -5,6 +5,7 @@ float32 precision on every platform.
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def verify(folder: Path) -> CaseReport:
     OPTIONS[kind[0]][kind[1]].check(case.config, case.path)
     case = dataclasses.replace(case, marks=MARKS.get(kind[0]))
     with jax.default_matmul_precision('highest'):
-        return CaseReport(folder.resolve().name, _lines(case, KINDS[kind]))
+        return CaseReport(os.path.basename(os.path.realpath(folder)), _lines(case, KINDS[kind]))
 
 
 def main(folders: Sequence[Path]) -> int:
