@@ -3,6 +3,7 @@
 The cases are those under $STAR_JAX_GOLDEN, by default the small ones that travel with the tests.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from star_jax.core.filters import NucleusFilter
 from star_jax.errors import UserError
 from star_jax.nn.positions import RawRotary
 from star_jax.verify import cases, check, comparison, sampler, star_options
+from star_jax.verify.infinity import RotaryTables
+from star_jax.verify.infinity_generate import BitGenerations
 
 SMALL = Path(__file__).parent / 'golden'
 ROOT = Path(os.environ.get('STAR_JAX_GOLDEN', SMALL))
@@ -30,6 +33,7 @@ GENERATION = SMALL / 'star' / 'dev_star_generate'
 ROPE = SMALL / 'star' / 'dev_rope'
 TOKENDROP = SMALL / 'star' / 'dev_star_tokendrop'
 VQVAE = SMALL / 'star' / 'dev_vqvae'
+BITS = SMALL / 'infinity'
 
 
 def kind_of(folder: Path) -> tuple[str, str]:
@@ -186,6 +190,20 @@ def test_verify_reports_a_damaged_case(tmp_path, file, content, message):
         (GENERATION, {'temperature': 0.5}, 'temperature'),
         (GENERATION, {'runs': [{'name': 'hot', 'temperature': 0.5}]}, r'runs\.0\.temperature'),
         (ROPE, {'tables': [{'table': 0, 'mode': None}]}, r'tables\.0\.mode'),
+        (BITS / 'dev_bsc', {'variants': [{'name': 'plain', 'z_drop': 0}]}, r'variants\.0\.z_drop'),
+        (BITS / 'dev_generate', {'runs': [{'cfg_sc': 3}]}, r'runs\.0\.cfg_sc'),
+        (BITS / 'dev_generate', {'vae': {'scale_factor': 2}}, r'vae\.scale_factor'),
+        (BITS / 'dev_quantizer', {'random_flip': 0.1}, 'random_flip'),
+        (BITS / 'dev_quantizer_options', {'variants': [{'options': {'keep': 1}}]}, r'.*\.keep'),
+        (BITS / 'dev_rope2d', {'tables': [{'theta': 100}]}, r'tables\.0\.theta'),
+        (BITS / 'dev_sampling', {'combos': [{'min_p': 0.1}]}, r'combos\.0\.min_p'),
+        (
+            BITS / 'dev_tf_patchify',
+            {'options': {'customized_flash_attn': 1}},
+            'options.customized.*',
+        ),
+        (BITS / 'dev_tokenizer', {'double_z': True}, 'double_z'),
+        (BITS / 'dev_train_step', {'runs': [{'focal': 2}]}, r'runs\.0\.focal'),
     ],
 )
 def test_verify_refuses_an_unknown_option_by_name(tmp_path, case, changes, field):
@@ -213,11 +231,52 @@ def test_verify_refuses_an_unknown_option_by_name(tmp_path, case, changes, field
         (TOKENDROP, 'token_dropping', None),
         (TOKENDROP, 'token_dropping', {'drop_scale_length': 23}),
         (TOKENDROP, 'token_dropping', {'drop_start_idx': 4}),
+        (BITS / 'dev_quantizer', 'up', 'nearest'),
+        (BITS / 'dev_tf_patchify', 'norm_eps', 1e-5),
+        (BITS / 'dev_tf_patchify', 'transformer_d_vae', 6),
+        (BITS / 'dev_tokenizer', 'patch_size', 8),
+        (BITS / 'dev_train_step', 'options', {'drop_rate': 0.1}),
+        (BITS / 'dev_train_step', 'noise_apply_strength', 0.0),
+        (BITS / 'dev_train_step', 'schedule_used', [[1, 1, 1], [1, 3, 3]]),
     ],
 )
 def test_verify_refuses_a_value_that_it_does_not_compute(tmp_path, case, field, value):
     with pytest.raises(UserError, match=field):
         check.verify(with_changes(tmp_path, case, {field: value}))
+
+
+def test_verify_refuses_an_unknown_reduction_of_bits(tmp_path):
+    runs = [{'name': 'reweighted', 'reweight': True, 'bitloss_type': 'max'}]
+    folder = with_changes(tmp_path, BITS / 'dev_train_step', {'runs': runs})
+    with pytest.raises(
+        UserError, match="bitloss_type of reweighted is 'max', expected one of mean"
+    ):
+        check.verify(folder)
+
+
+def test_a_generation_that_stops_early_needs_no_later_bits():
+    case = cases.read_case(BITS / 'dev_generate')
+    arrays = {n: x for n, x in case.arrays.items() if not n.endswith(('s2', 's3'))}
+    runs = BitGenerations(dataclasses.replace(case, arrays=arrays))
+    sampled = {'top_k': 900, 'trunk_scale': 2, 'gt_leak': 3}
+    with pytest.raises(UserError, match='leaked_bits'):
+        runs.given('sampled_topp', sampled)
+    given = runs.given('sampled_topp', sampled | {'gt_leak': 0})
+    assert given.mask_S.tolist() == [True, True, False, False]
+    leaked = runs.given('greedy_leak2', {'top_k': 1, 'trunk_scale': 1, 'gt_leak': 2})
+    assert leaked.mask_S.tolist() == [True, False, False, False]
+
+
+def test_a_rotary_table_may_name_its_published_table(tmp_path):
+    config = json.loads((BITS / 'dev_rope2d' / 'config.json').read_text())
+    apply = config['apply'] | {'published_table': [config['apply']['ratio'], '0.06M'], 'ratio': 1.0}
+    folder = with_changes(tmp_path, BITS / 'dev_rope2d', {'apply': apply})
+    check.OPTIONS['infinity']['rope2d'].check(config | {'apply': apply}, folder)
+    rules = RotaryTables(cases.read_case(folder))
+    np.testing.assert_array_equal(
+        rules.rotation(apply),
+        RotaryTables(cases.read_case(BITS / 'dev_rope2d')).rotation(config['apply']),
+    )
 
 
 def test_verify_accepts_remarks_and_inert_options(tmp_path):

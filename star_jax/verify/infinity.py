@@ -43,7 +43,9 @@ class RotaryTables:
         """[rows, P, 2] of a table or an application, padded with zero rows."""
         option = self.case.option
         grids = images(options['schedule'], self.case)
-        reference = templates.PUBLISHED.by_name[str(float(options['ratio']))][-1]
+        table = options.get('published_table', self.case.optional('published_table'))
+        ratio = table[0] if isinstance(table, list) else options['ratio']
+        reference = templates.PUBLISHED.by_name[str(float(ratio))][-1]
         rotary = rotary_of(self.case, options['mode'])
         rotation_LP2 = rotary.rotation(Pyramid(grids, reference), option('head_dim'))
         padding = -len(rotation_LP2) % max(option('pad_to_multiplier'), 1)

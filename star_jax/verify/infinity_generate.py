@@ -138,10 +138,11 @@ class BitGenerations:
     def given(self, name: str, run: Mapping[str, Any]) -> GivenCodes:
         """The recorded bits of scales that are given, or of all where a run samples."""
         schedule, codes = self.infinity.schedule, {}
+        stop = min(run.get('trunk_scale') or schedule.steps, schedule.steps)
         if run['top_k'] != 1:
-            for step in range(schedule.steps):
+            for step in range(stop):
                 codes[step] = self.case.input(f'{name}/out/bits/s{step}')
-        for step in range(run.get('gt_leak', 0)):
+        for step in range(min(run.get('gt_leak', 0), stop)):
             maps = self.case.input(f'{name}/in/leaked_bits/s{step}')[:, 0]
             codes[step] = bind(self.bsq.build(), {}).tokens((maps,))
         if codes:

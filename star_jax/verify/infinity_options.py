@@ -73,6 +73,7 @@ OPTIONS: Mapping[str, Options] = {
             'prefix_schedule',
             'rope_reference_schedule',
             'schedule',
+            'tokenizer_codebook_dim',
             'transformer_d_vae',
         ),
         checked=NO_DROPOUT,
@@ -80,7 +81,6 @@ OPTIONS: Mapping[str, Options] = {
             *DESCRIPTIVE,
             *INERT_IN_TRANSFORMERS,
             'published_table',
-            'tokenizer_codebook_dim',
         ),
     ),
     'train_step': Options(
@@ -144,6 +144,7 @@ OPTIONS: Mapping[str, Options] = {
             'pad_to_multiplier',
             *(f'tables.*.{name}' for name in ('mode', 'ratio', 'pn', 'schedule')),
             *(f'apply.{name}' for name in ('mode', 'ratio', 'scale_inds', 'schedule')),
+            *(f'{where}published_table' for where in ('', 'tables.*.', 'apply.')),
         ),
         descriptive=(*DESCRIPTIVE, 'tables.*.rows', 'apply.heads', 'apply.pn'),
     ),

@@ -252,13 +252,7 @@ class Corrected:
                 'its transformer_schedule'
             )
         self.flipped = entry['noise_apply_layers'] if entry['noise_apply_requant'] else 0
-        correction = SelfCorrection(strength=max(entry['noise_apply_strength'], 0))
-        percents = case.arrays.get(f'{name}/in/strength_percent', np.zeros(0, int))
-        if (percents >= correction.rates).any():
-            raise UserError(
-                f'{case.path}: strength_percent of {name} exceeds {correction.rates - 1}, the '
-                f'largest percentage at strength {correction.strength}'
-            )
+        check_percents(case, f'{name}/in/', entry['noise_apply_strength'])
 
     def mask(self, step: int) -> jax.Array:
         """Which bits of a scale the recorded numbers flip, [B, 1, h, w, K]."""
@@ -289,6 +283,20 @@ class Corrected:
     def labels(self, step: int) -> jax.Array:
         first, end = self.bsq.schedule.offsets[step : step + 2]
         return self.targets.codes_BL[:, first:end]
+
+
+def check_percents(case: Case, prefix: str, strength: float) -> None:
+    """Checks that the recorded rates of flips are possible at a strength (negative: no flips).
+
+    Raises UserError if one is larger.
+    """
+    correction = SelfCorrection(strength=max(strength, 0))
+    percents = case.arrays.get(f'{prefix}strength_percent', np.zeros(0, int))
+    if (percents >= correction.rates).any():
+        raise UserError(
+            f'{case.path}: {prefix}strength_percent exceeds {correction.rates - 1}, the largest '
+            f'percentage at noise_apply_strength = {correction.strength}'
+        )
 
 
 def tokenizer_config(

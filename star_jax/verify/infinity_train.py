@@ -5,6 +5,7 @@ texts.
 """
 
 import functools
+import typing
 from collections.abc import Callable
 
 import jax
@@ -32,7 +33,7 @@ from star_jax.verify.comparison import (
     TOKENIZED,
 )
 from star_jax.verify.infinity import named
-from star_jax.verify.infinity_tokenizer import to_recorded, tokenizer_config
+from star_jax.verify.infinity_tokenizer import check_percents, to_recorded, tokenizer_config
 from star_jax.verify.infinity_transformer import (
     TEXT,
     dropped_fn,
@@ -65,6 +66,7 @@ class BitTraining:
         self.tokenizer = cases.convert(case, bsq_entries(self.bsq, state), state, IGNORED)
         self.text = text_of(case, 'in/')
         self.flipped = option('noise_apply_layers') if option('noise_apply_requant') else 0
+        check_percents(case, 'in/', option('noise_apply_strength'))
         self.losses = functools.cache(self._losses)
 
     def rules(self) -> tuple[Rule, ...]:
@@ -134,12 +136,15 @@ class BitTraining:
     def _losses(self, name: str) -> tuple[jax.Array, TokenLosses, dict[str, np.ndarray]]:
         """The loss of a run, the losses of its tokens, and gradients in the original names."""
         run = named(self.case, 'runs', 'name', name)
-        schedule = self.infinity.schedule
+        schedule, of_bits = self.infinity.schedule, run['bitloss_type']
+        if of_bits not in (known := typing.get_args(tokens.BitReduction)):
+            raise UserError(
+                f'{self.case.path}: bitloss_type of {name} is {of_bits!r}, expected one of '
+                f'{", ".join(known)}'
+            )
         balance = REWEIGHTED if run['reweight'] else 0.0
         weights_L = tokens.token_weights(schedule, schedule.length, balance)
-        differentiate = _loss_fn(
-            self.infinity, self.case.option('label_smoothing'), run['bitloss_type']
-        )
+        differentiate = _loss_fn(self.infinity, self.case.option('label_smoothing'), of_bits)
         drop_B = self.case.input('in/drop_mask')
         (value, losses), gradients = differentiate(
             self.params, self.targets, self.text, drop_B, weights_L

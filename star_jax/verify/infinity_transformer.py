@@ -16,9 +16,11 @@ from star_jax.convert.infinity import BUFFERS, infinity_entries
 from star_jax.core import condition
 from star_jax.core.condition import TextCondition
 from star_jax.core.visibility import Visibility
+from star_jax.errors import UserError
 from star_jax.families.infinity import Infinity
 from star_jax.nn.bind import bind
 from star_jax.nn.blocks import Block
+from star_jax.tokenizers.sign_quantiser import PATCH
 from star_jax.verify import cases
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import ACTIVATIONS, INFORMATION, INTEGERS
@@ -36,9 +38,16 @@ class TeacherForcedBits:
     def __init__(self, case: Case) -> None:
         self.case = case
         option = case.option
+        bits, cell = option('transformer_d_vae'), case.optional('tokenizer_codebook_dim')
+        joined = PATCH**2 if option('apply_spatial_patchify') else 1
+        if cell and bits != joined * cell:
+            raise UserError(
+                f'{case.path}: transformer_d_vae is {bits}, expected {joined} x the '
+                f'tokenizer_codebook_dim {cell}'
+            )
         self.infinity = infinity_config(
             case,
-            bits=option('transformer_d_vae'),
+            bits=bits,
             schedule=option('schedule'),
             reference=option('rope_reference_schedule'),
         )
