@@ -179,6 +179,12 @@ def test_help_fits_two_screens_and_has_an_example(words):
     assert len(out.splitlines()) <= 100 and max(map(len, out.splitlines())) <= 120
 
 
+def test_help_all_of_a_config_introduces_it():
+    words, source = ('train', 'configs/infinity_125m.py'), 'Infinity specification 6 and 8'
+    assert source in ' '.join(star_jax(*words, '--help-all')[1].split())
+    assert source not in star_jax(*words, '--help')[1]
+
+
 @pytest.fixture
 def described(monkeypatch) -> Callable[[Sequence[str]], tuple[type, Any]]:
     """Maps a command line to the dataclass whose options its --help prints, and their defaults."""

@@ -34,6 +34,7 @@ def parse(
     command: str,
     default: Arguments | None = None,
     common: Sections = help_text.ALL,
+    about: str = '',
 ) -> Arguments:
     """The dataclass that a command line describes.
 
@@ -46,13 +47,14 @@ def parse(
         default: instance with the values of arguments that are not given.
         common: sections of options that --help describes besides the fields of `cls` itself (none:
             it describes all options).
+        about: what the config with the default values is, for --help-all.
 
     Raises:
         UserError: an argument is unknown or ill-typed, or a config refuses its value.
     """
     if asks_for_help(words):
         everything = HELP_ALL in words
-        text = help_text.render(cls, command, default, common, everything)
+        text = help_text.render(cls, command, default, common, everything, about)
         sys.stdout.write(terminal.printable(text, keep='\n'))
         raise SystemExit(0)
     options = {} if default is None else {'default': default}

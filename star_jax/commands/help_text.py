@@ -53,7 +53,9 @@ class Option:
     positional: bool
 
 
-def render(cls: type, command: str, default: Any, common: Sections, everything: bool) -> str:
+def render(
+    cls: type, command: str, default: Any, common: Sections, everything: bool, about: str = ''
+) -> str:
     """The help of a command.
 
     Args:
@@ -62,6 +64,7 @@ def render(cls: type, command: str, default: Any, common: Sections, everything: 
         default: instance with the default values, or None.
         common: sections of options that are described besides the fields of `cls` itself.
         everything: whether to describe all options; so does an empty `common`.
+        about: what the config with the default values is, shown if everything is.
     """
     width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
     arguments = list(options(cls, default))
@@ -69,6 +72,8 @@ def render(cls: type, command: str, default: Any, common: Sections, everything: 
     named = [option for option in arguments if not option.positional]
     words = ' '.join([command, *(option.invocation for option in positional)])
     lines = [f'usage: star-jax {words} [OPTIONS]', '', *_introduction(cls, width)]
+    if everything:
+        lines += _filled(about, width)
     lines += _section('arguments', positional, width)
     if everything or not common:
         for group, members in _by_group(named).items():
@@ -133,10 +138,15 @@ def command_words(command: str) -> str:
 
 def _introduction(cls: type, width: int) -> list[str]:
     """The docstring of the class up to its `Attributes:`, filled to the width."""
-    text = inspect.cleandoc(cls.__doc__ or '').partition('\nAttributes:')[0]
+    return _filled(inspect.cleandoc(cls.__doc__ or '').partition('\nAttributes:')[0], width)
+
+
+def _filled(text: str, width: int) -> list[str]:
+    """The paragraphs of a text, filled to the width; indented ones stay as they are."""
     lines = []
-    for paragraph in text.strip().split('\n\n'):
-        lines += [*textwrap.wrap(' '.join(paragraph.split()), width), '']
+    for paragraph in filter(None, text.strip('\n').split('\n\n')):
+        kept = paragraph.splitlines() if paragraph.startswith(' ') else None
+        lines += [*(kept or textwrap.wrap(' '.join(paragraph.split()), width)), '']
     return lines
 
 

@@ -1,5 +1,6 @@
 """Which options and steps do the commands share that take the config of a run?"""
 
+import ast
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -101,10 +102,10 @@ def train(words: Sequence[str], command: str, arguments_type: type, run_type: ty
     `arguments_type` is the dataclass of the arguments: a `run` of `run_type`, and `out`.
     """
     words = list(words)
-    run, out = run_type(), Path('runs') / command
+    run, out, about = run_type(), Path('runs') / command, ''
     if words and not words[0].startswith('-'):
         path = Path(words.pop(0))
-        run = load(path, run_type)
+        run, about = load(path, run_type), introduction(path)
         out = Path('runs') / (path.stem if path.suffix == '.py' else path.parent.name)
     options = arguments.parse(
         arguments_type,
@@ -112,12 +113,19 @@ def train(words: Sequence[str], command: str, arguments_type: type, run_type: ty
         f'{command} [CONFIG]',
         default=arguments_type(run=run, out=out),
         common=COMMON[run_type],
+        about=about,
     )
     config.check(options.run, where='the settings of the run')
     from star_jax.training import train as program  # only after the arguments are checked
 
     program.main(options.run, options.out)
     return 0
+
+
+def introduction(path: Path) -> str:
+    """The docstring of a config file that was loaded, under its path; '' for config.json."""
+    text = ast.get_docstring(ast.parse(path.read_bytes())) if path.suffix == '.py' else ''
+    return f'{path}: {text}' if text else ''
 
 
 def load(path: Path, run_type: type[Runs]) -> Runs:
