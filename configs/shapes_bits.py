@@ -41,7 +41,7 @@ run = Run(
         reference=(8, 8),
         templates=TEMPLATES,
         text_width=384,
-        text_rows=64,
+        text_rows=32,
     ),
     tokenizer='runs/bits_tokenizer/model',
     data=DATA,

@@ -63,11 +63,12 @@ record of a collective does not name its mesh axis (v5e-256 and v6e-256 with thr
 except for star_d30_256 on v5e-256), the one with the most links was assumed.
 
 Infinity trains at 1024 x 1024 px with 256 images per step; the length of its published runs is not
-known, and 100,000 steps are assumed. Its text encoder is flan-t5-xl in bfloat16. A row of sampling
-(`--sample`) is a batch of as many images, with guidance and the decoder; its chip-hours are for
-1,000,000 images. A TPU fills up heads of 64 channels to 128, which a count leaves out: the
-compiled program that samples STAR-d30 at 1024 px on v5p:4x4x4 takes 8.4 GiB beside its weights,
-where 1.9 are counted.
+known, and 100,000 steps are assumed. Its text encoder is flan-t5-xl in bfloat16. These rows count
+texts of 120 tokens; `plan` now counts 512, which add about 3 % to the arithmetic of a step of
+infinity_2b. A row of sampling (`--sample`) is a batch of as many images, with guidance and the
+decoder; its chip-hours are for 1,000,000 images. A TPU fills up heads of 64 channels to 128, which
+a count leaves out: the compiled program that samples STAR-d30 at 1024 px on v5p:4x4x4 takes 8.4
+GiB beside its weights, where 1.9 are counted.
 
 """
 

@@ -441,8 +441,11 @@ class Family:
         """The tokenizer that published models of this family use, at the sizes of this model."""
         raise NotImplementedError
 
-    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
+    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
         """The encoder of prompts; a model of text returns the text encoder that `load` loads.
+
+        `load` takes `most`: how many tokens of a prompt the model reads, where the default of the
+        encoder is another number.
 
         Raises UserError where the encoder does not fit the model.
         """

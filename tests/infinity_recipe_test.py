@@ -225,7 +225,7 @@ def test_a_text_encoder_is_planned_in_the_dtype_of_the_run():
         leaves = jax.tree.leaves(meta.unbox(prompts.params))
         held[dtype] = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     assert held['float32'] == 2 * held['bfloat16'] > 4e9
-    assert prompts.one.states_BTE.dtype == jnp.float32
+    assert prompts.one.states_BTE.dtype == jnp.float32 and prompts.one.mask_BT.shape == (1, 512)
 
 
 def test_scales_that_a_model_lacks_are_refused():

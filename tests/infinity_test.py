@@ -196,6 +196,24 @@ def test_rows_without_a_prompt_are_learned_and_as_many_as_the_prompt_has():
     assert np.abs(gradient[:5]).min(axis=1).all() and not np.any(gradient[5:])
 
 
+def test_a_prompt_is_read_up_to_the_learned_rows():
+    model = dataclasses.replace(TINY, text_width=32, text_rows=9)
+    encoder = model.prompt_encoder(functools.partial(load_text, tiny.TEXT))
+    text = encoder.encode(['a large blue star above a small red circle on a white background', ''])
+    assert text.mask_BT.sum(1).tolist() == [9, 2]
+
+
+def test_padding_that_all_texts_have_is_left_out():
+    def widths(*lengths: int, padded: int) -> tuple[int, ...]:
+        text = condition.trimmed(text_of(*lengths, padded=padded))
+        assert text.mask_BT.sum(1).tolist() == list(lengths)
+        return text.states_BTE.shape[1], text.mask_BT.shape[1]
+
+    assert widths(3, 5, padded=512) == widths(128, padded=512) == (128, 128)
+    assert widths(3, 129, padded=512) == (256, 256)
+    assert widths(512, padded=512) == (512, 512) and widths(5, padded=120) == (120, 120)
+
+
 def test_a_prompt_longer_than_the_learned_rows_is_refused():
     text = text_of(7, padded=7)
     with pytest.raises(UserError, match='at most 6 tokens of a prompt, not 7'):

@@ -111,6 +111,9 @@ def test_length_can_be_chosen_up_to_the_position_table(tiny):
     assert longer.identity != tiny.identity
     with pytest.raises(UserError, match='8 to 40'):
         load(str(GOLDEN), length=41)
+    assert [load(str(GOLDEN), most=most).length for most in (None, 39, 512)] == [32, 39, 40]
+    with pytest.raises(UserError, match='length is 4'):
+        load(str(GOLDEN), most=4)
 
 
 def test_compute_dtype_follows_the_parameters(tiny):

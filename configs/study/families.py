@@ -126,7 +126,7 @@ study = RunsStudy(
                 reference=GRIDS[-1],
                 templates=Templates(),
                 text_width=384,
-                text_rows=64,
+                text_rows=32,
             ),
             steps=6_250,
             off=1.0,

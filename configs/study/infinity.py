@@ -67,7 +67,7 @@ def run(bits: int, indexed: bool = False, strength: float = 0.0) -> Run:
             reference=GRIDS[-1],
             templates=Templates(),
             text_width=384,
-            text_rows=64,
+            text_rows=32,
         ),
         data=TRAIN,
         validation=VALIDATION,

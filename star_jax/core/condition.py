@@ -40,6 +40,8 @@ class LabelCondition:
 
 Condition = TextCondition | LabelCondition
 
+SHORT = 128  # tokens; texts padded to fewer stay as they are
+
 
 def repeat(row: Any, like: Any) -> Any:
     """A condition of one row, repeated to the number of rows of the condition `like`."""
@@ -57,6 +59,20 @@ def unpack(states_NE: np.ndarray, lengths: Sequence[int]) -> TextCondition:
     mask_BT = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
     pooled_BE = np.zeros((len(lengths), states_NE.shape[1]), np.float32)
     return TextCondition(np.stack(padded), mask_BT.astype(np.int32), pooled_BE)
+
+
+def trimmed(rows: Condition) -> Condition:
+    """Captions on the host without padding that all of them have.
+
+    They stay padded to a half, a quarter and so on of their tokens, at least SHORT, so that few
+    programs are compiled. Captions are padded on the right.
+    """
+    if not isinstance(rows, TextCondition):
+        return rows
+    count, longest = rows.mask_BT.shape[1], int(np.asarray(rows.mask_BT).sum(1).max(initial=0))
+    while count % 2 == 0 and count // 2 >= max(longest, SHORT):
+        count //= 2
+    return rows.replace(states_BTE=rows.states_BTE[:, :count], mask_BT=rows.mask_BT[:, :count])
 
 
 def stack(prompted: Any, unprompted: Any) -> Any:

@@ -83,7 +83,8 @@ class Infinity(Sizes):
             published schedule of the same aspect ratio (0 0: the last grid).
         templates: grids of other aspect ratios, into which training sorts images.
         text_width: width of the text encoder's features.
-        text_rows: learned rows that stand for a text without a prompt: the longest prompt.
+        text_rows: learned rows that stand for a text without a prompt, and tokens of a prompt that
+            the model reads: the rest of a longer one is cut off.
         positions: position encoding; another kind is chosen in a config file.
         levels_every: add the level embedding before every so many blocks (0: once).
         shared_adaln: share one modulation among all blocks, with a learned offset per block.
@@ -265,9 +266,12 @@ class Infinity(Sizes):
             autoencoder=autoencoder, grids=self.grids, bits=PATCHED_BITS // PATCH**2, patchify=True
         )
 
-    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
-        """The text encoder that `load` returns; UserError unless it has the model's text width."""
-        return check_text_encoder(load(), self.text_width)
+    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
+        """The text encoder that `load` returns, for prompts of at most `text_rows` tokens.
+
+        Raises UserError unless it has the model's text width.
+        """
+        return check_text_encoder(load(most=self.text_rows), self.text_width)
 
     def guidance_weights(self, guidance: float) -> np.ndarray:
         """[S] float32: the published number less 1, at every scale; off at 1 and below."""

@@ -249,7 +249,7 @@ class LlamaGen(Llama):
     def starter(self) -> LabelPrefix:
         return LabelPrefix(self.width, self.classes, INIT)
 
-    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> Classes:
+    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> Classes:
         """The table of classes; `load` is not called."""
         return Classes(self.classes, self.names)
 
@@ -296,7 +296,7 @@ class LlamaGenText(Llama):
         empty_init = nn.initializers.normal(self.text_width**-0.5)
         return TextPrefix(self.width, self.text_width, self.text_rows, INIT, empty_init)
 
-    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
+    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
         """The text encoder that `load` gives, with the cleaning of prompts.
 
         Raises UserError unless it is of the model's text width.

@@ -124,7 +124,7 @@ class Star(Scales):
             return self
         return dataclasses.replace(self, released_cross_attention=mode == 'released')
 
-    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> PromptEncoder:
+    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
         """The text encoder that `load` returns; UserError unless it has the model's text width."""
         return check_text_encoder(load(), self.text_width)
 

@@ -80,7 +80,7 @@ class Var(Scales):
             dtype=dtype,
         )
 
-    def prompt_encoder(self, load: Callable[[], PromptEncoder]) -> Classes:
+    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> Classes:
         """The table of classes; `load` is not called."""
         return Classes(self.classes, self.names)
 

@@ -318,14 +318,19 @@ def _prompts(model: Family, text: str, dtype: Dtype) -> _Prompts:
 def _encoder(model: Family, text: str, dtype: Dtype) -> tuple[PromptEncoder, str]:
     width, path = model.text_width, os.path.expanduser(text)
     if not width or os.path.isdir(path):
-        return model.prompt_encoder(lambda: abstract_encoder(text, locate(text).config, dtype)), ''
+
+        def read(**sizes: int) -> PromptEncoder:
+            return abstract_encoder(text, locate(text).config, dtype, **sizes)
+
+        return model.prompt_encoder(read), ''
     if width not in PUBLISHED:
         known = ', '.join(map(str, PUBLISHED))
         raise UserError(
             f'the text encoder {text} is not on this machine, and no published encoder has '
             f'width {width} (only {known}): give the path of a folder with --text'
         )
-    encoder = abstract_encoder(text, PUBLISHED[width], dtype)
+    assume = functools.partial(abstract_encoder, text, PUBLISHED[width], dtype)
+    encoder = model.prompt_encoder(assume)
     kind = PUBLISHED[width]['model_type']
     return encoder, f'text encoder: the published {kind} of width {width}, {encoder.length} tokens'
 

@@ -82,7 +82,7 @@ def prepare(
         UserError: as for `load`, except for what reading raises.
     """
 
-    def load_encoder() -> PromptEncoder:
+    def load_encoder(most: int | None = None) -> PromptEncoder:
         own = model.text.source if model.text else ''
         sha256 = model.text.sha256 if model.text else None
         if not (text or own):
@@ -90,7 +90,7 @@ def prepare(
                 f'{source}: the model names no text encoder, and it samples from prompts: name the '
                 'one that it was trained with (--text FOLDER)'
             )
-        return load_text(text or own, sha256=sha256, dtype=text_dtype, mesh=mesh)
+        return load_text(text or own, sha256=sha256, most=most, dtype=text_dtype, mesh=mesh)
 
     model, template = choose_size(model, size)
     encoder = model.config.prompt_encoder(load_encoder)

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from star_jax.checkpoint import folder
+from star_jax.core import condition
 from star_jax.core.argument_types import choice, flag, instance, show, text, whole_number
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.settings import Dtype, Settings, StableSettings
@@ -209,7 +210,9 @@ class Pipeline:
         rows = self.network.width * schedule.sizes[-1] + 3 * math.prod(resolution)
         machine.check_memory(f'a batch of {most:,} images', 4 * most * rows)
         images = given_images.prepare(image, keep, len(prompts), schedule, resolution)
-        return self._stream(prompts, seeds, settings, sizes=sizes, images=images, keep=keep)
+        return self._stream(
+            prompts, seeds, settings, sizes=sizes, exact=exact, images=images, keep=keep
+        )
 
     def _stream(
         self,
@@ -218,6 +221,7 @@ class Pipeline:
         settings: Settings,
         *,
         sizes: Sequence[int],
+        exact: bool,
         images: Sequence[np.ndarray],
         keep: int,
     ) -> Iterator[np.ndarray]:
@@ -225,17 +229,16 @@ class Pipeline:
         params, schedule = self._params['tokenizer'], self._config.schedule
         codes = [np.asarray(self._encode(params, image[None])) for image in images]
         if settings.negative:
-            encoded = self.encoder.encode([settings.negative])
+            encoded = condition.trimmed(self.encoder.encode([settings.negative]))
             negative = jax.device_put(encoded, rules.replicated(self.mesh))
         for size in sizes:
             part = slice(first, first + size)
             first += size
             real = len(prompts[part])
-            padded = [*prompts[part], *[''] * (size - real)]
+            encoded = self.encoder.encode([*prompts[part], *[''] * (size - real)])
+            prompted = encoded if exact else condition.trimmed(encoded)
             keys_B = program.image_keys([*seeds[part], *[0] * (size - real)])
-            keys_B, prompted = jax.device_put(
-                (keys_B, self.encoder.encode(padded)), rules.batch_sharding(self.mesh)
-            )
+            keys_B, prompted = jax.device_put((keys_B, prompted), rules.batch_sharding(self.mesh))
             if codes:
                 of_batch = codes[part] if len(codes) > 1 else codes
                 given = given_images.given_codes(of_batch, size, keep, schedule)

@@ -180,6 +180,7 @@ def load(
     length: int | None = None,
     sha256: str | None = None,
     *,
+    most: int | None = None,
     dtype: str = DTYPE,
     mesh: Mesh | None = None,
     pool: Pool | None = None,
@@ -190,6 +191,8 @@ def load(
         source: 'package:NAME', the path of a folder, or a hub id.
         length: tokens per caption (None: the default of the architecture).
         sha256: the expected digest of the files, as recorded by `TextEncoder.reference`.
+        most: instead of `length`: so many tokens per caption, or as many as the architecture has
+            positions.
         dtype: dtype of parameters and activations, 'float32' or 'bfloat16'.
         mesh: devices that share the parameters; all their processes must encode the same captions.
         pool: the pool (None: the default of the architecture).
@@ -204,7 +207,7 @@ def load(
         raise UserError(
             f'the dtype of a text encoder is {dtype!r}; supported: {", ".join(DTYPES)}.'
         )
-    length = tower.default_length if length is None else length
+    length = _length(tower, most) if length is None else length
     _check_length(length, tower.max_length)
     token_ids, largest_id = load_tokenizer(folder, length)
     encoder = TextEncoder(
@@ -240,15 +243,17 @@ def read_states(tower: Tower, pool: Pool, params: dict, tokens: Tokens) -> TextC
     )
 
 
-def abstract_encoder(source: str, config: Mapping, dtype: str = DTYPE) -> TextEncoder:
+def abstract_encoder(
+    source: str, config: Mapping, dtype: str = DTYPE, most: int | None = None
+) -> TextEncoder:
     """An encoder of the sizes of a config.json, without weights and tokenizer: it has shapes only.
 
-    Raises `UserError` for an unsupported architecture.
+    Other arguments are those of `load`. Raises `UserError` for an unsupported architecture.
     """
     tower = _build_tower(source, config)
     return TextEncoder(
         source=source,
-        length=tower.default_length,
+        length=_length(tower, most),
         dtype=dtype,
         mesh=None,
         pool=tower.pool,
@@ -292,6 +297,13 @@ def _batches(
         rows = list(group)
         for first in range(0, len(rows), BATCH):
             yield rows[first : first + BATCH], T
+
+
+def _length(tower: Tower, most: int | None) -> int:
+    """Tokens per caption: `most`, or as many as there are positions; the default for None."""
+    if most is None:
+        return tower.default_length
+    return min(most, tower.max_length or most)
 
 
 def _check_length(length: int, max_length: int | None) -> None:
