@@ -14,6 +14,7 @@ from star_jax.nn.positions import (
     NoPositions,
     NormalisedRotary,
     RawRotary,
+    ReferenceRotary,
     RoundedRotary,
     SinCos,
 )
@@ -170,6 +171,17 @@ def test_reference_grid_is_a_field_or_that_of_the_schedule():
     by_field = RoundedRotary(theta=100.0, reference=(16, 16)).rotation(Pyramid.square((1, 3)), 8)
     np.testing.assert_array_equal(by_schedule, by_field)
     assert Pyramid.square((1, 3)).reference_grid == (3, 3)
+
+
+@pytest.mark.parametrize('grid', [(49, 30), (30, 49), (103, 103), (8, 6)])
+def test_the_longer_side_of_an_interpolated_grid_has_128_cells(grid):
+    """128 / 49 x 49 rounds to a number below 128, which only the shorter side is cut to."""
+    schedule = Pyramid(((1, 1), grid))
+    last = ReferenceRotary(mode='interpolated').rotation(schedule, 4)[-1]
+    high, wide = grid
+    rows, columns = (128, int(128 / high * wide)) if high >= wide else (int(128 / wide * high), 128)
+    expected = [[np.cos(end - 1), np.sin(end - 1)] for end in (rows, columns)]
+    np.testing.assert_allclose(last, expected, atol=1e-6)
 
 
 def test_every_head_has_a_rotation_of_its_own():

@@ -189,8 +189,10 @@ class ReferenceRotary(Positions):
     def rotation(self, schedule: Pyramid, head_width: int) -> np.ndarray:
         if self.mode == 'interpolated':
             high, wide = schedule.reference_grid
-            longest = max(high, wide)
-            extents = (int(INTERPOLATED / longest * high), int(INTERPOLATED / longest * wide))
+            # The shorter side is truncated after two roundings, as in the original.
+            extents = (INTERPOLATED, int(INTERPOLATED / high * wide))
+            if high < wide:
+                extents = (int(INTERPOLATED / wide * high), INTERPOLATED)
             return positions.interpolated_rotation(schedule.grids, extents, head_width, self.theta)
         xy_L2 = positions.pyramid_xy(schedule.grids)
         if self.mode == 'rounded':
