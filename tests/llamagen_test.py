@@ -43,6 +43,7 @@ from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.training import train, warm_start
 from star_jax.training.optimizer import decayed
 from star_jax.training.state import TrainState
+from star_jax.verify.llamagen import recorded_filter
 from star_jax.verify.llamagen_generate import CodesAlone
 
 CLASSES = LlamaGen(depth=2, width=16, heads=4, hidden=24, grid=(3, 4), codes=11, classes=5)
@@ -205,6 +206,13 @@ def test_equal_codes_beyond_top_k_are_counted_in_order():
     assert kept(top_k=2, top_p=0.6) == [0, 2, 3]
     assert kept(top_k=2, top_p=0.9) == [0, 2, 3, 4]
     assert kept(top_p=0.45) == [0, 2] and kept(top_p=0.95) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(('top_p', 'left'), [(0.0, 1), (0.5, 2), (1.0, 3)])
+def test_a_recorded_top_p_of_0_leaves_one_code(top_p, left):
+    keep = recorded_filter({'top_k': 3, 'top_p': top_p})
+    logits = np.log(np.float32([[0.1, 0.2, 0.4, 0.3]]))
+    assert np.isfinite(keep(logits)).sum() == left
 
 
 @pytest.mark.parametrize('size', SIZES)

@@ -4,11 +4,14 @@ These kinds have no weights.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from star_jax.core import pixels, positions, resize
+from star_jax.core.filters import SortedFilter
 from star_jax.core.guidance import guide
 from star_jax.core.settings import Settings
 from star_jax.families.llamagen import LlamaGen
@@ -62,9 +65,8 @@ class RasterFilters:
 
     def _filtered(self, index: str) -> jax.Array:
         options = self.case.option('settings')[int(index)]
-        settings = Settings(top_k=options['top_k'], top_p=options['top_p'])
         temperature = float(LlamaGen().temperatures(options['temperature'])[0])
-        return jax.jit(LlamaGen().filter(settings))(self.case.input('logits'), temperature)
+        return jax.jit(recorded_filter(options))(self.case.input('logits'), temperature)
 
     def guided(self, scale: str) -> jax.Array:
         if float(scale) not in self.case.option('cfg_scales'):
@@ -98,3 +100,13 @@ class Postprocessing:
             raise LookupError(f'sizes lacks {side}')
         images_BHWc = np.moveaxis(self.case.input('samples'), 1, -1)
         return jax.jit(lambda x: resize.bicubic(x, side, side))(images_BHWc)
+
+
+def recorded_filter(options: Mapping[str, Any]) -> SortedFilter:
+    """The filter of recorded options, where a top-p of 0 leaves the most probable code alone.
+
+    As a setting of a user it leaves all codes.
+    """
+    settings = Settings(top_k=options['top_k'], top_p=options['top_p'])
+    keep = LlamaGen().filter(settings)
+    return keep if settings.top_p else keep.replace(top_p=0.0)

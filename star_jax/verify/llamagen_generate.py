@@ -17,7 +17,6 @@ from star_jax.core.codes import Index, Sampled
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Raster, Step
-from star_jax.core.settings import Settings
 from star_jax.families.llamagen import Llama
 from star_jax.nn.bind import bind
 from star_jax.sampling.methods import FilteredSampling
@@ -25,6 +24,7 @@ from star_jax.sampling.sampler import GivenCodes, Sample, sample
 from star_jax.verify.cases import Case
 from star_jax.verify.comparison import GUIDED_LOGITS, HIDDEN, INTEGERS, LOGITS
 from star_jax.verify.infinity import named
+from star_jax.verify.llamagen import recorded_filter
 from star_jax.verify.llamagen_transformer import (
     aligned,
     class_config,
@@ -116,7 +116,7 @@ class RasterGenerations:
         batch = len(jax.tree.leaves(rows)[0])
         if self.setting(tag)['cfg_scale'] > 1:
             rows = _both_fn(model)(self.params, rows, self.empty)
-        keep = model.filter(Settings(top_k=option('top_k'), top_p=option('top_p')))
+        keep = recorded_filter({name: option(name) for name in ('top_k', 'top_p')})
         given = None
         if option('top_k') != 1:
             recorded = self.case.input(f'tokens.{tag}')
