@@ -25,18 +25,21 @@ def activations(x: jax.Array, dtype: str) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """LayerNorm over the last axis without scale or shift; float32 statistics, dtype of x out."""
-    centred = x.astype(jnp.float32)
+    """LayerNorm over the last axis without scale or shift; dtype of x out.
+
+    Statistics are at least float32.
+    """
+    centred = x.astype(at_least_float32(x.dtype))
     centred -= centred.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / rms(x) over the last axis; float32 statistics, dtype of x out."""
-    x32 = x.astype(jnp.float32)
-    x32 *= jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
-    return x32.astype(x.dtype)
+    """x / rms(x) over the last axis; statistics at least float32, dtype of x out."""
+    wide = x.astype(at_least_float32(x.dtype))
+    wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return wide.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -66,8 +66,9 @@ class BitTrace:
 
 
 def code_vectors(bits: jax.Array) -> jax.Array:
-    """Vectors of length 1 for the bits on the last axis, float32."""
-    return (2 * bits.astype(jnp.float32) - 1) / math.sqrt(bits.shape[-1])
+    """Vectors of length 1 for the bits on the last axis, float32 (float64 where that is the
+    default)."""
+    return (2 * bits.astype(float) - 1) / math.sqrt(bits.shape[-1])
 
 
 def decays(scales: int, decay: bool) -> tuple[float, ...]:
