@@ -28,9 +28,9 @@ run = TokenizerRun(
     # Infinity specification 2.1 and 3.1
     model=BSQ(grids=PUBLISHED.schedule('1.0', 7).grids, bits=32),
     data=Prepared(path='sets/images'),
-    crops=RandomCrops(enlarge=1.25),  # *
+    crops=RandomCrops(enlarge=1.25, least=1.0),  # *
     flip=0.5,  # *
-    validation=Prepared(path='sets/images', split='validation'),
+    validation=Prepared(path='', split='validation'),
     objective=Objective(
         l1=0.0,
         l2=1.0,  # *

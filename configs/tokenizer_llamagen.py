@@ -1,8 +1,8 @@
 """LlamaGen's VQ-16 tokenizer at 256 px: 40 epochs of ImageNet (LlamaGen specification 1.1 and 1.7).
 
-Replace the path. Beside the published recipe: crops come from images 1.25 times as large, where the
-original chooses a size between 1 and 1.25 for each image, and statistics of the discriminator are
-those of the whole batch.
+Replace the path. What differs from the published recipe: crops come from the central square of an
+image, statistics of the discriminator are those of the whole batch, LPIPS has no dropout (item 11
+of LlamaGen specification 7), and in a fresh network residual branches end with zeros.
 """
 
 from star_jax.data.crops import RandomCrops
@@ -26,9 +26,9 @@ ADAM = AdamW(
 run = TokenizerRun(
     model=RasterVQ(),  # 1.1: 16,384 codes of width 8, 71,883,403 parameters
     data=Prepared(path='sets/imagenet'),
-    crops=RandomCrops(enlarge=1.25),  # 1.7: the short side is at most the size over 0.8
+    crops=RandomCrops(enlarge=1.25, least=1.0),  # 1.7: up to the size over 0.8
     flip=0.5,  # 1.7
-    validation=Prepared(path='sets/imagenet', split='validation'),
+    validation=Prepared(path='', split='validation'),
     objective=Objective(
         l1=0.0,
         l2=1.0,  # 1.7: the reconstruction loss is l2, weight 1

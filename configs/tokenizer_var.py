@@ -26,9 +26,9 @@ ADAM = AdamW(  # *
 run = TokenizerRun(
     model=VQ(),  # STAR specification 1.1-1.7: 10 scales, 4,096 codes of width 32, four phis
     data=Prepared(path='sets/openimages'),
-    crops=RandomCrops(enlarge=1.25),  # *
+    crops=RandomCrops(enlarge=1.25, least=1.0),  # *
     flip=0.5,  # *
-    validation=Prepared(path='sets/openimages', split='validation'),
+    validation=Prepared(path='', split='validation'),
     objective=Objective(
         l1=0.0,
         l2=1.0,  # VAR, equation 5

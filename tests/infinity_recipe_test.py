@@ -17,7 +17,7 @@ from star_jax.convert.infinity import infinity_entries
 from star_jax.core.codes import Bits, Targets
 from star_jax.core.condition import TextCondition
 from star_jax.data import pipeline
-from star_jax.data.caption_choice import AnyCaption, ShortOrLong
+from star_jax.data.caption_choice import AnyCaption, ShortOrLong, WholeOrFirstSentence
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.families.infinity import Infinity
@@ -132,6 +132,17 @@ def test_captions_are_the_short_one_or_leading_sentences():
     for text, share in expected.items():
         assert counts[text] / 3000 == pytest.approx(share, abs=0.03)
     assert choice.texts(CAPTIONS)[0] == 'A red cat. It sleeps. Night.'
+
+
+def test_captions_are_whole_or_end_before_the_first_full_stop():
+    choice, rng = WholeOrFirstSentence(first=0.3), np.random.default_rng(0)
+    counts = collections.Counter(choice.choose(CAPTIONS, rng) for _ in range(1000))
+    assert choice.texts(CAPTIONS) == (CAPTIONS[0], 'A red cat')
+    assert set(counts) == set(choice.texts(CAPTIONS))
+    assert counts['A red cat'] / 1000 == pytest.approx(0.3, abs=0.05)
+    assert choice.texts(('a cat',)) == ('a cat',) and choice.texts(('. a cat',)) == ('. a cat',)
+    with pytest.raises(ValueError, match='first is a probability'):
+        WholeOrFirstSentence(first=2)
 
 
 @pytest.mark.parametrize('caption', ['--', '...', '', 'one. '])

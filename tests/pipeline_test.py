@@ -7,7 +7,7 @@ import pytest
 
 from star_jax import image_io
 from star_jax.data import pipeline
-from star_jax.data.crops import OneOfTenCrops, RandomCrop
+from star_jax.data.crops import OneOfTenCrops, RandomCrop, RandomCrops
 from star_jax.data.shapes import Shapes
 from star_jax.data.show import show
 from star_jax.errors import UserError
@@ -116,6 +116,24 @@ def test_crops_are_random_parts_of_an_image():
     assert set(corners) == {6 * top + left for top in range(3) for left in range(3)}
     options = dict(source=Large(10), crop=RandomCrop((4, 4)))
     assert_same(take(3, step=2, **options), take(5, **options)[2:])
+
+
+def test_crops_of_images_of_random_sizes_keep_their_place():
+    """A ramp stays one: its slope is that of the size, from 1 to 1.5 times the crop."""
+    ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None], (96, 96))
+    image = np.stack([ramp, ramp.T, ramp], axis=-1)
+    crop, slopes = RandomCrops(enlarge=1.5, least=1.0).crop((64, 64)), []
+    assert crop == RandomCrop((64, 64), 1.0)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        found = crop({'image': image}, rng)['image'].astype(int)
+        assert found.shape == (64, 64, 3) and np.ptp(found[..., 0], axis=1).max() <= 1
+        slopes.append((found[56, 0, 0] - found[8, 0, 0]) / 48)
+        assert abs((found[0, 56, 1] - found[0, 8, 1]) / 48 - slopes[-1]) < 0.05
+    assert 0.95 < min(slopes) < 1.05 and 1.45 < max(slopes) < 1.55
+    assert len({round(slope, 1) for slope in slopes}) >= 5
+    with pytest.raises(UserError, match='least must lie in'):
+        RandomCrops(enlarge=1.25, least=1.5)
 
 
 def test_ten_crops_are_corners_and_centre_of_an_image_and_of_its_mirror_image():

@@ -149,4 +149,4 @@ def test_llamagen_by_text_has_two_stages():
     first, second = read('llamagen_text_256'), read('llamagen_text_512')
     assert second.init == 'runs/llamagen_text_256/model'
     assert dataclasses.replace(second.model, grid=first.model.grid) == first.model
-    assert second.captions.short == 0.3
+    assert second.captions.first == 0.3

@@ -66,6 +66,31 @@ class ShortOrLong:
         return ['.'.join(sentences[: n + 1]) + '.' for n in range(len(sentences))]
 
 
-CaptionChoice = AnyCaption | ShortOrLong
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeOrFirstSentence:
+    """The most detailed caption, or what precedes its first full stop (LlamaGen specification 4.3).
+
+    Attributes:
+        first: probability of the beginning alone, without the full stop.
+    """
+
+    first: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 <= self.first <= 1:
+            raise UserError(f'first is a probability, not {self.first}')
+
+    def choose(self, captions: tuple[str, ...], rng: np.random.Generator) -> str:
+        """The caption of one training step."""
+        return self.texts(captions)[-1] if rng.random() < self.first else captions[0]
+
+    def texts(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """All texts that `choose` may return, the most detailed one first."""
+        whole = captions[0]
+        return tuple(dict.fromkeys((whole, whole.partition('.')[0].strip() or whole)))
+
+
+CaptionChoice = AnyCaption | ShortOrLong | WholeOrFirstSentence
 
 ANY_CAPTION = AnyCaption()

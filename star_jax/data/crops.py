@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from star_jax.core.argument_types import check_types
 from star_jax.errors import UserError
@@ -35,12 +36,20 @@ class RandomCrops:
     Attributes:
         enlarge: load training images this many times larger than their crops (VAR: 1.125; 1: whole
             images, no crop).
+        least: make each image anew this many times larger or more, at most `enlarge` (LlamaGen: 1;
+            0: always `enlarge`).
     """
 
     enlarge: float = 1.0
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         _check_enlarge(self)
+        if self.least and not 1 <= self.least <= self.enlarge:
+            raise UserError(
+                f'least must lie in [1, {self.enlarge}], at most enlarge (0: enlarge), not '
+                f'{self.least}'
+            )
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -54,7 +63,7 @@ class RandomCrops:
 
     def crop(self, size: Size) -> Crop | None:
         """Crops an example to this size. None: the example stays as it is."""
-        return RandomCrop(size) if self.enlarge > 1 else None
+        return RandomCrop(size, self.least) if self.enlarge > 1 else None
 
     def check_cacheable(self) -> None:
         """Raises UserError unless a cache can hold all encodings of an image."""
@@ -124,16 +133,29 @@ class RandomCrop:
 
     Attributes:
         size: (height, width) of the crop, in pixels.
+        least: each image is first made smaller at random, down to this many times the crop (0: it
+            stays).
     """
 
     size: Size
+    least: float = 0.0
 
     def __call__(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """The example with a crop of its image."""
-        image = example['image']
+        image, scale = example['image'], 1.0
         height, width = self.size
-        top, left = rng.integers(0, np.array(image.shape[:2]) - self.size + 1)
-        return {**example, 'image': image[top : top + height, left : left + width]}
+        if self.least:
+            largest = image.shape[0]
+            scale = rng.integers(round(self.least * height), largest + 1) / largest
+        sides = np.array([round(side * scale) for side in image.shape[:2]])
+        top, left = rng.integers(0, sides - self.size + 1)
+        if scale == 1:
+            return {**example, 'image': image[top : top + height, left : left + width]}
+        whole = Image.fromarray(image)
+        box = np.array([left, top, left + width, top + height]) / scale
+        box = np.minimum(box, whole.size * 2)  # the sides were rounded
+        crop = whole.resize((width, height), Image.Resampling.BICUBIC, tuple(box.tolist()))
+        return {**example, 'image': np.asarray(crop)}
 
 
 @dataclasses.dataclass(frozen=True)

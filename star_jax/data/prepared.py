@@ -57,7 +57,8 @@ class Prepared:
     """A dataset in the format of TensorFlow Datasets.
 
     Attributes:
-        path: folder that holds dataset_info.json, or the name of a dataset in the tfds data folder.
+        path: folder that holds dataset_info.json, or the name of a dataset in the tfds data folder
+            ('', for validation: the training set).
         split: split of the dataset, or a slice of one such as train[:10%].
         image: field that holds the image.
         caption: field that holds one caption, several captions, or a class.

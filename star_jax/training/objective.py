@@ -36,7 +36,8 @@ class Adversary:
         generator_loss: the loss that the tokenizer minimises: hinge, non_saturating, or the
             published loss of that name as it was released, with swapped arguments.
         discriminator_loss: the loss that the discriminator minimises; vanilla is non_saturating.
-        weight: weight of the adversarial loss.
+        weight: weight of the adversarial loss, and of the loss of the discriminator with its
+            penalty.
         start: the first step, counted from 1, at which it counts; before it the discriminator runs
             with gradients of zero.
         adaptive: scale the adversarial loss so that its gradient at the decoder's last kernel is as

@@ -195,8 +195,9 @@ class Run:
         cache: folder written by `star-jax data cache`, with codes and text features ('': images are
             encoded in every step, text features are cached in the user's cache folder).
         data: training images with captions.
-        captions: which caption of an image a step takes: any of them equally often, or the shortest
-            or a beginning of the longest (Infinity); another kind is chosen in a config file.
+        captions: which caption of an image a step takes: any of them equally often, the shortest or
+            a beginning of the longest (Infinity), or the longest or its first sentence (LlamaGen);
+            another kind is chosen in a config file.
         crops: crops of enlarged training images: at random places, or ten fixed ones (LlamaGen);
             another kind is chosen in a config file.
         validation: images of the validation metrics and sample grids; without a path, a split of
