@@ -21,7 +21,7 @@ run = Run(
     ),
     tokenizer='runs/emoji_tokenizer/model',
     data=Prepared(path='sets/emoji', split='train'),
-    validation=Prepared(path='sets/emoji', split='held_out_pairs'),
+    validation=Prepared(path='', split='held_out_pairs'),
     optimizer=AdamW(learning_rate=LearningRate(peak=1.5e-3, warmup_steps=200, shape='lin')),
     pace=Pace(steps=1_600, log=50, sample=400, save=200),
     batch=32,

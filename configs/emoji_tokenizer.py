@@ -16,7 +16,7 @@ run = TokenizerRun(
         channels=16,
     ),
     data=Prepared(path='sets/emoji', split='train'),
-    validation=Prepared(path='sets/emoji', split='held_out_labels'),
+    validation=Prepared(path='', split='held_out_labels'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1.5e-3, warmup_steps=200, end=0.02, shape='cos'),
         weight_decay=0.0,

@@ -24,7 +24,7 @@ run = Run(
     text_features='inside',
     data=Prepared(path='sets/captioned'),
     captions=ShortOrLong(short=0.5, sentences=True, end='--'),
-    validation=Prepared(path='sets/captioned', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(
             peak=6e-3, per_images=256, warmup_steps=0, end=1.0, shape='lin0'

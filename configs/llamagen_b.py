@@ -19,7 +19,7 @@ run = Run(
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet'),
     crops=TenCrops(enlarge=1.1),
-    validation=Prepared(path='sets/imagenet', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
         weight_decay=0.05,

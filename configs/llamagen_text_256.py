@@ -17,7 +17,7 @@ run = Run(
     text='models/flan-t5-xl',
     text_dtype='bfloat16',
     data=Prepared(path='sets/captioned'),
-    validation=Prepared(path='sets/captioned', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
         weight_decay=0.05,

@@ -24,7 +24,7 @@ run = Run(
     init='runs/star_d30_1024/model',
     text='models/text_encoder',
     data=Prepared(path='sets/captioned'),
-    validation=Prepared(path='sets/captioned', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-5, warmup_steps=13_333, shape='lin0'),
         weight_decay=0.05,

@@ -22,7 +22,7 @@ run = Run(
     tokenizer='models/published_tokenizer',
     text='models/text_encoder',
     data=Prepared(path='sets/captioned'),
-    validation=Prepared(path='sets/captioned', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=1_667, shape='lin0'),
         weight_decay=0.05,

@@ -22,7 +22,7 @@ run = Run(
     init='runs/star_d30_256/model',
     text='models/text_encoder',
     data=Prepared(path='sets/captioned'),
-    validation=Prepared(path='sets/captioned', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=5e-5, warmup_steps=2_133, shape='lin0'),
         weight_decay=0.05,

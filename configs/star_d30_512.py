@@ -21,7 +21,7 @@ run = Run(
     init='runs/star_d30_256_stage2/model',
     text='models/text_encoder',
     data=Prepared(path='sets/captioned'),
-    validation=Prepared(path='sets/captioned', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=5e-5, warmup_steps=6_667, shape='lin0'),
         weight_decay=0.05,

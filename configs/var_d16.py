@@ -23,7 +23,7 @@ run = Run(
     tokenizer='models/published_tokenizer',
     data=Prepared(path='sets/imagenet'),
     crops=RandomCrops(enlarge=1.125),
-    validation=Prepared(path='sets/imagenet', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(
             peak=1e-4 * 768 / 256, warmup_steps=6_673, end=0.1, shape='lin0'

@@ -24,7 +24,7 @@ run = Run(
     tokenizer='models/published_tokenizer',
     data=Prepared(path='sets/imagenet'),
     crops=RandomCrops(enlarge=1.125),
-    validation=Prepared(path='sets/imagenet', split='validation'),
+    validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(
             peak=8e-5 * 768 / 256, warmup_steps=11_677, end=0.01, shape='lin0'
