@@ -2,8 +2,9 @@
 
 Replace the paths: a prepared set of ImageNet with classes, and the converted tokenizer of 16 px a
 code (vq_ds16_c2i.pt). `star-jax data cache` with this config encodes ten crops of every image once,
-of which a step takes one. The learning rate is constant, and dropout is that of the model's
-defaults.
+of which a step takes one; the second set of ten, 1.05 times as large as the crops, with which the
+original takes turns if it exists, is left out. The learning rate is constant, and dropout is that
+of the model's defaults.
 """
 
 from star_jax.core.settings import Settings

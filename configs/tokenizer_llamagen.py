@@ -1,8 +1,10 @@
 """LlamaGen's VQ-16 tokenizer at 256 px: 40 epochs of ImageNet (LlamaGen specification 1.1 and 1.7).
 
-Replace the path. What differs from the published recipe: crops come from the central square of an
-image, statistics of the discriminator are those of the whole batch, LPIPS has no dropout (item 11
-of LlamaGen specification 7), and in a fresh network residual branches end with zeros.
+Replace the path. What differs from the published recipe: images are resized by Lanczos and crops
+come from their central square, statistics of the discriminator are those of the whole batch, LPIPS
+has no dropout (item 11 of LlamaGen specification 7), and in a fresh network residual branches end
+with zeros. By text, the published tokenizer is this one, trained on with `--init FOLDER
+--objective.adversary.start 0`.
 """
 
 from star_jax.data.crops import RandomCrops

@@ -58,7 +58,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """(SiLU(x W1) * (x W3)) W2, without biases (LlamaGen specification 2.3).
+    """(SiLU(x W1) * (x W3)) W2, without biases (LlamaGen specification 2.2).
 
     Attributes:
         width: channels D of a row.
