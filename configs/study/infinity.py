@@ -1,6 +1,6 @@
 """The study of Infinity's claims: bits against indices, self-correction, and bits of a token.
 
-    star-jax study run configs/study/infinity.py --results docs/results/infinity --work runs/bits
+    star-jax study run configs/study/infinity.py --results docs/results/infinity --work runs/claims
     star-jax study report docs/results/infinity --out docs/infinity
 
 Scenes of one and two shapes at 64 px (85 tokens). All contenders have the same transformer, steps,
