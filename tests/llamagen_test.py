@@ -307,6 +307,7 @@ def test_a_model_folder_samples_from_cleaned_prompts(tmp_path):
     folder.write(tmp_path / 'model', content)
     pipe = star_jax.load(tmp_path / 'model')
     options = {'guidance': 2.0, 'top_k': 0, 'top_p': 0.0}
+    assert pipe.encoder.length == model.text_rows
     images = pipe(['a RED   circle', 'a red circle'], seed=[3, 3], **options)
     assert images.shape == (2, 4, 4, 3)
     np.testing.assert_array_equal(images[0], images[1])

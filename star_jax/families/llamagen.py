@@ -297,11 +297,11 @@ class LlamaGenText(Llama):
         return TextPrefix(self.width, self.text_width, self.text_rows, INIT, empty_init)
 
     def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
-        """The text encoder that `load` gives, with the cleaning of prompts.
+        """The text encoder that `load` gives, for prompts of at most `text_rows` tokens, cleaned.
 
         Raises UserError unless it is of the model's text width.
         """
-        encoder = check_text_encoder(load(), self.text_width)
+        encoder = check_text_encoder(load(most=self.text_rows), self.text_width)
         return dataclasses.replace(encoder, clean=CLEANINGS[self.cleaning])
 
     def abstract_condition(self, batch: int = 1, tokens: int = 1) -> TextCondition:

@@ -123,7 +123,8 @@ def clip_by_norm(limit: float) -> optax.GradientTransformation:
     def update(gradients: Any, state: ClipState, params: Any = None) -> tuple[Any, ClipState]:
         norm = optax.tree.norm(gradients)
         factor = jnp.minimum(1.0, limit / (norm + CLIP_EPSILON))
-        return jax.tree.map(lambda leaf: leaf * factor, gradients), ClipState(norm)
+        clipped = jax.tree.map(lambda leaf: leaf * factor, gradients)
+        return clipped, ClipState(norm.astype(jnp.float32))
 
     return optax.GradientTransformation(init, update)
 
