@@ -29,6 +29,7 @@ from star_jax.data import prepared
 from star_jax.errors import UserError
 from star_jax.evaluation import bootstrap, efficientnet, eval_report, kid
 from star_jax.evaluation.alignment import Alignment
+from star_jax.evaluation.eval_context import EvalContext, EvalOptions
 from star_jax.text.encoder import load as load_text
 from star_jax.tokenizers import perceptual
 
@@ -320,6 +321,15 @@ def test_report_names_the_options_and_metrics(scores):
     for metric in ('tokenizer', 'loss'):
         assert [row['split'] for row in scores[metric]] == ['held_out', 'validation']
     assert 'PSNR' in scores['stdout'] and 'loss, nats' in scores['stdout']
+
+
+def test_the_text_encoder_has_a_dtype_of_its_own(model, monkeypatch):
+    reported = []
+    monkeypatch.setattr(eval_report, 'reconstruct', lambda context, _: reported.append(context))
+    monkeypatch.setattr(eval_report, 'tokenizer_rows', lambda *_: [])
+    options = EvalOptions(model=model, metrics=('tokenizer',), count=1, text_dtype='bfloat16')
+    report = eval_report.run(EvalContext(options, lambda items, *_: items))
+    assert report['text_dtype'] == reported[0].pipe.encoder.dtype == 'bfloat16'
 
 
 def test_tokenizer_has_metrics_of_every_scale(scores):

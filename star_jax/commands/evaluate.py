@@ -59,6 +59,7 @@ class Evaluate:
         grid: image file with the samples of the first 16 captions.
         text: path of the model's text encoder ('': the path or hub id in the model folder).
         dtype: dtype of the activations; bfloat16 on accelerators.
+        text_dtype: dtype of the weights and activations of the text encoder.
         cross_attention: cross-attention of a STAR model: 'as_trained', 'corrected', or 'released',
             in which the unprompted row of an image (for the loss: every image of a batch) uses that
             of the first row.
@@ -82,6 +83,7 @@ class Evaluate:
     grid: Path | None = None
     text: str = ''
     dtype: Dtype = 'float32'
+    text_dtype: Dtype = 'float32'
     cross_attention: CrossAttentionMode = 'as_trained'
     check: bool = True
 
@@ -123,6 +125,7 @@ def _eval_options(options: Evaluate) -> EvalOptions:
             settings=_settings(options),
             text=options.text,
             dtype=options.dtype,
+            text_dtype=options.text_dtype,
             cross_attention=options.cross_attention,
         )
     except ValueError as error:

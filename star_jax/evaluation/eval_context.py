@@ -42,6 +42,7 @@ class EvalOptions:
         settings: sampling settings; every group is sampled once with each of them.
         text: path or hub id of the text encoder ('': the one that the model folder names).
         dtype: dtype of the activations.
+        text_dtype: dtype of the weights and activations of the text encoder.
         cross_attention: as for `loading.load`.
     """
 
@@ -55,6 +56,7 @@ class EvalOptions:
     settings: tuple[Settings, ...] = (Settings(),)
     text: str = ''
     dtype: str = 'float32'
+    text_dtype: str = 'float32'
     cross_attention: CrossAttentionMode = 'as_trained'
 
     def __post_init__(self) -> None:
@@ -102,7 +104,8 @@ class EvalContext:
     def pipe(self) -> Pipeline:
         """The sampling pipeline of the model."""
         options = self.options
-        pipe = loading.prepare(self.model, options.model, text=options.text, dtype=options.dtype)
+        dtypes = {'dtype': options.dtype, 'text_dtype': options.text_dtype}
+        pipe = loading.prepare(self.model, options.model, text=options.text, **dtypes)
         pipe.encoder = _CachingEncoder(pipe.encoder)
         return pipe
 

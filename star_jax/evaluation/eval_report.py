@@ -28,7 +28,7 @@ from star_jax.evaluation import (
 from star_jax.evaluation.alignment import Alignment
 from star_jax.evaluation.bootstrap import Score
 from star_jax.evaluation.efficientnet import EfficientNet
-from star_jax.evaluation.eval_context import EvalContext
+from star_jax.evaluation.eval_context import EvalContext, EvalOptions
 from star_jax.evaluation.groups import SHAPES_DATASET
 from star_jax.evaluation.reconstruction import Reconstruction
 from star_jax.nn.perceptual import MIN_SIDE, Lpips
@@ -87,6 +87,8 @@ def run(context: EvalContext) -> dict[str, Any]:
         'environment': machine.describe(),
         'skipped': skipped,
     }
+    if options.text_dtype != EvalOptions.text_dtype:
+        report['text_dtype'] = options.text_dtype
     needs_reconstructions = networks.keys() != {LOSS}
     reconstructions = reconstruct(context, networks.get(LPIPS)) if needs_reconstructions else []
     if networks.keys() & {TOKENIZER, LPIPS}:
