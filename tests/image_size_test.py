@@ -50,6 +50,7 @@ def test_the_nearest_template_and_resolution_are_chosen(size, template, pixels):
 
 def test_no_size_is_that_of_the_model():
     assert choose(INFINITY, ImageSize()) == (INFINITY, '')
+    assert choose(INFINITY, ImageSize(resize=256)) == (INFINITY, '')
 
 
 def test_star_samples_any_template_of_its_own():
@@ -99,6 +100,7 @@ def test_what_a_model_cannot_sample_is_refused(model, size, message):
         ({'aspect': '16x9'}, 'give width:height, such as 16:9'),
         ({'height': 64}, 'height and width are given together'),
         ({'aspect': '4:3', 'height': 6, 'width': 8}, 'leave out aspect, or height and width'),
+        ({'resize': -1}, 'resize must lie in'),
     ],
 )
 def test_invalid_sizes_are_refused(size, message):
@@ -113,3 +115,5 @@ def test_images_have_the_size_of_the_template(tmp_path):
     pipe = star_jax.load(source, size=star_jax.ImageSize(height=30, width=70))
     assert pipe.template == '2:1' and '8 x 16 px' in repr(pipe)
     assert pipe(['a red circle'], guidance=0.0).shape == (1, 8, 16, 3)
+    with pytest.raises(UserError, match='resize is for square images, not for 8 x 16 px'):
+        star_jax.load(source, size=star_jax.ImageSize(aspect='2:1', resize=8))

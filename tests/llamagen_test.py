@@ -23,7 +23,7 @@ from star_jax.convert.infer import ModelOptions
 from star_jax.convert.llamagen import BUFFERS, llamagen_entries
 from star_jax.convert.raster_vq import raster_vq_entries
 from star_jax.convert.table import ConversionTable
-from star_jax.core import condition, pixels
+from star_jax.core import condition, pixels, resize
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import SortedFilter
 from star_jax.core.guidance import StepSettings
@@ -291,6 +291,12 @@ def test_a_model_folder_samples_classes_alone_and_together(tmp_path):
     rebuilt = np.asarray(pipe.tokenizer.to_uint8(bound(pixels.to_signed(images[::-1]))))
     assert np.abs(whole.astype(int) - rebuilt).max() <= 1
     np.testing.assert_array_equal(pipe(['b', '0', 'e'], **options), images)
+    small = star_jax.load(tmp_path / 'model', size=star_jax.ImageSize(resize=6))
+    codes = np.stack([pipe._encode(pipe._params['tokenizer'], x[None]) for x in images])
+    canvas = bound.embed(codes).reshape(3, 4, 4, -1)
+    expected = pixels.to_nearest_uint8(resize.bicubic(bound.decode_unclamped(canvas), 6, 6))
+    found = small(['b', '0', 'e'], image=list(images), keep=4, **options)
+    assert small.size == (6, 6) and np.abs(found.astype(int) - expected).max() <= 1
     assert f'{sum(x.size for x in jax.tree.leaves(params_of(SAMPLED))):,}' in repr(pipe)
 
 

@@ -25,7 +25,7 @@ from star_jax.sampling.image_size import ImageSize
 from star_jax.sampling.sample_folder import MOST_IMAGES, WHOLE, SampleFolder
 
 COMMON = {
-    'size of the images': ('aspect', 'height', 'width', 'resolution'),
+    'size of the images': ('aspect', 'height', 'width', 'resolution', 'resize'),
     'sampling': ('guidance', 'top-k', 'top-p', 'temperature'),
 }
 
@@ -174,7 +174,7 @@ def main(words: Sequence[str]) -> int:
 
 def _shared_record(options: Sample, pipe: pipeline.Pipeline) -> dict[str, Any]:
     """The part of a record that is the same for all images of a command."""
-    height, width = pipe.tokenizer.resolution
+    height, width = pipe.size
     record = {
         'settings': dataclasses.asdict(options.settings),
         'height': height,

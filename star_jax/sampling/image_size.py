@@ -7,11 +7,12 @@ from star_jax.checkpoint.folder import StoredModel
 from star_jax.core.argument_types import instance, whole_number
 from star_jax.errors import UserError
 from star_jax.image_io import parse_aspect
+from star_jax.tokenizers.autoencoder import LARGEST_SIDE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSize:
-    """A size of images; the nearest one that the model has is sampled.
+    """A size of images; the nearest one that the model has is sampled, and may be resized.
 
     Attributes:
         aspect: width:height of the images, such as 16:9, which is wide ('': that of the model).
@@ -19,18 +20,25 @@ class ImageSize:
         width: width of the images in pixels (0: not given).
         resolution: name of a resolution of the model, such as 0.25M ('': the nearest to height and
             width, or the one that the model was trained at).
+        resize: side to which square images are resized before they are rounded, in pixels, as the
+            384 px of LlamaGen are to 256 for its scores (0: as sampled).
     """
 
     aspect: str = ''
     height: int = 0
     width: int = 0
     resolution: str = ''
+    resize: int = 0
 
     def __post_init__(self) -> None:
         instance('aspect', self.aspect, str, 'a text such as 16:9')
         instance('resolution', self.resolution, str, 'a text such as 0.25M')
         whole_number('height', self.height)
         whole_number('width', self.width)
+        if not 0 <= whole_number('resize', self.resize) <= LARGEST_SIDE:
+            raise UserError(
+                f'resize must lie in [0, {LARGEST_SIDE}] px (0: as sampled), not {self.resize}'
+            )
         if self.aspect:
             parse_aspect(self.aspect)
         if min(self.height, self.width) < 0 or (self.height == 0) != (self.width == 0):
@@ -62,7 +70,7 @@ def choose(model: StoredModel, size: ImageSize) -> tuple[StoredModel, str]:
     Raises:
         UserError: the model has no templates, or another one's resolution is named.
     """
-    if size == MODELS_OWN:
+    if dataclasses.replace(size, resize=0) == MODELS_OWN:
         return model, ''
     templates, own = model.config.templates, model.config.schedule
     if not templates:

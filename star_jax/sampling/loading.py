@@ -43,7 +43,7 @@ def load(
             those that suit the platform): equal images, faster to compile, slower to run.
         check: compare the weights with the SHA-256 that the model folder keeps.
         size: the size of the images, for a model with templates of several aspect ratios; the
-            nearest one is sampled (by default the model's own).
+            nearest one is sampled (by default the model's own), and may be resized.
         text_dtype: dtype of weights and activations of the text encoder.
 
     Raises:
@@ -94,7 +94,8 @@ def prepare(
 
     model, template = choose_size(model, size)
     encoder = model.config.prompt_encoder(load_encoder)
-    return Pipeline(model, encoder, dtype=dtype, mesh=mesh, buckets=buckets, template=template)
+    options = {'dtype': dtype, 'mesh': mesh, 'buckets': buckets, 'resize': size.resize}
+    return Pipeline(model, encoder, template=template, **options)
 
 
 def with_cross_attention(model: folder.StoredModel, mode: CrossAttentionMode) -> folder.StoredModel:

@@ -48,6 +48,7 @@ class Pipeline:
         network: the transformer.
         tokenizer: its tokenizer.
         template: name of the template of its images, '' if none was chosen.
+        size: (height, width) of its images in pixels.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Pipeline:
         mesh: Mesh | None = None,
         buckets: Buckets | None = None,
         template: str = '',
+        resize: int = 0,
     ) -> None:
         instance('model', model, folder.StoredModel, 'a StoredModel; star_jax.load reads a folder')
         self._dtype = choice('dtype', dtype, Dtype)
@@ -67,6 +69,10 @@ class Pipeline:
         self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
         self.network = model.config.build(dtype).with_sharding(self.mesh)
         self.tokenizer = model.tokenizer.config.at(model.config.schedule).build(dtype)
+        self.size = self.tokenizer.resolution
+        if resize:
+            self.size = _resized(self.size, resize)
+            self.tokenizer = self.tokenizer.clone(shown=self.size)
         platform, sizes = self.mesh.devices.flat[0].platform, self.network.schedule.sizes
         shared = choose(buckets, sizes, platform)
         self._config = model.config
@@ -90,7 +96,7 @@ class Pipeline:
         parts = {name: part for name, part in self._params.items() if name != 'tokenizer'}
         leaves = jax.tree.leaves(parts)
         prompts = {'caption': 'text', 'label': 'classes'}[self.encoder.field]
-        height, width = self.tokenizer.resolution
+        height, width = self.size
         devices = self.mesh.devices
         return (
             f'<Pipeline: {type(self._config).__name__} of '
@@ -280,6 +286,14 @@ def batches(count: int, most: int, ways: int, exact: bool = False) -> list[int]:
     while last < rest:
         last *= 2
     return [most] * full + [min(last, most)]
+
+
+def _resized(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size of square images after they are resized. Raises UserError for others."""
+    height, width = size
+    if height != width:
+        raise UserError(f'resize is for square images, not for {height} x {width} px: leave it out')
+    return side, side
 
 
 def _texts(prompts: object) -> list[str]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from star_jax.core import pixels
+from star_jax.core import pixels, resize
 from star_jax.core.codes import Codes, Sampled, Targets
 from star_jax.core.schedule import Grids, Pyramid, Schedule, Step
 from star_jax.nn import layers
@@ -54,10 +54,12 @@ class ImageTokenizer(nn.Module):
     Attributes:
         config: its sizes.
         dtype: dtype of the decoder.
+        shown: (height, width) to which decoded images are resized (None: they stay).
     """
 
     config: Any
     dtype: str = 'float32'
+    shown: tuple[int, int] | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -76,8 +78,11 @@ class ImageTokenizer(nn.Module):
         return self.decode(self.quantise(self.features(images_BHWc)).canvases[-1])
 
     def decode(self, canvas_BHWC: jax.Array) -> jax.Array:
-        """[B, H, W, 3] images in [-1, 1]."""
-        return self.decode_unclamped(canvas_BHWC).clip(-1, 1)
+        """[B, H, W, 3] images in [-1, 1], resized before they are clamped."""
+        images_BHWc = self.decode_unclamped(canvas_BHWC)
+        if self.shown:
+            images_BHWc = resize.bicubic(images_BHWc, *self.shown)
+        return images_BHWc.clip(-1, 1)
 
     def to_uint8(self, images_BHWc: jax.Array) -> jax.Array:
         """uint8 images of images in [-1, 1], as the published code rounds them."""
