@@ -43,7 +43,8 @@ from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.training import train, warm_start
 from star_jax.training.optimizer import decayed
 from star_jax.training.state import TrainState
-from star_jax.verify.llamagen import recorded_filter
+from star_jax.verify.cases import Case
+from star_jax.verify.llamagen import RasterFilters, recorded_filter
 from star_jax.verify.llamagen_generate import CodesAlone
 
 CLASSES = LlamaGen(depth=2, width=16, heads=4, hidden=24, grid=(3, 4), codes=11, classes=5)
@@ -213,6 +214,14 @@ def test_a_recorded_top_p_of_0_leaves_one_code(top_p, left):
     keep = recorded_filter({'top_k': 3, 'top_p': top_p})
     logits = np.log(np.float32([[0.1, 0.2, 0.4, 0.3]]))
     assert np.isfinite(keep(logits)).sum() == left
+
+
+@pytest.mark.parametrize('scale', [0.0, 0.5, 1.0, 4.0])
+def test_recorded_mixed_logits_are_the_formula_at_any_scale(scale, tmp_path):
+    cond, uncond = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32)
+    config, arrays = {'cfg_scales': [scale]}, {'cond_logits': cond, 'uncond_logits': uncond}
+    mixed = RasterFilters(Case(tmp_path, config, arrays)).guided(str(scale))
+    np.testing.assert_allclose(mixed, uncond + scale * (cond - uncond), atol=1e-6)
 
 
 @pytest.mark.parametrize('size', SIZES)
