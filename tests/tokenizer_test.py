@@ -13,8 +13,9 @@ from star_jax.checkpoint import models
 from star_jax.core import resize
 from star_jax.core.codes import Sampled
 from star_jax.core.schedule import Pyramid, Step, square_grids
-from star_jax.losses.tokenizer import psnr
+from star_jax.losses.tokenizer import EntropyOfCodes, psnr
 from star_jax.nn import layers
+from star_jax.nn.bind import bind
 from star_jax.sampling import program
 from star_jax.tokenizers.autoencoder import Autoencoder, depth_to_space, space_to_depth
 from star_jax.tokenizers.residual_vq import VQ, ResidualVQ, phi_of_scale
@@ -122,6 +123,17 @@ def test_scale_quantises_the_residual_of_coarser_scales(quantised, params, featu
         np.testing.assert_array_equal(quantised.codes[step], distances.argmin(-1))
         canvas = canvas + refine(params, params['codebook'][quantised.codes[step]], step)
         np.testing.assert_allclose(quantised.canvases[step], canvas, atol=1e-5)
+
+
+def test_entropy_of_codes_trains_the_codebook_alone(params, features):
+    vq = VQ(grids=square_grids(SIDES), codes=V, channels=C, phis=2).build()
+
+    def loss(params, f):
+        tokenizer = bind(vq, {'quantiser': params})
+        return EntropyOfCodes().losses(tokenizer, tokenizer.quantise(f)).sum()
+
+    of_params, of_features = jax.grad(loss, (0, 1))(params, features[:1])
+    assert np.any(of_params['codebook']) and not np.any(of_features)
 
 
 def test_codes_are_ordered_coarse_to_fine_and_row_by_row(quantised):

@@ -79,6 +79,9 @@ def _entropy(probs: jax.Array) -> jax.Array:
 class EntropyOfCodes:
     """The entropy loss of tokenizers with a codebook (LlamaGen specification 1.5).
 
+    It trains codebook and encoder of a RasterVQ, but the codebook alone of a VQ, whose residuals
+    have no gradient.
+
     Attributes:
         weight: weight of the entropy of each vector minus that of the averaged codes.
         temperature: temperature of the soft codes.
