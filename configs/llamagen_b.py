@@ -10,6 +10,7 @@ of the model's defaults.
 from star_jax.core.settings import Settings
 from star_jax.data.crops import TenCrops
 from star_jax.data.prepared import Prepared
+from star_jax.data.resizing import HalvedBicubic
 from star_jax.families.llamagen import LlamaGen
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
@@ -18,7 +19,7 @@ from star_jax.training.schedules import LearningRate
 run = Run(
     model=LlamaGen.published('B', grid=(24, 24)),
     tokenizer='models/llamagen_tokenizer',
-    data=Prepared(path='sets/imagenet'),
+    data=Prepared(path='sets/imagenet', resizing=HalvedBicubic()),  # 1.8
     crops=TenCrops(enlarge=1.1),
     validation=Prepared(path='', split='validation'),
     optimizer=AdamW(

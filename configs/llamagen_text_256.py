@@ -6,6 +6,7 @@ converted tokenizer (vq_ds16_t2i.pt) and the text encoder, flan-t5-xl.
 
 from star_jax.core.settings import Settings
 from star_jax.data.prepared import Prepared
+from star_jax.data.resizing import HalvedBicubic
 from star_jax.families.llamagen import LlamaGenText
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
@@ -16,7 +17,7 @@ run = Run(
     tokenizer='models/llamagen_text_tokenizer',
     text='models/flan-t5-xl',
     text_dtype='bfloat16',
-    data=Prepared(path='sets/captioned'),
+    data=Prepared(path='sets/captioned', resizing=HalvedBicubic()),  # 1.8 and 4.3
     validation=Prepared(path='', split='validation'),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),

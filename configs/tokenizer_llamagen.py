@@ -1,14 +1,15 @@
 """LlamaGen's VQ-16 tokenizer at 256 px: 40 epochs of ImageNet (LlamaGen specification 1.1 and 1.7).
 
-Replace the path. What differs from the published recipe: images are resized by Lanczos and crops
-come from their central square, statistics of the discriminator are those of the whole batch, LPIPS
-has no dropout (item 11 of LlamaGen specification 7), and in a fresh network residual branches end
-with zeros. By text, the published tokenizer is this one, trained on with `--init FOLDER
---objective.adversary.start 0`.
+Replace the path. What differs from the published recipe: crops come from the central square of an
+image, which is first resized to 1.25 times their size, statistics of the discriminator are those of
+the whole batch, LPIPS has no dropout (item 11 of LlamaGen specification 7), and in a fresh network
+residual branches end with zeros. By text, the published tokenizer is this one, trained on with
+`--init FOLDER --objective.adversary.start 0`.
 """
 
 from star_jax.data.crops import RandomCrops
 from star_jax.data.prepared import Prepared
+from star_jax.data.resizing import HalvedBicubic
 from star_jax.nn.discriminators import PatchGAN
 from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.training.objective import Adversary, Objective
@@ -27,7 +28,7 @@ ADAM = AdamW(
 
 run = TokenizerRun(
     model=RasterVQ(),  # 1.1: 16,384 codes of width 8, 71,883,403 parameters
-    data=Prepared(path='sets/imagenet'),
+    data=Prepared(path='sets/imagenet', resizing=HalvedBicubic()),  # 1.7
     crops=RandomCrops(enlarge=1.25, least=1.0),  # 1.7: up to the size over 0.8
     flip=0.5,  # 1.7
     validation=Prepared(path='', split='validation'),

@@ -71,6 +71,29 @@ def fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     return np.array(image)
 
 
+def halve_and_fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """The centre of a Pillow image of any mode (LlamaGen specification 1.8).
+
+    It is halved with a box filter while both sides are at least twice those of `size`, then resized
+    by bicubic so that it covers `size`, then cropped.
+
+    Args:
+        image: the image; transparency becomes white.
+        size: as for `crop`.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    image, (height, width) = _on_white(image), height_and_width(size)
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    sides = round(image.width * scale), round(image.height * scale)
+    image = image.resize(sides, Image.Resampling.BICUBIC)
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return np.array(image.crop((left, top, left + width, top + height)))
+
+
 def ratio(data: bytes) -> float:
     """Height divided by width of an image file, upright; its pixels are not decoded.
 

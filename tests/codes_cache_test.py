@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from star_jax.checkpoint import folder
 from star_jax.data import encoded
 from star_jax.data.crops import RandomCrops, TenCrops
 from star_jax.data.folder import Folder
+from star_jax.data.resizing import HalvedBicubic
 from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.losses import tokens
 from star_jax.text.cache import FeatureCache
 from star_jax.text.encoder import TextEncoder
 from star_jax.text.encoder import load as load_text
+from star_jax.tokenizers.residual_vq import VQ
 from star_jax.training import cache, train
 from star_jax.training.run import Run
 from star_jax.training.state import TrainState
@@ -351,6 +354,23 @@ def test_fingerprint_changes_with_the_images_of_a_folder(tmp_path):
     (tmp_path / '5.png').unlink()
     seen.append(fingerprint())
     assert len(set(seen)) == 4
+
+
+def test_key_changes_with_the_way_of_resizing(tmp_path):
+    image_io.save_png(np.full((16, 16, 3), 7, np.uint8), tmp_path / 'a.png')
+    (tmp_path / 'a.txt').write_text('equal in either way')
+
+    def key(data: Folder) -> encoded.Key:
+        run = dataclasses.replace(tiny.STAR, data=data)
+        tokenizer = SimpleNamespace(config=VQ(), params={})
+        encoder = SimpleNamespace(identity='that of a text encoder')
+        origin = cache.Origin(run=run, tokenizer=tokenizer, prompt_encoder=encoder)
+        return origin.key('data', data.open(16))
+
+    lanczos = Folder(path=str(tmp_path), split='all')
+    halved = dataclasses.replace(lanczos, resizing=HalvedBicubic())
+    assert key(halved)['images'] == key(lanczos)['images'] and key(halved) != key(lanczos)
+    assert 'resizing' not in key(lanczos)['data']  # caches from before this choice stay valid
 
 
 def test_cache_path_is_beside_its_set(run, tmp_path):

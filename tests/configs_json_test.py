@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 
 from star_jax.checkpoint import config
+from star_jax.checkpoint.structure import OMITTED
 from star_jax.errors import UserError
 
 
@@ -136,6 +137,19 @@ def test_error_names_the_invalid_field(path, value, field, message):
         config.from_json(Run, changed(path, value), where='x.json')
     assert str(caught.value).startswith(f'x.json: {field}: ')
     assert message in str(caught.value)
+
+
+def test_json_lacks_a_marked_field_at_its_default():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Marked:
+        old: int = 1
+        new: int = dataclasses.field(default=2, metadata=OMITTED)
+
+    assert config.to_json(Marked()) == {'old': 1}
+    assert config.to_json(Marked(new=3)) == {'old': 1, 'new': 3}
+    for each in (Marked(), Marked(new=3)):
+        assert config.from_json(Marked, config.to_json(each)) == each
+    assert config.differences(Marked(), Marked(new=3)) == ['new: null -> 3']
 
 
 def test_error_lists_at_most_eight_fields():

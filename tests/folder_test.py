@@ -14,6 +14,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_io_test import adm_crop
 from PIL import Image, ImageOps
 
 from star_jax import cli, image_io
@@ -21,6 +22,7 @@ from star_jax.checkpoint import config, models
 from star_jax.data import folder, image_checks, image_files, listing, lists, pipeline, splits, tree
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
+from star_jax.data.resizing import HalvedBicubic
 from star_jax.errors import UserError
 from star_jax.files import SHIPPED
 from star_jax.training import train
@@ -388,6 +390,14 @@ def test_large_jpeg_is_reduced_by_its_decoder_with_small_error(tmp_path):
     expected = ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS)
     reduced = opened(tmp_path / 'a.jpg', 32).astype(int)
     assert np.abs(reduced - np.asarray(expected)).max() <= 4
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg'])
+def test_halving_is_not_left_to_the_decoder_of_a_jpeg(tmp_path, name):
+    path = add(tmp_path, name, 'a caption', width=300, height=200)
+    source = Folder(path=str(tmp_path), split='all', resizing=HalvedBicubic()).open(8)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(source[0]['image'], adm_crop(image, 8))
 
 
 def test_jpeg_of_twenty_thousand_pixels_is_read(tmp_path):

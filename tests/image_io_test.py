@@ -24,6 +24,34 @@ def test_crop_keeps_an_image_of_the_target_size():
     np.testing.assert_array_equal(image_io.crop(image, 16), image)
 
 
+def adm_crop(image: Image.Image, side: int) -> np.ndarray:
+    """The centre crop of ADM, which LlamaGen uses, step by step."""
+    while min(image.size) >= 2 * side:
+        image = image.resize(tuple(x // 2 for x in image.size), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = ((x - side) // 2 for x in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
+
+
+@pytest.mark.parametrize('sides', [(64, 64), (63, 97), (131, 45), (33, 31), (9, 12), (16, 17)])
+def test_halving_and_bicubic_is_the_crop_of_adm(sides):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8))
+    found = image_io.halve_and_fit(image, 16)
+    np.testing.assert_array_equal(found, adm_crop(image, 16))
+    if sides != (16, 17):  # there, both only crop
+        assert (found != image_io.fit(image, 16)).any()
+
+
+def test_halving_and_bicubic_covers_an_oblong_size():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (46, 90, 3), dtype=np.uint8))
+    halved = image.resize((45, 23), Image.Resampling.BOX)
+    covering = np.array(halved.resize((23, 12), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(image_io.halve_and_fit(image, (12, 20)), covering[:, 1:21])
+    assert image_io.halve_and_fit(image.convert('RGBA'), (12, 20)).shape == (12, 20, 3)
+
+
 def test_transparency_becomes_white():
     image = np.zeros((8, 8, 4), np.uint8)
     image[:4, :, 3] = 255

@@ -1,14 +1,18 @@
 """Does a prepared dataset return what was written, and are faults reported clearly?"""
 
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from image_io_test import adm_crop
+from PIL import Image
 
 from star_jax import image_io
 from star_jax.data import prepared
+from star_jax.data.resizing import HalvedBicubic
 from star_jax.errors import UserError
 
 
@@ -39,6 +43,16 @@ def test_every_record_is_read_back(folder):
     for index, example in enumerate(examples):
         assert example['captions'] == (f'image {index}, piñata', f'{index}')
         np.testing.assert_array_equal(example['image'], np.full((16, 16, 3), index, np.uint8))
+
+
+def test_config_chooses_how_images_are_resized(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 33, 3), dtype=np.uint8)
+    image = {'image': image_io.encode(pixels)}
+    folder = prepared.write(tmp_path / 'set', {'train': [record(1) | image]})
+    lanczos = prepared.Prepared(path=str(folder))
+    halved = dataclasses.replace(lanczos, resizing=HalvedBicubic())
+    np.testing.assert_array_equal(lanczos.open(8)[0]['image'], image_io.crop(pixels, 8))
+    np.testing.assert_array_equal(halved.open(8)[0]['image'], adm_crop(Image.fromarray(pixels), 8))
 
 
 def test_splits_are_separate_and_can_be_sliced(folder):

@@ -11,8 +11,9 @@ import pytest
 from flax.core import meta
 
 from star_jax.checkpoint import config, weights
+from star_jax.data.resizing import HalvedBicubic, Lanczos
 from star_jax.families.var import Var
-from star_jax.training.run import Run, TokenizerRun
+from star_jax.training.run import Run, TokenizerRun, resolve
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 CLASS_ROWS = 1001  # rows of the unused class_emb.weight, which STAR's published numbers count
@@ -113,6 +114,8 @@ def test_presets_of_tokenizers(name, parameters, resolution):
     assert float(rate.at(0, run.pace.steps)) == pytest.approx(1e-4)
     assert float(rate.at(run.pace.steps - 1, run.pace.steps)) == pytest.approx(1e-4)
     assert adversary.optimizer == run.optimizer
+    resizing = HalvedBicubic() if name == 'tokenizer_llamagen' else Lanczos()
+    assert run.data.resizing == resolve(run).validation.resizing == resizing
 
 
 # Parameters (LlamaGen specification 2.1) and tokens of an image.
@@ -143,6 +146,7 @@ def test_llamagen_has_the_published_size_and_recipe(name):
     optimizer = run.optimizer
     assert (optimizer.weight_decay, optimizer.clip, optimizer.beta2) == (0.05, 1.0, 0.95)
     assert model.dropout == model.row_dropout == 0.1
+    assert run.data.resizing == resolve(run).validation.resizing == HalvedBicubic()
 
 
 def test_llamagen_by_text_has_two_stages():

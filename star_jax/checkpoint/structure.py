@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import cattrs
-from cattrs.gen import make_dict_structure_fn
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from star_jax.errors import UserError
 from star_jax.families.registry import FAMILIES, TOKENIZERS, name_of
 from star_jax.protocols import Family, TokenizerConfig
 
 TAG = 'kind'
+# Metadata of a field that JSON lacks where it has its default: a new field then changes neither the
+# digests of studies nor the keys of caches that exist.
+OMITTED = types.MappingProxyType({'omitted': True})
 
 
 def make_converter() -> cattrs.Converter:
@@ -38,6 +41,7 @@ def make_converter() -> cattrs.Converter:
     converter.register_structure_hook_factory(dataclasses.is_dataclass, _structure_dataclass)
     converter.register_structure_hook_factory(_is(*UNION), _structure_union)
     converter.register_unstructure_hook_factory(_is(*UNION), _unstructure_union)
+    converter.register_unstructure_hook_factory(_omitted, _unstructure_omitting)
     for base, registered in ((Family, FAMILIES), (TokenizerConfig, TOKENIZERS)):
         _register_base(converter, base, registered)
     return converter
@@ -236,6 +240,18 @@ def _unstructure_union(union: Any, converter: cattrs.Converter) -> Callable[[obj
         return converter.unstructure(value, unstructure_as=next(fits, type(value)))
 
     return unstructure
+
+
+def _omitted(kind: Any) -> list[str]:
+    """The fields of a dataclass that JSON lacks where they have their defaults."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return [field.name for field in fields if OMITTED.items() <= field.metadata.items()]
+
+
+def _unstructure_omitting(cls: type, converter: cattrs.Converter) -> Callable[[Any], Any]:
+    """A hook that leaves out the `_omitted` fields of `cls` where they have their defaults."""
+    fields = {name: override(omit_if_default=True) for name in _omitted(cls)}
+    return make_dict_unstructure_fn(cls, converter, **fields)
 
 
 def _split(union: Any) -> tuple[dict[str, type], list[Any]]:

@@ -52,7 +52,7 @@ class Sample:
         model: model folder, hub id, or 'shipped'.
         text: path of the model's text encoder ('': the path or hub id in the model folder).
         image: image files to start from, one for all prompts or one per prompt; the centre of a
-            file is cropped and resized to the size of the images, as in training.
+            file is cropped and resized by Lanczos to the size of the images.
         keep: how many first scales of them are kept, while the finer ones are sampled; of a raster
             (LlamaGen), the first rows of tokens.
         out: folder of the images.

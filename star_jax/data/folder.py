@@ -19,10 +19,12 @@ import grain
 import numpy as np
 
 from star_jax import image_io
+from star_jax.checkpoint.structure import OMITTED
 from star_jax.console import track
 from star_jax.core.argument_types import check_types
 from star_jax.data import image_checks, image_files, listing, pipeline, prepared, splits
 from star_jax.data.pipeline import Example
+from star_jax.data.resizing import LANCZOS, Resizing
 from star_jax.data.tree import Fault, File
 from star_jax.errors import UserError
 from star_jax.image_io import height_and_width
@@ -52,12 +54,15 @@ class Folder:
         held_out: approximate share of the images in the split 'validation' if no folder or record
             names a split; the path of an image decides, so that adding images moves no others.
         caption: field of the list of captions ('': the first of text, caption and captions).
+        resizing: how images are resized: by Lanczos, or halved and then by bicubic (LlamaGen);
+            another kind is chosen in a config file.
     """
 
     path: str = ''
     split: str = 'train'
     held_out: float = 0.1
     caption: str = ''
+    resizing: Resizing = dataclasses.field(default=LANCZOS, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -123,6 +128,7 @@ class Folder:
             files=files,
             splits=contents.splits,
             faults=faults,
+            resizing=self.resizing,
         )
 
     def has_test_images(self) -> bool:
@@ -180,6 +186,7 @@ class FolderSource:
         files: where they are, by their names.
         splits: the splits that records state, by the names of the images.
         faults: the records that were left out.
+        resizing: how images are resized.
     """
 
     root: Path
@@ -188,6 +195,7 @@ class FolderSource:
     files: Mapping[str, File]
     splits: Mapping[str, str]
     faults: tuple[Fault, ...]
+    resizing: Resizing
 
     @property
     def names(self) -> list[str]:
@@ -235,7 +243,7 @@ class FolderSource:
                 'restore it, or start again without it'
             )
         try:
-            return image_files.read(file, self.size)
+            return image_files.read(file, self.size, self.resizing)
         except image_files.UnfitError as error:
             raise UserError(
                 f'{path} could be read when the dataset was opened, but now {error}: restore it'

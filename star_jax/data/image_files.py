@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from star_jax import image_io
-from star_jax.image_io import height_and_width
+from star_jax.data.resizing import LANCZOS, Resizing
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -94,12 +94,15 @@ def measure(source: ImageSource) -> tuple[int, int]:
         return sides[::-1] if turned else sides
 
 
-def read(source: ImageSource, size: int | tuple[int, int]) -> np.ndarray:
-    """The centre of an image file, upright and resized by Lanczos.
+def read(
+    source: ImageSource, size: int | tuple[int, int], resizing: Resizing = LANCZOS
+) -> np.ndarray:
+    """The centre of an image file, upright and resized.
 
     Args:
         source: the file.
         size: side of a square, or (height, width), in pixels.
+        resizing: how it is resized.
 
     Returns:
         (height, width, 3) uint8 RGB.
@@ -107,12 +110,12 @@ def read(source: ImageSource, size: int | tuple[int, int]) -> np.ndarray:
     Raises:
         UnfitError: as `measure`.
     """
-    with _decoded(source, max(height_and_width(size))) as (image, _):
-        return image_io.fit(image, size)
+    with _decoded(source, resizing.decoded_side(size)) as (image, _):
+        return resizing.fit(image, size)
 
 
 @contextlib.contextmanager
-def _decoded(source: ImageSource, target: int) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+def _decoded(source: ImageSource, target: float) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
     """The image, upright and possibly reduced by its decoder; (height, width) in the file.
 
     Args:
@@ -177,7 +180,7 @@ def _check(image: Image.Image) -> None:
         )
 
 
-def _draft(image: Image.Image, target: int) -> None:
+def _draft(image: Image.Image, target: float) -> None:
     """Makes the decoder of a JPEG reduce an image that is much larger than the target."""
     if not isinstance(image, JpegImageFile):
         return

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from star_jax import files, image_io
+from star_jax.checkpoint.structure import OMITTED
 from star_jax.core.argument_types import check_types
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
+from star_jax.data.resizing import LANCZOS, Resizing
 from star_jax.errors import UserError
 
 Value = TypeVar('Value')
@@ -63,6 +66,8 @@ class Prepared:
         image: field that holds the image.
         caption: field that holds one caption, several captions, or a class.
         label: field that holds the label ('': none).
+        resizing: how images are resized: by Lanczos, or halved and then by bicubic (LlamaGen);
+            another kind is chosen in a config file.
     """
 
     path: str
@@ -70,6 +75,7 @@ class Prepared:
     image: str = 'image'
     caption: str = 'captions'
     label: str = 'label'
+    resizing: Resizing = dataclasses.field(default=LANCZOS, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -152,7 +158,8 @@ class PreparedSource:
     def __getitem__(self, index: int) -> Example:
         record = self._record(index)
         # Pillow decodes faster than tfds and releases the interpreter lock.
-        image = image_io.crop(self._of_image(index, record, image_io.decode), self.size)
+        image = Image.fromarray(self._of_image(index, record, image_io.decode))
+        image = self.config.resizing.fit(image, self.size)
         captions = self._texts(record, self.config.caption)
         return Example(image=image, captions=captions, label=self._label(record))
 

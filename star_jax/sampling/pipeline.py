@@ -124,7 +124,7 @@ class Pipeline:
             exact: fill up every batch, so that an image alone and in a batch is the same image in
                 bfloat16, too. It then depends on `batch`.
             image: an image to start from, uint8 (h, w, 3) or of Pillow, or a list of one per
-                prompt. Of another size, its centre is cropped and resized as in training.
+                prompt. Of another size, its centre is cropped and resized by Lanczos.
             keep: how many of its first scales are kept, the finer ones are sampled; of a raster,
                 its first rows of tokens.
             **settings: fields of `Settings`; those left out are as recommended. `stable=True`
