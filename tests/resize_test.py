@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_every_axis_between_the_first_and_the_last_is_resampled():
 def test_resampling_keeps_constants_and_symmetry(matrix, pair):
     weights = matrix(*pair)
     assert weights.shape == pair[::-1]
-    assert weights.dtype == np.float32
+    assert weights.dtype == np.float64
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-6)
 
@@ -93,6 +94,20 @@ def test_resampling_keeps_constants_and_symmetry(matrix, pair):
 )
 def test_equal_sizes_change_nothing(matrix):
     np.testing.assert_allclose(matrix(5, 5), np.eye(5), atol=1e-7)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_matrices_have_the_precision_of_the_maps(dtype):
+    maps = np.random.default_rng(0).normal(size=(1, 3, 5, 1)).astype(dtype)
+    columns = resize.linear_matrix(5, 7)
+    with jax.enable_x64(True):
+        cubed = resize.bicubic(jnp.asarray(maps), 7, 2)
+        linear = resize.along_axes(jnp.asarray(maps), (3, 7), resize.linear_matrix)
+        assert cubed.dtype == linear.dtype == dtype
+    atol = 2e-6 if dtype == np.float32 else 1e-14
+    np.testing.assert_allclose(cubed[0, ..., 0], cubic(maps[0, ..., 0], 7, 2), atol=atol, rtol=0)
+    expected = np.einsum('xw,bhwc->bhxc', columns, maps)
+    np.testing.assert_allclose(linear, expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize('shapes', [((4, 4), (3, 3)), ((3, 5), (7, 2)), ((1, 1), (4, 4))])

@@ -2,6 +2,8 @@
 
 The resamplings that the published tokenizers were trained with, as matrices along one axis (STAR
 specification 1.4, Infinity specification 3.3). `jax.image.resize` differs from them by up to 0.3.
+Matrices are float64 on the host and rounded where they are used, to the maps' dtype, float32 at
+least.
 """
 
 import functools
@@ -19,7 +21,7 @@ CUBIC_A = -0.75  # steepness of the cubic kernel, the value of the published cod
 
 @functools.cache
 def area_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """[size_out, size_in] float32: adaptive average pooling.
+    """[size_out, size_in] float64: adaptive average pooling.
 
     Output i averages the inputs floor(i n / m) ... ceil((i + 1) n / m) - 1.
     """
@@ -27,12 +29,12 @@ def area_matrix(size_in: int, size_out: int) -> np.ndarray:
     for i in range(size_out):
         first, end = i * size_in // size_out, -(-(i + 1) * size_in // size_out)
         matrix[i, first:end] = 1 / (end - first)
-    return matrix.astype(np.float32)
+    return matrix
 
 
 @functools.cache
 def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """[size_out, size_in] float32: cubic convolution at half-pixel centres, no antialiasing.
+    """[size_out, size_in] float64: cubic convolution at half-pixel centres, no antialiasing.
 
     Taps outside the axis are clamped to its ends.
     """
@@ -42,19 +44,19 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
         base = int(np.floor(centre))
         for tap in range(base - 1, base + 3):
             matrix[i, np.clip(tap, 0, size_in - 1)] += _cubic(abs(centre - tap))
-    return matrix.astype(np.float32)
+    return matrix
 
 
 @functools.cache
 def linear_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """[size_out, size_in] float32: linear interpolation at half-pixel centres, no antialiasing."""
+    """[size_out, size_in] float64: linear interpolation at half-pixel centres, no antialiasing."""
     matrix = np.zeros((size_out, size_in))
     centres = np.maximum((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0)
     for i, centre in enumerate(centres):
         low = int(centre)
         matrix[i, low] += 1 - (centre - low)
         matrix[i, min(low + 1, size_in - 1)] += centre - low
-    return matrix.astype(np.float32)
+    return matrix
 
 
 def _cubic(x: float) -> float:
@@ -93,7 +95,7 @@ def along_axes(x: jax.Array, sizes: Sequence[int], matrix: MatrixOf) -> jax.Arra
     """
     for axis, size in enumerate(sizes, 1):
         if x.shape[axis] != size:
-            weights = matrix(x.shape[axis], size)
+            weights = matrix(x.shape[axis], size).astype(_dtype(x))
             x = jnp.tensordot(weights, x, ((1,), (axis,)), precision='highest')
             x = jnp.moveaxis(x, 0, axis)
     return x
@@ -110,5 +112,11 @@ def resample(x_BhwC: jax.Array, rows_yh: Matrix, columns_xw: Matrix) -> jax.Arra
     Returns:
         [B, y, x, C].
     """
+    rows_yh, columns_xw = rows_yh.astype(_dtype(x_BhwC)), columns_xw.astype(_dtype(x_BhwC))
     # Full precision: these maps feed a nearest-code search, where bfloat16 changes codes.
     return jnp.einsum('yh,xw,BhwC->ByxC', rows_yh, columns_xw, x_BhwC, precision='highest')
+
+
+def _dtype(x: jax.Array) -> np.dtype:
+    """The dtype of the matrices that resample maps."""
+    return jnp.result_type(x, jnp.float32)
