@@ -532,6 +532,7 @@ CASES: list[tuple[str, str, str]] = [
     ('such a prompt as a word', f'sample "{"red " * 10_000}"', '40,000 characters'),
     ('a prompt with half a character', 'sample "a \udcff"', 'not text: expected UTF-8'),
     ('a negative prompt too long', f'{SAMPLE} --negative "{"red " * 10_000}"', '40,000 characters'),
+    ('a prompt to avoid, unguided', f'{SAMPLE} --guidance 0 --negative x', 'no step is guided'),
     ('control characters to avoid', f'{SAMPLE} --negative "\x1b[2J"', 'not text: expected UTF-8'),
     ('an empty prompt', "sample 'a star' ''", 'a prompt is empty: write one'),
     ('no name of prompts', "sample --prompts ''", "'' names no file"),

@@ -16,7 +16,7 @@ from PIL import Image
 import star_jax
 from star_jax import cli, image_io
 from star_jax.core import pixels
-from star_jax.core.settings import StableSettings
+from star_jax.core.settings import Settings, StableSettings
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.shapes import Shapes
@@ -25,6 +25,7 @@ from star_jax.evaluation.eval_context import EvalOptions
 from star_jax.families.star import Star
 from star_jax.nn.bind import bind
 from star_jax.parallel.mesh import MeshShape
+from star_jax.sampling import program
 from star_jax.sampling.pipeline import Pipeline, batches
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.optimizer import AdamW
@@ -284,6 +285,11 @@ def test_wrong_type_raises_a_sentence(pipe, prompts, settings, sentence):
         (['a'], {'guidance': float('nan')}, 'guidance must lie in .*, not nan'),
         (['\udc80'], {}, r"prompt 0 is '\\udc80', expected text that UTF-8 can encode"),
         (['a'], {'negative': '\ud800'}, r"negative is '\\ud800', expected text that UTF-8 can"),
+        (
+            ['a'],
+            {'guidance': 0.0, 'negative': 'a ring'},
+            "negative is 'a ring', but no step is guided, so .*: give a larger guidance",
+        ),
         (['a'], {'image': Image.new('F', (9, 9)), 'keep': 1}, '9 x 9 pixels of mode F, expected'),
         (['a'], {'image': Image.new('RGB', (0, 0)), 'keep': 1}, 'image 0 has 0 x 0 pixels'),
         (['a'], {'image': closed_image(), 'keep': 1}, 'image 0 cannot be read .*: give another'),
@@ -293,6 +299,16 @@ def test_wrong_value_raises_a_sentence(pipe, prompts, settings, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         pipe(prompts, **settings)
     assert not isinstance(caught.value, TypeError)
+
+
+def test_a_recommended_negative_prompt_needs_no_guidance():
+    config, plain = tiny.STAR.model, Settings(guidance=0.0)
+    recommended = Settings(guidance=2.0, negative='a ring')
+    program.check_negative(config, dataclasses.replace(recommended, guidance=0.0), recommended)
+    program.check_negative(config, plain, plain)
+    program.check_negative(config, dataclasses.replace(recommended, negative='a star'), recommended)
+    with pytest.raises(UserError, match="negative is 'a star', but no step is guided"):
+        program.check_negative(config, dataclasses.replace(plain, negative='a star'), recommended)
 
 
 @pytest.mark.parametrize(

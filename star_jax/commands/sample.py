@@ -120,7 +120,9 @@ def main(words: Sequence[str]) -> int:
     recommended = Sample(settings=models.read_sampling(options.model))
     options = arguments.parse(Sample, words, 'sample', recommended)
     texts = _texts(options)
-    program.check_temperatures(models.read_config(options.model), options.settings)
+    model = models.read_config(options.model)
+    program.check_temperatures(model, options.settings)
+    program.check_negative(model, options.settings, recommended.settings)
     files.check_folder(options.out)
     startup.start()
     pipe = loading.load(

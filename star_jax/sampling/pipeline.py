@@ -166,11 +166,13 @@ class Pipeline:
             if isinstance(value, list) and isinstance(getattr(self.recommended, name), tuple)
         }
         try:
-            return dataclasses.replace(self.recommended, **settings | lists)
+            resolved = dataclasses.replace(self.recommended, **settings | lists)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
+        program.check_negative(self._config, resolved, self.recommended)
+        return resolved
 
     def _stable(self, on: bool) -> StableSettings:
         recommended = self.recommended.stable

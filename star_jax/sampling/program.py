@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax.core import condition
+from star_jax.core.argument_types import show
 from star_jax.core.buckets import Buckets
 from star_jax.core.guidance import StepSettings, layer_mixing
 from star_jax.core.settings import Settings
@@ -134,6 +135,23 @@ def check_temperatures(config: Family, settings: Settings) -> None:
     """Raises UserError for a temperature at which the family does not sample."""
     for temperature in {settings.temperature, *settings.temperature_per_step}:
         config.temperatures(temperature)
+
+
+def check_negative(config: Family, settings: Settings, recommended: Settings) -> None:
+    """Raises UserError for a negative prompt of the user where no step of the model is guided.
+
+    Args:
+        config: the model.
+        settings: how images are sampled.
+        recommended: the settings of the model folder, whose negative prompt is not the user's.
+    """
+    if settings.negative in ('', recommended.negative):
+        return
+    if not step_settings(config, settings).guided:
+        raise UserError(
+            f'negative is {show(settings.negative)}, but no step is guided, so that it would '
+            'change nothing: give a larger guidance, or leave negative out'
+        )
 
 
 def _of_steps(of_number: Callable[[float], np.ndarray], numbers: Sequence[float]) -> np.ndarray:
