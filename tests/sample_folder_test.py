@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from star_jax.commands.sample import Sample
 from star_jax.errors import UserError
 from star_jax.sampling.sample_folder import SampleFolder
 
@@ -30,6 +31,20 @@ def test_removed_image_is_written_again_and_keeps_one_line(tmp_path):
         assert folder.missing() == []
     assert (tmp_path / '000000.png').exists()
     assert (tmp_path / 'samples.jsonl').read_text() == before
+
+
+@pytest.mark.parametrize(
+    ('options', 'varies'),
+    [
+        ({'dtype': 'bfloat16'}, True),
+        ({'text_dtype': 'bfloat16'}, True),
+        ({'dtype': 'bfloat16', 'exact': True}, False),
+        ({'dtype': 'bfloat16', 'share': (0, 1)}, False),
+        ({}, False),
+    ],
+)
+def test_images_of_shares_vary_in_bfloat16_unless_they_are_exact(options, varies):
+    assert Sample(**{'share': (0, 2)} | options).varies_with_shares == varies
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,8 @@ COMMON = {
     'size of the images': ('aspect', 'height', 'width', 'resolution', 'resize'),
     'sampling': ('guidance', 'top-k', 'top-p', 'temperature'),
 }
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,12 @@ class Sample:
     size: Annotated[ImageSize, tyro.conf.arg(name='')] = ImageSize()
     settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
 
+    @property
+    def varies_with_shares(self) -> bool:
+        """Whether images depend on the number of processes, as their batches do."""
+        divided, half = self.share[1] > 1, 'bfloat16' in (self.dtype, self.text_dtype)
+        return divided and half and not self.exact
+
     def __post_init__(self) -> None:
         if self.batch < 1 or not 0 <= self.seed < program.SEEDS:
             raise UserError(
@@ -124,6 +133,11 @@ def main(words: Sequence[str]) -> int:
     program.check_temperatures(model, options.settings)
     program.check_negative(model, options.settings, recommended.settings)
     files.check_folder(options.out)
+    if options.varies_with_shares:
+        log.warning(
+            'in bfloat16 images depend on the number of shares: give --exact to make the same ones '
+            'with any number of processes'
+        )
     startup.start()
     pipe = loading.load(
         options.model,
