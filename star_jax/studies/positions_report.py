@@ -283,8 +283,8 @@ def _claims(listed: Sequence[Answer]) -> Cells:
             interval, p = f'[{low}, {high}]', f'{answer.adjusted:.2g}'
         claim = f'{answer.claim.source}: {answer.claim.statement}'
         arms = f'{answer.claim.first} - {answer.claim.second}'
-        rows.append([claim, value, interval, answer.verdict, p, arms])
-    columns = ['claim', 'difference', '95 %', 'verdict', 'p (Holm)', 'of']
+        rows.append([claim, answer.verdict, value, p, interval, arms])
+    columns = ['claim', 'verdict', 'difference', 'p (Holm)', '95 %', 'of']
     return Cells(title='Primary comparisons (nats; percentage points)', columns=columns, rows=rows)
 
 
