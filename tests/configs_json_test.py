@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 
 from star_jax.checkpoint import config
-from star_jax.checkpoint.structure import OMITTED
+from star_jax.core.argument_types import OMITTED
 from star_jax.errors import UserError
 
 

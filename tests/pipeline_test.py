@@ -136,6 +136,14 @@ def test_crops_of_images_of_random_sizes_keep_their_place():
         RandomCrops(enlarge=1.25, least=1.5)
 
 
+def test_a_crop_fits_where_the_smallest_size_is_rounded():
+    """282 x 299 px loaded for 256 x 272: at the least enlargement 299 px become 271.4."""
+    crop, image = RandomCrop((256, 272), 1.0), np.zeros((282, 299, 3), np.uint8)
+    for seed in range(100):
+        found = crop({'image': image}, np.random.default_rng(seed))['image']
+        assert found.shape == (256, 272, 3)
+
+
 def test_ten_crops_are_corners_and_centre_of_an_image_and_of_its_mirror_image():
     """In the order of torchvision's TenCrop, whose centre is right of the middle, or left of it."""
     image = np.arange(7 * 7 * 3).reshape(7, 7, 3)

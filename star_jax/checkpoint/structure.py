@@ -18,14 +18,12 @@ from typing import Any
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
+from star_jax.core.argument_types import OMITTED
 from star_jax.errors import UserError
 from star_jax.families.registry import FAMILIES, TOKENIZERS, name_of
 from star_jax.protocols import Family, TokenizerConfig
 
 TAG = 'kind'
-# Metadata of a field that JSON lacks where it has its default: a new field then changes neither the
-# digests of studies nor the keys of caches that exist.
-OMITTED = types.MappingProxyType({'omitted': True})
 
 
 def make_converter() -> cattrs.Converter:

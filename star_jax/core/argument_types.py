@@ -26,6 +26,9 @@ WORDS = {
     Path: 'a path',
     types.NoneType: 'None',
 }
+# Metadata of a field that JSON lacks where it has its default: a new field then changes neither the
+# digests of studies nor the keys of caches that exist.
+OMITTED = types.MappingProxyType({'omitted': True})
 NUMBERS = {int: numbers.Integral, float: numbers.Real}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from star_jax.core.argument_types import check_types
+from star_jax.core.argument_types import OMITTED, check_types
 from star_jax.errors import UserError
 
 TEN = 10
@@ -36,12 +36,12 @@ class RandomCrops:
     Attributes:
         enlarge: load training images this many times larger than their crops (VAR: 1.125; 1: whole
             images, no crop).
-        least: make each image anew this many times larger or more, at most `enlarge` (LlamaGen: 1;
-            0: always `enlarge`).
+        least: the smallest enlargement; each step chooses one between it and `enlarge` (LlamaGen:
+            1; 0: always `enlarge`).
     """
 
     enlarge: float = 1.0
-    least: float = 0.0
+    least: float = dataclasses.field(default=0.0, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         _check_enlarge(self)
@@ -148,6 +148,7 @@ class RandomCrop:
             largest = image.shape[0]
             scale = rng.integers(round(self.least * height), largest + 1) / largest
         sides = np.array([round(side * scale) for side in image.shape[:2]])
+        sides = np.maximum(sides, self.size)  # one side may have been rounded below the crop's
         top, left = rng.integers(0, sides - self.size + 1)
         if scale == 1:
             return {**example, 'image': image[top : top + height, left : left + width]}

@@ -19,9 +19,8 @@ import grain
 import numpy as np
 
 from star_jax import image_io
-from star_jax.checkpoint.structure import OMITTED
 from star_jax.console import track
-from star_jax.core.argument_types import check_types
+from star_jax.core.argument_types import OMITTED, check_types
 from star_jax.data import image_checks, image_files, listing, pipeline, prepared, splits
 from star_jax.data.pipeline import Example
 from star_jax.data.resizing import LANCZOS, Resizing

@@ -20,8 +20,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from star_jax import files, image_io
-from star_jax.checkpoint.structure import OMITTED
-from star_jax.core.argument_types import check_types
+from star_jax.core.argument_types import OMITTED, check_types
 from star_jax.data import pipeline
 from star_jax.data.pipeline import Example, Source
 from star_jax.data.resizing import LANCZOS, Resizing

@@ -55,7 +55,7 @@ class BitTrace:
         The mean squared distance of the residual's direction from the code, which stays.
         """
         errors = [
-            layers.unit(residual) - code_vectors(bits)
+            layers.unit(residual) - code_vectors(bits, residual.dtype)
             for residual, bits in zip(self.residuals, self.bits, strict=True)
         ]
         return commitment * jnp.stack([jnp.square(error).mean() for error in errors])
@@ -65,10 +65,9 @@ class BitTrace:
         return self.canvases[-1]
 
 
-def code_vectors(bits: jax.Array) -> jax.Array:
-    """Vectors of length 1 for the bits on the last axis, float32 (float64 where that is the
-    default)."""
-    return (2 * bits.astype(float) - 1) / math.sqrt(bits.shape[-1])
+def code_vectors(bits: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Vectors of length 1 for the bits on the last axis."""
+    return (2 * bits.astype(dtype) - 1) / math.sqrt(bits.shape[-1])
 
 
 def decays(scales: int, decay: bool) -> tuple[float, ...]:
@@ -99,9 +98,9 @@ def quantise(
         residual = resize.along_axes(rest, size, resize.area_matrix)
         bits = (residual > 0).astype(jnp.int8)
         direction = layers.unit(residual)
-        code = direction + jax.lax.stop_gradient(code_vectors(bits) - direction)
+        code = direction + jax.lax.stop_gradient(code_vectors(bits, f.dtype) - direction)
         flip = flips(step, bits.shape) if flips else None
-        used = code if flip is None else code_vectors(bits ^ flip)
+        used = code if flip is None else code_vectors(bits ^ flip, f.dtype)
         added = resize.along_axes(factor * used, full, resize.linear_matrix)
         rest = rest - (jax.lax.stop_gradient(added) if detach else added)
         canvas = canvas + added

@@ -72,7 +72,7 @@ class RasterFilters:
         if float(scale) not in self.case.option('cfg_scales'):
             raise LookupError(f'cfg_scales lacks {scale}')
         rows = [self.case.input(f'{name}_logits') for name in ('cond', 'uncond')]
-        # The formula alone: that a scale of 1 or less turns guidance off decides who calls it.
+        # The formula alone; its callers turn guidance off at a scale of 1 or less.
         return guide(np.concatenate(rows), len(rows[0]), np.float32(float(scale) - 1))
 
 
