@@ -21,7 +21,7 @@ run = Run(
     tokenizer='models/llamagen_tokenizer',
     data=Prepared(path='sets/imagenet', resizing=HalvedBicubic()),  # 1.8
     crops=TenCrops(enlarge=1.1),
-    validation=Prepared(path='', split='validation'),
+    validation=Prepared(path='', split='validation', resizing=HalvedBicubic()),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
         weight_decay=0.05,

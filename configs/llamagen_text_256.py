@@ -18,7 +18,7 @@ run = Run(
     text='models/flan-t5-xl',
     text_dtype='bfloat16',
     data=Prepared(path='sets/captioned', resizing=HalvedBicubic()),  # 1.8 and 4.3
-    validation=Prepared(path='', split='validation'),
+    validation=Prepared(path='', split='validation', resizing=HalvedBicubic()),
     optimizer=AdamW(
         learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
         weight_decay=0.05,

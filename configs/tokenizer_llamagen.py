@@ -31,7 +31,7 @@ run = TokenizerRun(
     data=Prepared(path='sets/imagenet', resizing=HalvedBicubic()),  # 1.7
     crops=RandomCrops(enlarge=1.25, least=1.0),  # 1.7: up to the size over 0.8
     flip=0.5,  # 1.7
-    validation=Prepared(path='', split='validation'),
+    validation=Prepared(path='', split='validation', resizing=HalvedBicubic()),
     objective=Objective(
         l1=0.0,
         l2=1.0,  # 1.7: the reconstruction loss is l2, weight 1

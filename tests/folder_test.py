@@ -23,6 +23,7 @@ from star_jax.data import folder, image_checks, image_files, listing, lists, pip
 from star_jax.data.folder import Folder
 from star_jax.data.prepared import Prepared
 from star_jax.data.resizing import HalvedBicubic
+from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.files import SHIPPED
 from star_jax.training import train
@@ -632,6 +633,31 @@ def test_validation_without_a_path_uses_the_training_folder(tmp_path):
     assert resolved.validation == dataclasses.replace(run.data, split='validation')
     config.write(tmp_path / 'config.json', resolved)
     assert resolve(config.read(tmp_path / 'config.json', type(run))) == resolved
+
+
+@pytest.mark.parametrize(
+    ('data', 'validation', 'expected'),
+    [
+        (Folder(path='a'), Folder(caption='text'), "validation.caption is 'text'.* caption is ''"),
+        (Folder(path='a'), Folder(held_out=0.3), 'validation.held_out is 0.3'),
+        (
+            Folder(path='a'),
+            Folder(resizing=HalvedBicubic()),
+            'validation.resizing is HalvedBicubic',
+        ),
+        (Prepared(path='a', label=''), Prepared(path='', image='b'), "validation.image is 'b'"),
+        (Folder(path='a'), Prepared(path=''), 'validation is a Prepared .* data is a Folder'),
+        (Shapes(), Folder(), 'validation is a Folder .* data is a Shapes'),
+    ],
+)
+def test_validation_without_a_path_names_no_other_set(data, validation, expected):
+    run = dataclasses.replace(tiny.STAR, data=data, validation=validation)
+    with pytest.raises(UserError, match=expected):
+        resolve(run)
+    same = dataclasses.replace(data, split='validation')
+    resolve(dataclasses.replace(run, validation=same))
+    if not isinstance(data, Shapes):
+        resolve(dataclasses.replace(run, validation=dataclasses.replace(same, path='')))
 
 
 def test_tokenizer_without_a_path_is_that_of_init_or_the_shipped_one():

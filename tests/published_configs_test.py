@@ -115,7 +115,8 @@ def test_presets_of_tokenizers(name, parameters, resolution):
     assert float(rate.at(run.pace.steps - 1, run.pace.steps)) == pytest.approx(1e-4)
     assert adversary.optimizer == run.optimizer
     resizing = HalvedBicubic() if name == 'tokenizer_llamagen' else Lanczos()
-    assert run.data.resizing == resolve(run).validation.resizing == resizing
+    assert run.data.resizing == run.validation.resizing == resizing
+    assert resolve(run).validation.resizing == resizing
 
 
 # Parameters (LlamaGen specification 2.1) and tokens of an image.
@@ -146,7 +147,7 @@ def test_llamagen_has_the_published_size_and_recipe(name):
     optimizer = run.optimizer
     assert (optimizer.weight_decay, optimizer.clip, optimizer.beta2) == (0.05, 1.0, 0.95)
     assert model.dropout == model.row_dropout == 0.1
-    assert run.data.resizing == resolve(run).validation.resizing == HalvedBicubic()
+    assert run.data.resizing == run.validation.resizing == HalvedBicubic()
 
 
 def test_llamagen_by_text_has_two_stages():

@@ -66,7 +66,7 @@ class PooledStart(nn.Module):
         width: channels D of a row.
         text_width: channels E of a text token.
         heads: heads of the pooling attention, a divisor of the width.
-        text_rows: learned rows without a prompt: the longest text.
+        text_rows: learned rows that stand for a text without a prompt: the most tokens of a prompt.
         kernel_init: initializer of all weights but these rows.
         unprompted_init: initializer of these rows.
     """
@@ -118,7 +118,8 @@ class PooledStart(nn.Module):
         if count > self.text_rows:
             raise UserError(
                 f'the model replaces at most {self.text_rows} tokens of a prompt, not {count}: '
-                'shorten the prompts, or set model.text_rows to what the text encoder gives'
+                f'encode prompts to at most {self.text_rows} tokens '
+                f'(text.encoder.load(most={self.text_rows}))'
             )
         length_B1 = (text.mask_BT > 0).sum(1, keepdims=True)
         shape = (batch, count, self.text_width)

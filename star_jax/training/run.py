@@ -335,14 +335,39 @@ def resolve(run: Run | TokenizerRun) -> Run | TokenizerRun:
 
     A validation set without a path is a split of the training set. A transformer without a
     tokenizer uses the one of `init`, or the shipped one.
+
+    Raises UserError for a validation set without a path that differs from the training set in more
+    than its split.
     """
     changes: dict[str, Any] = {}
-    data, validation = run.data, run.validation
-    if not isinstance(data, Shapes) and type(validation) is type(data) and not validation.path:
-        changes['validation'] = dataclasses.replace(data, split=validation.split)
+    if not isinstance(run.validation, Shapes) and not run.validation.path:
+        _check_same_set(run.data, run.validation)
+        changes['validation'] = dataclasses.replace(run.data, split=run.validation.split)
     if isinstance(run, Run) and not run.tokenizer:
         changes['tokenizer'] = run.init or SHIPPED
     return dataclasses.replace(run, **changes)
+
+
+def _check_same_set(data: Data, validation: Prepared | Folder) -> None:
+    """Raises UserError unless a validation set without a path can be a split of the training set.
+
+    Its fields must be left out or equal those of the training set.
+    """
+    if type(validation) is not type(data):
+        kind = type(data).__name__
+        raise UserError(
+            f'validation is a {type(validation).__name__} without a path, which means a split of '
+            f'the training set, but data is a {kind}: make validation a {kind}, too, or give it a '
+            'path'
+        )
+    for field in dataclasses.fields(validation):
+        given, expected = getattr(validation, field.name), getattr(data, field.name)
+        if field.name not in ('path', 'split') and given not in (expected, field.default):
+            raise UserError(
+                f'validation.{field.name} is {given!r}, but without a path validation is a split '
+                f'of the training set, whose {field.name} is {expected!r}: leave '
+                f'validation.{field.name} out, or give validation.path, too'
+            )
 
 
 def _check_common(run: Run | TokenizerRun) -> None:
