@@ -1,12 +1,15 @@
 """Does a folder of sampled images continue, and refuse other images?"""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
-from star_jax.commands.sample import Sample
+from star_jax.checkpoint import models
+from star_jax.commands.sample import Sample, _shared_record
 from star_jax.errors import UserError
+from star_jax.sampling.image_size import ImageSize
 from star_jax.sampling.sample_folder import SampleFolder
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -37,7 +40,7 @@ def test_removed_image_is_written_again_and_keeps_one_line(tmp_path):
     ('options', 'varies'),
     [
         ({'dtype': 'bfloat16'}, True),
-        ({'text_dtype': 'bfloat16'}, True),
+        ({'text_dtype': 'bfloat16'}, False),
         ({'dtype': 'bfloat16', 'exact': True}, False),
         ({'dtype': 'bfloat16', 'share': (0, 1)}, False),
         ({}, False),
@@ -59,6 +62,35 @@ def test_error_names_the_setting_that_differs(tmp_path, settings, message):
     with SampleFolder(tmp_path, records()) as folder:
         folder.add(0, IMAGE)
     with pytest.raises(UserError, match=message), SampleFolder(tmp_path, records(**settings)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ('side', 'resize', 'message'),
+    [
+        (64, 48, "its resize was '32' and would be '48'"),
+        (96, 32, "its height was '64' and would be '96'"),
+        (64, 0, "its resize was '32' and would be 'None'"),
+        (32, 0, "its height was '64' and would be '32'"),
+    ],
+)
+def test_resized_images_of_other_sizes_are_refused(tmp_path, monkeypatch, side, resize, message):
+    monkeypatch.setattr(models, 'digest', lambda source: '0' * 64)
+
+    def records(side: int, resize: int) -> list[dict]:
+        pipe = types.SimpleNamespace(
+            tokenizer=types.SimpleNamespace(resolution=(side, side)),
+            size=(resize or side,) * 2,
+            encoder=types.SimpleNamespace(reference=dict),
+        )
+        record = _shared_record(Sample(size=ImageSize(resize=resize)), pipe)
+        return [{'prompt': 'a', 'seed': 0} | record]
+
+    with SampleFolder(tmp_path, records(64, 32)) as folder:
+        folder.add(0, IMAGE)
+    with SampleFolder(tmp_path, records(64, 32)) as folder:
+        assert folder.missing() == []
+    with pytest.raises(UserError, match=message), SampleFolder(tmp_path, records(side, resize)):
         pass
 
 

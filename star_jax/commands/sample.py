@@ -99,9 +99,11 @@ class Sample:
 
     @property
     def varies_with_shares(self) -> bool:
-        """Whether images depend on the number of processes, as their batches do."""
-        divided, half = self.share[1] > 1, 'bfloat16' in (self.dtype, self.text_dtype)
-        return divided and half and not self.exact
+        """Whether images depend on the number of processes, as their batches do.
+
+        The text encoder has one number of rows, so that its features never depend on batches.
+        """
+        return self.share[1] > 1 and self.dtype == 'bfloat16' and not self.exact
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not 0 <= self.seed < program.SEEDS:
@@ -131,7 +133,6 @@ def main(words: Sequence[str]) -> int:
     texts = _texts(options)
     model = models.read_config(options.model)
     program.check_temperatures(model, options.settings)
-    program.check_negative(model, options.settings, recommended.settings)
     files.check_folder(options.out)
     if options.varies_with_shares:
         log.warning(
@@ -150,9 +151,10 @@ def main(words: Sequence[str]) -> int:
         check=options.check,
         size=options.size,
     )
+    pipe.resolve(**vars(options.settings))  # checks them for the scales that the size chose
     height, width = pipe.tokenizer.resolution
     if pipe.template:
-        terminal.write_line(f'template {pipe.template}: images of {width} x {height} px (w x h)')
+        terminal.write_line(f'template {pipe.template}: {_shown_size(pipe)}')
     if options.classes and pipe.encoder.field != 'label':
         raise UserError(f'{options.model} samples from text and has no classes: give prompts')
     if pipe.encoder.field == 'label':
@@ -188,9 +190,20 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _shown_size(pipe: pipeline.Pipeline) -> str:
+    """The size of the images, for the user."""
+    (height, width), (shown_height, shown_width) = pipe.tokenizer.resolution, pipe.size
+    if pipe.size == pipe.tokenizer.resolution:
+        return f'images of {width} x {height} px (w x h)'
+    return (
+        f'images are sampled at {width} x {height} px (w x h), resized to {shown_width} x '
+        f'{shown_height}'
+    )
+
+
 def _shared_record(options: Sample, pipe: pipeline.Pipeline) -> dict[str, Any]:
     """The part of a record that is the same for all images of a command."""
-    height, width = pipe.size
+    height, width = pipe.tokenizer.resolution
     record = {
         'settings': dataclasses.asdict(options.settings),
         'height': height,
@@ -200,6 +213,8 @@ def _shared_record(options: Sample, pipe: pipeline.Pipeline) -> dict[str, Any]:
         'dtype': options.dtype,
         'cross_attention': options.cross_attention,
     }
+    if options.size.resize:
+        record |= {'resize': options.size.resize}
     if options.exact:
         record |= {'batch': options.batch}
     if options.text_dtype != Sample.text_dtype:
