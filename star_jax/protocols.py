@@ -74,6 +74,20 @@ class PromptEncoder(Protocol):
         """Shapes of the tokens of so many prompts."""
 
 
+class LoadEncoder(Protocol):
+    """Loads the text encoder of a run or of a stored model: `text.encoder.load` of its source."""
+
+    def __call__(self, *, most: int | None = None) -> PromptEncoder:
+        """The encoder.
+
+        Args:
+            most: tokens of a prompt that the model reads (None: the default of the encoder).
+
+        Raises:
+            UserError: the encoder is not available, or does not give so few tokens.
+        """
+
+
 class Starter(Protocol):
     """The module that makes the first rows of a network from its condition.
 
@@ -441,11 +455,8 @@ class Family:
         """The tokenizer that published models of this family use, at the sizes of this model."""
         raise NotImplementedError
 
-    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
+    def prompt_encoder(self, load: LoadEncoder) -> PromptEncoder:
         """The encoder of prompts; a model of text returns the text encoder that `load` loads.
-
-        `load` takes `most`: how many tokens of a prompt the model reads, where the default of the
-        encoder is another number.
 
         Raises UserError where the encoder does not fit the model.
         """

@@ -112,8 +112,10 @@ def test_length_can_be_chosen_up_to_the_position_table(tiny):
     with pytest.raises(UserError, match='8 to 40'):
         load(str(GOLDEN), length=41)
     assert [load(str(GOLDEN), most=most).length for most in (None, 39, 512)] == [32, 39, 40]
-    with pytest.raises(UserError, match='length is 4'):
+    with pytest.raises(UserError, match=r'reads 4 text tokens \(text_rows\).* 8 or more'):
         load(str(GOLDEN), most=4)
+    with pytest.raises(UserError, match='length is 16 and most is 8: give only one'):
+        load(str(GOLDEN), length=16, most=8)
 
 
 def test_compute_dtype_follows_the_parameters(tiny):

@@ -32,7 +32,7 @@ from star_jax.nn.conditioning import ModulationOffset, PooledStart, VectorModula
 from star_jax.nn.heads import Head, ModulatedHead
 from star_jax.nn.positions import AnyPositions, ReferenceRotary
 from star_jax.nn.transformer import Transformer
-from star_jax.protocols import Kernel, PromptEncoder
+from star_jax.protocols import Kernel, LoadEncoder, PromptEncoder
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.tokenizers.sign_quantiser import PATCH
 
@@ -266,7 +266,7 @@ class Infinity(Sizes):
             autoencoder=autoencoder, grids=self.grids, bits=PATCHED_BITS // PATCH**2, patchify=True
         )
 
-    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
+    def prompt_encoder(self, load: LoadEncoder) -> PromptEncoder:
         """The text encoder that `load` returns, for prompts of at most `text_rows` tokens.
 
         Raises UserError unless it has the model's text width.

@@ -33,7 +33,7 @@ from star_jax.nn.conditioning import LabelPrefix, TextPrefix
 from star_jax.nn.heads import PlainHead
 from star_jax.nn.positions import RasterPositions, RasterRotary
 from star_jax.nn.transformer import Transformer
-from star_jax.protocols import Kernel, PromptEncoder
+from star_jax.protocols import Kernel, LoadEncoder, PromptEncoder
 from star_jax.text.cleaning import clean
 from star_jax.tokenizers.raster_vq import RasterVQ
 
@@ -249,7 +249,7 @@ class LlamaGen(Llama):
     def starter(self) -> LabelPrefix:
         return LabelPrefix(self.width, self.classes, INIT)
 
-    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> Classes:
+    def prompt_encoder(self, load: LoadEncoder) -> Classes:
         """The table of classes; `load` is not called."""
         return Classes(self.classes, self.names)
 
@@ -296,7 +296,7 @@ class LlamaGenText(Llama):
         empty_init = nn.initializers.normal(self.text_width**-0.5)
         return TextPrefix(self.width, self.text_width, self.text_rows, INIT, empty_init)
 
-    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
+    def prompt_encoder(self, load: LoadEncoder) -> PromptEncoder:
         """The text encoder that `load` gives, for prompts of at most `text_rows` tokens, cleaned.
 
         Raises UserError unless it is of the model's text width.

@@ -6,7 +6,6 @@ fields that STAR and VAR share stand in `families/scales.py`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from star_jax.nn.heads import Head
 from star_jax.nn.layers import LayerNorm, Linear
 from star_jax.nn.refinement import Refiner
 from star_jax.nn.transformer import Transformer
-from star_jax.protocols import CrossAttentionMode, Kernel, PromptEncoder
+from star_jax.protocols import CrossAttentionMode, Kernel, LoadEncoder, PromptEncoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class Star(Scales):
             return self
         return dataclasses.replace(self, released_cross_attention=mode == 'released')
 
-    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> PromptEncoder:
+    def prompt_encoder(self, load: LoadEncoder) -> PromptEncoder:
         """The text encoder that `load` returns; UserError unless it has the model's text width."""
         return check_text_encoder(load(), self.text_width)
 

@@ -7,7 +7,6 @@ the fields that STAR and VAR share stand in `families/scales.py`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from star_jax.nn.conditioning import LabelStart, ModulationOffset, VectorModulat
 from star_jax.nn.heads import ModulatedHead
 from star_jax.nn.positions import AnyPositions, Learned
 from star_jax.nn.transformer import Transformer
-from star_jax.protocols import Kernel, PromptEncoder
+from star_jax.protocols import Kernel, LoadEncoder
 
 HEAD_MODULATION_INIT = 0.5  # shrinks the weights of the head's modulation at the start
 
@@ -80,7 +79,7 @@ class Var(Scales):
             dtype=dtype,
         )
 
-    def prompt_encoder(self, load: Callable[..., PromptEncoder]) -> Classes:
+    def prompt_encoder(self, load: LoadEncoder) -> Classes:
         """The table of classes; `load` is not called."""
         return Classes(self.classes, self.names)
 

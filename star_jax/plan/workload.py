@@ -319,8 +319,8 @@ def _encoder(model: Family, text: str, dtype: Dtype) -> tuple[PromptEncoder, str
     width, path = model.text_width, os.path.expanduser(text)
     if not width or os.path.isdir(path):
 
-        def read(**sizes: int) -> PromptEncoder:
-            return abstract_encoder(text, locate(text).config, dtype, **sizes)
+        def read(*, most: int | None = None) -> PromptEncoder:
+            return abstract_encoder(text, locate(text).config, dtype, most)
 
         return model.prompt_encoder(read), ''
     if width not in PUBLISHED:

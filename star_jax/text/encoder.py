@@ -191,15 +191,15 @@ def load(
         source: 'package:NAME', the path of a folder, or a hub id.
         length: tokens per caption (None: the default of the architecture).
         sha256: the expected digest of the files, as recorded by `TextEncoder.reference`.
-        most: instead of `length`: so many tokens per caption, or as many as the architecture has
-            positions.
+        most: instead of `length`, tokens that a model reads (its `text_rows`): so many per caption,
+            or as many as the architecture has positions.
         dtype: dtype of parameters and activations, 'float32' or 'bfloat16'.
         mesh: devices that share the parameters; all their processes must encode the same captions.
         pool: the pool (None: the default of the architecture).
 
     Raises:
         UserError: the files are not available or damaged, have another digest, or are of an
-            unsupported architecture.
+            unsupported architecture; or the number of tokens does not fit.
     """
     folder = locate(source)
     tower = _build_tower(source, folder.config)
@@ -207,6 +207,8 @@ def load(
         raise UserError(
             f'the dtype of a text encoder is {dtype!r}; supported: {", ".join(DTYPES)}.'
         )
+    if length is not None and most is not None:
+        raise UserError(f'length is {length} and most is {most}: give only one of them.')
     length = _length(tower, most) if length is None else length
     _check_length(length, tower.max_length)
     token_ids, largest_id = load_tokenizer(folder, length)
@@ -248,7 +250,8 @@ def abstract_encoder(
 ) -> TextEncoder:
     """An encoder of the sizes of a config.json, without weights and tokenizer: it has shapes only.
 
-    Other arguments are those of `load`. Raises `UserError` for an unsupported architecture.
+    Other arguments are those of `load`. Raises `UserError` for an unsupported architecture, or
+    where `most` is too small.
     """
     tower = _build_tower(source, config)
     return TextEncoder(
@@ -300,9 +303,17 @@ def _batches(
 
 
 def _length(tower: Tower, most: int | None) -> int:
-    """Tokens per caption: `most`, or as many as there are positions; the default for None."""
+    """Tokens per caption: `most`, or as many as there are positions; the default for None.
+
+    Raises UserError where `most` is too small.
+    """
     if most is None:
         return tower.default_length
+    if most < LENGTH_MULTIPLE:
+        raise UserError(
+            f'The model reads {most} text tokens (text_rows), but text encoders give '
+            f'{LENGTH_MULTIPLE} or more: set text_rows to {LENGTH_MULTIPLE} or more.'
+        )
     return min(most, tower.max_length or most)
 
 
