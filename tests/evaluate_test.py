@@ -24,12 +24,13 @@ from safetensors.numpy import load_file
 from star_jax import cli, image_io
 from star_jax.checkpoint import folder, models, weights
 from star_jax.commands.evaluate import Evaluate, _settings
+from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.data import prepared
 from star_jax.errors import UserError
 from star_jax.evaluation import bootstrap, efficientnet, eval_report, kid
 from star_jax.evaluation.alignment import Alignment
-from star_jax.evaluation.eval_context import EvalContext, EvalOptions
+from star_jax.evaluation.eval_context import EvalContext, EvalOptions, _CachingEncoder
 from star_jax.text.encoder import load as load_text
 from star_jax.tokenizers import perceptual
 
@@ -330,6 +331,24 @@ def test_the_text_encoder_has_a_dtype_of_its_own(model, monkeypatch):
     options = EvalOptions(model=model, metrics=('tokenizer',), count=1, text_dtype='bfloat16')
     report = eval_report.run(EvalContext(options, lambda items, *_: items))
     assert report['text_dtype'] == reported[0].pipe.encoder.dtype == 'bfloat16'
+
+
+def test_kept_captions_hold_no_padding_and_are_padded_when_read():
+    states = np.zeros((2, 16, 4), np.float32)
+    states[0, :3], states[1, :5] = 1, 2
+    mask = (states[..., 0] > 0).astype(np.int32)
+    calls = []
+
+    def encode(captions: list[str]) -> TextCondition:
+        calls.append(captions)
+        return TextCondition(states_BTE=states, mask_BT=mask, pooled_BE=states[:, 0])
+
+    encoder = _CachingEncoder(types.SimpleNamespace(encode=encode, length=16))
+    first, second = (encoder.encode(['a', 'b']) for _ in range(2))
+    assert len(calls) == 1
+    jax.tree.map(np.testing.assert_array_equal, second, first)
+    (kept,) = encoder._encoded.values()
+    assert kept.states_BTE.shape == (2, 5, 4) and kept.states_BTE.base is None
 
 
 def test_tokenizer_has_metrics_of_every_scale(scores):

@@ -311,6 +311,17 @@ def test_a_recommended_negative_prompt_needs_no_guidance():
         program.check_negative(config, dataclasses.replace(plain, negative='a star'), recommended)
 
 
+@pytest.mark.parametrize('layers', [(0,), (-1,)])
+def test_a_negative_prompt_needs_guidance_before_the_last_sampled_step(layers):
+    config = tiny.STAR.model
+    guidance = (0.0, 0.0, *[2.0] * (config.schedule.steps - 2))
+    settings = Settings(guidance_per_step=guidance, negative='a star', guidance_layers=layers)
+    for stop in (0, 3):
+        program.check_negative(config, dataclasses.replace(settings, stop=stop), Settings())
+    with pytest.raises(UserError, match="negative is 'a star', but no step is guided"):
+        program.check_negative(config, dataclasses.replace(settings, stop=2), Settings())
+
+
 @pytest.mark.parametrize(
     ('options', 'sentence'),
     [

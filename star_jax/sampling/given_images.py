@@ -28,7 +28,7 @@ def prepare(
     schedule: Schedule,
     size: tuple[int, int],
 ) -> list[np.ndarray]:
-    """The given images as the model reads them: their centres, resized as in training.
+    """The given images as the model reads them: their centres, resized by Lanczos.
 
     Args:
         image: uint8 (h, w, 3) or a Pillow image, for all prompts; or a sequence of one per prompt.

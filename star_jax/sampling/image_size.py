@@ -20,8 +20,8 @@ class ImageSize:
         width: width of the images in pixels (0: not given).
         resolution: name of a resolution of the model, such as 0.25M ('': the nearest to height and
             width, or the one that the model was trained at).
-        resize: side to which square images are resized before they are rounded, in pixels, as the
-            384 px of LlamaGen are to 256 for its scores (0: as sampled).
+        resize: side to which square images are resized before they are rounded, in pixels;
+            LlamaGen's scores are of 384 px images resized to 256 (0: as sampled).
     """
 
     aspect: str = ''

@@ -37,9 +37,9 @@ BATCH = 16  # images per run of the program by default
 class Pipeline:
     """A model on the devices of a mesh; calling it samples one image per prompt.
 
-    One program is compiled per number of images and kind of settings. The last, smaller batch of a
-    call is filled up to a power of two, so that few programs are compiled; with `exact` it is
-    filled up to a full batch, so that one program samples every image.
+    One program is compiled per number of images, padded length of the texts and kind of settings.
+    The last, smaller batch of a call is filled up to a power of two, so that few programs are
+    compiled; with `exact` it is filled up to a full batch, so that one program samples every image.
 
     Attributes:
         encoder: encodes prompts.
@@ -215,7 +215,8 @@ class Pipeline:
         sizes = batches(len(prompts), int(batch), batch_shards(self.mesh), flag('exact', exact))
         most, schedule = max(sizes, default=0), self._config.schedule
         resolution = self.tokenizer.resolution
-        rows = self.network.width * schedule.sizes[-1] + 3 * math.prod(resolution)
+        pixels = max(math.prod(resolution), math.prod(self.size))
+        rows = self.network.width * schedule.sizes[-1] + 3 * pixels
         machine.check_memory(f'a batch of {most:,} images', 4 * most * rows)
         images = given_images.prepare(image, keep, len(prompts), schedule, resolution)
         return self._stream(

@@ -1,5 +1,6 @@
 """Which one jitted program samples images?"""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,7 +139,7 @@ def check_temperatures(config: Family, settings: Settings) -> None:
 
 
 def check_negative(config: Family, settings: Settings, recommended: Settings) -> None:
-    """Raises UserError for a negative prompt of the user where no step of the model is guided.
+    """Raises UserError for a negative prompt of the user where no sampled step is guided.
 
     Args:
         config: the model.
@@ -147,7 +148,9 @@ def check_negative(config: Family, settings: Settings, recommended: Settings) ->
     """
     if settings.negative in ('', recommended.negative):
         return
-    if not step_settings(config, settings).guided:
+    counts = [count for count in (settings.guided_steps, settings.stop) if count]
+    sampled = dataclasses.replace(settings, guided_steps=min(counts, default=0))
+    if not step_settings(config, sampled).guided:
         raise UserError(
             f'negative is {show(settings.negative)}, but no step is guided, so that it would '
             'change nothing: give a larger guidance, or leave negative out'
