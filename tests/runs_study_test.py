@@ -114,7 +114,7 @@ def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
     assert '| -40.0' not in tables and 'adjusted p' in tables and '| 0.000 |' in tables
     assert '20.0 (20.0 to 20.0)' in tables and '-10.0 (-10.0 to -10.0)' in tables
     assert result('bits-9', 0, 0.1, 9, 0.8).nats == pytest.approx(0.1 * 9 * 85)
-    assert len(config.read_json(tmp_path / 'report.json')) == 7
+    assert len(config.read_json(tmp_path / 'report.json')['units']) == 7
     changed = dataclasses.replace(result('bits-9', 5, 0.1, 9, 0.8), settings='other')
     config.write(place / 'other.json', changed)
     assert cli.main(words) == 2

@@ -26,6 +26,7 @@ from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary
 from star_jax.studies import curves, positions_report, statistics, transfer, units
 from star_jax.studies import positions_unit as unit_module
 from star_jax.studies.arms import KINDS, Arm, DataSet, LargerSize
+from star_jax.studies.cost_result import CostResult, KindCost
 from star_jax.studies.held_out import HeldOut
 from star_jax.studies.positions import PositionsStudy, Stage
 from star_jax.studies.positions_result import Carried, PositionsResult
@@ -220,6 +221,26 @@ def test_report_writes_tables_numbers_and_curves(results, tmp_path):
     kept = {path.name: path.read_bytes() for path in tmp_path.glob('report*')}
     assert star_jax('study', 'report', results, '--out', tmp_path / 'report')[0] == 0
     assert {path.name: path.read_bytes() for path in tmp_path.glob('report*')} == kept
+
+
+def test_report_adds_the_cost_of_a_step(results, tmp_path):
+    one = KindCost(
+        seconds=0.1, seconds_per_image=0.025, ratio=1.5, ratios=(1.4, 1.5, 2.0), gflop=9, bytes=0
+    )
+    path, out = tmp_path / 'cost.json', tmp_path / 'report'
+    training = {'4 images a step': {'raw': one}}
+    fields = {'commit': 'abc', 'hardware': {}, 'rounds': 3, 'text_tokens': 8, 'sampling': {}}
+    config.write(path, CostResult(training=training, **fields))
+    words = ('study', 'report', results, '--out', out, '--cost', path)
+    status, _, err = star_jax(*words)
+    assert status == 0, err
+    row = ['raw', '25.00', '1.500 (1.400 to 2.000)', '9.00', '0.0']
+    assert f'| {" | ".join(row)} |' in (tmp_path / 'report_tables.md').read_text()
+    numbers = config.read_json(tmp_path / 'report.json')
+    assert numbers['cost'] == config.read_json(path)
+    assert numbers['tables'][-1]['rows'] == [row]
+    path.write_text('{"rounds": 3}')
+    assert 'is no result of `star-jax study cost`' in error_of(*words)
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,12 @@ class StudyReport:
     Attributes:
         folder: folder of results, as `study run` writes them.
         out: the files are OUT.json, OUT_tables.md and, for positions, OUT.png.
+        cost: result of `study cost`, whose tables are added (none: no such tables).
     """
 
     folder: tyro.conf.Positional[Path]
     out: Path = Path('docs/positions')
+    cost: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,13 +117,20 @@ def _run(words: Sequence[str]) -> int:
 
 def _report(words: Sequence[str]) -> int:
     options = arguments.parse(StudyReport, words, 'study report')
-    from star_jax.studies import positions_report, positions_result, runs_report, units
+    from star_jax.studies import (
+        cost_result,
+        positions_report,
+        positions_result,
+        runs_report,
+        units,
+    )
 
     of_runs = units.study_of(options.folder) not in ('', positions_result.NAME)
     report = runs_report if of_runs else positions_report
     for path in report.paths(options.out):
         files.check_file(path)
-    report.write(options.folder, options.out, Console())
+    cost = None if options.cost is None else cost_result.read(options.cost)
+    report.write(options.folder, options.out, Console(), cost)
     return 0
 
 

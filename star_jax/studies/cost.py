@@ -19,12 +19,10 @@ from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.parallel import machine, startup
 from star_jax.studies import units
-from star_jax.studies.cells import Cells
+from star_jax.studies.cost_result import CostResult, KindCost
 from star_jax.studies.units import Study
 
 BATCHES = (1, 16)  # images per run of a sampling program
-
-Report = dict[str, Any]
 
 
 def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Console) -> None:
@@ -40,12 +38,12 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
     startup.start()
     runs, samplers = study.timed_runs, study.timed_samplers
     batch = next(iter(runs.values())).batch
-    report: Report = {
-        'commit': units.read_commit(),
-        'hardware': machine.describe(),
-        'rounds': rounds,
-        'text_tokens': text_tokens,
-        'training': {
+    report = CostResult(
+        commit=units.read_commit(),
+        hardware=machine.describe(),
+        rounds=rounds,
+        text_tokens=text_tokens,
+        training={
             f'{batch} images a step': _measure(
                 {
                     kind: TrainingJob(run=run, text_tokens=text_tokens).prepare()
@@ -54,7 +52,7 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
                 rounds,
             )
         },
-        'sampling': {
+        sampling={
             f'{images} at once': _measure(
                 {
                     kind: dataclasses.replace(job, batch=images, text_tokens=text_tokens).prepare()
@@ -64,33 +62,31 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
             )
             for images in (BATCHES if samplers else ())
         },
-    }
-    for part in ('training', 'sampling'):
-        for name, kinds in report[part].items():
-            title = f'{part.capitalize()}, {name}: median of {rounds} rounds in turn'
-            for table in _cells(title, kinds).for_terminal():
-                console.print(table)
+    )
+    for cells in report.tables():
+        for table in cells.for_terminal():
+            console.print(table)
     with files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        config.write_json(out, report)
+        config.write(out, report)
     console.print(f'{out}')
 
 
-def _measure(benchmarks: Mapping[str, Benchmark], rounds: int) -> Report:
+def _measure(benchmarks: Mapping[str, Benchmark], rounds: int) -> dict[str, KindCost]:
     """Time and memory of the main program of each benchmark."""
     programs = {kind: _compile(benchmark) for kind, benchmark in benchmarks.items()}
     calls = {kind: call for kind, (call, _) in programs.items()}
     seconds = time_in_turn(calls, rounds, averaged=calls)
     base = next(iter(seconds))
     return {
-        kind: {
-            'seconds': float(np.median(times)),
-            'seconds_per_image': float(np.median(times)) / benchmarks[kind].images,
-            'ratio': float(np.median(times / seconds[base])),
-            'ratios': [float(ratio) for ratio in times / seconds[base]],
-            'gflop': benchmarks[kind].main.flops / 1e9,
-            'bytes': programs[kind][1],
-        }
+        kind: KindCost(
+            seconds=float(np.median(times)),
+            seconds_per_image=float(np.median(times)) / benchmarks[kind].images,
+            ratio=float(np.median(times / seconds[base])),
+            ratios=tuple(float(ratio) for ratio in times / seconds[base]),
+            gflop=benchmarks[kind].main.flops / 1e9,
+            bytes=programs[kind][1],
+        )
         for kind, times in seconds.items()
     }
 
@@ -108,19 +104,3 @@ def _compile(benchmark: Benchmark) -> tuple[Callable[[], Any], int]:
         return jax.tree.leaves(result)[-1]
 
     return step, analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-
-
-def _cells(title: str, kinds: Report) -> Cells:
-    base = next(iter(kinds))
-    rows = [
-        [
-            kind,
-            f'{1000 * one["seconds_per_image"]:.2f}',
-            f'{one["ratio"]:.3f} ({min(one["ratios"]):.3f} to {max(one["ratios"]):.3f})',
-            f'{one["gflop"]:.2f}',
-            f'{one["bytes"] / 2**20:.1f}',
-        ]
-        for kind, one in kinds.items()
-    ]
-    columns = ['kind', 'ms per image', f'time of {base}', 'GFLOP', 'MiB']
-    return Cells(title=title, columns=columns, rows=rows)

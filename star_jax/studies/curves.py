@@ -114,7 +114,13 @@ def _name_ends(axes: Axes, bands: Mapping[str, np.ndarray]) -> None:
             va='center',
             fontsize='small',
             parse_math=False,
-            arrowprops={'arrowstyle': '-', 'color': colour, 'linestyle': style, 'linewidth': 1.5},
+            arrowprops={
+                'arrowstyle': '-',
+                'color': colour,
+                'linestyle': style,
+                'linewidth': 1.5,
+                'relpos': (0.0, 0.5),  # the line ends at the left of the name
+            },
         )
 
 

@@ -18,6 +18,7 @@ from star_jax.errors import UserError
 from star_jax.studies import units
 from star_jax.studies.arms import KINDS
 from star_jax.studies.cells import Cells
+from star_jax.studies.cost_result import CostResult
 from star_jax.studies.curves import plot
 from star_jax.studies.positions_result import PositionsResult
 from star_jax.studies.reference import KIND as REFERENCE
@@ -208,20 +209,31 @@ def paths(out: Path) -> tuple[Path, Path, Path]:
     return tuple(out.with_name(f'{out.name}{end}') for end in ('.json', '_tables.md', '.png'))
 
 
-def write(folder: Path, out: Path, console: Console) -> None:
+def write(folder: Path, out: Path, console: Console, cost: CostResult | None = None) -> None:
     """Writes `OUT.json`, `OUT_tables.md` and `OUT.png` from the units in a folder, and prints it.
 
-    Raises UserError as `load`, and if a file cannot be written.
+    Args:
+        folder: the folder.
+        out: begin of the paths of the files.
+        console: shows the tables.
+        cost: the cost of every kind, whose tables are added.
+
+    Raises:
+        UserError: as `load`, and if a file cannot be written.
     """
     results, references = load(folder)
-    cells = tables(results, references)
+    cells = [*tables(results, references), *(cost.tables() if cost else ())]
     for one in cells:
         for table in one.for_terminal():
             console.print(table)
     listed = answers(results)
     console.print(sentence(results), highlight=False)
     numbers_path, tables_path, curves_path = paths(out)
-    config.write_json(numbers_path, _numbers(results, references, listed))
+    numbers = _numbers(results, references, listed) | {
+        'cost': cost and config.to_json(cost),
+        'tables': [config.to_json(one) for one in cells],
+    }
+    config.write_json(numbers_path, numbers)
     with files.replacing(tables_path) as temporary:
         text = [*(one.for_markdown() for one in cells), sentence(results)]
         temporary.write_text('\n\n'.join(text) + '\n', 'utf-8')
@@ -241,7 +253,11 @@ def sentence(results: Sequence[PositionsResult]) -> str:
     machines = []
     for one in results:
         for machine in one.hardware:
-            text = f'{machine["cores"]} cores, {machine["device"]}, JAX {machine["jax"]}'
+            cores = machine['cores']
+            text = (
+                f'{cores} core{"s" if cores != 1 else ""}, {machine["device"]}, '
+                f'JAX {machine["jax"]}'
+            )
             if text not in machines:
                 machines.append(text)
     return (
@@ -379,7 +395,7 @@ def _numbers(
     references: Sequence[ReferenceResult],
     listed: Sequence[Answer],
 ) -> dict[str, Any]:
-    """Everything in the tables, as JSON."""
+    """Answers and units, as JSON."""
     return {
         'primary': [
             {

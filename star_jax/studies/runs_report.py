@@ -15,6 +15,7 @@ from star_jax.console import Console
 from star_jax.errors import UserError
 from star_jax.studies import units
 from star_jax.studies.cells import Cells
+from star_jax.studies.cost_result import CostResult
 from star_jax.studies.runs_result import RunResult, TokenizerResult
 from star_jax.studies.statistics import Difference, Scores, difference, holm
 
@@ -27,18 +28,30 @@ def paths(out: Path) -> list[Path]:
     return [out.with_name(out.name + suffix) for suffix in ('.json', TABLES)]
 
 
-def write(folder: Path, out: Path, console: Console) -> None:
+def write(folder: Path, out: Path, console: Console, cost: CostResult | None = None) -> None:
     """Writes the tables of the results in a folder, as JSON and Markdown, and prints them.
 
-    Raises UserError if the folder has no results, or contenders of different settings.
+    Args:
+        folder: the folder.
+        out: begin of the paths of the files.
+        console: shows the tables.
+        cost: the cost of every contender, whose tables are added.
+
+    Raises:
+        UserError: the folder has no results, or contenders of different settings.
     """
     results = [_read(path) for path in units.unit_files(folder)]
-    tables = [*_tokenizers(results), *_contenders(results)]
+    tables = [*_tokenizers(results), *_contenders(results), *(cost.tables() if cost else ())]
     for table in tables:
         for part in table.for_terminal():
             console.print(part)
     as_json, as_tables = paths(out)
-    config.write_json(as_json, [config.to_json(result) for result in results])
+    numbers = {
+        'units': [config.to_json(result) for result in results],
+        'cost': cost and config.to_json(cost),
+        'tables': [config.to_json(table) for table in tables],
+    }
+    config.write_json(as_json, numbers)
     text = '\n\n'.join(table.for_markdown() for table in tables)
     with files.replacing(as_tables) as temporary:
         temporary.write_text(text + '\n', 'utf-8')
