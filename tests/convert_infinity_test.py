@@ -9,18 +9,19 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from convert_test import Names, assert_same, save
+from convert_test import Names, assert_same, back_as, save
 from safetensors.numpy import load_file
 
 from star_jax import cli
 from star_jax.checkpoint import models
 from star_jax.checkpoint.stored import TensorSpec
-from star_jax.convert import infer, published, transfer
+from star_jax.convert import infer, published
 from star_jax.convert.entries import to_state
 from star_jax.convert.infer import ModelOptions
 from star_jax.convert.infinity import chunks_of
 from star_jax.convert.layouts import layout
 from star_jax.convert.table import ConversionTable
+from star_jax.convert.writers import FLAT, PARTS
 from star_jax.core.templates import PUBLISHED
 from star_jax.families.infinity import Infinity
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -58,7 +59,7 @@ def there_and_back(tmp_path: Path, model, tokenizer, *options: str) -> dict[str,
     words = ['--tokenizer', beside, *OPTIONS, *options, '--out', str(tmp_path / 'folder')]
     assert cli.main(['convert', file, *words]) == 0
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
-    return {name: load_file(tmp_path / 'back' / file) for name, file in transfer.OUT.items()}
+    return {name: load_file(tmp_path / 'back' / f'{name}.{FLAT}') for name in PARTS}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_tokenizer_alone_is_converted(tmp_path):
     assert cli.main(['convert', file, '--sides', '1', '2', '4', '--out', out]) == 0
     assert models.read_tokenizer(out).config == projected
     assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
-    assert_same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
+    assert_same(load_file(tmp_path / 'back' / f'tokenizer.{FLAT}'), state)
 
 
 def test_names_of_a_trainer_are_removed_and_those_of_chunks_stay(tmp_path):
@@ -122,6 +123,23 @@ def test_names_of_a_trainer_are_removed_and_those_of_chunks_stay(tmp_path):
     assert found.parts['tokenizer'].path == 'vae'
     averaged = published.read(tmp_path / 'file.safetensors').parts['transformer']
     assert averaged.path == 'trainer.gpt_ema_fsdp'
+
+
+@pytest.mark.parametrize(
+    ('layout_name', 'keys'), [('pth', ()), ('trainer', ('trainer', 'gpt_fsdp'))]
+)
+def test_files_of_torch_are_nested_as_the_originals_open_them(tmp_path, layout_name, keys):
+    torch = pytest.importorskip('torch')
+    state, vae = state_of(SMALL), state_of(BITS, seed=1)
+    found = back_as(layout_name, tmp_path, state, vae, *OPTIONS)
+    assert_same(found['transformer'], state)
+    assert_same(found['tokenizer'], vae)
+    files = [tmp_path / layout_name / f'{part}.pth' for part in PARTS]
+    content, tokenizer = (torch.load(file, weights_only=True) for file in files)
+    for key in keys:
+        assert set(content) == {key}
+        content = content[key]
+    assert set(content) == set(state) and set(tokenizer) == {'vae'}
 
 
 def test_published_types_of_buffers_are_kept(tmp_path):

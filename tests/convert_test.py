@@ -26,13 +26,14 @@ from safetensors.numpy import load_file, save_file
 from star_jax import cli
 from star_jax.checkpoint import folder, models, stored, weights
 from star_jax.checkpoint.stored import StreamedArray, TensorSpec
-from star_jax.convert import infer, published, transfer
+from star_jax.convert import infer, published, writers
 from star_jax.convert.entries import to_state
 from star_jax.convert.infer import SIDES, ModelOptions
 from star_jax.convert.layouts import layout
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.convert.table import ConversionTable
 from star_jax.convert.var import var_entries
+from star_jax.convert.writers import FLAT, PARTS
 from star_jax.core.schedule import square_grids
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
@@ -168,7 +169,7 @@ def there_and_back(tmp_path: Path, state, tokenizer, *options: str) -> dict[str,
     words = ['--tokenizer', beside, '--sides', '1', '2', '4', '--groups', '4', *options]
     assert cli.main(['convert', file, *words, '--out', str(tmp_path / 'folder')]) == 0
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
-    return {name: load_file(tmp_path / 'back' / file) for name, file in transfer.OUT.items()}
+    return {name: load_file(tmp_path / 'back' / f'{name}.{FLAT}') for name in PARTS}
 
 
 def assert_same(found, expected) -> None:
@@ -251,8 +252,8 @@ def test_tokenizer_of_a_folder_is_converted_back_completely(tmp_path):
     words = [*sides, '--tokenizer', str(tmp_path / 'folder'), '--out', str(tmp_path / 'other')]
     assert cli.main(['convert', save(Path(file), state), *words]) == 0
     assert cli.main(['convert', str(tmp_path / 'other'), '--out', str(tmp_path / 'again')]) == 0
-    assert_same(load_file(tmp_path / 'again' / transfer.OUT['tokenizer']), vae)
-    assert_same(load_file(tmp_path / 'again' / transfer.OUT['transformer']), state)
+    assert_same(load_file(tmp_path / 'again' / f'tokenizer.{FLAT}'), vae)
+    assert_same(load_file(tmp_path / 'again' / f'transformer.{FLAT}'), state)
 
 
 def test_tokenizer_file_is_converted_to_a_folder(tmp_path):
@@ -262,7 +263,7 @@ def test_tokenizer_file_is_converted_to_a_folder(tmp_path):
     assert cli.main(['convert', file, *words]) == 0
     assert folder.has_only_tokenizer(tmp_path / 'folder')
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
-    assert_same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
+    assert_same(load_file(tmp_path / 'back' / f'tokenizer.{FLAT}'), state)
 
 
 class Tensor:
@@ -302,7 +303,7 @@ def test_trainer_file_has_both_parts(tmp_path, torch):
     assert torch['asked'] == [{'map_location': 'cpu', 'weights_only': True, 'mmap': True}]
     assert models.read(tmp_path / 'folder').config == STAR
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
-    assert_same(load_file(tmp_path / 'back' / transfer.OUT['transformer']), state)
+    assert_same(load_file(tmp_path / 'back' / f'transformer.{FLAT}'), state)
 
 
 def refused(tmp_path, capsys, state, *words: str) -> str:
@@ -373,7 +374,7 @@ def test_types_that_files_cannot_hold_stay_wide(tmp_path, torch):
 def test_weights_of_8_bits_are_widened_and_converted_back(tmp_path, dtype):
     state, vae = state_of(STAR), state_of(VQ_SMALL)
     state = {name: x if 'zero' in name else x.astype(dtype) for name, x in state.items()}
-    transfer.write(tmp_path / 'fp8.safetensors', state)
+    stored.write(tmp_path / 'fp8.safetensors', state)
     words = ['--tokenizer', save(tmp_path / 'vae.SAFETENSORS', vae), *OPTIONS]
     file, out = str(tmp_path / 'fp8.safetensors'), str(tmp_path / 'folder')
     assert cli.main(['convert', file, *words, '--out', out]) == 0
@@ -382,7 +383,7 @@ def test_weights_of_8_bits_are_widened_and_converted_back(tmp_path, dtype):
     bias = np.stack([state[f'blocks.{layer}.ffn.fc2.bias'] for layer in range(3)])
     np.testing.assert_array_equal(params['blocks/ffn/fc2/bias'], bias.astype(np.float32))
     assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
-    back = stored.StoredTensors([tmp_path / 'back' / transfer.OUT['transformer']])
+    back = stored.StoredTensors([tmp_path / 'back' / f'transformer.{FLAT}'])
     assert_same({name: back.read(name) for name in back.names()}, state)
 
 
@@ -721,6 +722,48 @@ def test_convert_refuses_an_incomplete_download(tmp_path, content):
     (tmp_path / 'x.pth').write_bytes(content)
     with pytest.raises(UserError, match='fetch it again'):
         published.read(tmp_path / 'x.pth')
+
+
+def back_as(layout_name: str, tmp_path: Path, model, tokenizer, *options: str) -> dict[str, dict]:
+    """The state dicts after a conversion to a folder and back to another layout."""
+    there_and_back(tmp_path, model, tokenizer, *options)
+    out = tmp_path / layout_name
+    words = ['convert', str(tmp_path / 'folder'), '--out', str(out), '--layout', layout_name]
+    assert cli.main(words) == 0
+    assert not [path.name for path in out.iterdir() if path.name.startswith('.')]
+    ending = {'sharded': 'safetensors.index.json'}.get(layout_name, 'pth')
+    found = {}
+    for part in PARTS:
+        tensors = published.read(out / f'{part}.{ending}').parts[part].tensors
+        found[part] = {name: tensors.read(name) for name in tensors.names()}
+    return found
+
+
+def test_a_folder_is_converted_back_to_shards(tmp_path, monkeypatch):
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    monkeypatch.setattr(writers, 'SHARD_BYTES', 10_000)
+    found = back_as('sharded', tmp_path, state, vae)
+    assert_same(found['transformer'], state)
+    assert_same(found['tokenizer'], vae)
+    assert len(list((tmp_path / 'sharded').glob('transformer-*-of-*.safetensors'))) > 1
+
+
+@pytest.mark.parametrize('layout_name', ['pth', 'trainer'])
+def test_a_folder_is_converted_back_to_files_of_torch(tmp_path, layout_name):
+    torch = pytest.importorskip('torch')
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    found = back_as(layout_name, tmp_path, state, vae)
+    assert_same(found['transformer'], state)
+    assert_same(found['tokenizer'], vae)
+    content = torch.load(tmp_path / layout_name / 'transformer.pth', weights_only=True)
+    assert set(content['trainer']['var_wo_ddp']) == set(state)
+
+
+def test_the_layout_of_files_is_refused_for_a_file(tmp_path, capsys):
+    file = save(tmp_path / 'x.safetensors', state_of(STAR))
+    words = ['convert', file, '--out', str(tmp_path / 'out'), '--layout', 'pth']
+    assert cli.main(words) == 2
+    assert 'is no folder: leave it out' in capsys.readouterr().err
 
 
 def test_convert_reports_missing_torch(tmp_path, monkeypatch):

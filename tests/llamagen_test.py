@@ -17,12 +17,13 @@ import star_jax
 from star_jax import cli
 from star_jax.checkpoint import folder, models, weights
 from star_jax.checkpoint.stored import TensorSpec
-from star_jax.convert import infer, transfer
+from star_jax.convert import infer
 from star_jax.convert.entries import to_params, to_state
 from star_jax.convert.infer import ModelOptions
 from star_jax.convert.llamagen import BUFFERS, llamagen_entries
 from star_jax.convert.raster_vq import raster_vq_entries
 from star_jax.convert.table import ConversionTable
+from star_jax.convert.writers import FLAT, PARTS
 from star_jax.core import condition, pixels, resize
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import SortedFilter
@@ -342,7 +343,7 @@ def test_published_files_are_converted_back_bit_for_bit(tmp_path, model):
     words += ['--sides', str(model.grid[0]), '--out', str(tmp_path / 'folder')]
     assert cli.main(['convert', file, *words]) == 0
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
-    back = {name: load_file(tmp_path / 'back' / file) for name, file in transfer.OUT.items()}
+    back = {name: load_file(tmp_path / 'back' / f'{name}.{FLAT}') for name in PARTS}
     assert_same(back['tokenizer'], vae)
     assert_same(back['transformer'], state)
     found = models.read(tmp_path / 'folder')

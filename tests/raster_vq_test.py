@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 
 from star_jax import cli
 from star_jax.checkpoint import models
-from star_jax.convert import transfer
 from star_jax.convert.entries import to_state
 from star_jax.convert.layouts import layout
 from star_jax.convert.raster_vq import raster_vq_entries
+from star_jax.convert.writers import FLAT
 from star_jax.core.codes import Bits, Index, Sampled
 from star_jax.core.schedule import Pyramid, Raster, Step
 from star_jax.errors import UserError
@@ -115,7 +115,7 @@ def test_files_are_converted_back_bit_for_bit(tmp_path, wrapper):
     assert cli.main(['convert', file, *words, '--out', out]) == 0
     assert models.read_tokenizer(out).config == config
     assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
-    assert_same(load_file(tmp_path / 'back' / transfer.OUT['tokenizer']), state)
+    assert_same(load_file(tmp_path / 'back' / f'tokenizer.{FLAT}'), state)
 
 
 def test_a_single_scale_is_refused_other_scales(tmp_path, capsys):

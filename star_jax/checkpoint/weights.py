@@ -74,20 +74,14 @@ def save(
         digest = stored.write(path, shards[0], metadata, not_finite)
         index_path(path).unlink(missing_ok=True)
         return {path.name: digest}
-    index_path(path).unlink(missing_ok=True)
-    names = [
-        f'{path.stem}-{n:05}-of-{len(shards):05}.safetensors' for n in range(1, len(shards) + 1)
-    ]
-    digests = {
-        name: stored.write(path.with_name(name), shard, metadata, not_finite)
-        for name, shard in zip(names, shards, strict=True)
-    }
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    size = sum(leaf.nbytes for shard in shards for leaf in shard.values())
-    index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
-    config.write_json(index_path(path), index)
+    digests = _write_shards(path, shards, metadata, not_finite)
     path.unlink(missing_ok=True)
-    return digests | {index_path(path).name: sha256(index_path(path))}
+    return digests
+
+
+def save_shards(path: Path, flat: Mapping[str, Any], shard_bytes: int) -> None:
+    """Writes arrays as `save`, but always with an index, even that of a single shard."""
+    _write_shards(path, _shards(flat, shard_bytes), None, None)
 
 
 def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -181,6 +175,28 @@ def _leaves(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f'{path}{key}/')
         else:
             yield f'{path}{key}', value
+
+
+def _write_shards(
+    path: Path,
+    shards: Sequence[Mapping[str, Any]],
+    metadata: Mapping[str, str] | None,
+    not_finite: list[str] | None,
+) -> dict[str, str]:
+    """Writes shards and, after them, their index. Returns the SHA-256 of every file by name."""
+    index_path(path).unlink(missing_ok=True)
+    names = [
+        f'{path.stem}-{n:05}-of-{len(shards):05}.safetensors' for n in range(1, len(shards) + 1)
+    ]
+    digests = {
+        name: stored.write(path.with_name(name), shard, metadata, not_finite)
+        for name, shard in zip(names, shards, strict=True)
+    }
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    size = sum(leaf.nbytes for shard in shards for leaf in shard.values())
+    index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
+    config.write_json(index_path(path), index)
+    return digests | {index_path(path).name: sha256(index_path(path))}
 
 
 def _shards(flat: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.table import Table
@@ -14,6 +15,7 @@ from star_jax.commands import arguments
 from star_jax.console import Console, pairs
 from star_jax.convert import transfer
 from star_jax.convert.infer import ModelOptions
+from star_jax.convert.writers import WRITERS
 from star_jax.errors import UserError
 
 
@@ -22,8 +24,9 @@ class Convert:
     """Converts a published file of a model or a tokenizer to a model folder, or back.
 
     A file (.pth or .safetensors) becomes a folder for `sample --model` and `train --init`. A model
-    folder becomes two files with the published names of the tensors. Options from --size on
-    describe what a file does not contain; their defaults are those of the published models.
+    folder becomes two files with the published names of the tensors, in one of four layouts.
+    Options from --size on describe what a file does not contain; their defaults are those of the
+    published models.
 
     Example: star-jax convert star_d30_512.pth --tokenizer vae_ch160v4096z32.pth --size 512
     --text models/stable_diffusion_2_1/text_encoder --out models/star_d30_512
@@ -39,6 +42,9 @@ class Convert:
         allow_nonfinite: convert weights that are NaN or infinite, too.
         copy_text: copy the text encoder into the model folder, instead of only naming it there.
         check: compare the weights of a model folder with the SHA-256 that it keeps.
+        layout: files of a conversion back: flat (one safetensors file a part), sharded (safetensors
+            of at most 5 GB with an index), pth (a file of torch as the original code opens it to
+            sample) or trainer (the same for the original trainer).
         model_options: fields of the configs that the file does not contain.
     """
 
@@ -50,6 +56,7 @@ class Convert:
     check: bool = True
     part: str = ''
     allow_nonfinite: bool = False
+    layout: Literal['flat', 'sharded', 'pth', 'trainer'] = 'flat'
     model_options: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
 
 
@@ -57,12 +64,20 @@ def main(words: Sequence[str]) -> int:
     options = arguments.parse(Convert, words, 'convert')
     console, start = Console(), time.monotonic()
     if options.source.is_dir():
-        alone = Convert(source=options.source, out=options.out, check=options.check)
+        alone = Convert(
+            source=options.source, out=options.out, check=options.check, layout=options.layout
+        )
         if options != alone:
-            raise UserError('a model folder describes itself: give only --out')
-        for path in transfer.to_files(options.source, options.out, options.check):
+            raise UserError('a model folder describes itself: give only --out and --layout')
+        writer = WRITERS[options.layout]
+        for path in transfer.to_files(options.source, options.out, options.check, writer):
             console.print(f'written: {path}', highlight=False, soft_wrap=True)
         return 0
+    if options.layout != 'flat':
+        raise UserError(
+            f'--layout {options.layout} describes files that a model folder is converted to, and '
+            f'{options.source} is no folder: leave it out'
+        )
     if options.copy_text and not options.text:
         raise UserError('there is no text encoder to copy: name it with --text')
     files.check_folder(options.out)

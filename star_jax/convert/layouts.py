@@ -39,12 +39,17 @@ class Layout:
         buffers: tensors that follow from the sizes, by name.
         ignored: endings of the names of unused tensors.
         hint: the name of a tensor from which all names follow ('': they follow from the config).
+        place: the keys of the dicts around the state dict in a file of torch that the original
+            code opens to sample, the outermost first.
+        trainer_place: the same for the original trainer (empty: as `place`).
     """
 
     entries: Sequence[Entry]
     buffers: Buffers = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     hint: str = ''
+    place: tuple[str, ...] = ()
+    trainer_place: tuple[str, ...] = ()
 
 
 def layout(config: Family | TokenizerConfig, names: Iterable[str] = ()) -> Layout:
@@ -60,7 +65,10 @@ def layout(config: Family | TokenizerConfig, names: Iterable[str] = ()) -> Layou
 
 def _star(config: Star, names: list[str]) -> Layout:
     return Layout(
-        entries=star_entries(config), buffers=buffers.star_buffers(config), ignored=IGNORED
+        entries=star_entries(config),
+        buffers=buffers.star_buffers(config),
+        ignored=IGNORED,
+        place=('trainer', 'var_wo_ddp'),
     )
 
 
@@ -72,11 +80,16 @@ def _infinity(config: Infinity, names: list[str]) -> Layout:
     chunks = chunks_of(config, names)
     entries = infinity_entries(config, chunks)
     last = next(entry.torch_name for entry in reversed(entries) if entry.row == config.depth - 1)
-    return Layout(entries=entries, buffers=buffers.infinity_buffers(config, chunks), hint=last)
+    return Layout(
+        entries=entries,
+        buffers=buffers.infinity_buffers(config, chunks),
+        hint=last,
+        trainer_place=('trainer', 'gpt_fsdp'),
+    )
 
 
 def _llamagen(config: Llama, names: list[str]) -> Layout:
-    return Layout(entries=llamagen_entries(config), ignored=BUFFERS)
+    return Layout(entries=llamagen_entries(config), ignored=BUFFERS, place=('model',))
 
 
 def _vq(config: VQ, names: list[str]) -> Layout:
@@ -92,12 +105,15 @@ def _bsq(config: BSQ, names: list[str]) -> Layout:
     entries = bsq_entries(config, names)
     convolution = (entry for entry in entries if entry.param_name == 'encoder/conv_in/kernel')
     return Layout(
-        entries=entries, buffers=buffers.bsq_buffers(config), hint=next(convolution).torch_name
+        entries=entries,
+        buffers=buffers.bsq_buffers(config),
+        hint=next(convolution).torch_name,
+        place=('vae',),
     )
 
 
 def _raster_vq(config: RasterVQ, names: list[str]) -> Layout:
-    return Layout(entries=raster_vq_entries(config), ignored=RASTER_IGNORED)
+    return Layout(entries=raster_vq_entries(config), ignored=RASTER_IGNORED, place=('model',))
 
 
 LAYOUTS: Mapping[type, Callable[[Any, list[str]], Layout]] = {

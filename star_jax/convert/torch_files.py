@@ -1,4 +1,4 @@
-"""How is a file of torch read without executing anything in it?
+"""How is a file of torch read without executing anything in it, and how is one written?
 
 Only `torch.load(weights_only=True)` opens it. Training scripts save more than tensors: paths,
 command lines, numbers of numpy, configs. Objects of the classes in `HARMLESS` are read as empty
@@ -9,13 +9,14 @@ import collections
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from star_jax import files
 from star_jax.checkpoint.stored import TensorSpec, check_names
 from star_jax.errors import UserError
 
@@ -251,12 +252,36 @@ def _dtype(name: str, tensor: Any) -> np.dtype:
         ) from error
 
 
+def check_available() -> None:
+    """Raises UserError if torch is not installed."""
+    _torch()
+
+
+def save(path: Path, mapped: Path, place: Sequence[str]) -> None:
+    """Writes a file of torch, which is replaced atomically.
+
+    Args:
+        path: the file.
+        mapped: safetensors file with the tensors, which are mapped into memory.
+        place: the keys of the dicts around the state dict, the outermost first.
+    """
+    torch = _torch()
+    from safetensors.torch import load_file  # imports torch
+
+    content = load_file(mapped)
+    for key in reversed(place):
+        content = {key: content}
+    with files.replacing(path) as temporary:
+        torch.save(content, temporary)
+        temporary.chmod(0o644)
+
+
 def _torch() -> Any:
     try:
         import torch  # an optional extra, and slow to import
     except ImportError as error:
         raise UserError(
-            'reading a .pth file needs torch: run `pip install torch`, or save the state dict of '
-            'the file as safetensors on another machine'
+            'reading or writing a .pth file needs torch: run `pip install torch`, or use '
+            'safetensors (a state dict can be saved so on another machine)'
         ) from error
     return torch

@@ -24,10 +24,11 @@ from star_jax.checkpoint.stored import (
     TensorSpec,
     write,
 )
-from star_jax.convert import infer, published
+from star_jax.convert import infer, published, writers
 from star_jax.convert.infer import ModelOptions
 from star_jax.convert.published import StateDict
 from star_jax.convert.table import ConversionTable
+from star_jax.convert.writers import PARTS, Writer
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
@@ -41,8 +42,6 @@ QUANTISER = 'quantize.'  # prefix of the ignored tensors of a tokenizer
 # Metadata of `ignored.safetensors`, of each part: the types of tensors that are stored in another
 # one, and the hint of its layout.
 TYPES, HINT = 'types', 'names'
-STATE = 'state_dict.safetensors'
-OUT = {'transformer': f'transformer.{STATE}', 'tokenizer': f'tokenizer.{STATE}'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,19 +181,23 @@ def to_folder(
     return parts, source.unused
 
 
-def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
+def to_files(
+    model_folder: Path, out: Path, check: bool = True, writer: Writer = writers.flat
+) -> list[Path]:
     """Converts a model folder to state dicts with the published names, in the folder `out`.
 
     Args:
         model_folder: the model folder.
         out: the folder of the files.
         check: compare the weights with the SHA-256 that the model folder keeps.
+        writer: writes the state dict of a part.
 
     Returns:
-        The written files.
+        The written files; of several with an index, the index.
 
     Raises:
-        UserError: there is no model folder, it cannot be read, or its weights changed.
+        UserError: there is no model folder, it cannot be read, or its weights changed, or a
+            library that the files need is missing.
     """
     files.check_folder(out)
     alone = folder.has_only_tokenizer(model_folder)
@@ -205,7 +208,7 @@ def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
     ignored = StoredTensors([path]) if path.exists() else None
     metadata = weights.read_metadata(path) if ignored else {}
     written = []
-    for name, part in {'transformer': model, 'tokenizer': tokenizer}.items():
+    for name, part in zip(PARTS, (model, tokenizer), strict=True):
         if part is None:
             continue
         hint = metadata.get(f'{HINT} of the {name}', '')
@@ -214,10 +217,9 @@ def to_files(model_folder: Path, out: Path, check: bool = True) -> list[Path]:
         state = table.state(params, _types(metadata, name, path))
         if ignored:
             state |= _ignored_of(ignored, of_tokenizer=name == 'tokenizer')
-        written.append(out / OUT[name])
         with files.writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            write(written[-1], state)
+            written.append(writer(out, name, state, table.layout))
     return written
 
 
