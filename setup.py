@@ -12,14 +12,14 @@ CAPTIONS = ['ftfy>=6.1', 'beautifulsoup4>=4.11']  # the cleaning of captions for
 setup(
     name='star_jax',
     version=VERSION,
-    description='Scale-wise autoregressive text-to-image generation (STAR, VAR) in JAX and Flax',
+    description='Scale-wise autoregressive text-to-image generation (STAR, VAR, Infinity, LlamaGen) in JAX and Flax',
     long_description=Path('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     license_files=['LICENSE', 'ATTRIBUTION.md'],
     python_requires='>=3.11',
     packages=find_packages(include=['star_jax', 'star_jax.*']),
-    package_data={'star_jax': ['data/*.json', 'shipped/*']},
+    package_data={'star_jax': ['data/*.json', 'shipped/*', 'shipped/infinity/*']},
     install_requires=[
         'jax>=0.10.2',  # the arrays, the compiler, the mesh
         'flax>=0.12.8',  # Linen modules

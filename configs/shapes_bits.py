@@ -51,7 +51,7 @@ run = Run(
         beta2=0.97,
         clip=5.0,
     ),
-    pace=Pace(steps=10_000, log=100, sample=2_500, save=500),
+    pace=Pace(steps=20_000, log=100, sample=5_000, save=500),
     batch=16,
     balance=0.5,
     correction=SelfCorrection(strength=0.3),
