@@ -12,7 +12,7 @@ CAPTIONS = ['ftfy>=6.1', 'beautifulsoup4>=4.11']  # the cleaning of captions for
 setup(
     name='star_jax',
     version=VERSION,
-    description='Scale-wise autoregressive text-to-image generation (STAR, VAR, Infinity, LlamaGen) in JAX and Flax',
+    description='Text-to-image generation with STAR, VAR, Infinity and LlamaGen in JAX and Flax',
     long_description=Path('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

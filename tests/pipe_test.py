@@ -178,6 +178,8 @@ def test_settings_left_out_are_the_recommended_ones(pipe):
     assert pipe.resolve(top_k=3) == dataclasses.replace(pipe.recommended, top_k=3)
     assert pipe.resolve(stable=True).stable == StableSettings(version='1024')
     assert pipe.resolve(stable=False).stable == StableSettings()
+    with pytest.raises(UserError, match='guidance_per_step has 99 numbers'):
+        pipe.resolve(guidance_per_step=[4.0] * 99)
 
 
 def test_released_and_corrected_images_differ_under_guidance(folder, pipe):

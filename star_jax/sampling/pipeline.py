@@ -171,6 +171,7 @@ class Pipeline:
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
+        program.step_settings(self._config, resolved)  # refuses numbers for other steps
         program.check_negative(self._config, resolved, self.recommended)
         return resolved
 
