@@ -32,7 +32,7 @@ run = TokenizerRun(
         learning_rate=LearningRate(peak=1e-3, warmup_steps=200, end=0.02, shape='lin'),
         weight_decay=0.0,
     ),
-    pace=Pace(steps=10_000, log=100, sample=2_000, save=500),
+    pace=Pace(steps=30_000, log=100, sample=5_000, save=1_000),
     batch=8,
     plain_steps=0,
     ema=0.999,
