@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from convert_test import Names, assert_same, back_as, save
+from convert_test import PARTS, Names, assert_same, back_as, content_of, fake_torch, save
 from safetensors.numpy import load_file
 
 from star_jax import cli
@@ -21,7 +21,7 @@ from star_jax.convert.infer import ModelOptions
 from star_jax.convert.infinity import chunks_of
 from star_jax.convert.layouts import layout
 from star_jax.convert.table import ConversionTable
-from star_jax.convert.writers import FLAT, PARTS
+from star_jax.convert.writers import FLAT
 from star_jax.core.templates import PUBLISHED
 from star_jax.families.infinity import Infinity
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -128,18 +128,19 @@ def test_names_of_a_trainer_are_removed_and_those_of_chunks_stay(tmp_path):
 @pytest.mark.parametrize(
     ('layout_name', 'keys'), [('pth', ()), ('trainer', ('trainer', 'gpt_fsdp'))]
 )
-def test_files_of_torch_are_nested_as_the_originals_open_them(tmp_path, layout_name, keys):
-    torch = pytest.importorskip('torch')
+def test_files_of_torch_are_nested_as_the_originals_open_them(
+    tmp_path, monkeypatch, layout_name, keys
+):
+    fake_torch(monkeypatch)
     state, vae = state_of(SMALL), state_of(BITS, seed=1)
-    found = back_as(layout_name, tmp_path, state, vae, *OPTIONS)
-    assert_same(found['transformer'], state)
-    assert_same(found['tokenizer'], vae)
-    files = [tmp_path / layout_name / f'{part}.pth' for part in PARTS]
-    content, tokenizer = (torch.load(file, weights_only=True) for file in files)
+    files = back_as(layout_name, tmp_path, state, vae, *OPTIONS)
+    transformer, tokenizer = map(content_of, files)
     for key in keys:
-        assert set(content) == {key}
-        content = content[key]
-    assert set(content) == set(state) and set(tokenizer) == {'vae'}
+        assert set(transformer) == {key}
+        transformer = transformer[key]
+    assert_same(transformer, state)
+    assert_same(tokenizer['vae'], vae)
+    assert set(tokenizer) == {'vae'}
 
 
 def test_published_types_of_buffers_are_kept(tmp_path):

@@ -26,14 +26,14 @@ from safetensors.numpy import load_file, save_file
 from star_jax import cli
 from star_jax.checkpoint import folder, models, stored, weights
 from star_jax.checkpoint.stored import StreamedArray, TensorSpec
-from star_jax.convert import infer, published, writers
+from star_jax.convert import infer, published
 from star_jax.convert.entries import to_state
 from star_jax.convert.infer import SIDES, ModelOptions
 from star_jax.convert.layouts import layout
 from star_jax.convert.star import star_entries, vq_entries
 from star_jax.convert.table import ConversionTable
 from star_jax.convert.var import var_entries
-from star_jax.convert.writers import FLAT, PARTS
+from star_jax.convert.writers import FLAT
 from star_jax.core.schedule import square_grids
 from star_jax.errors import UserError
 from star_jax.families.star import Refinement, Star
@@ -44,6 +44,7 @@ from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.tokenizers.residual_vq import VQ
 
 GOLDEN = Path(__file__).parent / 'golden' / 'star' / 'names'
+PARTS = ('transformer', 'tokenizer')
 SMALL = {'depth': 3, 'width': 16, 'heads': 2, 'codes': 32, 'channels': 4}
 STAR = Star(**SMALL, sides=(1, 2, 4), text_width=32)
 VQ_SMALL = VQ(
@@ -724,46 +725,89 @@ def test_convert_refuses_an_incomplete_download(tmp_path, content):
         published.read(tmp_path / 'x.pth')
 
 
-def back_as(layout_name: str, tmp_path: Path, model, tokenizer, *options: str) -> dict[str, dict]:
-    """The state dicts after a conversion to a folder and back to another layout."""
+def back_as(layout_name: str, tmp_path: Path, model, tokenizer, *options: str) -> list[Path]:
+    """The two files of a conversion to a folder and back to another layout."""
     there_and_back(tmp_path, model, tokenizer, *options)
     out = tmp_path / layout_name
     words = ['convert', str(tmp_path / 'folder'), '--out', str(out), '--layout', layout_name]
     assert cli.main(words) == 0
     assert not [path.name for path in out.iterdir() if path.name.startswith('.')]
-    ending = {'sharded': 'safetensors.index.json'}.get(layout_name, 'pth')
-    found = {}
-    for part in PARTS:
-        tensors = published.read(out / f'{part}.{ending}').parts[part].tensors
-        found[part] = {name: tensors.read(name) for name in tensors.names()}
-    return found
+    endings = {'sharded': 'safetensors.index.json', 'pth': 'pth', 'trainer': 'trainer.pth'}
+    return [out / f'{part}.{endings[layout_name]}' for part in PARTS]
+
+
+def fake_torch(monkeypatch) -> None:
+    """A torch module that writes its arrays as a file of numpy's."""
+    state_of(STAR)  # at its first use einops looks for a real torch
+
+    def frombuffer(content, dtype, count, offset):
+        return np.frombuffer(content, dtype, count, offset)
+
+    def write(content, file):
+        np.save(file, np.array(content, object), allow_pickle=True)
+
+    dtypes = {name: np.dtype(name) for name in ('float32', 'float16', 'int64')}
+    module = types.SimpleNamespace(frombuffer=frombuffer, save=write, **dtypes)
+    monkeypatch.setitem(sys.modules, 'torch', module)
+
+
+def content_of(path: Path) -> dict:
+    """The content of a file of `fake_torch`."""
+    with path.open('rb') as file:
+        return np.load(file, allow_pickle=True).item()
 
 
 def test_a_folder_is_converted_back_to_shards(tmp_path, monkeypatch):
     state, vae = state_of(STAR), state_of(VQ_SMALL)
-    monkeypatch.setattr(writers, 'SHARD_BYTES', 10_000)
-    found = back_as('sharded', tmp_path, state, vae)
-    assert_same(found['transformer'], state)
-    assert_same(found['tokenizer'], vae)
-    assert len(list((tmp_path / 'sharded').glob('transformer-*-of-*.safetensors'))) > 1
+    monkeypatch.setattr(weights, 'SHARD_BYTES', 10_000)
+    for part, path in zip(PARTS, back_as('sharded', tmp_path, state, vae), strict=True):
+        tensors = published.read(path).parts[part].tensors
+        found = {name: tensors.read(name) for name in tensors.names()}
+        assert_same(found, {'transformer': state, 'tokenizer': vae}[part])
+    shards = set((tmp_path / 'sharded').glob('transformer-*-of-*.safetensors'))
+    assert len(shards) > 1
+    monkeypatch.setattr(weights, 'SHARD_BYTES', 10**9)
+    words = ['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'sharded')]
+    assert cli.main([*words, '--layout', 'sharded']) == 0
+    assert len(list((tmp_path / 'sharded').glob('transformer-*-of-*.safetensors'))) == 1
 
 
-@pytest.mark.parametrize('layout_name', ['pth', 'trainer'])
-def test_a_folder_is_converted_back_to_files_of_torch(tmp_path, layout_name):
-    torch = pytest.importorskip('torch')
+def test_a_folder_is_converted_back_to_files_of_torch(tmp_path, monkeypatch, capsys):
+    fake_torch(monkeypatch)
     state, vae = state_of(STAR), state_of(VQ_SMALL)
-    found = back_as(layout_name, tmp_path, state, vae)
-    assert_same(found['transformer'], state)
-    assert_same(found['tokenizer'], vae)
-    content = torch.load(tmp_path / layout_name / 'transformer.pth', weights_only=True)
-    assert set(content['trainer']['var_wo_ddp']) == set(state)
+    transformer, tokenizer = map(content_of, back_as('pth', tmp_path, state, vae))
+    assert_same(transformer['trainer']['var_wo_ddp'], state)
+    assert_same(tokenizer, vae)
+    words = ['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'x'), '--layout']
+    assert cli.main([*words, 'trainer']) == 2
+    assert 'only Infinity has files of a trainer' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    assert cli.main([*words, 'pth']) == 2
+    assert 'reading or writing a .pth file needs torch' in capsys.readouterr().err
+    assert not (tmp_path / 'x').exists()
+
+
+def test_real_files_of_torch_are_written(tmp_path):
+    pytest.importorskip('torch')
+    state, vae = state_of(STAR), state_of(VQ_SMALL)
+    for part, path in zip(PARTS, back_as('pth', tmp_path, state, vae), strict=True):
+        tensors = published.read(path).parts[part].tensors
+        found = {name: tensors.read(name) for name in tensors.names()}
+        assert_same(found, {'transformer': state, 'tokenizer': vae}[part])
+
+
+def test_files_are_not_written_into_a_model_folder(tmp_path, capsys):
+    there_and_back(tmp_path, state_of(STAR), state_of(VQ_SMALL))
+    place = str(tmp_path / 'folder')
+    assert cli.main(['convert', place, '--out', place, '--layout', 'sharded']) == 2
+    assert 'is a model folder' in capsys.readouterr().err
 
 
 def test_the_layout_of_files_is_refused_for_a_file(tmp_path, capsys):
     file = save(tmp_path / 'x.safetensors', state_of(STAR))
     words = ['convert', file, '--out', str(tmp_path / 'out'), '--layout', 'pth']
     assert cli.main(words) == 2
-    assert 'is no folder: leave it out' in capsys.readouterr().err
+    assert 'is for the conversion of a model folder' in capsys.readouterr().err
 
 
 def test_convert_reports_missing_torch(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from convert_test import Names, assert_same, save
+from convert_test import PARTS, Names, assert_same, save
 from flax.core import meta
 from safetensors.numpy import load_file
 
@@ -23,7 +23,7 @@ from star_jax.convert.infer import ModelOptions
 from star_jax.convert.llamagen import BUFFERS, llamagen_entries
 from star_jax.convert.raster_vq import raster_vq_entries
 from star_jax.convert.table import ConversionTable
-from star_jax.convert.writers import FLAT, PARTS
+from star_jax.convert.writers import FLAT
 from star_jax.core import condition, pixels, resize
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.filters import SortedFilter

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -218,6 +218,15 @@ def write(
                     not_finite.append(name)
         temporary.chmod(0o644)
     return digest.hexdigest()
+
+
+def append(file: BinaryIO, name: str, leaf: Any) -> None:
+    """Appends the bytes of an array, or of a `StreamedArray`, to a file.
+
+    Raises:
+        ValueError: the parts of the array differ from its shape or type.
+    """
+    _write_array(file.write, name, leaf, check=False)
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -80,8 +80,17 @@ def save(
 
 
 def save_shards(path: Path, flat: Mapping[str, Any], shard_bytes: int) -> None:
-    """Writes arrays as `save`, but always with an index, even that of a single shard."""
-    _write_shards(path, _shards(flat, shard_bytes), None, None)
+    """Writes arrays as `save`, but always as shards with an index, even a single one.
+
+    Args:
+        path: prefix of the shards and of the index (`*.safetensors`).
+        flat: arrays, or `stored.StreamedArray`s, by name.
+        shard_bytes: size of a shard, at most (a larger array is a shard).
+    """
+    written = _write_shards(path, _shards(flat, shard_bytes), None, None)
+    for earlier in path.parent.glob(f'{path.stem}-*-of-*.safetensors'):
+        if earlier.name not in written:
+            earlier.unlink()
 
 
 def load(path: str | Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:

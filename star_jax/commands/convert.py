@@ -24,16 +24,16 @@ class Convert:
     """Converts a published file of a model or a tokenizer to a model folder, or back.
 
     A file (.pth or .safetensors) becomes a folder for `sample --model` and `train --init`. A model
-    folder becomes two files with the published names of the tensors, in one of four layouts.
-    Options from --size on describe what a file does not contain; their defaults are those of the
-    published models.
+    folder becomes files with the published names of the tensors, in one of four layouts. Options
+    from --size on describe what a file does not contain; their defaults are those of the published
+    models.
 
     Example: star-jax convert star_d30_512.pth --tokenizer vae_ch160v4096z32.pth --size 512
     --text models/stable_diffusion_2_1/text_encoder --out models/star_d30_512
 
     Attributes:
         source: published file, or model folder.
-        out: model folder to write, or the folder of the two files.
+        out: model folder to write, or the folder of the files.
         tokenizer: image tokenizer: its published file, or a model folder (training files of STAR
             contain one).
         text: text encoder: a folder, package:NAME, or a hub id.
@@ -42,9 +42,10 @@ class Convert:
         allow_nonfinite: convert weights that are NaN or infinite, too.
         copy_text: copy the text encoder into the model folder, instead of only naming it there.
         check: compare the weights of a model folder with the SHA-256 that it keeps.
-        layout: files of a conversion back: flat (one safetensors file a part), sharded (safetensors
-            of at most 5 GB with an index), pth (a file of torch as the original code opens it to
-            sample) or trainer (the same for the original trainer).
+        layout: files of a conversion back: flat (one safetensors file of the transformer and one
+            of the tokenizer), sharded (safetensors of at most 5 GB with an index), pth (files of
+            torch as the original code opens them to sample) or trainer (as Infinity's trainer
+            opens them).
         model_options: fields of the configs that the file does not contain.
     """
 
@@ -68,15 +69,17 @@ def main(words: Sequence[str]) -> int:
             source=options.source, out=options.out, check=options.check, layout=options.layout
         )
         if options != alone:
-            raise UserError('a model folder describes itself: give only --out and --layout')
+            raise UserError(
+                'a model folder describes itself: give only --out, --layout and --no-check'
+            )
         writer = WRITERS[options.layout]
-        for path in transfer.to_files(options.source, options.out, options.check, writer):
+        for path in transfer.to_files(options.source, options.out, writer, options.check):
             console.print(f'written: {path}', highlight=False, soft_wrap=True)
         return 0
     if options.layout != 'flat':
         raise UserError(
-            f'--layout {options.layout} describes files that a model folder is converted to, and '
-            f'{options.source} is no folder: leave it out'
+            f'--layout {options.layout} is for the conversion of a model folder, and '
+            f'{options.source} is none: name a model folder, or leave --layout out'
         )
     if options.copy_text and not options.text:
         raise UserError('there is no text encoder to copy: name it with --text')

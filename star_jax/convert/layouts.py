@@ -41,7 +41,8 @@ class Layout:
         hint: the name of a tensor from which all names follow ('': they follow from the config).
         place: the keys of the dicts around the state dict in a file of torch that the original
             code opens to sample, the outermost first.
-        trainer_place: the same for the original trainer (empty: as `place`).
+        trainer_place: the same for the original trainer; None: it has no file with the weights
+            alone, or opens that for sampling.
     """
 
     entries: Sequence[Entry]
@@ -49,7 +50,7 @@ class Layout:
     ignored: tuple[str, ...] = ()
     hint: str = ''
     place: tuple[str, ...] = ()
-    trainer_place: tuple[str, ...] = ()
+    trainer_place: tuple[str, ...] | None = None
 
 
 def layout(config: Family | TokenizerConfig, names: Iterable[str] = ()) -> Layout:
@@ -109,6 +110,7 @@ def _bsq(config: BSQ, names: list[str]) -> Layout:
         buffers=buffers.bsq_buffers(config),
         hint=next(convolution).torch_name,
         place=('vae',),
+        trainer_place=('vae',),
     )
 
 

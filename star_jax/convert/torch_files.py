@@ -6,18 +6,21 @@ stand-ins, which execute nothing; a file with any other class is refused.
 """
 
 import collections
+import math
+import mmap
 import re
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 
 from star_jax import files
-from star_jax.checkpoint.stored import TensorSpec, check_names
+from star_jax.checkpoint.stored import TensorSpec, append, check_names
 from star_jax.errors import UserError
 
 ZIP, PICKLE, TAR = b'PK\x03\x04', b'\x80', b'ustar'  # signatures of torch files, newest first
@@ -26,6 +29,7 @@ HEAD = TAR_OFFSET + len(TAR)  # bytes that contain the signature
 BITS = {1: 'uint8', 2: 'int16'}  # torch's type of equal width, for floats that numpy lacks
 BLOCK = 2**22  # bytes that are read at a time
 SHOWN = 8  # classes in one message
+ALIGNMENT = 64  # bytes; mapped arrays start at multiples
 
 LISTS = re.compile(r'collections\.deque')
 DICTS = re.compile(
@@ -257,23 +261,55 @@ def check_available() -> None:
     _torch()
 
 
-def save(path: Path, mapped: Path, place: Sequence[str]) -> None:
+def save(path: Path, state: Mapping[str, Any], place: Sequence[str]) -> None:
     """Writes a file of torch, which is replaced atomically.
+
+    The tensors pass through a nameless file beside it that is mapped into memory, so that a model
+    larger than memory can be written; it needs twice its size on the disk.
 
     Args:
         path: the file.
-        mapped: safetensors file with the tensors, which are mapped into memory.
+        state: arrays, or `stored.StreamedArray`s, by name.
         place: the keys of the dicts around the state dict, the outermost first.
+
+    Raises:
+        UserError: torch is missing or refuses to write.
+        OSError: a file cannot be written.
     """
     torch = _torch()
-    from safetensors.torch import load_file  # imports torch
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        content: Any = _mapped(torch, file, state)
+        for key in reversed(place):
+            content = {key: content}
+        with files.replacing(path) as temporary:
+            try:
+                with temporary.open('wb') as target:
+                    torch.save(content, target)
+            except RuntimeError as error:
+                reason = str(error).partition('\n')[0]
+                raise UserError(f'{path}: torch does not write it ({reason})') from error
+            temporary.chmod(0o644)
 
-    content = load_file(mapped)
-    for key in reversed(place):
-        content = {key: content}
-    with files.replacing(path) as temporary:
-        torch.save(content, temporary)
-        temporary.chmod(0o644)
+
+def _mapped(torch: Any, file: BinaryIO, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays as tensors of torch whose values lie in a file."""
+    starts = {}
+    for name, leaf in state.items():
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        starts[name] = file.tell()
+        append(file, name, leaf)
+    file.write(bytes(ALIGNMENT))  # an empty file cannot be mapped
+    file.flush()
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable
+    tensors = {}
+    for name, leaf in state.items():
+        dtype, count = getattr(torch, leaf.dtype.name), math.prod(leaf.shape)
+        if count:
+            flat = torch.frombuffer(content, dtype=dtype, count=count, offset=starts[name])
+            tensors[name] = flat.reshape(leaf.shape)
+        else:
+            tensors[name] = torch.empty(leaf.shape, dtype=dtype)
+    return tensors
 
 
 def _torch() -> Any:
@@ -282,6 +318,6 @@ def _torch() -> Any:
     except ImportError as error:
         raise UserError(
             'reading or writing a .pth file needs torch: run `pip install torch`, or use '
-            'safetensors (a state dict can be saved so on another machine)'
+            'safetensors, as which any machine with torch can save a state dict'
         ) from error
     return torch

@@ -24,11 +24,11 @@ from star_jax.checkpoint.stored import (
     TensorSpec,
     write,
 )
-from star_jax.convert import infer, published, writers
+from star_jax.convert import infer, published
 from star_jax.convert.infer import ModelOptions
 from star_jax.convert.published import StateDict
 from star_jax.convert.table import ConversionTable
-from star_jax.convert.writers import PARTS, Writer
+from star_jax.convert.writers import Writer
 from star_jax.core.settings import Settings, StableSettings
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
@@ -181,46 +181,47 @@ def to_folder(
     return parts, source.unused
 
 
-def to_files(
-    model_folder: Path, out: Path, check: bool = True, writer: Writer = writers.flat
-) -> list[Path]:
+def to_files(model_folder: Path, out: Path, writer: Writer, check: bool = True) -> list[Path]:
     """Converts a model folder to state dicts with the published names, in the folder `out`.
 
     Args:
         model_folder: the model folder.
         out: the folder of the files.
-        check: compare the weights with the SHA-256 that the model folder keeps.
         writer: writes the state dict of a part.
+        check: compare the weights with the SHA-256 that the model folder keeps.
 
     Returns:
         The written files; of several with an index, the index.
 
     Raises:
-        UserError: there is no model folder, it cannot be read, or its weights changed, or a
-            library that the files need is missing.
+        UserError: there is no model folder, it cannot be read, or its weights changed; `out` is a
+            model folder; or the writer cannot write such a model.
     """
     files.check_folder(out)
+    if (out / folder.CONFIG).exists():
+        raise UserError(f'{out} is a model folder (it has a {folder.CONFIG}): give another --out')
     alone = folder.has_only_tokenizer(model_folder)
-    with models.verifying(model_folder, check):  # before anything is written
-        model = None if alone else folder.read(model_folder, _open)
-        tokenizer = model.tokenizer if model else folder.read_tokenizer(model_folder, _open)
     path = model_folder / folder.IGNORED
     ignored = StoredTensors([path]) if path.exists() else None
     metadata = weights.read_metadata(path) if ignored else {}
-    written = []
-    for name, part in zip(PARTS, (model, tokenizer), strict=True):
-        if part is None:
-            continue
-        hint = metadata.get(f'{HINT} of the {name}', '')
-        table = ConversionTable.from_config(part.config, [hint] if hint else [])
-        params = _checked(part.params, table, model_folder / f'{name}')
-        state = table.state(params, _types(metadata, name, path))
-        if ignored:
-            state |= _ignored_of(ignored, of_tokenizer=name == 'tokenizer')
-        with files.writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            written.append(writer(out, name, state, table.layout))
-    return written
+    states = {}
+    with models.verifying(model_folder, check):  # before anything is written
+        model = None if alone else folder.read(model_folder, _open)
+        tokenizer = model.tokenizer if model else folder.read_tokenizer(model_folder, _open)
+        for name, part in {'transformer': model, 'tokenizer': tokenizer}.items():
+            if part is None:
+                continue
+            hint = metadata.get(f'{HINT} of the {name}', '')
+            table = ConversionTable.from_config(part.config, [hint] if hint else [])
+            writer.check(table.layout)
+            params = _checked(part.params, table, model_folder / f'{name}')
+            state = table.state(params, _types(metadata, name, path))
+            if ignored:
+                state |= _ignored_of(ignored, of_tokenizer=name == 'tokenizer')
+            states[name] = state, table.layout
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        return [writer.write(out, name, state, layout) for name, (state, layout) in states.items()]
 
 
 def _part(source: StateDict, infer_config: Callable[..., Any], where: str) -> ConvertedPart:

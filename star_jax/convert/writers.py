@@ -1,74 +1,95 @@
 """As which files does a conversion back write a state dict?"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from star_jax.checkpoint import stored, weights
 from star_jax.convert import torch_files
 from star_jax.convert.layouts import Layout
+from star_jax.errors import UserError
 
-SHARD_BYTES = 5 * 10**9  # largest file of `sharded`, as in Hugging Face folders
-FLAT = 'state_dict.safetensors'  # ending of the files of `flat`
-PARTS = ('transformer', 'tokenizer')
-
-Writer = Callable[[Path, str, Mapping[str, Any], Layout], Path]
+FLAT = 'state_dict.safetensors'  # ending of the files of `FlatWriter`
 
 
-def flat(folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
-    """Writes one safetensors file.
+class Writer(Protocol):
+    """Writes the state dict of a transformer or a tokenizer."""
 
-    Args:
-        folder: the folder of the file.
-        part: one of `PARTS`.
-        state: arrays, or `stored.StreamedArray`s of which one part at a time is in memory, by
-            published name.
-        layout: the layout of the published file.
+    def check(self, layout: Layout) -> None:
+        """Raises UserError if it cannot write a state dict of this layout."""
 
-    Returns:
-        The file to read: an index, where there are several.
+    def write(self, folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
+        """Writes the files, and returns the one to read: of several, their index.
 
-    Raises:
-        UserError: a library that the file needs is missing.
-        OSError: the file cannot be written.
-    """
-    path = folder / f'{part}.{FLAT}'
-    stored.write(path, state)
-    return path
+        Args:
+            folder: the folder of the files.
+            part: 'transformer' or 'tokenizer', with which their names begin.
+            state: arrays, or `stored.StreamedArray`s of which one part at a time is in memory, by
+                published name.
+            layout: the layout of the published file.
 
-
-def sharded(folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
-    """As `flat`, several safetensors files of at most 5 GB with an index."""
-    path = folder / f'{part}.safetensors'
-    weights.save_shards(path, state, SHARD_BYTES)
-    return weights.index_path(path)
+        Raises:
+            UserError: the library of the format refuses to write.
+            OSError: a file cannot be written.
+        """
 
 
-def pth(folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
-    """As `flat`, a file of torch with the dicts that the original code opens to sample."""
-    return _write_torch(folder / f'{part}.pth', state, layout.place)
+class FlatWriter:
+    """One safetensors file (a `Writer`)."""
+
+    def check(self, layout: Layout) -> None:
+        pass
+
+    def write(self, folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
+        path = folder / f'{part}.{FLAT}'
+        stored.write(path, state)
+        return path
 
 
-def trainer(folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
-    """As `flat`, a file of torch with the dicts that the original trainer opens."""
-    return _write_torch(folder / f'{part}.pth', state, layout.trainer_place or layout.place)
+class ShardsWriter:
+    """Safetensors files of at most 5 GB (or one array), with an index (a `Writer`)."""
+
+    def check(self, layout: Layout) -> None:
+        pass
+
+    def write(self, folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
+        path = folder / f'{part}.safetensors'
+        weights.save_shards(path, state, weights.SHARD_BYTES)
+        return weights.index_path(path)
+
+
+class SamplerWriter:
+    """A file of torch with the dicts that the original code opens to sample (a `Writer`)."""
+
+    def check(self, layout: Layout) -> None:
+        torch_files.check_available()
+
+    def write(self, folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
+        path = folder / f'{part}.pth'
+        torch_files.save(path, state, layout.place)
+        return path
+
+
+class TrainerWriter:
+    """A file of torch with the dicts that the original trainer opens (a `Writer`)."""
+
+    def check(self, layout: Layout) -> None:
+        if layout.trainer_place is None:
+            raise UserError(
+                'only Infinity has files of a trainer in another layout than those for sampling: '
+                'choose --layout pth'
+            )
+        torch_files.check_available()
+
+    def write(self, folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
+        path = folder / f'{part}.trainer.pth'
+        torch_files.save(path, state, layout.trainer_place)
+        return path
 
 
 WRITERS: Mapping[str, Writer] = {
-    'flat': flat,
-    'sharded': sharded,
-    'pth': pth,
-    'trainer': trainer,
+    'flat': FlatWriter(),
+    'sharded': ShardsWriter(),
+    'pth': SamplerWriter(),
+    'trainer': TrainerWriter(),
 }
-
-
-def _write_torch(path: Path, state: Mapping[str, Any], place: tuple[str, ...]) -> Path:
-    torch_files.check_available()
-    # Tensors of a file are mapped into memory: a model larger than memory can be written, too.
-    mapped = path.with_name(f'.{path.name}.safetensors')
-    try:
-        stored.write(mapped, state)
-        torch_files.save(path, mapped, place)
-    finally:
-        mapped.unlink(missing_ok=True)
-    return path
