@@ -38,6 +38,7 @@ STUDY = Path(__file__).parents[1] / 'configs' / 'study' / 'positions.py'
 SEEDS = (0, 1, 2)
 STUDIES = 200
 NOISE = 0.01
+HARDWARE = {'cores': 2, 'device': 'cpu', 'jax': '0.10.2'}
 TIMES = ('hardware', 'seconds')  # fields of a result that a second making may change
 
 
@@ -173,6 +174,11 @@ def test_same_means_an_interval_within_the_margin():
     assert verdict(0.015, 0.05, 0.001) == 'left open'
 
 
+def test_differences_by_seed_are_of_the_seeds_that_both_arms_have():
+    scores = {('a', 1): 3.0, ('a', 0): 1.0, ('a', 2): 9.0, ('b', 0): 4.0, ('b', 1): 5.0}
+    assert statistics.by_seed(scores, 'a', 'b') == (-3.0, -2.0)
+
+
 def test_holm_steps_down():
     assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert statistics.holm([]) == []
@@ -229,8 +235,9 @@ def test_report_adds_the_cost_of_a_step(results, tmp_path):
     )
     path, out = tmp_path / 'cost.json', tmp_path / 'report'
     training = {'4 images a step': {'raw': one}}
-    fields = {'commit': 'abc', 'hardware': {}, 'rounds': 3, 'text_tokens': 8, 'sampling': {}}
-    config.write(path, CostResult(training=training, **fields))
+    fields = {'commit': 'abc', 'hardware': HARDWARE, 'rounds': 3, 'text_tokens': 8, 'sampling': {}}
+    cost = CostResult(study='positions', training=training, **fields)
+    config.write(path, cost)
     words = ('study', 'report', results, '--out', out, '--cost', path)
     status, _, err = star_jax(*words)
     assert status == 0, err
@@ -240,7 +247,13 @@ def test_report_adds_the_cost_of_a_step(results, tmp_path):
     assert numbers['cost'] == config.read_json(path)
     assert numbers['tables'][-1]['rows'] == [row]
     path.write_text('{"rounds": 3}')
-    assert 'is no result of `star-jax study cost`' in error_of(*words)
+    assert 'expected a file of `star-jax study cost`' in error_of(*words)
+    config.write(path, dataclasses.replace(cost, study='families'))
+    assert "is the cost of the study 'families', and the units are of 'positions'" in error_of(
+        *words
+    )
+    with pytest.raises(UserError, match='a part has no kinds'):
+        dataclasses.replace(cost, sampling={'1 at once': {}})
 
 
 @pytest.mark.parametrize(

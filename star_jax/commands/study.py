@@ -125,11 +125,11 @@ def _report(words: Sequence[str]) -> int:
         units,
     )
 
-    of_runs = units.study_of(options.folder) not in ('', positions_result.NAME)
-    report = runs_report if of_runs else positions_report
+    name = units.study_of(options.folder) or positions_result.NAME
+    report = positions_report if name == positions_result.NAME else runs_report
     for path in report.paths(options.out):
         files.check_file(path)
-    cost = None if options.cost is None else cost_result.read(options.cost)
+    cost = None if options.cost is None else cost_result.read(options.cost, name)
     report.write(options.folder, options.out, Console(), cost)
     return 0
 

@@ -1,7 +1,10 @@
 """What machine does a program run on?"""
 
+import contextlib
 import os
+import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -37,6 +40,17 @@ def describe() -> dict[str, Any]:
         'platform': device.platform,
         'device': device.device_kind,
         'devices': jax.device_count(),
+        'processor': _processor(),
         'cores': mesh.cores(),
         'settings': {name: os.environ[name] for name in flags.NAMES if name in os.environ},
     }
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text('utf-8', 'replace').splitlines():
+            key, _, value = line.partition(':')
+            if key.strip() == 'model name':
+                return value.strip()
+    return platform.processor()

@@ -18,7 +18,7 @@ from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.parallel import machine, startup
-from star_jax.studies import units
+from star_jax.studies import cells, units
 from star_jax.studies.cost_result import CostResult, KindCost
 from star_jax.studies.units import Study
 
@@ -39,6 +39,7 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
     runs, samplers = study.timed_runs, study.timed_samplers
     batch = next(iter(runs.values())).batch
     report = CostResult(
+        study=study.name,
         commit=units.read_commit(),
         hardware=machine.describe(),
         rounds=rounds,
@@ -63,9 +64,7 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
             for images in (BATCHES if samplers else ())
         },
     )
-    for cells in report.tables():
-        for table in cells.for_terminal():
-            console.print(table)
+    cells.show(report.parts(), console)
     with files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         config.write(out, report)

@@ -7,6 +7,7 @@ from typing import Any
 
 from star_jax.checkpoint import config
 from star_jax.errors import UserError
+from star_jax.studies import provenance
 from star_jax.studies.cells import Cells
 
 
@@ -36,6 +37,7 @@ class CostResult:
     """The result of `study cost`.
 
     Attributes:
+        study: the name of the study.
         commit: commit of the code.
         hardware: the machine, as `machine.describe` describes it.
         rounds: how often every kind was timed.
@@ -44,6 +46,7 @@ class CostResult:
         sampling: costs by kind, by the number of images of a call in words.
     """
 
+    study: str
     commit: str
     hardware: dict[str, Any]
     rounds: int
@@ -58,24 +61,34 @@ class CostResult:
     def _parts(self) -> list[dict[str, KindCost]]:
         return [*self.training.values(), *self.sampling.values()]
 
-    def tables(self) -> list[Cells]:
-        """One table per number of images."""
-        return [
+    def parts(self) -> list[Cells | str]:
+        """One table per number of images, and a sentence about their origin."""
+        tables = [
             _cells(f'{part}, {images}: median of {self.rounds} rounds in turn', kinds)
             for part, measured in (('Training', self.training), ('Sampling', self.sampling))
             for images, kinds in measured.items()
         ]
+        made = provenance.sentence('Cost', [self.commit], [self.hardware])
+        return [*tables, f'{made} Captions have {self.text_tokens} tokens.']
 
 
-def read(path: Path) -> CostResult:
-    """The result in a file. Raises UserError if the file is missing or damaged."""
+def read(path: Path, study: str) -> CostResult:
+    """The result in a file. Raises UserError if it is missing, damaged or of another study.
+
+    Args:
+        path: the file.
+        study: the name of the study.
+    """
     try:
-        return config.read(path, CostResult)
+        result = config.read(path, CostResult)
     except UserError as error:
+        raise UserError(f'{error}: expected a file of `star-jax study cost`') from error
+    if result.study != study:
         raise UserError(
-            f'{path} is no result of `star-jax study cost` ({error}): write it again with '
-            'that command'
-        ) from error
+            f'{path} is the cost of the study {result.study!r}, and the units are of {study!r}: '
+            'give the file of that study'
+        )
+    return result
 
 
 def _cells(title: str, kinds: Mapping[str, KindCost]) -> Cells:
@@ -89,5 +102,6 @@ def _cells(title: str, kinds: Mapping[str, KindCost]) -> Cells:
         ]
         for kind, one in kinds.items()
     ]
-    columns = ['kind', 'ms per image', f'time of {next(iter(kinds))}', 'GFLOP', 'MiB']
+    first = next(iter(kinds))
+    columns = ['kind', 'ms per image', f'time / {first}', 'GFLOP a call', 'MiB']
     return Cells(title=title, columns=columns, rows=rows)

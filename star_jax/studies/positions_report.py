@@ -1,8 +1,8 @@
 """Which tables and verdicts follow from the results of the study of positions?
 
 The primary comparisons are fixed before the first unit (docs/positions.md), and only they get a
-verdict; their error rate is controlled together. Everything else is described. The report is a
-function of the units' files: the same files give the same bytes.
+verdict; their error rate is controlled together. Everything else is described. The same files give
+the same bytes.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from star_jax import files
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import UserError
-from star_jax.studies import units
+from star_jax.studies import cells, provenance, units
 from star_jax.studies.arms import KINDS
 from star_jax.studies.cells import Cells
 from star_jax.studies.cost_result import CostResult
@@ -23,7 +23,7 @@ from star_jax.studies.curves import plot
 from star_jax.studies.positions_result import PositionsResult
 from star_jax.studies.reference import KIND as REFERENCE
 from star_jax.studies.reference import ReferenceResult
-from star_jax.studies.statistics import ERROR_RATE, Difference, Scores, difference, holm
+from star_jax.studies.statistics import ERROR_RATE, Difference, Scores, by_seed, difference, holm
 
 FLAT = 0.02  # nats: a loss that falls less over the last fifth of the steps is flat
 SAME = 0.02  # nats: losses whose difference lies within are called the same
@@ -158,12 +158,14 @@ class Answer:
     Attributes:
         claim: the claim.
         found: the difference; None where units are missing.
+        by_seed: the difference of every seed, of which `found` is the mean.
         adjusted: its p value by Holm's correction over all claims; None where units are missing.
         verdict: confirmed, refuted or left open.
     """
 
     claim: Claim
     found: Difference | None
+    by_seed: tuple[float, ...]
     adjusted: float | None
     verdict: Verdict
 
@@ -177,7 +179,7 @@ def load(folder: Path) -> tuple[list[PositionsResult], list[ReferenceResult]]:
     for path in units.unit_files(folder):
         result = units.read(path, _result_class)
         (references if isinstance(result, ReferenceResult) else results).append(result)
-    _check_equal('commits', [*results, *references], lambda one: one.commit, folder)
+    provenance.check_commits([*results, *references], folder)
     for data in sorted({one.data for one in results}):
         of_data = [one for one in (*results, *references) if one.data == data]
         _check_equal('settings', of_data, lambda one: one.settings, folder)
@@ -194,13 +196,24 @@ def _result_class(fields: Any) -> type:
 def answers(results: Sequence[PositionsResult]) -> list[Answer]:
     """The primary comparisons over the arms of the main data set."""
     arms = [one for one in _finished(results, MAIN_DATA) if one.arm in ARMS]
-    found = [difference(_scores(arms, claim.score), claim.first, claim.second) for claim in CLAIMS]
+    scores = [_scores(arms, claim.score) for claim in CLAIMS]
+    found = [
+        difference(score, claim.first, claim.second)
+        for claim, score in zip(CLAIMS, scores, strict=True)
+    ]
     adjusted = iter(holm([one.p for one in found if one is not None]))
     listed = []
-    for claim, one in zip(CLAIMS, found, strict=True):
+    for claim, score, one in zip(CLAIMS, scores, found, strict=True):
         p = None if one is None else next(adjusted)
-        verdict = claim.verdict(one, 1.0 if p is None else p)
-        listed.append(Answer(claim=claim, found=one, adjusted=p, verdict=verdict))
+        listed.append(
+            Answer(
+                claim=claim,
+                found=one,
+                by_seed=by_seed(score, claim.first, claim.second),
+                adjusted=p,
+                verdict=claim.verdict(one, 1.0 if p is None else p),
+            )
+        )
     return listed
 
 
@@ -210,11 +223,11 @@ def paths(out: Path) -> tuple[Path, Path, Path]:
 
 
 def write(folder: Path, out: Path, console: Console, cost: CostResult | None = None) -> None:
-    """Writes `OUT.json`, `OUT_tables.md` and `OUT.png` from the units in a folder, and prints it.
+    """Writes OUT.json, OUT_tables.md and OUT.png from the units in a folder, and prints the tables.
 
     Args:
         folder: the folder.
-        out: begin of the paths of the files.
+        out: prefix of the paths of the files.
         console: shows the tables.
         cost: the cost of every kind, whose tables are added.
 
@@ -222,21 +235,16 @@ def write(folder: Path, out: Path, console: Console, cost: CostResult | None = N
         UserError: as `load`, and if a file cannot be written.
     """
     results, references = load(folder)
-    cells = [*tables(results, references), *(cost.tables() if cost else ())]
-    for one in cells:
-        for table in one.for_terminal():
-            console.print(table)
     listed = answers(results)
-    console.print(sentence(results), highlight=False)
+    parts = [*tables(results, references), sentence(results), *(cost.parts() if cost else ())]
+    cells.show(parts, console)
     numbers_path, tables_path, curves_path = paths(out)
     numbers = _numbers(results, references, listed) | {
-        'cost': cost and config.to_json(cost),
-        'tables': [config.to_json(one) for one in cells],
+        'cost': config.to_json(cost) if cost else None,
+        'tables': cells.to_json(parts),
     }
     config.write_json(numbers_path, numbers)
-    with files.replacing(tables_path) as temporary:
-        text = [*(one.for_markdown() for one in cells), sentence(results)]
-        temporary.write_text('\n\n'.join(text) + '\n', 'utf-8')
+    cells.write(parts, tables_path)
     curves = {
         arm: [[(point.step, point.loss) for point in one.curve] for one in of_arm]
         for arm, of_arm in _by_arm(_finished(results, MAIN_DATA)).items()
@@ -248,23 +256,16 @@ def write(folder: Path, out: Path, console: Console, cost: CostResult | None = N
 
 
 def sentence(results: Sequence[PositionsResult]) -> str:
-    """A sentence that names the code and the machines of the measurements."""
-    commits = ', '.join(sorted({one.commit for one in results}))
-    machines = []
-    for one in results:
-        for machine in one.hardware:
-            cores = machine['cores']
-            text = (
-                f'{cores} core{"s" if cores != 1 else ""}, {machine["device"]}, '
-                f'JAX {machine["jax"]}'
-            )
-            if text not in machines:
-                machines.append(text)
+    """Sentences that name the code, the machines and the statistics of the tables."""
+    made = provenance.sentence(
+        f'{len(results)} units',
+        (one.commit for one in results),
+        (machine for one in results for machine in one.hardware),
+    )
     return (
-        f'{len(results)} units of commit {commits} on {"; ".join(machines)}. A difference is '
-        'estimated in the additive model arm + seed over the ten arms of shapes; intervals are '
-        f"unadjusted 95 %, and a claim is decided by Holm's correction at {ERROR_RATE:.0%} over "
-        'the primary comparisons.'
+        f'{made} A difference is estimated in the additive model arm + seed over the ten arms of '
+        'shapes; intervals are unadjusted 95 %, and a claim is decided by '
+        f"Holm's correction at {ERROR_RATE:.0%} over the primary comparisons."
     )
 
 
@@ -293,14 +294,15 @@ def _claims(listed: Sequence[Answer]) -> Cells:
     for answer in listed:
         found, share = answer.found, answer.claim.score is two_objects
         value = interval = p = ''
+        factor, digits = (PERCENT, 1) if share else (1, 3)
         if found is not None:
-            factor, digits = (PERCENT, 1) if share else (1, 3)
             value, low, high = (f'{factor * x:+.{digits}f}' for x in _ends(found))
             interval, p = f'[{low}, {high}]', f'{answer.adjusted:.2g}'
         claim = f'{answer.claim.source}: {answer.claim.statement}'
         arms = f'{answer.claim.first} - {answer.claim.second}'
-        rows.append([claim, answer.verdict, value, p, interval, arms])
-    columns = ['claim', 'verdict', 'difference', 'p (Holm)', '95 %', 'of']
+        seeds = ' '.join(f'{factor * x:+.{digits}f}' for x in answer.by_seed)
+        rows.append([claim, answer.verdict, value, p, interval, seeds, arms])
+    columns = ['claim', 'verdict', 'difference', 'p (Holm)', '95 %', 'by seed', 'of']
     return Cells(title='Primary comparisons (nats; percentage points)', columns=columns, rows=rows)
 
 
@@ -404,6 +406,7 @@ def _numbers(
                 'first': answer.claim.first,
                 'second': answer.claim.second,
                 'difference': None if answer.found is None else dataclasses.asdict(answer.found),
+                'by_seed': list(answer.by_seed),
                 'p_holm': answer.adjusted,
                 'verdict': answer.verdict,
             }

@@ -1,7 +1,7 @@
 """Which tables follow from the results of a study of runs?
 
 Every contender has the same seeds; differences are estimated in the additive model of
-`studies.statistics` and have intervals. The report is a function of the units' files.
+`studies.statistics` and have intervals. The same files give the same bytes.
 """
 
 import statistics
@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from star_jax import files
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import UserError
-from star_jax.studies import units
+from star_jax.studies import cells, provenance, units
 from star_jax.studies.cells import Cells
 from star_jax.studies.cost_result import CostResult
 from star_jax.studies.runs_result import RunResult, TokenizerResult
@@ -33,28 +32,36 @@ def write(folder: Path, out: Path, console: Console, cost: CostResult | None = N
 
     Args:
         folder: the folder.
-        out: begin of the paths of the files.
+        out: prefix of the paths of the files.
         console: shows the tables.
         cost: the cost of every contender, whose tables are added.
 
     Raises:
-        UserError: the folder has no results, or contenders of different settings.
+        UserError: the folder has no results, results of several commits, or contenders of different
+            settings.
     """
     results = [_read(path) for path in units.unit_files(folder)]
-    tables = [*_tokenizers(results), *_contenders(results), *(cost.tables() if cost else ())]
-    for table in tables:
-        for part in table.for_terminal():
-            console.print(part)
+    provenance.check_commits(results, folder)
+    made = provenance.sentence(
+        f'{len(results)} units',
+        (one.commit for one in results),
+        (machine for one in results for machine in one.hardware),
+    )
+    parts = [
+        *_tokenizers(results),
+        *_contenders(results),
+        f'{made} Differences are estimated in the additive model contender + seed.',
+        *(cost.parts() if cost else ()),
+    ]
+    cells.show(parts, console)
     as_json, as_tables = paths(out)
     numbers = {
         'units': [config.to_json(result) for result in results],
-        'cost': cost and config.to_json(cost),
-        'tables': [config.to_json(table) for table in tables],
+        'cost': config.to_json(cost) if cost else None,
+        'tables': cells.to_json(parts),
     }
     config.write_json(as_json, numbers)
-    text = '\n\n'.join(table.for_markdown() for table in tables)
-    with files.replacing(as_tables) as temporary:
-        temporary.write_text(text + '\n', 'utf-8')
+    cells.write(parts, as_tables)
 
 
 def _read(path: Path) -> RunResult | TokenizerResult:

@@ -78,6 +78,12 @@ def difference(scores: Scores, first: str, second: str) -> Difference | None:
     )
 
 
+def by_seed(scores: Scores, first: str, second: str) -> tuple[float, ...]:
+    """The score of the first arm minus that of the second, of every seed that both have."""
+    seeds = sorted(seed for arm, seed in scores if arm == first and (second, seed) in scores)
+    return tuple(scores[first, seed] - scores[second, seed] for seed in seeds)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values, in the given order: below 0.05 all together err in 5 % at most."""
     count = len(p_values)
