@@ -32,7 +32,11 @@ TOPOLOGIES = GPUS + TPUS
 INFINITY = ('infinity_2b', 'infinity_8b', 'infinity_20b')
 SAMPLING = ' sampling'  # follows the name of a config whose sampling is planned
 # Compiled rows take long, and leave out the search for a batch; the others are counted, in minutes.
-COMPILED = tuple((stage, topology) for stage in STAGES for topology in TPUS)
+COMPILED = tuple(
+    (stage, topology)
+    for stage in (*STAGES, 'infinity_2b', f'infinity_2b{SAMPLING}')
+    for topology in TPUS
+)
 SEARCHED = (('star_d30_256', 'v5e-256'),)  # compiled three times, to find the largest batch
 # Every row of the page.
 ROWS = tuple(
@@ -44,8 +48,8 @@ HEAD = """\
 # What every STAR stage and Infinity need on pods and GPUs
 
 Made by `python docs/plans.py`, which runs `star-jax plan configs/STAGE.py --topology NAME` for each
-row; none of the named machines was used. TPU rows of STAR are compiled ahead of time from the real
-training step and contain the compiler's own sizes; rows marked as counted are counted from the
+row; none of the named machines was used. TPU rows of STAR and of infinity_2b are compiled ahead of
+time from the real program and contain the compiler's own sizes; rows marked as counted are counted from the
 arrays of the jaxpr and from formulas (`--no-compile`). All sizes are GiB of one device: *state* is
 parameters, Adam's moments and averages; *frozen* is the tokenizer, the text encoder and the batch
 (and the model below a refinement head); *activations* grow with the batch, *temporaries* do not.
@@ -63,12 +67,18 @@ record of a collective does not name its mesh axis (v5e-256 and v6e-256 with thr
 except for star_d30_256 on v5e-256), the one with the most links was assumed.
 
 Infinity trains at 1024 x 1024 px with 256 images per step; the length of its published runs is not
-known, and 100,000 steps are assumed. Its text encoder is flan-t5-xl in bfloat16. These rows count
-texts of 120 tokens; `plan` now counts 512, which add about 3 % to the arithmetic of a step of
-infinity_2b. A row of sampling (`--sample`) is a batch of as many images, with guidance and the
-decoder; its chip-hours are for 1,000,000 images. A TPU fills up heads of 64 channels to 128, which
-a count leaves out: the compiled program that samples STAR-d30 at 1024 px on v5p:4x4x4 takes 8.4
-GiB beside its weights, where 1.9 are counted.
+known, and 100,000 steps are assumed. Its text encoder is flan-t5-xl in bfloat16, with texts of 512
+tokens. A row of sampling (`--sample`) is a batch of as many images, with guidance and the decoder;
+its chip-hours are for 1,000,000 images.
+
+Counted rows leave out what a compiler adds. The compiled training of infinity_2b holds 28.8 GiB of
+activations and temporaries on v5p-128, where 19.6 are counted for as many images on 64xH100, and on
+v6e-256 its memory traffic takes longer than its arithmetic. Its compiled sampling needs 19.9 GiB
+beside the weights for 4 images a chip on v5p-128, where 10.0 are counted, and 21 to 24 for one image
+a chip where weights are split (v5e-256, v6e-256), where 2.5 are counted: on v5e-256 it does not fit.
+Counted rows of sampling on split weights are too small by as much. A TPU fills up heads of 64 channels to 128: the
+compiled program that samples STAR-d30 at 1024 px on v5p:4x4x4 takes 8.4 GiB beside its weights,
+where 1.9 are counted.
 
 """
 
