@@ -49,18 +49,18 @@ HEAD = """\
 
 Made by `python docs/plans.py`, which runs `star-jax plan configs/STAGE.py --topology NAME` for each
 row; none of the named machines was used. TPU rows of STAR and of infinity_2b are compiled ahead of
-time from the real program and contain the compiler's own sizes; rows marked as counted are counted from the
-arrays of the jaxpr and from formulas (`--no-compile`). All sizes are GiB of one device: *state* is
-parameters, Adam's moments and averages; *frozen* is the tokenizer, the text encoder and the batch
-(and the model below a refinement head); *activations* grow with the batch, *temporaries* do not.
-*Sent* is what one device sends per step, by kind of collective. The lower bound of a step is the
-longest of arithmetic, memory traffic and communication at the chips' peak rates, communication on
-the links of the mesh axes that it uses ([plan](plan.md)), so images/s and MFU are upper bounds that
-assume perfect overlap, and chip-hours are a lower bound for the whole stage. `plan` chose the mesh:
-it splits the published batch as far as the batch divides, and uses the other chips for heads and
-tokens; the advice below names batches that need neither. The largest batch of a compiled row takes
-two more compilations and was searched for one row; the other compiled ones were made with
-`--no-search`.
+time from the real program and contain the compiler's own sizes; rows marked as counted are counted
+from the arrays of the jaxpr and from formulas (`--no-compile`). All sizes are GiB of one device:
+*state* is parameters, Adam's moments and averages; *frozen* is the tokenizer, the text encoder and
+the batch (and the model below a refinement head); *activations* grow with the batch, *temporaries*
+do not. *Sent* is what one device sends per step, by kind of collective. The lower bound of a step
+is the longest of arithmetic, memory traffic and communication at the chips' peak rates,
+communication on the links of the mesh axes that it uses ([plan](plan.md)), so images/s and MFU are
+upper bounds that assume perfect overlap, and chip-hours are a lower bound for the whole stage.
+`plan` chose the mesh: it splits the published batch as far as the batch divides, and uses the other
+chips for heads and tokens; the advice below names batches that need neither. The largest batch of a
+compiled row takes two more compilations and was searched for one row; the other compiled ones were
+made with `--no-search`.
 
 The programs of the compiled rows were compiled before their bounds were computed by axis. Where the
 record of a collective does not name its mesh axis (v5e-256 and v6e-256 with three or four axes,
@@ -74,11 +74,11 @@ its chip-hours are for 1,000,000 images.
 Counted rows leave out what a compiler adds. The compiled training of infinity_2b holds 28.8 GiB of
 activations and temporaries on v5p-128, where 19.6 are counted for as many images on 64xH100, and on
 v6e-256 its memory traffic takes longer than its arithmetic. Its compiled sampling needs 19.9 GiB
-beside the weights for 4 images a chip on v5p-128, where 10.0 are counted, and 21 to 24 for one image
-a chip where weights are split (v5e-256, v6e-256), where 2.5 are counted: on v5e-256 it does not fit.
-Counted rows of sampling on split weights are too small by as much. A TPU fills up heads of 64 channels to 128: the
-compiled program that samples STAR-d30 at 1024 px on v5p:4x4x4 takes 8.4 GiB beside its weights,
-where 1.9 are counted.
+beside the weights for 4 images a chip on v5p-128, where 10.0 are counted, and 21 to 24 for one
+image a chip where weights are split (v5e-256, v6e-256), where 2.5 are counted: on v5e-256 it does
+not fit. Counted rows of sampling with split weights (8B and 20B) may leave out as much. A TPU fills
+up heads of 64 channels to 128: the compiled program that samples STAR-d30 at 1024 px on v5p:4x4x4
+takes 8.4 GiB beside its weights, where 1.9 are counted.
 
 """
 
