@@ -115,6 +115,11 @@ def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
     assert '20.0 (20.0 to 20.0)' in tables and '-10.0 (-10.0 to -10.0)' in tables
     assert result('bits-9', 0, 0.1, 9, 0.8).nats == pytest.approx(0.1 * 9 * 85)
     assert len(config.read_json(tmp_path / 'report.json')['units']) == 7
+    config.write(
+        place / 'other.json', dataclasses.replace(result('bits-9', 5, 0.1, 9, 0.8), commit='def')
+    )
+    assert cli.main(words) == 2
+    assert 'units of 2 different commits (abc, def)' in capsys.readouterr().err
     changed = dataclasses.replace(result('bits-9', 5, 0.1, 9, 0.8), settings='other')
     config.write(place / 'other.json', changed)
     assert cli.main(words) == 2

@@ -5,7 +5,6 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from rich.table import Table
@@ -15,7 +14,7 @@ from star_jax.commands import arguments
 from star_jax.console import Console, pairs
 from star_jax.convert import transfer
 from star_jax.convert.infer import ModelOptions
-from star_jax.convert.writers import WRITERS
+from star_jax.convert.writers import WRITERS, LayoutName
 from star_jax.errors import UserError
 
 
@@ -57,7 +56,7 @@ class Convert:
     check: bool = True
     part: str = ''
     allow_nonfinite: bool = False
-    layout: Literal['flat', 'sharded', 'pth', 'trainer'] = 'flat'
+    layout: LayoutName = 'flat'
     model_options: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
 
 

@@ -1,8 +1,9 @@
 """As which files does a conversion back write a state dict?"""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from star_jax.checkpoint import stored, weights
 from star_jax.convert import torch_files
@@ -58,38 +59,35 @@ class ShardsWriter:
         return weights.index_path(path)
 
 
-class SamplerWriter:
-    """A file of torch with the dicts that the original code opens to sample (a `Writer`)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchWriter:
+    """A file of torch with dicts around the state dict (a `Writer`).
+
+    Attributes:
+        ending: ending of its name.
+        place: the keys of the dicts for a layout, the outermost first; None: there is no such file.
+    """
+
+    ending: str
+    place: Callable[[Layout], tuple[str, ...] | None]
 
     def check(self, layout: Layout) -> None:
-        torch_files.check_available()
-
-    def write(self, folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
-        path = folder / f'{part}.pth'
-        torch_files.save(path, state, layout.place)
-        return path
-
-
-class TrainerWriter:
-    """A file of torch with the dicts that the original trainer opens (a `Writer`)."""
-
-    def check(self, layout: Layout) -> None:
-        if layout.trainer_place is None:
+        if self.place(layout) is None:
             raise UserError(
-                'only Infinity has files of a trainer in another layout than those for sampling: '
-                'choose --layout pth'
+                f'no original code opens a file *.{self.ending} of this model: choose --layout pth'
             )
         torch_files.check_available()
 
     def write(self, folder: Path, part: str, state: Mapping[str, Any], layout: Layout) -> Path:
-        path = folder / f'{part}.trainer.pth'
-        torch_files.save(path, state, layout.trainer_place)
+        path = folder / f'{part}.{self.ending}'
+        torch_files.save(path, state, self.place(layout))
         return path
 
 
-WRITERS: Mapping[str, Writer] = {
+LayoutName = Literal['flat', 'sharded', 'pth', 'trainer']
+WRITERS: Mapping[LayoutName, Writer] = {
     'flat': FlatWriter(),
     'sharded': ShardsWriter(),
-    'pth': SamplerWriter(),
-    'trainer': TrainerWriter(),
+    'pth': TorchWriter(ending='pth', place=lambda layout: layout.place),
+    'trainer': TorchWriter(ending='trainer.pth', place=lambda layout: layout.trainer_place),
 }

@@ -1,20 +1,12 @@
-"""How are the tables and sentences of a report formatted, for Markdown and for a terminal?"""
+"""How is a table of a report formatted, for Markdown and for a terminal?"""
 
 import dataclasses
-import textwrap
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 from rich.table import Table
 
-from star_jax import files
-from star_jax.checkpoint import config
-from star_jax.console import Console
-
 TERMINAL = 80  # columns of text
 BORDER = 3  # columns from one cell to the next
-PAGE = 120  # columns of a text in Markdown
 NAMES = 34  # columns of text of the first cell, at most: longer ones are wrapped
 
 
@@ -55,28 +47,3 @@ class Cells:
         marks = ['---', *['---:'] * (len(self.columns) - 1)]
         lines = [f'| {" | ".join(row)} |' for row in (self.columns, marks, *self.rows)]
         return '\n'.join([f'**{self.title}**', '', *lines])
-
-
-def show(parts: Sequence[Cells | str], console: Console) -> None:
-    """Prints tables and sentences to a terminal."""
-    for part in parts:
-        if isinstance(part, str):
-            console.print(part, highlight=False)
-            continue
-        for table in part.for_terminal():
-            console.print(table)
-
-
-def write(parts: Sequence[Cells | str], path: Path) -> None:
-    """Writes tables and sentences as a Markdown file, which is replaced atomically."""
-    text = [
-        textwrap.fill(part, PAGE) if isinstance(part, str) else part.for_markdown()
-        for part in parts
-    ]
-    with files.replacing(path) as temporary:
-        temporary.write_text('\n\n'.join(text) + '\n', 'utf-8')
-
-
-def to_json(parts: Sequence[Cells | str]) -> list[Any]:
-    """The tables among the parts of a report, as JSON."""
-    return [config.to_json(part) for part in parts if isinstance(part, Cells)]

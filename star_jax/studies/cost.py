@@ -18,7 +18,7 @@ from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.parallel import machine, startup
-from star_jax.studies import cells, units
+from star_jax.studies import report_files, units
 from star_jax.studies.cost_result import CostResult, KindCost
 from star_jax.studies.units import Study
 
@@ -64,7 +64,7 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
             for images in (BATCHES if samplers else ())
         },
     )
-    cells.show(report.parts(), console)
+    report_files.show(report.parts(), console)
     with files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         config.write(out, report)

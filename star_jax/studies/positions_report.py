@@ -15,7 +15,7 @@ from star_jax import files
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import UserError
-from star_jax.studies import cells, provenance, units
+from star_jax.studies import provenance, report_files, units
 from star_jax.studies.arms import KINDS
 from star_jax.studies.cells import Cells
 from star_jax.studies.cost_result import CostResult
@@ -179,11 +179,11 @@ def load(folder: Path) -> tuple[list[PositionsResult], list[ReferenceResult]]:
     for path in units.unit_files(folder):
         result = units.read(path, _result_class)
         (references if isinstance(result, ReferenceResult) else results).append(result)
-    provenance.check_commits([*results, *references], folder)
+    provenance.check_equal('commits', [*results, *references], lambda one: one.commit, folder)
     for data in sorted({one.data for one in results}):
         of_data = [one for one in (*results, *references) if one.data == data]
-        _check_equal('settings', of_data, lambda one: one.settings, folder)
-        _check_equal('tokenizers', of_data, lambda one: one.tokenizer, folder)
+        provenance.check_equal('settings', of_data, lambda one: one.settings, folder)
+        provenance.check_equal('tokenizers', of_data, lambda one: one.tokenizer, folder)
     _check_arms(results)
     return results, references
 
@@ -217,9 +217,9 @@ def answers(results: Sequence[PositionsResult]) -> list[Answer]:
     return listed
 
 
-def paths(out: Path) -> tuple[Path, Path, Path]:
+def paths(out: Path) -> list[Path]:
     """The files of a report: numbers, tables and curves."""
-    return tuple(out.with_name(f'{out.name}{end}') for end in ('.json', '_tables.md', '.png'))
+    return [*report_files.paths(out), _curves_path(out)]
 
 
 def write(folder: Path, out: Path, console: Console, cost: CostResult | None = None) -> None:
@@ -232,40 +232,33 @@ def write(folder: Path, out: Path, console: Console, cost: CostResult | None = N
         cost: the cost of every kind, whose tables are added.
 
     Raises:
-        UserError: as `load`, and if a file cannot be written.
+        UserError: as `load`.
+        OSError: a file cannot be written.
     """
     results, references = load(folder)
-    listed = answers(results)
-    parts = [*tables(results, references), sentence(results), *(cost.parts() if cost else ())]
-    cells.show(parts, console)
-    numbers_path, tables_path, curves_path = paths(out)
-    numbers = _numbers(results, references, listed) | {
-        'cost': config.to_json(cost) if cost else None,
-        'tables': cells.to_json(parts),
-    }
-    config.write_json(numbers_path, numbers)
-    cells.write(parts, tables_path)
+    parts = [*tables(results, references), sentence(results)]
+    numbers = _numbers(results, references, answers(results))
+    report_files.write(parts, numbers, cost, out, console)
     curves = {
         arm: [[(point.step, point.loss) for point in one.curve] for one in of_arm]
         for arm, of_arm in _by_arm(_finished(results, MAIN_DATA)).items()
     }
     if curves:
         most = max(map(len, curves.values()))
-        with files.replacing(curves_path) as temporary:
+        with files.replacing(_curves_path(out)) as temporary:
             plot(curves, f'{most} seeds' if most > 1 else 'one seed', temporary)
+
+
+def _curves_path(out: Path) -> Path:
+    return out.with_name(f'{out.name}.png')
 
 
 def sentence(results: Sequence[PositionsResult]) -> str:
     """Sentences that name the code, the machines and the statistics of the tables."""
-    made = provenance.sentence(
-        f'{len(results)} units',
-        (one.commit for one in results),
-        (machine for one in results for machine in one.hardware),
-    )
     return (
-        f'{made} A difference is estimated in the additive model arm + seed over the ten arms of '
-        'shapes; intervals are unadjusted 95 %, and a claim is decided by '
-        f"Holm's correction at {ERROR_RATE:.0%} over the primary comparisons."
+        f'{provenance.of_units(results)} A difference is estimated in the additive model arm + '
+        'seed over the ten arms of shapes; intervals are unadjusted 95 %, and a claim is decided '
+        f"by Holm's correction at {ERROR_RATE:.0%} over the primary comparisons."
     )
 
 
@@ -434,18 +427,6 @@ def _by_arm(results: Sequence[PositionsResult]) -> dict[str, list[PositionsResul
     for one in sorted(results, key=lambda one: (order.get(one.arm, len(ARMS)), one.arm, one.seed)):
         arms.setdefault(one.arm, []).append(one)
     return arms
-
-
-def _check_equal(
-    what: str, results: Sequence[Any], value: Callable[[Any], Any], folder: Path
-) -> None:
-    values = {value(one) for one in results}
-    if len(values) > 1:
-        raise UserError(
-            f'{folder} has units of {len(values)} different {what} '
-            f'({", ".join(sorted(map(str, values)))}), which do not compare: keep those of one in '
-            'the folder'
-        )
 
 
 def _check_arms(results: Sequence[PositionsResult]) -> None:

@@ -1,12 +1,19 @@
-"""Which code and which machines made the results of a report?"""
+"""Which code and which machines made the results of a report, and do they compare?"""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from star_jax.errors import UserError
 
-SHOWN = 9  # digits of a commit
+
+def of_units(results: Sequence[Any]) -> str:
+    """A sentence that names the commits and the machines of units' results."""
+    return sentence(
+        f'{len(results)} units',
+        (one.commit for one in results),
+        (machine for one in results for machine in one.hardware),
+    )
 
 
 def sentence(what: str, commits: Iterable[str], machines: Iterable[Mapping[str, Any]]) -> str:
@@ -21,14 +28,22 @@ def sentence(what: str, commits: Iterable[str], machines: Iterable[Mapping[str, 
     return f'{what} of commit {", ".join(sorted(set(commits)))} on {"; ".join(different)}.'
 
 
-def check_commits(results: Iterable[Any], folder: Path) -> None:
-    """Raises UserError if results of a folder are of several commits."""
-    commits = sorted({one.commit for one in results})
-    if len(commits) > 1:
-        listed = ', '.join(commit[:SHOWN] for commit in commits)
+def check_equal(
+    what: str, results: Iterable[Any], value: Callable[[Any], Any], folder: Path
+) -> None:
+    """Raises UserError if a value differs among the results of a folder.
+
+    Args:
+        what: the name of the value, in the plural.
+        results: the results of units.
+        value: gives the value of a result.
+        folder: the folder, for the error.
+    """
+    values = sorted({str(value(one)) for one in results})
+    if len(values) > 1:
         raise UserError(
-            f'{folder} has units of {len(commits)} different commits ({listed}), which do not '
-            'compare: keep those of one in the folder'
+            f'{folder} has units of {len(values)} different {what} ({", ".join(values)}), which do '
+            'not compare: keep those of one in the folder'
         )
 
 

@@ -12,19 +12,15 @@ from typing import Any
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import UserError
-from star_jax.studies import cells, provenance, units
+from star_jax.studies import provenance, report_files, units
 from star_jax.studies.cells import Cells
 from star_jax.studies.cost_result import CostResult
 from star_jax.studies.runs_result import RunResult, TokenizerResult
 from star_jax.studies.statistics import Difference, Scores, difference, holm
 
 PERCENT = 100
-TABLES = '_tables.md'
 
-
-def paths(out: Path) -> list[Path]:
-    """The files of a report."""
-    return [out.with_name(out.name + suffix) for suffix in ('.json', TABLES)]
+paths = report_files.paths  # this report has no further files
 
 
 def write(folder: Path, out: Path, console: Console, cost: CostResult | None = None) -> None:
@@ -39,29 +35,18 @@ def write(folder: Path, out: Path, console: Console, cost: CostResult | None = N
     Raises:
         UserError: the folder has no results, results of several commits, or contenders of different
             settings.
+        OSError: a file cannot be written.
     """
     results = [_read(path) for path in units.unit_files(folder)]
-    provenance.check_commits(results, folder)
-    made = provenance.sentence(
-        f'{len(results)} units',
-        (one.commit for one in results),
-        (machine for one in results for machine in one.hardware),
-    )
+    provenance.check_equal('commits', results, lambda one: one.commit, folder)
+    made = provenance.of_units(results)
     parts = [
         *_tokenizers(results),
         *_contenders(results),
         f'{made} Differences are estimated in the additive model contender + seed.',
-        *(cost.parts() if cost else ()),
     ]
-    cells.show(parts, console)
-    as_json, as_tables = paths(out)
-    numbers = {
-        'units': [config.to_json(result) for result in results],
-        'cost': config.to_json(cost) if cost else None,
-        'tables': cells.to_json(parts),
-    }
-    config.write_json(as_json, numbers)
-    cells.write(parts, as_tables)
+    numbers = {'units': [config.to_json(result) for result in results]}
+    report_files.write(parts, numbers, cost, out, console)
 
 
 def _read(path: Path) -> RunResult | TokenizerResult:
