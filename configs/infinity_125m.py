@@ -11,6 +11,7 @@ from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Settings
 from star_jax.data.caption_choice import ShortOrLong
 from star_jax.data.prepared import Prepared
+from star_jax.data.resizing import LanczosCover
 from star_jax.families.infinity import Infinity
 from star_jax.training.optimizer import AdamW
 from star_jax.training.run import Pace, Run
@@ -22,9 +23,9 @@ run = Run(
     text='models/flan-t5-xl',
     text_dtype='bfloat16',
     text_features='inside',
-    data=Prepared(path='sets/captioned'),
+    data=Prepared(path='sets/captioned', resizing=LanczosCover()),
     captions=ShortOrLong(short=0.5, sentences=True, end='--'),
-    validation=Prepared(path='', split='validation'),
+    validation=Prepared(path='', split='validation', resizing=LanczosCover()),
     optimizer=AdamW(
         learning_rate=LearningRate(
             peak=6e-3, per_images=256, warmup_steps=0, end=1.0, shape='lin0'

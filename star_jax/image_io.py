@@ -71,6 +71,28 @@ def fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     return np.array(image)
 
 
+def cover_and_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """The centre of a Pillow image of any mode (Infinity specification 6).
+
+    It is resized by Lanczos so that one side is that of `size` and the other, cut to whole pixels,
+    is at least as long, then cropped.
+
+    Args:
+        image: the image; transparency becomes white.
+        size: as for `crop`.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    image, (height, width) = _on_white(image), height_and_width(size)
+    ratio = image.width / image.height
+    if ratio <= width / height:
+        sides = width, max(int(width / ratio), height)
+    else:
+        sides = max(int(ratio * height), width), height
+    return _centre(image.resize(sides, Image.Resampling.LANCZOS), height, width)
+
+
 def halve_and_fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     """The centre of a Pillow image of any mode (LlamaGen specification 1.8).
 
@@ -89,9 +111,7 @@ def halve_and_fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
     sides = round(image.width * scale), round(image.height * scale)
-    image = image.resize(sides, Image.Resampling.BICUBIC)
-    top, left = (image.height - height) // 2, (image.width - width) // 2
-    return np.array(image.crop((left, top, left + width, top + height)))
+    return _centre(image.resize(sides, Image.Resampling.BICUBIC), height, width)
 
 
 def ratio(data: bytes) -> float:
@@ -241,6 +261,11 @@ def grid(
     if title:
         rows.insert(0, _heading(title, rows[0].width))
     return np.array(_stack(rows))
+
+
+def _centre(image: Image.Image, height: int, width: int) -> np.ndarray:
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return np.array(image.crop((left, top, left + width, top + height)))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

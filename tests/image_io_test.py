@@ -52,6 +52,32 @@ def test_halving_and_bicubic_covers_an_oblong_size():
     assert image_io.halve_and_fit(image.convert('RGBA'), (12, 20)).shape == (12, 20, 3)
 
 
+def covered(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """The resizing and the crop of Infinity (Infinity specification 6), step by step."""
+    if image.width / image.height <= width / height:
+        sides = width, int(width / (image.width / image.height))
+    else:
+        sides = int(image.width / image.height * height), height
+    pixels = np.array(image.resize(sides, Image.Resampling.LANCZOS))
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize('sides', [(73, 54), (54, 73), (31, 57), (9, 12)])
+@pytest.mark.parametrize('size', [(16, 16), (12, 21)])
+def test_lanczos_covers_a_size_in_whole_pixels(sides, size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8))
+    found = image_io.cover_and_crop(image, size)
+    np.testing.assert_array_equal(found, covered(image, *size))
+    assert (found != image_io.fit(image, size)).any()
+
+
+def test_rounding_never_leaves_a_size_uncovered():
+    for width in range(1, 400):
+        image = Image.new('RGB', (width, 49))
+        assert image_io.cover_and_crop(image, (49, width)).shape == (49, width, 3)
+
+
 def test_transparency_becomes_white():
     image = np.zeros((8, 8, 4), np.uint8)
     image[:4, :, 3] = 255

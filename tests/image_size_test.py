@@ -65,7 +65,7 @@ def test_star_samples_any_template_of_its_own():
 @pytest.mark.parametrize(
     ('model', 'size', 'message'),
     [
-        (stored(Star()), {'aspect': '4:3'}, 'no templates of other aspect ratios, and samples 256'),
+        (stored(Star()), {'aspect': '4:3'}, 'no templates of other aspect ratios, and it samples 256'),
         (INFINITY, {'resolution': '4M'}, "no resolution '4M' of this model: choose one of 0.06M"),
         (
             stored(Infinity()),
@@ -85,7 +85,17 @@ def test_star_samples_any_template_of_its_own():
         (
             stored(Infinity(grids=((1, 1), (3, 3)))),
             {'resolution': '0.06M'},
-            'no template begins with the grids of the model, 1x1 3x3',
+            'no template begins with the grids of the model, 1x1 3x3, and it samples 48 x 48 px',
+        ),
+        (
+            stored(Infinity(grids=square_grids((1, 2, 3, 5)))),
+            {'aspect': '4:3'},
+            'no template begins with .*: leave aspect, height, width and resolution out',
+        ),
+        (
+            stored(Infinity(reference=(16, 16))),
+            {'height': 256, 'width': 256},
+            r'model.reference is \(16, 16\), but the template .* ends with \(64, 64\)',
         ),
     ],
 )

@@ -249,8 +249,8 @@ def test_settings_give_guidance_and_temperature_of_every_step():
     assert inside.guided and not inside.guidance.any()
     off = program.step_settings(TINY, dataclasses.replace(settings, guidance=1))
     assert not off.guided
-    listed = program.step_settings(TINY, Settings(guidance_per_step=(1, 2, 4)))
-    assert listed.guidance.tolist() == [0, 1, 3]
+    listed = program.step_settings(TINY, Settings(guidance_per_step=(0.5, 2, 4)))
+    assert listed.guidance.tolist() == [-0.5, 1, 3]
     star = program.step_settings(Star(sides=(1, 2, 3)), Settings(guidance_per_step=(4, 4, 8)))
     assert star.guidance.tolist() == [0, 2, 8]
 

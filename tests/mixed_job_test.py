@@ -212,8 +212,8 @@ def test_the_summary_counts_templates_and_programs(mixed_job):
 def test_a_model_whose_grids_are_no_template_is_refused(run, fields, message):
     model = dataclasses.replace(MODEL, **fields)
     assert re.search(message, templates_flaw(model)) and not templates_flaw(MODEL)
-    with pytest.raises(UserError, match=message):
-        MixedJob(dataclasses.replace(run, model=model))
+    with pytest.raises(UserError, match=f'{message}.*: set model.grids and model.reference to'):
+        train.build_job(dataclasses.replace(run, model=model))
 
 
 def test_a_cache_holds_the_images_of_every_template(run, mixed_job, tmp_path):

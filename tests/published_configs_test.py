@@ -11,7 +11,7 @@ import pytest
 from flax.core import meta
 
 from star_jax.checkpoint import config, weights
-from star_jax.data.resizing import HalvedBicubic, Lanczos
+from star_jax.data.resizing import HalvedBicubic, Lanczos, LanczosCover
 from star_jax.families.var import Var
 from star_jax.training.run import Run, TokenizerRun, resolve
 
@@ -94,6 +94,7 @@ def test_infinity_has_the_published_size_and_recipe(name):
     assert float(optimizer.learning_rate.at(0, run.pace.steps)) == pytest.approx(6e-3)
     assert (optimizer.beta2, optimizer.clip, optimizer.weight_decay) == (0.97, 5.0, 0.005)
     assert run.correction.strength == 0.3 and run.balance == 0.5 and run.caption_drop == 0.1
+    assert run.data.resizing == run.validation.resizing == LanczosCover()
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,7 @@ class Templates:
         for name, template in self.by_name.items():
             if template[: len(grids)] == grids:
                 return name
-        raise UserError(
-            f'no template begins with the grids of the model, {_show(grids)}: set model.grids to '
-            'the first scales of a template, or model.templates to others'
-        )
+        raise UserError(f'no template begins with the grids of the model, {_show(grids)}')
 
     def scales(self, resolution: str) -> int:
         """The number of scales at a resolution; UserError if there is none of that name."""

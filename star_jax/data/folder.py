@@ -53,8 +53,9 @@ class Folder:
         held_out: approximate share of the images in the split 'validation' if no folder or record
             names a split; the path of an image decides, so that adding images moves no others.
         caption: field of the list of captions ('': the first of text, caption and captions).
-        resizing: how images are resized: by Lanczos, or halved and then by bicubic (LlamaGen);
-            another kind is chosen in a config file.
+        resizing: how images are resized: by Lanczos (the exact centre, or to whole pixels that
+            cover it as Infinity), or halved and then by bicubic (LlamaGen); another kind is chosen
+            in a config file.
     """
 
     path: str = ''

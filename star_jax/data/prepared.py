@@ -65,8 +65,9 @@ class Prepared:
         image: field that holds the image.
         caption: field that holds one caption, several captions, or a class.
         label: field that holds the label ('': none).
-        resizing: how images are resized: by Lanczos, or halved and then by bicubic (LlamaGen);
-            another kind is chosen in a config file.
+        resizing: how images are resized: by Lanczos (the exact centre, or to whole pixels that
+            cover it as Infinity), or halved and then by bicubic (LlamaGen); another kind is chosen
+            in a config file.
     """
 
     path: str

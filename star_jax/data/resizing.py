@@ -1,7 +1,7 @@
 """How are images of files resized to the size that a model trains on?
 
-`Lanczos` and `HalvedBicubic` are fields of a dataset, so that its training and validation images
-are resized alike.
+`Lanczos`, `LanczosCover` and `HalvedBicubic` are fields of a dataset, so that its training and
+validation images are resized alike.
 """
 
 import dataclasses
@@ -30,6 +30,22 @@ class Lanczos:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LanczosCover:
+    """Resized by Lanczos to whole pixels that cover the size, then cropped.
+
+    Source: Infinity specification 6.
+    """
+
+    def fit(self, image: Image.Image, size: Size) -> np.ndarray:
+        """The centre of an image of any mode, (height, width, 3) uint8."""
+        return image_io.cover_and_crop(image, size)
+
+    def decoded_side(self, size: Size) -> float:
+        """No decoder may reduce the image: the whole pixels that cover it would be others."""
+        return math.inf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HalvedBicubic:
     """Halved with a box filter, resized by bicubic, then cropped (LlamaGen specification 1.8)."""
 
@@ -42,6 +58,6 @@ class HalvedBicubic:
         return math.inf
 
 
-Resizing = Lanczos | HalvedBicubic
+Resizing = Lanczos | LanczosCover | HalvedBicubic
 
 LANCZOS = Lanczos()

@@ -48,8 +48,10 @@ def check_text_encoder(encoder: PromptEncoder, width: int) -> PromptEncoder:
 
 
 def templates_flaw(model: Family) -> str:
-    """Why a model cannot train on its templates, and what to do; '' if it can."""
+    """Why a model cannot have images of its templates; '' if it can."""
     own, templates = model.schedule, model.templates
+    if not templates:
+        return ''
     try:
         template = templates.schedule(templates.of_grids(own.grids), own.steps)
     except UserError as error:
@@ -59,7 +61,7 @@ def templates_flaw(model: Family) -> str:
         return ''
     return (
         f'model.reference is {own.reference_grid}, but the template of the grids of the model ends '
-        f'with {reference}: set it so, or set model.templates to none'
+        f'with {reference}'
     )
 
 

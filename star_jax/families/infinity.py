@@ -274,8 +274,11 @@ class Infinity(Sizes):
         return check_text_encoder(load(most=self.text_rows), self.text_width)
 
     def guidance_weights(self, guidance: float) -> np.ndarray:
-        """[S] float32: the published number less 1, at every scale; off at 1 and below."""
-        return np.full(self.schedule.steps, max(guidance - 1, 0), np.float32)
+        """[S] float32: the published number less 1, at every scale; off at 1.
+
+        Below 1 the weight is negative, as published: 0 samples the unprompted rows.
+        """
+        return np.full(self.schedule.steps, guidance - 1, np.float32)
 
     def filter(self, settings: Settings) -> BitFilter | NucleusFilter:
         """Top-k and the nucleus over the two values of a bit; top-p is off at 0 and at 1."""

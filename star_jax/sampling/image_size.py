@@ -6,6 +6,7 @@ import math
 from star_jax.checkpoint.folder import StoredModel
 from star_jax.core.argument_types import instance, whole_number
 from star_jax.errors import UserError
+from star_jax.families.fit import templates_flaw
 from star_jax.image_io import parse_aspect
 from star_jax.tokenizers.autoencoder import LARGEST_SIDE
 
@@ -68,16 +69,18 @@ def choose(model: StoredModel, size: ImageSize) -> tuple[StoredModel, str]:
     The name is '' where no size is given.
 
     Raises:
-        UserError: the model has no templates, or another one's resolution is named.
+        UserError: the model has no templates, its own grids are none of them, or a resolution of
+            another model is named.
     """
     if dataclasses.replace(size, resize=0) == MODELS_OWN:
         return model, ''
     templates, own = model.config.templates, model.config.schedule
-    if not templates:
+    flaw = templates_flaw(model.config)
+    if flaw or not templates:
         height, width = _resolution(model)
         raise UserError(
-            f'the model has no templates of other aspect ratios, and samples {height} x {width} '
-            'px: leave aspect, height, width and resolution out'
+            f'{flaw or "the model has no templates of other aspect ratios"}, and it samples '
+            f'{height} x {width} px: leave aspect, height, width and resolution out'
         )
     name = templates.of_grids(own.grids) if size.ratio is None else templates.nearest(size.ratio)
     scales = own.steps

@@ -46,10 +46,13 @@ class MixedJob(TransformerJob):
             raise UserError(
                 f'crops.enlarge {run.crops.enlarge} crops images of one size, and the model has '
                 f'templates of several aspect ratios ({", ".join(run.model.templates.names[:3])}, '
-                '...): leave crops out, or set model.templates.grids to nothing'
+                '...): leave crops out, or set model.templates to Templates()'
             )
         if reason := templates_flaw(run.model):
-            raise UserError(reason)
+            raise UserError(
+                f'{reason}: set model.grids and model.reference to those of a template, or '
+                'model.templates to Templates(), for images of one size'
+            )
         templates, scales = run.model.templates, run.model.schedule.steps
         self._schedules = {name: templates.schedule(name, scales) for name in templates.names}
         self._shared: dict[tuple[int, ...], SharedPrograms] = {}

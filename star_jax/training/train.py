@@ -14,7 +14,6 @@ from star_jax.checkpoint import config
 from star_jax.checkpoint.folder import check_free
 from star_jax.console import Console
 from star_jax.errors import UserError
-from star_jax.families.fit import templates_flaw
 from star_jax.parallel import peer_watchdog, startup
 from star_jax.parallel.mesh import MeshShape
 from star_jax.training import cache as caches
@@ -137,12 +136,7 @@ def build_job(run: Run | TokenizerRun) -> trainer.Job:
     if run.model.templates:
         from star_jax.training.mixed_job import MixedJob
 
-        reason = templates_flaw(run.model)
-        if not reason:
-            return MixedJob(run)
-        logging.getLogger(__name__).warning(
-            '%s; until then all images are cropped to the size of the model', reason
-        )
+        return MixedJob(run)
     from star_jax.training.transformer_job import TransformerJob
 
     return TransformerJob(run)
