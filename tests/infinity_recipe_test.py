@@ -202,8 +202,11 @@ def test_the_first_scales_alone_are_trained():
     ours, theirs = losses(params)
     assert ours.nll_BL.shape == (2, 5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), ours, theirs)
-    metrics = tokens.mean_per_scale(model.schedule, ours.nll_BL.mean(0), ours.hit_BL.mean(0))
-    assert 'loss/1' in metrics and 'loss/2' not in metrics
+    np.testing.assert_array_equal(ours.right_BL, np.asarray(ours.hit_BL) == 1)
+    assert 0 < np.mean(ours.right_BL) < np.mean(ours.hit_BL)
+    metrics = tokens.mean_per_scale(model.schedule, *(tokens.sum_of_images(ours, 1)))
+    assert metrics['token_accuracy'] == np.mean(np.asarray(ours.right_BL)[0])
+    assert {'loss/1', 'token_accuracy/1'} <= metrics.keys() and 'loss/2' not in metrics
     weights = tokens.token_weights(model.schedule, 5, 0.5)
     np.testing.assert_allclose(jnp.asarray(weights)[0] / weights[1], 2, rtol=1e-6)
 

@@ -33,12 +33,14 @@ class TokenLosses(NamedTuple):
     Attributes:
         trained_BL: negative log-likelihood in nats, with label smoothing: training minimises it.
         nll_BL: negative log-likelihood in nats.
-        hit_BL: 1 where the most probable code is the right one.
+        hit_BL: share of a token's code that the most probable one gets right.
+        right_BL: 1 where all numbers of the code are right (None: it has one, `hit_BL` says it).
     """
 
     trained_BL: jax.Array
     nll_BL: jax.Array
     hit_BL: jax.Array
+    right_BL: jax.Array | None
 
 
 def encode(tokenizer: nn.Module, params: Any, images: jax.Array) -> jax.Array:
@@ -126,11 +128,26 @@ def token_losses(
     trained_BR = codes.nll(logits, labels, smoothing) if smoothing else nll_BR
     if of_bits == 'sum':
         trained_BR = trained_BR * math.prod(codes.shape)
-    losses = (trained_BR, nll_BR, codes.hits(logits, labels))
-    return TokenLosses(*(loss_BR[:, row_of_token_L] for loss_BR in losses))
+    hit_BR = codes.hits(logits, labels)
+    right_BR = (hit_BR == 1).astype(jnp.float32) if codes.shape else None
+    losses = TokenLosses(trained_BR, nll_BR, hit_BR, right_BR)
+    return jax.tree.map(lambda loss_BR: loss_BR[:, row_of_token_L], losses)
 
 
-def mean_per_scale(schedule: Schedule, nll_L: jax.Array, hit_L: jax.Array) -> Metrics:
+def sum_of_images(losses: TokenLosses, count: int) -> np.ndarray:
+    """Sums over the first images of what `mean_per_scale` takes means of, [2, L]; [3, L] of bits.
+
+    Args:
+        losses: the losses of a batch.
+        count: how many images of it are real ones.
+    """
+    _, *unsmoothed = jax.tree.leaves(losses)
+    return np.stack([np.asarray(x_BL)[:count].sum(0) for x_BL in unsmoothed])
+
+
+def mean_per_scale(
+    schedule: Schedule, nll_L: jax.Array, hit_L: jax.Array, right_L: jax.Array | None = None
+) -> Metrics:
     """Loss and accuracy, averaged over all tokens and over those of each scale.
 
     Token dropping drops tokens of the last scale, so the first tokens of the schedule are kept.
@@ -138,20 +155,21 @@ def mean_per_scale(schedule: Schedule, nll_L: jax.Array, hit_L: jax.Array) -> Me
     Args:
         schedule: gives the scale of each token.
         nll_L: negative log-likelihood of each token, in nats, a mean over images.
-        hit_L: accuracy of each token, a mean over images.
+        hit_L: accuracy of each token, a mean over images; of bits, the share of right ones.
+        right_L: share of the images in which all bits of a token are right (None: no bits).
 
     Returns:
-        `loss` and `accuracy`, and `loss/S` and `accuracy/S` of each scale S.
+        `loss` and `accuracy`, of bits `token_accuracy`, and each of every scale S, as `loss/S`.
     """
-    metrics = {'loss': nll_L.mean(), 'accuracy': hit_L.mean()}
+    arrays = {'loss': nll_L, 'accuracy': hit_L}
+    if right_L is not None:
+        arrays['token_accuracy'] = right_L
+    metrics = {name: x_L.mean() for name, x_L in arrays.items()}
     scale_L = schedule.scale_of_token[: len(nll_L)]
     count = int(scale_L.max()) + 1
     for scale in range(count if count > 1 else 0):
         in_scale_L = scale_L == scale
-        metrics |= {
-            f'loss/{scale}': nll_L[in_scale_L].mean(),
-            f'accuracy/{scale}': hit_L[in_scale_L].mean(),
-        }
+        metrics |= {f'{name}/{scale}': x_L[in_scale_L].mean() for name, x_L in arrays.items()}
     return metrics
 
 

@@ -134,14 +134,13 @@ class MixedJob(TransformerJob):
         key, sums, scores = jax.random.key(0), {}, {}
         for number in np.unique(self.validation.template_of).tolist():
             part, template = self.validation.of_template(number), self.template(number)
-            sums_2L = 0.0
+            of_tokens = 0.0
             for batch, real in pipeline.padded_batches(part, self.run.batch, self._rows):
                 inputs = self._template_inputs(number, batch)
                 inputs = template.with_targets(self.frozen.tokenizer, inputs, key)
                 losses = template.shared.score(state.averaged, self.frozen, inputs, key)
-                rows = (np.asarray(x_BL)[:real] for x_BL in (losses.nll_BL, losses.hit_BL))
-                sums_2L += np.stack([x_BL.sum(0) for x_BL in rows])
-            means = tokens.mean_per_scale(template.schedule, *(sums_2L / len(part)))
+                of_tokens += tokens.sum_of_images(losses, real)
+            means = tokens.mean_per_scale(template.schedule, *(of_tokens / len(part)))
             scores[f'validation/loss/{template.name}'] = float(means['loss'])
             for name, mean in means.items():
                 sums[name] = sums.get(name, 0.0) + float(mean) * len(part)

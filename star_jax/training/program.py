@@ -279,7 +279,7 @@ class TrainingProgram:
         weights_L = tokens.token_weights(network.schedule, count, recipe.balance)
         value = recipe.loss_scale * (weights_L * losses.trained_BL).mean()
         parts = self.replicas.count
-        return value / parts, TokenLosses(*(loss_BL.mean(0) / parts for loss_BL in losses))
+        return value / parts, jax.tree.map(lambda loss_BL: loss_BL.mean(0) / parts, losses)
 
     def metrics(self, parts: Parts) -> Metrics:
         """The metrics of a micro-batch, from the sum of what `loss` returns of its parts.
@@ -287,8 +287,8 @@ class TrainingProgram:
         The metric `loss` is the mean over the kept tokens, with label smoothing, but without
         `balance` and `loss_scale`; the others are not smoothed.
         """
-        trained_L, nll_L, hit_L = parts
-        metrics = tokens.mean_per_scale(self.network.schedule, nll_L, hit_L)
+        trained_L, *unsmoothed = parts
+        metrics = tokens.mean_per_scale(self.network.schedule, *unsmoothed)
         return metrics | {'loss': trained_L.mean()}
 
     def score(self, params: Any, frozen: Frozen, inputs: StepInputs, key: jax.Array) -> TokenLosses:

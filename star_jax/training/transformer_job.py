@@ -193,13 +193,12 @@ class TransformerJob:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the validation set, over all tokens and per scale."""
-        sums_2L, count, key = 0.0, 0, jax.random.key(0)
+        sums, count, key = 0.0, 0, jax.random.key(0)
         for batch, real in pipeline.padded_batches(self.validation, self.run.batch, self._rows):
             losses = self._score(state.averaged, self.frozen, self._inputs(batch), key)
-            real_rows = (np.asarray(x_BL)[:real] for x_BL in (losses.nll_BL, losses.hit_BL))
-            sums_2L += np.stack([x_BL.sum(0) for x_BL in real_rows])
+            sums += tokens.sum_of_images(losses, real)
             count += real
-        metrics = tokens.mean_per_scale(self.program.network.schedule, *(sums_2L / count))
+        metrics = tokens.mean_per_scale(self.program.network.schedule, *(sums / count))
         return {f'validation/{name}': float(value) for name, value in metrics.items()}
 
     def compile_grid(self) -> int:
