@@ -104,7 +104,7 @@ def empty_of(model, rows):
 def sampled(name: str, rows: int = 2, platform: str = ''):
     """Traced samples with guidance, and the logits of teacher forcing of the same tokens.
 
-    Parameters are arranged as for a `platform` ('': as training has them).
+    Parameters are arranged as for a `platform` ('': as training has them, under a scan).
     """
     model, prompted = CONDITIONS[name]
     prompted = jax.tree.map(lambda x: x[:rows], prompted)
@@ -117,10 +117,12 @@ def sampled(name: str, rows: int = 2, platform: str = ''):
         bound = bind(network, params)
         both = condition.stack(prompted, bound.unprompted(prompted, empty_of(model, prompted)))
         parts = {'model': params, 'tokenizer': {}}
+        if platform:
+            parts = weight_layout.arrange(parts, model.schedule, platform)
         result = sample(
             network,
             tokenizer,
-            weight_layout.arrange(parts, model.schedule, platform),
+            parts,
             keys_B=image_keys(range(rows)),
             condition=both,
             settings=settings,

@@ -11,6 +11,7 @@ import tiny
 from tiny import random_params
 
 from star_jax.checkpoint import folder
+from star_jax.checkpoint.training import Checkpoints
 from star_jax.core.schedule import square_grids
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.templates import Templates
@@ -74,8 +75,8 @@ def mixed_job(run, tmp_path_factory) -> MixedJob:
         return train.build_job(run)
 
 
-def steps(job, first: int, count: int, state=None):
-    """The state and the losses of some steps."""
+def steps(job, first: int, state=None, *, count: int):
+    """The state and the losses of some steps after `first`."""
     state, losses = state or job.init(), []
     for step, batch in enumerate(itertools.islice(job.batches(first), count), first):
         state, metrics = job.step(step, state, batch)
@@ -83,14 +84,13 @@ def steps(job, first: int, count: int, state=None):
     return state, losses
 
 
-@pytest.mark.slow
-def test_a_run_on_mixed_templates_continues_exactly(mixed_job, capfd, caplog):
+def test_a_run_on_mixed_templates_continues_exactly(mixed_job, tmp_path, capfd, caplog):
     job = mixed_job
     assert isinstance(job, MixedJob)
     order = [job.source.template_of[job.source.members(n)].size for n in range(3)]
     assert job.source.counts == order and min(order) > 5
     with jax.log_compiles():  # of this thread
-        state, losses = steps(job, 0, 6)
+        state, losses = steps(job, 0, count=6)
     trained = [jax.tree.map(np.asarray, state.params)]
     templates = [template for template, _ in itertools.islice(job.batches(0), 6)]
     assert {1, 2} <= set(templates)
@@ -100,8 +100,11 @@ def test_a_run_on_mixed_templates_continues_exactly(mixed_job, capfd, caplog):
     assert 'compiled the step of 17 tokens for the templates 4:3 and 3:4' in reported
     assert 'Compiling jit(encode)' in caplog.text
     assert 'Compiling jit(train)' not in caplog.text
-    half, first = steps(job, 0, 3)
-    state, second = steps(job, 3, 3, state=half)
+    half, first = steps(job, 0, count=3)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, half)
+        restored = checkpoints.restore(job.abstract())
+    state, second = steps(job, *restored, count=3)
     trained.append(jax.tree.map(np.asarray, state.params))
     assert first + second == losses
     jax.tree.map(np.testing.assert_array_equal, *trained)
@@ -117,7 +120,7 @@ def test_the_first_scales_of_every_template_are_trained(run, tmp_path, monkeypat
     monkeypatch.setenv('STAR_JAX_CACHE', str(tmp_path))
     leading = dataclasses.replace(run, trained_scales=2)
     job = train.build_job(leading)
-    state, losses = steps(job, 0, 4)
+    state, losses = steps(job, 0, count=4)
     templates = [template for template, _ in itertools.islice(job.batches(0), 4)]
     assert len(set(templates)) > 1 and np.isfinite(losses).all()
     metrics = job.evaluate(state)

@@ -95,11 +95,14 @@ def large_results(text: str, least: int = LEAST) -> list[str]:
 @pytest.mark.parametrize('mesh', [None, MeshShape(data=1)], ids=['no mesh', 'one device'])
 def test_no_weight_and_no_block_of_the_cache_is_copied_in_the_loop(mesh, monkeypatch):
     monkeypatch.setattr(trunks, 'PIECE_ROWS', 16)
-    text = compiled(mesh and mesh.build(jax.devices()[:1])).as_text()
+    program = compiled(mesh and mesh.build(jax.devices()[:1]))
+    text = program.as_text()
     found = large_results(text)
     assert [line for line in found if 'dynamic-update-slice' in line]  # the writes in place
     assert not [line for line in found if 'dynamic-update-slice' not in line]
     assert re.search(r'f32\[2,4,16,32\]', text)
+    cache = 2 * MODEL.depth * 2 * MODEL.schedule.length * MODEL.width * 4  # bytes
+    assert program.memory_analysis().temp_size_in_bytes <= 1.3 * cache
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Raster, Step
 from star_jax.families.llamagen import Llama
 from star_jax.nn.bind import bind
+from star_jax.sampling import weight_layout
 from star_jax.sampling.methods import FilteredSampling
 from star_jax.sampling.sampler import GivenCodes, Sample, sample
 from star_jax.verify.cases import Case
@@ -110,6 +111,12 @@ class RasterGenerations:
             weights_S[setting['cfg_interval'] + 2 :] = 0
         return StepSettings(weights_S, self.model.temperatures(self.case.option('temperature')))
 
+    @functools.cached_property
+    def arranged(self) -> dict[str, Any]:
+        """The parameters as the sampler that users run reads them."""
+        params = {'model': self.params, 'tokenizer': {}}
+        return weight_layout.arrange(params, self.model.schedule, jax.default_backend())
+
     def _run(self, tag: str) -> Sample:
         option, model = self.case.option, self.model
         rows = self.condition(tag)
@@ -126,7 +133,7 @@ class RasterGenerations:
                 model.vocabulary,
             )
         return _sample_fn(model, option('max_new_tokens'))(
-            self.params,
+            self.arranged,
             keys_B=jax.random.split(jax.random.key(0), batch),
             condition=rows,
             settings=self.settings(tag),
@@ -228,8 +235,7 @@ def _sample_fn(model: Llama, stop: int) -> Callable:
     network = model.build()
 
     def run(params: dict, **inputs: Any) -> Sample:
-        both = {'model': params, 'tokenizer': {}}
-        return sample(network, tokenizer, both, trace=True, stop=stop, **inputs)
+        return sample(network, tokenizer, params, trace=True, stop=stop, **inputs)
 
     return jax.jit(run)
 
