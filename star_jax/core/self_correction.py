@@ -36,8 +36,8 @@ class SelfCorrection:
         check_types(self)
         if not 0 <= self.strength <= 1 or self.scales < 0:
             raise UserError(
-                'a self-correction needs a strength in [0, 1] and no negative number of scales, '
-                f'not {self}'
+                'correction needs a strength in [0, 1] and no negative number of scales, not '
+                f'{self.strength:g} and {self.scales}'
             )
 
     @property
