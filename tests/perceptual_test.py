@@ -88,6 +88,14 @@ def test_weights_are_arguments_of_a_program(scenes):
     assert sum(np.size(constant) for constant in closed.consts) < 100
 
 
+@pytest.mark.parametrize('kind', ['bfloat16', 'float32', 'float64'])
+def test_distances_are_at_least_float32_and_float64_stays(kind):
+    with jax.enable_x64(True):
+        images = jax.ShapeDtypeStruct((2, 16, 16, 3), kind)
+        distance_B = jax.eval_shape(tiny(), images, images)
+    assert distance_B.dtype == ('float64' if kind == 'float64' else 'float32')
+
+
 def test_small_images_are_refused():
     with pytest.raises(UserError, match='at least 16 px, not 8 x 8'):
         tiny()(np.zeros((1, 8, 8, 3)), np.zeros((1, 8, 8, 3)))

@@ -41,7 +41,7 @@ class Lpips:
             decoded: [B, H, W, 3], compared with `images`.
 
         Returns:
-            [B] float32; 0 for equal images.
+            [B], at least float32; 0 for equal images.
 
         Raises:
             UserError: images of fewer than 16 px.
@@ -51,7 +51,7 @@ class Lpips:
                 f'the perceptual loss needs images of at least {MIN_SIDE} px, '
                 f'not {images.shape[1]} x {images.shape[2]}: set its weight to 0'
             )
-        distance_B = jnp.zeros(len(images))
+        distance_B = 0
         stages = zip(self.features(images), self.features(decoded), self.heads_C, strict=True)
         for f_BhwC, other_BhwC, head_C in stages:
             difference_BhwC = unit_vectors(f_BhwC) - unit_vectors(other_BhwC)
@@ -81,5 +81,6 @@ def unit_vectors(f_BhwC: jax.Array) -> jax.Array:
 
 def _convolve(x_BhwC: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     axes = ('NHWC', 'HWIO', 'NHWC')
+    kernel, bias = (jnp.asarray(array, x_BhwC.dtype) for array in (kernel, bias))
     x_BhwC = jax.lax.conv_general_dilated(x_BhwC, kernel, (1, 1), 'SAME', dimension_numbers=axes)
     return nn.relu(x_BhwC + bias)
