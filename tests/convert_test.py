@@ -76,6 +76,14 @@ class Names:
         return self._buffers[name]()
 
 
+def assert_idle(table: ConversionTable, specs) -> None:
+    """A file of a model that was trained here also has every ignored tensor of the published one:
+    its loaders are strict."""
+    idle = {name: make() for name, make in table.layout.idle.items()}
+    assert set(idle) == set(table.ignored_names(specs))
+    assert all((array.shape, array.dtype) == tuple(specs[name]) for name, array in idle.items())
+
+
 @pytest.mark.parametrize(
     ('name', 'options', 'expected', 'parameters'),
     [
@@ -122,6 +130,7 @@ def test_model_config_is_inferred_from_published_names(name, options, expected, 
     assert set(specs) == {*shapes, *computed, *ignored}
     assert all(specs[name].shape == shape for name, shape in shapes.items())
     assert all((computed[n].shape, computed[n].dtype) == tuple(specs[n]) for n in computed)
+    assert_idle(table, specs)
     unused = sum(math.prod(specs[name].shape) for name in ignored)
     assert sum(math.prod(leaf.shape) for leaf in table.abstract.values()) + unused == parameters
 
@@ -132,6 +141,7 @@ def test_tokenizer_config_is_inferred_from_published_names():
     table = ConversionTable.from_config(VQ(), specs)
     table.check(Names(specs), 'vae')
     assert table.ignored_names(specs) == ['quantize.ema_vocab_hit_SV']
+    assert_idle(table, specs)
     assert sum(math.prod(leaf.shape) for leaf in table.abstract.values()) == 108_948_355
 
 
@@ -265,6 +275,17 @@ def test_tokenizer_file_is_converted_to_a_folder(tmp_path):
     assert folder.has_only_tokenizer(tmp_path / 'folder')
     assert cli.main(['convert', str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]) == 0
     assert_same(load_file(tmp_path / 'back' / f'tokenizer.{FLAT}'), state)
+
+
+@pytest.mark.parametrize('head', [False, True], ids=['alone', 'with a head'])
+def test_files_of_a_model_that_was_never_published_are_complete(tmp_path, head):
+    star = dataclasses.replace(ROTARY, shared_adaln=True) if head else STAR
+    tiny.write_model(tmp_path / 'model', star)
+    assert cli.main(['convert', str(tmp_path / 'model'), '--out', str(tmp_path / 'back')]) == 0
+    for part, config in {'transformer': star, 'tokenizer': tiny.TOKENIZER.model}.items():
+        state = load_file(tmp_path / 'back' / f'{part}.{FLAT}')
+        assert set(state) == set(state_of(config))
+        assert not any(state[name].any() for name in layout(config).idle)
 
 
 class Tensor:

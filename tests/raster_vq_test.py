@@ -14,7 +14,7 @@ from flax import linen as nn
 from safetensors.numpy import load_file
 
 from star_jax import cli
-from star_jax.checkpoint import models
+from star_jax.checkpoint import folder, models
 from star_jax.convert.entries import to_state
 from star_jax.convert.layouts import layout
 from star_jax.convert.raster_vq import raster_vq_entries
@@ -59,6 +59,7 @@ def test_published_sizes(config, parameters, tensors, resolution):
     assert count(config) == parameters and config.resolution == resolution
     names = [entry.torch_name for entry in raster_vq_entries(config)]
     assert len(names) == len(set(names)) == tensors
+    assert list(layout(config).idle) == ['quantize.codebook_used']
     levels = len(config.autoencoder.multipliers)
     assert f'encoder.conv_blocks.{levels - 1}.attn.1.proj_out.weight' in names
     assert 'decoder.conv_blocks.0.attn.2.q.bias' in names  # the lowest resolution
@@ -115,6 +116,17 @@ def test_files_are_converted_back_bit_for_bit(tmp_path, wrapper):
     assert cli.main(['convert', file, *words, '--out', out]) == 0
     assert models.read_tokenizer(out).config == config
     assert cli.main(['convert', out, '--out', str(tmp_path / 'back')]) == 0
+    assert_same(load_file(tmp_path / 'back' / f'tokenizer.{FLAT}'), state)
+
+
+def test_a_file_of_a_tokenizer_that_was_trained_here_has_the_buffer_of_used_codes(tmp_path):
+    """The original loader is strict (LlamaGen specification 6.1)."""
+    params = tiny.random_params(SMALL.abstract())
+    folder.write(tmp_path / 'folder', folder.StoredTokenizer(config=SMALL, params=params))
+    words = [str(tmp_path / 'folder'), '--out', str(tmp_path / 'back')]
+    assert cli.main(['convert', *words]) == 0
+    state = to_state(layout(SMALL).entries, params)
+    state['quantize.codebook_used'] = np.zeros(65536, np.float32)
     assert_same(load_file(tmp_path / 'back' / f'tokenizer.{FLAT}'), state)
 
 

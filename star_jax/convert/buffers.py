@@ -1,19 +1,27 @@
-"""Which tensors of a published file follow from its sizes?
+"""Which tensors of a published file are not parameters?
 
-These buffers are not parameters. A file is refused if its buffers differ from the computed ones.
+Buffers follow from the sizes: a file is refused if its buffers differ from the computed ones. Idle
+tensors have any values, because nothing reads them, but strict loaders demand them: a file that is
+written of a model without them, such as one that was trained here, gets zeros.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from star_jax.convert.infinity import block_name
+from star_jax.convert.star import HEAD_BLOCKS
 from star_jax.families.infinity import Infinity
 from star_jax.families.star import Star
 from star_jax.families.var import Var
 from star_jax.tokenizers.residual_bsq import BSQ
+from star_jax.tokenizers.residual_vq import VQ
 
 Buffers = Mapping[str, Callable[[], np.ndarray]]
+
+CLASS_ROWS = 1001  # classes of ImageNet and none: rows of STAR's unused embedding
+RECENT_CODES = 65536  # codes that LlamaGen's tokenizer remembers in training
 
 
 def star_buffers(star: Star) -> Buffers:
@@ -21,7 +29,7 @@ def star_buffers(star: Star) -> Buffers:
     kinds = ['attn'] + ['cross_attn'] * star.cross_attention
     names = [f'blocks.{layer}.{kind}' for layer in range(star.depth) for kind in kinds]
     if star.refinement:
-        names += [f'feat_extract_blocks.{layer}.attn' for layer in range(star.refinement.blocks)]
+        names += [f'{HEAD_BLOCKS}.{layer}.attn' for layer in range(star.refinement.blocks)]
     return _zero_biases(names, star.width)
 
 
@@ -63,5 +71,28 @@ def bsq_buffers(bsq: BSQ) -> Buffers:
     return {f'{prefix}.lfq.mask': mask for prefix in ('quantizer', 'quantize')}
 
 
+def star_idle(star: Star) -> Buffers:
+    """The embedding of classes; the offsets of a head without levels (STAR specification 10)."""
+    shapes = {'class_emb.weight': (CLASS_ROWS, star.width)}
+    if star.refinement and star.shared_adaln:
+        blocks = [f'{HEAD_BLOCKS}.{layer}' for layer in range(star.refinement.blocks)]
+        shapes |= {f'{block}.ada_gss': (1, 1, 6, star.width) for block in blocks}
+    return _zeros(shapes)
+
+
+def vq_idle(vq: VQ) -> Buffers:
+    """How often each scale used each code in training (STAR specification 10)."""
+    return _zeros({'quantize.ema_vocab_hit_SV': (len(vq.grids), vq.codes)})
+
+
+def raster_vq_idle() -> Buffers:
+    """The last codes of training (LlamaGen specification 1.5 and 6.3)."""
+    return _zeros({'quantize.codebook_used': (RECENT_CODES,)})
+
+
 def _zero_biases(attentions: list[str], width: int) -> Buffers:
-    return {f'{name}.zero_k_bias': lambda: np.zeros(width, np.float32) for name in attentions}
+    return _zeros({f'{name}.zero_k_bias': (width,) for name in attentions})
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]]) -> Buffers:
+    return {name: functools.partial(np.zeros, shape, np.float32) for name, shape in shapes.items()}

@@ -1,8 +1,9 @@
 """Which tensors does the published file of a model have?
 
-One layout per family and tokenizer: the parameters, the buffers that follow from the sizes, and the
-endings of names that are ignored. Some names depend on the file they come from; then they follow
-from the names of that file, or from the hint of its layout.
+One layout per family and tokenizer: the parameters, the buffers that follow from the sizes, the
+endings of names that are ignored, and the idle tensors among these that a file must have. Some
+names depend on the file they come from; then they follow from the names of that file, or from the
+hint of its layout.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ class Layout:
         entries: one per tensor that is a parameter.
         buffers: tensors that follow from the sizes, by name.
         ignored: endings of the names of unused tensors.
+        idle: unused tensors without which the original code refuses a file, by name; these values
+            are written where the folder keeps none.
         hint: the name of a tensor from which all names follow ('': they follow from the config).
         place: the keys of the dicts around the state dict in a file of torch that the original
             code opens to sample, the outermost first.
@@ -48,6 +51,7 @@ class Layout:
     entries: Sequence[Entry]
     buffers: Buffers = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    idle: Buffers = dataclasses.field(default_factory=dict)
     hint: str = ''
     place: tuple[str, ...] = ()
     trainer_place: tuple[str, ...] | None = None
@@ -65,10 +69,12 @@ def layout(config: Family | TokenizerConfig, names: Iterable[str] = ()) -> Layou
 
 
 def _star(config: Star, names: list[str]) -> Layout:
+    idle = buffers.star_idle(config)
     return Layout(
         entries=star_entries(config),
         buffers=buffers.star_buffers(config),
-        ignored=IGNORED,
+        ignored=(*IGNORED, *idle),
+        idle=idle,
         place=('trainer', 'var_wo_ddp'),
     )
 
@@ -99,7 +105,12 @@ def _vq(config: VQ, names: list[str]) -> Layout:
         names = [re.sub(r'\.0\.weight$', f'.{phi}.weight', names[0]) for phi in phis]
     entries = vq_entries(config, names)
     kernels = (entry for entry in entries if entry.param_name == 'quantiser/phi_kernel')
-    return Layout(entries=entries, ignored=IGNORED, hint=next(kernels).torch_name)
+    return Layout(
+        entries=entries,
+        ignored=IGNORED,
+        idle=buffers.vq_idle(config),
+        hint=next(kernels).torch_name,
+    )
 
 
 def _bsq(config: BSQ, names: list[str]) -> Layout:
@@ -115,7 +126,12 @@ def _bsq(config: BSQ, names: list[str]) -> Layout:
 
 
 def _raster_vq(config: RasterVQ, names: list[str]) -> Layout:
-    return Layout(entries=raster_vq_entries(config), ignored=RASTER_IGNORED, place=('model',))
+    return Layout(
+        entries=raster_vq_entries(config),
+        ignored=RASTER_IGNORED,
+        idle=buffers.raster_vq_idle(),
+        place=('model',),
+    )
 
 
 LAYOUTS: Mapping[type, Callable[[Any, list[str]], Layout]] = {

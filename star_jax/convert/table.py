@@ -136,12 +136,14 @@ class ConversionTable:
     def state(self, params: Tensors, types: Mapping[str, str]) -> dict[str, Any]:
         """The published tensors, each read and converted only when it is written.
 
+        Idle tensors have values for a model that has none of its own.
+
         Args:
             params: the parameters.
             types: the result of `converted_types`.
         """
         specs = params.specs()
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = {name: make() for name, make in self.layout.idle.items()}
         for name, make in self.buffers.items():
             array = make()
             state[name] = array.astype(jnp.dtype(types.get(name, array.dtype)), copy=False)
