@@ -114,15 +114,14 @@ def halve_and_fit(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray
     return _centre(image.resize(sides, Image.Resampling.BICUBIC), height, width)
 
 
-def ratio(data: bytes) -> float:
-    """Height divided by width of an image file, upright; its pixels are not decoded.
+def upright_sides(data: bytes) -> tuple[int, int]:
+    """(height, width) of an image file in pixels, upright; its pixels are not decoded.
 
     Raises OSError as `decode`.
     """
     with _opened(data) as image:
-        sides = image.height / image.width
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_TURNED
-        return 1 / sides if turned else sides
+        return image.size if turned else image.size[::-1]
 
 
 def decode(data: bytes) -> np.ndarray:

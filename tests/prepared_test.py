@@ -55,6 +55,16 @@ def test_config_chooses_how_images_are_resized(tmp_path):
     np.testing.assert_array_equal(halved.open(8)[0]['image'], adm_crop(Image.fromarray(pixels), 8))
 
 
+def test_images_that_are_enlarged_are_reported_once(folder, caplog):
+    config = prepared.Prepared(path=str(folder))
+    config.open(8)
+    assert not caplog.text
+    config.open((8, 12))[0]
+    (message,) = caplog.messages
+    assert '7 of 7 images that were looked at are below 8 x 12 px' in message
+    assert '--size 12 or more' in message
+
+
 def test_splits_are_separate_and_can_be_sliced(folder):
     held_out = prepared.Prepared(path=str(folder), split='held_out').open(8)
     assert {held_out[i]['label'] for i in range(len(held_out))} == {'label 7', 'label 8'}

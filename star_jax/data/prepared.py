@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import logging
+import operator
 import os
 import shutil
 import tempfile
@@ -30,6 +32,9 @@ Value = TypeVar('Value')
 
 INFO = 'dataset_info.json'  # in the folder of every prepared dataset
 TEXTS = ('label', 'source', 'licence', 'attribution')
+SIZED_EXAMPLES = 16  # images whose sizes are looked at when a dataset is opened
+
+log = logging.getLogger(__name__)
 
 
 class Record(TypedDict):
@@ -83,6 +88,8 @@ class Prepared:
     def open(self, size: int | tuple[int, int]) -> Source:
         """The examples of the split, with images cropped to a size.
 
+        A warning is logged if some of a few images are smaller than that.
+
         Args:
             size: side of a square, or (height, width), in pixels.
 
@@ -107,13 +114,15 @@ class Prepared:
                 f'the dataset {self.path} has no split {self.split!r}: '
                 f'expected one of {", ".join(splits)}'
             ) from None
-        return PreparedSource(
+        source = PreparedSource(
             config=self,
             folder=Path(builder.data_path),
             size=size,
             records=records,
             features=builder.info.features,
         )
+        source.warn_if_enlarged()
+        return source
 
     def _check_fields(self, features: Mapping[str, Any]) -> None:
         for role, field in (
@@ -170,7 +179,8 @@ class PreparedSource:
         return self._label(self._record(index))
 
     def ratio(self, index: int) -> float:
-        return self._of_image(index, self._record(index), image_io.ratio)
+        height, width = self._sides(index)
+        return height / width
 
     def at(self, size: int | tuple[int, int]) -> 'PreparedSource':
         return dataclasses.replace(self, size=size)
@@ -179,6 +189,30 @@ class PreparedSource:
         """Digest of the names and sizes of the files, and of a few records."""
         sizes = sorted((file.name, file.stat().st_size) for file in self.folder.iterdir())
         return pipeline.fingerprint(self, *sizes)
+
+    def warn_if_enlarged(self) -> None:
+        """Logs a warning if some of a few images are enlarged to the target size."""
+        target, found = image_io.height_and_width(self.size), []
+        for index in pipeline.even_indices(self, SIZED_EXAMPLES):
+            with contextlib.suppress(UserError):  # of a damaged record, raised when it is needed
+                sides = self._sides(index)
+                found.append(any(map(operator.lt, sides, target)))
+        if any(found):
+            height, width = target
+            log.warning(
+                '%s: %d of %d images that were looked at are below %d x %d px and are enlarged: if '
+                'their originals are larger, prepare the dataset again with --size %d or more',
+                self.config.path,
+                sum(found),
+                len(found),
+                height,
+                width,
+                max(target),
+            )
+
+    def _sides(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image in pixels."""
+        return self._of_image(index, self._record(index), image_io.upright_sides)
 
     def _record(self, index: int) -> Mapping[str, Any]:
         try:
