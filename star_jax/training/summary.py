@@ -18,8 +18,10 @@ from star_jax.training.optimizer import parameter_name
 from star_jax.training.run import Run, TokenizerRun
 from star_jax.training.state import TrainState
 
-MIN_USED = 0.2  # share of the codes below which a codebook counts as collapsed
+MIN_USED = 0.2  # share of the possible codes below which a codebook counts as collapsed
 MIN_USED_BY_SCALE = 0.01  # a coarse scale needs few codes, but more than one
+MIN_PERPLEXITY = 0.01  # of the possible codes: a few stray ones do not hide a collapse
+MIN_CHANGED = 0.01  # share of the tokens with the rarer value of a bit below which it is stuck
 MOST_ACCURATE = 0.95  # share of images above which a discriminator has won
 
 log = logging.getLogger(__name__)
@@ -151,32 +153,25 @@ def check_state(state: TrainState) -> None:
 
 
 def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
-    """Warns if validation images use too few of the codes, at one scale or at all scales together.
+    """Warns if validation images use few codes, or few of them often, at one scale or over all.
 
-    A scale with fewer tokens than codes cannot use all of them: its used codes are compared with
-    its tokens, if these are enough to decide.
+    A scale with fewer tokens than codes cannot use all of them: its possible codes are as many as
+    its tokens.
 
     Args:
         usage_KV: how often each scale used each value of a code.
         codes: the kind of codes.
     """
-    scales = {f'scale {scale}': (row, MIN_USED_BY_SCALE) for scale, row in enumerate(usage_KV)}
-    for name, (usage_V, least) in {'all scales': (usage_KV.sum(0), MIN_USED), **scales}.items():
+    places = {' over all scales': (usage_KV.sum(0), MIN_USED)}
+    for scale, usage_V in enumerate(usage_KV):
+        places[f' at scale {scale}'] = usage_V, MIN_USED_BY_SCALE
+    if len(usage_KV) == 1:
+        places = {'': (usage_KV[0], MIN_USED)}
+    for place, (usage_V, least) in places.items():
         if isinstance(codes, Bits):
-            _warn_of_stuck_bits(name, usage_V.reshape(codes.width, -1))
-            continue
-        used = int((usage_V > 0).sum())
-        possible = min(len(usage_V), usage_V.sum())
-        if possible >= 1 / least and used < least * possible:
-            log.warning(
-                'codebook collapse: %s of validation images use %.1f %% of the codes (%d), less '
-                'than %.0f %% of what is possible: start with plain_steps, restart unused codes '
-                'longer (restart_until), or lower the learning rate',
-                name,
-                100 * used / len(usage_V),
-                used,
-                100 * least,
-            )
+            _warn_of_stuck_bits(place, usage_V.reshape(codes.width, -1))
+        else:
+            _warn_of_few_codes(place, usage_V, least, float(codes.perplexity(usage_V)))
 
 
 def warn_of_winner(accuracy: float) -> None:
@@ -191,16 +186,36 @@ def warn_of_winner(accuracy: float) -> None:
         )
 
 
-def _warn_of_stuck_bits(name: str, usage_K2: np.ndarray) -> None:
-    """Warns if bits have the same value in all validation images."""
-    stuck = int((usage_K2 == 0).any(1).sum())
-    if usage_K2.sum() >= len(usage_K2) / MIN_USED_BY_SCALE and stuck:
+def _warn_of_few_codes(place: str, usage_V: np.ndarray, least: float, perplexity: float) -> None:
+    """Warns if fewer than this share of the possible codes is used, or few of them often."""
+    possible, used = min(len(usage_V), int(usage_V.sum())), int((usage_V > 0).sum())
+    if used < least * possible or perplexity < MIN_PERPLEXITY * possible:
         log.warning(
-            'codebook collapse: %d of %d bits never change in %s of validation images: add '
-            'EntropyOfBits to objective.entropy in the config, or raise its weight',
+            'codebook collapse%s: validation images use %d of %d possible codes (expected: at '
+            'least %d) with a perplexity of %.1f (expected: at least %.1f): start with '
+            'plain_steps, restart unused codes longer (restart_until), or lower the learning rate',
+            place,
+            used,
+            possible,
+            math.ceil(least * possible),
+            perplexity,
+            MIN_PERPLEXITY * possible,
+        )
+
+
+def _warn_of_stuck_bits(place: str, usage_K2: np.ndarray) -> None:
+    """Warns if bits have one value in nearly all tokens of validation images."""
+    tokens = usage_K2[0].sum()
+    stuck = int((usage_K2.min(1) < MIN_CHANGED * tokens).sum())
+    if tokens >= 1 / MIN_CHANGED and stuck:
+        log.warning(
+            'codebook collapse%s: %d of %d bits have the same value in more than %.0f %% of the '
+            'tokens of validation images: add EntropyOfBits to objective.entropy in the config, or '
+            'raise its weight',
+            place,
             stuck,
             len(usage_K2),
-            name,
+            100 * (1 - MIN_CHANGED),
         )
 
 

@@ -227,10 +227,7 @@ class TokenizerJob:
                 f'{len(self.sizes)} in turn: use a PatchGAN, or leave other_sizes out'
             )
         for size in self.sizes:
-            try:
-                adversary.discriminator.check(size.tokenizer.resolution)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            adversary.discriminator.check(size.tokenizer.resolution)
         return Competition.build(
             adversary,
             resolution=self.tokenizer.resolution,
@@ -256,6 +253,7 @@ class TokenizerJob:
         for scale, (used, perplexity) in enumerate(zip(used_K, perplexity_K, strict=True)):
             scores |= {
                 f'{size.group}/used/{scale}': float(used),
+                f'{size.group}/dead/{scale}': float(1 - used),
                 f'{size.group}/perplexity/{scale}': float(perplexity),
             }
         used = float((counts.sum(0) > 0).mean())
