@@ -1,8 +1,8 @@
 """Infinity's bitwise tokenizer at 256 px, 32 bits a cell, with a discriminator.
 
 Infinity published the tokenizer and a helper for its entropies (Infinity specification 3), but not
-the training script. Numbers marked with a star are those of LlamaGen, whose encoder and decoder are
-of the same kind. Replace the path.
+the training script. Numbers marked with a star are those of LlamaGen (LlamaGen specification 1.5 to
+1.7), whose encoder and decoder are of the same kind. Replace the path.
 """
 
 from star_jax.core.templates import PUBLISHED
@@ -11,18 +11,8 @@ from star_jax.data.prepared import Prepared
 from star_jax.losses.tokenizer import EntropyOfBits
 from star_jax.nn.discriminators import PatchGAN
 from star_jax.tokenizers.residual_bsq import BSQ
-from star_jax.training.objective import Adversary, Objective
-from star_jax.training.optimizer import AdamW
+from star_jax.training.objective import PUBLISHED_OPTIMIZER, Adversary, Objective
 from star_jax.training.run import Pace, TokenizerRun
-from star_jax.training.schedules import LearningRate
-
-ADAM = AdamW(  # *
-    learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
-    weight_decay=0.0,
-    beta1=0.9,
-    beta2=0.95,
-    clip=1.0,
-)
 
 run = TokenizerRun(
     # Infinity specification 2.1 and 3.1
@@ -43,12 +33,12 @@ run = TokenizerRun(
             discriminator=PatchGAN(),  # *
             weight=0.5,  # *
             start=20_000,  # *
-            optimizer=ADAM,
+            optimizer=PUBLISHED_OPTIMIZER,  # *
         ),
     ),
-    optimizer=ADAM,
+    optimizer=PUBLISHED_OPTIMIZER,  # *
     pace=Pace(steps=400_000, log=100, sample=5_000, save=5_000),  # *
     batch=128,  # *
-    plain_steps=0,
-    dtype='bfloat16',
+    plain_steps=0,  # bits have no codebook that would have to start
+    dtype='bfloat16',  # *
 )

@@ -12,19 +12,8 @@ from star_jax.data.prepared import Prepared
 from star_jax.data.resizing import HalvedBicubic
 from star_jax.nn.discriminators import PatchGAN
 from star_jax.tokenizers.raster_vq import RasterVQ
-from star_jax.training.objective import Adversary, Objective
-from star_jax.training.optimizer import AdamW
+from star_jax.training.objective import PUBLISHED_OPTIMIZER, Adversary, Objective
 from star_jax.training.run import Pace, TokenizerRun
-from star_jax.training.schedules import LearningRate
-
-# Adam without decay, a constant rate, betas (0.9, 0.95), norm 1: 1.7, for both networks.
-ADAM = AdamW(
-    learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
-    weight_decay=0.0,
-    beta1=0.9,
-    beta2=0.95,
-    clip=1.0,
-)
 
 run = TokenizerRun(
     model=RasterVQ(),  # 1.1: 16,384 codes of width 8, 71,883,403 parameters
@@ -46,14 +35,14 @@ run = TokenizerRun(
             weight=0.5,  # 1.7: disc_weight
             start=20_000,  # 1.7: disc_start
             adaptive=False,  # 1.6: the script never switches it on
-            optimizer=ADAM,
+            optimizer=PUBLISHED_OPTIMIZER,  # 1.7
         ),
     ),
-    optimizer=ADAM,
+    optimizer=PUBLISHED_OPTIMIZER,  # 1.7: Adam, 1e-4 constant, betas (0.9, 0.95), norm 1, no decay
     pace=Pace(steps=400_365, log=100, sample=5_000, save=5_000),  # 40 x 1,281,167 / 128
     batch=128,  # 1.7
     plain_steps=0,  # the codebook starts at random: 1.5
-    restart_until=0.0,  # no code is restarted
+    restart_until=0.0,  # no code is restarted: 1.5
     ema=0.0,  # 1.7: off by default
     dtype='bfloat16',  # 1.7
 )

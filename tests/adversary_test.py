@@ -1,9 +1,11 @@
 """Do a tokenizer and a discriminator train in alternation as published?"""
 
 import dataclasses
+import functools
 import logging
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,9 @@ import tiny
 from flax import linen as nn
 
 from star_jax.checkpoint.training import Checkpoints
+from star_jax.core import pixels
 from star_jax.core.codes import Bits, Index
+from star_jax.core.flops import count_flops
 from star_jax.core.schedule import square_grids
 from star_jax.errors import UserError
 from star_jax.losses import adversarial
@@ -20,13 +24,16 @@ from star_jax.losses.adversarial import R1, LeCam, PenaltyInputs
 from star_jax.losses.augmentation import Augmentation
 from star_jax.losses.tokenizer import EntropyOfBits, EntropyOfCodes
 from star_jax.nn import discriminators
+from star_jax.nn.bind import bind
 from star_jax.nn.discriminators import PatchGAN, Statistics, StyleGAN
 from star_jax.parallel.mesh import MeshShape
+from star_jax.tokenizers import perceptual
 from star_jax.tokenizers.raster_vq import RasterVQ
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.training import summary
 from star_jax.training.adversary import Competition
 from star_jax.training.objective import Adversary, Objective
+from star_jax.training.program import step_keys
 from star_jax.training.tokenizer_job import TokenizerJob
 
 NARROW = PatchGAN(width=4, layers=1)
@@ -56,6 +63,16 @@ def train(job, steps, state=None, first=0):
         state, found = job.step(step, state, images)
         metrics.append({name: float(value) for name, value in found.items()})
     return state, metrics
+
+
+@flax.struct.dataclass
+class SquaredDistance:
+    """Stands for LPIPS: the mean squared error of every pair, times a factor."""
+
+    factor: jax.Array
+
+    def __call__(self, images: jax.Array, decoded: jax.Array) -> jax.Array:
+        return self.factor * jnp.square(images - decoded).mean((1, 2, 3))
 
 
 def equal(one, other) -> bool:
@@ -179,7 +196,8 @@ def test_blur_keeps_constants_and_averages_neighbours():
 def test_all_tokenizers_train_against_a_discriminator(name, job, trained):
     entropy = EntropyOfBits() if name == 'BSQ' else EntropyOfCodes()
     if name != 'VQ':
-        objective = Objective(adversary=ADVERSARY, entropy=entropy, scale_dropout=0.5)
+        dropout = 0.5 if name == 'BSQ' else 0.0
+        objective = Objective(adversary=ADVERSARY, entropy=entropy, scale_dropout=dropout)
         trained = train(job_of(name, objective), 2)
     state, metrics = trained
     assert all(np.isfinite(list(each.values())).all() for each in metrics)
@@ -188,15 +206,45 @@ def test_all_tokenizers_train_against_a_discriminator(name, job, trained):
     assert not equal(state.adversary.params, job_of(name).init().adversary.params)
 
 
-def test_before_its_start_the_discriminator_changes_nothing(job):
-    late = dataclasses.replace(ADVERSARY, start=3)
-    state, metrics = train(job_of(objective=Objective(adversary=late)), 3)
-    alone, plain = train(job_of(objective=Objective()), 2)
-    np.testing.assert_allclose(
-        [each['loss'] for each in metrics[:2]], [each['loss'] for each in plain], rtol=1e-5
-    )
+def test_before_its_start_the_discriminator_changes_nothing(monkeypatch):
+    """Beside a perceptual loss, whose gradient counts in both programs."""
+    monkeypatch.setattr(perceptual, 'load', lambda: SquaredDistance(jnp.float32(3)))
+    late, objective = dataclasses.replace(ADVERSARY, start=3), Objective(perceptual=0.5)
+    state, metrics = train(job_of(objective=dataclasses.replace(objective, adversary=late)), 3)
+    alone, plain = train(job_of(objective=objective), 2)
+    for name in ('loss', 'perceptual'):
+        found, expected = ([each[name] for each in some] for some in (metrics[:2], plain))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(plain[0]['perceptual'], 1.5 * plain[0]['l2'], rtol=1e-5)
     assert [each['adversary/discriminator'] > 0 for each in metrics] == [False, False, True]
     assert alone.adversary is None
+    (*_, last), parts = metrics, ('l1', 'l2', 'edges', 'perceptual', 'quantiser')
+    deceived = late.weight * last['adversary/adaptive'] * last['adversary/generator']
+    expected = sum(last[name] for name in parts) + deceived
+    np.testing.assert_allclose(last['loss'], expected, rtol=1e-5)
+
+
+def test_a_step_without_an_adversary_computes_the_objective_alone():
+    """As many products as the gradient of its losses; traced only."""
+    program, objective = job_of(objective=Objective()).program, Objective()
+    params = nn.unbox(MODELS['VQ'].abstract())
+    state = jax.eval_shape(program.start, params)
+    images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)
+    inputs = state, (images,), None, step_keys(jax.random.key(0), 0, 1)
+    step = functools.partial(program.train, True)
+
+    def loss(params, images):
+        tokenizer, signed = bind(program.tokenizer, params), pixels.to_signed(images)
+        f_BHWC = tokenizer.features(signed)
+        codes = tokenizer.quantise(f_BHWC)
+        decoded = tokenizer.decode_unclamped(codes.straight_through(f_BHWC))
+        parts = objective.reconstruction(signed, decoded)
+        return sum(parts.values()) + objective.quantisation(f_BHWC, codes)
+
+    after, metrics = jax.eval_shape(step, *inputs)
+    assert after.adversary is None
+    assert metrics.keys() == {'psnr', 'used', 'loss', 'l1', 'l2', 'edges', 'quantiser'}
+    assert count_flops(step, *inputs) == count_flops(jax.value_and_grad(loss), params, images)
 
 
 def test_saved_state_continues_bit_for_bit(job, trained, tmp_path):
@@ -209,8 +257,14 @@ def test_saved_state_continues_bit_for_bit(job, trained, tmp_path):
     assert equal(continued, trained[0])
 
 
-def test_losses_do_not_depend_on_the_mesh(trained):
-    state, metrics = train(job_of(mesh=MeshShape(data=2, fsdp=2, tensor=2)), 1)
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
+def test_losses_do_not_depend_on_the_mesh(trained, sizes, monkeypatch):
+    """One device, two meshes of eight, and the eight replicas of the other tests."""
+    devices, build = jax.devices()[: math.prod(sizes)], MeshShape.build
+    monkeypatch.setattr(MeshShape, 'build', lambda self: build(self, devices))
+    mesh = MeshShape(**dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True)))
+    state, metrics = train(job_of(mesh=mesh), 1)
+    assert len(state.step.sharding.device_set) == len(devices)
     assert metrics[0] == pytest.approx(trained[1][0], rel=2e-4, abs=1e-5)
 
 
@@ -227,7 +281,9 @@ def test_two_devices_train_every_tokenizer_and_its_discriminator_as_one_does(nam
 def test_evaluation_reports_the_discriminator_and_dead_codes(job, trained):
     scores = job.evaluate(trained[0])
     assert 0 <= scores['validation/discriminator_accuracy'] <= 1
-    assert scores['validation/dead'] == pytest.approx(1 - scores['validation/used'])
+    for place in ('', '/0', '/1', '/2'):
+        used = scores[f'validation/used{place}']
+        assert scores[f'validation/dead{place}'] == pytest.approx(1 - used)
 
 
 def test_only_the_decoder_is_tuned_and_codes_stay(job, trained, tmp_path):
@@ -251,19 +307,40 @@ def test_only_the_decoder_is_tuned_and_codes_stay(job, trained, tmp_path):
     [
         ({'only': 'decoder'}, 'init'),
         ({'objective': Objective(entropy=EntropyOfBits())}, 'EntropyOfCodes'),
+        (
+            {'objective': Objective(scale_dropout=0.5), 'model': MODELS['RasterVQ']},
+            'this tokenizer has one scale',
+        ),
         ({'objective': Objective(adversary=Adversary())}, 'at least 24 px'),
         (
-            {'objective': Objective(adversary=Adversary(discriminator=StyleGAN())), 'model': None},
+            {
+                'objective': Objective(adversary=Adversary(discriminator=StyleGAN())),
+                'model': dataclasses.replace(MODELS['VQ'], grids=((1, 1), (3, 3))),
+            },
             'square images',
         ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(fields, message):
-    if 'model' in fields:
-        model = dataclasses.replace(tiny.TOKENIZER.model, grids=((1, 1), (3, 3)))
-        fields = fields | {'model': model}
     with pytest.raises((ValueError, UserError), match=message):
         dataclasses.replace(tiny.TOKENIZER, **fields)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'fields', 'message'),
+    [
+        (Objective, {'edges': -1.0}, 'edges must not be negative, not -1.0'),
+        (Adversary, {'largest': -2.0}, 'largest must not be negative, not -2.0'),
+        (R1, {'weight': float('nan')}, 'weight must not be negative, not nan'),
+        (LeCam, {'decay': 1.0}, r'decay must lie in \[0, 1\), not 1.0'),
+        (EntropyOfCodes, {'temperature': 0.0}, 'temperature must be positive, not 0.0'),
+        (EntropyOfBits, {'diversity': -1.0}, 'diversity must not be negative, not -1.0'),
+        (Augmentation, {'cutout': 2.0}, r'cutout must lie in \[0, 1\], not 2.0'),
+    ],
+)
+def test_errors_name_the_wrong_number_alone(kind, fields, message):
+    with pytest.raises(UserError, match=f'^{message}$'):
+        kind(**fields)
 
 
 def test_warnings_name_stuck_bits_and_a_winning_discriminator(caplog):
@@ -281,3 +358,20 @@ def test_warnings_name_stuck_bits_and_a_winning_discriminator(caplog):
         first[0, 7], first[1, :2000] = 512, 1
         summary.warn_of_collapse(first, Index(4096))
     assert 'scale 0' in caplog.text and 'scale 1' not in caplog.text  # 1 x 1 uses a single code
+    assert 'images use 1 of 512 possible codes (expected: at least 6)' in caplog.text
+
+
+def test_a_few_stray_codes_do_not_hide_a_collapse(caplog):
+    usage = np.zeros((2, 4096))
+    usage[0, :14], usage[0, 0], usage[1] = 1, 500, 1
+    with caplog.at_level(logging.WARNING):
+        summary.warn_of_collapse(usage, Index(4096))
+    (message,) = caplog.messages
+    assert 'collapse at scale 0: validation images use 14 of 513 possible codes' in message
+    assert 'perplexity of 1.2 (expected: at least 5.1)' in message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        summary.warn_of_collapse(usage[:1], Index(4096))  # the only scale is warned of once
+        summary.warn_of_collapse(np.array([[999, 1, 500, 500]]), Bits(2))
+    assert [message.partition(':')[0] for message in caplog.messages] == ['codebook collapse'] * 2
+    assert '1 of 2 bits have the same value in more than 99 %' in caplog.text

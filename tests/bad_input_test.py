@@ -514,8 +514,9 @@ CASES: list[tuple[str, str, str]] = [
     ('ema nan', f'{TRAIN} --ema nan', r'decay in \[0, 1\), not nan'),
     ('a rate that is nan', f'{TRAIN} --optimizer.learning-rate.peak nan',
      'optimizer.learning_rate.peak is nan'),
-    ('a negative decay', f'{TRAIN} --optimizer.weight-decay -1', 'decays must not be negative'),
-    ('a negative loss', f'{TOKENIZER} --objective.l1 -1', 'must not be negative'),
+    ('a negative decay', f'{TRAIN} --optimizer.weight-decay -1',
+     'weight_decay must not be negative, not -1.0'),
+    ('a negative loss', f'{TOKENIZER} --objective.l1 -1', 'l1 must not be negative, not -1.0'),
     ('steps below 0', f'{TOKENIZER} --plain-steps -1', 'plain_steps must not be negative'),
     ('rounds of a study', 'study cost {study.py} --rounds 0', 'rounds must be at least 1'),
     # Prompts.

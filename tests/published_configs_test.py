@@ -11,12 +11,12 @@ import pytest
 from flax.core import meta
 
 from star_jax.checkpoint import config, weights
+from star_jax.convert.buffers import CLASS_ROWS
 from star_jax.data.resizing import HalvedBicubic, Lanczos, LanczosCover
 from star_jax.families.var import Var
 from star_jax.training.run import Run, TokenizerRun, resolve
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-CLASS_ROWS = 1001  # rows of the unused class_emb.weight, which STAR's published numbers count
 
 # name: parameters (STAR specification 10; those of d20-d30 by the same sum), tokens, peak, batch.
 STAGES = {
@@ -45,6 +45,7 @@ def test_config_has_published_size_and_hyperparameters(name):
     parameters, tokens, peak, batch = STAGES[name]
     run = read(name)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(meta.unbox(run.model.abstract())))
+    # STAR's published numbers count the unused class_emb.weight.
     count += 0 if isinstance(run.model, Var) else CLASS_ROWS * run.model.width
     assert count == pytest.approx(parameters, rel=0.05 if name in ROUNDED else 0)
     assert run.model.schedule.length == tokens

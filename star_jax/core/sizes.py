@@ -1,4 +1,4 @@
-"""How large may a part of a network be?"""
+"""How large may a number of a config be?"""
 
 from star_jax.core.argument_types import number
 from star_jax.errors import UserError
@@ -14,6 +14,13 @@ def check_codes(codes: int) -> None:
     check_sizes(codes=codes)
     if codes < 2:
         raise UserError('codes must be at least 2, or there is nothing to predict, not 1')
+
+
+def check_not_negative(**values: float) -> None:
+    """Raises a UserError that names the first negative value, or the first that is NaN."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f'{name} must not be negative, not {value}')
 
 
 def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None:

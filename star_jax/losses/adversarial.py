@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
-from star_jax.core.sizes import MAX_STEPS, check_sizes
+from star_jax.core.sizes import MAX_STEPS, check_not_negative, check_sizes
 from star_jax.errors import UserError
 
 GeneratorLoss = Literal['hinge', 'non_saturating', 'non_saturating_released']
@@ -100,8 +100,7 @@ class R1:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.weight < 0:
-            raise UserError(f'weight must not be negative: {self}')
+        check_not_negative(weight=self.weight)
         check_sizes(MAX_STEPS, every=self.every)
 
     def start(self) -> None:
@@ -136,8 +135,9 @@ class LeCam:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.weight < 0 or not 0 <= self.decay < 1:
-            raise UserError(f'weight must not be negative, and decay lie in [0, 1): {self}')
+        check_not_negative(weight=self.weight)
+        if not 0 <= self.decay < 1:
+            raise UserError(f'decay must lie in [0, 1), not {self.decay}')
 
     def start(self) -> jax.Array:
         """The moving averages [2] of the logits of real and of decoded images before step 0."""

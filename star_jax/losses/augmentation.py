@@ -34,8 +34,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         check_types(self)
         for field in dataclasses.fields(self):
-            if not 0 <= getattr(self, field.name) <= 1:
-                raise UserError(f'{field.name} must lie in [0, 1], not {self}')
+            if not 0 <= (strength := getattr(self, field.name)) <= 1:
+                raise UserError(f'{field.name} must lie in [0, 1], not {strength}')
 
     def __call__(self, key: jax.Array, images_BHWc: jax.Array) -> jax.Array:
         """The changed images; every image has random numbers of its own."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
+from star_jax.core.sizes import check_not_negative
 from star_jax.errors import UserError
 from star_jax.nn import layers
 
@@ -92,11 +93,12 @@ class EntropyOfCodes:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.weight < 0 or self.temperature <= 0:
-            raise UserError(f'weight must not be negative, and temperature positive: {self}')
+        check_not_negative(weight=self.weight)
+        if not self.temperature > 0:
+            raise UserError(f'temperature must be positive, not {self.temperature}')
 
     def check(self, has_codebook: bool) -> None:
-        """Raises ValueError for tokenizers of bits."""
+        """Raises UserError for tokenizers of bits."""
         if not has_codebook:
             raise UserError('EntropyOfCodes is for codebooks, not for bits: use EntropyOfBits')
 
@@ -124,13 +126,12 @@ class EntropyOfBits:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if min(self.weight, self.diversity) < 0 or self.inverse_temperature <= 0:
-            raise UserError(
-                f'weights must not be negative, and inverse_temperature positive: {self}'
-            )
+        check_not_negative(weight=self.weight, diversity=self.diversity)
+        if not self.inverse_temperature > 0:
+            raise UserError(f'inverse_temperature must be positive, not {self.inverse_temperature}')
 
     def check(self, has_codebook: bool) -> None:
-        """Raises ValueError for tokenizers with a codebook."""
+        """Raises UserError for tokenizers with a codebook."""
         if has_codebook:
             raise UserError('EntropyOfBits is for bits, not for codebooks: use EntropyOfCodes')
 

@@ -71,7 +71,7 @@ class PatchGAN:
         check_sizes(width=self.width, layers=self.layers)
 
     def check(self, resolution: tuple[int, int]) -> None:
-        """Raises ValueError for images without a patch."""
+        """Raises UserError for images without a patch."""
         least = 2 ** (self.layers + 1) + 2 ** (self.layers)
         if min(resolution) < least:
             raise UserError(
@@ -90,7 +90,7 @@ class StyleGAN:
     any_size: ClassVar[bool] = False
 
     def check(self, resolution: tuple[int, int]) -> None:
-        """Raises ValueError for images whose size has no published width."""
+        """Raises UserError for images whose size has no published width."""
         if resolution[0] != resolution[1] or resolution[0] not in STYLE_WIDTHS:
             raise UserError(
                 f'a StyleGAN discriminator needs square images of one of '

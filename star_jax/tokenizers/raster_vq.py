@@ -19,7 +19,7 @@ from star_jax.errors import UserError
 from star_jax.nn import layers
 from star_jax.tokenizers.autoencoder import Autoencoder, Decoder, Encoder
 from star_jax.tokenizers.image_tokenizer import CodebookTokenizer, ImageTokenizerConfig
-from star_jax.tokenizers.residual_vq import Quantised
+from star_jax.tokenizers.residual_vq import Quantised, squared_distances
 
 PUBLISHED = Autoencoder(width=128, latent=256, fused_attention=False)  # 16 px a code: VQ-16
 
@@ -119,9 +119,7 @@ class Codebook(nn.Module):
 
     def distances(self, z: jax.Array) -> jax.Array:
         """[..., V]: squared distances to all vectors."""
-        products = jnp.matmul(z, self.vectors.T, precision='highest')
-        squares = jnp.square(z).sum(-1, keepdims=True) + jnp.square(self.vectors).sum(-1)
-        return squares - 2 * products
+        return squared_distances(z, self.vectors)
 
     def _init(self, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32):
         """Uniform in [-1 / V, 1 / V], then of length 1 if vectors are normalised."""

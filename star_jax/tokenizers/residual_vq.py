@@ -195,9 +195,7 @@ class ResidualVQ(nn.Module):
         """[..., V]: squared distances from all code vectors; cosines, negative, if normalised."""
         if self.normalised:
             return -jnp.matmul(layers.unit(z), layers.unit(self.codebook).T, precision='highest')
-        products = jnp.matmul(z, self.codebook.T, precision='highest')
-        squares = jnp.square(z).sum(-1, keepdims=True) + jnp.square(self.codebook).sum(-1)
-        return squares - 2 * products
+        return squared_distances(z, self.codebook)
 
     def refine(self, vectors_BhwC: jax.Array, step: Step) -> jax.Array:
         """The maps that a scale adds to the canvas: its vectors at full size, through its phi."""
@@ -309,6 +307,13 @@ class VQTokenizer(CodebookTokenizer):
 
     def following(self, canvas_BHWC: jax.Array, step: Step) -> jax.Array | None:
         return self.quantiser.following(canvas_BHWC, step)
+
+
+def squared_distances(z: jax.Array, vectors_VC: jax.Array) -> jax.Array:
+    """[..., V]: squared distances of z [..., C] from all vectors; products have full precision."""
+    products = jnp.matmul(z, vectors_VC.T, precision='highest')
+    squares = jnp.square(z).sum(-1, keepdims=True) + jnp.square(vectors_VC).sum(-1)
+    return squares - 2 * products
 
 
 def phi_of_scale(phis: int, scales: int) -> tuple[int, ...]:

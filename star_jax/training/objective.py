@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
-from star_jax.core.sizes import MAX_STEPS
+from star_jax.core.sizes import MAX_STEPS, check_not_negative
 from star_jax.errors import UserError
 from star_jax.losses.adversarial import R1, DiscriminatorLoss, GeneratorLoss, LeCam
 from star_jax.losses.augmentation import Augmentation
@@ -21,9 +21,13 @@ from star_jax.protocols import TokenizerConfig
 from star_jax.training.optimizer import AdamW
 from star_jax.training.schedules import LearningRate
 
-# LlamaGen specification 1.7: constant, no decay, as for the tokenizer.
+# Of a tokenizer and of its discriminator: Adam, constant, no decay (LlamaGen specification 1.7).
 PUBLISHED_OPTIMIZER = AdamW(
-    learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0), weight_decay=0.0, clip=1.0
+    learning_rate=LearningRate(peak=1e-4, warmup_steps=0, end=1.0),
+    weight_decay=0.0,
+    beta1=0.9,
+    beta2=0.95,
+    clip=1.0,
 )
 
 
@@ -61,8 +65,7 @@ class Adversary:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if min(self.weight, self.largest, self.start) < 0:
-            raise UserError(f'weight, largest and start must not be negative: {self}')
+        check_not_negative(weight=self.weight, start=self.start, largest=self.largest)
         if self.start > MAX_STEPS:
             raise UserError(f'adversary.start must be at most {MAX_STEPS} steps, not {self.start}')
         if self.optimizer.accumulate > 1:
@@ -104,16 +107,21 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_types(self)
-        weights = (self.l1, self.l2, self.edges, self.perceptual, self.quantiser, self.commitment)
-        if min(weights) < 0:
-            raise UserError(f'weights of losses must not be negative: {self}')
+        weights = ('l1', 'l2', 'edges', 'perceptual', 'quantiser', 'commitment')
+        check_not_negative(**{name: getattr(self, name) for name in weights})
         if not 0 <= self.scale_dropout <= 1:
             raise UserError(f'scale_dropout is a probability, not {self.scale_dropout}')
 
     def check(self, model: TokenizerConfig) -> None:
-        """Raises ValueError if parts do not fit the codes or the image size of a tokenizer."""
+        """Raises UserError if parts do not fit the codes, the scales or the image size of a
+        tokenizer."""
         if self.entropy:
             self.entropy.check(model.has_codebook)
+        if self.scale_dropout and len(model.schedule.grids) == 1:
+            raise UserError(
+                f'scale_dropout {self.scale_dropout} decodes images from their first scales, but '
+                'this tokenizer has one scale: leave objective.scale_dropout out'
+            )
         if self.adversary:
             self.adversary.discriminator.check(model.resolution)
 

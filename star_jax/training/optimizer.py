@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from star_jax.core.argument_types import check_types
+from star_jax.core.sizes import check_not_negative
 from star_jax.errors import UserError
 from star_jax.training.schedules import LearningRate, weight_decay_at
 
@@ -54,12 +55,12 @@ class AdamW:
             )
         if self.clip <= 0:
             raise UserError(f'clip must be positive, not {self.clip}')
-        if min(self.weight_decay, self.weight_decay_end) < 0 or self.epsilon <= 0:
-            raise UserError(
-                f'weight decays must not be negative, and epsilon must be positive: {self}'
-            )
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise UserError(f'beta1 and beta2 must lie in [0, 1): {self}')
+        if self.epsilon <= 0:
+            raise UserError(f'epsilon must be positive, not {self.epsilon}')
+        check_not_negative(weight_decay=self.weight_decay, weight_decay_end=self.weight_decay_end)
+        for name in ('beta1', 'beta2'):
+            if not 0 <= (beta := getattr(self, name)) < 1:
+                raise UserError(f'{name} must lie in [0, 1), not {beta}')
 
     def for_batch(self, images: float) -> 'AdamW':
         """This optimizer, with the learning rate of micro-batches of so many images."""
