@@ -121,13 +121,13 @@ def step_settings(config: Family, settings: Settings) -> StepSettings:
             )
     guidances = settings.guidance_per_step or (settings.guidance,) * steps
     temperatures = settings.temperature_per_step or (settings.temperature,) * steps
-    weights_S = _of_steps(config.guidance_weights, guidances)
+    weights_S = of_steps(config.guidance_weights, guidances)
     weights_S[settings.guided_steps or steps :] = 0
     inside = tuple(layer for layer in layers if layer < 0)
     mixing = layer_mixing(weights_S, config.depth, inside)
     return StepSettings(
         guidance=weights_S if 0 in layers else np.zeros_like(weights_S),
-        temperature=_of_steps(config.temperatures, temperatures),
+        temperature=of_steps(config.temperatures, temperatures),
         mixing=mixing if inside and weights_S.any() else None,
     )
 
@@ -157,8 +157,8 @@ def check_negative(config: Family, settings: Settings, recommended: Settings) ->
         )
 
 
-def _of_steps(of_number: Callable[[float], np.ndarray], numbers: Sequence[float]) -> np.ndarray:
-    """[S]: the family's value at each step, from the number given for that step."""
+def of_steps(of_number: Callable[[float], np.ndarray], numbers: Sequence[float]) -> np.ndarray:
+    """[S] float32: the family's value at each step, from the number given for that step."""
     every = {number: of_number(number) for number in set(numbers)}
     return np.asarray([every[number][step] for step, number in enumerate(numbers)], np.float32)
 

@@ -17,6 +17,7 @@ from star_jax.core.guidance import StepSettings, layer_mixing
 from star_jax.families.infinity import Infinity
 from star_jax.nn.bind import bind
 from star_jax.sampling.methods import FilteredSampling
+from star_jax.sampling.program import of_steps
 from star_jax.sampling.sampler import GivenCodes, Sample, StepTrace, sample
 from star_jax.tokenizers.residual_bsq import BSQ
 from star_jax.verify import cases
@@ -116,7 +117,7 @@ class BitGenerations:
 
     def weights(self, run: Mapping[str, Any]) -> np.ndarray:
         """[S] float32 weights of guidance."""
-        return self.per_scale(run['cfg_list']) - 1
+        return of_steps(self.infinity.guidance_weights, self.per_scale(run['cfg_list']).tolist())
 
     def rows(self, run: Mapping[str, Any]) -> Any:
         """The conditions of all rows of a run."""
