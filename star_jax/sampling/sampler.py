@@ -199,7 +199,9 @@ def sample(
         )
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
-        return jnp.concatenate([net().embed(inputs, schedule.rows(step))] * copies)
+        x_BLD = net().embed(inputs, schedule.rows(step))
+        x_BLD = network.sharding(x_BLD, 'batch', 'tokens', None)  # else it is whole on each device
+        return jnp.concatenate([x_BLD] * copies)
 
     def run_step(carry: Carry, step: Step) -> tuple[Carry, StepOutput]:
         x_RLD, memory, canvas = carry
