@@ -62,8 +62,7 @@ class Settings:
 
     Attributes:
         guidance: classifier-free guidance, as published for the family of the model; that of STAR
-            and VAR grows from 0 at the first scale to this. Off, which halves the work: 0 (STAR,
-            VAR), 1 (Infinity), 1 and below (LlamaGen).
+            and VAR grows from 0 to this (off, at half the work: 0; Infinity and LlamaGen: 1).
         top_k: sample among this many most probable codes (0, or more than there are: all).
         top_p: then sample among the most probable ones that hold this share of their probability
             (0: all).

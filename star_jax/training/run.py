@@ -191,8 +191,7 @@ class Run:
             otherwise the shipped one).
         text: text encoder: package:NAME, a folder, or a hub id (class-conditional models use none).
         text_dtype: dtype of the weights and activations of the text encoder; features are float32.
-        text_features: text features from a cache on disk, computed by an encoder that is whole on
-            one device, or computed inside the training program, by one sharded over the mesh.
+        text_features: from a cache (its encoder is on one device), or computed inside the program.
         cache: folder written by `star-jax data cache`, with codes and text features ('': images are
             encoded in every step, text features are cached in the user's cache folder).
         data: training images with captions.
