@@ -19,7 +19,7 @@ setup(
     license_files=['LICENSE', 'ATTRIBUTION.md'],
     python_requires='>=3.11',
     packages=find_packages(include=['star_jax', 'star_jax.*']),
-    package_data={'star_jax': ['data/*.json', 'shipped/*']},
+    package_data={'star_jax': ['data/*.json', 'shipped/*', 'shipped/infinity/*']},
     install_requires=[
         'jax>=0.10.2',  # the arrays, the compiler, the mesh
         'flax>=0.12.8',  # Linen modules

@@ -1,6 +1,6 @@
 """Makes an image grid of one model at three aspect ratios.
 
-python docs/aspect_grid.py runs/bits/model docs/aspect_grid.png
+python docs/aspect_grid.py shipped/infinity docs/aspect_grid.png
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 import star_jax
 from star_jax import image_io
 
-ASPECTS = ('1:1', '4:3', '1:2')
+ASPECTS = ('1:1', '2:1', '1:2')
 PROMPTS = ('a red circle', 'a small blue star', 'a large green ring', 'a yellow square')
 
 

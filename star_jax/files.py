@@ -24,7 +24,8 @@ from typing import Any
 
 from star_jax.errors import UserError
 
-SHIPPED = 'shipped'
+SHIPPED = 'shipped'  # the model that commands take unless another is named
+SHIPPED_MODELS = (SHIPPED, 'shipped/infinity')  # names of the model folders in this package
 SPECIAL = {  # files that may have no end
     stat.S_IFIFO: 'a pipe',
     stat.S_IFCHR: 'a device',
@@ -44,9 +45,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get('STAR_JAX_CACHE') or '~/.cache/star_jax').expanduser()
 
 
-def shipped_folder() -> Path:
-    """The model folder in this package, which is named `SHIPPED` wherever a model is expected."""
-    return Path(__file__).parent / SHIPPED
+def shipped_folder(name: str) -> Path:
+    """The model folder in this package with one of the names `SHIPPED_MODELS`."""
+    return Path(__file__).parent / name
 
 
 @contextlib.contextmanager

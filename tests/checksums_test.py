@@ -12,6 +12,7 @@ import tiny
 from star_jax import checksums, cli
 from star_jax.checkpoint import folder, models, weights
 from star_jax.errors import UserError
+from star_jax.files import SHIPPED, SHIPPED_MODELS, shipped_folder
 
 
 @pytest.fixture(scope='module')
@@ -178,9 +179,15 @@ def test_digest_ignores_the_list(model):
     assert models.digest(model) == before
 
 
-def test_shipped_model_has_a_list():
-    assert (folder.find('shipped') / checksums.SUMS).is_file()
-    models.read('shipped')
+@pytest.mark.parametrize('name', SHIPPED_MODELS)
+def test_shipped_models_have_lists(name):
+    assert (folder.find(name) / checksums.SUMS).is_file()
+    models.read(name)
+
+
+def test_shipped_models_stay_small():
+    paths = (path for path in shipped_folder(SHIPPED).rglob('*') if path.is_file())
+    assert sum(path.stat().st_size for path in paths) <= 20_000_000
 
 
 def test_damaged_file_is_reported_before_its_change(model):

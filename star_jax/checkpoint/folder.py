@@ -216,15 +216,15 @@ def not_finite(path: Path, names: Sequence[str]) -> UserError:
 
 
 def find(source: str | Path) -> Path:
-    """The local folder of a source: 'shipped', a folder, or a hub id `owner/name`.
+    """The local folder of a source: a shipped model, a folder, or a hub id `owner/name`.
 
     Configs and safetensors of a hub id are downloaded to the cache of the hub's client.
 
     Raises:
         UserError: there is no such folder, and no such hub id.
     """
-    if str(source) == files.SHIPPED:
-        return files.shipped_folder()
+    if str(source) in files.SHIPPED_MODELS:
+        return files.shipped_folder(str(source))
     if os.path.isdir(source):  # unlike Path.is_dir, it never raises
         return Path(source)
     if not HUB_ID.fullmatch(str(source)):

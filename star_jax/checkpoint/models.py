@@ -1,6 +1,6 @@
-"""How is a model loaded and checked, from a folder, a hub id, or 'shipped'?
+"""How is a model loaded and checked, from a folder, a hub id, or the name of a shipped one?
 
-'shipped' is the small model in this package.
+This package has two small models: 'shipped', a STAR, and 'shipped/infinity'.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def reading(source: str | Path, check: bool = True) -> Iterator[folder.StoredMod
     """A model, whose files are checked while the body uses it.
 
     Args:
-        source: a folder, a hub id, or 'shipped'.
+        source: a folder, a hub id, or a shipped model (`files.SHIPPED_MODELS`).
         check: compare the files with the SHA-256 that the folder keeps; of a folder that keeps
             none, check that the weights are finite.
 

@@ -41,7 +41,7 @@ class Evaluate:
     Example: star-jax evaluate shipped --metrics alignment --guidance 1 2 4 --out scores.json
 
     Attributes:
-        model: model or tokenizer folder, hub id, or 'shipped'.
+        model: model or tokenizer folder, hub id, 'shipped' or 'shipped/infinity'.
         data: shapes, the folder of a prepared dataset, or a folder of images with captions.
         splits: splits of the data (none: test if there is one, else all that are not for training).
         metrics: metrics to compute (none: all that the model and the data allow).

@@ -32,7 +32,7 @@ class Reconstruct:
 
     Attributes:
         images: image files.
-        model: model or tokenizer folder, hub id, or 'shipped'.
+        model: model or tokenizer folder, hub id, 'shipped' or 'shipped/infinity'.
         out: folder of the reconstructions.
         check: compare the weights with the SHA-256 that the model folder keeps.
     """

@@ -52,7 +52,7 @@ class Sample:
         count: images of each prompt or class; they alternate, so that batches hold several.
         share: two numbers I N: of N processes that fill one folder, this one makes images I, I + N,
             and so on, with I from 0.
-        model: model folder, hub id, or 'shipped'.
+        model: model folder, hub id, 'shipped' or 'shipped/infinity'.
         text: path of the model's text encoder ('': the path or hub id in the model folder).
         image: image files to start from, one for all prompts or one per prompt; the centre of a
             file is cropped and resized by Lanczos to the size of the images.

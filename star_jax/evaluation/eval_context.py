@@ -32,7 +32,7 @@ class EvalOptions:
     """The settings of an evaluation.
 
     Attributes:
-        model: a model or tokenizer folder, a hub id, or 'shipped'.
+        model: a model or tokenizer folder, a hub id, 'shipped' or 'shipped/infinity'.
         data: 'shapes', the folder of a prepared dataset, or a folder of images with captions.
         splits: splits of the data (none: test if there is one, else all that are not for training).
         metrics: names of `eval_report.METRICS` (none: all that the model and the data allow).

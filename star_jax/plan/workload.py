@@ -22,7 +22,7 @@ from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Dtype
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
-from star_jax.files import SHIPPED
+from star_jax.files import SHIPPED_MODELS
 from star_jax.losses import tokens
 from star_jax.nn.attention_dispatch import named
 from star_jax.nn.kernels import ByScale
@@ -260,7 +260,7 @@ def check_batch(batch: int, mesh: Mesh | AbstractMesh) -> None:
 def _tokenizer(run: Run) -> tuple[TokenizerConfig, str]:
     """The tokenizer that the run names; otherwise the published one, and a note about it."""
     path, model = resolve(run).tokenizer, run.model
-    if path == SHIPPED or os.path.isdir(path):
+    if path in SHIPPED_MODELS or os.path.isdir(path):
         vq = models.read_tokenizer(path).config.at(model.schedule)
         check_tokenizer(
             model,

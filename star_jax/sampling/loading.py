@@ -32,7 +32,7 @@ def load(
     """Loads a pipeline.
 
     Args:
-        source: a model folder, a hub id, or 'shipped'.
+        source: a model folder, a hub id, 'shipped' or 'shipped/infinity'.
         text: a path or hub id of the model's text encoder; by default the one that the model names.
         dtype: dtype of activations.
         mesh: the devices, over which parameters are sharded as in training and batches are split;
