@@ -97,7 +97,7 @@ class Settings:
     stable: StableSettings = StableSettings()
 
     def __post_init__(self) -> None:
-        number('guidance', self.guidance, ' (0: off)')
+        number('guidance', self.guidance)
         whole_number('top_k', self.top_k, ' (0: all)')
         number('top_p', self.top_p, ' (0: all)')
         number('temperature', self.temperature)

@@ -200,7 +200,8 @@ def sample(
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
         x_BLD = net().embed(inputs, schedule.rows(step))
-        x_BLD = network.sharding(x_BLD, 'batch', 'tokens', None)  # else it is whole on each device
+        # Else a partitioner may split it along channels, and gather all images to stack them.
+        x_BLD = network.sharding(x_BLD, 'batch', 'tokens', None)
         return jnp.concatenate([x_BLD] * copies)
 
     def run_step(carry: Carry, step: Step) -> tuple[Carry, StepOutput]:
