@@ -75,7 +75,7 @@ def test_every_mesh_flips_the_same_bits_and_computes_the_same_step():
 
 
 def test_no_device_holds_the_rows_of_all_images_where_weights_are_split():
-    """A partitioner that splits embedded inputs along channels gathers them to stack guided rows."""
+    """A partitioner that splits embedded inputs along channels gathers them to stack the rows."""
     mesh, tokenizer = MeshShape(data=2, fsdp=4).build(), tokenizer_of(GRIDS)
     params = {
         'model': rules.abstract(MODEL.abstract(), mesh),
