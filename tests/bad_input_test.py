@@ -436,7 +436,7 @@ CASES: list[tuple[str, str, str]] = [
     ('an option without its value', f'{SAMPLE} --seed', "argument '--seed'"),
     ('an ill-typed option', f'{SAMPLE} --seed one', "--seed: .*'one'"),
     ('no run to export', 'export', r'expected RUN \(folder of the run\)'),
-    ('nothing to evaluate', 'evaluate', "hub id, or 'shipped'"),
+    ('nothing to evaluate', 'evaluate', "hub id, 'shipped' or 'shipped/infinity'"),
     ('nothing to verify', 'verify', 'there is no case to verify'),
     ('nothing to study', 'study', 'expected one of run, report, cost after study'),
     ('a study without a file', 'study run', 'FILE'),
