@@ -337,7 +337,7 @@ def test_a_negative_prompt_needs_guidance_before_the_last_sampled_step(layers):
         ({'cross_attention': None}, 'cross_attention must be one of .*, not None'),
         ({'mesh': MeshShape()}, 'mesh must be a jax.sharding.Mesh, .*, not a MeshShape'),
         ({'text': None}, r'text must be a path or a hub id .*, not None'),
-        ({'source': None}, "source must be a path, a hub id or 'shipped', not None"),
+        ({'source': None}, 'source must be a path, a hub id or a shipped model, not None'),
         ({'source': b'x'}, 'source must be a path, .*, not a bytes'),
         ({'buckets': 3}, 'buckets are pairs'),
         ({'buckets': 'ab'}, 'buckets are pairs'),
