@@ -51,7 +51,7 @@ def load(
             encoder that the model was not trained with, or another invalid argument (a
             UserTypeError if it has the wrong type).
     """
-    instance('source', source, str | os.PathLike, "a path, a hub id or a shipped model")
+    instance('source', source, str | os.PathLike, 'a path, a hub id or a shipped model')
     instance('text', text, str | os.PathLike, "a path or a hub id ('': the one of the model)")
     choice('dtype', dtype, Dtype)
     choice('text_dtype', text_dtype, Dtype)
