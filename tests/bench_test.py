@@ -15,12 +15,14 @@ from star_jax.bench import bench_tables, process, sampling, suite, timing, torch
 from star_jax.checkpoint import config, folder
 from star_jax.commands import bench
 from star_jax.errors import UserError
+from star_jax.families.llamagen import LlamaGen
 from star_jax.families.star import Star
 from star_jax.parallel import machine
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
 
 TINY = """
+from star_jax.families.llamagen import LlamaGen
 from star_jax.families.star import Star
 from star_jax.core.settings import Settings
 from star_jax.training.run import Run
@@ -293,7 +295,10 @@ def test_cache_that_must_be_read_has_the_rows_before_each_step():
 @pytest.mark.parametrize(
     'words, message',
     [
-        ([], 'expected sample, train, buckets, attention, torch, data or suite after bench'),
+        (
+            [],
+            'expected sample, train, buckets, attention, layers, torch, data or suite after bench',
+        ),
         (['smaple'], "not 'smaple'"),
         (['sample', '--sweep', 'batch'], 'OPTION=A,B'),
         (['sample', '--sweep', 'sides="1 2'], 'No closing quotation'),
@@ -352,6 +357,22 @@ def test_sample_takes_sizes_and_weights_of_a_model_folder(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     with pytest.raises(UserError, match='leave out depth: 1 -> 2'):
         bench.read_sampling(str(path), ['--depth', '2'])
+
+
+def test_layers_are_timed_in_both_forms(tmp_path, capsys):
+    model = LlamaGen(depth=2, width=16, heads=2, hidden=32, grid=(2, 2), codes=32)
+    path = tmp_path / 'config.json'
+    config.write_json(path, config.to_json(Run(model=model)))
+    assert bench.main(['layers', str(path), '--repeats', '1', '--json', str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report['same_codes'] and report['steps'] == 4
+    scanned, arranged = report['forms'].values()
+    assert scanned['ratio'] == 1 and arranged['p50_seconds'] > 0
+    assert scanned['matrix_rate_share'] > 0 and scanned['read_rate_share'] > 0
+    assert 'sampled' in capsys.readouterr().out
+    config.write_json(path, config.to_json(Run(model=Star(depth=1, width=16, heads=2))))
+    with pytest.raises(UserError, match='there is nothing to compare'):
+        bench.main(['layers', str(path)])
 
 
 def test_the_loop_without_pytorch_names_it(monkeypatch):

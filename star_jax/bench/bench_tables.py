@@ -166,6 +166,31 @@ def attention(report: dict[str, Any]) -> Table:
     return table
 
 
+def layers(report: dict[str, Any]) -> Table:
+    """One row per form of the report of `bench.layers.run`."""
+    title = (
+        f'{report["batch"]:,} at once in {report["steps"]:,} steps, without decoder; matrix rate '
+        f'{report["matrix_rate_gflops"]:,.1f} GFLOP/s, read rate '
+        f'{report["read_rate_gbytes"]:,.1f} GB/s; codes '
+        f'{"are equal" if report["same_codes"] else "differ"}'
+    )
+    columns = ('p50, s', 'ms a step', 'to the scan', 'of matrix rate', 'of read rate')
+    table = number_table(title, *columns, 'compile', 'MiB')
+    for name, form in report['forms'].items():
+        p50 = form['p50_seconds']
+        cells = (
+            f'{p50:.3g}',
+            f'{1000 * p50 / report["steps"]:,.1f}',
+            f'{form["ratio"]:.2f}',
+            f'{form["matrix_rate_share"]:.1%}',
+            f'{form["read_rate_share"]:.1%}',
+            f'{form["compile_seconds"]:,.1f}',
+            f'{form["temporaries"]:,.0f}',
+        )
+        table.add_row(name, *cells)
+    return table
+
+
 def torch_loop(report: dict[str, Any]) -> Table:
     """The report of `bench.torch_loop.run`."""
     title = f'One step of sampling; memory is read with {report["read_rate_gbytes"]:,.1f} GB/s'

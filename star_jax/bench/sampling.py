@@ -81,23 +81,11 @@ class SamplingJob:
 
     def prepare(self) -> Benchmark:
         """The programs and their arguments, on the default device."""
-        network = self.model.build(self.dtype)
-        counted = self.model.build(self.dtype, attend=ByScale())  # its FLOPs can be counted
-        tokenizer, params = self._load() if self.folder else self._random()
-        platform = jax.default_backend()
-        params = weight_layout.arrange(program.cast(params, self.dtype), network.schedule, platform)
-        inputs = program.inputs(
-            self.model,
-            self.settings,
-            keys_B=program.image_keys(range(self.batch)),
-            prompted=condition(self.model, self.batch, self.text_tokens),
-            empty=condition(self.model, 1, self.text_tokens),
-        )
+        network, tokenizer, weights = self.build()
+        params, inputs = self.arrange(weights), self.inputs()
         args = (params, inputs)
-        buckets = choose(self.buckets, network.schedule.sizes, platform)
-        counted_program = program.compile_program(counted, tokenizer)
-        canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
-        decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))
+        buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
+        counted_program = program.compile_program(self.counted(), tokenizer)
         return Benchmark(
             main=TimedProgram(
                 program=program.compile_program(network, tokenizer, buckets),
@@ -106,13 +94,44 @@ class SamplingJob:
                 reads=weights_read(counted_program, *args)
                 + cache_read(network, self.batch * (1 + inputs.settings.guided)),
             ),
-            parts={'decoder': TimedProgram.count(decode, params['tokenizer'], canvas)},
+            parts={'decoder': self.decoder(tokenizer, params)},
             remainder='scales',
             make_preceding=self._text_encoder,
-            weights=params,
+            weights=jax.eval_shape(lambda: weights),
             images=self.batch,
             pixels=max(tokenizer.resolution),
         )
+
+    def build(self) -> tuple[Transformer, nn.Module, dict[str, Any]]:
+        """The transformer, its tokenizer, and the parameters of both in the compute dtype."""
+        tokenizer, params = self._load() if self.folder else self._random()
+        return self.model.build(self.dtype), tokenizer, program.cast(params, self.dtype)
+
+    def decoder(self, tokenizer: nn.Module, params: dict[str, Any]) -> TimedProgram:
+        """The decoder alone, from the canvas of every image."""
+        canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
+        decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))
+        return TimedProgram.count(decode, params['tokenizer'], canvas)
+
+    def counted(self) -> Transformer:
+        """A transformer of the same sizes whose floating-point operations can be counted."""
+        return self.model.build(self.dtype, attend=ByScale())
+
+    def inputs(self) -> program.SamplingInputs:
+        """Random inputs of the program."""
+        return program.inputs(
+            self.model,
+            self.settings,
+            keys_B=program.image_keys(range(self.batch)),
+            prompted=condition(self.model, self.batch, self.text_tokens),
+            empty=condition(self.model, 1, self.text_tokens),
+        )
+
+    def arrange(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters in the form in which a pipeline holds them on the default device."""
+        schedule = self.model.schedule
+        params = weight_layout.arrange(params, schedule, jax.default_backend())
+        return weight_layout.with_first_steps(params, schedule)
 
     def _load(self) -> tuple[nn.Module, dict[str, Any]]:
         """The tokenizer of a model folder, and the weights of both."""

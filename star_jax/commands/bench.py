@@ -1,4 +1,4 @@
-"""`star-jax bench sample|train|buckets|attention|torch|data|suite CONFIG`"""
+"""`star-jax bench sample|train|buckets|attention|layers|torch|data|suite CONFIG`"""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from star_jax.protocols import Family
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
 
-USAGE = """usage: star-jax bench sample|train|buckets|attention|torch|data|suite [...]
+USAGE = """usage: star-jax bench sample|train|buckets|attention|layers|torch|data|suite [...]
 
 Each has --help.
 
@@ -33,6 +33,7 @@ Each has --help.
   star-jax bench train configs/star_d16_256.py       a training step, from a cold start
   star-jax bench buckets configs/star_d16_256.py     sampling with scales that share a program body
   star-jax bench attention configs/star_d16_256.py   attention kernels against the formula
+  star-jax bench layers configs/star_d16_256.py      weights read in place, against one scan
   star-jax bench torch configs/llamagen_b.py         steps of a raster against a PyTorch loop
   star-jax bench data configs/shapes.py              reading batches
   star-jax bench suite configs/star_d16_256.py       sampling and training at many sizes, resumable
@@ -152,6 +153,7 @@ def main(words: Sequence[str]) -> int:
         'train': functools.partial(_measure, read_training),
         'buckets': _measure_buckets,
         'attention': bench_parts.measure_attention,
+        'layers': bench_parts.measure_layers,
         'torch': bench_parts.measure_torch,
         'data': bench_parts.measure_data,
     }

@@ -1,4 +1,4 @@
-"""`star-jax bench attention|torch|data CONFIG`: the benchmarks that run in this process."""
+"""`star-jax bench attention|layers|torch|data CONFIG`: the benchmarks that run in this process."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,12 +9,13 @@ import tyro
 from rich.table import Table
 
 from star_jax import files
-from star_jax.bench import attention, bench_tables, data, torch_loop
+from star_jax.bench import attention, bench_tables, data, layers, torch_loop
+from star_jax.bench.sampling import SamplingJob
 from star_jax.checkpoint import config, models
 from star_jax.commands import arguments, run_config
 from star_jax.commands.data import MAX_SIZE
 from star_jax.console import Console
-from star_jax.core.settings import Dtype
+from star_jax.core.settings import Dtype, Settings
 from star_jax.errors import UserError
 from star_jax.nn.attention_dispatch import Name
 from star_jax.parallel import startup
@@ -23,7 +24,10 @@ from star_jax.training.run import Data, Run, resolve
 
 Job = TypeVar('Job')
 
-COMMON = {'model': ('depth', 'width', 'heads', 'sides', 'grid')}
+COMMON = {
+    'model': ('depth', 'width', 'heads', 'sides', 'grid'),
+    'sampling': ('guidance', 'top-k', 'top-p'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,36 @@ class BenchAttention:
     repeats: int = 5
     dtype: Dtype = 'float32'
     kernels: tuple[Name, ...] = attention.KERNELS
+    json: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchLayers:
+    """Measures sampling with weights that layers read in place, in turn with one scan over them.
+
+    CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run; options
+    replace its sizes. Weights and text are random, and nothing is decoded.
+
+    Example: star-jax bench layers configs/star_d16_256.py
+
+    Example: star-jax bench layers configs/llamagen_b.py --grid 16 16 --batch 8
+
+    Attributes:
+        model: sizes of the transformer.
+        settings: how images are sampled.
+        batch: images at once.
+        repeats: timed runs of each form, in turn.
+        dtype: dtype of the activations.
+        text_tokens: tokens of a caption.
+        json: JSON file of the report.
+    """
+
+    model: Annotated[Family, tyro.conf.arg(name='')]
+    settings: Annotated[Settings, tyro.conf.arg(name='')] = Settings()
+    batch: int = 1
+    repeats: int = 3
+    dtype: Dtype = 'float32'
+    text_tokens: int = 77
     json: Path | None = None
 
 
@@ -118,6 +152,19 @@ def measure_attention(source: str, words: Sequence[str]) -> None:
     )
     job = _job(attention.AttentionJob, options)
     _measure(job, attention.run, bench_tables.attention, options.json)
+
+
+def measure_layers(source: str, words: Sequence[str]) -> None:
+    """Runs `bench layers` with the config `source` ('': the default run)."""
+    run = _run(source)
+    default = BenchLayers(model=run.model, settings=run.sampling)
+    options = arguments.parse(BenchLayers, words, 'bench layers CONFIG', default, common=COMMON)
+    fields = {field.name for field in dataclasses.fields(BenchLayers)} - {'json'}
+    try:
+        job = SamplingJob(**{name: getattr(options, name) for name in fields})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    _measure(job, layers.run, bench_tables.layers, options.json)
 
 
 def measure_torch(source: str, words: Sequence[str]) -> None:

@@ -76,6 +76,7 @@ class Pipeline:
         platform, sizes = self.mesh.devices.flat[0].platform, self.network.schedule.sizes
         shared = choose(buckets, sizes, platform)
         self._config = model.config
+        self._count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         self._program = program.compile_program(self.network, self.tokenizer, shared)
         self._encode = given_images.encoder(self.tokenizer)
         abstract = {
@@ -88,19 +89,18 @@ class Pipeline:
             for tree in (program.cast(params, dtype), abstract)
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        self._params = jax.device_put(params, shardings)
+        params = jax.device_put(params, shardings)
+        self._params = weight_layout.with_first_steps(params, self.network.schedule)
         self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 
     def __repr__(self) -> str:
         """The model, its image size and its devices."""
-        parts = {name: part for name, part in self._params.items() if name != 'tokenizer'}
-        leaves = jax.tree.leaves(parts)
         prompts = {'caption': 'text', 'label': 'classes'}[self.encoder.field]
         height, width = self.size
         devices = self.mesh.devices
         return (
             f'<Pipeline: {type(self._config).__name__} of '
-            f'{sum(math.prod(leaf.shape) for leaf in leaves):,} parameters, from {prompts} to '
+            f'{self._count:,} parameters, from {prompts} to '
             f'images of {height} x {width} px, {self._dtype}, on {devices.size} x '
             f'{devices.flat[0].device_kind}>'
         )

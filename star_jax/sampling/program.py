@@ -21,7 +21,7 @@ from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Family, SamplingMethod
 from star_jax.sampling.methods import FilteredSampling, SmoothSampling
-from star_jax.sampling.sampler import GivenCodes, sample
+from star_jax.sampling.sampler import GivenCodes, Sample, sample
 from star_jax.sampling.stable import StableSampling, plan_of_settings
 
 SEEDS = 2**32  # seeds lie below
@@ -250,6 +250,17 @@ def abstract_cast(params: dict, dtype: str) -> dict:
     )
 
 
+def sample_codes(
+    network: Transformer,
+    tokenizer: nn.Module,
+    buckets: Buckets,
+    params: dict,
+    inputs: SamplingInputs,
+) -> jax.Array:
+    """The codes of images alone, [B, L, *codes.shape], of a network that mixes no rows."""
+    return _sample(network, tokenizer, buckets, params, inputs).codes
+
+
 def _sample_images(
     network: Transformer,
     tokenizer: nn.Module,
@@ -257,6 +268,16 @@ def _sample_images(
     params: dict,
     inputs: SamplingInputs,
 ) -> jax.Array:
+    return tokenizer.to_uint8(_sample(network, tokenizer, buckets, params, inputs).images)
+
+
+def _sample(
+    network: Transformer,
+    tokenizer: nn.Module,
+    buckets: Buckets,
+    params: dict,
+    inputs: SamplingInputs,
+) -> Sample:
     rows = inputs.prompted
     if inputs.empty is not None:
         if inputs.negative is None:
@@ -264,7 +285,7 @@ def _sample_images(
         else:
             unprompted = condition.repeat(inputs.negative, like=inputs.prompted)
         rows = condition.stack(inputs.prompted, unprompted)
-    sampled = sample(
+    return sample(
         network,
         tokenizer,
         params,
@@ -276,7 +297,6 @@ def _sample_images(
         buckets=buckets,
         stop=inputs.stop,
     )
-    return tokenizer.to_uint8(sampled.images)
 
 
 def _sample_one_by_one(

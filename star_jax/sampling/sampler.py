@@ -23,9 +23,8 @@ from star_jax.core.schedule import Group, Schedule, Step
 from star_jax.nn.bind import bind
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import MethodTrace, SamplingMethod, StepFns
+from star_jax.sampling import trunks
 from star_jax.sampling.kv_pieces import Carry, KVPieces
-from star_jax.sampling.trunks import ScannedTrunk, SplitTrunk, Trunk
-from star_jax.sampling.weight_layout import LAYERS
 
 
 class StepTrace(NamedTuple):
@@ -155,7 +154,7 @@ def sample(
         network: the transformer.
         tokenizer: its tokenizer.
         params: parameters of both, as 'model' and 'tokenizer', and perhaps those of the layers
-            apart from the model's others, as 'layers' (`weight_layout.split`).
+            apart, as 'layers' (`weight_layout`).
         keys_B: one key per image, which is folded with each step.
         condition: B conditional rows and then B unconditional ones, or conditional rows alone (no
             guidance).
@@ -191,12 +190,7 @@ def sample(
     groups = schedule.groups(tuple(map(method.kind, range(schedule.steps))), buckets)
     if stop:
         groups = tuple(group.before(stop) for group in groups if group.first < stop)
-    if LAYERS in params:
-        trunk: Trunk = SplitTrunk.of(network, params['model'], params[LAYERS], condition)
-    else:
-        trunk = ScannedTrunk.of(
-            network, params['model'], condition, None if trace else groups[-1].last
-        )
+    trunk = trunks.choose(network, params, condition, groups, keep_all=trace)
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
         x_BLD = net().embed(inputs, schedule.rows(step))

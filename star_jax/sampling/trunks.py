@@ -2,12 +2,14 @@
 
 With many rows in a step matrix products dominate, so `ScannedTrunk` scans one compiled layer. With
 one row reads of weights, keys and values dominate, so `SplitTrunk` reads everything in place, from
-arrays of each layer (`sampling.weight_layout`). A TPU fills up the last axis of an array to a
-multiple of 128, so there narrow heads of a `SplitTrunk` lie side by side.
+arrays of each layer (`sampling.weight_layout`). The first steps of a pyramid have few rows and the
+others many: `ChangingTrunk` runs those as the one and these as the other. A TPU fills up the last
+axis of an array to a multiple of 128, so there narrow heads of a `SplitTrunk` lie side by side.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, Protocol
 
 import jax
@@ -21,7 +23,7 @@ from star_jax.nn.kernels import MergedHeads, WriteFirst
 from star_jax.nn.transformer import Transformer
 from star_jax.protocols import Kernel
 from star_jax.sampling.kv_pieces import Carry, KVPieces, StepFn
-from star_jax.sampling.weight_layout import Layer, SplitLayers
+from star_jax.sampling.weight_layout import LAYERS, Layer, SplitLayers
 
 LEAST_ROWS = 512  # rows of a piece of a `ScannedTrunk`, but for the last one
 PIECE_ROWS = 64  # rows of a piece of a `SplitTrunk`; a step that has more is a piece
@@ -224,6 +226,78 @@ class SplitTrunk:
 
     def _shard(self, kv: KV) -> KV:
         return self.network.shard_kv_pieces(kv)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChangingTrunk:
+    """A `SplitTrunk` for the first steps, and a `ScannedTrunk` for the others.
+
+    Attributes:
+        first: runs the first steps, each on its own.
+        later: runs the others.
+        steps: how many steps, at least one, are the first ones.
+    """
+
+    first: SplitTrunk
+    later: ScannedTrunk
+    steps: int
+
+    @classmethod
+    def of(cls, later: ScannedTrunk, layers: SplitLayers, steps: int) -> 'ChangingTrunk':
+        """Makes it from the trunk of the other steps, and the layers of the first `steps`."""
+        network, text_kv = later.network, later.text_kv
+        first = SplitTrunk(
+            network=network,
+            params=later.params,
+            layers=layers.params,
+            condition=later.condition,
+            text_kv=tuple(
+                jax.tree.map(lambda x, layer=layer: x[layer], text_kv)
+                for layer in range(network.depth)
+            ),
+            merged=merged_heads(network, layers.lanes),
+        )
+        return cls(first, later, steps)
+
+    def __call__(
+        self, x_RLD: jax.Array, memory: KVPieces, step: Step, mixing: jax.Array | None
+    ) -> tuple[jax.Array, KVPieces]:
+        if not isinstance(step.index, int) or step.index >= self.steps:
+            return self.later(x_RLD, memory, step, mixing)
+        x_RLD, memory = self.first(x_RLD, memory, step, mixing)
+        if step.index == self.steps - 1:
+            memory = KVPieces((self.later.network.shard_kv(self.first.kv(memory)),))
+        return x_RLD, memory
+
+    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
+        return self.later.fold(run_step, carry, group)
+
+    def kv(self, memory: KVPieces) -> KV:
+        return self.later.kv(memory)
+
+
+def choose(
+    network: Transformer, params: Any, condition: Any, groups: tuple[Group, ...], keep_all: bool
+) -> Trunk:
+    """The trunk that the form of the parameters asks for.
+
+    Args:
+        network: the network.
+        params: parameters of everything, as 'model', and perhaps 'layers'.
+        condition: the conditions of all rows of the batch.
+        groups: the steps that are sampled.
+        keep_all: keys and values of the last step are cached, too.
+    """
+    layers = params.get(LAYERS)
+    if layers is not None and not layers.steps:
+        return SplitTrunk.of(network, params['model'], layers, condition)
+    uncached = None if keep_all else groups[-1].last
+    scanned = ScannedTrunk.of(network, params['model'], condition, uncached)
+    if layers is None:
+        return scanned
+    alone = itertools.takewhile(lambda group: group.count == 1, groups)
+    steps = min(layers.steps, len(list(alone)))
+    return ChangingTrunk.of(scanned, layers, steps) if steps else scanned
 
 
 def merged_heads(network: Transformer, lanes: int) -> int:

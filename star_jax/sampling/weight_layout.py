@@ -2,15 +2,19 @@
 
 A step of one row reads every weight once, in place only where each layer has arrays of its own: a
 slice of stacked ones would be copied. A CPU packs the right operand of a product, so there a weight
-matrix is stored [out, in] and stands on the left (`layers.times_outputs_first`).
+matrix is stored [out, in] and stands on the left (`layers.times_outputs_first`). The first steps of
+a pyramid have few rows, too: on a CPU, where a slice of an array is an array without a copy, they
+read the layers of the stacked arrays in place, as long as that compiles fast.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from star_jax.core.schedule import Schedule
@@ -33,6 +37,9 @@ SUMMED_AXES = {
     'fc2': 1,
     'logits': 1,
 }
+FEW_ROWS = 32  # rows of an image up to which the copies of weights take much of a step
+MOST_BLOCKS = 80  # layers of all steps that are compiled one by one, which takes half a minute
+LARGE = 2**26  # bytes of all layers that no processor keeps in its cache
 LANES = {'tpu': 128}  # the least width that a platform stores an array with
 Layer = dict[str, Any]  # the parameters of one layer
 
@@ -44,10 +51,13 @@ class SplitLayers:
     Attributes:
         params: the parameters of every layer.
         lanes: heads narrower than this are stored side by side (static).
+        steps: how many steps, from the first on, they serve (static; 0: all, and the parameters
+            hold no stacked layers).
     """
 
     params: tuple[Layer, ...]
     lanes: int = flax.struct.field(pytree_node=False, default=1)
+    steps: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
@@ -70,6 +80,31 @@ def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[s
         params = outputs_first(params)
     layers = params[LAYERS].replace(lanes=LANES.get(platform, 1))
     return params | {LAYERS: layers}
+
+
+def with_first_steps(params: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
+    """The parameters, and views of each layer for the first steps, where those are worth it.
+
+    They are for a large model on one CPU whose layers are stacked.
+
+    Args:
+        params: 'model' and 'tokenizer', on their devices.
+        schedule: the steps of sampling.
+    """
+    stacked = params['model'].get('blocks')
+    leaves = jax.tree.leaves(stacked)
+    if sum(leaf.nbytes for leaf in leaves) < LARGE or not all(map(_on_one_cpu, leaves)):
+        return params
+    depth = len(leaves[0])
+    few = itertools.takewhile(lambda reads: reads <= FEW_ROWS, schedule.reads)
+    steps = min(len(list(few)), MOST_BLOCKS // depth)
+    if not steps:
+        return params
+    layers = tuple(
+        jax.tree.map(functools.partial(_view_of_layer, layer=layer), stacked)
+        for layer in range(depth)
+    )
+    return params | {LAYERS: SplitLayers(layers, steps=steps)}
 
 
 def split(params: dict[str, Any]) -> dict[str, Any]:
@@ -113,10 +148,22 @@ def _transposed(x: Any, order: tuple[int, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
 
+def _view_of_layer(x: jax.Array, layer: int) -> jax.Array:
+    """A layer of an array on one CPU, which JAX does not copy if it is aligned."""
+    return jax.device_put(np.asarray(x)[layer], _sharding_of_layer(x.sharding))
+
+
+def _on_one_cpu(x: jax.Array) -> bool:
+    return [device.platform for device in x.devices()] == ['cpu']
+
+
 def _of_layer(x: Any, layer: int) -> Any:
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x[layer]
-    sharding = x.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_sharding_of_layer(x.sharding))
+
+
+def _sharding_of_layer(sharding: Any) -> Any:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
