@@ -224,27 +224,30 @@ class OutputProjection(nn.Module):
 
     Attributes:
         width: channels D of the output.
-        shape: heads N and their width H.
+        heads_shape: heads N and their width H.
         kernel_init: initializer of the kernel.
         bias: whether it has a bias.
     """
 
     width: int
-    shape: tuple[int, int]
+    heads_shape: tuple[int, int]
     kernel_init: layers.Initializer
     bias: bool = True
+    axes = ('heads', None, 'embed')
+    out = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the kernel."""
+        return *self.heads_shape, self.width
 
     @nn.compact
     def __call__(self, y_BLNH: jax.Array) -> jax.Array:
+        def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+            return rows @ kernel.reshape(-1, self.width).astype(rows.dtype)
+
         # One axis is summed: of two, XLA may choose an order in which it transposes the kernel.
-        rows = y_BLNH.reshape(*y_BLNH.shape[:2], -1)
-        if self.has_variable('params', layers.OUTPUTS_FIRST):
-            kernel = self.get_variable('params', layers.OUTPUTS_FIRST)
-            y_BLD = layers.times_outputs_first(rows, kernel.reshape(self.width, -1))
-        else:
-            kernel_init = nn.with_logical_partitioning(self.kernel_init, ('heads', None, 'embed'))
-            kernel = self.param('kernel', kernel_init, (*self.shape, self.width))
-            y_BLD = rows @ kernel.reshape(-1, self.width).astype(rows.dtype)
+        y_BLD = layers.multiply(self, product, y_BLNH.reshape(*y_BLNH.shape[:2], -1), summed=2)
         if not self.bias:
             return y_BLD
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))

@@ -3,6 +3,9 @@
 Every parameter has logical axes; `parallel/rules.py` maps them to the axes of a mesh.
 """
 
+from collections.abc import Callable
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,6 +14,10 @@ Initializer = nn.initializers.Initializer
 # The name of a kernel that is stored with the axes of its outputs first, [*out, *in], in the place
 # of 'kernel': `sampling.weight_layout.arrange` stores it so where sampling reads it fastest.
 OUTPUTS_FIRST = 'outputs_first'
+# The name of a `OneOf` in the place of 'kernel'.
+ONE_OF = 'one_of'
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # rows and a kernel -> rows
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -165,6 +172,45 @@ def times_outputs_first(x: jax.Array, kernel: jax.Array, out: jnp.dtype | None =
     return jax.lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], *outputs)
 
 
+@flax.struct.dataclass
+class OneOf:
+    """The kernel of the layer at which a scan over layers is, which is read in place.
+
+    A slice of stacked kernels would be copied before the product.
+
+    Attributes:
+        kernels: the kernel of every layer.
+        layer: which one.
+    """
+
+    kernels: tuple[jax.Array, ...]
+    layer: jax.Array
+
+    def times(self, x: jax.Array, product: Product) -> jax.Array:
+        """The product of x and the kernel."""
+        branches = [lambda x, kernel=kernel: product(x, kernel) for kernel in self.kernels]
+        return jax.lax.switch(self.layer, branches, x)
+
+
+def multiply(module: nn.Module, product: Product, x: jax.Array, summed: int = 1) -> jax.Array:
+    """The product of x and the kernel of a module, in whichever form the kernel is.
+
+    Args:
+        module: has the `shape`, `axes` and `kernel_init` of its kernel, and the dtype `out`.
+        product: computes it with a kernel of that shape.
+        x: the rows, whose last axis is summed.
+        summed: how many axes of the kernel that is.
+    """
+    if module.has_variable('params', OUTPUTS_FIRST):
+        kernel = module.get_variable('params', OUTPUTS_FIRST)
+        kernel = kernel.reshape(*kernel.shape[:-summed], -1)
+        return times_outputs_first(x, kernel, module.out)
+    if module.has_variable('params', ONE_OF):
+        return module.get_variable('params', ONE_OF).times(x, product)
+    init = nn.with_logical_partitioning(module.kernel_init, module.axes)
+    return product(x, module.param('kernel', init, module.shape))
+
+
 class Einsum(nn.Module):
     """A named-axis matmul: `Einsum('BLD,DNH->BLNH', (D, N, H), ('embed', 'heads', None))`.
 
@@ -186,13 +232,11 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.has_variable('params', OUTPUTS_FIRST):
-            return times_outputs_first(x, self.get_variable('params', OUTPUTS_FIRST), self.out)
-        kernel = self.param(
-            'kernel', nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape
-        )
-        kernel = kernel.astype(x.dtype)
-        return jnp.einsum(self.equation, x, kernel, preferred_element_type=self.out)
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            kernel = kernel.astype(x.dtype)
+            return jnp.einsum(self.equation, x, kernel, preferred_element_type=self.out)
+
+        return multiply(self, product, x)
 
 
 class Bias(nn.Module):
@@ -231,15 +275,18 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=self.out)
+
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
         bias = self.param('bias', bias_init, (self.width_out,))
-        if self.has_variable('params', OUTPUTS_FIRST):
-            y = times_outputs_first(x, self.get_variable('params', OUTPUTS_FIRST), self.out)
-        else:
-            kernel = self.param('kernel', kernel_init, (self.width_in, self.width_out))
-            y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=self.out)
+        y = multiply(self, product, x)
         return y + bias.astype(y.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the kernel."""
+        return self.width_in, self.width_out
 
 
 class CodeEmbedding(nn.Module):

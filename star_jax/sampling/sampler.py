@@ -154,7 +154,7 @@ def sample(
         network: the transformer.
         tokenizer: its tokenizer.
         params: parameters of both, as 'model' and 'tokenizer', and perhaps those of the layers
-            apart, as 'layers' (`weight_layout`).
+            apart, as 'layers' or 'kernels' (`weight_layout`).
         keys_B: one key per image, which is folded with each step.
         condition: B conditional rows and then B unconditional ones, or conditional rows alone (no
             guidance).
@@ -190,7 +190,7 @@ def sample(
     groups = schedule.groups(tuple(map(method.kind, range(schedule.steps))), buckets)
     if stop:
         groups = tuple(group.before(stop) for group in groups if group.first < stop)
-    trunk = trunks.choose(network, params, condition, groups, keep_all=trace)
+    trunk = trunks.choose(network, params, condition, None if trace else groups[-1].last)
 
     def embed(inputs: jax.Array, step: Step) -> jax.Array:
         x_BLD = net().embed(inputs, schedule.rows(step))

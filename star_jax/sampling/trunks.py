@@ -2,14 +2,12 @@
 
 With many rows in a step matrix products dominate, so `ScannedTrunk` scans one compiled layer. With
 one row reads of weights, keys and values dominate, so `SplitTrunk` reads everything in place, from
-arrays of each layer (`sampling.weight_layout`). The first steps of a pyramid have few rows and the
-others many: `ChangingTrunk` runs those as the one and these as the other. A TPU fills up the last
-axis of an array to a multiple of 128, so there narrow heads of a `SplitTrunk` lie side by side.
+arrays of each layer (`sampling.weight_layout`). A TPU fills up the last axis of an array to a
+multiple of 128, so there narrow heads of a `SplitTrunk` lie side by side.
 """
 
 import dataclasses
 import functools
-import itertools
 from typing import Any, Protocol
 
 import jax
@@ -18,12 +16,12 @@ import jax.numpy as jnp
 from star_jax.core.cache import KV, join_rows
 from star_jax.core.schedule import Group, Step
 from star_jax.nn.bind import bind
-from star_jax.nn.blocks import Block
+from star_jax.nn.blocks import Block, PerLayer
 from star_jax.nn.kernels import MergedHeads, WriteFirst
-from star_jax.nn.transformer import Transformer
+from star_jax.nn.transformer import Rows, Transformer
 from star_jax.protocols import Kernel
 from star_jax.sampling.kv_pieces import Carry, KVPieces, StepFn
-from star_jax.sampling.weight_layout import LAYERS, Layer, SplitLayers
+from star_jax.sampling.weight_layout import KERNELS, LAYERS, Layer, SplitLayers, choose_kernels
 
 LEAST_ROWS = 512  # rows of a piece of a `ScannedTrunk`, but for the last one
 PIECE_ROWS = 64  # rows of a piece of a `SplitTrunk`; a step that has more is a piece
@@ -63,6 +61,7 @@ class ScannedTrunk:
         condition: the conditions of all rows of the batch.
         uncached_step: the step whose keys and values are not cached; None: all are cached.
         text_kv: keys and values of the text in every layer, or None.
+        kernels: the kernels of every layer, if they are apart; None: slices of stacked ones.
     """
 
     network: Transformer
@@ -70,34 +69,56 @@ class ScannedTrunk:
     condition: Any
     uncached_step: int | None
     text_kv: KV | None
+    kernels: Any = None
 
     @classmethod
     def of(
-        cls, network: Transformer, params: Any, condition: Any, uncached_step: int | None
+        cls,
+        network: Transformer,
+        params: Any,
+        condition: Any,
+        uncached_step: int | None,
+        kernels: Any = None,
     ) -> 'ScannedTrunk':
         """Makes it; keys and values of the text are computed once per image."""
         text_kv = bind(network, params).text_kv(condition)
-        return cls(network, params, condition, uncached_step, text_kv)
+        return cls(network, params, condition, uncached_step, text_kv, kernels)
 
     def __call__(
         self, x_RLD: jax.Array, memory: KVPieces, step: Step, mixing: jax.Array | None
     ) -> tuple[jax.Array, KVPieces]:
         schedule = self.network.schedule
-        features_RLD, new = bind(self.network, self.params).trunk(
-            x_RLD,
-            schedule.rows(step),
-            text_kv=self.text_kv,
-            condition=self.condition,
-            past=memory.pieces(schedule, step),
-            visibility=memory.visibility(schedule, step),
-            mixing=mixing,
-        )
+        inputs = {
+            'text_kv': self.text_kv,
+            'condition': self.condition,
+            'past': memory.pieces(schedule, step),
+            'visibility': memory.visibility(schedule, step),
+            'mixing': mixing,
+        }
+        if self.kernels is None:
+            trunk = bind(self.network, self.params).trunk
+            features_RLD, new = trunk(x_RLD, schedule.rows(step), **inputs)
+        else:
+            features_RLD, new = self._in_place(x_RLD, schedule.rows(step), **inputs)
         if memory.current is None and step.index == self.uncached_step:
             return features_RLD, memory
         memory = memory.write(self.network.shard_kv(new), schedule, step)
         if memory.current is not None:
             return features_RLD, memory.start(self.network.shard_kv(memory.current))
         return features_RLD, self._join_small(memory)
+
+    def _in_place(self, x_RLD: jax.Array, rows: Rows, **inputs: Any) -> tuple[jax.Array, KV]:
+        """`Transformer.trunk` with kernels that are apart; arguments and results are the same."""
+        network = self.network
+        per_layer, shared = bind(network, self.params).block_inputs(rows, **inputs)
+
+        def run_layer(x_RLD: jax.Array, layer: tuple[jax.Array, PerLayer]) -> Any:
+            number, inputs = layer
+            params = choose_kernels(self.params['blocks'], self.kernels, number)
+            return bind(Block(network.block), params)(x_RLD, inputs, shared)
+
+        x_RLD = network.sharding(x_RLD.astype(network.dtype), 'batch', 'tokens', None)
+        return jax.lax.scan(run_layer, x_RLD, (jnp.arange(network.depth), per_layer))
 
     def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
         if group.count == 1:
@@ -228,76 +249,19 @@ class SplitTrunk:
         return self.network.shard_kv_pieces(kv)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ChangingTrunk:
-    """A `SplitTrunk` for the first steps, and a `ScannedTrunk` for the others.
-
-    Attributes:
-        first: runs the first steps, each on its own.
-        later: runs the others.
-        steps: how many steps, at least one, are the first ones.
-    """
-
-    first: SplitTrunk
-    later: ScannedTrunk
-    steps: int
-
-    @classmethod
-    def of(cls, later: ScannedTrunk, layers: SplitLayers, steps: int) -> 'ChangingTrunk':
-        """Makes it from the trunk of the other steps, and the layers of the first `steps`."""
-        network, text_kv = later.network, later.text_kv
-        first = SplitTrunk(
-            network=network,
-            params=later.params,
-            layers=layers.params,
-            condition=later.condition,
-            text_kv=tuple(
-                jax.tree.map(lambda x, layer=layer: x[layer], text_kv)
-                for layer in range(network.depth)
-            ),
-            merged=merged_heads(network, layers.lanes),
-        )
-        return cls(first, later, steps)
-
-    def __call__(
-        self, x_RLD: jax.Array, memory: KVPieces, step: Step, mixing: jax.Array | None
-    ) -> tuple[jax.Array, KVPieces]:
-        if not isinstance(step.index, int) or step.index >= self.steps:
-            return self.later(x_RLD, memory, step, mixing)
-        x_RLD, memory = self.first(x_RLD, memory, step, mixing)
-        if step.index == self.steps - 1:
-            memory = KVPieces((self.later.network.shard_kv(self.first.kv(memory)),))
-        return x_RLD, memory
-
-    def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
-        return self.later.fold(run_step, carry, group)
-
-    def kv(self, memory: KVPieces) -> KV:
-        return self.later.kv(memory)
-
-
-def choose(
-    network: Transformer, params: Any, condition: Any, groups: tuple[Group, ...], keep_all: bool
-) -> Trunk:
-    """The trunk that the form of the parameters asks for.
+def choose(network: Transformer, params: Any, condition: Any, uncached_step: int | None) -> Trunk:
+    """The trunk that the form of the parameters asks for (`sampling.weight_layout`).
 
     Args:
         network: the network.
-        params: parameters of everything, as 'model', and perhaps 'layers'.
+        params: its parameters, as 'model', and perhaps 'layers' or 'kernels'.
         condition: the conditions of all rows of the batch.
-        groups: the steps that are sampled.
-        keep_all: keys and values of the last step are cached, too.
+        uncached_step: the step whose keys and values nothing reads; None: there is none.
     """
-    layers = params.get(LAYERS)
-    if layers is not None and not layers.steps:
-        return SplitTrunk.of(network, params['model'], layers, condition)
-    uncached = None if keep_all else groups[-1].last
-    scanned = ScannedTrunk.of(network, params['model'], condition, uncached)
-    if layers is None:
-        return scanned
-    alone = itertools.takewhile(lambda group: group.count == 1, groups)
-    steps = min(layers.steps, len(list(alone)))
-    return ChangingTrunk.of(scanned, layers, steps) if steps else scanned
+    if LAYERS in params:
+        return SplitTrunk.of(network, params['model'], params[LAYERS], condition)
+    kernels = params.get(KERNELS)
+    return ScannedTrunk.of(network, params['model'], condition, uncached_step, kernels)
 
 
 def merged_heads(network: Transformer, lanes: int) -> int:

@@ -2,23 +2,23 @@
 
 A step of one row reads every weight once, in place only where each layer has arrays of its own: a
 slice of stacked ones would be copied. A CPU packs the right operand of a product, so there a weight
-matrix is stored [out, in] and stands on the left (`layers.times_outputs_first`). The first steps of
-a pyramid have few rows, too: on a CPU, where a slice of an array is an array without a copy, they
-read the layers of the stacked arrays in place, as long as that compiles fast.
+matrix is stored [out, in] and stands on the left (`layers.times_outputs_first`). Layers that
+are scanned choose the kernels of a layer of many arrays (`layers.OneOf`): on a CPU these are views
+of the stacked ones, so that they need no memory.
 """
 
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from star_jax.core.schedule import Schedule
-from star_jax.nn.layers import OUTPUTS_FIRST
+from star_jax.nn.layers import ONE_OF, OUTPUTS_FIRST, OneOf
 
 LAYERS = 'layers'  # the parameters of layers that are apart from each other
 # Platforms on which few rows are multiplied fastest by kernels with their outputs first, because a
@@ -37,9 +37,8 @@ SUMMED_AXES = {
     'fc2': 1,
     'logits': 1,
 }
-FEW_ROWS = 32  # rows of an image up to which the copies of weights take much of a step
-MOST_BLOCKS = 80  # layers of all steps that are compiled one by one, which takes half a minute
 LARGE = 2**26  # bytes of all layers that no processor keeps in its cache
+KERNELS = 'kernels'  # the kernels of layers that are scanned, apart from each other
 LANES = {'tpu': 128}  # the least width that a platform stores an array with
 Layer = dict[str, Any]  # the parameters of one layer
 
@@ -51,13 +50,10 @@ class SplitLayers:
     Attributes:
         params: the parameters of every layer.
         lanes: heads narrower than this are stored side by side (static).
-        steps: how many steps, from the first on, they serve (static; 0: all, and the parameters
-            hold no stacked layers).
     """
 
     params: tuple[Layer, ...]
     lanes: int = flax.struct.field(pytree_node=False, default=1)
-    steps: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
@@ -82,29 +78,39 @@ def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[s
     return params | {LAYERS: layers}
 
 
-def with_first_steps(params: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
-    """The parameters, and views of each layer for the first steps, where those are worth it.
+def with_kernels_apart(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, and as 'kernels' a view of each layer's kernels, if that is worth it.
 
-    They are for a large model on one CPU whose layers are stacked.
+    That is so for a large model on one CPU whose layers are stacked.
 
     Args:
         params: 'model' and 'tokenizer', on their devices.
-        schedule: the steps of sampling.
     """
-    stacked = params['model'].get('blocks')
+    stacked = params['model'].get('blocks', {})
     leaves = jax.tree.leaves(stacked)
     if sum(leaf.nbytes for leaf in leaves) < LARGE or not all(map(_on_one_cpu, leaves)):
         return params
-    depth = len(leaves[0])
-    few = itertools.takewhile(lambda reads: reads <= FEW_ROWS, schedule.reads)
-    steps = min(len(list(few)), MOST_BLOCKS // depth)
-    if not steps:
-        return params
-    layers = tuple(
-        jax.tree.map(functools.partial(_view_of_layer, layer=layer), stacked)
-        for layer in range(depth)
-    )
-    return params | {LAYERS: SplitLayers(layers, steps=steps)}
+    views = {
+        path: tuple(_view_of_layer(x, layer) for layer in range(len(x)))
+        for path, x in flatten_dict(stacked).items()
+        if path[-1] == 'kernel'
+    }
+    return params | {KERNELS: unflatten_dict(views)}
+
+
+def choose_kernels(stacked: Any, kernels: Any, layer: jax.Array) -> Any:
+    """The parameters of a layer, with a choice of `kernels` in the place of each kernel.
+
+    Args:
+        stacked: the parameters of all layers, from which the others are sliced.
+        kernels: those of every layer, from `with_kernels_apart`.
+        layer: its number.
+    """
+    apart = flatten_dict(kernels)
+    params = {path: x[layer] for path, x in flatten_dict(stacked).items() if path not in apart}
+    for path, of_layers in apart.items():
+        params[*path[:-1], ONE_OF] = OneOf(of_layers, layer)
+    return unflatten_dict(params)
 
 
 def split(params: dict[str, Any]) -> dict[str, Any]:
