@@ -27,20 +27,22 @@ class TimedProgram(NamedTuple):
         program: the jitted function.
         args: its arguments; None for a part that takes the next arguments of the main program,
             which therefore need no copy.
-        flops: its floating-point operations.
-        reads: bytes of weights and cache that devices must read from memory in a run, in all.
+        cost: counts, by tracing it, its floating-point operations, and the bytes of weights and
+            cache that devices must read from memory in a run, in all.
     """
 
     program: Any
     args: Args | None
-    flops: int
-    reads: int
+    cost: Callable[[], tuple[int, int]]
 
     @classmethod
-    def count(cls, program: Any, *args: Any) -> 'TimedProgram':
-        """A program whose operations and weights, its first argument, are counted by tracing it."""
-        flops, reads = count_flops(program, *args), weights_read(program, *args)
-        return cls(program=program, args=args, flops=flops, reads=reads)
+    def of(cls, program: Any, *args: Any) -> 'TimedProgram':
+        """A program that reads its first argument, the weights, and no cache."""
+
+        def cost() -> tuple[int, int]:
+            return count_flops(program, *args), weights_read(program, *args)
+
+        return cls(program=program, args=args, cost=cost)
 
 
 def _same_args(args: Args, result: Any) -> Args:

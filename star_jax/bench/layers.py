@@ -13,11 +13,9 @@ import jax
 import numpy as np
 
 from star_jax.bench import timing
-from star_jax.bench.sampling import SamplingJob, cache_read
-from star_jax.core.flops import count_flops
+from star_jax.bench.sampling import SamplingJob
 from star_jax.errors import UserError
 from star_jax.parallel import machine
-from star_jax.plan.jaxpr_memory import weights_read
 from star_jax.sampling import program
 from star_jax.sampling.weight_layout import LARGE
 
@@ -55,11 +53,9 @@ def run(job: SamplingJob) -> dict[str, Any]:
     results = {name: np.asarray(call()) for name, call in calls.items()}
     calls |= {name: rate.call for name, rate in rates.items()}
     seconds = timing.time_in_turn(calls, job.repeats, averaged=rates)
-    counted = program.compile_program(job.counted(), tokenizer)
-    decoder = job.decoder(tokenizer, params)
-    flops = count_flops(counted, params, inputs) - decoder.flops
-    reads = weights_read(counted, params, inputs) - decoder.reads
-    reads += cache_read(network, job.batch * (1 + inputs.settings.guided))
+    flops, reads = np.subtract(
+        job.cost(tokenizer, params, inputs), job.decoder(tokenizer, params).cost()
+    ).tolist()
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     matrix_rate, read_rate = (rates[name].amount / median[name] for name in ('product', 'read'))
     for name in forms:

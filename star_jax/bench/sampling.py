@@ -4,6 +4,7 @@ The pipeline's one program from encoded text to pixels is timed, and apart from 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -85,15 +86,9 @@ class SamplingJob:
         params, inputs = self.arrange(weights), self.inputs()
         args = (params, inputs)
         buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
-        counted_program = program.compile_program(self.counted(), tokenizer)
+        sampler = program.compile_program(network, tokenizer, buckets)
         return Benchmark(
-            main=TimedProgram(
-                program=program.compile_program(network, tokenizer, buckets),
-                args=args,
-                flops=count_flops(counted_program, *args),
-                reads=weights_read(counted_program, *args)
-                + cache_read(network, self.batch * (1 + inputs.settings.guided)),
-            ),
+            main=TimedProgram(sampler, args, functools.partial(self.cost, tokenizer, *args)),
             parts={'decoder': self.decoder(tokenizer, params)},
             remainder='scales',
             make_preceding=self._text_encoder,
@@ -111,11 +106,17 @@ class SamplingJob:
         """The decoder alone, from the canvas of every image."""
         canvas = bind(tokenizer, params['tokenizer']).blank(self.batch)
         decode = jax.jit(lambda params, canvas: bind(tokenizer, params).decode(canvas))
-        return TimedProgram.count(decode, params['tokenizer'], canvas)
+        return TimedProgram.of(decode, params['tokenizer'], canvas)
 
-    def counted(self) -> Transformer:
-        """A transformer of the same sizes whose floating-point operations can be counted."""
-        return self.model.build(self.dtype, attend=ByScale())
+    def cost(
+        self, tokenizer: nn.Module, params: dict[str, Any], inputs: program.SamplingInputs
+    ) -> tuple[int, int]:
+        """Floating-point operations of a run, and the bytes of weights and cache that it reads."""
+        network = self.model.build(self.dtype, attend=ByScale())  # its operations can be counted
+        counted = program.compile_program(network, tokenizer)
+        reads = weights_read(counted, params, inputs)
+        reads += cache_read(network, self.batch * (1 + inputs.settings.guided))
+        return count_flops(counted, params, inputs), reads
 
     def inputs(self) -> program.SamplingInputs:
         """Random inputs of the program."""
@@ -155,7 +156,7 @@ class SamplingJob:
         tokens = pad([[1] * self.text_tokens] * self.batch, self.batch, self.text_tokens, 0)
         shapes = jax.eval_shape(tower.module.init, jax.random.key(0), tokens)['params']
         encode = jax.jit(lambda params, tokens: read_states(tower, tower.pool, params, tokens))
-        return {'text': TimedProgram.count(encode, random_arrays(nn.unbox(shapes)), tokens)}
+        return {'text': TimedProgram.of(encode, random_arrays(nn.unbox(shapes)), tokens)}
 
 
 def cache_read(network: Transformer, rows: int) -> int:

@@ -188,7 +188,7 @@ def run(job: TorchLoopJob) -> dict[str, Any]:
     median = {name: float(np.median(values)) for name, values in found.items()}
     count, network = model.schedule.steps, model.build()
     ours = (median['program'] - median['decoder']) / count
-    reads = (main.reads - decoder.reads) / count
+    reads = (main.cost()[1] - decoder.cost()[1]) / count
     return {
         'batch': batch,
         'step_ms': 1000 * ours,

@@ -4,6 +4,7 @@ The step of a transformer, on random codes and text features, over the devices o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,20 +87,20 @@ class TrainingJob:
         accumulate = run.optimizer.accumulate
         args = (state, frozen, (batch,) * accumulate, step_keys(jax.random.key(0), 0, accumulate))
         copies = mesh.size // mesh.shape['tensor']  # copies of the gathered parameters
+        state_bytes, shapes = mesh.size * device_bytes(state), jax.eval_shape(lambda: args)
+
+        def cost(step: Callable[..., Any]) -> tuple[int, int]:
+            return count_flops(step, *shapes), copies * weights_read(*_by_params(step, shapes))
+
+        def cost_of_update() -> tuple[int, int]:
+            flops, reads = cost(counted.train)
+            return flops, reads + state_bytes
+
         return Benchmark(
-            main=TimedProgram(
-                program=jax.jit(program.train, donate_argnums=0),
-                args=args,
-                flops=count_flops(counted.train, *args),
-                reads=copies * weights_read(*_by_params(counted.train, args))
-                + mesh.size * device_bytes(state),
-            ),
+            main=TimedProgram(jax.jit(program.train, donate_argnums=0), args, cost_of_update),
             parts={
                 'forward': TimedProgram(
-                    program=jax.jit(program.forward),
-                    args=None,
-                    flops=count_flops(counted.forward, *args),
-                    reads=copies * weights_read(*_by_params(counted.forward, args)),
+                    jax.jit(program.forward), None, functools.partial(cost, counted.forward)
                 )
             },
             remainder='backward and update',

@@ -112,11 +112,11 @@ def _measure(
     p50 = {name: float(np.median(times)) for name, times in seconds.items()}
     giga = {name: rate.amount / p50[name] / 1e9 for name, rate in rates.items()}
     programs_and_main = {**programs, 'program': benchmark.main}
-    flops = {name: program.flops for name, program in programs_and_main.items()}
-    reads = {name: program.reads for name, program in programs_and_main.items()}
-    for costs in (flops, reads, p50):
-        parts = sum(costs[name] for name in benchmark.parts)
-        costs[benchmark.remainder] = costs['program'] - parts
+    costs = {name: program.cost() for name, program in programs_and_main.items()}
+    flops, reads = ({name: cost[which] for name, cost in costs.items()} for which in (0, 1))
+    for amounts in (flops, reads, p50):
+        parts = sum(amounts[name] for name in benchmark.parts)
+        amounts[benchmark.remainder] = amounts['program'] - parts
     return {
         'pixels': benchmark.pixels,
         'time': _times(seconds['program'], benchmark.images),
