@@ -152,6 +152,13 @@ def test_weights_count_each_time_that_a_product_reads_them():
         return jax.grad(lambda weights: run(weights, x).sum().astype(jnp.float32))(weights)
 
     assert jaxpr_memory.weights_read(run, weights, x) == 5 * 2 * 16 * 16
+
+    def chosen(weights: dict, x: jax.Array) -> jax.Array:
+        branches = [lambda x, k=k: x @ weights['layers'][k].astype(x.dtype) for k in range(5)]
+        return jax.lax.scan(lambda x, k: (jax.lax.switch(k, branches, x), None), x, np.arange(5))[0]
+
+    assert jaxpr_memory.weights_read(chosen, weights, x) == 5 * 2 * 16 * 16
+    assert count_flops(chosen, weights, x) == 5 * 2 * 2 * 16 * 16
     # The gradient reads all of them again, to pass it on to the layer below.
     assert jaxpr_memory.weights_read(train, weights, x) == 2 * 5 * 2 * 16 * 16
 

@@ -1,8 +1,8 @@
 """How many floating-point operations does a function take?
 
 They are counted in its jaxpr: two per multiply-add of matrix products and convolutions. The body of
-a scan counts once per iteration (the compiler's own analysis counts it once), and the body of a
-shard_map once per device of its mesh.
+a scan counts once per iteration (the compiler's own analysis counts it once), the body of a
+shard_map once per device of its mesh, and of the branches of a condition the one with the most.
 """
 
 import collections
@@ -58,7 +58,10 @@ def _count_equation(equation: jex.JaxprEqn) -> collections.Counter[str]:
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
         return _products(equation, kernel.size // outputs)
-    inside = sum(map(_count, inner_jaxprs(params)), collections.Counter())
+    counts = list(map(_count, inner_jaxprs(params)))
+    if name == 'cond':
+        return max(counts, key=lambda count: count.total())
+    inside = sum(counts, collections.Counter())
     times = params['length'] if name == 'scan' else 1
     if name == 'shard_map':
         times = params['mesh'].size

@@ -81,13 +81,15 @@ def _reads(jaxpr: jex.Jaxpr, weights: Sequence[bool]) -> tuple[int, list[bool]]:
             total += sum(_bytes(var) for var, is_weight in operands if is_weight)
         elif name in LAYOUT:
             known.update(equation.outvars if used[0] else ())
+        sizes = [0]
         for inner in inner_jaxprs(equation.params):
             if len(inner.invars) > len(used):  # the arguments of a loop's condition are apart
                 continue
             size, results = _reads(inner, used[len(used) - len(inner.invars) :])
-            total += size * (equation.params['length'] if name == 'scan' else 1)
+            sizes.append(size * (equation.params['length'] if name == 'scan' else 1))
             pairs = zip(equation.outvars, results, strict=False)
             known.update(var for var, is_weight in pairs if is_weight)
+        total += max(sizes) if name == 'cond' else sum(sizes)
     return total, [isinstance(var, jex.Var) and var in known for var in jaxpr.outvars]
 
 
@@ -122,8 +124,11 @@ def _traffic(jaxpr: jex.Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name in PRODUCTS:
             total += sum(map(_bytes, (*equation.invars, *equation.outvars)))
-        iterations = equation.params['length'] if equation.primitive.name == 'scan' else 1
-        total += iterations * sum(map(_traffic, inner_jaxprs(equation.params)))
+        inside = [0, *map(_traffic, inner_jaxprs(equation.params))]
+        if equation.primitive.name == 'cond':
+            total += max(inside)
+        else:
+            total += sum(inside) * equation.params.get('length', 1)
     return total
 
 
