@@ -1,10 +1,11 @@
-"""A small Infinity: scenes of one shape as bits, at three aspect ratios, on two cores.
+"""The first stage of a small Infinity: scenes of one shape as bits, at three aspect ratios.
 
     star-jax train-tokenizer configs/shapes_bits_tokenizer.py --out runs/bits_tokenizer
     star-jax data cache configs/shapes_bits.py --cache runs/bits.codes
     star-jax train configs/shapes_bits.py --cache runs/bits.codes --out runs/bits
 
-Images have 8 px a token: 64 x 64, 40 x 80 and 80 x 40 px (height x width).
+`shapes_bits_corrected.py` is the second stage. Images have 8 px a token: 64 x 64, 40 x 80 and
+80 x 40 px (height x width).
 """
 
 import dataclasses

@@ -76,8 +76,8 @@ activations and temporaries on v5p-128, where 19.6 are counted for as many image
 v6e-256 its memory traffic takes longer than its arithmetic. Its compiled sampling needs 19.9 GiB
 beside the weights for 4 images a chip on v5p-128, where 10.0 are counted, and 5.5 for one image a
 chip on v5e-256, where 2.5 are counted. A TPU fills up heads of 64 channels to 128: the compiled
-program that samples STAR-d30 at 1024 px on v5p:4x4x4 takes 8.4 GiB beside its weights, where 1.9 are
-counted.
+program that samples STAR-d30 at 1024 px on v5p:4x4x4 takes 8.4 GiB beside its weights, where 1.9
+are counted.
 
 """
 

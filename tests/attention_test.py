@@ -388,12 +388,16 @@ def test_devices_compute_what_one_computes(case):
 
 
 def test_platform_and_shape_decide_the_kernel():
-    def choose(platform: str, rows: int, dtype: str = 'bfloat16', width: int = 64) -> Kernel:
+    def choose(
+        platform: str, rows: int, dtype: str = 'bfloat16', width: int = 64, cached: bool = False
+    ) -> Kernel:
         q = jax.ShapeDtypeStruct((2, rows, 16, width), dtype)
         kv = jax.ShapeDtypeStruct((2, 16, rows, width), dtype)
-        return attention_dispatch.Automatic(platform).choose(q, (), KV(kv, kv))
+        past = (KV(kv, kv),) if cached else ()
+        return attention_dispatch.Automatic(platform).choose(q, past, KV(kv, kv))
 
-    assert choose('cpu', 680) == attention_dispatch.CACHED
+    assert choose('cpu', 680) == attention_dispatch.TAUGHT
+    assert choose('cpu', 680, cached=True) == attention_dispatch.CACHED
     assert choose('gpu', 680, 'float32') == ByScale()
     assert choose('cpu', 9451) == attention_dispatch.CHUNKED
     assert choose('gpu', 680) == Flash(ByScale())

@@ -18,6 +18,7 @@ from star_jax.errors import UserError
 from star_jax.families.llamagen import LlamaGen
 from star_jax.families.star import Star
 from star_jax.parallel import machine
+from star_jax.sampling import weight_layout
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
 
@@ -371,9 +372,18 @@ def test_layers_are_timed_in_both_forms(tmp_path, capsys):
     assert scanned['ratio'] == 1 and arranged['p50_seconds'] > 0
     assert scanned['matrix_rate_share'] > 0 and scanned['read_rate_share'] > 0
     assert 'sampled' in capsys.readouterr().out
-    config.write_json(path, config.to_json(Run(model=Star(depth=1, width=16, heads=2))))
+
+
+def test_layers_of_a_pyramid_are_timed_where_their_weights_are_large(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='there is nothing to compare'):
-        bench.main(['layers', str(path)])
+        bench.main(['layers', str(tiny)])
+    monkeypatch.setattr(weight_layout, 'LARGE', 0)
+    path, words = tmp_path / 'layers.json', ['--depth', '2', '--repeats', '1', '--text-tokens', '3']
+    assert bench.main(['layers', str(tiny), *words, '--json', str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report['same_codes'] and report['steps'] == 2
+    with pytest.raises(UserError, match='samples every image alone: give --batch 1'):
+        bench.main(['layers', str(tiny), '--released-cross-attention', '--batch', '2'])
 
 
 def test_the_loop_without_pytorch_names_it(monkeypatch):

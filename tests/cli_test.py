@@ -129,6 +129,7 @@ HELP_OF = [
     ('bench', 'train'),
     ('bench', 'buckets'),
     ('bench', 'attention'),
+    ('bench', 'layers', 'configs/llamagen_b.py'),
     ('bench', 'torch', 'configs/llamagen_b.py'),
     ('bench', 'data'),
     ('bench', 'suite'),

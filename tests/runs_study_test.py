@@ -15,8 +15,9 @@ from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.plan import workload
-from star_jax.studies import aligned, runs, runs_report, units
+from star_jax.studies import aligned, cost, runs, runs_report, units
 from star_jax.studies.aligned import Aligned
+from star_jax.studies.cost_result import CostResult
 from star_jax.studies.held_out import HeldOut
 from star_jax.studies.runs_result import RunResult, TokenizerResult
 from star_jax.training import trainer
@@ -235,3 +236,31 @@ def test_a_short_study_of_families_from_end_to_end(families, tmp_path):
     assert all(len(found[f'{one.name}-0'].curve) == 10 for one in short.contenders)
     assert found['raster-0'].sampling in families.contenders[-1].choices
     assert 'raster - star' in (tmp_path / 'report_tables.md').read_text()
+
+
+def test_cost_times_every_contender(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, 'BATCHES', (1,))
+    small = dataclasses.replace(study.contenders[0].run.model, depth=1, width=36, heads=3)
+    first = study.contenders[0]
+    tokenizer = dict(study.tokenizers)[first.tokenizer]
+    autoencoder = tiny.TOKENIZER.model.autoencoder
+    shrunk = dataclasses.replace(
+        study,
+        contenders=(
+            dataclasses.replace(first, run=dataclasses.replace(first.run, model=small, batch=8)),
+        ),
+        tokenizers=(
+            (
+                first.tokenizer,
+                dataclasses.replace(
+                    tokenizer, model=dataclasses.replace(tokenizer.model, autoencoder=autoencoder)
+                ),
+            ),
+        ),
+    )
+    out = tmp_path / 'cost.json'
+    cost.measure(shrunk, out, rounds=1, text_tokens=3, console=Console())
+    found = config.read(out, CostResult)
+    timed = (*found.training.values(), *found.sampling.values())
+    assert len(timed) == 2
+    assert all(each.gflop > 0 and each.seconds > 0 for kinds in timed for each in kinds.values())

@@ -1,5 +1,6 @@
 """Does a scan whose layers choose their kernels in place sample what a scan over slices samples?"""
 
+import dataclasses
 import functools
 import re
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
+import star_jax
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Settings
+from star_jax.nn.layers import ONE_OF
 from star_jax.sampling import program, weight_layout
 from star_jax.sampling.sampler import sample
-from star_jax.sampling.weight_layout import KERNELS, with_kernels_apart
+from star_jax.sampling.weight_layout import KERNELS, choose_kernels, with_kernels_apart
 
 MODEL = tiny.STAR.model
 B = 2
@@ -30,7 +33,7 @@ def params() -> dict:
 
 
 @functools.cache
-def compiled(apart: bool, buckets=()):
+def compiled(apart: bool, buckets=(), dtype='float32'):
     """The program that samples B images with their trace, and its parameters."""
     rng = np.random.default_rng(1)
     rows = TextCondition(
@@ -41,7 +44,7 @@ def compiled(apart: bool, buckets=()):
     settings = Settings(guidance=2.0, top_k=20, top_p=0.9)
     run = functools.partial(
         sample,
-        MODEL.build(),
+        MODEL.build(dtype),
         tiny.TOKENIZER.model.build(),
         keys_B=program.image_keys([3, 5]),
         condition=rows,
@@ -50,7 +53,7 @@ def compiled(apart: bool, buckets=()):
         buckets=buckets,
         trace=True,
     )
-    weights = jax.device_put(params())
+    weights = jax.device_put(program.cast(params(), dtype))
     if apart:
         weights = with_kernels_apart(weights)
     assert (KERNELS in weights) == apart
@@ -60,8 +63,7 @@ def compiled(apart: bool, buckets=()):
 @pytest.mark.parametrize('buckets', [(), ((1, 2),)], ids=['each step alone', 'a bucket'])
 def test_kernels_in_place_give_the_same_images(buckets):
     ours, sliced = (
-        jax.device_get(program(weights))
-        for program, weights in (compiled(True, buckets), compiled(False))
+        jax.device_get(run(weights)) for run, weights in (compiled(True, buckets), compiled(False))
     )
     np.testing.assert_array_equal(ours.codes, sliced.codes)
     assert len({code for image in ours.codes for code in image}) > 3
@@ -70,6 +72,39 @@ def test_kernels_in_place_give_the_same_images(buckets):
         np.testing.assert_allclose(one, other, atol=2e-5)
     for one, other in zip(ours.trace.steps(), sliced.trace.steps(), strict=True):
         np.testing.assert_allclose(one.method.logits, other.method.logits, atol=2e-5)
+
+
+def test_kernels_in_place_give_the_same_images_in_bfloat16():
+    ours, sliced = (
+        jax.device_get(run(weights))
+        for run, weights in (compiled(kind, dtype='bfloat16') for kind in (True, False))
+    )
+    first, other = (result.trace.steps()[0].method.logits for result in (ours, sliced))
+    np.testing.assert_allclose(first, other, atol=0.05)
+
+
+@pytest.mark.parametrize('released', [False, True], ids=['corrected', 'released'])
+def test_a_pipeline_reads_its_kernels_in_place(released, tmp_path, monkeypatch):
+    model = dataclasses.replace(MODEL, released_cross_attention=released)
+    folder = tiny.write_model(tmp_path / 'model', model)
+    prompts = ['a red circle', 'a blue square']
+    pipe = star_jax.load(folder)
+    stacked = pipe._params['model']['blocks']['ffn']['fc1']['kernel']
+    views = pipe._params[KERNELS]['ffn']['fc1']['kernel']
+    assert len(views) == MODEL.depth
+    np.testing.assert_array_equal(np.stack(views), stacked)
+    monkeypatch.setattr(weight_layout, 'LARGE', 2**26)
+    sliced = star_jax.load(folder)
+    assert KERNELS not in sliced._params
+    np.testing.assert_array_equal(pipe(prompts), sliced(prompts))
+
+
+def test_a_kernel_of_another_module_is_sliced():
+    stacked = {'own': {'kernel': np.arange(6.0).reshape(2, 3)}}
+    kernels = {'own': {'kernel': tuple(stacked['own']['kernel'])}}
+    layer = choose_kernels(stacked, kernels, 1)['own']
+    np.testing.assert_array_equal(layer['kernel'], [3, 4, 5])
+    np.testing.assert_array_equal(layer[ONE_OF].kernels[0], [0, 1, 2])
 
 
 def test_no_kernel_is_copied():

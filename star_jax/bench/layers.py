@@ -1,4 +1,4 @@
-"""What does it bring that layers read their weights in place, compared with one scan over them?
+"""How much faster is sampling if layers read their weights in place?
 
 The program from encoded prompts to codes, without the decoder, in both forms: every layer a slice
 of stacked arrays, in one scanned body; and as the sampler arranges the weights for this platform.
@@ -25,15 +25,21 @@ SCANNED, ARRANGED = 'one scan', 'as sampled'
 def run(job: SamplingJob) -> dict[str, Any]:
     """Measures both forms: seconds of a run, compilation, MiB of temporaries, equality of codes.
 
-    Raises UserError if the sampler scans the layers of this model, too.
+    Raises UserError if the sampler slices stacked weights of this model, too, or if images of a
+    batch depend on each other.
     """
     network, tokenizer, params = job.build()
     forms = {SCANNED: params, ARRANGED: job.arrange(params)}
     if forms[ARRANGED] is params:
         raise UserError(
-            f'on {jax.default_backend().upper()}s the sampler scans the layers of this model, so '
-            'that there is nothing to compare: name a raster, or on a CPU a model of more than '
+            f'on {jax.default_backend().upper()}s the sampler slices the weights of this model, so '
+            'that there is nothing to compare: name a raster, or on a CPU a model of at least '
             f'{LARGE / 2**20:.0f} MiB'
+        )
+    if network.mixes_rows and job.batch > 1:
+        raise UserError(
+            'the released cross-attention samples every image alone: give --batch 1, or leave '
+            '--released-cross-attention out'
         )
     inputs = job.inputs()
     codes = functools.partial(program.sample_codes, network, tokenizer, ())
@@ -47,9 +53,7 @@ def run(job: SamplingJob) -> dict[str, Any]:
         }
     devices = jax.devices()[:1]
     rates = {'product': timing.matrix_product(job.dtype, devices), 'read': timing.read(devices)}
-    calls = {
-        name: functools.partial(program, forms[name], inputs) for name, program in compiled.items()
-    }
+    calls = {name: functools.partial(run, forms[name], inputs) for name, run in compiled.items()}
     results = {name: np.asarray(call()) for name, call in calls.items()}
     calls |= {name: rate.call for name, rate in rates.items()}
     seconds = timing.time_in_turn(calls, job.repeats, averaged=rates)

@@ -18,7 +18,9 @@ from star_jax.protocols import Kernel
 Name = Literal['automatic', 'dense', 'by_scale', 'chunked', 'flash', 'splash']
 PLATFORMS = {'flash': 'gpu', 'splash': 'tpu'}  # the platform that a kernel is made for
 CHUNKED = ByScale(Chunked(), Chunked())
-CACHED = ByScale(Tiled())
+TAUGHT = ByScale(Tiled())  # teacher-forced, on a CPU
+# Sampling, on a CPU: a step of one image fits in smaller turns, which would slow a gradient.
+CACHED = ByScale(Tiled(most=6 * 2**20))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Automatic:
         platform = self.platform or jax.default_backend()
         plain = CHUNKED
         if few:
-            plain = CACHED if platform == 'cpu' else ByScale()
+            plain = ByScale()
+            if platform == 'cpu':
+                plain = CACHED if past else TAUGHT
         if rows < self.least_rows or width % 8 or width > 128:
             return plain
         if platform == 'gpu' and q_BLNH.dtype in HALVES:

@@ -145,7 +145,7 @@ class Tiled:
         most: bytes of the scores of one turn.
     """
 
-    most: int = 6 * 2**20
+    most: int = 24 * 2**20
 
     def __call__(
         self, q_BLNH: jax.Array, past: tuple[KV, ...], new: KV, visibility: Visibility = ALL

@@ -174,32 +174,33 @@ def times_outputs_first(x: jax.Array, kernel: jax.Array, out: jnp.dtype | None =
 
 @flax.struct.dataclass
 class OneOf:
-    """The kernel of the layer at which a scan over layers is, which is read in place.
+    """The kernel of the current layer of a scan over layers, which is read in place.
 
     A slice of stacked kernels would be copied before the product.
 
     Attributes:
-        kernels: the kernel of every layer.
-        layer: which one.
+        kernels: the kernel [*in, *out] of every layer.
+        layer: number of the current layer, an int32 scalar.
     """
 
     kernels: tuple[jax.Array, ...]
     layer: jax.Array
 
     def times(self, x: jax.Array, product: Product) -> jax.Array:
-        """The product of x and the kernel."""
+        """`product` of x and the kernel of the current layer."""
         branches = [lambda x, kernel=kernel: product(x, kernel) for kernel in self.kernels]
         return jax.lax.switch(self.layer, branches, x)
 
 
 def multiply(module: nn.Module, product: Product, x: jax.Array, summed: int = 1) -> jax.Array:
-    """The product of x and the kernel of a module, in whichever form the kernel is.
+    """x [..., in] times the kernel of a module, in whichever form it is stored: [..., *out].
 
     Args:
-        module: has the `shape`, `axes` and `kernel_init` of its kernel, and the dtype `out`.
-        product: computes it with a kernel of that shape.
+        module: has the `shape` [*in, *out], `axes` and `kernel_init` of its kernel, and the dtype
+            `out` of the product.
+        product: multiplies x by a kernel of that shape.
         x: the rows, whose last axis is summed.
-        summed: how many axes of the kernel that is.
+        summed: axes *in of the kernel, as many as x has in its last one.
     """
     if module.has_variable('params', OUTPUTS_FIRST):
         kernel = module.get_variable('params', OUTPUTS_FIRST)

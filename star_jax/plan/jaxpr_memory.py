@@ -55,7 +55,8 @@ def measure(program: Program) -> Needs:
 def weights_read(function: Callable, *args: Any) -> int:
     """Bytes that products read of the arrays in the first argument, in all iterations of loops.
 
-    An array counts each time that a product reads it, in the dtype in which it does.
+    An array counts each time that a product reads it, in the dtype in which it does; of the
+    branches of a condition the one that reads most counts.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     count = len(jax.tree.leaves(args[0]))

@@ -1,9 +1,10 @@
 """How are the layers of a network run in sampling, and how do they keep keys and values?
 
-With many rows in a step matrix products dominate, so `ScannedTrunk` scans one compiled layer. With
-one row reads of weights, keys and values dominate, so `SplitTrunk` reads everything in place, from
-arrays of each layer (`sampling.weight_layout`). A TPU fills up the last axis of an array to a
-multiple of 128, so there narrow heads of a `SplitTrunk` lie side by side.
+With many rows in a step matrix products dominate, so `ScannedTrunk` scans one compiled layer, which
+takes its kernels from stacked arrays or selects them from one array per layer. With one row reads
+of weights, keys and values dominate, so `SplitTrunk` reads everything in place, from arrays of each
+layer (`sampling.weight_layout`). A TPU fills up the last axis of an array to a multiple of 128, so
+there narrow heads of a `SplitTrunk` lie side by side.
 """
 
 import dataclasses
@@ -118,7 +119,8 @@ class ScannedTrunk:
             return bind(Block(network.block), params)(x_RLD, inputs, shared)
 
         x_RLD = network.sharding(x_RLD.astype(network.dtype), 'batch', 'tokens', None)
-        return jax.lax.scan(run_layer, x_RLD, (jnp.arange(network.depth), per_layer))
+        layers = jnp.arange(network.depth), per_layer
+        return jax.lax.scan(run_layer, x_RLD, layers, unroll=network.unroll)
 
     def fold(self, run_step: StepFn, carry: Carry, group: Group) -> tuple[Carry, list[Any]]:
         if group.count == 1:

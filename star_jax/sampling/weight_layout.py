@@ -2,9 +2,9 @@
 
 A step of one row reads every weight once, in place only where each layer has arrays of its own: a
 slice of stacked ones would be copied. A CPU packs the right operand of a product, so there a weight
-matrix is stored [out, in] and stands on the left (`layers.times_outputs_first`). Layers that
-are scanned choose the kernels of a layer of many arrays (`layers.OneOf`): on a CPU these are views
-of the stacked ones, so that they need no memory.
+matrix is stored [out, in] and stands on the left (`layers.times_outputs_first`). In a
+scan over layers, `lax.switch` selects the kernel of the current layer from one array per layer
+(`layers.OneOf`); on one CPU device these are views of the stacked array and need no memory.
 """
 
 import functools
@@ -37,8 +37,8 @@ SUMMED_AXES = {
     'fc2': 1,
     'logits': 1,
 }
-LARGE = 2**26  # bytes of all layers that no processor keeps in its cache
-KERNELS = 'kernels'  # the kernels of layers that are scanned, apart from each other
+LARGE = 2**26  # bytes of all layers from which on copies of their slices cost time
+KERNELS = 'kernels'  # the kernels of every layer of a scan, an array each
 LANES = {'tpu': 128}  # the least width that a platform stores an array with
 Layer = dict[str, Any]  # the parameters of one layer
 
@@ -79,9 +79,10 @@ def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[s
 
 
 def with_kernels_apart(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, and as 'kernels' a view of each layer's kernels, if that is worth it.
+    """The parameters, and as 'kernels' a view of the kernels of each layer.
 
-    That is so for a large model on one CPU whose layers are stacked.
+    Only a model of at least LARGE bytes in stacked layers on one CPU device gains by that; other
+    parameters are returned as they are, the same object.
 
     Args:
         params: 'model' and 'tokenizer', on their devices.
@@ -99,16 +100,18 @@ def with_kernels_apart(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_kernels(stacked: Any, kernels: Any, layer: jax.Array) -> Any:
-    """The parameters of a layer, with a choice of `kernels` in the place of each kernel.
+    """The parameters of a layer, with a `OneOf` beside each kernel that is in `kernels`.
+
+    A module that does not know `OneOf` uses the slice; the slices that no module uses are no part
+    of the compiled program.
 
     Args:
-        stacked: the parameters of all layers, from which the others are sliced.
-        kernels: those of every layer, from `with_kernels_apart`.
-        layer: its number.
+        stacked: the parameters of all layers.
+        kernels: the kernels of every layer, from `with_kernels_apart`.
+        layer: number of the layer, an int32 scalar.
     """
-    apart = flatten_dict(kernels)
-    params = {path: x[layer] for path, x in flatten_dict(stacked).items() if path not in apart}
-    for path, of_layers in apart.items():
+    params = {path: x[layer] for path, x in flatten_dict(stacked).items()}
+    for path, of_layers in flatten_dict(kernels).items():
         params[*path[:-1], ONE_OF] = OneOf(of_layers, layer)
     return unflatten_dict(params)
 

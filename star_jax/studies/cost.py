@@ -83,7 +83,7 @@ def _measure(benchmarks: Mapping[str, Benchmark], rounds: int) -> dict[str, Kind
             seconds_per_image=float(np.median(times)) / benchmarks[kind].images,
             ratio=float(np.median(times / seconds[base])),
             ratios=tuple(float(ratio) for ratio in times / seconds[base]),
-            gflop=benchmarks[kind].main.flops / 1e9,
+            gflop=benchmarks[kind].main.cost()[0] / 1e9,
             bytes=programs[kind][1],
         )
         for kind, times in seconds.items()
