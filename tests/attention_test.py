@@ -396,7 +396,7 @@ def test_platform_and_shape_decide_the_kernel():
         past = (KV(kv, kv),) if cached else ()
         return attention_dispatch.Automatic(platform).choose(q, past, KV(kv, kv))
 
-    assert choose('cpu', 680) == attention_dispatch.TAUGHT
+    assert choose('cpu', 680) == attention_dispatch.TEACHER_FORCED
     assert choose('cpu', 680, cached=True) == attention_dispatch.CACHED
     assert choose('gpu', 680, 'float32') == ByScale()
     assert choose('cpu', 9451) == attention_dispatch.CHUNKED

@@ -23,7 +23,6 @@ from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
 
 TINY = """
-from star_jax.families.llamagen import LlamaGen
 from star_jax.families.star import Star
 from star_jax.core.settings import Settings
 from star_jax.training.run import Run

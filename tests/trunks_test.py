@@ -12,10 +12,10 @@ import tiny
 import star_jax
 from star_jax.core.condition import TextCondition
 from star_jax.core.settings import Settings
-from star_jax.nn.layers import ONE_OF
+from star_jax.nn.layers import SWITCHED
 from star_jax.sampling import program, weight_layout
 from star_jax.sampling.sampler import sample
-from star_jax.sampling.weight_layout import KERNELS, choose_kernels, with_kernels_apart
+from star_jax.sampling.weight_layout import KERNELS, switch_kernels, with_switched_kernels
 
 MODEL = tiny.STAR.model
 B = 2
@@ -55,7 +55,7 @@ def compiled(apart: bool, buckets=(), dtype='float32'):
     )
     weights = jax.device_put(program.cast(params(), dtype))
     if apart:
-        weights = with_kernels_apart(weights)
+        weights = with_switched_kernels(weights)
     assert (KERNELS in weights) == apart
     return jax.jit(run).lower(weights).compile(), weights
 
@@ -102,9 +102,9 @@ def test_a_pipeline_reads_its_kernels_in_place(released, tmp_path, monkeypatch):
 def test_a_kernel_of_another_module_is_sliced():
     stacked = {'own': {'kernel': np.arange(6.0).reshape(2, 3)}}
     kernels = {'own': {'kernel': tuple(stacked['own']['kernel'])}}
-    layer = choose_kernels(stacked, kernels, 1)['own']
+    layer = switch_kernels(stacked, kernels, 1)['own']
     np.testing.assert_array_equal(layer['kernel'], [3, 4, 5])
-    np.testing.assert_array_equal(layer[ONE_OF].kernels[0], [0, 1, 2])
+    np.testing.assert_array_equal(layer[SWITCHED].kernels[0], [0, 1, 2])
 
 
 def test_no_kernel_is_copied():
@@ -118,7 +118,7 @@ def test_kernels_share_the_memory_of_the_stacked_ones():
     kernel = jax.numpy.copy(np.ones((2, 64, 64), np.float32))  # in memory that JAX has aligned
     given = {'model': {'blocks': {'fc1': {'kernel': kernel, 'bias': np.ones((2, 3))}}}}
     given = jax.tree.map(jax.numpy.asarray, given)
-    (name, views), *others = with_kernels_apart(given)[KERNELS]['fc1'].items()
+    (name, views), *others = with_switched_kernels(given)[KERNELS]['fc1'].items()
     assert name == 'kernel' and not others
     places = [view.unsafe_buffer_pointer() - kernel.unsafe_buffer_pointer() for view in views]
     assert places == [0, 64 * 64 * 4]
@@ -128,7 +128,7 @@ def test_only_large_models_on_one_cpu_have_kernels_apart(monkeypatch):
     mesh = jax.make_mesh((2,), ('data',), devices=jax.devices()[:2])
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     meshed = jax.device_put(params(), everywhere)
-    assert with_kernels_apart(meshed) is meshed
+    assert with_switched_kernels(meshed) is meshed
     monkeypatch.setattr(weight_layout, 'LARGE', 2**26)
     alone = jax.device_put(params())
-    assert with_kernels_apart(alone) is alone
+    assert with_switched_kernels(alone) is alone

@@ -42,7 +42,10 @@ def run(job: SamplingJob) -> dict[str, Any]:
             '--released-cross-attention out'
         )
     inputs = job.inputs()
-    codes = functools.partial(program.sample_codes, network, tokenizer, ())
+
+    def codes(params: Any, inputs: program.SamplingInputs) -> jax.Array:
+        return program.sample_batch(network, tokenizer, (), params, inputs).codes
+
     compiled, report = {}, {}
     for name, weights in forms.items():
         start = time.perf_counter()

@@ -132,7 +132,7 @@ class SamplingJob:
         """The parameters in the form in which a pipeline holds them on the default device."""
         schedule = self.model.schedule
         params = weight_layout.arrange(params, schedule, jax.default_backend())
-        return weight_layout.with_kernels_apart(params)
+        return weight_layout.with_switched_kernels(params)
 
     def _load(self) -> tuple[nn.Module, dict[str, Any]]:
         """The tokenizer of a model folder, and the weights of both."""

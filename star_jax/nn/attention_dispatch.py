@@ -18,7 +18,7 @@ from star_jax.protocols import Kernel
 Name = Literal['automatic', 'dense', 'by_scale', 'chunked', 'flash', 'splash']
 PLATFORMS = {'flash': 'gpu', 'splash': 'tpu'}  # the platform that a kernel is made for
 CHUNKED = ByScale(Chunked(), Chunked())
-TAUGHT = ByScale(Tiled())  # teacher-forced, on a CPU
+TEACHER_FORCED = ByScale(Tiled())  # teacher-forced, on a CPU
 # Sampling, on a CPU: a step of one image fits in smaller turns, which would slow a gradient.
 CACHED = ByScale(Tiled(most=6 * 2**20))
 
@@ -61,7 +61,7 @@ class Automatic:
         if few:
             plain = ByScale()
             if platform == 'cpu':
-                plain = CACHED if past else TAUGHT
+                plain = CACHED if past else TEACHER_FORCED
         if rows < self.least_rows or width % 8 or width > 128:
             return plain
         if platform == 'gpu' and q_BLNH.dtype in HALVES:

@@ -14,8 +14,8 @@ Initializer = nn.initializers.Initializer
 # The name of a kernel that is stored with the axes of its outputs first, [*out, *in], in the place
 # of 'kernel': `sampling.weight_layout.arrange` stores it so where sampling reads it fastest.
 OUTPUTS_FIRST = 'outputs_first'
-# The name of a `OneOf` in the place of 'kernel'.
-ONE_OF = 'one_of'
+# The name of a `SwitchedKernel` in the place of 'kernel'.
+SWITCHED = 'switched_kernel'
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # rows and a kernel -> rows
 
@@ -173,7 +173,7 @@ def times_outputs_first(x: jax.Array, kernel: jax.Array, out: jnp.dtype | None =
 
 
 @flax.struct.dataclass
-class OneOf:
+class SwitchedKernel:
     """The kernel of the current layer of a scan over layers, which is read in place.
 
     A slice of stacked kernels would be copied before the product.
@@ -206,8 +206,8 @@ def multiply(module: nn.Module, product: Product, x: jax.Array, summed: int = 1)
         kernel = module.get_variable('params', OUTPUTS_FIRST)
         kernel = kernel.reshape(*kernel.shape[:-summed], -1)
         return times_outputs_first(x, kernel, module.out)
-    if module.has_variable('params', ONE_OF):
-        return module.get_variable('params', ONE_OF).times(x, product)
+    if module.has_variable('params', SWITCHED):
+        return module.get_variable('params', SWITCHED).times(x, product)
     init = nn.with_logical_partitioning(module.kernel_init, module.axes)
     return product(x, module.param('kernel', init, module.shape))
 

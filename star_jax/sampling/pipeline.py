@@ -90,7 +90,7 @@ class Pipeline:
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         params = jax.device_put(params, shardings)
-        self._params = weight_layout.with_kernels_apart(params)
+        self._params = weight_layout.with_switched_kernels(params)
         self._empty = jax.device_put(encoder.encode(['']), rules.replicated(self.mesh))
 
     def __repr__(self) -> str:

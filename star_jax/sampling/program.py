@@ -250,17 +250,6 @@ def abstract_cast(params: dict, dtype: str) -> dict:
     )
 
 
-def sample_codes(
-    network: Transformer,
-    tokenizer: nn.Module,
-    buckets: Buckets,
-    params: dict,
-    inputs: SamplingInputs,
-) -> jax.Array:
-    """The codes of images alone, [B, L, *codes.shape], of a network that mixes no rows."""
-    return _sample(network, tokenizer, buckets, params, inputs).codes
-
-
 def _sample_images(
     network: Transformer,
     tokenizer: nn.Module,
@@ -268,16 +257,21 @@ def _sample_images(
     params: dict,
     inputs: SamplingInputs,
 ) -> jax.Array:
-    return tokenizer.to_uint8(_sample(network, tokenizer, buckets, params, inputs).images)
+    return tokenizer.to_uint8(sample_batch(network, tokenizer, buckets, params, inputs).images)
 
 
-def _sample(
+def sample_batch(
     network: Transformer,
     tokenizer: nn.Module,
     buckets: Buckets,
     params: dict,
     inputs: SamplingInputs,
 ) -> Sample:
+    """Images [B, H, W, 3] float32 and codes [B, L, *codes.shape] of a batch.
+
+    The parts are those of `compile_program`, the others its program's arguments. A network that
+    mixes the rows of a batch samples other images than each alone would be.
+    """
     rows = inputs.prompted
     if inputs.empty is not None:
         if inputs.negative is None:

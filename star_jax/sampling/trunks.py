@@ -22,7 +22,7 @@ from star_jax.nn.kernels import MergedHeads, WriteFirst
 from star_jax.nn.transformer import Rows, Transformer
 from star_jax.protocols import Kernel
 from star_jax.sampling.kv_pieces import Carry, KVPieces, StepFn
-from star_jax.sampling.weight_layout import KERNELS, LAYERS, Layer, SplitLayers, choose_kernels
+from star_jax.sampling.weight_layout import KERNELS, LAYERS, Layer, SplitLayers, switch_kernels
 
 LEAST_ROWS = 512  # rows of a piece of a `ScannedTrunk`, but for the last one
 PIECE_ROWS = 64  # rows of a piece of a `SplitTrunk`; a step that has more is a piece
@@ -115,7 +115,7 @@ class ScannedTrunk:
 
         def run_layer(x_RLD: jax.Array, layer: tuple[jax.Array, PerLayer]) -> Any:
             number, inputs = layer
-            params = choose_kernels(self.params['blocks'], self.kernels, number)
+            params = switch_kernels(self.params['blocks'], self.kernels, number)
             return bind(Block(network.block), params)(x_RLD, inputs, shared)
 
         x_RLD = network.sharding(x_RLD.astype(network.dtype), 'batch', 'tokens', None)

@@ -4,7 +4,7 @@ A step of one row reads every weight once, in place only where each layer has ar
 slice of stacked ones would be copied. A CPU packs the right operand of a product, so there a weight
 matrix is stored [out, in] and stands on the left (`layers.times_outputs_first`). In a
 scan over layers, `lax.switch` selects the kernel of the current layer from one array per layer
-(`layers.OneOf`); on one CPU device these are views of the stacked array and need no memory.
+(`layers.SwitchedKernel`); on one CPU device these are views of the stacked array.
 """
 
 import functools
@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from star_jax.core.schedule import Schedule
-from star_jax.nn.layers import ONE_OF, OUTPUTS_FIRST, OneOf
+from star_jax.nn.layers import OUTPUTS_FIRST, SWITCHED, SwitchedKernel
 
 LAYERS = 'layers'  # the parameters of layers that are apart from each other
 # Platforms on which few rows are multiplied fastest by kernels with their outputs first, because a
@@ -78,7 +78,7 @@ def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[s
     return params | {LAYERS: layers}
 
 
-def with_kernels_apart(params: dict[str, Any]) -> dict[str, Any]:
+def with_switched_kernels(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters, and as 'kernels' a view of the kernels of each layer.
 
     Only a model of at least LARGE bytes in stacked layers on one CPU device gains by that; other
@@ -99,20 +99,20 @@ def with_kernels_apart(params: dict[str, Any]) -> dict[str, Any]:
     return params | {KERNELS: unflatten_dict(views)}
 
 
-def choose_kernels(stacked: Any, kernels: Any, layer: jax.Array) -> Any:
-    """The parameters of a layer, with a `OneOf` beside each kernel that is in `kernels`.
+def switch_kernels(stacked: Any, kernels: Any, layer: jax.Array) -> Any:
+    """The parameters of a layer, with a `SwitchedKernel` beside each kernel that is in `kernels`.
 
-    A module that does not know `OneOf` uses the slice; the slices that no module uses are no part
-    of the compiled program.
+    A module that does not know `SwitchedKernel` uses the slice; the slices that no module uses are
+    no part of the compiled program.
 
     Args:
         stacked: the parameters of all layers.
-        kernels: the kernels of every layer, from `with_kernels_apart`.
+        kernels: the kernels of every layer, from `with_switched_kernels`.
         layer: number of the layer, an int32 scalar.
     """
     params = {path: x[layer] for path, x in flatten_dict(stacked).items()}
     for path, of_layers in flatten_dict(kernels).items():
-        params[*path[:-1], ONE_OF] = OneOf(of_layers, layer)
+        params[*path[:-1], SWITCHED] = SwitchedKernel(of_layers, layer)
     return unflatten_dict(params)
 
 
