@@ -16,6 +16,7 @@ import numpy as np
 
 from star_jax.core import buckets
 from star_jax.core.buckets import Buckets
+from star_jax.core.sizes import check_sizes
 from star_jax.core.visibility import StaticVisibility
 from star_jax.errors import UserError
 
@@ -306,8 +307,7 @@ class Raster(Schedule):
     prefix: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width, self.prefix) < 1:
-            raise UserError(f'a raster needs positive height, width and prefix, not {self}')
+        check_sizes(height=self.height, width=self.width, prefix=self.prefix)
         if self.height * self.width + self.prefix > MOST_TOKENS:
             raise UserError(
                 f'a raster of {self.height:,} x {self.width:,} tokens after {self.prefix:,} rows '

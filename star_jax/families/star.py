@@ -42,10 +42,6 @@ class Refinement:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.first < 1 or self.blocks < 1:
-            raise UserError(
-                f'a refinement needs a first scale and blocks of at least 1, not {self}'
-            )
         check_sizes(first=self.first, blocks=self.blocks)
 
 

@@ -37,12 +37,14 @@ class MeshShape:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            whole_number(f'mesh.{axis}', getattr(self, axis))
-        if self.data < 0 or min(self.fsdp, self.tensor, self.sequence) < 1:
-            raise UserError(
-                'mesh axes need at least one device each (data: 0 is all devices that the other '
-                f'axes leave): {self}'
-            )
+            size = whole_number(f'mesh.{axis}', getattr(self, axis))
+            if axis == 'data' and size < 0:
+                raise UserError(
+                    'mesh.data must not be negative (0: all devices that the other axes leave), '
+                    f'not {size}'
+                )
+            if axis != 'data' and size < 1:
+                raise UserError(f'mesh.{axis} must be at least 1, not {size}')
 
     def sizes(self, devices: int) -> tuple[int, int, int, int]:
         """The length of each axis over this number of devices.

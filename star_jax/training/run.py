@@ -12,7 +12,7 @@ from star_jax.core.argument_types import check_types
 from star_jax.core.schedule import Grids
 from star_jax.core.self_correction import SelfCorrection
 from star_jax.core.settings import Dtype, Remat, Settings
-from star_jax.core.sizes import MAX_STEPS, MOST_LAYERS
+from star_jax.core.sizes import MAX_STEPS, MOST_LAYERS, check_sizes
 from star_jax.data.caption_choice import AnyCaption, CaptionChoice
 from star_jax.data.crops import WHOLE_IMAGES, Crops, RandomCrops
 from star_jax.data.folder import Folder
@@ -59,14 +59,18 @@ class Pace:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if min(self.steps, self.log, self.sample, self.save, self.keep) < 1:
-            raise UserError(f'every field of a pace must be at least 1: {self}')
+        check_sizes(
+            MAX_STEPS,
+            steps=self.steps,
+            log=self.log,
+            sample=self.sample,
+            save=self.save,
+            keep=self.keep,
+        )
         if not 0 <= self.images <= MAX_GRID:
             raise UserError(
                 f'images of a sample grid must lie in [0, {MAX_GRID}] (0: none), not {self.images}'
             )
-        if self.steps > MAX_STEPS:
-            raise UserError(f'steps must be at most {MAX_STEPS}, not {self.steps}')
         if self.save % self.log:
             raise UserError(
                 f'save ({self.save}) must be a multiple of log ({self.log}), so that a run that '

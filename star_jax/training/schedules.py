@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from star_jax.core.argument_types import check_types
+from star_jax.core.sizes import check_not_negative
 from star_jax.errors import UserError
 
 HOLDS = {'lin0': 0.05, 'lin': 0.15, 'exp': 0.15, 'lin00': 0.0}  # share of the run at the peak
@@ -43,14 +44,13 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.peak < 0 or self.warmup_steps < 0:
-            raise UserError(f'peak and warmup_steps must not be negative: {self}')
+        check_not_negative(peak=self.peak, warmup_steps=self.warmup_steps, start=self.start)
         if self.warmup_steps >= 2**31:
             raise UserError(f'warmup_steps must lie below 2^31, not {self.warmup_steps}')
         if self.per_images < 0:
             raise UserError(f'per_images must not be negative (0: any), not {self.per_images}')
-        if self.end <= 0 or self.start < 0:
-            raise UserError(f'end must be positive and start not negative: {self}')
+        if not self.end > 0:
+            raise UserError(f'end must be positive, not {self.end}')
         if self.shape not in SHAPES and not self._tau:
             raise UserError(
                 f'shape must be one of {", ".join(SHAPES)} or lin<tau> with 0 < tau < 1, '
