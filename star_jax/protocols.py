@@ -486,10 +486,7 @@ class Family:
 
         Raises UserError for 0, by which no logits are divided.
         """
-        try:
-            check_divisor(temperature)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_divisor(temperature)
         return np.full(self.schedule.steps, temperature, np.float32)
 
     def filter(self, settings: Settings) -> Filter:

@@ -13,7 +13,7 @@ import pytest
 
 from star_jax.bench import bench_tables, process, sampling, suite, timing, torch_loop
 from star_jax.checkpoint import config, folder
-from star_jax.commands import bench
+from star_jax.commands import bench, data
 from star_jax.errors import UserError
 from star_jax.families.llamagen import LlamaGen
 from star_jax.families.star import Star
@@ -333,6 +333,19 @@ def test_cache_that_must_be_read_has_the_rows_before_each_step():
 def test_bench_reports_mistakes_in_one_sentence(words, message):
     with pytest.raises(UserError, match=message):
         bench.main(words)
+
+
+@pytest.mark.parametrize(
+    'job, options, message',
+    [
+        (sampling.SamplingJob, {'model': Star(), 'repeats': 10**20}, 'repeats must be at most'),
+        (suite.SuiteSettings, {'repeats': 10**20}, 'repeats must be at most'),
+        (data.Show, {'source': 'shapes', 'size': 0}, 'size must lie in'),
+    ],
+)
+def test_jobs_and_options_of_python_callers_are_checked(job, options, message):
+    with pytest.raises(UserError, match=message):
+        job(**options)
 
 
 def test_bench_refuses_an_existing_folder_of_programs(tiny, tmp_path):

@@ -278,7 +278,7 @@ def test_wrong_sizes_of_a_file_are_named():
     ],
 )
 def test_wrong_sizes_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(CLASSES, **fields)
 
 

@@ -141,5 +141,5 @@ def test_what_decays_is_as_published():
     ],
 )
 def test_impossible_classes_are_refused(fields, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         Var(**fields)

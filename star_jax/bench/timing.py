@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from star_jax.errors import UserError
+
 # Sides of the square matrices whose product measures the matrix rate: large enough for it.
 SIDE = 2048
 SIDE_ON_ACCELERATORS = 8192
@@ -28,9 +30,9 @@ Call = Callable[[], Any]
 
 
 def check_runs(name: str, runs: int) -> None:
-    """Raises ValueError if `runs`, the value of the option `name`, exceeds MOST_RUNS."""
+    """Raises UserError if `runs`, the value of the option `name`, exceeds MOST_RUNS."""
     if runs > MOST_RUNS:
-        raise ValueError(f'{name} must be at most {MOST_RUNS:,}, not {runs:,}')
+        raise UserError(f'{name} must be at most {MOST_RUNS:,}, not {runs:,}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

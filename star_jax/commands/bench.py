@@ -215,10 +215,7 @@ def read_training(source: str, words: Sequence[str]) -> tuple[BenchTrain, Traini
     options = arguments.parse(
         BenchTrain, words, 'bench train CONFIG', default, common=run_config.PROGRAM
     )
-    try:
-        job = TrainingJob(run=options.run, text_tokens=options.text_tokens, repeats=options.repeats)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    job = TrainingJob(run=options.run, text_tokens=options.text_tokens, repeats=options.repeats)
     return options, job
 
 
@@ -304,9 +301,5 @@ def _sampling_job(options: BenchSample, folder: str = '') -> SamplingJob:
     """The job of the options, with the weights of a model folder ('': random ones)."""
     shared = {field.name for field in dataclasses.fields(SamplingJob)} - {'model', 'folder'}
     fields = {name: getattr(options, name) for name in shared}
-    try:
-        return SamplingJob(
-            model=suite.with_resolution(options.model, options.resolution), folder=folder, **fields
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = suite.with_resolution(options.model, options.resolution)
+    return SamplingJob(model=model, folder=folder, **fields)

@@ -160,10 +160,7 @@ def measure_layers(source: str, words: Sequence[str]) -> None:
     default = BenchLayers(model=run.model, settings=run.sampling)
     options = arguments.parse(BenchLayers, words, 'bench layers CONFIG', default, common=COMMON)
     fields = {field.name for field in dataclasses.fields(BenchLayers)} - {'json'}
-    try:
-        job = SamplingJob(**{name: getattr(options, name) for name in fields})
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    job = SamplingJob(**{name: getattr(options, name) for name in fields})
     _measure(job, layers.run, bench_tables.layers, options.json)
 
 
@@ -185,12 +182,7 @@ def measure_data(source: str, words: Sequence[str]) -> None:
     run = _run(source)
     default = BenchData(data=run.data, batch=run.batch)
     options = arguments.parse(BenchData, words, 'bench data CONFIG', default)
-    try:
-        reading = data.ReadingJob(
-            batch=options.batch, batches=options.batches, threads=options.threads
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    reading = data.ReadingJob(batch=options.batch, batches=options.batches, threads=options.threads)
     _check(options.json)
     startup.start()
     images = options.data.open(options.size or _resolution(run))
@@ -204,10 +196,7 @@ def measure_data(source: str, words: Sequence[str]) -> None:
 def _job(job_class: type[Job], options: Any) -> Job:
     """The job with the options of the same names; UserError for invalid ones."""
     names = [field.name for field in dataclasses.fields(job_class)]
-    try:
-        return job_class(**{name: getattr(options, name) for name in names})
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return job_class(**{name: getattr(options, name) for name in names})
 
 
 def _measure(

@@ -150,9 +150,9 @@ class Check:
 
 
 def _check_size(size: int) -> None:
-    """Raises ValueError for an invalid side of the images, in px."""
+    """Raises UserError for an invalid side of the images, in px."""
     if not 1 <= size <= MAX_SIZE:
-        raise ValueError(f'size must lie in [1, {MAX_SIZE}] pixels, not {size}')
+        raise UserError(f'size must lie in [1, {MAX_SIZE}] pixels, not {size}')
 
 
 def main(words: Sequence[str]) -> int:

@@ -113,23 +113,20 @@ def main(words: Sequence[str]) -> int:
 
 
 def _eval_options(options: Evaluate) -> EvalOptions:
-    try:
-        return EvalOptions(
-            model=options.model,
-            data=options.data,
-            splits=options.splits,
-            metrics=options.metrics,
-            count=options.count,
-            seed=options.seed,
-            batch=min(options.batch, options.count),
-            settings=_settings(options),
-            text=options.text,
-            dtype=options.dtype,
-            text_dtype=options.text_dtype,
-            cross_attention=options.cross_attention,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return EvalOptions(
+        model=options.model,
+        data=options.data,
+        splits=options.splits,
+        metrics=options.metrics,
+        count=options.count,
+        seed=options.seed,
+        batch=min(options.batch, options.count),
+        settings=_settings(options),
+        text=options.text,
+        dtype=options.dtype,
+        text_dtype=options.text_dtype,
+        cross_attention=options.cross_attention,
+    )
 
 
 def _settings(options: Evaluate) -> tuple[Settings, ...]:

@@ -17,15 +17,15 @@ MAX_NAMES = 5  # class names in an error
 
 
 def check_classes(count: int, names: tuple[str, ...]) -> None:
-    """Raises a ValueError unless there are classes, and names for all of them or for none."""
+    """Raises a UserError unless there are classes, and names for all of them or for none."""
     check_sizes(classes=count)
     if names and len(set(names)) != count:
-        raise ValueError(
+        raise UserError(
             f'names must be {count} different ones, one per class, or none; '
             f'there are {len(set(names))}'
         )
     if '' in names:
-        raise ValueError("a class cannot be called '', which stands for none")
+        raise UserError("a class cannot be called '', which stands for none")
 
 
 @dataclasses.dataclass(frozen=True)

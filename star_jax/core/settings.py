@@ -17,7 +17,7 @@ LIMIT = 1e6  # logits that are scaled by more overflow float32
 
 
 def check_divisor(temperature: float) -> None:
-    """Raises ValueError for a temperature by which logits cannot be divided."""
+    """Raises UserError for a temperature by which logits cannot be divided."""
     if not 1 / LIMIT <= temperature <= LIMIT:
         raise UserError(f'temperature must lie in [{1 / LIMIT:g}, {LIMIT:g}], not {temperature}')
 

@@ -10,7 +10,7 @@ LARGEST = 2**20  # larger than any size in use, and the product of three fits 64
 
 
 def check_codes(codes: int) -> None:
-    """Raises a ValueError unless `codes` is the size of a codebook."""
+    """Raises a UserError unless `codes` is the size of a codebook."""
     check_sizes(codes=codes)
     if codes < 2:
         raise UserError('codes must be at least 2, or there is nothing to predict, not 1')
@@ -24,7 +24,7 @@ def check_not_negative(**values: float) -> None:
 
 
 def check_sizes(most: int = LARGEST, **sizes: float | tuple[float, ...]) -> None:
-    """Raises a ValueError that names the first size, or a size of a tuple, outside [1, most].
+    """Raises a UserError that names the first size, or a size of a tuple, outside [1, most].
 
     A value that is not a number raises a UserTypeError.
     """

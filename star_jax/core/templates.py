@@ -134,7 +134,7 @@ class Templates:
 
 
 def _parse(name: str, scales: str) -> Grids:
-    """The grids that a text such as '1x1 2x2' lists; ValueError for another text."""
+    """The grids that a text such as '1x1 2x2' lists; UserError for another text."""
     pairs = [re.fullmatch(r'(\d+)x(\d+)', scale) for scale in scales.split()]
     if not pairs or not all(pairs):
         raise UserError(

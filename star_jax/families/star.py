@@ -132,7 +132,7 @@ class Star(Scales):
         )
 
     def _check_refinement(self, refinement: Refinement) -> None:
-        """Raises ValueError for a head that this model cannot have (STAR specification 9)."""
+        """Raises UserError for a head that this model cannot have (STAR specification 9)."""
         if self.positions.rotation(self.schedule, self.head_width) is None:
             raise UserError(
                 'a refinement head needs fixed rotary positions, not '

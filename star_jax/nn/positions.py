@@ -25,7 +25,7 @@ INTERPOLATED = 128  # cells of the longer side whose cosines and sines are inter
 
 
 def _check(theta: float, extent: float = 0.0) -> None:
-    """Raises ValueError for numbers that give no angles."""
+    """Raises UserError for numbers that give no angles."""
     if theta <= 0 or extent < 0:
         raise UserError(f'theta must be positive and extent not negative, not {theta} and {extent}')
 
@@ -53,7 +53,7 @@ class Positions:
     rotary: ClassVar[bool] = False
 
     def check(self, width: int, head_width: int) -> None:
-        """Raises ValueError where the kind does not fit these widths in channels."""
+        """Raises UserError where the kind does not fit these widths in channels."""
         if self.rotary and head_width % 4:
             raise UserError(f'rotary positions need a head width divisible by 4, not {head_width}')
 

@@ -165,12 +165,7 @@ class Pipeline:
             for name, value in settings.items()
             if isinstance(value, list) and isinstance(getattr(self.recommended, name), tuple)
         }
-        try:
-            resolved = dataclasses.replace(self.recommended, **settings | lists)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        resolved = dataclasses.replace(self.recommended, **settings | lists)
         program.step_settings(self._config, resolved)  # refuses numbers for other steps
         program.check_negative(self._config, resolved, self.recommended)
         return resolved

@@ -84,7 +84,7 @@ class Autoencoder:
         return self.stem * 2 ** (len(self.multipliers) - 1)
 
     def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises ValueError for a last grid (height, width) in cells whose images are too large."""
+        """Raises UserError for a last grid (height, width) in cells whose images are too large."""
         height, width = (side * self.downsampling for side in grid)
         if max(height, width) > LARGEST_SIDE:
             raise UserError(
