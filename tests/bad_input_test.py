@@ -706,8 +706,9 @@ CASES: list[tuple[str, str, str]] = [
     # Parts that do not fit.
     ('a model for no memory', f'{TRAIN} --model.depth 1048576', 'optimizer .* GiB.*choose smaller'),
     ('no layers', f'{TRAIN} --model.depth 0', r'depth must lie in \[1, 1048576\], not 0'),
-    ('sides that shrink', f'{TRAIN} --model.sides 4 2 1', 'sides of a pyramid must not shrink'),
-    ('no sides', f'{TRAIN} --model.sides', 'a pyramid needs grids'),
+    ('sides that shrink', f'{TRAIN} --model.sides 4 2 1', 'must not shrink, but 2x2 follows 4x4'),
+    ('a side of nothing', f'{TRAIN} --model.sides 0 2', 'at least 1x1, not 0x0'),
+    ('no sides', f'{TRAIN} --model.sides', 'a pyramid needs grids of at least 1x1, not none'),
     ('a single side', f'{TRAIN} --model.sides 4', 'give two or more'),
     ('too many tokens', f'{TRAIN} --model.sides 1 1000000', 'too long, expected at most'),
     ('a resolution of no shapes', f'{TRAIN} --model.sides 1 2 3', 'at least 16 pixels a side'),

@@ -149,9 +149,9 @@ def test_what_there_is_not_is_refused(call, message):
     ('fields', 'message'),
     [
         ({'grids': (('a', '1x1 2'),)}, 'expected the height x width of every scale'),
-        ({'grids': (('a', '1x1'), ('b', '1x1 2x2'))}, 'equally many scales'),
-        ({'grids': (('a', '1x1'), ('a', '2x2'))}, 'a name of its own'),
-        ({'grids': (('a', '2x2 1x1'),)}, 'must not shrink'),
+        ({'grids': (('a', '1x1'), ('b', '1x1 2x2'))}, "scales, but 'a' has 1 and 'b' has 2"),
+        ({'grids': (('a', '1x1'), ('a', '2x2'))}, "a name of its own, and 'a' is"),
+        ({'grids': (('a', '2x2 1x1'),)}, 'must not shrink, but 1x1 follows 2x2'),
         ({'grids': (('a', '1x1'),), 'resolutions': (('big', 2),)}, 'has 2 scales, but'),
     ],
 )

@@ -31,6 +31,11 @@ def square_grids(sides: tuple[int, ...]) -> Grids:
     return tuple((side, side) for side in sides)
 
 
+def show_grids(grids: Grids) -> str:
+    """Grids in a sentence, as height x width: '1x1 2x2 3x4'."""
+    return ' '.join(f'{height}x{width}' for height, width in grids)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A step of a schedule, perhaps inside a scan.
@@ -239,15 +244,21 @@ class Pyramid(Schedule):
                 f'a pyramid of {len(self.grids):,} scales is too long, expected at most '
                 f'{MOST_SCALES}: give fewer sides'
             )
-        if not self.grids or any(h < 1 or w < 1 for h, w in self.grids):
-            raise UserError(f'a pyramid needs grids of at least 1 x 1, not {self.grids}')
+        empty = tuple(grid for grid in self.grids if min(grid) < 1)
+        if empty or not self.grids:
+            raise UserError(
+                f'a pyramid needs grids of at least 1x1, not {show_grids(empty) or "none"}'
+            )
         for (h, w), (next_h, next_w) in itertools.pairwise(self.grids):
             if next_h < h or next_w < w:
-                raise UserError(f'the sides of a pyramid must not shrink: {self.grids}')
+                raise UserError(
+                    f'the sides of a pyramid must not shrink, but {next_h}x{next_w} follows '
+                    f'{h}x{w}: give them from coarse to fine'
+                )
         if self.length > MOST_TOKENS:
             raise UserError(
                 f'a pyramid of {self.length:,} tokens is too long, expected at most '
-                f'{MOST_TOKENS:,}: give smaller sides than {self.grids[-1]}'
+                f'{MOST_TOKENS:,}: give smaller sides than {show_grids(self.grids[-1:])}'
             )
 
     @classmethod

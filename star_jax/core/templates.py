@@ -7,11 +7,12 @@ with thirteen grids each. Images are 16 px a cell.
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Mapping
 
 from star_jax.core.argument_types import check_types
-from star_jax.core.schedule import Grids, Pyramid
+from star_jax.core.schedule import Grids, Pyramid, show_grids
 from star_jax.errors import UserError
 
 # Height / width -> height x width of every scale; the inverse of a ratio has the sides swapped.
@@ -56,10 +57,17 @@ class Templates:
     def __post_init__(self) -> None:
         check_types(self)
         counts = {name: len(grids) for name, grids in self.by_name.items()}
-        if len(counts) < len(self.grids) or not all(counts):
-            raise UserError(f'every template needs a name of its own, not {self.names}')
-        if len(set(counts.values())) > 1:
-            raise UserError(f'all templates need equally many scales, not {counts}')
+        for name in self.names:
+            if not name or self.names.count(name) > 1:
+                raise UserError(
+                    f'every template needs a name of its own, and {name!r} is empty or names two'
+                )
+        for (name, count), (after, other) in itertools.pairwise(counts.items()):
+            if count != other:
+                raise UserError(
+                    f'all templates need equally many scales, but {name!r} has {count} and '
+                    f'{after!r} has {other}'
+                )
         for name, count in self.resolutions:
             if not 1 <= count <= min(counts.values(), default=0):
                 raise UserError(
@@ -116,7 +124,7 @@ class Templates:
         for name, template in self.by_name.items():
             if template[: len(grids)] == grids:
                 return name
-        raise UserError(f'no template begins with the grids of the model, {_show(grids)}')
+        raise UserError(f'no template begins with the grids of the model, {show_grids(grids)}')
 
     def scales(self, resolution: str) -> int:
         """The number of scales at a resolution; UserError if there is none of that name."""
@@ -144,10 +152,6 @@ def _parse(name: str, scales: str) -> Grids:
     grids = tuple((int(pair[1]), int(pair[2])) for pair in pairs)
     Pyramid(grids)  # refuses grids that shrink
     return grids
-
-
-def _show(grids: Grids) -> str:
-    return ' '.join(f'{height}x{width}' for height, width in grids)
 
 
 def _published() -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from star_jax.core.filters import NucleusFilter
 from star_jax.core.guidance import linear_ramp
-from star_jax.core.schedule import Grids, Pyramid, square_grids
+from star_jax.core.schedule import Grids, Pyramid, show_grids, square_grids
 from star_jax.core.settings import Settings
 from star_jax.core.templates import Templates
 from star_jax.errors import UserError
@@ -78,7 +78,9 @@ class Scales(IndexSizes):
         try:
             other = dataclasses.replace(self, grids=schedule.grids)
         except ValueError as error:
-            raise UserError(f'the model has no images of {schedule.grids[-1]}: {error}') from error
+            raise UserError(
+                f'the model has no images of {show_grids(schedule.grids[-1:])} tokens: {error}'
+            ) from error
         if self.positions.table(self.schedule, self.width, self.init) is not None and (
             schedule.sizes != self.schedule.sizes
         ):

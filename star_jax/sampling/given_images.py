@@ -38,7 +38,7 @@ def prepare(
         size: (height, width) of its images in pixels.
 
     Returns:
-        None, one, or `count` uint8 images (height, width, 3); none where nothing is kept.
+        A list of no, one or `count` uint8 images (height, width, 3); of none where nothing is kept.
 
     Raises:
         UserError: more is kept than an image has, there is no image to keep it of, or their number
