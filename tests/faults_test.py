@@ -264,6 +264,11 @@ def test_signal_at_the_end_changes_nothing(undisturbed, tmp_path):
     assert outcome(tmp_path) == undisturbed
 
 
+@pytest.mark.parametrize('flag', [False, True])
+def test_processes_combine_their_requests_to_stop(flag):
+    assert stop_signals._any_of(flag).item() is flag
+
+
 def test_metrics_of_stopped_runs_are_joined(undisturbed, tmp_path):
     for step in (1, 2, 6, 7):
         assert not train_job(TinyJob(send(signal.SIGTERM, 'step', step)), tmp_path)[0]

@@ -23,6 +23,7 @@ from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.evaluation.eval_context import EvalOptions
 from star_jax.families.star import Star
+from star_jax.nn.attention_dispatch import Automatic
 from star_jax.nn.bind import bind
 from star_jax.parallel.mesh import MeshShape
 from star_jax.sampling import program
@@ -71,6 +72,20 @@ def pipe(folder) -> Pipeline:
 @pytest.fixture(scope='module')
 def images(pipe) -> np.ndarray:
     return pipe(PROMPTS, seed=SEED, guidance=2.0, top_k=8, top_p=0.8)
+
+
+def test_attention_is_computed_as_the_devices_of_the_mesh_do(pipe, monkeypatch):
+    """A mesh of CPUs on a machine whose default devices are GPUs selects no kernel of GPUs."""
+    platforms, choose = set(), Automatic.choose
+    monkeypatch.setattr(
+        Automatic,
+        'choose',
+        lambda self, *args: platforms.add(self.platform) or choose(self, *args),
+    )
+    config = pipe._config
+    inputs, condition = config.abstract_inputs(), config.abstract_condition()
+    jax.eval_shape(pipe.network.init, jax.random.key(0), inputs, condition)
+    assert platforms == {'cpu'}
 
 
 def test_images_are_bytes_and_differ(images):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from star_jax.errors import UserError
 
@@ -111,7 +111,8 @@ def _on_each(
     dtype: str,
 ) -> tuple[Call, int]:
     """A function of an array of ones on every device, compiled, and bytes of all arrays."""
-    mesh, spec = Mesh(np.array(devices), ('devices',)), PartitionSpec('devices')
+    mesh = Mesh(np.array(devices), ('devices',), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec('devices')
     ones = jnp.ones((len(devices), *shape), dtype, device=NamedSharding(mesh, spec))
     each = jax.shard_map(lambda x: function(x[0])[None], mesh=mesh, in_specs=spec, out_specs=spec)
     compiled = jax.jit(each).lower(ones).compile()

@@ -25,6 +25,7 @@ from star_jax.core.argument_types import choice, flag, instance, show, text, who
 from star_jax.core.buckets import Buckets, choose
 from star_jax.core.settings import Dtype, Settings, StableSettings
 from star_jax.errors import UserError, UserTypeError
+from star_jax.nn.attention_dispatch import named
 from star_jax.parallel import machine, rules
 from star_jax.parallel.mesh import MeshShape, batch_shards
 from star_jax.protocols import PromptEncoder
@@ -67,14 +68,15 @@ class Pipeline:
         self.recommended = model.sampling
         self.template = template
         self.mesh = mesh or MeshShape(data=1).build(jax.devices()[:1])
-        self.network = model.config.build(dtype).with_sharding(self.mesh)
+        platform = self.mesh.devices.flat[0].platform
+        attend = named('automatic', platform)
+        self.network = model.config.build(dtype, attend=attend).with_sharding(self.mesh)
         self.tokenizer = model.tokenizer.config.at(model.config.schedule).build(dtype)
         self.size = self.tokenizer.resolution
         if resize:
             self.size = _resized(self.size, resize)
             self.tokenizer = self.tokenizer.clone(shown=self.size)
-        platform, sizes = self.mesh.devices.flat[0].platform, self.network.schedule.sizes
-        shared = choose(buckets, sizes, platform)
+        shared = choose(buckets, self.network.schedule.sizes, platform)
         self._config = model.config
         self._count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         self._program = program.compile_program(self.network, self.tokenizer, shared)

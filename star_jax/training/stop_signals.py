@@ -13,7 +13,7 @@ from collections import deque
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 INTERRUPTED = 130  # exit status after a second signal, as shells have it for ctrl-c
@@ -88,7 +88,7 @@ class Stop:
 
 def _any_of(flag: bool) -> jax.Array:
     """Whether the flag of any process is set, not yet computed."""
-    mesh = Mesh(jax.devices(), 'devices')
+    mesh = Mesh(jax.devices(), ('devices',), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec('devices'))
     flags = np.full(jax.local_device_count(), flag)
     return _any(jax.make_array_from_process_local_data(sharding, flags))
