@@ -290,7 +290,8 @@ def test_rates_are_those_of_all_devices_of_the_work(count, monkeypatch):
 def test_cache_that_must_be_read_has_the_rows_before_each_step():
     model = Star(depth=2, width=16, heads=2, sides=(1, 2, 3), text_width=8)
     per_row = 2 * 2 * 16 * 4  # keys and values, layers, channels, float32
-    assert sampling.cache_read(model.build(), rows=6) == 6 * per_row * (0 + 1 + 5)
+    assert sampling.cache_read(model.build(), rows=6, steps=3) == 6 * per_row * (0 + 1 + 5)
+    assert sampling.cache_read(model.build(), rows=6, steps=2) == 6 * per_row * (0 + 1)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +378,10 @@ def test_layers_are_timed_in_both_forms(tmp_path, capsys):
     model = LlamaGen(depth=2, width=16, heads=2, hidden=32, grid=(2, 2), codes=32)
     path = tmp_path / 'config.json'
     config.write_json(path, config.to_json(Run(model=model)))
-    assert bench.main(['layers', str(path), '--repeats', '1', '--json', str(path)]) == 0
+    words = ['--repeats', '1', '--stop', '3', '--json', str(path)]
+    assert bench.main(['layers', str(path), *words]) == 0
     report = json.loads(path.read_text())
-    assert report['same_codes'] and report['steps'] == 4
+    assert report['same_codes'] and report['steps'] == 3
     scanned, arranged = report['forms'].values()
     assert scanned['ratio'] == 1 and arranged['p50_seconds'] > 0
     assert scanned['matrix_rate_share'] > 0 and scanned['read_rate_share'] > 0

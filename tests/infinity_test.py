@@ -255,6 +255,12 @@ def test_settings_give_guidance_and_temperature_of_every_step():
     assert star.guidance.tolist() == [0, 2, 8]
 
 
+@pytest.mark.parametrize(('stop', 'weights'), [(0, [0, 2, 4]), (2, [0, 2, 0]), (1, [0, 0, 0])])
+def test_steps_that_are_not_sampled_need_no_guidance(stop, weights):
+    steps = program.step_settings(Star(sides=(1, 2, 3)), Settings(guidance=4, stop=stop))
+    assert steps.guidance.tolist() == weights and steps.guided == any(weights)
+
+
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [

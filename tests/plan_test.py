@@ -17,7 +17,7 @@ from star_jax import cli
 from star_jax.checkpoint import config, folder
 from star_jax.core.cache import KV
 from star_jax.core.flops import count_flops, count_kinds
-from star_jax.core.settings import Remat
+from star_jax.core.settings import Remat, Settings
 from star_jax.core.visibility import StaticVisibility, Visibility
 from star_jax.errors import UserError
 from star_jax.families.star import Star
@@ -66,6 +66,32 @@ def test_collectives_count_once_per_iteration_and_once_if_they_overlap():
         ('all-gather', 2, 2, 30): 30 * 2 * 4 * 128 // 2,
         ('reduce-scatter', 4, 2, 30): 30 * 4 * 16 * 8 * 3 // 4,
     }
+
+
+@pytest.mark.parametrize(
+    'settings, rows',
+    [
+        (Settings(guidance=2.0), 2 * 14),
+        (Settings(guidance=0.0), 14),
+        (Settings(guidance=0.0, guidance_per_step=(0.0, 0.0, 2.0)), 2 * 14),
+        (Settings(guidance=2.0, stop=2), 2 * 5),
+        (Settings(guidance=2.0, guided_steps=1), 14),
+        (Settings(guidance=2.0, stop=1), 1),
+    ],
+)
+def test_collectives_of_sampling_are_those_of_its_rows(settings, rows):
+    run = Run(model=Star(depth=3, width=16, heads=2, sides=(1, 2, 3)), sampling=settings)
+    batch = workload.Workload(
+        images=4,
+        programs={},
+        resident={'parameters': {}},
+        trained=None,
+        counted_programs={},
+        needed_programs={},
+        notes=(),
+    )
+    (sums,) = analytic.collectives(run, batch, (1, 1, 2, 1), topologies.parse_topology('2xH100'))
+    assert sums.bytes == 4 * rows * analytic.SUMS_PER_LAYER * 3 * 16 * 4
 
 
 def test_traffic_counts_main_memory_alone():

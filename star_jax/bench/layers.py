@@ -75,7 +75,7 @@ def run(job: SamplingJob) -> dict[str, Any]:
         }
     return {
         'batch': job.batch,
-        'steps': job.model.schedule.steps,
+        'steps': job.steps,
         'forms': report,
         'same_codes': bool((results[SCANNED] == results[ARRANGED]).all()),
         'matrix_rate_gflops': matrix_rate / 1e9,

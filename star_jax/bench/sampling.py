@@ -67,10 +67,20 @@ class SamplingJob:
                 f'{self.repeats} and {self.text_tokens}'
             )
         timing.check_runs('repeats', self.repeats)
-        program.check_temperatures(self.model, self.settings)
+        program.step_settings(self.model, self.settings)  # refuses numbers for other steps
         rows = self.text_tokens * self.model.text_width
         rows += self.model.schedule.sizes[-1] * self.model.width
         machine.check_memory(f'a batch of {self.batch:,} images', 4 * self.batch * rows)
+
+    @property
+    def steps(self) -> int:
+        """The steps that are sampled."""
+        return self.settings.stop or self.model.schedule.steps
+
+    @property
+    def guided(self) -> bool:
+        """Whether any of them is guided, so that unprompted rows are computed, too."""
+        return program.step_settings(self.model, self.settings).guided
 
     @property
     def tokenizer(self) -> TokenizerConfig:
@@ -115,7 +125,7 @@ class SamplingJob:
         network = self.model.build(self.dtype, attend=ByScale())  # its operations can be counted
         counted = program.compile_program(network, tokenizer)
         reads = weights_read(counted, params, inputs)
-        reads += cache_read(network, self.batch * (1 + inputs.settings.guided))
+        reads += cache_read(network, self.batch * (1 + self.guided), self.steps)
         return count_flops(counted, params, inputs), reads
 
     def inputs(self) -> program.SamplingInputs:
@@ -159,11 +169,11 @@ class SamplingJob:
         return {'text': TimedProgram.of(encode, random_arrays(nn.unbox(shapes)), tokens)}
 
 
-def cache_read(network: Transformer, rows: int) -> int:
-    """Bytes of keys and values that all steps of sampling read, for `rows` rows of a batch."""
-    starts = network.schedule.starts
+def cache_read(network: Transformer, rows: int, steps: int) -> int:
+    """Bytes of keys and values that the first `steps` of sampling read, for `rows` of a batch."""
     row = jax.eval_shape(lambda: network.empty_cache(rows, 1))
-    return sum(starts[:-1]) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+    return sum(network.schedule.starts[:steps]) * size
 
 
 def condition(model: Family, rows: int, text_tokens: int) -> Any:

@@ -195,7 +195,7 @@ def run(job: TorchLoopJob) -> dict[str, Any]:
         'loop_step_ms': 1000 * median['loop'],
         'ratio': ours / median['loop'],
         'read_gbytes_a_step': reads / 1e9,
-        'cache_read_gbytes_a_step': cache_read(network, 2 * batch) / count / 1e9,
+        'cache_read_gbytes_a_step': cache_read(network, 2 * batch, count) / count / 1e9,
         'read_rate_gbytes': rate.amount / median['read'] / 1e9,
         'read_rate_share': reads / ours / (rate.amount / median['read']),
         'decoder_seconds_an_image': median['decoder'] / batch,

@@ -17,6 +17,7 @@ from star_jax.plan.fused import Counted
 from star_jax.plan.jaxpr_memory import Needs, measure
 from star_jax.plan.topologies import Pod
 from star_jax.plan.workload import MakeWorkload, Workload, state_bytes
+from star_jax.sampling.program import step_settings
 from star_jax.training.run import Run
 
 BATCHES = (256, 512)  # so large that activations outweigh the update of the parameters
@@ -103,16 +104,18 @@ def collectives(run: Run, workload: Workload, sizes: tuple[int, ...], pod: Pod) 
     images = workload.images // (data * fsdp)
     itemsize = jnp.dtype(run.dtype).itemsize
     model, depth = run.model, run.model.depth
-    rows = model.schedule.length * images
     gathered = {name: device_bytes(tree) * fsdp for name, tree in workload.resident.items()}
     trains = workload.trained is not None
     passes = 2 + (run.remat == 'full') if trains else 1  # over the activations of all layers
     if trains:  # float32 parameters are gathered in the compute dtype, forward and backward
+        rows = model.schedule.length * images
         weights = (2 * gathered['parameters'] + gathered.get('frozen model', 0)) * itemsize // 4
         weights += gathered.get('text encoder', 0)
     else:
-        weights = model.schedule.steps * gathered['parameters']
-        rows *= 2 if model.guidance_weights(run.sampling.guidance).any() else 1
+        steps = run.sampling.stop or model.schedule.steps
+        weights = steps * gathered['parameters']
+        guided = step_settings(model, run.sampling).guided
+        rows = (1 + guided) * model.schedule.offsets[steps] * images
     gradients = device_bytes(workload.trained) if trains else 0
     reduced = gradients * fsdp * itemsize // 4  # over fsdp, in the compute dtype
     summed = SUMS_PER_LAYER * depth * rows * model.width * itemsize // sequence

@@ -1,6 +1,5 @@
 """Which one jitted program samples images?"""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,6 +97,8 @@ def inputs(
 def step_settings(config: Family, settings: Settings) -> StepSettings:
     """Guidance and temperature of every step, as the family derives them.
 
+    Steps that are not sampled, after `settings.stop`, have no guidance.
+
     Raises:
         UserError: numbers per step of another length than the steps of the model, guidance after
             layers that it does not have, or a stop after its last step.
@@ -122,7 +123,7 @@ def step_settings(config: Family, settings: Settings) -> StepSettings:
     guidances = settings.guidance_per_step or (settings.guidance,) * steps
     temperatures = settings.temperature_per_step or (settings.temperature,) * steps
     weights_S = of_steps(config.guidance_weights, guidances)
-    weights_S[settings.guided_steps or steps :] = 0
+    weights_S[min(settings.guided_steps or steps, settings.stop or steps) :] = 0
     inside = tuple(layer for layer in layers if layer < 0)
     mixing = layer_mixing(weights_S, config.depth, inside)
     return StepSettings(
@@ -148,9 +149,7 @@ def check_negative(config: Family, settings: Settings, recommended: Settings) ->
     """
     if settings.negative in ('', recommended.negative):
         return
-    counts = [count for count in (settings.guided_steps, settings.stop) if count]
-    sampled = dataclasses.replace(settings, guided_steps=min(counts, default=0))
-    if not step_settings(config, sampled).guided:
+    if not step_settings(config, settings).guided:
         raise UserError(
             f'negative is {show(settings.negative)}, but no step is guided, so that it would '
             'change nothing: give a larger guidance, or leave negative out'
