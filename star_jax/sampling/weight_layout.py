@@ -78,6 +78,20 @@ def arrange(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[s
     return params | {LAYERS: layers}
 
 
+def arrange_on_devices(params: dict[str, Any], schedule: Schedule, platform: str) -> dict[str, Any]:
+    """`arrange` of arrays on devices, which stay split in the same way; arguments as there."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    arranged = arrange(abstract, schedule, platform)
+    if arranged is abstract:
+        return params
+    shardings = jax.tree.map(lambda x: x.sharding, arranged)
+    return jax.jit(arrange, static_argnums=(1, 2), out_shardings=shardings)(
+        params, schedule, platform
+    )
+
+
 def with_switched_kernels(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters, and as 'kernels' a view of the kernels of each layer.
 

@@ -24,6 +24,7 @@ from star_jax.parallel import rules
 from star_jax.parallel.mesh import batch_shards
 from star_jax.protocols import Family
 from star_jax.sampling import program as sampling
+from star_jax.sampling import weight_layout
 
 
 def padded_count(images: int, mesh: Mesh) -> int:
@@ -74,6 +75,7 @@ class SampleGrid:
         inputs = self._inputs(abstract(rows.shape, rows.dtype), prompted, empty)
         try:
             params = sampling.abstract_cast(params, self.dtype)
+            params = weight_layout.arrange(params, self.network.schedule, self._platform)
             return self.program.lower(params, inputs).compile()
         except jax.errors.JaxRuntimeError as error:
             if NO_MEMORY not in str(error):
@@ -106,15 +108,21 @@ class SampleGrid:
         keys_B, prompted = rules.shard_batch(
             (sampling.image_keys(rows), encode([padded[row] for row in rows])), self.mesh
         )
-        images = run(sampling.cast(params, self.dtype), self._inputs(keys_B, prompted, empty))
+        params = weight_layout.arrange_on_devices(
+            sampling.cast(params, self.dtype), self.network.schedule, self._platform
+        )
+        images = run(params, self._inputs(keys_B, prompted, empty))
         return rules.gather(images)[: len(captions)]
 
     @functools.cached_property
     def program(self) -> Any:
         """The jitted program."""
-        sizes, platform = self.network.schedule.sizes, self.mesh.devices.flat[0].platform
-        buckets = choose(None, sizes, platform)
+        buckets = choose(None, self.network.schedule.sizes, self._platform)
         return sampling.compile_program(self.network, self.tokenizer, buckets)
+
+    @property
+    def _platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
 
     def _inputs(self, keys_B: Any, prompted: Any, empty: Any) -> sampling.SamplingInputs:
         inputs = sampling.inputs(
