@@ -206,6 +206,30 @@ def test_all_tokenizers_train_against_a_discriminator(name, job, trained):
     assert not equal(state.adversary.params, job_of(name).init().adversary.params)
 
 
+def test_optional_parts_train_in_bfloat16_with_float32_statistics():
+    adversary = dataclasses.replace(ADVERSARY, penalty=LeCam(), augmentation=Augmentation())
+    state, metrics = train(job_of(objective=Objective(adversary=adversary), dtype='bfloat16'), 2)
+    assert all(np.isfinite(list(each.values())).all() for each in metrics)
+    assert all(each['adversary/gradient_discriminator'] > 0 for each in metrics)
+    kept = state.params, state.adversary.params, state.adversary.statistics, state.adversary.means_2
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(kept)} == {'float32'}
+
+
+@pytest.mark.slow
+def test_a_style_discriminator_learns_under_r1():
+    adversary = dataclasses.replace(ADVERSARY, discriminator=StyleGAN(), penalty=R1(every=2))
+    competition = Competition.build(
+        adversary, resolution=(8, 8), steps=4, images=2, dtype='float32'
+    )
+    images = jax.random.uniform(jax.random.key(0), (2, 2, 8, 8, 3), minval=-1)
+    params = jax.jit(competition.network.init)(jax.random.key(1), images[0])['params']
+    state = competition.start(nn.unbox(params), (8, 8))
+    after, metrics = jax.jit(competition.update)(state, *images, 0, jax.random.key(2))
+    assert np.isfinite(list(metrics.values())).all()
+    assert metrics['adversary/gradient_discriminator'] > 0
+    assert not equal(after.params, state.params)
+
+
 def test_before_its_start_the_discriminator_changes_nothing(monkeypatch):
     """Beside a perceptual loss, whose gradient counts in both programs."""
     monkeypatch.setattr(perceptual, 'load', lambda: SquaredDistance(jnp.float32(3)))
@@ -300,6 +324,9 @@ def test_only_the_decoder_is_tuned_and_codes_stay(job, trained, tmp_path):
             assert equal(params[part], trained_params[part])
     assert not equal(params['decoder'], state.params['decoder'])
     assert all(np.isfinite(each['loss']) for each in metrics)
+    other = dataclasses.replace(tiny.TOKENIZER.model, phi_ratio=0.25)  # with the same shapes
+    with pytest.raises(UserError, match=r'another tokenizer .*model.phi_ratio: 0.5 -> 0.25'):
+        TokenizerJob(dataclasses.replace(tuned.run, model=other)).init()
 
 
 @pytest.mark.parametrize(
@@ -375,3 +402,12 @@ def test_a_few_stray_codes_do_not_hide_a_collapse(caplog):
         summary.warn_of_collapse(np.array([[999, 1, 500, 500]]), Bits(2))
     assert [message.partition(':')[0] for message in caplog.messages] == ['codebook collapse'] * 2
     assert '1 of 2 bits have the same value in more than 99 %' in caplog.text
+
+
+def test_a_warning_of_collapse_names_the_images_and_advice_for_their_codes(caplog):
+    usage = np.zeros((1, 4096))
+    usage[0, 0] = 4096
+    with caplog.at_level(logging.WARNING):
+        summary.warn_of_collapse(usage, Index(4096), has_codebook=False, images='small images')
+    assert 'collapse: small images use 1 of 4096' in caplog.text  # bits as one index
+    assert 'EntropyOfBits' in caplog.text and 'restart_until' not in caplog.text

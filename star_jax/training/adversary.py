@@ -265,9 +265,9 @@ class Competition:
         }
 
     def accuracy(self, state: AdversaryState, images: jax.Array, decoded: jax.Array) -> jax.Array:
-        """The share of held-out images, real and decoded, that the discriminator gets right."""
+        """The share of right logits for each held-out image, real and decoded [B]."""
         logits = (self._apply(state.params, x)[0] for x in (images, decoded))
-        return adversarial.accuracy(*logits)
+        return jax.vmap(adversarial.accuracy)(*logits)
 
     def _apply(
         self, params: Any, images: jax.Array, given: AllStatistics | None = None

@@ -22,7 +22,13 @@ MIN_USED = 0.2  # share of the possible codes below which a codebook counts as c
 MIN_USED_BY_SCALE = 0.01  # a coarse scale needs few codes, but more than one
 MIN_PERPLEXITY = 0.01  # of the possible codes: a few stray ones do not hide a collapse
 MIN_CHANGED = 0.01  # share of the tokens with the rarer value of a bit below which it is stuck
-MOST_ACCURATE = 0.95  # share of images above which a discriminator has won
+MOST_ACCURATE = 0.95  # share of right logits above which a discriminator has won
+# What to do about a collapse of trained vectors, and of bits.
+RESTART = (
+    'start with plain_steps, restart unused codes longer (restart_until), or lower the learning '
+    'rate'
+)
+ENTROPY = 'add EntropyOfBits to objective.entropy in the config, or raise its weight'
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +158,14 @@ def check_state(state: TrainState) -> None:
         machine.check_memory('parameters, averages and optimizer of this model', size)
 
 
-def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
-    """Warns if validation images use few codes, or few of them often, at one scale or over all.
+def warn_of_collapse(
+    usage_KV: np.ndarray,
+    codes: Codes,
+    *,
+    has_codebook: bool = True,
+    images: str = 'validation images',
+) -> None:
+    """Warns if held-out images use few codes, or few of them often, at one scale or over all.
 
     A scale with fewer tokens than codes cannot use all of them: its possible codes are as many as
     its tokens.
@@ -161,7 +173,10 @@ def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
     Args:
         usage_KV: how often each scale used each value of a code.
         codes: the kind of codes.
+        has_codebook: codes are vectors that are trained, not bits.
+        images: what the images are, for the warning.
     """
+    advice = RESTART if has_codebook else ENTROPY
     places = {' over all scales': (usage_KV.sum(0), MIN_USED)}
     for scale, usage_V in enumerate(usage_KV):
         places[f' at scale {scale}'] = usage_V, MIN_USED_BY_SCALE
@@ -169,54 +184,47 @@ def warn_of_collapse(usage_KV: np.ndarray, codes: Codes) -> None:
         places = {'': (usage_KV[0], MIN_USED)}
     for place, (usage_V, least) in places.items():
         if isinstance(codes, Bits):
-            _warn_of_stuck_bits(place, usage_V.reshape(codes.width, -1))
+            fault = _stuck_bits(usage_V.reshape(codes.width, -1), images)
         else:
-            _warn_of_few_codes(place, usage_V, least, float(codes.perplexity(usage_V)))
+            fault = _few_codes(usage_V, least, float(codes.perplexity(usage_V)), images)
+        if fault:
+            log.warning('codebook collapse%s: %s: %s', place, fault, advice)
 
 
 def warn_of_winner(accuracy: float) -> None:
     """Warns if a discriminator is too accurate on validation images and their reconstructions."""
     if accuracy > MOST_ACCURATE:
         log.warning(
-            'the discriminator wins: it is right about %.0f %% of validation images and their '
-            'reconstructions, so the decoder learns little from it: lower the peak of '
+            'the discriminator wins: %.0f %% of its logits of validation images and their '
+            'reconstructions are right, so the decoder learns little from it: lower the peak of '
             'objective.adversary.optimizer.learning_rate, or add a penalty (R1, LeCam) or an '
             'augmentation to objective.adversary in the config',
             100 * accuracy,
         )
 
 
-def _warn_of_few_codes(place: str, usage_V: np.ndarray, least: float, perplexity: float) -> None:
-    """Warns if fewer than this share of the possible codes is used, or few of them often."""
+def _few_codes(usage_V: np.ndarray, least: float, perplexity: float, images: str) -> str:
+    """Says if fewer than this share of the possible codes is used, or few of them often."""
     possible, used = min(len(usage_V), int(usage_V.sum())), int((usage_V > 0).sum())
-    if used < least * possible or perplexity < MIN_PERPLEXITY * possible:
-        log.warning(
-            'codebook collapse%s: validation images use %d of %d possible codes (expected: at '
-            'least %d) with a perplexity of %.1f (expected: at least %.1f): start with '
-            'plain_steps, restart unused codes longer (restart_until), or lower the learning rate',
-            place,
-            used,
-            possible,
-            math.ceil(least * possible),
-            perplexity,
-            MIN_PERPLEXITY * possible,
-        )
+    if used >= least * possible and perplexity >= MIN_PERPLEXITY * possible:
+        return ''
+    return (
+        f'{images} use {used} of {possible} possible codes (expected: at least '
+        f'{math.ceil(least * possible)}) with a perplexity of {perplexity:.1f} (expected: at least '
+        f'{MIN_PERPLEXITY * possible:.1f})'
+    )
 
 
-def _warn_of_stuck_bits(place: str, usage_K2: np.ndarray) -> None:
-    """Warns if bits have one value in nearly all tokens of validation images."""
+def _stuck_bits(usage_K2: np.ndarray, images: str) -> str:
+    """Says if bits have one value in nearly all tokens."""
     tokens = usage_K2[0].sum()
     stuck = int((usage_K2.min(1) < MIN_CHANGED * tokens).sum())
-    if tokens >= 1 / MIN_CHANGED and stuck:
-        log.warning(
-            'codebook collapse%s: %d of %d bits have the same value in more than %.0f %% of the '
-            'tokens of validation images: add EntropyOfBits to objective.entropy in the config, or '
-            'raise its weight',
-            place,
-            stuck,
-            len(usage_K2),
-            100 * (1 - MIN_CHANGED),
-        )
+    if tokens < 1 / MIN_CHANGED or not stuck:
+        return ''
+    return (
+        f'{stuck} of {len(usage_K2)} bits have the same value in more than '
+        f'{100 * (1 - MIN_CHANGED):.0f} % of the tokens of {images}'
+    )
 
 
 def count_parameters(params: Any, constants: frozenset[str]) -> int:

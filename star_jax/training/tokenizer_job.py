@@ -13,13 +13,14 @@ import numpy as np
 from flax import linen as nn
 
 from star_jax import image_io
-from star_jax.checkpoint import folder, models
+from star_jax.checkpoint import config, folder, models
 from star_jax.core.flops import count_flops
 from star_jax.core.schedule import Pyramid
 from star_jax.data import pipeline
 from star_jax.errors import UserError
 from star_jax.losses.tokens import Metrics
 from star_jax.parallel import rules
+from star_jax.protocols import TokenizerConfig
 from star_jax.tokenizers import perceptual
 from star_jax.training import summary, warm_start
 from star_jax.training.adversary import Competition
@@ -123,8 +124,10 @@ class TokenizerJob:
     def init(self) -> TrainState:
         source, params = self.run.init, None
         if source:  # checked before anything is compiled
-            params = models.read_tokenizer(source).params
-            params = warm_start.fit(params, self.abstract(), source)
+            stored = models.read_tokenizer(source)
+            if self.run.only:
+                _check_same(self.run, stored.config)
+            params = warm_start.fit(stored.params, self.abstract(), source)
         key = jax.random.key(self.run.seed)
         state = init_sharded(self.program.start, self.program.init_params, self._mesh, key)
         return state if params is None else warm_start.start(state, params)
@@ -241,12 +244,12 @@ class TokenizerJob:
         ratios, counts, accuracies = [], 0.0, []
         for batch, count in pipeline.padded_batches(size.validation, size.batch, size.rows):
             images = rules.shard_batch(batch['image'], self._mesh)
-            ratio_B, usage_KV, accuracy = self._score(
+            ratio_B, usage_KV, accuracy_B = self._score(
                 state.averaged, state.adversary, images, count
             )
             ratios.append(np.asarray(ratio_B)[:count])
             counts += np.asarray(usage_KV)
-            accuracies.append(float(accuracy))
+            accuracies.append(np.asarray(accuracy_B)[:count])
         used_K = (counts > 0).mean(1)
         perplexity_K = np.asarray(self.tokenizer.codes.perplexity(jnp.asarray(counts)))
         scores = {f'{size.group}/psnr': float(np.concatenate(ratios).mean())}
@@ -258,11 +261,30 @@ class TokenizerJob:
             }
         used = float((counts.sum(0) > 0).mean())
         scores |= {f'{size.group}/used': used, f'{size.group}/dead': 1 - used}
-        if int(state.step) > self.run.quantised_from:
-            summary.warn_of_collapse(np.asarray(counts), self.tokenizer.codes)
+        # The codes of a decoder that is trained alone are those that it was given.
+        if int(state.step) > self.run.quantised_from and not self.run.only:
+            summary.warn_of_collapse(
+                np.asarray(counts),
+                self.tokenizer.codes,
+                has_codebook=self.run.model.has_codebook,
+                images=f'{size.group} images',
+            )
         if self.program.competition:
-            accuracy = float(np.mean(accuracies))
+            accuracy = float(np.concatenate(accuracies).mean())
             scores[f'{size.group}/discriminator_accuracy'] = accuracy
             if int(state.step) >= self.program.competition.adversary.start:
                 summary.warn_of_winner(accuracy)
         return scores
+
+
+def _check_same(run: TokenizerRun, config_of_init: TokenizerConfig) -> None:
+    """Raises UserError unless the tokenizer of `run.init` is that of the run.
+
+    The shapes of parameters do not tell: normalised vectors, grids or groups are other codes.
+    """
+    if differences := config.differences(config_of_init, run.model):
+        raise UserError(
+            f'{run.init} is another tokenizer than that of the run '
+            f'({"; ".join(f"model.{difference}" for difference in differences)}): its codes stay '
+            'the same only with the config that it was trained with'
+        )

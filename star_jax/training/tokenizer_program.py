@@ -278,17 +278,18 @@ class TokenizerProgram:
 
         Returns:
             PSNR of each image [B] in dB, the counts of the codes [K, V] at every scale over the
-            first `count` images, and the accuracy of the discriminator (NaN without one).
+            first `count` images, and the accuracy of the discriminator for each image [B] (NaN
+            without one).
         """
         tokenizer, signed = self._bound(params, images), pixels.to_signed(images)
         codes = tokenizer.quantise(tokenizer.features(signed))
         decoded = tokenizer.decode(codes.canvases[-1])
         real_B = jnp.arange(len(images)) < count
         usage_KV = codebook.usage(tokenizer.labels(codes), tokenizer.codes, real_B)
-        accuracy = jnp.nan
+        accuracy_B = jnp.full(len(images), jnp.nan)
         if self.competition:
-            accuracy = self.competition.accuracy(adversary, signed, decoded)
-        return psnr(signed, decoded), usage_KV, accuracy
+            accuracy_B = self.competition.accuracy(adversary, signed, decoded)
+        return psnr(signed, decoded), usage_KV, accuracy_B
 
     @functools.partial(jax.jit, static_argnums=0)
     def reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
