@@ -48,7 +48,8 @@ class Evaluate:
         count: images per split, and on shapes per number of objects.
         seed: seed of the first image; image i uses seed + i, and the intervals depend on it, too.
         batch: images per batch.
-        guidance: classifier-free guidance (STAR's cfg); 0 is off.
+        guidance: classifier-free guidance, as published for the family of the model; that of STAR
+            and VAR grows from 0 to this (off: 0; Infinity and LlamaGen: 1).
         top_k: sample among this many most probable codes (0: all).
         top_p: sample among the most probable codes that hold this share of the probability (0:
             all).
