@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 from star_jax.bench import bench_tables, process, sampling, suite, timing, torch_loop
 from star_jax.checkpoint import config, folder
 from star_jax.commands import bench, data
+from star_jax.core.settings import Settings
 from star_jax.errors import UserError
+from star_jax.families.infinity import Infinity
 from star_jax.families.llamagen import LlamaGen
 from star_jax.families.star import Star
 from star_jax.parallel import machine
+from star_jax.protocols import Family
 from star_jax.sampling import weight_layout
 from star_jax.tokenizers.autoencoder import Autoencoder
 from star_jax.training.run import Run
@@ -106,6 +110,30 @@ def test_report_contains_environment_and_memory(report):
     assert len(environment['load']) == 2 and memory['weights'] > 0
     assert any(name.endswith('_peak') for name in memory)
     assert 'depth 2' in bench_tables.summary(report) and 'batch 2' in bench_tables.summary(report)
+
+
+@pytest.mark.parametrize(
+    'family, settings, guidance',
+    [
+        (Infinity(), Settings(guidance=0.0), 'guidance 0'),
+        (Infinity(), Settings(guidance=1.0), 'without guidance'),
+        (Star(), Settings(guidance=0.0), 'without guidance'),
+        (Star(), Settings(guidance=4.0, stop=1), 'without guidance'),
+        (Star(), Settings(guidance=0.0, guidance_per_step=(4.0,) * 10), 'guidance per step'),
+    ],
+)
+def test_summary_names_the_guidance_of_the_steps(family, settings, guidance):
+    described = process.describe(sampling.SamplingJob(model=family, settings=settings))
+    environment = machine.describe() | {'load': [0, 0]}
+    summary = bench_tables.summary(described | {'pixels': 256, 'environment': environment})
+    assert f', {guidance}, batch 1' in summary
+
+
+def test_a_line_of_json_that_a_library_prints_is_no_report():
+    lines = []
+    prints = f"""print('{{"a": 1}}'); print('{process.REPORT}{{"b": 2}}')"""
+    reports, status = process._run([sys.executable, '-c', prints], os.environ, lines.append)
+    assert (reports, lines, status) == ([{'b': 2}], ['{"a": 1}'], 0)
 
 
 @pytest.fixture(scope='module')
@@ -201,7 +229,7 @@ def test_largest_batch_needs_two_different_batches():
     assert not list(suite._largest_jobs({'a': Run()}, twice, reports))
 
 
-def test_suite_resumes_and_records_failed_jobs(tiny, tmp_path, monkeypatch, capsys):
+def test_suite_resumes_and_tries_failed_jobs_again(tiny, tmp_path, monkeypatch, capsys):
     started = []
 
     def run_worker(job, task, cache, on_progress, profile=None):
@@ -230,7 +258,7 @@ def test_suite_resumes_and_records_failed_jobs(tiny, tmp_path, monkeypatch, caps
         ('SamplingJob', 'measure'),
         ('TrainingJob', 'measure'),
     ]
-    assert bench.main(words) == 0 and len(started) == 4
+    assert bench.main(words) == 0 and started[4:] == [('TrainingJob', 'measure')]  # again
     with pytest.raises(UserError, match='other settings .dtype: "bfloat16" -> "float32".*--out'):
         bench.main([*words, '--dtype', 'float32'])
     table = (tmp_path / 'report.md').read_text()
@@ -238,6 +266,43 @@ def test_suite_resumes_and_records_failed_jobs(tiny, tmp_path, monkeypatch, caps
         '| sample tiny batch 1 | 1 | 1.10 | 1 | 0.005 | 50.0% | 25.0% | 1.0 / 1.0 | 2.5 / 2.5 | 2 |'
         in table
     )
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The batches of the jobs that a suite starts, of which none is measured."""
+    batches = []
+
+    def run_worker(job, *args):
+        batches.append(job.batch)
+        memory = {'weights': 1.0, 'temporaries': 1.0, 'limit': 1e9}
+        return {'start': {}, 'parts': {'program': {'read_rate_share': 0.5}}, 'memory': memory}
+
+    monkeypatch.setattr(process, 'run_worker', run_worker)
+    return batches
+
+
+SMALL = suite.SuiteSettings(resolutions=(256,), trained=(), batches=(1, 2))
+
+
+def measure_suite(out: Path, *models: Family) -> suite.Reports:
+    runs = {f'model{number}': Run(model=model) for number, model in enumerate(models)}
+    return suite.measure(runs, SMALL, out, 1.0, lambda line: None)
+
+
+def test_suite_finds_every_mistake_before_it_starts_a_job(started, tmp_path):
+    with pytest.raises(UserError, match='LlamaGen has .* give .* --resolutions 0 --trained 0'):
+        measure_suite(tmp_path, Star(), LlamaGen())
+    config.write_json(tmp_path / 'sample_model1_256_px_batch_2.json', [])
+    with pytest.raises(UserError, match='batch_2.json holds no report of a benchmark: give'):
+        measure_suite(tmp_path, Star(), Star())
+    assert not started
+
+
+def test_suite_keeps_its_reports_where_the_largest_batch_fits_nowhere(started, tmp_path):
+    *reports, largest = measure_suite(tmp_path, Star()).values()
+    assert [report['job']['batch'] for report in reports] == [1, 2] and started == [1, 1, 2]
+    assert largest.keys() == {suite.FAILED} and 'would take' in largest[suite.FAILED]
 
 
 def test_suite_refuses_reports_of_an_earlier_version(tmp_path):

@@ -97,9 +97,9 @@ def _summary_cells(report: dict[str, Any]) -> tuple[str, ...]:
 
 def summary(report: dict[str, Any]) -> str:
     """Two lines: the job, and the machine."""
-    job, env = report['job'], report['environment']
+    env = report['environment']
     is_sampling = report['kind'] == 'SamplingJob'
-    described = _describe_sampling(job) if is_sampling else _describe_training(job)
+    described = _describe_sampling(report) if is_sampling else _describe_training(report)
     described = (*described, f'{report["pixels"]} px')
     machine = (
         f'{env["cores"]} cores',
@@ -111,20 +111,24 @@ def summary(report: dict[str, Any]) -> str:
     return ', '.join(described) + '\n' + ', '.join(machine)
 
 
-def _describe_sampling(job: dict[str, Any]) -> tuple[str, ...]:
-    guidance = job['settings']['guidance']
+def _describe_sampling(report: dict[str, Any]) -> tuple[str, ...]:
+    job, guidance = report['job'], 'without guidance'
+    if report['guided']:
+        settings = job['settings']
+        number = 'per step' if settings['guidance_per_step'] else f'{settings["guidance"]:g}'
+        guidance = f'guidance {number}'
     return (
         'sampling',
         *_describe_model(job['model']),
         job['folder'] or 'random weights',
-        f'guidance {guidance:g}' if guidance else 'without guidance',
+        guidance,
         f'batch {job["batch"]}',
         job['dtype'],
     )
 
 
-def _describe_training(job: dict[str, Any]) -> tuple[str, ...]:
-    run = job['run']
+def _describe_training(report: dict[str, Any]) -> tuple[str, ...]:
+    run = report['job']['run']
     return (
         'training',
         *_describe_model(run['model']),

@@ -21,6 +21,7 @@ from star_jax.checkpoint import config
 from star_jax.errors import UserError
 
 WORKER = 'star_jax.bench'
+REPORT = 'report: '  # starts the line of a worker's report; libraries may print JSON, too
 
 Job = SamplingJob | TrainingJob
 Task = Literal['start', 'measure']
@@ -63,7 +64,13 @@ def measure(
         cold = run_worker(job, 'measure', folder, on_progress, profile)
         warm = run_worker(job, 'start', folder, on_progress)
     starts = {'cold_start': cold.pop('start'), 'warm_start': warm['start']}
-    return {'kind': type(job).__name__, 'job': config.to_json(job), **starts, **cold}
+    return describe(job) | starts | cold
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What a report says of its job: its kind, its config, and of sampling whether it is guided."""
+    described = {'kind': type(job).__name__, 'job': config.to_json(job)}
+    return described | ({'guided': job.guided} if isinstance(job, SamplingJob) else {})
 
 
 def run_worker(
@@ -111,12 +118,12 @@ def run_worker(
 def _run(
     command: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The JSON lines that a command prints and its exit status; `on_line` gets the other lines."""
+    """The reports that a command prints and its exit status; `on_line` gets the other lines."""
     reports = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if line.startswith('{'):
-                reports.append(json.loads(line))
+            if line.startswith(REPORT):
+                reports.append(json.loads(line.removeprefix(REPORT)))
             else:
                 on_line(line.strip())
     return reports, process.returncode

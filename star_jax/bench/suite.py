@@ -5,6 +5,7 @@ report is a file in a folder, so the same call continues after an interruption.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ PROGRAMS = 'programs'  # the folder of compiled programs
 MEMORY_FRACTION = 0.85  # share of the memory that the largest batch may fill
 BATCH_MULTIPLE = 4  # the largest batch is a multiple of it
 
+FAILED = 'failed'  # the key of the error of a job that has no report
 SHARE = 'read_rate_share'  # a key of each program in the reports of this version
 
 Reports = dict[str, dict[str, Any]]
@@ -76,7 +78,10 @@ def with_resolution(model: Family, resolution: int) -> Family:
     scales = {'sides': SIDES, 'grids': SQUARES}
     field = next((name for name in scales if hasattr(model, name)), None)
     if field is None:
-        raise UserError(f'{type(model).__name__} has no published scales: leave --resolution out')
+        raise UserError(
+            f'{type(model).__name__} has no published scales: give the resolution 0, its own '
+            '(--resolution 0; of a suite --resolutions 0 --trained 0)'
+        )
     if resolution not in scales[field]:
         known = ', '.join(map(str, scales[field]))
         raise UserError(f'resolution must be one of {known} px, not {resolution}')
@@ -91,7 +96,9 @@ def measure(
     minutes: float,
     on_progress: Callable[[str], None],
 ) -> Reports:
-    """The reports of all jobs by name; the report of a job that failed has the key `failed`.
+    """The reports of all jobs by name; that of a job that failed holds its error as `failed` alone.
+
+    The others are written to files, which the next call reads; it tries failed jobs again.
 
     Args:
         runs: the runs whose models are measured, by name.
@@ -101,23 +108,32 @@ def measure(
         on_progress: receives a line of text before each slow step.
 
     Raises:
-        UserError: the folder holds the report of a job with the same name and other settings.
+        UserError: a model cannot have a resolution, or the folder holds the report of a job with
+            the same name and other settings; no job has started then.
     """
     end = time.monotonic() + 60 * minutes
     reports: Reports = {}
 
     def report_job(name: str, job: Job) -> None:
-        path = out / f'{name.replace(" ", "_")}.json'
+        path = _path(out, name)
         if path.exists():
             reports[name] = _read_report(path, job)
         elif time.monotonic() < end:
             reports[name] = _measure_job(job, out, lambda line: on_progress(f'{name}, {line}'))
-            config.write_json(path, reports[name])
+            if FAILED not in reports[name]:
+                config.write_json(path, reports[name])
 
-    for name, job in _jobs(runs, settings):
+    jobs = list(_jobs(runs, settings))
+    for name, job in jobs:
+        if _path(out, name).exists():
+            _read_report(_path(out, name), job)
+    for name, job in jobs:
         report_job(name, job)
-    for name, job in list(_largest_jobs(runs, settings, reports)):
-        report_job(name, job)
+    for name, make_job in list(_largest_jobs(runs, settings, reports)):
+        try:
+            report_job(name, make_job())
+        except UserError as error:  # raised, it would lose the reports of the others
+            reports[name] = {FAILED: str(error)}
     return reports
 
 
@@ -145,8 +161,8 @@ def _jobs(runs: Mapping[str, Run], settings: SuiteSettings) -> Iterator[tuple[st
 
 def _largest_jobs(
     runs: Mapping[str, Run], settings: SuiteSettings, reports: Reports
-) -> Iterator[tuple[str, SamplingJob]]:
-    """Jobs with the largest batch that fits, where two smaller batches were measured."""
+) -> Iterator[tuple[str, Callable[[], SamplingJob]]]:
+    """Makers of jobs with the largest batch that fits, where two smaller batches were measured."""
     two = sorted(set(settings.batches))[-2:]
     if not settings.largest or len(two) < 2:
         return
@@ -156,8 +172,8 @@ def _largest_jobs(
             if all('memory' in report for report in pair):
                 batch = largest_batch(*pair)
                 if batch > max(settings.batches):
-                    job = _sampling_job(run, settings, resolution, batch)
-                    yield _name('sample', name, resolution, batch), job
+                    make_job = functools.partial(_sampling_job, run, settings, resolution, batch)
+                    yield _name('sample', name, resolution, batch), make_job
 
 
 def largest_batch(small: Mapping[str, Any], large: Mapping[str, Any]) -> int:
@@ -172,21 +188,25 @@ def largest_batch(small: Mapping[str, Any], large: Mapping[str, Any]) -> int:
 
 
 def _read_report(path: Path, job: Job) -> dict[str, Any]:
-    """The report in a file; UserError if it is the report of another job."""
-    report = config.read_json(path)
+    """The report in a file; UserError if it is no report, or that of another job or version."""
+    report, remedy = config.read_json(path), 'give another --out, or remove it'
+    if not isinstance(report, dict):
+        raise UserError(f'{path} holds no report of a benchmark: {remedy}')
     measured = config.from_json(type(job), report.get('job'), where=str(path))
     if changed := config.differences(measured, job):
+        raise UserError(f'{path} was measured with other settings ({"; ".join(changed)}): {remedy}')
+    found: Any = report
+    for key in ('parts', 'program', SHARE):
+        found = found.get(key) if isinstance(found, dict) else None
+    if found is None or process.describe(job).keys() - report.keys():
         raise UserError(
-            f'{path} was measured with other settings ({"; ".join(changed)}): give another --out, '
-            'or remove it'
-        )
-    program = report.get('parts', {}).get('program', {})
-    if 'failed' not in report and SHARE not in program:
-        raise UserError(
-            f'{path} has no share of the read rate, so another version measured it: give another '
-            '--out, or remove it'
+            f'{path} lacks what this version reports, so another version measured it: {remedy}'
         )
     return report
+
+
+def _path(out: Path, name: str) -> Path:
+    return out / f'{name.replace(" ", "_")}.json'
 
 
 def _sampling_job(run: Run, settings: SuiteSettings, resolution: int, batch: int) -> SamplingJob:
@@ -205,7 +225,6 @@ def _name(kind: str, run: str, resolution: int, batch: int) -> str:
 
 def _measure_job(job: Job, out: Path, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """The report of a job; a job that samples one image is also started from a warm cache."""
-    described = {'kind': type(job).__name__, 'job': config.to_json(job)}
     try:
         report = process.run_worker(job, 'measure', out / PROGRAMS, on_progress)
         starts = {'cold_start': report.pop('start')}
@@ -213,5 +232,5 @@ def _measure_job(job: Job, out: Path, on_progress: Callable[[str], None]) -> dic
             warm = process.run_worker(job, 'start', out / PROGRAMS, on_progress)
             starts['warm_start'] = warm['start']
     except UserError as error:
-        return described | {'failed': str(error)}
-    return described | starts | report
+        return {FAILED: str(error)}
+    return process.describe(job) | starts | report

@@ -1,7 +1,7 @@
 """What does one benchmark process measure?
 
 `python -m star_jax.bench JOB.json start|measure` prints a line per stage, and at the end its
-report, one line of JSON:
+report, the word `report:` and one line of JSON:
 
     start        when each stage was complete (seconds since the epoch), processor seconds of
                  compilation and of all work up to the first dispatch, hits of the persistent cache
@@ -21,7 +21,7 @@ import numpy as np
 
 from star_jax.bench import timing
 from star_jax.bench.benchmark import Args, Benchmark, TimedProgram
-from star_jax.bench.process import JobFile
+from star_jax.bench.process import REPORT, JobFile
 from star_jax.checkpoint import config
 from star_jax.parallel import machine, startup
 
@@ -73,7 +73,7 @@ def main(path: str, task: str) -> None:
     report = {'start': {'stages': times.stages, **start}}
     if task == 'measure':
         report |= _measure(content, benchmark, compiled, repeated)
-    sys.stdout.write(json.dumps(report) + '\n')
+    sys.stdout.write(f'{REPORT}{json.dumps(report)}\n')
 
 
 def _compile(program: TimedProgram, times: StageTimes) -> tuple[Any, dict[str, float]]:

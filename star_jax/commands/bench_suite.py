@@ -25,7 +25,8 @@ class BenchSuite:
     CONFIG... are Python files that define `run` (see configs/). Each model, with random weights, is
     sampled at every resolution with every batch size and with the largest batch that fits, and
     trained at some resolutions. Each measurement is a process and a file in the folder --out: an
-    interrupted suite, or one that ran out of time, continues when the command is given again.
+    interrupted suite, or one that ran out of time, continues when the command is given again, and
+    tries again what failed.
 
     Example: star-jax bench suite configs/star_d16_256.py configs/star_d30_256.py --minutes 25
 
@@ -61,12 +62,12 @@ def measure(words: Sequence[str]) -> None:
     console = Console()
     with console.status('starting') as status:
         reports = suite.measure(runs, options.measured, options.out, options.minutes, status.update)
-    done = {name: report for name, report in reports.items() if 'failed' not in report}
+    done = {name: report for name, report in reports.items() if suite.FAILED not in report}
     if done:
         summary = bench_tables.summary(next(iter(done.values())))
         console.print(summary.splitlines()[-1], highlight=False)
         console.print(bench_tables.sweep(done))
         (options.out / REPORT).write_text(bench_tables.markdown(done), 'utf-8')
     for name, report in reports.items():
-        if 'failed' in report:
-            console.print(f'{name}: {report["failed"]}', highlight=False)
+        if suite.FAILED in report:
+            console.print(f'{name}: {report[suite.FAILED]}', highlight=False)
