@@ -92,7 +92,12 @@ def read_sampling(source: str | Path) -> Settings:
 
 def read_config(source: str | Path) -> Family:
     """Reads the sizes and parts of a model, without its weights."""
-    return folder.read(folder.find(source), _unread).config
+    return read_without_weights(source).config
+
+
+def read_without_weights(source: str | Path) -> folder.StoredModel:
+    """Reads all of a model but its weights: it has no parameters."""
+    return folder.read(folder.find(source), _unread)
 
 
 def digest(source: str | Path) -> str:

@@ -189,7 +189,7 @@ def read_sampling(
         default = BenchSample(model=run.model, settings=run.sampling, autoencoder=autoencoder)
         options = arguments.parse(BenchSample, words, command, default, common=COMMON)
         return options, _sampling_job(options)
-    model = models.read(source)
+    model = models.read_without_weights(source)
     default = BenchSample(
         model=model.config,
         settings=model.sampling,
