@@ -92,8 +92,9 @@ class SamplingJob:
 
     def prepare(self) -> Benchmark:
         """The programs and their arguments, on the default device."""
-        network, tokenizer, weights = self.build()
-        params, inputs = self.arrange(weights), self.inputs()
+        network, tokenizer, weights = self._read()
+        weights = self._put(self._arrange(weights))
+        params, inputs = weight_layout.with_switched_kernels(weights), self.inputs()
         args = (params, inputs)
         buckets = choose(self.buckets, network.schedule.sizes, jax.default_backend())
         sampler = program.compile_program(network, tokenizer, buckets)
@@ -108,9 +109,9 @@ class SamplingJob:
         )
 
     def build(self) -> tuple[Transformer, nn.Module, dict[str, Any]]:
-        """The transformer, its tokenizer, and the parameters of both in the compute dtype."""
-        tokenizer, params = self._load() if self.folder else self._random()
-        return self.model.build(self.dtype), tokenizer, program.cast(params, self.dtype)
+        """The transformer, its tokenizer, and the parameters of both on the default device."""
+        network, tokenizer, params = self._read()
+        return network, tokenizer, self._put(params)
 
     def decoder(self, tokenizer: nn.Module, params: dict[str, Any]) -> TimedProgram:
         """The decoder alone, from the canvas of every image."""
@@ -140,22 +141,30 @@ class SamplingJob:
 
     def arrange(self, params: dict[str, Any]) -> dict[str, Any]:
         """The parameters in the form in which a pipeline holds them on the default device."""
-        schedule = self.model.schedule
-        params = weight_layout.arrange(params, schedule, jax.default_backend())
-        return weight_layout.with_switched_kernels(params)
+        return weight_layout.with_switched_kernels(self._arrange(params))
 
-    def _load(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The tokenizer of a model folder, and the weights of both."""
+    def _arrange(self, params: dict[str, Any]) -> dict[str, Any]:
+        return weight_layout.arrange(params, self.model.schedule, jax.default_backend())
+
+    def _read(self) -> tuple[Transformer, nn.Module, dict[str, Any]]:
+        """The transformer, its tokenizer, and the parameters of both in the compute dtype.
+
+        They are numpy arrays from the model folder, or shapes, of random ones: a device holds them
+        in no other dtype and form than a pipeline's.
+        """
+        network = self.model.build(self.dtype)
+        if not self.folder:
+            shapes = {'model': self.model.abstract(), 'tokenizer': self.tokenizer.abstract()}
+            params = program.abstract_cast(nn.unbox(shapes), self.dtype)
+            return network, self.tokenizer.build(self.dtype), params
         model = models.read(self.folder)
         params = {'model': model.params, 'tokenizer': model.tokenizer.params}
-        return model.tokenizer.config.at(self.model.schedule).build(self.dtype), jax.device_put(
-            params
-        )
+        tokenizer = model.tokenizer.config.at(self.model.schedule).build(self.dtype)
+        return network, tokenizer, program.cast(params, self.dtype)
 
-    def _random(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The published tokenizer at the sizes of the model, and random weights of both."""
-        params = {'model': self.model.abstract(), 'tokenizer': self.tokenizer.abstract()}
-        return self.tokenizer.build(self.dtype), random_arrays(nn.unbox(params))
+    def _put(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of `_read` on the default device."""
+        return jax.device_put(params) if self.folder else random_arrays(params)
 
     def _text_encoder(self) -> dict[str, TimedProgram]:
         """The encoder of a batch of prompts, if it is timed."""
