@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from star_jax.bench import bench_tables, process, sampling, suite, timing, torch_loop
-from star_jax.checkpoint import config, folder
+from star_jax.checkpoint import config, folder, weights
 from star_jax.commands import bench, data
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.families.infinity import Infinity
 from star_jax.families.llamagen import LlamaGen
 from star_jax.families.star import Star
-from star_jax.parallel import machine
+from star_jax.parallel import machine, mesh
 from star_jax.protocols import Family
 from star_jax.sampling import weight_layout
 from star_jax.tokenizers.autoencoder import Autoencoder
@@ -435,8 +435,26 @@ def test_sample_takes_sizes_and_weights_of_a_model_folder(tmp_path):
     assert (job.model, job.autoencoder, job.batch) == (model, autoencoder, 3)
     loaded = dataclasses.replace(job, text_tokens=3).prepare().main.args[0]
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    _, _, on_host = dataclasses.replace(job, dtype='bfloat16')._read()
+    assert kernel_kinds(on_host) == {(np.ndarray, 'bfloat16')}
+
+    (path / folder.MODEL).unlink()  # options are read without weights
     with pytest.raises(UserError, match='leave out depth: 1 -> 2'):
         bench.read_sampling(str(path), ['--depth', '2'])
+
+
+def kernel_kinds(params: dict) -> set[tuple[type, str]]:
+    """The types and dtypes of the kernels of all layers."""
+    flat = weights.flatten(params['model']['blocks'])
+    return {(type(x), str(x.dtype)) for name, x in flat.items() if name.endswith('kernel')}
+
+
+def test_a_device_holds_weights_in_the_compute_dtype_alone(monkeypatch):
+    put, model = [], LlamaGen(depth=2, width=16, heads=2, hidden=32, grid=(2, 2), codes=32)
+    job = sampling.SamplingJob(model=model, dtype='bfloat16')
+    monkeypatch.setattr(sampling, 'random_arrays', lambda shapes: put.append(shapes) or shapes)
+    job.build()
+    assert kernel_kinds(put[0]) == {(jax.ShapeDtypeStruct, 'bfloat16')}
 
 
 def test_layers_are_timed_in_both_forms(tmp_path, capsys):
@@ -469,3 +487,16 @@ def test_the_loop_without_pytorch_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch', None)
     with pytest.raises(UserError, match='the loop needs PyTorch'):
         torch_loop.loop(Star(depth=1, width=8, heads=1), batch=1, steps=1)
+
+
+def test_the_loop_is_compared_on_the_cpu_alone(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    with pytest.raises(UserError, match='would run on a GPU: set JAX_PLATFORMS=cpu'):
+        torch_loop.run(torch_loop.TorchLoopJob(model=LlamaGen(grid=(8, 8))))
+
+
+def test_the_loop_uses_as_many_threads_as_the_program():
+    torch = pytest.importorskip('torch')
+    model = LlamaGen(depth=1, width=16, heads=2, hidden=32, grid=(2, 2), codes=32)
+    assert torch_loop.loop(model, batch=1, steps=1)() > 0
+    assert torch.get_num_threads() == mesh.cores()

@@ -197,7 +197,10 @@ def layers(report: dict[str, Any]) -> Table:
 
 def torch_loop(report: dict[str, Any]) -> Table:
     """The report of `bench.torch_loop.run`."""
-    title = f'One step of sampling; memory is read with {report["read_rate_gbytes"]:,.1f} GB/s'
+    title = (
+        f'One step of sampling on {report["threads"]:,} threads; memory is read with '
+        f'{report["read_rate_gbytes"]:,.1f} GB/s'
+    )
     columns = ('ms', 'loop, ms', 'to the loop', 'MB read', 'of read rate', 'compile, s')
     table = number_table(title, *columns)
     cells = (

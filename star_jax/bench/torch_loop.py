@@ -2,9 +2,9 @@
 
 The loop has the form of the published code: one call per layer and step, fused projections of
 queries, keys and values by `F.linear`, two rows per image, a static cache of all rows rounded up to
-8, and an explicit mask over all of it. Weights are random in both. Rounds alternate: the program of
-this package, its decoder alone, a sum that measures the read rate, steps of the loop. PyTorch is
-not a requirement of this package.
+8, and an explicit mask over all of it. Weights are random in both, and both use all cores of the
+CPU. Rounds alternate: the program of this package, its decoder alone, a sum that measures the read
+rate, steps of the loop. PyTorch is not a requirement of this package.
 """
 
 import dataclasses
@@ -20,13 +20,12 @@ from star_jax.bench.sampling import SamplingJob, cache_read
 from star_jax.core.schedule import Raster
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
-from star_jax.parallel import machine
+from star_jax.parallel import machine, mesh
 from star_jax.protocols import Family
 
 ROUNDED = 8  # rows of the cache are a multiple of it
 GUIDANCE = 4.0
 STD = 0.02  # standard deviation of random weights
-THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ def loop(model: Family, batch: int, steps: int) -> Callable[[], float]:
     except ImportError as error:
         raise UserError('the loop needs PyTorch: pip install torch') from error
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(mesh.cores())  # as many as XLA's
     width, heads, rows = model.width, model.heads, 2 * batch
     head = width // heads
     total = model.schedule.prefix + model.schedule.steps
@@ -159,8 +158,14 @@ def loop(model: Family, batch: int, steps: int) -> Callable[[], float]:
 def run(job: TorchLoopJob) -> dict[str, Any]:
     """Times a step of both in turn: milliseconds, their ratio, and bytes read beside the read rate.
 
-    Raises UserError without PyTorch.
+    Raises UserError without PyTorch, and where the program would not run on the CPU as the loop
+    does.
     """
+    if (backend := jax.default_backend()) != 'cpu':
+        raise UserError(
+            f'the loop runs on the CPU, and the program would run on a {backend.upper()}: set '
+            'JAX_PLATFORMS=cpu'
+        )
     model, batch = job.model, job.batch
     settings = Settings(guidance=GUIDANCE, top_k=0, top_p=0.0)
     other = loop(model, batch, job.steps)
@@ -191,6 +196,7 @@ def run(job: TorchLoopJob) -> dict[str, Any]:
     reads = (main.cost()[1] - decoder.cost()[1]) / count
     return {
         'batch': batch,
+        'threads': mesh.cores(),
         'step_ms': 1000 * ours,
         'loop_step_ms': 1000 * median['loop'],
         'ratio': ours / median['loop'],

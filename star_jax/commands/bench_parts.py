@@ -92,8 +92,8 @@ class BenchTorch:
     """Measures a step of sampling a raster, in turn with a plain PyTorch loop of the same sizes.
 
     CONFIG is a Python file that defines `run` (see configs/) or the config.json of a run whose
-    model is a LlamaGen; options replace its sizes. The weights of both are random. PyTorch must be
-    installed.
+    model is a LlamaGen; options replace its sizes. The weights of both are random, and both use all
+    cores of the CPU. PyTorch must be installed.
 
     Example: star-jax bench torch configs/llamagen_b.py --grid 16 16
 
