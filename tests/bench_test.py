@@ -495,6 +495,13 @@ def test_the_loop_is_compared_on_the_cpu_alone(monkeypatch):
         torch_loop.run(torch_loop.TorchLoopJob(model=LlamaGen(grid=(8, 8))))
 
 
+def test_the_table_of_the_loop_names_its_threads():
+    numbers = ('step_ms', 'loop_step_ms', 'ratio', 'read_gbytes_a_step')
+    numbers += ('read_rate_gbytes', 'read_rate_share', 'compile_seconds')
+    report = dict.fromkeys(numbers, 1.0) | {'batch': 1, 'threads': 16}
+    assert 'on 16 threads' in bench_tables.torch_loop(report).title
+
+
 def test_the_loop_uses_as_many_threads_as_the_program():
     torch = pytest.importorskip('torch')
     model = LlamaGen(depth=1, width=16, heads=2, hidden=32, grid=(2, 2), codes=32)
