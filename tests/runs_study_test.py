@@ -64,10 +64,10 @@ def test_a_tokenizer_of_bits_serves_a_contender_of_indices(study, tmp_path):
 
 def test_wrong_studies_are_refused(study):
     twice = (study.contenders[0], study.contenders[0])
-    with pytest.raises(ValueError, match="two units are called 'bits-9-0'"):
+    with pytest.raises(UserError, match="two units are called 'bits-9-0'"):
         dataclasses.replace(study, contenders=twice)
     other = (dataclasses.replace(study.contenders[0], tokenizer='other'),)
-    with pytest.raises(ValueError, match="names the tokenizer 'other'"):
+    with pytest.raises(UserError, match="names the tokenizer 'other'"):
         dataclasses.replace(study, contenders=other)
 
 
@@ -139,6 +139,9 @@ def test_contenders_are_compared_with_the_first_one_of_the_study(study, tmp_path
     assert cli.main(words) == 0
     tables = (tmp_path / 'report_tables.md').read_text()
     assert '| a - b |' in tables and '| c - b |' in tables and '- a |' not in tables
+    for damaged in ('null', '3', '[]', '"tokenizer"'):
+        (tmp_path / 'results' / 'd-0.json').write_text(damaged)
+        assert cli.main(words) == 2 and 'd-0.json is damaged' in capsys.readouterr().err
     other = result('d', 0, 0.1, 9, 0.5, baseline='d')
     config.write(tmp_path / 'results' / 'd-0.json', other)
     assert cli.main(words) == 2 and 'of several studies' in capsys.readouterr().err

@@ -290,6 +290,19 @@ def test_the_words_after_study_are_checked(tmp_path):
     empty = tmp_path / 'empty.py'
     empty.write_text('study = 3')
     assert 'expected a study' in error_of('study', 'run', empty)
+    named = (
+        'from types import SimpleNamespace\n'
+        'study = SimpleNamespace(name={name}, units=[], timed_runs={runs}, timed_samplers={{}})\n'
+    )
+    for words, name, runs, sentence in (
+        ('run', '3', '{}', 'expected a study, with a name'),
+        ('run', '"a/b"', '{}', "the study is called 'a/b', expected a name for files"),
+        ('cost', '"a"', '3', 'expected a study, with a name, units, timed_runs'),
+        ('cost', '"a"', '{"raw": 3}', 'expected a study, with a name, units, timed_runs'),
+        ('cost', '"a"', '{}', 'the study a has no runs to time'),
+    ):
+        empty.write_text(named.format(name=name, runs=runs))
+        assert sentence in error_of('study', words, empty)
     empty.write_text('')
     assert "defines no 'study'" in error_of('study', 'run', empty)
     assert 'there is no unit' in error_of('study', 'run', STUDY, '--only', 'shapes-raw-9')
@@ -317,12 +330,14 @@ def test_the_study_is_the_registered_one(tmp_path):
 
 
 def test_kinds_and_names_must_agree():
-    with pytest.raises(ValueError, match="no kind 'sinus'"):
+    with pytest.raises(UserError, match="no kind 'sinus'"):
         Arm(kind='sinus', positions=NoPositions())
-    with pytest.raises(ValueError, match='learned are Learned, not NoPositions'):
+    with pytest.raises(UserError, match='learned are Learned, not NoPositions'):
         Arm(kind='learned', positions=NoPositions())
+    with pytest.raises(UserError, match='seeds must be different, not 1, 0, 1$'):
+        Arm(kind='learned', positions=Learned(), seeds=(1, 0, 1))
     twice = Stage(data=tiny_data(), arms=(Arm(kind='none', positions=NoPositions()),) * 2)
-    with pytest.raises(ValueError, match="two units are called 'tiny-none-0'"):
+    with pytest.raises(UserError, match="two units are called 'tiny-none-0'"):
         PositionsStudy(stages=(twice,))
 
 

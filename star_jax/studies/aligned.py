@@ -70,7 +70,14 @@ def sampled_alignment(model: folder.StoredModel, source: str, count: int) -> lis
 
 
 def _alignment(pipe: Pipeline, settings: Settings, count: int, split: str) -> list[Aligned]:
-    """The same of scenes of a split."""
+    """Alignment of the images that a model samples from the prompts of scenes of a split.
+
+    Args:
+        pipe: samples with the model.
+        settings: the sampling settings.
+        count: images for each number of objects; image i uses seed i and prompt i.
+        split: the split of the scenes.
+    """
     result = []
     for objects in OBJECTS:
         scenes = Shapes(count=count, split=split, objects=(objects,), phrasings=1)

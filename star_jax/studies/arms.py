@@ -32,15 +32,15 @@ KINDS = {
 
 
 def check_kind(kind: str, positions: AnyPositions) -> None:
-    """Raises ValueError unless `kind` is a name in KINDS, with a suffix or not, of `positions`."""
+    """Raises UserError unless `kind` is a name in KINDS, with a suffix or not, of `positions`."""
     known = KINDS.get(kind.partition('-')[0])
     if known is None:
-        raise ValueError(
+        raise UserError(
             f'there is no kind {kind!r} of positions: choose of {", ".join(KINDS)}, with a suffix '
             'such as -theta10 or without'
         )
     if not isinstance(positions, known):
-        raise ValueError(f'{kind} are {known.__name__}, not {type(positions).__name__}')
+        raise UserError(f'{kind} are {known.__name__}, not {type(positions).__name__}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Arm:
     def __post_init__(self) -> None:
         check_kind(self.kind, self.positions)
         if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f'seeds must be different, not {self.seeds}')
+            raise UserError(f'seeds must be different, not {", ".join(map(str, self.seeds))}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

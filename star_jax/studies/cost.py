@@ -17,6 +17,7 @@ from star_jax.bench.timing import time_in_turn
 from star_jax.bench.training import TrainingJob
 from star_jax.checkpoint import config
 from star_jax.console import Console
+from star_jax.errors import UserError
 from star_jax.parallel import machine, startup
 from star_jax.studies import report_files, units
 from star_jax.studies.cost_result import CostResult, KindCost
@@ -34,9 +35,14 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
         rounds: how often every kind is timed.
         text_tokens: tokens of a caption.
         console: shows the tables.
+
+    Raises:
+        UserError: the study has no runs, or the file cannot be written.
     """
     startup.start()
     runs, samplers = study.timed_runs, study.timed_samplers
+    if not runs:
+        raise UserError(f'the study {study.name} has no runs to time: give it some')
     batch = next(iter(runs.values())).batch
     report = CostResult(
         study=study.name,

@@ -34,7 +34,7 @@ class PositionsStudy:
         codes: folder of the encoded images, which all units share.
 
     Raises:
-        ValueError: two units have one name.
+        UserError: two units have one name.
     """
 
     stages: tuple[Stage, ...]
@@ -52,9 +52,9 @@ class PositionsStudy:
     @property
     def timed_runs(self) -> dict[str, Run]:
         """One run of every kind of the first stage."""
-        stage = self.stages[0]
         units = {
             arm.kind: PositionsUnit(data=stage.data, arm=arm, seed=0, codes=self.codes)
+            for stage in self.stages[:1]
             for arm in stage.arms
         }
         return {kind: unit.run for kind, unit in units.items()}

@@ -68,7 +68,8 @@ class RunsStudy:
         chosen_by: images of each number of objects that choose the sampling settings of a unit.
 
     Raises:
-        ValueError: two units have one name, or a contender names no tokenizer of the study.
+        UserError: two units have one name, a contender names no tokenizer of the study, or its
+            steps do not divide into the points of a curve.
     """
 
     name: str

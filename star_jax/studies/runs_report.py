@@ -50,7 +50,12 @@ def write(folder: Path, out: Path, console: Console, cost: CostResult | None = N
 
 
 def _read(path: Path) -> RunResult | TokenizerResult:
-    return units.read(path, lambda fields: TokenizerResult if 'tokenizer' in fields else RunResult)
+    return units.read(path, _result_class)
+
+
+def _result_class(fields: Any) -> type:
+    is_run = isinstance(fields, dict) and 'contender' in fields
+    return RunResult if is_run else TokenizerResult
 
 
 def _tokenizers(results: Sequence[Any]) -> list[Cells]:

@@ -71,27 +71,46 @@ class Study(Protocol):
 
 
 def load(path: Path) -> Study:
-    """The study of a Python file that defines `study`. Raises UserError as `config.load_run`."""
+    """The study of a Python file that defines `study`.
+
+    Raises UserError as `config.load_run`, and for an object that is no study.
+    """
     if path.suffix != '.py':
         raise UserError(f"{path}: expected a .py file that defines 'study'")
     study = config.load_run(path, name='study')
     if not _is_study(study):
-        raise UserError(f"{path}: 'study' is a {type(study).__name__}, expected a study")
+        raise UserError(
+            f"{path}: 'study' is a {type(study).__name__}, expected a study, with a name, units, "
+            'timed_runs and timed_samplers'
+        )
+    if not files.is_file_name(study.name):
+        raise UserError(
+            f'{path}: the study is called {study.name!r}, expected a name for files and folders'
+        )
     return study
 
 
 def _is_study(study: object) -> bool:
-    """Whether an object of a Python file, which may be of any class, has units."""
+    """Whether an object of a Python file, which may be of any class, has the fields of a study."""
     try:
-        units = list(study.units)
-        return all(
-            files.is_file_name(unit.name)
-            and isinstance(unit.result_class, type)
-            and callable(unit.measure)
-            for unit in units
+        return (
+            isinstance(study.name, str)
+            and all(map(_is_unit, study.units))
+            and all(isinstance(run, Run) for run in study.timed_runs.values())
+            and all(isinstance(job, SamplingJob) for job in study.timed_samplers.values())
         )
+    except UserError:
+        raise
     except Exception:
         return False
+
+
+def _is_unit(unit: Any) -> bool:
+    return (
+        files.is_file_name(unit.name)
+        and isinstance(unit.result_class, type)
+        and callable(unit.measure)
+    )
 
 
 def run(
