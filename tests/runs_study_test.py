@@ -12,7 +12,7 @@ from star_jax.checkpoint import config, folder, models
 from star_jax.console import Console
 from star_jax.core.codes import Index
 from star_jax.core.settings import Settings
-from star_jax.errors import UserError
+from star_jax.errors import NotFiniteError, UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.plan import workload
 from star_jax.studies import aligned, cost, runs, runs_report, units
@@ -60,6 +60,40 @@ def test_a_tokenizer_of_bits_serves_a_contender_of_indices(study, tmp_path):
     found = models.read_tokenizer(run.tokenizer).config
     assert found == dataclasses.replace(bits, indexed=True) and found.vocabulary == Index(512)
     check_tokenizer(run.model, found, where='it', remedy='none')
+
+
+def test_a_failed_tokenizer_is_named_by_the_units_that_need_it(study, tmp_path, monkeypatch):
+    short = dataclasses.replace(study, folder=str(tmp_path / 'shared'))
+
+    def train(run: Any, out: Path) -> bool:
+        out.mkdir(parents=True, exist_ok=True)
+        raise NotFiniteError('stopped', 'step 4: loss is nan')
+
+    monkeypatch.setattr(runs.train, 'main', train)
+    only = ('tokenizer-9-bits', 'index-512-0')
+    with pytest.raises(UserError, match=r'index-512-0: .* 9-bits failed \(step 4: loss is nan\)'):
+        units.run(short, tmp_path / 'results', tmp_path / 'work', Console(quiet=True), only)
+    path = tmp_path / 'results' / 'tokenizer-9-bits.json'
+    assert config.read(path, TokenizerResult).failure == 'step 4: loss is nan'
+
+
+def test_a_result_that_is_too_large_is_not_written(study, tmp_path, monkeypatch):
+    fields = {'study': 'infinity', 'tokenizer': '9-bits', 'images': 8, 'failure': 'x' * 50_000}
+    monkeypatch.setattr(runs.TokenizerUnit, 'measure', lambda *_: fields)
+    short = dataclasses.replace(study, folder=str(tmp_path / 'shared'))
+    with pytest.raises(UserError, match='tokenizer-9-bits: a result of 50,.* expected 50,000'):
+        results, only = tmp_path / 'results', ['tokenizer-9-bits']
+        units.run(short, results, tmp_path / 'work', Console(quiet=True), only)
+    assert not list(tmp_path.glob('results/*'))
+
+
+def test_images_of_a_unit_are_those_of_all_its_batches(study):
+    unit = next(unit for unit in study.units if unit.name == 'bits-9-0')
+    run = unit.contender.run
+    optimizer = dataclasses.replace(run.optimizer, accumulate=2)
+    twice = dataclasses.replace(unit.contender, run=dataclasses.replace(run, optimizer=optimizer))
+    images = dataclasses.replace(unit, contender=twice)._head()['images']
+    assert images == 2 * unit._head()['images'] == 2 * run.batch * run.pace.steps
 
 
 def test_wrong_studies_are_refused(study):

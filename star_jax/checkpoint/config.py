@@ -105,7 +105,12 @@ def read_json(path: str | Path) -> Any:
 def write_json(path: str | Path, data: object) -> None:
     """Writes a JSON tree to a file, atomically."""
     with files.replacing(Path(path)) as temporary:
-        temporary.write_text(_dump(data, indent=2) + '\n', 'utf-8')
+        temporary.write_text(json_text(data), 'utf-8')
+
+
+def json_text(data: object) -> str:
+    """A JSON tree as the text of a file."""
+    return _dump(data, indent=2) + '\n'
 
 
 def differences(a: object, b: object) -> list[str]:

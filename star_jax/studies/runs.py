@@ -31,6 +31,7 @@ from star_jax.training.run import Run, TokenizerRun, resolve
 from star_jax.training.summary import count_parameters
 
 TOKENIZER = 'tokenizer'  # first word of the names of their units
+FAILURE = 'failure.json'  # beside the checkpoints of a tokenizer: why its training failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,10 +163,13 @@ class TokenizerUnit:
         return f'{TOKENIZER}-{self.tokenizer}'
 
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
-        return units.or_failure(lambda: self._measure(work), self._head, console)
+        fields = units.or_failure(self._measure, self._head, console)
+        if fields and 'failure' in fields:
+            config.write_json(self._out / FAILURE, fields['failure'])
+        return fields
 
-    def _measure(self, work: Path) -> dict[str, Any] | None:
-        start, out = time.monotonic(), tokenizer_folder(self.folder, self.tokenizer)
+    def _measure(self) -> dict[str, Any] | None:
+        start, out = time.monotonic(), self._out
         if not train.main(self.run, out):
             return None
         stored = models.read_tokenizer(out / trainer.MODEL)
@@ -176,6 +180,11 @@ class TokenizerUnit:
             'psnr': sum(ratios) / len(ratios),
             'seconds': time.monotonic() - start,
         }
+
+    @property
+    def _out(self) -> Path:
+        """The folder of its run."""
+        return tokenizer_folder(self.folder, self.tokenizer)
 
     def _head(self) -> dict[str, Any]:
         images = round(self.run.mean_batch * self.run.pace.steps)
@@ -275,10 +284,16 @@ class RunUnit:
         return tokenizer_folder(self.folder, name) / trainer.MODEL
 
     def _prepared(self) -> Run:
-        """The run; UserError if the unit of its tokenizer is not made yet."""
+        """The run; UserError if the unit of its tokenizer is not made yet, or has failed."""
         one, place = self.contender, self._tokenizer
-        original = tokenizer_folder(self.folder, one.tokenizer) / trainer.MODEL
+        out = tokenizer_folder(self.folder, one.tokenizer)
+        original = out / trainer.MODEL
         if not (original / folder.CONFIG).exists():
+            if (out / FAILURE).exists():
+                raise UserError(
+                    f'the training of the tokenizer {one.tokenizer} failed '
+                    f'({config.read_json(out / FAILURE)}): change its run in the study'
+                )
             raise UserError(
                 f'the tokenizer {one.tokenizer} is not trained yet: make the unit '
                 f'{TOKENIZER}-{one.tokenizer} first'
@@ -297,7 +312,7 @@ class RunUnit:
             'contender': self.contender.name,
             'baseline': self.baseline,
             'seed': self.seed,
-            'images': run.batch * run.pace.steps,
+            'images': round(run.mean_batch * run.pace.steps),
             'settings': self.settings,
             'parameters': trained_parameters(run.model),
             'tokens': run.model.schedule.length,

@@ -250,11 +250,11 @@ def _make(unit: Unit, results: Path, work: Path, commit: str, console: Console) 
     if fields is None:
         return False
     result = unit.result_class(**fields, commit=commit, hardware=(machine.describe(),))
+    size = len(config.json_text(config.to_json(result)).encode())
+    if size > MAX_BYTES:
+        raise UserError(f'a result of {size:,} bytes, expected {MAX_BYTES:,} at most')
     results.mkdir(parents=True, exist_ok=True)
     config.write(_path(unit, results), result)
-    size = _path(unit, results).stat().st_size
-    if size > MAX_BYTES:
-        raise UserError(f'{unit.name} has {size:,} bytes of results, expected {MAX_BYTES:,}')
     return True
 
 
