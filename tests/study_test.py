@@ -23,7 +23,15 @@ from star_jax.core.schedule import Pyramid, square_grids
 from star_jax.core.settings import Settings
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.nn.positions import Learned, NoPositions, NormalisedRotary
-from star_jax.studies import curves, positions_report, statistics, transfer, units
+from star_jax.studies import (
+    curves,
+    positions_report,
+    provenance,
+    starts,
+    statistics,
+    transfer,
+    units,
+)
 from star_jax.studies import positions_unit as unit_module
 from star_jax.studies.arms import KINDS, Arm, DataSet, LargerSize
 from star_jax.studies.cost_result import CostResult, KindCost
@@ -537,6 +545,50 @@ def test_once_computes_once_and_again_after_damage(tmp_path):
     assert units.once(path, compute) == json.loads(path.read_text()) and len(calls) == 2
 
 
+def test_a_folder_records_machines_and_seconds_of_all_starts(tmp_path, monkeypatch):
+    def record(machine: str, now: float, commit: str = 'abc') -> list[str]:
+        monkeypatch.setattr(starts.machine, 'describe', lambda: {'device': machine})
+        monkeypatch.setattr(starts.time, 'time', lambda: now)
+        return [one['device'] for one in starts.record(work, commit)]
+
+    def leave(name: str, now: float) -> None:
+        (work / name).write_text('')
+        os.utime(work / name, (now, now))
+
+    work = tmp_path / 'a' / 'work'
+    assert record('idle', 100.0) == ['idle']
+    assert record('first', 200.0, 'def') == ['first']  # no work was left by the other commit
+    leave('checkpoint', 230.0)  # killed some time after it
+    assert record('second', 300.0, 'def') == ['first', 'second']
+    leave('model', 340.0)
+    assert record('first', 400.0, 'def') == ['first', 'second']
+    monkeypatch.setattr(starts.time, 'time', lambda: 405.0)
+    assert starts.seconds(work) == 30 + 40 + 5
+    with pytest.raises(UserError, match='has work of commit def, and this is commit abc, .*remove'):
+        record('first', 500.0)
+    assert len(config.read_json(work / starts.FILE)) == 3
+    (work / starts.FILE).unlink()
+    with pytest.raises(UserError, match='has work of an unknown commit, and this is commit def'):
+        record('first', 500.0, 'def')
+
+
+def test_a_unit_that_another_commit_has_begun_is_refused(tmp_path, monkeypatch):
+    def measure(unit: ReferenceUnit, work: Path, console: Console) -> None:
+        (work / 'checkpoint').write_text('')  # and stops
+
+    def run(commit: str) -> bool:
+        monkeypatch.setattr(provenance, 'read_commit', lambda: commit)
+        return units.run(study, tmp_path / 'results', tmp_path / 'work', Console(quiet=True), only)
+
+    study, only = units.load(STUDY), ['shapes-reference']
+    monkeypatch.setattr(ReferenceUnit, 'measure', measure)
+    assert not run('abc') and not run('abc')
+    with pytest.raises(
+        UserError, match='shapes-reference: .*work of commit abc, and this is .*def'
+    ):
+        run('def')
+
+
 def test_the_commit_is_that_of_the_repository():
-    commit = units.read_commit()
-    assert commit == units.UNKNOWN or len(commit.removesuffix('-modified')) == 40
+    commit = provenance.read_commit()
+    assert commit == provenance.UNKNOWN or len(commit.removesuffix('-modified')) == 40

@@ -19,7 +19,7 @@ from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import UserError
 from star_jax.parallel import machine, startup
-from star_jax.studies import report_files, units
+from star_jax.studies import provenance, report_files
 from star_jax.studies.cost_result import CostResult, KindCost
 from star_jax.studies.units import Study
 
@@ -46,7 +46,7 @@ def measure(study: Study, out: Path, rounds: int, text_tokens: int, console: Con
     batch = next(iter(runs.values())).batch
     report = CostResult(
         study=study.name,
-        commit=units.read_commit(),
+        commit=provenance.read_commit(),
         hardware=machine.describe(),
         rounds=rounds,
         text_tokens=text_tokens,

@@ -56,7 +56,8 @@ class PositionsResult:
         aligned: alignment of images of the trained size, by number of objects.
         larger: scores at the larger size.
         failure: why the training failed ('': it did not); the scores are then missing.
-        seconds: time of the training and of the whole unit, since the last start.
+        seconds: time of all starts of the `unit`; older results have the time since the last start,
+            of the `training`, too.
     """
 
     study: str

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 from star_jax.checkpoint import config, folder, models
 from star_jax.console import Console
 from star_jax.data.shapes import Shapes
-from star_jax.studies import held_out, transfer, units
+from star_jax.studies import held_out, starts, transfer, units
 from star_jax.studies.aligned import Aligned, sampled_alignment
 from star_jax.studies.arms import Arm, DataSet
 from star_jax.studies.held_out import POINTS
@@ -97,16 +96,18 @@ class PositionsUnit:
             cache=self._cache(larger.sides),
         )
 
+    def trained_in(self, work: Path) -> Path:
+        return work
+
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
         return units.or_failure(lambda: self._measure(work), self._head, console)
 
     def _measure(self, work: Path) -> dict[str, Any] | None:
-        start, run = time.monotonic(), self.run
+        run = self.run
         train.cache(run)
         trained = work / 'trained'
         if not train.main(run, trained):
             return None
-        training = time.monotonic() - start
         model = functools.partial(models.read, trained / trainer.MODEL)
         curve = held_out.curve(trained, run.pace)
         fields = self._head() | {
@@ -120,7 +121,7 @@ class PositionsUnit:
             if larger is None:
                 return None
             fields['larger'] = larger
-        return fields | {'seconds': {'training': training, 'unit': time.monotonic() - start}}
+        return fields | {'seconds': {'unit': starts.seconds(work)}}
 
     def _head(self) -> dict[str, Any]:
         """The fields of a result that need no training."""

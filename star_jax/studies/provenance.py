@@ -1,10 +1,31 @@
 """Which code and which machines made the results of a report, and do they compare?"""
 
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from star_jax.errors import UserError
+
+PACKAGE = Path(__file__).parents[1]
+UNKNOWN = 'unknown'  # the commit of a package outside of a repository
+
+
+def read_commit() -> str:
+    """The commit of this package, with '-modified' if its code or the configs differ from it."""
+    root = PACKAGE.parent
+
+    def git(*words: str) -> str:
+        command = ('git', '-C', str(root), *words)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        tracked = git('ls-files', '--error-unmatch', str(PACKAGE / '__init__.py'))
+        commit = git('rev-parse', 'HEAD')
+        changed = git('status', '--porcelain', '--', str(PACKAGE), 'configs')
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN
+    return f'{commit}-modified' if tracked and changed else commit
 
 
 def of_units(results: Sequence[Any]) -> str:

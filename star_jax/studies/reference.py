@@ -95,6 +95,9 @@ class ReferenceUnit:
     def name(self) -> str:
         return f'{self.data.name}-{KIND}'
 
+    def trained_in(self, work: Path) -> Path:
+        return work
+
     def measure(self, work: Path, console: Console) -> dict[str, Any]:
         run, shipped = self.data.run, models.read(SHIPPED)
         schedules = [run.model.schedule]

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from star_jax.data.shapes import Shapes
 from star_jax.errors import UserError
 from star_jax.evaluation.reconstruction import compile_reconstruction
 from star_jax.protocols import Family
-from star_jax.studies import held_out, units
+from star_jax.studies import held_out, starts, units
 from star_jax.studies.aligned import BATCH, Aligned, best_settings, sampled_alignment
 from star_jax.studies.held_out import POINTS
 from star_jax.studies.runs_result import RunResult, TokenizerResult
@@ -162,14 +161,17 @@ class TokenizerUnit:
     def name(self) -> str:
         return f'{TOKENIZER}-{self.tokenizer}'
 
+    def trained_in(self, work: Path) -> Path:
+        return tokenizer_folder(self.folder, self.tokenizer)
+
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
-        fields = units.or_failure(self._measure, self._head, console)
+        out = self.trained_in(work)
+        fields = units.or_failure(lambda: self._measure(out), self._head, console)
         if fields and 'failure' in fields:
-            config.write_json(self._out / FAILURE, fields['failure'])
+            config.write_json(out / FAILURE, fields['failure'])
         return fields
 
-    def _measure(self) -> dict[str, Any] | None:
-        start, out = time.monotonic(), self._out
+    def _measure(self, out: Path) -> dict[str, Any] | None:
         if not train.main(self.run, out):
             return None
         stored = models.read_tokenizer(out / trainer.MODEL)
@@ -178,13 +180,8 @@ class TokenizerUnit:
         ratios = [float(ratio) for batch in batches for ratio in batch.psnr_N]
         return self._head() | {
             'psnr': sum(ratios) / len(ratios),
-            'seconds': time.monotonic() - start,
+            'seconds': starts.seconds(out),
         }
-
-    @property
-    def _out(self) -> Path:
-        """The folder of its run."""
-        return tokenizer_folder(self.folder, self.tokenizer)
 
     def _head(self) -> dict[str, Any]:
         images = round(self.run.mean_batch * self.run.pace.steps)
@@ -243,16 +240,18 @@ class RunUnit:
             fields |= {'choices': [config.to_json(one) for one in choices], 'by': self.chosen_by}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
+    def trained_in(self, work: Path) -> Path:
+        return work
+
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
         return units.or_failure(lambda: self._measure(work), self._head, console)
 
     def _measure(self, work: Path) -> dict[str, Any] | None:
-        start, run = time.monotonic(), self._prepared()
+        run = self._prepared()
         train.cache(run, features=run.correction.active)
         trained = work / 'trained'
         if not train.main(run, trained):
             return None
-        training = time.monotonic() - start
 
         def score() -> dict[str, Any]:
             model = models.read(trained / trainer.MODEL)
@@ -268,12 +267,11 @@ class RunUnit:
             }
 
         scores = units.once(work / 'aligned.json', score)
-        unit = time.monotonic() - start
         return self._head() | {
             'curve': held_out.curve(trained, run.pace),
             'aligned': tuple(config.from_json(Aligned, one) for one in scores['aligned']),
             'sampling': config.from_json(Settings, scores['sampling']),
-            'seconds': {'training': training, 'unit': unit},
+            'seconds': {'unit': starts.seconds(work)},
         }
 
     @property

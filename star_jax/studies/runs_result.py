@@ -21,7 +21,8 @@ class TokenizerResult:
         hardware: the machines, as `machine.describe` describes them.
         psnr: mean of the reconstructions of validation images, dB; None after a failure.
         failure: why the training failed ('': it did not).
-        seconds: time of the unit, since the last start.
+        seconds: time of all starts of the training, in every study that shares it; older results
+            have the time since the last start.
     """
 
     study: str
@@ -55,7 +56,8 @@ class RunResult:
         aligned: alignment of sampled images, by number of objects.
         sampling: the settings with which these images were sampled.
         failure: why the training failed ('': it did not); the scores are then missing.
-        seconds: time of the training and of the whole unit, since the last start.
+        seconds: time of all starts of the `unit`; older results have the time since the last start,
+            of the `training`, too.
     """
 
     study: str

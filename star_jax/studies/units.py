@@ -7,7 +7,6 @@ same command continues after a stop, on the same machine or with a part of the u
 
 import contextlib
 import gc
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +19,12 @@ from star_jax.bench.sampling import SamplingJob
 from star_jax.checkpoint import config
 from star_jax.console import Console
 from star_jax.errors import NotFiniteError, UserError
-from star_jax.parallel import machine, startup
+from star_jax.parallel import startup
+from star_jax.studies import provenance, starts
 from star_jax.training.folder_lock import lock
 from star_jax.training.run import Run
 
-PACKAGE = Path(__file__).parents[1]
 MAX_BYTES = 50_000  # bytes of a unit's file, which is committed
-UNKNOWN = 'unknown'  # the commit of a package outside of a repository
 
 
 class Unit(Protocol):
@@ -40,6 +38,14 @@ class Unit(Protocol):
 
     name: str
     result_class: type
+
+    def trained_in(self, work: Path) -> Path:
+        """The folder that keeps its training and the record of its starts.
+
+        Args:
+            work: the folder of the unit.
+        """
+        ...
 
     def measure(self, work: Path, console: Console) -> dict[str, Any] | None:
         """The fields of the result, or None if a stop was requested; the same call continues.
@@ -109,6 +115,7 @@ def _is_unit(unit: Any) -> bool:
     return (
         files.is_file_name(unit.name)
         and isinstance(unit.result_class, type)
+        and callable(unit.trained_in)
         and callable(unit.measure)
     )
 
@@ -135,7 +142,7 @@ def run(
     files.check_folder(results)
     files.check_folder(work)
     chosen = _choose(study.units, only)
-    commit = read_commit()
+    commit = provenance.read_commit()
     missing = [unit for unit in chosen if not _is_made(unit, results, console)]
     refused, seconds = {}, []
     for number, unit in enumerate(missing):
@@ -206,23 +213,6 @@ def once(path: Path, compute: Callable[[], Any]) -> Any:
     return config.read_json(path)
 
 
-def read_commit() -> str:
-    """The commit of this package, with '-modified' if its code or the configs differ from it."""
-    root = PACKAGE.parent
-
-    def git(*words: str) -> str:
-        command = ('git', '-C', str(root), *words)
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        tracked = git('ls-files', '--error-unmatch', str(PACKAGE / '__init__.py'))
-        commit = git('rev-parse', 'HEAD')
-        changed = git('status', '--porcelain', '--', str(PACKAGE), 'configs')
-    except (OSError, subprocess.CalledProcessError):
-        return UNKNOWN
-    return f'{commit}-modified' if tracked and changed else commit
-
-
 def _choose(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:
     names = [unit.name for unit in units]
     if unknown := sorted(set(only) - set(names)):
@@ -244,12 +234,12 @@ def _is_made(unit: Unit, results: Path, console: Console) -> bool:
 
 def _make(unit: Unit, results: Path, work: Path, commit: str, console: Console) -> bool:
     """Makes one unit and writes its file. Returns False if a stop was requested."""
-    work.mkdir(parents=True, exist_ok=True)
+    hardware = starts.record(unit.trained_in(work), commit)
     with lock(work):
         fields = unit.measure(work, console)
     if fields is None:
         return False
-    result = unit.result_class(**fields, commit=commit, hardware=(machine.describe(),))
+    result = unit.result_class(**fields, commit=commit, hardware=hardware)
     size = len(config.json_text(config.to_json(result)).encode())
     if size > MAX_BYTES:
         raise UserError(f'a result of {size:,} bytes, expected {MAX_BYTES:,} at most')
