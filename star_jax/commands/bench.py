@@ -274,6 +274,8 @@ def _measure(read: Read, source: str, words: Sequence[str], sweep: tuple[str, ..
         files.check_file(options.json)
     combinations = expand([*options.sweep, *sweep])
     jobs = {name: read(source, [*words, *more])[1] for name, more in combinations}
+    for folder in {job.folder for job in jobs.values() if isinstance(job, SamplingJob)} - {''}:
+        models.read(folder)  # refuses damaged weights before a process starts
     console, reports = Console(), {}
     for name, job in jobs.items():
         with console.status('starting') as status:
