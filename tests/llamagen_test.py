@@ -259,6 +259,8 @@ def test_state_dicts_are_converted_there_and_back(model):
 def test_wrong_sizes_of_a_file_are_named():
     shapes = {n: s.shape for n, s in to_state(llamagen_entries(SHARED), params_of(SHARED)).items()}
     specs = {n: TensorSpec(shape, np.dtype(np.float32)) for n, shape in shapes.items()}
+    with pytest.raises(UserError, match='2 layers of 16 channels.* give them with --heads'):
+        infer.transformer(specs, ModelOptions())
     with pytest.raises(UserError, match='give the heads with --heads'):
         infer.transformer(specs, ModelOptions(heads=3))
     with pytest.raises(UserError, match='one scale, not the 2'):

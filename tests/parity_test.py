@@ -34,6 +34,7 @@ ROPE = SMALL / 'star' / 'dev_rope'
 TOKENDROP = SMALL / 'star' / 'dev_star_tokendrop'
 VQVAE = SMALL / 'star' / 'dev_vqvae'
 BITS = SMALL / 'infinity'
+RASTER = SMALL / 'llamagen'
 
 
 def kind_of(folder: Path) -> tuple[str, str]:
@@ -204,6 +205,13 @@ def test_verify_reports_a_damaged_case(tmp_path, file, content, message):
         ),
         (BITS / 'dev_tokenizer', {'double_z': True}, 'double_z'),
         (BITS / 'dev_train_step', {'runs': [{'focal': 2}]}, r'runs\.0\.focal'),
+        (RASTER / 'dev_c2i_gen', {'settings': [{'decay': 1}]}, r'settings\.0\.decay'),
+        (RASTER / 'dev_c2i_gqa_tf', {'model': {'qk_norm': True}}, r'model\.qk_norm'),
+        (RASTER / 'dev_postproc', {'filter': 'box'}, 'filter'),
+        (RASTER / 'dev_rope2d', {'tables': [{'scale': 2}]}, r'tables\.0\.scale'),
+        (RASTER / 'dev_sampling', {'settings': [{'min_p': 0.1}]}, r'settings\.0\.min_p'),
+        (RASTER / 'dev_vq_nol2', {'double_z': True}, 'double_z'),
+        (RASTER / 'dev_vqloss', {'variants': [{'r1': 10}]}, r'variants\.0\.r1'),
     ],
 )
 def test_verify_refuses_an_unknown_option_by_name(tmp_path, case, changes, field):
@@ -238,11 +246,30 @@ def test_verify_refuses_an_unknown_option_by_name(tmp_path, case, changes, field
         (BITS / 'dev_train_step', 'options', {'drop_rate': 0.1}),
         (BITS / 'dev_train_step', 'noise_apply_strength', 0.0),
         (BITS / 'dev_train_step', 'schedule_used', [[1, 1, 1], [1, 3, 3]]),
+        (RASTER / 'dev_c2i_gen', 'prefix_length', 2),
+        (RASTER / 'dev_c2i_gqa_tf', 'model', {'class_dropout_prob': 0.0}),
+        (RASTER / 'dev_c2i_gqa_tf', 'model', {'cls_token_num': 2}),
+        (RASTER / 'dev_c2i_gqa_tf', 'model', {'ffn_hidden': 320}),
+        (RASTER / 'dev_c2i_gqa_tf', 'model', {'token_dropout_p': 0.1}),
+        (RASTER / 'dev_t2i_small_gen', 'model', {'model_type': 'c2i'}),
+        (RASTER / 'dev_t2i_small_tf', 'uncond_tokens', 8),
+        (RASTER / 'dev_vq_nol2', 'dropout_p', 0.1),
+        (RASTER / 'dev_vq_nol2', 'in_channels', 1),
+        (RASTER / 'dev_vqloss', 'discriminator_mode', 'eval'),
+        (RASTER / 'dev_vqloss', 'lpips_mode', 'train (dropout on)'),
     ],
 )
 def test_verify_refuses_a_value_that_it_does_not_compute(tmp_path, case, field, value):
     with pytest.raises(UserError, match=field):
         check.verify(with_changes(tmp_path, case, {field: value}))
+
+
+@pytest.mark.parametrize('field', ['disc_loss', 'gen_loss', 'rec_loss'])
+def test_verify_refuses_an_unknown_loss(tmp_path, field):
+    first, *others = json.loads((RASTER / 'dev_vqloss' / 'config.json').read_text())['variants']
+    variants = [first | {field: 'wasserstein'}, *others]
+    with pytest.raises(UserError, match=f"{field}.*'wasserstein'"):
+        check.verify(with_changes(tmp_path, RASTER / 'dev_vqloss', {'variants': variants}))
 
 
 def test_verify_refuses_an_unknown_reduction_of_bits(tmp_path):

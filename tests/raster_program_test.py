@@ -105,6 +105,13 @@ def test_no_weight_and_no_block_of_the_cache_is_copied_in_the_loop(mesh, monkeyp
     assert program.memory_analysis().temp_size_in_bytes <= 1.3 * cache
 
 
+def test_deep_models_have_fewer_and_longer_pieces(monkeypatch):
+    monkeypatch.setattr(trunks, 'PIECE_ROWS', 4)
+    monkeypatch.setattr(trunks, 'MOST_BODIES', 3 * MODEL.depth)
+    text = compiled().as_text()
+    assert re.search(r'f32\[2,4,12,32\]', text) and not re.search(r'f32\[2,4,4,32\]', text)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures('compiled_here')  # programs for a TPU are written to a cache, never read
 @pytest.mark.skipif(

@@ -208,7 +208,12 @@ def _llamagen(specs: Specs, options: ModelOptions) -> LlamaGen | LlamaGenText:
     codes, width = specs['tok_embeddings.weight'].shape
     depth = _count(specs, 'layers')
     published = {(layers, size): heads for layers, heads, size in llamagen.SIZES.values()}
-    heads = options.heads or published.get((depth, width), max(width // HEAD_WIDTH, 1))
+    heads = options.heads or published.get((depth, width))
+    if heads is None:
+        raise UserError(
+            f'no published LlamaGen has {depth} layers of {width} channels, and the file does not '
+            'tell the heads: give them with --heads'
+        )
     rows, inner = specs[first].shape[0], width // heads
     kv_heads, rest = divmod(rows - width, 2 * max(inner, 1))
     if rest:

@@ -26,6 +26,9 @@ from star_jax.sampling.weight_layout import KERNELS, LAYERS, Layer, SplitLayers,
 
 LEAST_ROWS = 512  # rows of a piece of a `ScannedTrunk`, but for the last one
 PIECE_ROWS = 64  # rows of a piece of a `SplitTrunk`; a step that has more is a piece
+# Layers in the loops over all pieces of a `SplitTrunk`, each of which is compiled: a CPU takes a
+# quarter of a second for one of GPT-B. Deeper models and longer images have longer pieces.
+MOST_BODIES = 192
 
 
 class Trunk(Protocol):
@@ -220,7 +223,8 @@ class SplitTrunk:
         if group.count == 1:
             return _one_step(run_step, carry, group)
         reads, outputs = self.network.schedule.reads[group.first], []
-        most = max(PIECE_ROWS // reads, 1)
+        pieces = max(MOST_BODIES // len(self.layers), 1)
+        most = max(PIECE_ROWS // reads, -(-group.count // pieces), 1)
         for first in range(group.first, group.first + group.count, most):
             part = Group(first, min(most, group.first + group.count - first))
             carry, output = self._fold_piece(run_step, carry, part, reads * part.count)
