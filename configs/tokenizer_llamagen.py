@@ -4,7 +4,7 @@ Replace the path. What differs from the published recipe: crops come from the ce
 image, which is first resized to 1.25 times their size, statistics of the discriminator are those of
 the whole batch, LPIPS has no dropout (item 11 of LlamaGen specification 7), and in a fresh network
 residual branches end with zeros. By text, the published tokenizer is this one, trained on with
-`--init FOLDER --objective.adversary.start 0`.
+`--init FOLDER --objective.adversary.start 0`; here the discriminator then starts untrained.
 """
 
 from star_jax.data.crops import RandomCrops

@@ -201,6 +201,16 @@ def test_printed_commands_parse(line, monkeypatch):
         cli.main(words)
 
 
+def test_a_folder_is_the_output_of_one_command():
+    """A second command would be refused: the folder holds the work of another."""
+    found = {}
+    for line in ALL_COMMANDS:
+        words = shlex.split(line, comments=True)
+        if words[1] in ('train', 'train-tokenizer', 'sample') and '--out' in words:
+            found.setdefault(words[words.index('--out') + 1], set()).add(tuple(words))
+    assert not {out: lines for out, lines in found.items() if len(lines) > 1}
+
+
 @pytest.mark.parametrize('page', PAGES, ids=relative)
 def test_shell_blocks_are_shell(page):
     for block in blocks(page, 'bash', 'sh'):
