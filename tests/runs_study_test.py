@@ -15,7 +15,7 @@ from star_jax.core.settings import Settings
 from star_jax.errors import NotFiniteError, UserError
 from star_jax.families.fit import check_tokenizer
 from star_jax.plan import workload
-from star_jax.studies import aligned, cost, runs, runs_report, units
+from star_jax.studies import aligned, cost, runs, runs_report, starts, units
 from star_jax.studies.aligned import Aligned
 from star_jax.studies.cost_result import CostResult
 from star_jax.studies.held_out import HeldOut
@@ -226,6 +226,42 @@ def test_choices_belong_to_the_settings_of_a_unit(families):
     unit = next(unit for unit in families.units if unit.name == 'raster-0')
     fewer = dataclasses.replace(unit.contender, choices=unit.contender.choices[:2])
     assert unit.settings != dataclasses.replace(unit, contender=fewer).settings
+    assert unit.settings != dataclasses.replace(unit, sampled=2).settings
+
+
+def test_settings_of_the_committed_units_are_those_of_the_study(study):
+    place = STUDY.parents[2] / 'docs' / 'results' / study.name
+    trained = [unit for unit in study.units if isinstance(unit, runs.RunUnit)]
+    for unit in trained:
+        assert unit.settings == config.read(place / f'{unit.name}.json', RunResult).settings
+
+
+def test_scores_of_other_sampling_settings_are_not_reused(families, tmp_path, monkeypatch):
+    scored = []
+
+    def score(model: Any, source: str, count: int) -> list[Aligned]:
+        scored.append(count)
+        return [Aligned(objects=1, count=count, all=1, number=1, colours=1, shapes=1)]
+
+    model = folder.StoredModel(config=None, params={}, tokenizer=None, text=None)
+    monkeypatch.setattr(runs.RunUnit, '_prepared', lambda unit: unit.run)
+    monkeypatch.setattr(runs.RunUnit, '_head', lambda unit: {})
+    monkeypatch.setattr(runs.train, 'cache', lambda run, features: None)
+    monkeypatch.setattr(runs.train, 'main', lambda run, out: True)
+    monkeypatch.setattr(runs.models, 'read', lambda source: model)
+    monkeypatch.setattr(runs.held_out, 'curve', lambda out, pace: ())
+    monkeypatch.setattr(runs, 'best_settings', lambda model, source, choices, count: choices[0])
+    monkeypatch.setattr(runs, 'sampled_alignment', score)
+    starts.record(tmp_path, 'abc')
+    unit = next(unit for unit in families.units if unit.name == 'raster-0')
+    first, *others = unit.contender.choices
+    fewer = dataclasses.replace(unit.contender, choices=tuple(others))
+    changed = dataclasses.replace(unit, sampled=2)
+    for one in (unit, unit, changed, dataclasses.replace(unit, contender=fewer)):
+        found = one.measure(tmp_path, None)
+        assert found['sampling'] == one.contender.choices[0]
+        assert found['aligned'][0].count == one.sampled
+    assert scored == [250, 2, 250]
 
 
 def shortened(study: runs.RunsStudy, folder: Path) -> runs.RunsStudy:

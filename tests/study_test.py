@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import os
 import signal
 import subprocess
@@ -540,9 +539,14 @@ def test_once_computes_once_and_again_after_damage(tmp_path):
         calls.append(1)
         return {'x': 1 / 3}
 
-    assert units.once(path, compute) == units.once(path, compute) == {'x': 1 / 3}
-    path.write_text('{"x": 0.3')
-    assert units.once(path, compute) == json.loads(path.read_text()) and len(calls) == 2
+    assert (
+        units.once(path, {'n': 2}, compute) == units.once(path, {'n': 2}, compute) == {'x': 1 / 3}
+    )
+    for damaged in ('{"x": 0.3', 'null', '{"x": 1}'):
+        path.write_text(damaged)
+        calls.clear()
+        assert units.once(path, {'n': 2}, compute) == {'x': 1 / 3} and len(calls) == 1
+    assert units.once(path, {'n': 3}, compute) == {'x': 1 / 3} and len(calls) == 2
 
 
 def test_a_folder_records_machines_and_seconds_of_all_starts(tmp_path, monkeypatch):

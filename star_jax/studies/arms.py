@@ -1,8 +1,6 @@
 """What does a study of positions compare, and on which data?"""
 
 import dataclasses
-import hashlib
-import json
 
 from star_jax.checkpoint import config
 from star_jax.data.shapes import Shapes
@@ -17,6 +15,7 @@ from star_jax.nn.positions import (
     RoundedRotary,
     SinCos,
 )
+from star_jax.studies import units
 from star_jax.studies.held_out import POINTS
 from star_jax.training.run import Run
 
@@ -113,4 +112,4 @@ class DataSet:
         fields = config.to_json(dataclasses.replace(self, run=shared))
         for name in ('positions', 'level_embedding'):
             del fields['run']['model'][name]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        return units.digest(fields)

@@ -153,7 +153,7 @@ class PositionsUnit:
             job = train.build_job(run)
             return job.evaluate(job.init())
 
-        before = units.once(work / 'before.json', score)
+        before = units.once(work / 'before.json', config.to_json(run), score)
         sampled = functools.partial(models.read, extended)
         aligned_before = self._aligned(sampled, work / 'aligned_before.json')
         if not train.main(run, trained):
@@ -184,7 +184,8 @@ class PositionsUnit:
             scores = sampled_alignment(model(), self.data.run.tokenizer, self.data.sampled)
             return [config.to_json(one) for one in scores]
 
-        return tuple(config.from_json(Aligned, one) for one in units.once(path, score))
+        settings = {'sampled': self.data.sampled}
+        return tuple(config.from_json(Aligned, one) for one in units.once(path, settings, score))
 
     def _cache(self, sides: Sequence[int]) -> str:
         return str(Path(self.codes) / f'{self.data.name}-{sides[-1]}')

@@ -5,8 +5,6 @@ the held-out loss along its training and the alignment of images that it samples
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from star_jax.training.run import Run, TokenizerRun, resolve
 from star_jax.training.summary import count_parameters
 
 TOKENIZER = 'tokenizer'  # first word of the names of their units
+SAMPLED = 250  # images of each number of objects, unless a study has another number
 FAILURE = 'failure.json'  # beside the checkpoints of a tokenizer: why its training failed
 
 
@@ -76,7 +75,7 @@ class RunsStudy:
     tokenizers: tuple[tuple[str, TokenizerRun], ...]
     contenders: tuple[Contender, ...]
     folder: str
-    sampled: int = 250
+    sampled: int = SAMPLED
     chosen_by: int = 50
 
     def __post_init__(self) -> None:
@@ -233,12 +232,9 @@ class RunUnit:
 
     @property
     def settings(self) -> str:
-        """A digest of the contender's run."""
-        run, choices = dataclasses.replace(self.run, seed=0), self.contender.choices
-        fields = config.to_json(run)
-        if choices:
-            fields |= {'choices': [config.to_json(one) for one in choices], 'by': self.chosen_by}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        """A digest of the contender's run and of how its images are sampled."""
+        run = dataclasses.replace(self.run, seed=0)
+        return units.digest(config.to_json(run) | self._sampling)
 
     def trained_in(self, work: Path) -> Path:
         return work
@@ -266,13 +262,23 @@ class RunUnit:
                 'aligned': [config.to_json(one) for one in aligned],
             }
 
-        scores = units.once(work / 'aligned.json', score)
+        scores = units.once(work / 'aligned.json', self._sampling, score)
         return self._head() | {
             'curve': held_out.curve(trained, run.pace),
             'aligned': tuple(config.from_json(Aligned, one) for one in scores['aligned']),
             'sampling': config.from_json(Settings, scores['sampling']),
             'seconds': {'unit': starts.seconds(work)},
         }
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """How images are sampled, as JSON without what is usual: digests depend on it."""
+        fields, choices = {}, self.contender.choices
+        if choices:
+            fields |= {'choices': [config.to_json(one) for one in choices], 'by': self.chosen_by}
+        if self.sampled != SAMPLED:
+            fields['sampled'] = self.sampled
+        return fields
 
     @property
     def _tokenizer(self) -> Path:

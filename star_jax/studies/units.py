@@ -7,6 +7,8 @@ same command continues after a stop, on the same machine or with a part of the u
 
 import contextlib
 import gc
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -203,14 +205,27 @@ def or_failure(
         return head() | {'failure': error.flaw}
 
 
-def once(path: Path, compute: Callable[[], Any]) -> Any:
-    """The JSON tree that `compute()` returned, kept in a file: it is computed once."""
-    if path.exists():
-        with contextlib.suppress(UserError):
-            return config.read_json(path)
+def digest(tree: Any) -> str:
+    """A name of a JSON tree, which only equal trees share."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def once(path: Path, settings: Any, compute: Callable[[], Any]) -> Any:
+    """The JSON tree that `compute()` returned, kept in a file: it is computed once.
+
+    Args:
+        path: the file.
+        settings: what the result depends on, as a JSON tree; it is computed again with others.
+        compute: computes it.
+    """
+    key = digest(settings)
+    with contextlib.suppress(UserError):
+        kept = config.read_json(path)
+        if isinstance(kept, dict) and kept.get('settings') == key:
+            return kept['result']
     path.parent.mkdir(parents=True, exist_ok=True)
-    config.write_json(path, compute())
-    return config.read_json(path)
+    config.write_json(path, {'settings': key, 'result': compute()})
+    return config.read_json(path)['result']
 
 
 def _choose(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:
