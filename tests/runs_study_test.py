@@ -60,6 +60,8 @@ def test_a_tokenizer_of_bits_serves_a_contender_of_indices(study, tmp_path):
     found = models.read_tokenizer(run.tokenizer).config
     assert found == dataclasses.replace(bits, indexed=True) and found.vocabulary == Index(512)
     check_tokenizer(run.model, found, where='it', remedy='none')
+    head = unit._head()
+    assert (head['tokenizer'], head['tokenizer_digest']) == ('9-bits', models.digest(place))
 
 
 def test_a_failed_tokenizer_is_named_by_the_units_that_need_it(study, tmp_path, monkeypatch):
@@ -87,11 +89,12 @@ def test_a_result_that_is_too_large_is_not_written(study, tmp_path, monkeypatch)
     assert not list(tmp_path.glob('results/*'))
 
 
-def test_images_of_a_unit_are_those_of_all_its_batches(study):
+def test_images_of_a_unit_are_those_of_all_its_batches(study, monkeypatch):
     unit = next(unit for unit in study.units if unit.name == 'bits-9-0')
     run = unit.contender.run
     optimizer = dataclasses.replace(run.optimizer, accumulate=2)
     twice = dataclasses.replace(unit.contender, run=dataclasses.replace(run, optimizer=optimizer))
+    monkeypatch.setattr(runs.models, 'digest', lambda source: 'aa')
     images = dataclasses.replace(unit, contender=twice)._head()['images']
     assert images == 2 * unit._head()['images'] == 2 * run.batch * run.pace.steps
 
@@ -145,7 +148,7 @@ def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
     words = ['study', 'report', str(place), '--out', str(tmp_path / 'report')]
     assert cli.main(words) == 0
     tables = (tmp_path / 'report_tables.md').read_text()
-    assert '| 9-bits | 8 | 25.0 |' in tables and 'index-512 - bits-9' in tables
+    assert '| 9-bits | 8 | 25.0 |\n' in tables and 'index-512 - bits-9' in tables
     assert '| -40.0' not in tables and 'adjusted p' in tables and '| 0.000 |' in tables
     assert '20.0 (20.0 to 20.0)' in tables and '-10.0 (-10.0 to -10.0)' in tables
     assert result('bits-9', 0, 0.1, 9, 0.8).nats == pytest.approx(0.1 * 9 * 85)
@@ -159,6 +162,17 @@ def test_the_report_compares_nats_of_images_and_alignment(tmp_path, capsys):
     config.write(place / 'other.json', changed)
     assert cli.main(words) == 2
     assert 'bits-9 have different settings' in capsys.readouterr().err
+    (place / 'other.json').unlink()
+    used = {'tokenizer': '9-bits', 'tokenizer_digest': 'aa'}
+    for seed, contender in enumerate(('bits-9', 'index-512')):  # the others are of older code
+        one = result(contender, seed, 0.1, 9, 0.8)
+        config.write(place / f'{contender}-{seed}.json', dataclasses.replace(one, **used))
+    assert cli.main(words) == 0
+    config.write(
+        place / 'tokenizer-9-bits.json', dataclasses.replace(tokenizer, tokenizer_digest='bb')
+    )
+    assert cli.main(words) == 2
+    assert 'units of 2 different tokenizers called 9-bits (aa, bb)' in capsys.readouterr().err
 
 
 def test_contenders_are_compared_with_the_first_one_of_the_study(study, tmp_path, capsys):

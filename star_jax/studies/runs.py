@@ -178,6 +178,7 @@ class TokenizerUnit:
         batches = compile_reconstruction(stored, None, BATCH)(source)
         ratios = [float(ratio) for batch in batches for ratio in batch.psnr_N]
         return self._head() | {
+            'tokenizer_digest': models.digest(out / trainer.MODEL),
             'psnr': sum(ratios) / len(ratios),
             'seconds': starts.seconds(out),
         }
@@ -281,16 +282,20 @@ class RunUnit:
         return fields
 
     @property
+    def _out(self) -> Path:
+        """The folder of the run that trains the tokenizer."""
+        return tokenizer_folder(self.folder, self.contender.tokenizer)
+
+    @property
     def _tokenizer(self) -> Path:
-        """The model folder of the tokenizer."""
+        """The model folder of the tokenizer, as the contender needs it."""
         one = self.contender
         name = f'{one.tokenizer}-indexed' if one.indexed else one.tokenizer
         return tokenizer_folder(self.folder, name) / trainer.MODEL
 
     def _prepared(self) -> Run:
         """The run; UserError if the unit of its tokenizer is not made yet, or has failed."""
-        one, place = self.contender, self._tokenizer
-        out = tokenizer_folder(self.folder, one.tokenizer)
+        one, place, out = self.contender, self._tokenizer, self._out
         original = out / trainer.MODEL
         if not (original / folder.CONFIG).exists():
             if (out / FAILURE).exists():
@@ -318,6 +323,8 @@ class RunUnit:
             'seed': self.seed,
             'images': round(run.mean_batch * run.pace.steps),
             'settings': self.settings,
+            'tokenizer': self.contender.tokenizer,
+            'tokenizer_digest': models.digest(self._out / trainer.MODEL),
             'parameters': trained_parameters(run.model),
             'tokens': run.model.schedule.length,
             'numbers': math.prod(run.model.vocabulary.shape),

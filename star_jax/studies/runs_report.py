@@ -33,12 +33,17 @@ def write(folder: Path, out: Path, console: Console, cost: CostResult | None = N
         cost: the cost of every contender, whose tables are added.
 
     Raises:
-        UserError: the folder has no results, results of several commits, or contenders of different
-            settings.
+        UserError: the folder has no results, results of several commits, contenders of different
+            settings, or different tokenizers of one name.
         OSError: a file cannot be written.
     """
     results = [_read(path) for path in units.unit_files(folder)]
     provenance.check_equal('commits', results, lambda one: one.commit, folder)
+    known = [one for one in results if one.tokenizer_digest]
+    for name in sorted({one.tokenizer for one in known}):
+        used = [one for one in known if one.tokenizer == name]
+        what = f'tokenizers called {name}'
+        provenance.check_equal(what, used, lambda one: one.tokenizer_digest, folder)
     made = provenance.of_units(results)
     parts = [
         *_tokenizers(results),
@@ -60,16 +65,18 @@ def _result_class(fields: Any) -> type:
 
 def _tokenizers(results: Sequence[Any]) -> list[Cells]:
     rows = [
-        [one.tokenizer, f'{one.images:,}', one.failure or f'{one.psnr:.1f}', f'{one.seconds:.0f}']
+        [one.tokenizer, f'{one.images:,}', one.failure or f'{one.psnr:.1f}']
         for one in results
         if isinstance(one, TokenizerResult)
     ]
-    columns = ['tokenizer', 'images', 'PSNR, dB', 'seconds']
+    columns = ['tokenizer', 'images', 'PSNR, dB']
     return [Cells(title='Tokenizers', columns=columns, rows=rows)] if rows else []
 
 
 def _contenders(results: Sequence[Any]) -> list[Cells]:
     runs = [one for one in results if isinstance(one, RunResult)]
+    if not runs:
+        return []
     names = list(dict.fromkeys(one.contender for one in sorted(runs, key=lambda one: one.seed)))
     names.sort(key=lambda name: name != runs[0].baseline)  # the baseline is first
     if len({one.baseline for one in runs}) > 1:
@@ -92,13 +99,9 @@ def _contenders(results: Sequence[Any]) -> list[Cells]:
                 str(mine[0].tokens),
                 _spread([one.nats for one in finished], 1),
                 _spread([PERCENT * one.share for one in finished if one.aligned], 1),
-                f'{statistics.fmean(one.seconds["unit"] for one in finished):.0f}'
-                if finished
-                else '',
             ]
         )
     columns = ['contender', 'seeds', 'parameters', 'tokens', 'nats per image', 'aligned, %']
-    columns.append('seconds')
     tables = [Cells(title='Contenders: mean (lowest to highest)', columns=columns, rows=rows)]
     if names[1:]:
         tables.append(_differences(names, nats, shares))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from star_jax.core.argument_types import OMITTED
 from star_jax.core.settings import Settings
 from star_jax.errors import UserError
 from star_jax.studies.aligned import Aligned, right
@@ -19,6 +20,8 @@ class TokenizerResult:
         commit: commit of the code.
         images: images of the training.
         hardware: the machines, as `machine.describe` describes them.
+        tokenizer_digest: SHA-256 of the folder of the tokenizer ('' after a failure, and in older
+            results).
         psnr: mean of the reconstructions of validation images, dB; None after a failure.
         failure: why the training failed ('': it did not).
         seconds: time of all starts of the training, in every study that shares it; older results
@@ -30,6 +33,7 @@ class TokenizerResult:
     commit: str
     images: int
     hardware: tuple[dict[str, Any], ...]
+    tokenizer_digest: str = dataclasses.field(default='', metadata=OMITTED)
     psnr: float | None = None
     failure: str = ''
     seconds: float = 0.0
@@ -47,7 +51,9 @@ class RunResult:
         commit: commit of the code.
         images: images of the training.
         hardware: the machines, as `machine.describe` describes them.
-        settings: digest of the run.
+        settings: digest of the run and of how its images are sampled.
+        tokenizer: the name of its tokenizer ('' in older results).
+        tokenizer_digest: SHA-256 of the folder of this tokenizer ('' in older results).
         parameters: trained parameters.
         tokens: tokens of an image.
         numbers: numbers of the code of a token: its bits, or 1 for an index.
@@ -68,6 +74,8 @@ class RunResult:
     images: int
     hardware: tuple[dict[str, Any], ...]
     settings: str
+    tokenizer: str = dataclasses.field(default='', metadata=OMITTED)
+    tokenizer_digest: str = dataclasses.field(default='', metadata=OMITTED)
     parameters: int
     tokens: int
     numbers: int
