@@ -195,6 +195,28 @@ def test_contenders_are_compared_with_the_first_one_of_the_study(study, tmp_path
     assert cli.main(words) == 2 and 'of several studies' in capsys.readouterr().err
 
 
+def test_files_are_named_after_the_study(tmp_path, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(
+        units, 'run', lambda study, results, work, *_: called.extend([results, work])
+    )
+    monkeypatch.setattr(cost, 'measure', lambda study, out, *_: called.append(out))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['study', 'run', str(STUDY)]) == cli.main(['study', 'cost', str(STUDY)]) == 0
+    names = ['docs/results/infinity', 'runs/infinity', 'runs/infinity_cost.json']
+    assert called == list(map(Path, names))
+    place = tmp_path / 'docs' / 'results' / 'infinity'
+    place.mkdir(parents=True)
+    config.write(place / 'bits-9-0.json', result('bits-9', 0, 0.1, 9, 0.8))
+    assert cli.main(['study', 'run', str(STUDY), '--list']) == 0
+    assert 'bits-9-0  made\nindex-512-0\n' in capsys.readouterr().out
+    assert cli.main(['study', 'report', 'docs/results/infinity']) == 0
+    assert sorted(path.name for path in Path('docs').glob('*.*')) == [
+        'infinity.json',
+        'infinity_tables.md',
+    ]
+
+
 @pytest.fixture(scope='module')
 def families() -> runs.RunsStudy:
     return units.load(STUDY.with_name('families.py'))

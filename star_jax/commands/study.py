@@ -32,15 +32,16 @@ class StudyRun:
 
     Attributes:
         file: the study.
-        results: folder of the results, one JSON file each.
-        work: folder of checkpoints, encoded images and intermediate results.
+        results: folder of the results, one JSON file each (none: docs/results/NAME, where NAME is
+            that of the study).
+        work: folder of checkpoints, encoded images and intermediate results (none: runs/NAME).
         only: names of the units to make (none: all).
         list: print the names of all units and which have a result, and make none.
     """
 
     file: tyro.conf.Positional[Path]
-    results: Path = Path('docs/results/positions')
-    work: Path = Path('runs/positions')
+    results: Path | None = None
+    work: Path | None = None
     only: tuple[str, ...] = ()
     list: bool = False
 
@@ -55,12 +56,13 @@ class StudyReport:
 
     Attributes:
         folder: folder of results, as `study run` writes them.
-        out: the files are OUT.json, OUT_tables.md and, for positions, OUT.png.
+        out: the files are OUT.json, OUT_tables.md and, for positions, OUT.png (none: docs/NAME,
+            where NAME is that of the study).
         cost: result of `study cost`, whose tables are added (none: no such tables).
     """
 
     folder: tyro.conf.Positional[Path]
-    out: Path = Path('docs/positions')
+    out: Path | None = None
     cost: Path | None = None
 
 
@@ -74,13 +76,13 @@ class StudyCost:
 
     Attributes:
         file: the study.
-        out: JSON file to write.
+        out: JSON file to write (none: runs/NAME_cost.json, where NAME is that of the study).
         rounds: how often every kind is timed.
         text_tokens: tokens of a caption.
     """
 
     file: tyro.conf.Positional[Path]
-    out: Path = Path('runs/positions_cost.json')
+    out: Path | None = None
     rounds: int = 15
     text_tokens: int = 32
 
@@ -106,12 +108,14 @@ def _run(words: Sequence[str]) -> int:
     from star_jax.studies import units  # only after the arguments are checked
 
     study, console = units.load(options.file), Console()
+    results = options.results or Path('docs/results', study.name)
+    work = options.work or Path('runs', study.name)
     if options.list:
         for unit in study.units:
-            made = (options.results / f'{unit.name}.json').exists()
+            made = (results / f'{unit.name}.json').exists()
             terminal.write_line(f'{unit.name}{"  made" if made else ""}')
         return 0
-    units.run(study, options.results, options.work, console, options.only)
+    units.run(study, results, work, console, options.only)
     return 0
 
 
@@ -127,10 +131,11 @@ def _report(words: Sequence[str]) -> int:
 
     name = units.study_of(options.folder) or positions_result.NAME
     report = positions_report if name == positions_result.NAME else runs_report
-    for path in report.paths(options.out):
+    out = options.out or Path('docs', name)
+    for path in report.paths(out):
         files.check_file(path)
     cost = None if options.cost is None else cost_result.read(options.cost, name)
-    report.write(options.folder, options.out, Console(), cost)
+    report.write(options.folder, out, Console(), cost)
     return 0
 
 
@@ -138,7 +143,8 @@ def _cost(words: Sequence[str]) -> int:
     options = arguments.parse(StudyCost, words, 'study cost')
     from star_jax.studies import cost, units
 
-    files.check_file(options.out)
     study = units.load(options.file)
-    cost.measure(study, options.out, options.rounds, options.text_tokens, Console())
+    out = options.out or Path('runs', f'{study.name}_cost.json')
+    files.check_file(out)
+    cost.measure(study, out, options.rounds, options.text_tokens, Console())
     return 0

@@ -296,6 +296,6 @@ def study_of(folder: Path) -> str:
     for path in unit_files(folder):
         with contextlib.suppress(UserError):
             fields = config.read_json(path)
-            if isinstance(fields, dict) and isinstance(fields.get('study'), str):
+            if isinstance(fields, dict) and files.is_file_name(fields.get('study')):
                 return fields['study']
     return ''
