@@ -371,7 +371,7 @@ def test_sizes_of_a_model_check_their_types(field, value):
     with pytest.raises(TypeError, match=f'{field} must be a whole number, not') as caught:
         Star(**{field: value})
     assert isinstance(caught.value, UserError)
-    with pytest.raises(TypeError, match='mesh.tensor must be a whole number, not'):
+    with pytest.raises(TypeError, match='^tensor must be a whole number, not'):
         MeshShape(tensor=value)
 
 

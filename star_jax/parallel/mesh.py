@@ -37,14 +37,14 @@ class MeshShape:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            size = whole_number(f'mesh.{axis}', getattr(self, axis))
+            size = whole_number(axis, getattr(self, axis))
             if axis == 'data' and size < 0:
                 raise UserError(
-                    'mesh.data must not be negative (0: all devices that the other axes leave), '
+                    'data must not be negative (0: all devices that the other axes leave), '
                     f'not {size}'
                 )
             if axis != 'data' and size < 1:
-                raise UserError(f'mesh.{axis} must be at least 1, not {size}')
+                raise UserError(f'{axis} must be at least 1, not {size}')
 
     def sizes(self, devices: int) -> tuple[int, int, int, int]:
         """The length of each axis over this number of devices.
