@@ -373,7 +373,7 @@ def test_errors_name_the_wrong_number_alone(kind, fields, message):
 def test_warnings_name_stuck_bits_and_a_winning_discriminator(caplog):
     usage = np.array([[50, 50, 0, 100], [60, 40, 30, 70]])
     with caplog.at_level(logging.WARNING):
-        summary.warn_of_collapse(usage, Bits(2))
+        summary.warn_of_collapse(usage, Bits(2), summary.ENTROPY)
         assert '1 of 2 bits' in caplog.text and 'scale 0' in caplog.text
         assert 'scale 1' not in caplog.text and 'all scales' not in caplog.text
         summary.warn_of_winner(0.9)
@@ -383,7 +383,7 @@ def test_warnings_name_stuck_bits_and_a_winning_discriminator(caplog):
         caplog.clear()
         first = np.zeros((2, 4096))
         first[0, 7], first[1, :2000] = 512, 1
-        summary.warn_of_collapse(first, Index(4096))
+        summary.warn_of_collapse(first, Index(4096), summary.RESTART)
     assert 'scale 0' in caplog.text and 'scale 1' not in caplog.text  # 1 x 1 uses a single code
     assert 'images use 1 of 512 possible codes (expected: at least 6)' in caplog.text
 
@@ -392,14 +392,15 @@ def test_a_few_stray_codes_do_not_hide_a_collapse(caplog):
     usage = np.zeros((2, 4096))
     usage[0, :14], usage[0, 0], usage[1] = 1, 500, 1
     with caplog.at_level(logging.WARNING):
-        summary.warn_of_collapse(usage, Index(4096))
+        summary.warn_of_collapse(usage, Index(4096), summary.RESTART)
     (message,) = caplog.messages
     assert 'collapse at scale 0: validation images use 14 of 513 possible codes' in message
     assert 'perplexity of 1.2 (expected: at least 5.1)' in message
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        summary.warn_of_collapse(usage[:1], Index(4096))  # the only scale is warned of once
-        summary.warn_of_collapse(np.array([[999, 1, 500, 500]]), Bits(2))
+        # The only scale is warned of once.
+        summary.warn_of_collapse(usage[:1], Index(4096), summary.RESTART)
+        summary.warn_of_collapse(np.array([[999, 1, 500, 500]]), Bits(2), summary.ENTROPY)
     assert [message.partition(':')[0] for message in caplog.messages] == ['codebook collapse'] * 2
     assert '1 of 2 bits have the same value in more than 99 %' in caplog.text
 
@@ -408,6 +409,6 @@ def test_a_warning_of_collapse_names_the_images_and_advice_for_their_codes(caplo
     usage = np.zeros((1, 4096))
     usage[0, 0] = 4096
     with caplog.at_level(logging.WARNING):
-        summary.warn_of_collapse(usage, Index(4096), has_codebook=False, images='small images')
+        summary.warn_of_collapse(usage, Index(4096), summary.ENTROPY, 'small images')
     assert 'collapse: small images use 1 of 4096' in caplog.text  # bits as one index
     assert 'EntropyOfBits' in caplog.text and 'restart_until' not in caplog.text

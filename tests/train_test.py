@@ -141,14 +141,14 @@ def test_summary_warns_of_a_collapsed_codebook(caplog):
     def usage(*used: int, times: int = 100) -> np.ndarray:
         return np.stack([np.arange(500) < count for count in used]) * times
 
-    summary.warn_of_collapse(usage(25, 250), Index(500))
+    summary.warn_of_collapse(usage(25, 250), Index(500), summary.RESTART)
     two_images = usage(1, 250, times=2)  # they have two coarsest codes
-    summary.warn_of_collapse(two_images, Index(500))
+    summary.warn_of_collapse(two_images, Index(500), summary.RESTART)
     assert not caplog.records
-    summary.warn_of_collapse(usage(1, 250, times=500), Index(500))
+    summary.warn_of_collapse(usage(1, 250, times=500), Index(500), summary.RESTART)
     assert 'scale 0' in caplog.text and '1 of 500' in caplog.text
     assert 'all scales' not in caplog.text
-    summary.warn_of_collapse(usage(50, 75), Index(500))
+    summary.warn_of_collapse(usage(50, 75), Index(500), summary.RESTART)
     assert 'all scales: validation images use 75 of 500' in caplog.text
 
 

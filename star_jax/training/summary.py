@@ -161,8 +161,7 @@ def check_state(state: TrainState) -> None:
 def warn_of_collapse(
     usage_KV: np.ndarray,
     codes: Codes,
-    *,
-    has_codebook: bool = True,
+    advice: str,
     images: str = 'validation images',
 ) -> None:
     """Warns if held-out images use few codes, or few of them often, at one scale or over all.
@@ -173,10 +172,9 @@ def warn_of_collapse(
     Args:
         usage_KV: how often each scale used each value of a code.
         codes: the kind of codes.
-        has_codebook: codes are vectors that are trained, not bits.
+        advice: what to do, RESTART or ENTROPY.
         images: what the images are, for the warning.
     """
-    advice = RESTART if has_codebook else ENTROPY
     places = {' over all scales': (usage_KV.sum(0), MIN_USED)}
     for scale, usage_V in enumerate(usage_KV):
         places[f' at scale {scale}'] = usage_V, MIN_USED_BY_SCALE

@@ -266,8 +266,8 @@ class TokenizerJob:
             summary.warn_of_collapse(
                 np.asarray(counts),
                 self.tokenizer.codes,
-                has_codebook=self.run.model.has_codebook,
-                images=f'{size.group} images',
+                summary.RESTART if self.run.model.has_codebook else summary.ENTROPY,
+                f'{size.group} images',
             )
         if self.program.competition:
             accuracy = float(np.concatenate(accuracies).mean())
