@@ -121,6 +121,7 @@ def init_sharded(
         mesh: the devices.
         key: the key of the parameters.
     """
+    init = jax.jit(init)  # traced once, for the shapes and for the values
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(start, jax.eval_shape(init, key), mesh)
     )
