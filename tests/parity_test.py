@@ -142,6 +142,13 @@ def test_verify_command_fails_for_an_array_without_a_rule(tmp_path, capsys):
     assert 'surprise' in printed and 'FAIL (no rule computes this array)' in printed
 
 
+def test_verify_goes_on_after_cases_that_it_refuses(tmp_path, capsys):
+    refused = [with_changes(tmp_path / name, ROPE, {name: 1}) for name in ('one', 'two')]
+    with pytest.raises(UserError, match='unknown option one, .*; .*unknown option two, '):
+        check.main([refused[0], ROPE, refused[1]])
+    assert 'dev_rope: passes' in capsys.readouterr().out
+
+
 def test_verify_detects_a_wrong_or_unknown_trained_parameter(tmp_path):
     config = json.loads((TRAINING / 'config.json').read_text())
     for key in ('vae_config', 'vae_state_dict'):
@@ -247,6 +254,9 @@ def test_verify_refuses_an_unknown_option_by_name(tmp_path, case, changes, field
         (BITS / 'dev_train_step', 'noise_apply_strength', 0.0),
         (BITS / 'dev_train_step', 'schedule_used', [[1, 1, 1], [1, 3, 3]]),
         (RASTER / 'dev_c2i_gen', 'prefix_length', 2),
+        (RASTER / 'dev_c2i_gen', 'max_new_tokens', 0),
+        (RASTER / 'dev_c2i_gen', 'max_new_tokens', 37),
+        (RASTER / 'dev_c2i_gqa_tf', 'model', {'block_size': 10}),
         (RASTER / 'dev_c2i_gqa_tf', 'model', {'class_dropout_prob': 0.0}),
         (RASTER / 'dev_c2i_gqa_tf', 'model', {'cls_token_num': 2}),
         (RASTER / 'dev_c2i_gqa_tf', 'model', {'ffn_hidden': 320}),

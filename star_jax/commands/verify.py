@@ -16,7 +16,7 @@ class Verify:
     """Compares recorded cases of the original implementations with this code, array by array.
 
     The exit status is 1 if an array differs by more than its case allows, or if no rule computes
-    it.
+    it, and 2 if a folder is no case that can be computed; the other folders are verified.
 
     Example: star-jax verify tests/golden/star/*
 

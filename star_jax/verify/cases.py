@@ -171,11 +171,10 @@ def convert(
         raise UserError(
             f'{case.folder}: the state dict does not fit the config: {error}'
         ) from error
-    if conversion.missing or conversion.unknown:
-        raise UserError(
-            f'{case.folder}: the state dict does not fit the config: it lacks '
-            f'{_listed(conversion.missing)} and has the unknown {_listed(conversion.unknown)}'
-        )
+    faults = {'it lacks': conversion.missing, 'unknown are': conversion.unknown}
+    if any(faults.values()):
+        named = '; '.join(f'{what} {", ".join(names)}' for what, names in faults.items() if names)
+        raise UserError(f'{case.folder}: the state dict does not fit the config: {named}')
     return conversion.params
 
 
@@ -301,7 +300,3 @@ def _gzipped(path: Path) -> Path:
 
 def _exists(path: Path) -> bool:
     return path.exists() or _gzipped(path).exists()
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ', '.join(names) or 'nothing'

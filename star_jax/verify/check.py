@@ -100,16 +100,25 @@ def main(folders: Sequence[Path]) -> int:
 
     Returns:
         The exit status: 1 if an array fails or no rule computes it, else 0.
+
+    Raises:
+        UserError: some folders could not be verified; the others were.
     """
     if not folders:
         raise UserError('verify needs the folder of at least one recorded case')
     console = Console()
-    failed = False
+    failed, refusals = False, []
     for folder in folders:
         start = time.monotonic()
-        report = verify(folder)
+        try:
+            report = verify(folder)
+        except UserError as error:
+            refusals.append(str(error))
+            continue
         comparison.write(report, time.monotonic() - start, console)
         failed |= report.failed
+    if refusals:
+        raise UserError('; '.join(refusals))
     return int(failed)
 
 

@@ -17,6 +17,7 @@ from star_jax.core.codes import Index, Sampled
 from star_jax.core.condition import LabelCondition, TextCondition
 from star_jax.core.guidance import StepSettings
 from star_jax.core.schedule import Raster, Step
+from star_jax.errors import UserError
 from star_jax.families.llamagen import Llama
 from star_jax.nn.bind import bind
 from star_jax.sampling import weight_layout
@@ -57,6 +58,9 @@ class RasterGenerations:
         self.params = llamagen_params(case, self.model)
         self.run = functools.cache(self._run)
         check_value(case.path, 'prefix_length', case.option('prefix_length'), self.model.prefix)
+        sampled, tokens = case.option('max_new_tokens'), self.model.schedule.steps
+        if not 1 <= sampled <= tokens:
+            raise UserError(f'{case.path}: max_new_tokens must lie in 1 to {tokens}, not {sampled}')
 
     def rules(self) -> tuple[Rule, ...]:
         return (
@@ -107,8 +111,9 @@ class RasterGenerations:
         """Guidance of the first steps, or of all (LlamaGen specification 3.1)."""
         setting = self.setting(tag)
         weights_S = self.model.guidance_weights(setting['cfg_scale'])
-        if setting['cfg_interval'] > -1:
-            weights_S[setting['cfg_interval'] + 2 :] = 0
+        interval = setting.get('cfg_interval', -1)
+        if interval > -1:
+            weights_S[interval + 2 :] = 0
         return StepSettings(weights_S, self.model.temperatures(self.case.option('temperature')))
 
     @functools.cached_property

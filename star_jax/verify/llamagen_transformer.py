@@ -207,7 +207,10 @@ def _config(case: Case, cls: type[Llama], kind: str, **fields: Any) -> Any:
     check_value(case.path, 'model.model_type', option('model_type'), kind)
     width, tokens = option('dim'), option('block_size')
     side = math.isqrt(tokens)
-    check_value(case.path, 'model.block_size', tokens, side**2)
+    if tokens != side**2:
+        raise UserError(
+            f'{case.path}: model.block_size must be the number of tokens of a square, not {tokens}'
+        )
     model = cases.build(
         case,
         cls,
