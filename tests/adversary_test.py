@@ -193,17 +193,17 @@ def test_blur_keeps_constants_and_averages_neighbours():
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_all_tokenizers_train_against_a_discriminator(name, job, trained):
+def test_all_tokenizers_train_against_a_discriminator(name, trained):
     entropy = EntropyOfBits() if name == 'BSQ' else EntropyOfCodes()
     if name != 'VQ':
         dropout = 0.5 if name == 'BSQ' else 0.0
         objective = Objective(adversary=ADVERSARY, entropy=entropy, scale_dropout=dropout)
         trained = train(job_of(name, objective), 2)
-    state, metrics = trained
+    _, metrics = trained
     assert all(np.isfinite(list(each.values())).all() for each in metrics)
     assert {'adversary/accuracy', 'adversary/adaptive', 'adversary/generator'} <= metrics[0].keys()
     assert 0 <= metrics[0]['adversary/accuracy'] <= 1
-    assert not equal(state.adversary.params, job_of(name).init().adversary.params)
+    assert all(each['adversary/gradient_discriminator'] > 0 for each in metrics)
 
 
 def test_optional_parts_train_in_bfloat16_with_float32_statistics():
@@ -273,6 +273,7 @@ def test_a_step_without_an_adversary_computes_the_objective_alone():
 
 def test_saved_state_continues_bit_for_bit(job, trained, tmp_path):
     half, _ = train(job, 2)
+    assert not equal(half.adversary.params, trained[0].adversary.params)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, half, [])
         checkpoints.wait()
