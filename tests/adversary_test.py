@@ -65,6 +65,11 @@ def train(job, steps, state=None, first=0):
     return state, metrics
 
 
+def copied(state):
+    """A state that a step may have: it gives its own away."""
+    return jax.tree.map(jnp.copy, state)
+
+
 @flax.struct.dataclass
 class SquaredDistance:
     """Stands for LPIPS: the mean squared error of every pair, times a factor."""
@@ -86,8 +91,13 @@ def job():
 
 
 @pytest.fixture(scope='module')
-def trained(job):
-    return train(job, 3)
+def begun(job):
+    return job.init()
+
+
+@pytest.fixture(scope='module')
+def trained(job, begun):
+    return train(job, 3, copied(begun))
 
 
 def test_losses_are_those_of_the_formulas():
@@ -193,17 +203,19 @@ def test_blur_keeps_constants_and_averages_neighbours():
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_all_tokenizers_train_against_a_discriminator(name, trained):
+def test_all_tokenizers_train_against_a_discriminator(name, begun, trained):
     entropy = EntropyOfBits() if name == 'BSQ' else EntropyOfCodes()
     if name != 'VQ':
         dropout = 0.5 if name == 'BSQ' else 0.0
         objective = Objective(adversary=ADVERSARY, entropy=entropy, scale_dropout=dropout)
-        trained = train(job_of(name, objective), 2)
-    _, metrics = trained
+        job = job_of(name, objective)
+        begun = job.init()
+        trained = train(job, 2, copied(begun))
+    state, metrics = trained
     assert all(np.isfinite(list(each.values())).all() for each in metrics)
     assert {'adversary/accuracy', 'adversary/adaptive', 'adversary/generator'} <= metrics[0].keys()
     assert 0 <= metrics[0]['adversary/accuracy'] <= 1
-    assert all(each['adversary/gradient_discriminator'] > 0 for each in metrics)
+    assert not equal(state.adversary.params, begun.adversary.params)
 
 
 def test_optional_parts_train_in_bfloat16_with_float32_statistics():
@@ -271,9 +283,8 @@ def test_a_step_without_an_adversary_computes_the_objective_alone():
     assert count_flops(step, *inputs) == count_flops(jax.value_and_grad(loss), params, images)
 
 
-def test_saved_state_continues_bit_for_bit(job, trained, tmp_path):
-    half, _ = train(job, 2)
-    assert not equal(half.adversary.params, trained[0].adversary.params)
+def test_saved_state_continues_bit_for_bit(job, begun, trained, tmp_path):
+    half, _ = train(job, 2, copied(begun))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, half, [])
         checkpoints.wait()

@@ -47,7 +47,7 @@ def job(run) -> TransformerJob:
 
 @pytest.fixture(scope='module')
 def start(job) -> Callable[[], TrainState]:
-    """Copies the state before step 0 of the job: a step gives its state away."""
+    """Copies the state before step 0: a step gives its state away."""
     state = job.init()
     return lambda: jax.tree.map(jnp.copy, state)
 
