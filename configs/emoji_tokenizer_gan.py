@@ -26,7 +26,7 @@ run = dataclasses.replace(
             weight=0.5,
             start=800,  # once the codes are in use and colours are right
             adaptive=True,
-            largest=1.0,  # what has learnt nothing yet has short gradients: do not lengthen them
+            largest=1.0,  # the first gradients are short; the published 1e4 lengthens them 16 times
             augmentation=Augmentation(),
             optimizer=AdamW(
                 learning_rate=LearningRate(peak=2e-4, warmup_steps=0, end=1.0),
