@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from star_jax.checkpoint.config import load_run
+from star_jax.losses.augmentation import Augmentation
 from star_jax.nn.discriminators import PatchGAN
 from star_jax.training.objective import Adversary, Objective
 from star_jax.training.optimizer import AdamW
@@ -28,8 +29,9 @@ run = dataclasses.replace(
             start=1,
             adaptive=True,
             largest=1.0,  # the first gradients are short; the published 1e4 lengthens them 16 times
+            augmentation=Augmentation(),  # without it the discriminator is always right in the end
             optimizer=AdamW(
-                learning_rate=LearningRate(peak=5e-4, warmup_steps=0, end=1.0),
+                learning_rate=LearningRate(peak=2e-4, warmup_steps=0, end=1.0),
                 weight_decay=0.0,
                 beta1=0.5,
                 beta2=0.9,
